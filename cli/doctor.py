@@ -1,0 +1,30 @@
+"""`mote-cli doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+from cli import options
+from cli.output import print_facts, print_json
+
+
+def doctor(
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Show versions, CPU features, GPU and video decoder, hub access and free disk.
+
+    Example: `mote-cli doctor`
+    """
+    from pipeline.machine import machine_report
+
+    report = machine_report(root)
+    if json:
+        print_json(report)
+    else:
+        print_facts(
+            {
+                name: ", ".join(f"{k} {v}" for k, v in value.items())
+                if isinstance(value, dict)
+                else value
+                for name, value in report.items()
+            }
+        )

@@ -1,0 +1,157 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.output import fail
+from featstore.errors import UserError
+from featstore.workspace import Workspace
+
+if TYPE_CHECKING:
+    from heads.model import TemporalHead
+
+DEFAULT_ROOT = Path("mote-data")
+
+Root = Annotated[
+    Path,
+    typer.Option(
+        "--root",
+        envvar="MOTE_ROOT",
+        metavar="DIR",
+        help="Workspace: data sets, features, heads and encoders live under it.",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout; the rest goes to stderr.")
+]
+Dataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name of the data set.")]
+OptionalDataset = Annotated[
+    str | None,
+    typer.Option("--dataset", metavar="NAME", help="Data set; default: the only one extracted."),
+]
+Split = Annotated[
+    str | None,
+    typer.Option("--split", metavar="NAME", help="Use the videos of this split."),
+]
+StoreSampling = Annotated[
+    str | None,
+    typer.Option(
+        "--sampling", metavar="TEXT", help="Which store, where several fit: its --sampling."
+    ),
+]
+PromptSet = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts", metavar="SET", help="Sentences for class names; default: as trained."
+    ),
+]
+Encoder = Annotated[
+    str,
+    typer.Option(
+        "--encoder",
+        metavar="SPEC",
+        help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
+        "file, or a name under encoders/ of the workspace.",
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where the network runs.")
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        "--precision",
+        metavar="auto|fp32|bf16|fp16",
+        help="Arithmetic; auto takes bf16 where it is faster and agrees with fp32.",
+    ),
+]
+MaxFailures = Annotated[
+    float,
+    typer.Option(
+        "--max-failures",
+        metavar="FRACTION",
+        min=0.0,
+        max=1.0,
+        help="Exit with 1 when more than this share of the videos failed.",
+    ),
+]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        "--head",
+        metavar="RUN",
+        help="Name of a trained head, or `mean` for CLIP's mean of frames; default: the newest.",
+    ),
+]
+Modulate = Annotated[
+    bool,
+    typer.Option(
+        "--modulate/--no-modulate",
+        help="Temporal feature modulation: trust the head less on classes far from its own.",
+    ),
+]
+
+DEFAULT_ENCODER = "ViT-B-16/openai"
+DEFAULT_MAX_FAILURES = 0.05
+MEAN_HEAD = "mean"
+
+
+def workspace(root: Path) -> Workspace:
+    """The workspace at `root`; `UserError` when that is a file."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root} is a file: --root takes a folder")
+    return Workspace(root)
+
+
+def device(name: str) -> str:
+    """ "auto" becomes "cuda" where there is one; `UserError` for an unknown name."""
+    import torch  # slow to import, and not needed for --help
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is unknown: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for and torch finds no GPU: use --device cpu")
+    return name
+
+
+def head(
+    place: Workspace, name: str | None, *, or_mean: bool = False
+) -> tuple[TemporalHead | None, Path]:
+    """The head that `name` means and its run folder; (None, folder) for the mean of frames.
+
+    None means the newest run, or the mean where `or_mean` allows it and nothing was trained.
+    """
+    from heads.checkpoints import load_head
+
+    if name == MEAN_HEAD or (name is None and or_mean and not place.trained_runs()):
+        return None, place.run_dir(MEAN_HEAD)
+    run_dir = place.choose_run(name)
+    return load_head(run_dir), run_dir
+
+
+def class_list(text: str) -> list[str]:
+    """Class names from "a, b, c"; `UserError` when there is none or one is named twice."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UserError(f'--classes {text!r} names no class: separate them with commas, "a,b,c"')
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"--classes names {name!r} twice: name each class once")
+    return names
+
+
+def exit_code(too_many_failures: bool, max_failures: float) -> int:
+    """1 with one line on stderr when more videos failed than `--max-failures` allows, else 0."""
+    if not too_many_failures:
+        return 0
+    fail(
+        f"more than {max_failures:.0%} of the videos failed: everything else is done; see the "
+        "reasons, or allow more with --max-failures"
+    )
+    return 1

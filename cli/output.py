@@ -1,0 +1,158 @@
+"""Where words go: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from featstore.progress import ProgressSink
+
+PACKAGES = ("pipeline", "featstore", "heads", "cli")
+# Without a terminal a line every so often is enough to see that work goes on.
+PLAIN_INTERVAL_S = 10.0
+
+results = Console(highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class _StderrHandler(logging.Handler):
+    """Prints notices above a running progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        messages.print(prefix + record.getMessage(), markup=False)
+
+
+def log_to_stderr() -> None:
+    """Send the packages' notices to stderr, one plain line each."""
+    handler = _StderrHandler()
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def fail(message: str) -> None:
+    """Print the one line of an error."""
+    messages.print(f"error: {message}", markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Print the command's one JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table of text on stdout; columns after the first are right-aligned."""
+    table = Table(title=title or None, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    results.print(table)
+
+
+def print_facts(facts: dict[str, Any]) -> None:
+    """Print "name: value" lines on stdout."""
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        results.print(f"{name:<{width}}  {value}", markup=False)
+
+
+@contextmanager
+def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
+    """Show progress of one stage on stderr: a bar on a terminal, plain lines elsewhere."""
+    if messages.is_terminal:
+        with _bar(what, unit) as sink:
+            yield sink
+    else:
+        yield _PlainLines(what, unit)
+
+
+@contextmanager
+def _bar(what: str, unit: str) -> Iterator[ProgressSink]:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[details]}"),
+    )
+    with Progress(*columns, console=messages, transient=True) as progress:
+        task = progress.add_task(what, total=None, details="", rate="")
+        started = time.monotonic()
+        first: float | None = None
+
+        def sink(done: float, total: float, **details: float | int | str) -> None:
+            nonlocal first
+            first = done if first is None else first
+            rate = (done - first) / max(time.monotonic() - started, 1e-9)
+            progress.update(
+                task,
+                completed=int(done),
+                total=int(total),
+                rate=f"{rate:.1f}/s" if done > first else "",
+                details=_describe(details),
+            )
+
+        yield sink
+
+
+class _PlainLines:
+    """A line at most every ten seconds: done, rate, time left, details."""
+
+    def __init__(self, what: str, unit: str) -> None:
+        self.what = what
+        self.unit = unit
+        self.started = self.last = time.monotonic()
+        self.first: float | None = None
+
+    def __call__(self, done: float, total: float, **details: float | int | str) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        if now - self.last < PLAIN_INTERVAL_S:
+            return
+        self.last = now
+        rate = (done - self.first) / (now - self.started)
+        left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
+        more = f", {_describe(details)}" if details else ""
+        messages.print(
+            f"{self.what}: {done:.0f}/{total:.0f} {self.unit}, {rate:.1f}/s{left}{more}",
+            markup=False,
+        )
+
+
+def _describe(details: dict[str, float | int | str]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in details.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def percent(value: float | None) -> str:
+    """An accuracy for a table; "-" where there is none."""
+    return "-" if value is None else f"{value:.1f}"

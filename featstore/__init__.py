@@ -1,0 +1,35 @@
+"""The feature store: frame embeddings of videos in a Zarr v3 group, written and read safely.
+
+`open_store(path)` reads one, `StoreWriter` makes and fills one, `Workspace` knows where they lie.
+Training batches are in `featstore.loader`, which needs torch; the rest does not import it until
+features are read.
+"""
+
+from __future__ import annotations
+
+from featstore.errors import UserError, WorkError
+from featstore.provenance import Provenance
+from featstore.reader import Store, open_store
+from featstore.records import ClassText, Partition
+from featstore.schema import STATUS_EMPTY, STATUS_FAILED, STATUS_OK, StoreSchema
+from featstore.verify import Report, verify
+from featstore.workspace import Workspace
+from featstore.writer import StoreWriter
+
+__all__ = [
+    "open_store",
+    "Store",
+    "StoreWriter",
+    "StoreSchema",
+    "Provenance",
+    "ClassText",
+    "Partition",
+    "Workspace",
+    "verify",
+    "Report",
+    "STATUS_EMPTY",
+    "STATUS_OK",
+    "STATUS_FAILED",
+    "UserError",
+    "WorkError",
+]

@@ -1,0 +1,271 @@
+"""Chunk files read without zarr: size and checksum first, then the bytes.
+
+zarr-python 3.1.6 gives fill values for a missing file and for a zero-byte one, and decodes
+compressed text of any announced length; a store that must never answer with zeros, and may come
+from anybody, is read here instead. The features' shards are mapped into memory: without
+compression a shard is a dense array behind a checked index. Every error is a WorkError that names
+the partition and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import WorkError
+from featstore.metadata import StoreMetadata, class_text_node, inside
+from featstore.records import ClassText
+from featstore.schema import (
+    CLASS_TEXT_GROUP,
+    CRC_BYTES,
+    SMALL_ARRAYS,
+    HalfArray,
+    StoreSchema,
+)
+
+_ABSENT: Final = 2**64 - 1
+_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+# A key is a file name (at most 255 bytes, three times that when quoted), a reason one line.
+_TEXT_BYTES_PER_ROW: Final = 4096
+
+
+def crc32c(data: bytes | npt.NDArray[Any]) -> int:
+    """crc32c of bytes or of a C-contiguous array's bytes."""
+    return int(google_crc32c.value(data))
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One entry of `commit`: the partition is done when it is there and the shard has its size.
+
+    `rows` listed samples, crc32c over the rows' checksums, size of the features shard in bytes,
+    time of writing in seconds since 1970.
+    """
+
+    rows: int
+    checksum_crc32c: int
+    features_bytes: int
+    unix_time: int
+
+    def array(self) -> npt.NDArray[np.uint64]:
+        """The entry as uint64 [1, 4]."""
+        return np.array(
+            [[self.rows, self.checksum_crc32c, self.features_bytes, self.unix_time]], np.uint64
+        )
+
+
+class ChunkFiles:
+    """Reads the chunk files of one store (partition = tar number)."""
+
+    def __init__(self, store: Path, metadata: StoreMetadata) -> None:
+        self.store = store
+        self.metadata = metadata
+        self.schema = metadata.schema
+        self.specs = metadata.schema.arrays()
+        self._recorded: dict[int, dict[str, int]] = {}
+
+    def path(self, array: str, tar: int) -> Path:
+        """Where the chunk file lies; UserError if a symbolic link is on the way."""
+        return inside(self.store, f"{array}/{self.specs[array].chunk_key(tar)}")
+
+    def commit(self, tar: int) -> Commit | None:
+        """The commit entry of a partition, None when it was never committed.
+
+        WorkError when the entry is there and damaged.
+        """
+        path = self.path("commit", tar)
+        if not path.exists():
+            return None
+        values = self.numbers("commit", tar).reshape(-1)
+        commit = Commit(*(int(value) for value in values))
+        expected_rows = self.metadata.tars[tar].rows
+        if commit.rows != expected_rows:
+            raise self.damaged(
+                tar, f"commit entry lists {commit.rows} samples, the tar has {expected_rows}"
+            )
+        if commit.features_bytes != self.schema.shard_bytes(commit.rows):
+            raise self.damaged(tar, "commit entry records a size no shard can have")
+        return commit
+
+    def check_shard(self, tar: int, commit: Commit) -> Path:
+        """Path of a committed partition's features shard; WorkError unless it has its size."""
+        path = self.path("features", tar)
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise self.damaged(tar, f"features shard c/{tar}/0/0/0 is missing")
+        if size != commit.features_bytes:
+            raise self.damaged(
+                tar,
+                f"features shard c/{tar}/0/0/0 has {size} bytes, "
+                f"{commit.features_bytes} were written",
+            )
+        return path
+
+    def numbers(self, array: str, tar: int) -> npt.NDArray[Any]:
+        """The partition's chunk of a numeric array, read-only, in the shape of one chunk."""
+        spec = self.specs[array]
+        limit = math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
+        body = self._checked_bytes(array, tar, limit)
+        if len(body) != limit - CRC_BYTES:
+            raise self.damaged(tar, f"{array} chunk has {len(body) + CRC_BYTES} bytes, not {limit}")
+        return np.frombuffer(body, spec.numpy_dtype).reshape(spec.chunks)
+
+    def texts(self, array: str, tar: int) -> list[str]:
+        """The partition's chunk of a string array: `capacity` strings."""
+        # Imported here: it takes longer than opening a store, and labels need no codec.
+        from numcodecs import VLenUTF8, Zstd
+
+        capacity = self.schema.capacity
+        body = self._checked_bytes(array, tar, capacity * _TEXT_BYTES_PER_ROW)
+        length = _zstd_content_size(body)
+        if length is None or not 4 + 4 * capacity <= length <= capacity * _TEXT_BYTES_PER_ROW:
+            raise self.damaged(tar, f"{array} chunk announces an impossible length")
+        try:
+            plain = bytes(Zstd().decode(body))
+            (count,) = struct.unpack_from("<I", plain)
+            if count != capacity:
+                raise ValueError(f"{count} strings instead of {capacity}")
+            decoded: list[str] = VLenUTF8().decode(plain).tolist()
+        except (RuntimeError, ValueError) as error:
+            raise self.damaged(tar, f"{array} chunk cannot be decoded ({error})") from error
+        return decoded
+
+    def damaged(self, tar: int, what: str) -> WorkError:
+        """The error for a damaged committed partition, with its remedy."""
+        dataset = self.metadata.provenance.dataset or "NAME"
+        return WorkError(
+            f"partition {tar} of {self.store}: {what}; delete {self.store / 'commit' / 'c'}/{tar} "
+            f"and run `mote-cli extract --dataset {dataset}` again to redo just this partition"
+        )
+
+    def _checked_bytes(self, array: str, tar: int, limit: int) -> bytes:
+        """Content of a chunk file without its checksum, once that agrees with file and commit."""
+        path = self.path(array, tar)
+        try:
+            body, crc = _read_checked(path, limit)
+        except ValueError as error:
+            raise self.damaged(tar, f"{array} chunk {error}") from error
+        # The file's own checksum cannot tell that it is another partition's file.
+        if array in SMALL_ARRAYS and crc != self._recorded_checksums(tar)[array]:
+            raise self.damaged(tar, f"{array} chunk is not the one that was committed")
+        return body
+
+    def _recorded_checksums(self, tar: int) -> dict[str, int]:
+        recorded = self._recorded.get(tar)
+        if recorded is None:
+            values = self.numbers("chunk_checksum", tar).reshape(-1).tolist()
+            recorded = dict(zip(SMALL_ARRAYS, values, strict=True))
+            self._recorded[tar] = recorded
+        return recorded
+
+
+def read_class_text(store: Path, prompt_set: str, dim: int) -> ClassText:
+    """The class texts of one prompt set; UserError for metadata that does not fit the format,
+    WorkError for a damaged chunk."""
+    spec, names, digest = class_text_node(store, prompt_set, dim)
+    key = f"{CLASS_TEXT_GROUP}/{prompt_set}/{spec.chunk_key(0)}"
+    limit = math.prod(spec.shape) * spec.numpy_dtype.itemsize + CRC_BYTES
+    try:
+        body, _ = _read_checked(inside(store, key), limit)
+        if len(body) != limit - CRC_BYTES:
+            raise ValueError(f"has {len(body) + CRC_BYTES} bytes, not {limit}")
+        embeddings = np.frombuffer(body, spec.numpy_dtype).astype(np.float32).reshape(spec.shape)
+        return ClassText(names, embeddings, digest)
+    except ValueError as error:
+        raise WorkError(
+            f"class texts {prompt_set!r} of {store}: chunk {error}; make the store again with "
+            "`mote-cli extract`"
+        ) from error
+
+
+def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
+    """Content of a chunk file of at most `limit` bytes, and the checksum it ends with.
+
+    ValueError when it cannot be read, is too long, or fails the checksum.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if not CRC_BYTES < len(raw) <= limit:
+        raise ValueError(f"has {'more than ' * (len(raw) > limit)}{min(len(raw), limit)} bytes")
+    body, crc = raw[:-CRC_BYTES], int.from_bytes(raw[-CRC_BYTES:], "little")
+    if crc32c(body) != crc:
+        raise ValueError("fails its checksum")
+    return body, crc
+
+
+class MappedShard:
+    """One features shard mapped into memory, read-only; rows are float16 [V, F, D] views."""
+
+    def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
+        """Map the shard of a partition that lists `rows` samples.
+
+        ValueError when the index fails its checksum or points outside the file.
+        """
+        raw = _map_file(path)
+        index_start = raw.size - schema.index_bytes
+        index, crc = raw[index_start:-CRC_BYTES], raw[-CRC_BYTES:]
+        if index_start < 0 or crc32c(index) != int(crc.view("<u4")[0]):
+            raise ValueError("the index of the shard fails its checksum")
+        self._chunk_rows = schema.chunk_rows
+        self.chunks: list[HalfArray] = []
+        body = schema.chunk_rows * schema.row_bytes
+        shape = (schema.chunk_rows, *schema.row_shape)
+        entries = np.frombuffer(index.tobytes(), "<u8").reshape(-1, 2).tolist()
+        for number in range(-(-rows // schema.chunk_rows)):
+            offset, length = entries[number]
+            if offset == _ABSENT or length != body + CRC_BYTES or offset + length > index_start:
+                raise ValueError(f"chunk {number} of the shard is absent or misplaced")
+            self.chunks.append(np.frombuffer(raw, "<f2", body // 2, offset).reshape(shape))
+        self._raw, self._offsets = raw, [entry[0] for entry in entries]
+
+    def rows(self, start: int, stop: int) -> HalfArray:
+        """Rows start..stop (positions in the partition) of one inner chunk, as a view."""
+        chunk, first = divmod(start, self._chunk_rows)
+        return self.chunks[chunk][first : first + stop - start]
+
+    def chunk_is_intact(self, number: int) -> bool:
+        """Whether an inner chunk agrees with the checksum stored behind it."""
+        chunk = self.chunks[number]
+        end = self._offsets[number] + chunk.nbytes
+        recorded = np.frombuffer(self._raw[end : end + CRC_BYTES].tobytes(), "<u4")[0]
+        return crc32c(chunk) == int(recorded)
+
+
+def _map_file(path: Path) -> npt.NDArray[np.uint8]:
+    """Map a file read-only as uint8 [bytes] without keeping a file descriptor.
+
+    Python's own mmap keeps one per map, and a store of Kinetics has more shards than the usual
+    limit of 1024 open files; torch closes it.
+    """
+    import torch
+
+    size = path.stat().st_size
+    mapped: npt.NDArray[np.uint8] = torch.from_file(
+        str(path), shared=False, size=size, dtype=torch.uint8
+    ).numpy()
+    mapped.flags.writeable = False
+    return mapped
+
+
+def _zstd_content_size(frame: bytes) -> int | None:
+    """Content size that a Zstandard frame header announces (RFC 8878, 3.1.1.1), if it does."""
+    if len(frame) < 6 or frame[:4] != _ZSTD_MAGIC:
+        return None
+    descriptor = frame[4]
+    size_flag, single_segment, dictionary = descriptor >> 6, descriptor >> 5 & 1, descriptor & 3
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[dictionary]
+    width = (1 if single_segment else 0, 2, 4, 8)[size_flag]
+    if width == 0 or len(frame) < start + width:
+        return None
+    size = int.from_bytes(frame[start : start + width], "little")
+    return size + 256 if width == 2 else size

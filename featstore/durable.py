@@ -1,0 +1,77 @@
+"""Files that are either complete under their final name or absent, also after a power cut.
+
+A write goes to `<name>.<unique>.partial` beside its target, is synced, renamed, and the folder is
+synced (zarr-python renames but does not sync, so a power cut can leave a zero-byte shard).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+PARTIAL_SUFFIX = ".partial"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut (no-op where folders cannot be synced)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create `folder` and its parents so that they too survive a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file that appears as `path` only when the block ends without an error."""
+    make_folder(path.parent)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_bytes(path: Path, data: Buffer) -> None:
+    """Write `data` to `path`, complete or not at all."""
+    with durable_file(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
+    """Write `value` as strict JSON (NaN and infinity are refused), complete or not at all."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def sweep_partials(folder: Path) -> int:
+    """Delete what interrupted writes left anywhere under `folder`; returns how many files."""
+    leftovers = list(folder.rglob(f"*{PARTIAL_SUFFIX}")) if folder.is_dir() else []
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return len(leftovers)

@@ -1,0 +1,295 @@
+"""The metadata of a store: what its `zarr.json` files say, written once and checked before use.
+
+A store may come from anybody. Nothing of it is handed to zarr or to a codec before the size of
+each metadata file, the format version and every array's shape, chunks, type and codecs have been
+held against the schema, and no path in it may be a symbolic link.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from featstore.errors import UserError
+from featstore.provenance import Provenance
+from featstore.schema import (
+    ARRAY_ATTRIBUTES,
+    CLASS_TEXT_GROUP,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MAX_SPLITS,
+    ArraySpec,
+    StoreSchema,
+    class_text_spec,
+)
+
+# 2,500 tars (Kinetics-700) and their classes take about 0.6 MB; an array's node about 1 KB and
+# 700 class names about 20 KB. The limits leave room and stop a file made to exhaust memory.
+GROUP_METADATA_LIMIT: Final = 16 * 2**20
+ARRAY_METADATA_LIMIT: Final = 2**20
+
+_PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class TarEntry:
+    """One packed tar that the store covers: file name, listed samples, size in bytes, sha256."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoreMetadata:
+    """Everything the store's group attributes hold."""
+
+    schema: StoreSchema
+    provenance: Provenance
+    tars: tuple[TarEntry, ...]
+    class_names: tuple[str, ...]
+    raw_class_names: tuple[str, ...]
+    split_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tars) != self.schema.tars:
+            raise ValueError(f"{len(self.tars)} tars listed, the schema has {self.schema.tars}")
+        for number, tar in enumerate(self.tars):
+            if not 1 <= tar.rows <= self.schema.capacity:
+                raise ValueError(
+                    f"tar {number} lists {tar.rows} samples, a partition holds 1 to "
+                    f"{self.schema.capacity}"
+                )
+        if not self.class_names or len(self.class_names) != len(self.raw_class_names):
+            raise ValueError(
+                f"{len(self.class_names)} class names and {len(self.raw_class_names)} raw ones: "
+                "there must be as many of each and at least one"
+            )
+        if len(self.split_names) > MAX_SPLITS or len(set(self.split_names)) < len(self.split_names):
+            raise ValueError(f"split names must be distinct and at most {MAX_SPLITS}")
+        if self.provenance.dim != self.schema.dim:
+            raise ValueError(
+                f"the encoder gives {self.provenance.dim} numbers a frame, the schema has "
+                f"{self.schema.dim}"
+            )
+
+    def group_node(self) -> dict[str, Any]:
+        """The store's own `zarr.json` as a JSON-ready dict."""
+        return {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {
+                "format": FORMAT_NAME,
+                "format_version": FORMAT_VERSION,
+                "schema": self.schema.to_json(),
+                "provenance": self.provenance.to_json(),
+                "logit_scale": self.provenance.logit_scale,
+                "tars": [asdict(tar) for tar in self.tars],
+                "class_names": list(self.class_names),
+                "raw_class_names": list(self.raw_class_names),
+                "split_names": list(self.split_names),
+            },
+        }
+
+
+def tar_entry(value: Mapping[str, Any]) -> TarEntry:
+    """A TarEntry from {"file", "rows", "bytes", "sha256"}; ValueError when it is not one."""
+    entry = TarEntry(value["file"], value["rows"], value["bytes"], value["sha256"])
+    numbers, texts = (entry.rows, entry.bytes), (entry.file, entry.sha256)
+    if not all(type(n) is int for n in numbers) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"not a tar entry: {value!r}")
+    return entry
+
+
+def check_prompt_set(name: str) -> str:
+    """Return `name` if it can be a folder of the store; UserError otherwise."""
+    if not _PROMPT_SET.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no name for a prompt set: use letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def read_metadata(store: Path) -> StoreMetadata:
+    """Read and check all metadata of the store at `store` without reading a chunk.
+
+    Raises UserError when it is not a store of this format and version, or not safe to open.
+    """
+    if not store.is_dir():
+        raise UserError(
+            f"{store} is not a feature store: no such folder; make one with `mote-cli extract`"
+        )
+    if not (store / "zarr.json").is_file():
+        if (store / ".zgroup").exists() or (store / ".zarray").exists():
+            raise UserError(
+                f"{store} is a Zarr v2 store: only v3 is read, a v2 store can carry code; "
+                "make the store again with `mote-cli extract`"
+            )
+        raise UserError(
+            f"{store} is not a feature store: it has no zarr.json; make one with `mote-cli extract`"
+        )
+    node = read_node(store, "zarr.json", GROUP_METADATA_LIMIT)
+    metadata = _parse_group(store, node)
+    for name, spec in metadata.schema.arrays().items():
+        check_array(store, name, spec)
+    return metadata
+
+
+def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
+    """Parse the metadata file `key` of at most `limit` bytes; UserError when it is not one."""
+    path = inside(store, key)
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): {store} is not a complete feature store; "
+            "make it again with `mote-cli extract`"
+        ) from error
+    if len(raw) > limit:
+        raise UserError(
+            f"{path} is larger than {limit} bytes: no store of this format needs that; "
+            "do not open a store from a source you do not trust"
+        )
+    try:
+        node = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: the store is damaged, make it again") from error
+    if not isinstance(node, dict) or node.get("zarr_format") != 3:
+        raise UserError(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
+    return node
+
+
+def inside(store: Path, key: str) -> Path:
+    """The path of `key` in the store; UserError if a symbolic link lies on the way inside it.
+
+    The store's folder itself may be reached through a link; keys are built from numbers and
+    checked names, never from data.
+    """
+    root = os.path.realpath(store)
+    path = os.path.join(root, *key.split("/"))
+    if os.path.realpath(path) != path:
+        raise UserError(
+            f"{path} is a symbolic link: a store must hold its own files; replace the link by "
+            "the file or do not open this store"
+        )
+    return Path(path)
+
+
+def check_array(store: Path, name: str, spec: ArraySpec) -> dict[str, Any]:
+    """Hold an array's `zarr.json` against its specification; returns its attributes.
+
+    UserError names the first field that differs.
+    """
+    node = read_node(store, f"{name}/zarr.json", ARRAY_METADATA_LIMIT)
+    expected = _comparable(spec.metadata())
+    found = _comparable(node)
+    for field in sorted(expected.keys() | found.keys()):
+        if expected.get(field) != found.get(field):
+            raise UserError(
+                f"array {name} of {store}: {field} is {_brief(found.get(field))}, the format has "
+                f"{_brief(expected.get(field))}; make the store again with `mote-cli extract`"
+            )
+    attributes = node.get("attributes", {})
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def prompt_set_names(store: Path) -> list[str]:
+    """Names of the prompt sets whose class texts the store holds, sorted."""
+    folder = inside(store, CLASS_TEXT_GROUP)
+    if not folder.is_dir():
+        return []
+    names = sorted(p.name for p in folder.iterdir() if (p / "zarr.json").is_file())
+    return [name for name in names if _PROMPT_SET.fullmatch(name)]
+
+
+def class_text_node(store: Path, name: str, dim: int) -> tuple[ArraySpec, tuple[str, ...], str]:
+    """Check `class_text/<name>`; returns its specification, class names and sentences' hash."""
+    key = f"{CLASS_TEXT_GROUP}/{check_prompt_set(name)}"
+    node = read_node(store, f"{key}/zarr.json", ARRAY_METADATA_LIMIT)
+    attributes = node.get("attributes")
+    names = attributes.get("class_names") if isinstance(attributes, dict) else None
+    digest = attributes.get("sentences_hash") if isinstance(attributes, dict) else None
+    if not _is_texts(names) or not names or not isinstance(digest, str):
+        raise UserError(f"{key} of {store} lacks its class names: the store is damaged")
+    spec = class_text_spec(len(names), dim)
+    check_array(store, key, spec)
+    return spec, tuple(names), digest
+
+
+def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:
+    """The `zarr.json` of every array by array name, class texts excepted."""
+    arrays = metadata.schema.arrays()
+    return {name: spec.metadata(ARRAY_ATTRIBUTES.get(name)) for name, spec in arrays.items()}
+
+
+def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
+    attributes = node.get("attributes")
+    if node.get("node_type") != "group" or not isinstance(attributes, dict):
+        raise UserError(f"{store} is a Zarr array, not a feature store")
+    if attributes.get("format") != FORMAT_NAME:
+        raise UserError(
+            f"{store} is a Zarr group but not a feature store: its attribute format is "
+            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}"
+        )
+    version = attributes.get("format_version")
+    if type(version) is not int or version < 1:
+        raise UserError(f"{store} has format version {_brief(version)}: it must be a whole number")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{store} has format version {version}, this mote reads up to {FORMAT_VERSION}: "
+            "install a newer mote-video"
+        )
+    texts = [attributes.get(n) for n in ("class_names", "raw_class_names", "split_names")]
+    tars = attributes.get("tars")
+    sizes = attributes.get("schema")
+    if not all(map(_is_texts, texts)) or not isinstance(tars, list) or not isinstance(sizes, dict):
+        raise UserError(f"{store} lacks attributes of the format: make it again")
+    provenance = Provenance.from_json(attributes.get("provenance"))
+    try:
+        return StoreMetadata(
+            StoreSchema(**sizes),
+            provenance,
+            tuple(tar_entry(tar) for tar in tars),
+            *(tuple(names or ()) for names in texts),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the attributes of {store} do not fit together: {error}") from error
+
+
+def _comparable(node: dict[str, Any]) -> dict[str, Any]:
+    """A node without its attributes and without the spellings that mean the same."""
+    node = {key: value for key, value in node.items() if key != "attributes"}
+    if not node.get("storage_transformers"):
+        node.pop("storage_transformers", None)
+    node["codecs"] = _plain_codecs(node.get("codecs"))
+    return node
+
+
+def _plain_codecs(value: Any) -> Any:
+    """Codec lists with empty configurations left out, as some writers do."""
+    if isinstance(value, list):
+        return [_plain_codecs(item) for item in value]
+    if isinstance(value, dict):
+        plain = {key: _plain_codecs(item) for key, item in value.items()}
+        return {k: v for k, v in plain.items() if not (k == "configuration" and v == {})}
+    return value
+
+
+def _is_texts(value: Any) -> bool:
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(item, str) for item in value)
+    )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:119] + "…"

@@ -1,0 +1,397 @@
+"""Reading a store: opened and checked at once, everything else on demand, never a wrong number.
+
+Dimension letters: V views, F frames, D dim; n rows asked for. "Row" is the array row
+`tar * capacity + position`; per-sample lists are aligned with `Store.rows`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.chunks import ChunkFiles, Commit, MappedShard, crc32c, read_class_text
+from featstore.errors import UserError, WorkError
+from featstore.metadata import TarEntry, prompt_set_names, read_metadata
+from featstore.provenance import Provenance
+from featstore.records import ClassText
+from featstore.schema import HalfArray, RowArray, StoreSchema
+
+
+def open_store(path: str | Path, *, mapped: bool = True) -> Store:
+    """Open the store at `path` for reading.
+
+    Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
+    reads features through zarr instead of memory maps (slower; for file systems that cannot map).
+    Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
+    when the shard of a committed partition is missing or has another size.
+    """
+    return Store(Path(path), mapped=mapped)
+
+
+class Store:
+    """A feature store, read-only, lazy and safe to share between threads.
+
+    It shows the partitions that were committed when it was opened. Pickled by path, so worker
+    processes open their own. Every row of features is compared with its recorded checksum the
+    first time it is read.
+    """
+
+    def __init__(self, path: Path, *, mapped: bool = True) -> None:
+        self.path = path
+        self._mapped = mapped
+        self._metadata = read_metadata(path)
+        self._files = ChunkFiles(path, self._metadata)
+        self._commits: dict[int, Commit] = {}
+        for tar in range(self.schema.tars):
+            commit = self._intact_commit(tar)
+            if commit is not None:
+                self._commits[tar] = commit
+        self._shards: dict[int, MappedShard] = {}
+        self._lock = threading.Lock()
+        self._verified = np.zeros(self.schema.rows, bool)
+
+    def __reduce__(self) -> tuple[Callable[[Path, bool], Store], tuple[Path, bool]]:
+        return _reopen, (self.path, self._mapped)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {len(self)} samples, {len(self._commits)} partitions)"
+
+    # What the store is
+
+    @property
+    def schema(self) -> StoreSchema:
+        """Sizes of the store."""
+        return self._metadata.schema
+
+    @property
+    def provenance(self) -> Provenance:
+        """How the features were made."""
+        return self._metadata.provenance
+
+    @property
+    def tars(self) -> tuple[TarEntry, ...]:
+        """The packed tars the store covers, by partition number."""
+        return self._metadata.tars
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in natural words, by label."""
+        return list(self._metadata.class_names)
+
+    @property
+    def raw_class_names(self) -> list[str]:
+        """Class names as the data set spells them, by label."""
+        return list(self._metadata.raw_class_names)
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the splits rows may belong to."""
+        return list(self._metadata.split_names)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The group attributes as stored (format version, schema, provenance, tars, names)."""
+        attributes: dict[str, Any] = self._metadata.group_node()["attributes"]
+        return attributes
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tar has its committed partition."""
+        return len(self._commits) == self.schema.tars
+
+    def partitions(self) -> Iterator[int]:
+        """Numbers of the committed partitions, ascending."""
+        return iter(sorted(self._commits))
+
+    # What it lists
+
+    def __len__(self) -> int:
+        """Listed samples, ok or failed, in committed partitions."""
+        return sum(commit.rows for commit in self._commits.values())
+
+    @cached_property
+    def rows(self) -> RowArray:
+        """Array rows of the listed samples, int64 [len], ascending."""
+        capacity = self.schema.capacity
+        spans = [
+            np.arange(tar * capacity, tar * capacity + self._commits[tar].rows, dtype=np.int64)
+            for tar in self.partitions()
+        ]
+        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Key of every listed sample."""
+        return self._texts("key")
+
+    @cached_property
+    def reasons(self) -> list[str]:
+        """Why a sample failed, "" where it did not."""
+        return self._texts("reason")
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Label of every listed sample, int32 [len]."""
+        return self._numbers("label")
+
+    @cached_property
+    def num_frames(self) -> npt.NDArray[np.int32]:
+        """Frames counted in every listed sample's video, int32 [len]."""
+        return self._numbers("num_frames")
+
+    @cached_property
+    def fps(self) -> npt.NDArray[np.float32]:
+        """Frames per second of every listed sample's video, float32 [len]."""
+        return self._numbers("fps")
+
+    @cached_property
+    def status(self) -> npt.NDArray[np.uint8]:
+        """1 for ok, 2 for failed, uint8 [len]."""
+        return self._numbers("status")
+
+    def split(self, name: str) -> RowArray:
+        """Array rows of one split, failed samples included, int64 [n], ascending.
+
+        UserError lists the splits when there is none of that name.
+        """
+        if name not in self._metadata.split_names:
+            known = ", ".join(self._metadata.split_names) or "none"
+            raise UserError(f"{self.path} has no split {name!r}: choose one of {known}")
+        bit = np.uint32(1 << self._metadata.split_names.index(name))
+        rows: RowArray = self.rows[(self._splits & bit) != 0]
+        return rows
+
+    def row(self, key: str) -> int:
+        """Array row of the sample with this key; UserError when it is not listed."""
+        found = self._row_by_key.get(key)
+        if found is None:
+            raise UserError(f"{self.path} has no sample {key!r}: `mote-cli inspect` lists them")
+        return found
+
+    def positions(self, rows: npt.ArrayLike) -> RowArray:
+        """Where array rows stand in `rows`, `labels` and the like, int64 [n].
+
+        UserError when a row belongs to no listed sample.
+        """
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        found = np.searchsorted(self.rows, wanted)
+        known = found < len(self.rows)
+        known[known] = self.rows[found[known]] == wanted[known]
+        if not known.all():
+            raise UserError(
+                f"row {int(wanted[~known][0])} of {self.path} holds no sample: it lies beyond its "
+                "tar's samples or in a partition that is not extracted yet"
+            )
+        positions: RowArray = found.astype(np.int64)
+        return positions
+
+    # What it holds
+
+    @property
+    def prompt_sets(self) -> list[str]:
+        """Prompt sets whose class texts the store holds."""
+        return prompt_set_names(self.path)
+
+    def class_text(self, prompt_set: str) -> ClassText:
+        """Class texts of a prompt set; UserError lists the sets when there is none of that name."""
+        known = self.prompt_sets
+        if prompt_set not in known:
+            raise UserError(
+                f"{self.path} has no class texts for prompt set {prompt_set!r}: it has "
+                f"{', '.join(known) or 'none'}"
+            )
+        return read_class_text(self.path, prompt_set, self.schema.dim)
+
+    def frame_index(self, rows: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """Indices of the encoded frames in their videos, int32 [n, V, F]; -1 where failed."""
+        return self._frame_indices[self.positions(rows)]
+
+    def pts(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Presentation times of the encoded frames in seconds, float64 [n, V, F]."""
+        return self._frame_times[self.positions(rows)]
+
+    def features(self, rows: npt.ArrayLike, frames: npt.ArrayLike | None = None) -> HalfArray:
+        """Raw (not normalised) frame embeddings, float16 [n, V, F', D]; NaN where failed.
+
+        `rows` are array rows, in any order, repeats allowed; `frames` picks stored frames by
+        index, [F'] for all rows alike or [n, F'] per row; all F when None.
+        Raises UserError for a row that holds no sample, IndexError for a frame that is not
+        stored, WorkError when a row does not agree with its checksum.
+        """
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        views, stored, dim = self.schema.row_shape
+        if frames is None:
+            out: HalfArray = np.empty((len(wanted), views, stored, dim), np.float16)
+            self.read_into(wanted, out)
+            return out
+        chosen = self._frame_choice(frames, len(wanted))
+        out = np.empty((len(wanted), views, chosen.shape[1], dim), np.float16)
+        for start, stop, source in self._runs(wanted):
+            for i in range(start, stop):
+                np.take(source[i - start], chosen[i], axis=1, out=out[i])
+        return out
+
+    def clips(self, rows: npt.ArrayLike, views: npt.ArrayLike, frames: npt.ArrayLike) -> HalfArray:
+        """One view of each row at chosen frames: float16 [n, F', D].
+
+        `views` [n], `frames` [n, F']; errors as `features`.
+        """
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        chosen = self._frame_choice(frames, len(wanted))
+        view = np.asarray(views, np.int64)
+        out: HalfArray = np.empty((len(wanted), chosen.shape[1], self.schema.dim), np.float16)
+        for start, stop, source in self._runs(wanted):
+            for i in range(start, stop):
+                np.take(source[i - start, view[i]], chosen[i], axis=0, out=out[i])
+        return out
+
+    def read_into(self, rows: RowArray, out: HalfArray) -> None:
+        """Copy the features of `rows` into `out`, float16 [n, V, F, D]; errors as `features`."""
+        for start, stop, source in self._runs(rows):
+            out[start:stop] = source
+
+    # How it is read
+
+    def _intact_commit(self, tar: int) -> Commit | None:
+        commit = self._files.commit(tar)
+        if commit is None:
+            return None
+        try:
+            self._files.check_shard(tar, commit)
+        except WorkError:
+            # A writer that redoes the partition at this moment removes the commit entry first.
+            if self._files.commit(tar) is None:
+                return None
+            raise
+        return commit
+
+    def _runs(self, rows: RowArray) -> Iterator[tuple[int, int, HalfArray]]:
+        """Split `rows` into runs that lie in one inner chunk in order: (start, stop, features)."""
+        self.positions(rows)
+        chunk_rows = self.schema.chunk_rows
+        breaks = (np.diff(rows) != 1) | (rows[1:] // chunk_rows != rows[:-1] // chunk_rows)
+        edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)] if len(rows) else []
+        for start, stop in pairwise(edges):
+            first = int(rows[start])
+            source = self._chunk_rows(first, stop - start)
+            self._verify(first, source)
+            yield start, stop, source
+
+    def _chunk_rows(self, first: int, count: int) -> HalfArray:
+        """`count` rows from array row `first` on, all of one inner chunk."""
+        tar, position = divmod(first, self.schema.capacity)
+        if self._mapped:
+            return self._shard(tar).rows(position, position + count)
+        self._files.check_shard(tar, self._commits[tar])
+        try:
+            values: HalfArray = np.asarray(self._zarr_features[first : first + count])
+        except ValueError as error:
+            raise self._files.damaged(tar, f"features cannot be read ({error})") from error
+        return values
+
+    def _shard(self, tar: int) -> MappedShard:
+        shard = self._shards.get(tar)
+        if shard is None:
+            with self._lock:
+                shard = self._shards.get(tar)
+                if shard is None:
+                    commit = self._commits[tar]
+                    path = self._files.check_shard(tar, commit)
+                    try:
+                        shard = MappedShard(path, self.schema, commit.rows)
+                    except ValueError as error:
+                        raise self._files.damaged(tar, str(error)) from error
+                    self._shards[tar] = shard
+        return shard
+
+    def _verify(self, first: int, source: HalfArray) -> None:
+        """Compare rows with their checksums once; later reads of the same rows skip it."""
+        if self._verified[first : first + len(source)].all():
+            return
+        positions = self.positions(np.arange(first, first + len(source)))
+        for i, position in enumerate(positions.tolist()):
+            if crc32c(source[i]) != int(self._checksums[position]):
+                tar = first // self.schema.capacity
+                raise self._files.damaged(
+                    tar, f"features of sample {self.keys[position]!r} fail their checksum"
+                )
+        self._verified[first : first + len(source)] = True
+
+    def _frame_choice(self, frames: npt.ArrayLike, n: int) -> RowArray:
+        chosen = np.asarray(frames, np.int64)
+        if chosen.ndim == 1:
+            chosen = np.broadcast_to(chosen, (n, len(chosen)))
+        if chosen.ndim != 2 or len(chosen) != n:
+            raise ValueError(f"frames are {list(chosen.shape)}: they must be [F'] or [{n}, F']")
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.schema.frames:
+            raise IndexError(
+                f"{self.path} stores frames 0 to {self.schema.frames - 1} of each view"
+            )
+        return chosen
+
+    def _numbers(self, name: str) -> npt.NDArray[Any]:
+        parts = [
+            self._files.numbers(name, tar)[: self._commits[tar].rows] for tar in self.partitions()
+        ]
+        spec = self._files.specs[name]
+        joined = np.concatenate(parts) if parts else np.zeros((0, *spec.shape[1:]))
+        joined = joined.astype(spec.numpy_dtype.newbyteorder("="), copy=False)
+        joined.flags.writeable = False
+        return joined
+
+    def _texts(self, name: str) -> list[str]:
+        return [
+            text
+            for tar in self.partitions()
+            for text in self._files.texts(name, tar)[: self._commits[tar].rows]
+        ]
+
+    @cached_property
+    def _splits(self) -> npt.NDArray[np.uint32]:
+        return self._numbers("splits")
+
+    @cached_property
+    def _frame_indices(self) -> npt.NDArray[np.int32]:
+        return self._numbers("frame_index")
+
+    @cached_property
+    def _frame_times(self) -> npt.NDArray[np.float64]:
+        return self._numbers("pts")
+
+    @cached_property
+    def _checksums(self) -> npt.NDArray[np.uint32]:
+        checksums = self._numbers("checksum")
+        start = 0
+        for tar in self.partitions():
+            commit = self._commits[tar]
+            if crc32c(checksums[start : start + commit.rows]) != commit.checksum_crc32c:
+                raise self._files.damaged(tar, "row checksums are not those of the commit entry")
+            start += commit.rows
+        return checksums
+
+    @cached_property
+    def _row_by_key(self) -> dict[str, int]:
+        return dict(zip(self.keys, self.rows.tolist(), strict=True))
+
+    @cached_property
+    def _zarr_features(self) -> Any:
+        # Imported here: it takes longer than opening a store, and the mapped path needs none of it.
+        import zarr
+
+        return zarr.open_array(
+            zarr.storage.LocalStore(self.path, read_only=True),
+            path="features",
+            mode="r",
+            zarr_format=3,
+        )
+
+
+def _reopen(path: Path, mapped: bool) -> Store:
+    return Store(path, mapped=mapped)

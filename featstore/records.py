@@ -1,0 +1,104 @@
+"""What goes into a store: the class texts of a prompt set, and the partition made of one tar.
+
+Dimension letters: C classes, n samples of the tar, V views, F frames, D dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import WorkError
+from featstore.schema import STATUS_FAILED, STATUS_OK, FloatArray
+
+# Unit rows after rounding to float32.
+_UNIT_TOLERANCE: Final = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class ClassText:
+    """Text embeddings of the classes under one prompt set.
+
+    `embeddings` float32 [C, D], rows of length 1 in the order of `names`; `sentences_hash` names
+    the sentences they were computed from. ValueError when the shapes or lengths are wrong.
+    """
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+    sentences_hash: str
+
+    def __post_init__(self) -> None:
+        if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
+            raise ValueError(
+                f"class embeddings are {self.embeddings.dtype} {list(self.embeddings.shape)}: "
+                "they must be float32 [classes, dim]"
+            )
+        if len(self.names) != len(self.embeddings) or not self.names:
+            raise ValueError(f"{len(self.names)} names for {len(self.embeddings)} embeddings")
+        lengths = np.linalg.norm(self.embeddings, axis=1)
+        if not np.all(np.abs(lengths - 1) < _UNIT_TOLERANCE):
+            raise ValueError("class embeddings must have length 1: normalise them first")
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """What one tar becomes: n listed samples, those that failed included, in the tar's order.
+
+    `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `status` uint8 [n] (1 ok,
+    2 failed); `splits` uint32 [n] (bit i: belongs to split i); `reason` of each failure, else "";
+    `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F] seconds; `features` float16
+    [n, V, F, D]. A failed row has features and pts NaN and frame_index -1.
+    ValueError when lengths, shapes or statuses do not fit; WorkError for a row that is ok and
+    whose features are not finite.
+    """
+
+    key: list[str]
+    label: npt.NDArray[np.int32]
+    num_frames: npt.NDArray[np.int32]
+    fps: npt.NDArray[np.float32]
+    status: npt.NDArray[np.uint8]
+    splits: npt.NDArray[np.uint32]
+    reason: list[str]
+    frame_index: npt.NDArray[np.int32]
+    pts: npt.NDArray[np.float64]
+    features: npt.NDArray[np.float16]
+
+    def __post_init__(self) -> None:
+        n = len(self.key)
+        if n == 0 or len(set(self.key)) != n:
+            raise ValueError("a partition needs at least one sample and distinct keys")
+        if self.features.ndim != 4 or len(self.reason) != n:
+            raise ValueError("features must be [n, V, F, D] and reasons as many as keys")
+        _, views, frames, _ = self.features.shape
+        expected: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+            "label": (np.int32, (n,)),
+            "num_frames": (np.int32, (n,)),
+            "fps": (np.float32, (n,)),
+            "status": (np.uint8, (n,)),
+            "splits": (np.uint32, (n,)),
+            "frame_index": (np.int32, (n, views, frames)),
+            "pts": (np.float64, (n, views, frames)),
+            "features": (np.float16, (n, *self.features.shape[1:])),
+        }
+        for name, (dtype, shape) in expected.items():
+            array: npt.NDArray[Any] = getattr(self, name)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(
+                    f"{name} is {array.dtype} {list(array.shape)}: it must be "
+                    f"{np.dtype(dtype)} {list(shape)}"
+                )
+        if not np.all((self.status == STATUS_OK) | (self.status == STATUS_FAILED)):
+            raise ValueError("every sample of a partition is ok (1) or failed (2)")
+        finite = np.isfinite(self.features).all(axis=(1, 2, 3))
+        failed = self.status == STATUS_FAILED
+        if np.any(~finite & ~failed):
+            key = self.key[int(np.flatnonzero(~finite & ~failed)[0])]
+            raise WorkError(
+                f"features of {key} are not finite in float16: the encoder overflows; "
+                "use --precision fp32 or check the weights"
+            )
+        if not np.isnan(self.features[failed]).all() or np.any(self.frame_index[failed] != -1):
+            raise ValueError("a failed sample has features NaN and frame_index -1")

@@ -1,0 +1,264 @@
+"""The arrays of a feature store: names, shapes, types, chunks, codecs, units, as data.
+
+Dimension letters: N rows = tars x capacity, V views, F frames, D dim of the embedding.
+
+Row `tar * capacity + position` belongs to sample `position` of tar `tar`; one tar in gives exactly
+one chunk (shard) file of every array, so that partitions never share a file. The metadata files
+are written from these specifications and every store is held against them before a chunk is read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT_NAME: Final = "mote-features"
+FORMAT_VERSION: Final = 1
+
+STATUS_EMPTY: Final = 0
+STATUS_OK: Final = 1
+STATUS_FAILED: Final = 2
+
+# zarr-python costs about 0.15 ms per inner chunk whatever its size, and one inner chunk is the
+# least that a remote reader fetches: 1 to 2 MB serves both (measured on 32 x 512 float16 rows).
+TARGET_CHUNK_BYTES: Final = 1_500_000
+
+# `splits` is a 32-bit mask: bit i says that the row belongs to split i.
+MAX_SPLITS: Final = 32
+
+CRC_BYTES: Final = 4
+CLASS_TEXT_GROUP: Final = "class_text"
+
+COMMIT_ENTRIES: Final = ("rows", "checksum_crc32c", "features_bytes", "unix_time")
+
+# The arrays that hold one small chunk per tar, in the order they are written.
+SMALL_ARRAYS: Final = (
+    "key",
+    "reason",
+    "label",
+    "num_frames",
+    "fps",
+    "status",
+    "splits",
+    "frame_index",
+    "pts",
+    "checksum",
+)
+
+_BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
+_SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}
+_CRC: Final[dict[str, Any]] = {"name": "crc32c"}
+_VLEN: Final[dict[str, Any]] = {"name": "vlen-utf8", "configuration": {}}
+_ZSTD: Final[dict[str, Any]] = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the store, complete enough to write its `zarr.json`.
+
+    `chunks` is what one file holds unless `shards` is given; then a file holds `shards` and
+    `chunks` is the inner chunk. `dtype` is the Zarr v3 data type name. `fill` is what the JSON
+    holds, so NaN is the string "NaN".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None
+    fill: int | str
+    codecs: tuple[dict[str, Any], ...]
+    dimension_names: tuple[str, ...]
+    units: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Little-endian numpy type of a numeric array; ValueError for strings."""
+        if self.dtype == "string":
+            raise ValueError("a string array has no fixed-width numpy type")
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def metadata(self, attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The array's `zarr.json` (Zarr v3 core specification) as a JSON-ready dict."""
+        codecs: list[dict[str, Any]] = [dict(codec) for codec in self.codecs]
+        if self.shards is not None:
+            codecs = [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": list(self.chunks),
+                        "codecs": codecs,
+                        "index_codecs": [_BYTES, _CRC],
+                        "index_location": "end",
+                    },
+                }
+            ]
+        units = {"units": self.units} if self.units else {}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(self.shards or self.chunks)},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": self.fill,
+            "codecs": codecs,
+            "attributes": units | (attributes or {}),
+            "dimension_names": list(self.dimension_names),
+            "storage_transformers": [],
+        }
+
+    def chunk_key(self, tar: int) -> str:
+        """Key, relative to the array, of the one file that belongs to `tar`."""
+        return "/".join(["c", str(tar), *["0"] * (len(self.shape) - 1)])
+
+
+@dataclass(frozen=True)
+class StoreSchema:
+    """The sizes that fix every array of a store.
+
+    `tars` partitions of `capacity` rows; each row [views, frames, dim] float16; `chunk_rows` rows
+    per inner chunk of the features, a divisor of `capacity`. ValueError when a size is not
+    positive or the divisor does not divide.
+    """
+
+    tars: int
+    capacity: int
+    views: int
+    frames: int
+    dim: int
+    chunk_rows: int
+
+    def __post_init__(self) -> None:
+        for name, value in self.to_json().items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
+        if self.capacity % self.chunk_rows:
+            raise ValueError(
+                f"chunk_rows {self.chunk_rows} does not divide the capacity {self.capacity}"
+            )
+
+    @classmethod
+    def create(cls, tars: int, capacity: int, views: int, frames: int, dim: int) -> StoreSchema:
+        """A schema whose inner chunk is the largest divisor of `capacity` within about 1.5 MB."""
+        row_bytes = max(1, views * frames * dim * 2)
+        wanted = max(1, min(capacity, TARGET_CHUNK_BYTES // row_bytes))
+        chunk_rows = next((n for n in range(wanted, 0, -1) if capacity % n == 0), 1)
+        return cls(tars, capacity, views, frames, dim, chunk_rows)
+
+    def to_json(self) -> dict[str, int]:
+        """The sizes by name, as the store's attribute `schema` holds them."""
+        return {
+            "tars": self.tars,
+            "capacity": self.capacity,
+            "views": self.views,
+            "frames": self.frames,
+            "dim": self.dim,
+            "chunk_rows": self.chunk_rows,
+        }
+
+    @property
+    def rows(self) -> int:
+        """N, rows of every array, whether filled or not."""
+        return self.tars * self.capacity
+
+    @property
+    def row_shape(self) -> tuple[int, int, int]:
+        """Shape (views, frames, dim) of one row of features."""
+        return self.views, self.frames, self.dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of features (float16)."""
+        return math.prod(self.row_shape) * 2
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Inner chunks in one shard of the features."""
+        return self.capacity // self.chunk_rows
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of a shard's index: offset and length (u8) per inner chunk, then its crc32c."""
+        return 16 * self.chunks_per_shard + CRC_BYTES
+
+    def shard_bytes(self, rows: int) -> int:
+        """Size of the features file of a partition that lists `rows` samples.
+
+        Inner chunks that hold no listed row are absent from the shard.
+        """
+        chunks = -(-rows // self.chunk_rows)
+        return chunks * (self.chunk_rows * self.row_bytes + CRC_BYTES) + self.index_bytes
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array of the store except the class texts (see `class_text_spec`)."""
+        n, capacity = self.rows, self.capacity
+
+        def per_row(dtype: str, fill: int | str, units: str = "") -> ArraySpec:
+            codecs = (_SINGLE_BYTES if dtype == "uint8" else _BYTES, _CRC)
+            return ArraySpec((n,), dtype, (capacity,), None, fill, codecs, ("row",), units)
+
+        def per_frame(dtype: str, fill: int | str, units: str) -> ArraySpec:
+            shape, chunks = (n, self.views, self.frames), (capacity, self.views, self.frames)
+            names = ("row", "view", "frame")
+            return ArraySpec(shape, dtype, chunks, None, fill, (_BYTES, _CRC), names, units)
+
+        def text() -> ArraySpec:
+            codecs = (_VLEN, _ZSTD, _CRC)
+            return ArraySpec((n,), "string", (capacity,), None, "", codecs, ("row",), "")
+
+        def per_tar(dtype: str, entries: int, name: str) -> ArraySpec:
+            shape, chunks, names = (self.tars, entries), (1, entries), ("tar", name)
+            return ArraySpec(shape, dtype, chunks, None, 0, (_BYTES, _CRC), names, "")
+
+        return {
+            "features": ArraySpec(
+                shape=(n, *self.row_shape),
+                dtype="float16",
+                chunks=(self.chunk_rows, *self.row_shape),
+                shards=(capacity, *self.row_shape),
+                fill="NaN",
+                codecs=(_BYTES, _CRC),
+                dimension_names=("row", "view", "frame", "dim"),
+                units="",
+            ),
+            "key": text(),
+            "reason": text(),
+            "label": per_row("int32", -1),
+            "num_frames": per_row("int32", 0, "frames"),
+            "fps": per_row("float32", "NaN", "frames per second"),
+            "status": per_row("uint8", STATUS_EMPTY),
+            "splits": per_row("uint32", 0),
+            "frame_index": per_frame("int32", -1, "frames"),
+            "pts": per_frame("float64", "NaN", "seconds"),
+            "checksum": per_row("uint32", 0),
+            "chunk_checksum": per_tar("uint32", len(SMALL_ARRAYS), "small_array"),
+            "commit": per_tar("uint64", len(COMMIT_ENTRIES), "entry"),
+        }
+
+
+def class_text_spec(classes: int, dim: int) -> ArraySpec:
+    """The array `class_text/<prompt set>`: float32 [classes, dim], unit rows, one chunk."""
+    shape = (classes, dim)
+    return ArraySpec(shape, "float32", shape, None, "NaN", (_BYTES, _CRC), ("class", "dim"), "")
+
+
+# What the integers of `commit`, `chunk_checksum`, `splits` and `status` mean, for readers that
+# know nothing of this package.
+ARRAY_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
+    "commit": {"entries": list(COMMIT_ENTRIES)},
+    "chunk_checksum": {"arrays": list(SMALL_ARRAYS), "algorithm": "crc32c of the chunk file"},
+    "checksum": {"algorithm": "crc32c of the row's features"},
+    "status": {"meaning": {"empty": STATUS_EMPTY, "ok": STATUS_OK, "failed": STATUS_FAILED}},
+    "splits": {"meaning": "bit i is set when the row belongs to split_names[i]"},
+}
+
+FloatArray = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
+RowArray = npt.NDArray[np.int64]

@@ -1,0 +1,233 @@
+"""Where things lie under the workspace root, and which store or run a command means.
+
+`datasets/<name>`, `features/<name>/*.zarr`, `heads/<run>`, `encoders/<name>`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from featstore.errors import UserError, WorkError
+from featstore.reader import Store, open_store
+
+log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
+
+STORE_SUFFIX: Final = ".zarr"
+HEAD_FILE: Final = "head.safetensors"
+
+
+class Workspace:
+    """The folder that holds data sets, features, heads and encoders (made as needed)."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def dataset_dir(self, name: str) -> Path:
+        """Folder of a packed data set; UserError for a name that is no plain file name."""
+        return self.root / "datasets" / _checked(name, "data set")
+
+    def features_dir(self, name: str) -> Path:
+        """Folder of a data set's stores; UserError as `dataset_dir`."""
+        return self.root / "features" / _checked(name, "data set")
+
+    def run_dir(self, name: str) -> Path:
+        """Folder of one trained head; UserError as `dataset_dir`."""
+        return self.root / "heads" / _checked(name, "run")
+
+    def encoder_dir(self, name: str) -> Path:
+        """Folder of an imported or fine-tuned encoder; UserError as `dataset_dir`."""
+        return self.root / "encoders" / _checked(name, "encoder")
+
+    def dataset_names(self) -> list[str]:
+        """Names of the data sets that are packed, sorted."""
+        return sorted(p.parent.name for p in (self.root / "datasets").glob("*/dataset.json"))
+
+    def runs(self) -> list[Path]:
+        """Folders of the runs that hold a config.json, newest first by its time."""
+        found = [
+            (p.stat().st_mtime_ns, p.parent) for p in (self.root / "heads").glob("*/config.json")
+        ]
+        return [folder for _, folder in sorted(found, reverse=True)]
+
+    def trained_runs(self) -> list[Path]:
+        """Folders of the runs that hold a finished head, newest first."""
+        return [run for run in self.runs() if (run / HEAD_FILE).is_file()]
+
+    def stores(self, dataset: str) -> list[Path]:
+        """Folders of the stores made of a data set, sorted by name."""
+        return sorted(p for p in self.features_dir(dataset).glob(f"*{STORE_SUFFIX}") if p.is_dir())
+
+    def store_path(
+        self, dataset: str, *, encoder: str, sampling: str, crops: int = 1, split: str | None = None
+    ) -> Path:
+        """Path of one extraction: `<encoder>--<sampling>[--crops3][--<split>].zarr`.
+
+        Characters that file systems or copying tools trip over become "-".
+        """
+        parts = [encoder, sampling, f"crops{crops}" if crops > 1 else "", split or ""]
+        safe = [_UNSAFE.sub("-", part).strip("-.") for part in parts]
+        name = "--".join(part for part in safe if part)
+        return self.features_dir(dataset) / f"{name}{STORE_SUFFIX}"
+
+    def choose_dataset(self, name: str | None) -> str:
+        """`name`, or the only data set with features; UserError lists them when there are others.
+
+        Also UserError when there is none, with the command that makes one.
+        """
+        if name is not None:
+            return name
+        stores = (self.root / "features").glob(f"*/*{STORE_SUFFIX}")
+        found = sorted({path.parent.name for path in stores})
+        if not found:
+            raise UserError(
+                f"no features under {self.root / 'features'}: run `mote-cli extract` first"
+            )
+        if len(found) > 1:
+            raise UserError(
+                f"several data sets have features ({', '.join(found)}): name one with --dataset"
+            )
+        log.info("data set: %s, the only one with features", found[0])
+        return found[0]
+
+    def default_split(self, dataset: str, names: Sequence[str]) -> str | None:
+        """The first of `names` that a readable store of `dataset` has rows of, if any."""
+        for name in names:
+            for path in self.stores(dataset):
+                try:
+                    store = open_store(path)
+                    if name in store.split_names and np.size(store.split(name)):
+                        return name
+                except (UserError, WorkError):
+                    continue  # choose_store reports stores that cannot be read
+        return None
+
+    def choose_store(
+        self,
+        dataset: str,
+        *,
+        split: str | None = None,
+        views: int | None = None,
+        encoder_fingerprint: str | None = None,
+        sampling: str | None = None,
+    ) -> Store:
+        """The one store of `dataset` that holds the split and was made as asked.
+
+        Raises UserError when none fits (with the command that makes one) or several do (with
+        their names), WorkError when the one that fits is damaged or not finished.
+        """
+        paths = self.stores(dataset)
+        if not paths:
+            raise UserError(
+                f"no features of data set {dataset!r} under {self.features_dir(dataset)}: "
+                f"run `mote-cli extract --dataset {dataset}` first"
+            )
+        fitting: list[Store] = []
+        refused: list[str] = []
+        damaged: list[WorkError] = []
+        for path in paths:
+            try:
+                store = open_store(path)
+                reason = _mismatch(store, split, views, encoder_fingerprint, sampling)
+            except WorkError as error:
+                damaged.append(error)
+                continue
+            except UserError as error:
+                refused.append(str(error))
+                continue
+            if reason is None:
+                fitting.append(store)
+            else:
+                refused.append(f"{path.name} {reason}")
+        if not fitting:
+            if damaged:
+                raise damaged[0]
+            raise UserError(
+                f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
+                + _extract_command(dataset, split, sampling)
+            )
+        if len(fitting) > 1:
+            names = ", ".join(_describe(store) for store in fitting)
+            raise UserError(
+                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; say which by its "
+                "sampling, views or encoder, or move the others away"
+            )
+        store = fitting[0]
+        if not store.complete:
+            raise WorkError(
+                f"{store.path} holds {len(list(store.partitions()))} of {store.schema.tars} "
+                f"partitions: finish it with {_extract_command(dataset, split, sampling)}"
+            )
+        for damage in damaged:
+            log.warning("left out: %s", damage)
+        log.info("features of %s: %s", dataset, _describe(store))
+        return store
+
+    def choose_run(self, name: str | None) -> Path:
+        """Folder of the named run, or of the newest one; it holds head.safetensors.
+
+        UserError lists the runs when there is none of that name, or says how to train one.
+        """
+        trained = self.trained_runs()
+        if not trained:
+            raise UserError(
+                f"no trained head under {self.root / 'heads'}: run `mote-cli train-head` first"
+            )
+        if name is None:
+            log.info("head: %s, the newest run", trained[0].name)
+            return trained[0]
+        wanted = self.run_dir(name)
+        if wanted not in trained:
+            known = ", ".join(run.name for run in trained)
+            raise UserError(f"no trained head {name!r} in {wanted.parent}: choose one of {known}")
+        return wanted
+
+
+def _checked(name: str, kind: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no name for a {kind}: use letters, digits, '.', '_', '+' and '-', "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+def _mismatch(
+    store: Store,
+    split: str | None,
+    views: int | None,
+    encoder_fingerprint: str | None,
+    sampling: str | None,
+) -> str | None:
+    """Why a store is not the one asked for; None when it is."""
+    if split is not None and (split not in store.split_names or not np.size(store.split(split))):
+        return f"has no rows of split {split!r} (it has {', '.join(store.split_names) or 'none'})"
+    if views is not None and store.schema.views != views:
+        return f"has {store.schema.views} views, not {views}"
+    if encoder_fingerprint not in (None, store.provenance.encoder_fingerprint):
+        return f"was made with another encoder ({store.provenance.encoder})"
+    if sampling not in (None, store.provenance.sampling):
+        return f"has sampling {store.provenance.sampling}, not {sampling}"
+    return None
+
+
+def _describe(store: Store) -> str:
+    made = store.provenance
+    return (
+        f"{store.path.name} (sampling {made.sampling}, {store.schema.views} views, "
+        f"encoder {made.encoder})"
+    )
+
+
+def _extract_command(dataset: str, split: str | None, sampling: str | None) -> str:
+    options = f" --split {split}" if split else ""
+    options += f" --sampling {sampling}" if sampling else ""
+    return f"`mote-cli extract --dataset {dataset}{options}`"

@@ -1,0 +1,316 @@
+"""Writing a store: made once, then one partition per tar, each all there or not there at all."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from featstore.chunks import ChunkFiles, Commit, crc32c
+from featstore.durable import (
+    PARTIAL_SUFFIX,
+    make_folder,
+    sweep_partials,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
+from featstore.errors import UserError, WorkError
+from featstore.metadata import (
+    ARRAY_METADATA_LIMIT,
+    GROUP_METADATA_LIMIT,
+    StoreMetadata,
+    array_nodes,
+    check_prompt_set,
+    read_metadata,
+    tar_entry,
+)
+from featstore.provenance import Provenance
+from featstore.records import ClassText, Partition
+from featstore.schema import (
+    CLASS_TEXT_GROUP,
+    CRC_BYTES,
+    SMALL_ARRAYS,
+    StoreSchema,
+    class_text_spec,
+)
+
+log = logging.getLogger(__name__)
+
+
+class StoreWriter:
+    """Adds partitions to a store. Make one with `init` (new store) or `open` (existing store).
+
+    Nothing but partitions is written after `init`. One process writes at a time: hold `lock()`
+    around the work.
+    """
+
+    def __init__(self, path: Path, metadata: StoreMetadata) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._files = ChunkFiles(path, metadata)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @classmethod
+    def init(
+        cls,
+        path: Path,
+        schema: StoreSchema,
+        provenance: Provenance,
+        *,
+        tars: Sequence[Mapping[str, Any]],
+        class_names: Sequence[str],
+        raw_class_names: Sequence[str],
+        split_names: Sequence[str],
+        class_texts: Mapping[str, ClassText],
+    ) -> StoreWriter:
+        """Make an empty store that appears under `path` complete or not at all.
+
+        `tars`: per tar {"file", "rows" (listed samples, failed ones included), "bytes", "sha256"}.
+        `class_texts` by prompt set, names in the order of `class_names`.
+        Raises UserError when `path` exists or a name cannot be stored, ValueError when the
+        arguments do not fit together, WorkError when another process is writing it.
+        """
+        metadata = StoreMetadata(
+            schema,
+            provenance,
+            tuple(tar_entry(tar) for tar in tars),
+            tuple(class_names),
+            tuple(raw_class_names),
+            tuple(split_names),
+        )
+        for prompt_set, text in class_texts.items():
+            check_prompt_set(prompt_set)
+            if text.names != metadata.class_names or text.embeddings.shape[1] != schema.dim:
+                raise ValueError(f"class text {prompt_set!r} has other class names or another size")
+        make_folder(path.parent)
+        with _exclusive(path):
+            if path.exists():
+                raise UserError(f"{path} exists already: remove it or continue it")
+            for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            folder = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+            try:
+                _write_skeleton(folder, metadata, class_texts)
+                folder.rename(path)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            sync_folder(path.parent)
+        return cls(path, metadata)
+
+    @classmethod
+    def open(cls, path: Path) -> StoreWriter:
+        """Open an existing store to add partitions; UserError when it is not a valid store."""
+        return cls(path, read_metadata(path))
+
+    @property
+    def schema(self) -> StoreSchema:
+        """Sizes of the store."""
+        return self.metadata.schema
+
+    @property
+    def provenance(self) -> Provenance:
+        """How the features in it were made."""
+        return self.metadata.provenance
+
+    def done(self, tar: int) -> bool:
+        """Whether it is committed, with a features shard of its size and every small chunk."""
+        try:
+            commit = self._files.commit(tar)
+            if commit is None:
+                return False
+            self._files.check_shard(tar, commit)
+        except WorkError as error:
+            log.warning("%s will be redone: %s", self.path, error)
+            return False
+        return all(self._files.path(name, tar).is_file() for name in _PER_TAR_ARRAYS)
+
+    def pending(self) -> list[int]:
+        """Numbers of the partitions that are not done."""
+        return [tar for tar in range(self.schema.tars) if not self.done(tar)]
+
+    def write_partition(self, tar: int, partition: Partition) -> None:
+        """Write the partition of one tar, also over an earlier one, done or not.
+
+        Order: the commit entry and the old shard go; the small arrays, the features in one put,
+        the commit entry. Each file is synced before the next begins, so that a process killed at
+        any moment leaves the partition done and right, or not done.
+        Raises ValueError when the partition does not fit the tar, OSError when the disk is full.
+        """
+        self._check_fits(tar, partition)
+        for name in ("commit", "features"):
+            self._remove(name, tar)
+        n = len(partition.key)
+        checksums = np.array([crc32c(row) for row in partition.features], np.uint32)
+        digests = [
+            self._put_small(
+                name, tar, checksums if name == "checksum" else getattr(partition, name)
+            )
+            for name in SMALL_ARRAYS
+        ]
+        self._put("chunk_checksum", slice(tar, tar + 1), np.array([digests], np.uint32))
+        first = tar * self.schema.capacity
+        self._put("features", slice(first, first + n), partition.features)
+        commit = Commit(
+            rows=n,
+            checksum_crc32c=crc32c(checksums),
+            features_bytes=self._files.path("features", tar).stat().st_size,
+            unix_time=int(time.time()),
+        )
+        self._put("commit", slice(tar, tar + 1), commit.array())
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the only process that writes this store; WorkError when another one is.
+
+        The lock is a file beside the store that the kernel frees when its process ends, however
+        it ends. What interrupted writes left behind is removed.
+        """
+        with _exclusive(self.path):
+            swept = sweep_partials(self.path)
+            if swept:
+                log.info("%s: removed %d files of interrupted writes", self.path, swept)
+            yield
+
+    def finalise(self) -> None:
+        """Return when every partition is done; WorkError names those that are missing."""
+        missing = self.pending()
+        if missing:
+            shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+            raise WorkError(
+                f"{self.path} lacks {len(missing)} of {self.schema.tars} partitions ({shown}): "
+                f"run `mote-cli extract --dataset {self.provenance.dataset or 'NAME'}` again"
+            )
+
+    def _check_fits(self, tar: int, partition: Partition) -> None:
+        if not 0 <= tar < self.schema.tars:
+            raise ValueError(f"partition {tar}: the store has 0 to {self.schema.tars - 1}")
+        n, *row_shape = partition.features.shape
+        if n != self.metadata.tars[tar].rows:
+            raise ValueError(
+                f"partition {tar} has {n} samples, its tar lists {self.metadata.tars[tar].rows}"
+            )
+        if tuple(row_shape) != self.schema.row_shape:
+            raise ValueError(
+                f"partition {tar} has rows {row_shape}, the store {list(self.schema.row_shape)}"
+            )
+        classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
+        if np.any((partition.label < 0) | (partition.label >= classes)):
+            raise ValueError(f"partition {tar} has a label outside 0..{classes - 1}")
+        if int(partition.splits.max()) >> splits:
+            raise ValueError(f"partition {tar} names a split beyond the {splits} of the store")
+
+    def _put_small(self, name: str, tar: int, values: Any) -> int:
+        """Write one small array's chunk, padded to the capacity; returns the file's checksum."""
+        spec = self._files.specs[name]
+        if spec.dtype == "string":
+            chunk: npt.NDArray[Any] = np.full(spec.chunks, "", dtype=object)
+        else:
+            fill = np.nan if spec.fill == "NaN" else spec.fill
+            chunk = np.full(spec.chunks, fill, spec.numpy_dtype)
+        chunk[: len(values)] = values
+        first = tar * self.schema.capacity
+        self._put(name, slice(first, first + self.schema.capacity), chunk)
+        written = self._files.path(name, tar).read_bytes()
+        return int.from_bytes(written[-CRC_BYTES:], "little")
+
+    def _put(self, name: str, rows: slice, values: npt.NDArray[Any]) -> None:
+        array = self._arrays.get(name)
+        if array is None:
+            opened = zarr.open_array(DurableStore(self.path), path=name, mode="r+", zarr_format=3)
+            # The default leaves out, or deletes, a chunk that holds fill values only.
+            array = opened.with_config({"write_empty_chunks": True})
+            self._arrays[name] = array
+        array[rows] = values
+
+    def _remove(self, name: str, tar: int) -> None:
+        path = self._files.path(name, tar)
+        if path.exists():
+            path.unlink()
+            sync_folder(path.parent)
+
+
+class DurableStore(LocalStore):
+    """A LocalStore whose puts also survive a power cut: zarr's own renames without syncing."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Put `value` under `key`: temporary file, sync, rename, sync of the folder."""
+        self._check_writable()
+        write_bytes(self.root / key, value.as_buffer_like())
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """The same for codec pipelines that do not use coroutines."""
+        self._check_writable()
+        write_bytes(self.root / key, value.as_buffer_like())
+
+
+_PER_TAR_ARRAYS: Final = (*SMALL_ARRAYS, "chunk_checksum")
+
+
+def _write_skeleton(
+    folder: Path, metadata: StoreMetadata, class_texts: Mapping[str, ClassText]
+) -> None:
+    """Everything of a store but its partitions."""
+    group = metadata.group_node()
+    _write_node(folder, group, GROUP_METADATA_LIMIT)
+    for name, node in array_nodes(metadata).items():
+        _write_node(folder / name, node, ARRAY_METADATA_LIMIT)
+    texts = folder / CLASS_TEXT_GROUP
+    _write_node(texts, {"zarr_format": 3, "node_type": "group", "attributes": {}}, 1024)
+    for prompt_set, text in class_texts.items():
+        attributes = {"class_names": list(text.names), "sentences_hash": text.sentences_hash}
+        spec = class_text_spec(*text.embeddings.shape)
+        _write_node(texts / prompt_set, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
+        array = zarr.open_array(
+            DurableStore(folder),
+            path=f"{CLASS_TEXT_GROUP}/{prompt_set}",
+            mode="r+",
+            zarr_format=3,
+        )
+        array[:] = text.embeddings
+
+
+def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
+    path = folder / "zarr.json"
+    write_json(path, node)
+    if path.stat().st_size > limit:
+        raise UserError(
+            f"the metadata of the store takes {path.stat().st_size} bytes, at most {limit} can be "
+            "read again: pack with more --samples-per-shard"
+        )
+
+
+@contextmanager
+def _exclusive(store: Path) -> Iterator[None]:
+    """Hold the lock file of `store`; WorkError names the process that holds it already."""
+    path = store.with_name(f"{store.name}.lock")
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+            raise WorkError(
+                f"another process (pid {holder}) is writing {store}; wait for it or stop it"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        # Closing frees the lock. The file stays: removing it would let two processes lock
+        # two different files of the same name.
+        os.close(descriptor)

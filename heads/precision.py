@@ -1,0 +1,58 @@
+"""Which arithmetic a head runs in, and on which device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from featstore.errors import UserError
+
+Precision = Literal["auto", "fp32", "bf16"]
+SMALLEST_WIDTH_FOR_BF16 = 256
+"""Narrower heads stay in float32 on a CPU: they train in seconds or minutes, and their results do
+not depend on whether the CPU has bfloat16 products (which would halve the time even at 64)."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" -> CUDA where there is one, else the CPU; UserError for CUDA where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device {device!r} is unknown: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda was asked for and this machine has none: use --device cpu")
+    return torch.device(device)
+
+
+def resolve_precision(precision: Precision, dim: int, device: torch.device) -> str:
+    """ "fp32" or "bf16" for a head of width `dim`; "auto" takes bf16 only where it helps.
+
+    That is: a GPU with bfloat16, or a CPU with AVX512-BF16 or AMX and a width of at least 256.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    wide = dim >= SMALLEST_WIDTH_FOR_BF16
+    return "bf16" if wide and _cpu_multiplies_bf16() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """The context a pass runs in; weights stay float32 in both."""
+    enabled = precision == "bf16"
+    context: AbstractContextManager[None] = torch.autocast(
+        device.type, dtype=torch.bfloat16, enabled=enabled
+    )
+    return context
+
+
+def _cpu_multiplies_bf16() -> bool:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,364 @@
+"""Training a head from a store: what is read, what is written, and how a run continues.
+
+n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
+
+A run folder holds config.json (written first), state/last.safetensors (after every epoch),
+metrics.jsonl (one line per epoch) and head.safetensors (written last: a run with it is finished).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featstore.durable import write_bytes, write_json
+from featstore.errors import UserError, WorkError
+from featstore.loader import FeatureLoader, load_features
+from featstore.progress import ProgressSink, no_progress
+from featstore.reader import Store
+from featstore.schema import STATUS_OK, RowArray
+from heads.checkpoints import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    METRICS_FILE,
+    STATE_FILE,
+    STATE_FORMAT,
+    load_tensors,
+    save_head,
+    save_tensors,
+)
+from heads.config import HeadConfig, HeadOrigin
+from heads.model import TemporalHead, build_head
+from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
+from heads.precision import resolve_device, resolve_precision
+
+__all__ = [
+    "TrainConfig",
+    "TrainSummary",
+    "Trainer",
+    "build_optimizer",
+    "learning_rates",
+    "train_head",
+    "training_rows",
+]
+
+log = logging.getLogger(__name__)
+
+RUN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a finished run did; `seconds` counts training only, over all its processes."""
+
+    run: str
+    head: str
+    dataset: str
+    epochs: int
+    n_listed: int
+    n_trained: int
+    n_failed: int
+    loss: float | None
+    """Mean training loss of the last epoch; None for kind "mean"."""
+    precision: str
+    device: str
+    seconds: float
+    samples_per_second: float | None
+    resumed_from: int
+    """Epochs this call found done; equal to `epochs` when the run had finished before."""
+    path: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as strict JSON values."""
+        return asdict(self)
+
+
+def train_head(
+    store: Store,
+    run_dir: Path,
+    head: HeadConfig,
+    training: TrainConfig,
+    *,
+    rows: npt.ArrayLike,
+    prompt_set: str,
+    resume: bool = False,
+    device: str = "auto",
+    progress: ProgressSink = no_progress,
+) -> TrainSummary:
+    """Train a head on array rows `rows` of `store` and leave it in `run_dir`.
+
+    Rows whose extraction failed are left out, counted and logged. Features stay in memory when
+    they fit. The same seed on the same machine gives the same bits, also through `resume`, which
+    continues after the last whole epoch (and starts a run that is not there yet). A store with
+    fewer frames per view than `training.frames` is used with all it has.
+
+    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
+    Raises UserError when the head or the rows do not fit the store, when the run exists and
+    `resume` is off, or when it was begun with other settings (named in the message); WorkError
+    when the store is not complete, the loss stops being a number (the last good state is kept) or
+    a saved state is damaged.
+    """
+    if head.dim != store.provenance.dim:
+        raise UserError(
+            f"the head is {head.dim} wide and the store's embeddings {store.provenance.dim}: "
+            "build the head for this store"
+        )
+    if not store.complete:
+        raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+    where = resolve_device(device)
+    if training.frames > store.schema.frames:
+        log.warning(
+            "the store holds %d frames per view, %d were asked for: training on %d",
+            *(store.schema.frames, training.frames, store.schema.frames),
+        )
+        training = replace(training, frames=store.schema.frames)
+    listed = np.unique(np.asarray(rows, np.int64))
+    positions = store.positions(listed) if len(listed) else listed
+    usable = listed[store.status[positions] == STATUS_OK] if len(listed) else listed
+    if len(usable) == 0:
+        raise UserError(
+            f"none of the {len(listed)} training samples of {store.path} was extracted: "
+            "see the reasons with mote-cli inspect"
+        )
+    if len(usable) < len(listed):
+        log.warning(
+            "%d of %d training samples failed in extraction and are left out",
+            *(len(listed) - len(usable), len(listed)),
+        )
+    text = store.class_text(prompt_set)
+    origin = _origin(store, prompt_set, training.frames, text.names)
+    settings = {
+        "format": RUN_FORMAT,
+        "head": head.to_json(),
+        "training": training.to_json(),
+        "data": {
+            **origin.to_json(),
+            "n_listed": len(listed),
+            "n_trained": len(usable),
+            "rows_hash": hashlib.sha256(usable.tobytes()).hexdigest()[:16],
+            "prompts_hash": text.sentences_hash,
+        },
+        "precision": resolve_precision(training.precision, head.dim, where),
+        "device": where.type,
+    }
+    _open_run(run_dir, settings, resume)
+    if (run_dir / HEAD_FILE).is_file():
+        log.info("run %s is finished already: nothing to train", run_dir.name)
+        metrics = _read_metrics(run_dir)
+        return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
+
+    model = build_head(
+        head,
+        torch.from_numpy(text.embeddings),
+        logit_scale=store.provenance.logit_scale,
+        generator=torch.Generator().manual_seed(training.seed),
+    )
+    model.origin = origin
+    if head.kind == "mean":
+        log.info("a mean of frames has nothing to train")
+        metrics, resumed_from = [], 0
+        _write_metrics(run_dir, metrics)
+    else:
+        loader = _loader(store, usable, training, where)
+        metrics, resumed_from = _train(model, loader, training, run_dir, where, progress)
+    save_head(model.to("cpu"), run_dir / HEAD_FILE)
+    return _summary(run_dir, settings, metrics, resumed_from)
+
+
+def training_rows(store: Store, split: str | None) -> RowArray:
+    """Array rows to train on: those of `split`, or all of a store without splits.
+
+    Raises UserError when the store has splits and none is named: training on everything would
+    also train on the videos that are to be evaluated.
+    """
+    if split is not None:
+        return store.split(split)
+    if store.split_names:
+        raise UserError(
+            f"{store.path.name} has the splits {', '.join(store.split_names)}: name the one to "
+            "train on with --split"
+        )
+    return store.rows
+
+
+def _train(
+    model: TemporalHead,
+    loader: FeatureLoader,
+    training: TrainConfig,
+    run_dir: Path,
+    device: torch.device,
+    progress: ProgressSink,
+) -> tuple[list[dict[str, Any]], int]:
+    """Run the epochs that are not done yet; returns all epochs' records and how many were done."""
+    trainer = Trainer(model, training, len(loader), device=device)
+    state_file = run_dir / STATE_FILE
+    metrics: list[dict[str, Any]] = []
+    if state_file.is_file():
+        tensors, card = load_tensors(state_file)
+        if card.get("format") != STATE_FORMAT:
+            raise UserError(
+                f"{state_file} has format {card.get('format')!r}, this version writes "
+                f"{STATE_FORMAT}: finish the run with the version that began it"
+            )
+        trainer.restore(tensors)
+        metrics = card["metrics"]
+        log.info("continuing %s after epoch %d", run_dir.name, trainer.epoch)
+    resumed_from = trainer.epoch
+    steps = len(loader)
+    total = training.epochs * steps
+    while trainer.epoch < training.epochs:
+        before = trainer.epoch
+
+        def report(step: int, loss: float, rate: float, before: int = before) -> None:
+            progress(
+                before * steps + step,
+                total,
+                epoch=before + 1,
+                loss=round(loss, 4),
+                samples_per_second=round(rate, 1),
+            )
+
+        metrics.append(trainer.run_epoch(loader.epoch(trainer.epoch), report))
+        # The state carries the records, so the two cannot disagree after a kill between them.
+        card = {"format": STATE_FORMAT, "metrics": metrics}
+        save_tensors(state_file, trainer.state(), card)
+        _write_metrics(run_dir, metrics)
+    _write_metrics(run_dir, metrics)
+    return metrics, resumed_from
+
+
+GPU_SHARE = 0.5
+"""Share of a GPU's free memory that features may take; the head and its optimiser need the rest."""
+
+
+def _loader(
+    store: Store, rows: RowArray, training: TrainConfig, device: torch.device
+) -> FeatureLoader:
+    features = load_features(store, rows)
+    if device.type == "cuda" and isinstance(features, torch.Tensor):
+        free, _ = torch.cuda.mem_get_info(device)
+        if features.nbytes <= GPU_SHARE * free:
+            features = features.to(device)
+    return FeatureLoader(
+        features,
+        store.labels[store.positions(rows)],
+        batch_size=training.batch_size,
+        frames=training.frames,
+        seed=training.seed,
+        rows=rows,
+    )
+
+
+def _origin(store: Store, prompt_set: str, frames: int, names: tuple[str, ...]) -> HeadOrigin:
+    provenance = store.provenance
+    return HeadOrigin(
+        dataset=provenance.dataset,
+        dataset_fingerprint=provenance.dataset_fingerprint,
+        encoder=provenance.encoder,
+        encoder_fingerprint=provenance.encoder_fingerprint,
+        encoder_precision=provenance.precision,
+        sampling=provenance.sampling,
+        crops=provenance.crops,
+        preprocessing=dict(provenance.preprocessing),
+        prompt_set=prompt_set,
+        class_names=names,
+        frames=frames,
+    )
+
+
+# Names of the same weights or places may differ between machines.
+_INFORMATIVE = frozenset({"data.encoder"})
+
+
+def _open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Begin or continue the run: `config.json` says what it is; UserError where it may not."""
+    config_file = run_dir / CONFIG_FILE
+    if not config_file.is_file():
+        if (run_dir / HEAD_FILE).is_file():
+            raise UserError(f"{run_dir} holds a head that was not trained here: choose --name")
+        if resume:
+            log.info("there is no run %s to continue: starting it", run_dir.name)
+        write_json(config_file, settings)
+        return
+    if not resume:
+        raise UserError(
+            f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
+            "--name for another one"
+        )
+    try:
+        begun = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise WorkError(f"{config_file} is not JSON: delete the run and train again") from error
+    asked = _flat(settings)
+    had = _flat(begun)
+    differences = [
+        f"{name} is {_short(had.get(name))} in the run, asked for {_short(asked.get(name))}"
+        for name in sorted(asked.keys() | had.keys())
+        if name not in _INFORMATIVE and asked.get(name) != had.get(name)
+    ]
+    if differences:
+        raise UserError(
+            f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
+            "use the same ones or another --name"
+        )
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """{"training": {"lr": 1}} -> {"training.lr": 1}, two levels deep, through JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(settings)).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": entry for inner, entry in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def _write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
+    write_bytes(run_dir / METRICS_FILE, lines.encode())
+
+
+def _read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        return []  # they describe a finished run; its head is what counts
+
+
+def _summary(
+    run_dir: Path, settings: Mapping[str, Any], metrics: list[dict[str, Any]], resumed_from: int
+) -> TrainSummary:
+    data = settings["data"]
+    seconds = sum(record["seconds"] for record in metrics)
+    samples = sum(record["samples"] for record in metrics)
+    return TrainSummary(
+        run=run_dir.name,
+        head=settings["head"]["kind"],
+        dataset=data["dataset"],
+        epochs=len(metrics),
+        n_listed=data["n_listed"],
+        n_trained=data["n_trained"],
+        n_failed=data["n_listed"] - data["n_trained"],
+        loss=metrics[-1]["loss"] if metrics else None,
+        precision=settings["precision"],
+        device=settings["device"],
+        seconds=seconds,
+        samples_per_second=samples / seconds if seconds else None,
+        resumed_from=resumed_from,
+        path=str(run_dir),
+    )

@@ -1,0 +1,1 @@
+"""Video files to tars, tars to frames, frames to the features of a frozen CLIP."""

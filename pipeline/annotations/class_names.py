@@ -1,0 +1,41 @@
+"""Class names as words a person would use: what text encoders were trained on."""
+
+from __future__ import annotations
+
+import re
+
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+_CAMEL_CASE = re.compile(r"(?=.*[a-z])[A-Z][A-Za-z0-9]*")
+_HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+
+
+def natural_class_name(raw: str) -> str:
+    """The class name as natural words: "brush_hair" -> "brush hair", "TaiChi" -> "tai chi".
+
+    Only names with underscores or in CamelCase change, so that Kinetics names such as
+    "passing American football (in game)" stay as they are. Capital letters are kept in names
+    with underscores unless every word has one. Square brackets of Something-Something V2
+    templates go, their words stay.
+    """
+    text = _BRACKETS.sub(r"\1", raw).strip()
+    words = text.replace("_", " ").split() if "_" in text else [text]
+    lettered = [word for word in words if word[0:1].isalpha()]
+    if all(word[0].isupper() for word in lettered):
+        words = [hump for word in words for hump in _humps(word)]
+    return " ".join(words) or raw
+
+
+def comparable(name: str) -> str:
+    """`name` as Kinetics copies agree on it: lower case, no quotes, spaces for underscores."""
+    return " ".join(name.lower().replace("_", " ").replace('"', "").replace("'", "").split())
+
+
+def _humps(word: str) -> list[str]:
+    """The lower-cased words of a CamelCase word; any other text as it is.
+
+    UCF101 spells one class HandstandPushups and HandStandPushups; both are "handstand pushups".
+    """
+    if not _CAMEL_CASE.fullmatch(word):
+        return [word]
+    humps = " ".join(hump.lower() for hump in _HUMP.findall(word))
+    return humps.replace("hand stand", "handstand").split()

@@ -1,0 +1,150 @@
+"""Names for the integer labels of a list: from a file, from folders, and corrected by the files."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import comparable, natural_class_name
+from pipeline.annotations.records import split_from_folder
+from pipeline.annotations.text_files import header, read_json, read_lines, read_table
+from pipeline.annotations.video_folder import path_stem
+
+# (label, path of the file found or as listed, path as listed)
+Evidence = tuple[int, str, str]
+
+_AGREEMENT = 0.8  # share of a label's files that must speak for another name
+
+
+def is_name_file(path: Path) -> bool:
+    """Whether the file holds class names: a CSV with the header `id,name`, or `labels.json`."""
+    return _is_name_table(path) or path.name.lower() == "labels.json"
+
+
+def _is_name_table(path: Path) -> bool:
+    return header(path) == ["id", "name"]
+
+
+def read_names(path: Path) -> dict[int, str]:
+    """Raw class names by number, in order: CSV `id,name`, JSON {name: number}, or one per line.
+
+    Raises UserError when the file is none of these or gives one number or name twice.
+    """
+    if path.suffix.lower() == ".json":
+        pairs = _json_pairs(path)
+    elif _is_name_table(path) or path.suffix.lower() == ".csv":
+        rows = read_table(path)[1 if _is_name_table(path) else 0 :]
+        # A comma inside a name should be quoted; where it is not, the rest is still the name.
+        pairs = [(row[0], ",".join(row[1:])) for row in rows]
+    else:
+        lines = [text for _, text in read_lines(path)]
+        split = [text.split(None, 1) for text in lines]
+        if all(len(parts) == 2 and parts[0].isdigit() for parts in split):
+            pairs = [(parts[0], parts[1]) for parts in split]
+        else:
+            pairs = [(str(number), text) for number, text in enumerate(lines)]
+    names: dict[int, str] = {}
+    for number, name in pairs:
+        if not number.isdigit() or not name or int(number) in names:
+            raise UserError(
+                f"{str(path)!r}: {number!r}, {name!r} is not a new number with a class name: "
+                "correct the file of class names"
+            )
+        names[int(number)] = name.strip()
+    if not names:
+        raise UserError(f"file of class names {str(path)!r} is empty: name another")
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise UserError(f"{str(path)!r} gives the class name {twice[0]!r} to two numbers")
+    return {number: names[number] for number in sorted(names)}
+
+
+def _json_pairs(path: Path) -> list[tuple[str, str]]:
+    value = read_json(path)
+    if isinstance(value, list):
+        return [(str(number), str(name)) for number, name in enumerate(value)]
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} does not map class names to numbers: correct it")
+    if all(str(key).isdigit() for key in value):
+        return [(str(key), str(name)) for key, name in value.items()]
+    return [(str(number), str(name)) for name, number in value.items()]
+
+
+def names_from_folders(evidence: Sequence[Evidence]) -> dict[int, str] | None:
+    """Names by number when every label has one class folder and no two share one, else None."""
+    folders: dict[int, set[str]] = defaultdict(set)
+    for label, found, listed in evidence:
+        candidates = (_folder(listed), _folder(found))
+        folder = next((name for name in candidates if name and not split_from_folder(name)), None)
+        if folder is None:
+            return None
+        folders[label].add(folder)
+    names = {label: next(iter(folders[label])) for label in sorted(folders)}
+    consistent = all(len(group) == 1 for group in folders.values())
+    return names if consistent and len(set(names.values())) == len(names) else None
+
+
+def correct_names(
+    names: dict[int, str], evidence: Sequence[Evidence], note: Callable[[str], None]
+) -> dict[int, str]:
+    """`names` with exchanged ones put right, where the files' own names say so.
+
+    X-CLIP's HMDB51 label file, and what inherits it, exchanges "kick" with "kick ball" and
+    "sword" with "sword exercise". A correction is made only where files of the labels concerned
+    speak for one another's names; any other contradiction is noted and left.
+    """
+    by_form = {_form(name): label for label, name in names.items()}
+    pattern = re.compile(
+        "|".join(re.escape(form) for form in sorted(by_form, key=len, reverse=True) if form)
+    )
+    votes: dict[int, Counter[int]] = defaultdict(Counter)
+    for label, found, listed in evidence:
+        spoken = _spoken_label(found, listed, by_form, pattern)
+        if spoken is not None:
+            votes[label][spoken] += 1
+    moved: dict[int, int] = {}
+    for label, counter in votes.items():
+        spoken, count = counter.most_common(1)[0]
+        if spoken != label and count >= _AGREEMENT * counter.total():
+            moved[label] = spoken
+    if not moved:
+        return names
+    if set(moved) != set(moved.values()):
+        label, spoken = next(iter(moved.items()))
+        note(
+            f"label {label} is called {names[label]!r} but its files look like {names[spoken]!r}: "
+            "check the file of class names"
+        )
+        return names
+    listed_names = ", ".join(repr(names[label]) for label in sorted(moved))
+    note(
+        f"the file of class names exchanges {listed_names} against what the files are called: "
+        "corrected"
+    )
+    return {label: names[moved.get(label, label)] for label in names}
+
+
+def _spoken_label(
+    found: str, listed: str, by_form: dict[str, int], pattern: re.Pattern[str]
+) -> int | None:
+    """The label whose name the folder, or else the file's name, holds (the longest that fits)."""
+    for path in (listed, found):
+        folder = _form(_folder(path))
+        if folder in by_form:
+            return by_form[folder]
+    stem = _form(path_stem(found).rpartition("/")[2])
+    matches = pattern.findall(stem)
+    return by_form[max(matches, key=len)] if matches else None
+
+
+def _form(name: str) -> str:
+    """ " kick ball " for "kick_ball", "Kick ball" and "KickBall": whole words only can match."""
+    words = re.findall(r"[^\W_]+", comparable(natural_class_name(name)))
+    return f" {' '.join(words)} " if words else ""
+
+
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0].rpartition("/")[2]

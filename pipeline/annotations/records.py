@@ -1,0 +1,252 @@
+"""Records of listed videos, their keys, and how several mentions of a video become one record."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from featstore.errors import UserError
+
+MAX_NAME_LENGTH = 200
+MAX_SPLITS = 32  # a row of the store holds its splits as the bits of one uint32
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "holdout_test": "test",  # Kinetics-600
+}
+_SPLIT_ORDER = {"train": 0, "val": 1, "test": 2}
+_WORDS = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
+# "train", "videos_val" (mmaction2), "train_256" and "val_320p" (compressed copies)
+_SPLIT_FOLDER = re.compile(rf"(?:videos?[_-])?({_WORDS})(?:[_-]\d+(?:p|px)?)?")
+_SPLIT_IN_FILE_NAME = re.compile(rf"(?<![a-z])({_WORDS})(?:list)?(?![a-z])")
+_NUMBER_IN_FILE_NAME = re.compile(
+    rf"(?:split|{_WORDS})(?:list)?[_-]?0*(\d{{1,2}})(?![0-9a-z])",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRecord:
+    """One video file that was listed and found.
+
+    `path` is relative to the videos folder, with slashes; `source` is the name as it was listed;
+    `class_name` is the raw name; `splits` are those the video belongs to (none, one or several).
+    """
+
+    key: str
+    path: str
+    source: str
+    class_name: str
+    splits: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MissingVideo:
+    """One listed video that cannot be packed, and why: no such file, or a name that is refused."""
+
+    key: str
+    source: str
+    class_name: str
+    splits: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All that annotations and a videos folder say together.
+
+    `class_names` are raw names in label order; `split_names` in their usual order. With
+    `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
+    sentences the user should read.
+    """
+
+    records: list[VideoRecord]
+    class_names: list[str]
+    split_names: list[str]
+    missing: list[MissingVideo] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    overlapping_splits: bool = False
+
+    @property
+    def videos(self) -> int:
+        """How many videos are listed, found or not."""
+        return len(self.records) + len(self.missing)
+
+
+def key_from_name(name: str) -> str:
+    """A key safe in tars and file systems, without dots or slashes; `name_from_key` undoes it.
+
+    WebDataset splits names at the first dot, so dots are percent-encoded like the rest.
+    """
+    quoted = urllib.parse.quote(name.encode("utf-8", "surrogateescape"), safe="")
+    return quoted.replace(".", "%2E")
+
+
+def name_from_key(key: str) -> str:
+    """The name that `key_from_name` made `key` of."""
+    return urllib.parse.unquote_to_bytes(key).decode("utf-8", "surrogateescape")
+
+
+def split_from_word(word: str) -> str | None:
+    """ "train", "val" or "test" for any of their usual spellings, None for another word."""
+    return _SPLIT_WORDS.get(word.strip().lower())
+
+
+def split_from_folder(folder: str) -> str | None:
+    """The split that a folder's name stands for ("validation", "videos_train", "val_256")."""
+    match = _SPLIT_FOLDER.fullmatch(folder.lower())
+    return _SPLIT_WORDS[match[1]] if match else None
+
+
+def split_from_file_name(stem: str) -> str | None:
+    """The split an annotation file's name stands for: "hmdb51_test_split_2" -> "test2"."""
+    kind = _SPLIT_IN_FILE_NAME.search(stem.lower())
+    if kind is None:
+        return None
+    number = _NUMBER_IN_FILE_NAME.search(stem.lower())
+    return _SPLIT_WORDS[kind[1]] + (number[1] if number else "")
+
+
+def ordered_splits(names: Iterable[str]) -> list[str]:
+    """Split names in reading order: train, val, test; then train1, test1, train2, ...; then others.
+
+    Raises UserError when there are more than a row of the store can hold.
+    """
+
+    def place(name: str) -> tuple[int, int, str]:
+        match = re.fullmatch(r"(train|val|test)(\d*)", name)
+        if match is None:
+            return (1_000_000, 0, name)
+        return (int(match[2] or 0), _SPLIT_ORDER[match[1]], name)
+
+    ordered = sorted(set(names), key=place)
+    if len(ordered) > MAX_SPLITS:
+        raise UserError(
+            f"{len(ordered)} splits are listed: at most {MAX_SPLITS} fit in one dataset; "
+            "pack with fewer annotation files"
+        )
+    return ordered
+
+
+@dataclass(slots=True)
+class _Mention:
+    source: str
+    path: str
+    class_name: str
+    splits: list[str]
+    reason: str
+
+
+class ListingBuilder:
+    """Collects mentions of videos; a second mention of a file adds its splits to the first."""
+
+    def __init__(self) -> None:
+        self._by_key: dict[str, _Mention] = {}
+        self._key_of_path: dict[str, str] = {}
+        self._repeated = 0
+        self._notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence that the user should read."""
+        self._notes.append(sentence)
+
+    def add(
+        self,
+        name: str,
+        *,
+        source: str,
+        class_name: str,
+        splits: Sequence[str] = (),
+        path: str | None,
+        reason: str = "no such file in the videos folder",
+    ) -> None:
+        """Add one mention: `name` becomes the key; `path` None means not found, for `reason`.
+
+        Raises UserError when the name or the file is already there as something else.
+        """
+        key = key_from_name(name)
+        if path is not None:
+            key = self._key_of_path.setdefault(path, key)
+        first = self._by_key.get(key)
+        if first is None:
+            problem = "" if path is not None else reason
+            if refusal := _refused_name(name) or _refused_name(path or "", limit=None):
+                problem = refusal
+            self._by_key[key] = _Mention(
+                _printable(source), path or "", class_name, list(dict.fromkeys(splits)), problem
+            )
+            return
+        if not first.path and path is not None and first.source == _printable(source):
+            first.path, first.reason = path, _refused_name(name)
+        elif path is not None and first.path != path:
+            raise UserError(
+                f"two videos have the same key {key!r}: {first.path or first.source!r} and "
+                f"{path or source!r}; rename one of the files or take one out of the list"
+            )
+        if first.class_name != class_name:
+            raise UserError(
+                f"{source!r} is listed with two classes, {first.class_name!r} and "
+                f"{class_name!r} (first as {first.source!r}): a video has one class; correct the "
+                "annotations or move one file away"
+            )
+        self._repeated += 1
+        first.splits.extend(split for split in splits if split not in first.splits)
+
+    def build(
+        self, class_names: Sequence[str] | None = None, *, overlapping_splits: bool = False
+    ) -> Listing:
+        """The listing, sorted by key; class names sorted by raw name where none are given."""
+        if self._repeated:
+            self._notes.append(
+                f"{self._repeated} repeated mentions of a video were merged with the first"
+            )
+        split_names = ordered_splits(
+            split for mention in self._by_key.values() for split in mention.splits
+        )
+        place = {name: index for index, name in enumerate(split_names)}
+        records, missing = [], []
+        used: set[str] = set()
+        for key in sorted(self._by_key):
+            mention = self._by_key[key]
+            used.add(mention.class_name)
+            splits = tuple(sorted(mention.splits, key=place.__getitem__))
+            if mention.reason:
+                missing.append(
+                    MissingVideo(key, mention.source, mention.class_name, splits, mention.reason)
+                )
+            else:
+                records.append(
+                    VideoRecord(key, mention.path, mention.source, mention.class_name, splits)
+                )
+        return Listing(
+            records=records,
+            class_names=sorted(used) if class_names is None else list(class_names),
+            split_names=split_names,
+            missing=missing,
+            notes=self._notes,
+            overlapping_splits=overlapping_splits,
+        )
+
+
+def _printable(text: str) -> str:
+    """`text` with escapes for the bytes of file names that are not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _refused_name(name: str, limit: int | None = MAX_NAME_LENGTH) -> str:
+    """Why no sample can carry this name; empty when it can."""
+    if limit is not None and len(name) > limit:
+        return f"its name has {len(name)} characters, more than {limit}: shorten it"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "its name is not valid UTF-8: rename the file"
+    return ""

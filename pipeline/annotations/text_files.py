@@ -1,0 +1,70 @@
+"""Annotation files as text, tables and JSON; every failure names the file and the remedy."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import UserError, one_line
+
+# A label or a path never comes near this; a file that is one endless field is no table.
+csv.field_size_limit(1_000_000)
+
+
+def read_text(path: Path) -> str:
+    """The file's text without a byte-order mark. Raises UserError when it is no UTF-8 text."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"annotation file {str(path)!r} is not UTF-8 text: save it as UTF-8 or name another"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read annotation file {str(path)!r}: {error.strerror}; make it readable or "
+            "name another"
+        ) from error
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """(line number, text) of every line that is not blank, without line ends of any system."""
+    lines = enumerate(read_text(path).splitlines(), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def read_table(path: Path, separator: str = ",") -> list[list[str]]:
+    """The rows of a table with quoted cells; blank rows are left out, cells are stripped."""
+    text = read_text(path)
+    try:
+        rows = list(csv.reader(text.splitlines(), delimiter=separator))
+    except csv.Error as error:
+        raise UserError(f"{str(path)!r} is not a table: {one_line(error)}; correct it") from error
+    return [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+
+
+def read_json(path: Path) -> Any:
+    """The file's JSON value. Raises UserError when it is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(
+            f"annotation file {str(path)!r} is not JSON: {one_line(error)}; fetch it again"
+        ) from error
+
+
+def opening(path: Path, size: int = 65536) -> str:
+    """The first characters of a file, to tell its format; empty when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(size).decode("utf-8-sig", "replace")
+    except OSError:
+        return ""
+
+
+def header(path: Path) -> list[str]:
+    """The cells of the first line, lower case, as a comma-separated file has them."""
+    lines = opening(path).lstrip().splitlines()
+    row = next(csv.reader(lines[:1]), []) if lines else []
+    return [cell.strip().lower() for cell in row]

@@ -1,0 +1,346 @@
+"""Frozen CLIP towers: frames and sentences to embeddings.
+
+N images, n sentences, C classes, D embedding width, s input size, L context length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+
+from featstore.errors import UserError, one_line
+from featstore.progress import ProgressSink, no_progress
+from pipeline.encoder_sources import LoadedClip, load_clip, save_open_clip_folder
+from pipeline.preprocessing import FrameInput, Preprocessing
+from pipeline.prompts import sentences
+
+__all__ = ["Encoder", "Precision", "cpu_has_bf16", "load_encoder", "save_open_clip_folder"]
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+# Reduced precision is chosen by itself only when it pays and keeps the direction of embeddings.
+MIN_SPEEDUP = 1.2
+MIN_COSINE = 0.999
+# Below this a tower is too quick to time reliably, and fp32 costs nothing that is noticed.
+MIN_TIMED_PARAMETERS = 10_000_000
+IMAGES_PER_BATCH = {"cpu": 16, "cuda": 256}  # bounds memory; on a CPU 8 to 32 are equally fast
+SENTENCES_PER_BATCH = 256
+# Config entries that do not change what a trained model computes.
+_TRAINING_ENTRIES = {
+    "patch_dropout",
+    "timm_drop",
+    "timm_drop_path",
+    "timm_model_pretrained",
+    "hf_model_pretrained",
+    "output_tokens",
+}
+
+
+class Encoder:
+    """A frozen CLIP. Threads may encode at the same time; no method changes its state.
+
+    `name` is fit for a folder name; `fingerprint` identifies weights and function, whatever they
+    were loaded from; `logit_scale` is the multiplier (already exponentiated).
+    """
+
+    def __init__(
+        self, loaded: LoadedClip, spec: str, precision: str = "fp32", device: str = "cpu"
+    ) -> None:
+        self.name = loaded.name
+        self.spec = spec
+        self.model_config = loaded.model_config
+        self.fingerprint = fingerprint(loaded.model, loaded.model_config)
+        self.device = torch.device(device)
+        self.model = loaded.model.to(self.device)
+        self.image_tower: torch.nn.Module = cast(torch.nn.Module, self.model.visual)
+        self.dim = int(loaded.model_config["embed_dim"])
+        self.logit_scale = float(cast(torch.Tensor, self.model.logit_scale).float().exp())
+        self.preprocessing = Preprocessing.from_open_clip(
+            loaded.preprocess_config, size=cast(Any, self.image_tower).image_size
+        )
+        self._tokenizer = _tokenizer(loaded)
+        self.context_length = int(self._tokenizer.context_length)
+        self.precision: Precision = self._choose_precision(precision)
+        # Weights in low precision, not autocast, which was three times slower than fp32 on a CPU.
+        self.image_tower.to(PRECISIONS[self.precision])
+
+    def encode_frames(self, frames: FrameInput) -> torch.Tensor:
+        """RGB uint8 [N,H,W,3], centre-cropped -> float32 [N,D] on the encoder's device."""
+        return self.encode_pixels(self.preprocessing.crops(frames, 1)[0])
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Preprocessed images [N,3,s,s] -> projected embeddings float32 [N,D], not normalised."""
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.preprocessing.size):
+            raise ValueError(
+                f"pixels must be [N,3,{self.preprocessing.size[0]},{self.preprocessing.size[1]}], "
+                f"not {list(pixels.shape)}"
+            )
+        batch = IMAGES_PER_BATCH.get(self.device.type, IMAGES_PER_BATCH["cpu"])
+        parts = [
+            self._encode_batch(part, PRECISIONS[self.precision])
+            for part in torch.split(pixels, batch)
+        ]
+        return torch.cat(parts)
+
+    def _encode_batch(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        output = self.image_tower(pixels.to(self.device, dtype))
+        # CoCa's tower also gives its tokens.
+        embeddings: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return embeddings.float()
+
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """int64 [n,L] token ids. Raises UserError for a sentence the model cannot take."""
+        if isinstance(self._tokenizer, open_clip.SimpleTokenizer):
+            room = self.context_length - 2  # start and end take one place each
+            for text in texts:
+                length = len(self._tokenizer.encode(text))
+                if length > room:
+                    raise UserError(
+                        f"the sentence {one_line(text, 80)!r} has {length} tokens, the encoder "
+                        f"{self.name} takes {room}: shorten it"
+                    )
+        tokens = cast(torch.Tensor, self._tokenizer(list(texts)))
+        vocabulary = cast(int | None, getattr(self.model, "vocab_size", None))
+        if vocabulary is not None and int(tokens.max()) >= vocabulary:
+            worst = texts[int(tokens.amax(dim=1).argmax())]
+            raise UserError(
+                f"the sentence {one_line(worst, 80)!r} has tokens beyond the {vocabulary} of the "
+                f"encoder {self.name}: its vocabulary was cut down, use a whole CLIP"
+            )
+        return tokens
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
+        """Sentences -> float32 [n,D], not normalised; always computed in fp32.
+
+        Raises UserError for an over-long sentence or one with tokens the model does not have.
+        """
+        if not texts:
+            return torch.zeros(0, self.dim, device=self.device)
+        return self.encode_tokens(self.tokenize(texts))
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids int64 [n,L] -> float32 [n,D], not normalised."""
+        return torch.cat(
+            [
+                self._encode_tokens(part)
+                for part in torch.split(tokens.to(self.device), SENTENCES_PER_BATCH)
+            ]
+        )
+
+    def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        model = cast(Any, self.model)
+        if type(model) is not open_clip.CLIP or model.text_pool_type != "argmax":
+            return cast(torch.Tensor, model.encode_text(tokens)).float()
+        if model.attn_mask is None:
+            return cast(torch.Tensor, model.encode_text(tokens)).float()
+        # Attention looks back only, and the embedding is read at the end-of-text token (the
+        # largest id): what follows the last of them changes nothing, so most of the 77 places
+        # need no computation.
+        ends = tokens.argmax(dim=-1)
+        used = int(ends.max()) + 1
+        hidden = model.token_embedding(tokens[:, :used]) + model.positional_embedding[:used]
+        hidden = model.transformer(hidden, attn_mask=model.attn_mask[:used, :used])
+        hidden = model.ln_final(hidden[torch.arange(len(tokens), device=self.device), ends])
+        projection = model.text_projection
+        if projection is None:
+            return cast(torch.Tensor, hidden).float()
+        if isinstance(projection, torch.nn.Linear):
+            return cast(torch.Tensor, projection(hidden)).float()
+        return cast(torch.Tensor, hidden @ projection).float()
+
+    @torch.no_grad()
+    def class_embeddings(
+        self,
+        class_names: Sequence[str],
+        prompt_set: str,
+        progress: ProgressSink = no_progress,
+    ) -> torch.Tensor:
+        """Unit class features float32 [C,D], in the order of `class_names`.
+
+        Every sentence is encoded and normalised; the mean over a class's sentences is normalised
+        again (MoTE, Zhu et al., NeurIPS 2024).
+        """
+        texts = [text for name in class_names for text in sentences(prompt_set, name)]
+        if not texts:
+            return torch.zeros(0, self.dim, device=self.device)
+        tokens = self.tokenize(texts)
+        # Sentences of like length share a batch, so that short ones cost little.
+        order = (tokens != 0).sum(dim=1).argsort(stable=True).tolist()
+        embeddings = torch.empty(len(texts), self.dim, device=self.device)
+        for start in range(0, len(order), SENTENCES_PER_BATCH):
+            chosen = order[start : start + SENTENCES_PER_BATCH]
+            embeddings[chosen] = self.encode_tokens(tokens[chosen])
+            progress(start + len(chosen), len(order))
+        per_prompt = F.normalize(embeddings, dim=-1).view(len(class_names), -1, self.dim)
+        return F.normalize(per_prompt.mean(dim=1), dim=-1)
+
+    def _choose_precision(self, wanted: str) -> Precision:
+        if wanted in PRECISIONS:
+            return cast(Precision, wanted)
+        if wanted != "auto":
+            raise UserError(f"unknown precision {wanted!r}: use auto, {', '.join(PRECISIONS)}")
+        candidate: Precision = "fp16" if self.device.type == "cuda" else "bf16"
+        parameters = sum(parameter.numel() for parameter in self.image_tower.parameters())
+        if parameters < MIN_TIMED_PARAMETERS:
+            return "fp32"
+        if self.device.type == "cpu" and not cpu_has_bf16():
+            return "fp32"
+        speedup, cosine = self._compare_with_fp32(PRECISIONS[candidate])
+        chosen: Precision = candidate if speedup >= MIN_SPEEDUP and cosine >= MIN_COSINE else "fp32"
+        logger.info(
+            "precision %s: %s is %.1f times as fast as fp32 at cosine %.5f",
+            chosen,
+            candidate,
+            speedup,
+            cosine,
+        )
+        return chosen
+
+    @torch.no_grad()
+    def _compare_with_fp32(self, dtype: torch.dtype) -> tuple[float, float]:
+        """(how many times faster than fp32, smallest cosine to fp32) on two random images."""
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (2, 3, *self.preprocessing.size), generator=generator)
+        pixels = self.preprocessing.normalise(noise.to(torch.uint8))
+        # Storing fp32 weights aside would double the memory; fp16 weights of OpenAI survive the
+        # round trip, others would not.
+        saved = {k: v.clone() for k, v in self.image_tower.state_dict().items()}
+        full_seconds, full = self._timed(lambda: self._encode_batch(pixels, torch.float32))
+        self.image_tower.to(dtype)
+        reduced_seconds, reduced = self._timed(lambda: self._encode_batch(pixels, dtype))
+        self.image_tower.to(torch.float32).load_state_dict(saved)
+        cosine = float(F.cosine_similarity(full, reduced).nan_to_num(nan=-1.0).min())
+        return full_seconds / reduced_seconds, cosine
+
+    def _timed(self, run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+        """CPU seconds (they do not depend on what else the machine does) of the better of two."""
+        seconds = []
+        on_gpu = self.device.type == "cuda"
+        for _ in range(2):
+            start = time.perf_counter() if on_gpu else time.process_time()
+            output = run()
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+            end = time.perf_counter() if on_gpu else time.process_time()
+            seconds.append(max(end - start, 1e-9))
+        return min(seconds), output
+
+
+def load_encoder(
+    spec: str | Path,
+    precision: str = "auto",
+    device: str = "cpu",
+    encoders_dir: Path | None = None,
+) -> Encoder:
+    """Load a frozen CLIP.
+
+    `spec`: a folder in open_clip's format, an OpenAI-format `.pt`, a name in `encoders_dir`, or
+    `ARCH/TAG` as open_clip names its pretrained models. `precision` of the image tower: `auto`
+    takes bf16 on CPUs with bf16 instructions (fp16 on GPUs) where it is at least 1.2 times as fast
+    and keeps the cosine to fp32 at 0.999 or more. Raises UserError for a spec or file that cannot
+    be used, WorkError when weights cannot be fetched.
+    """
+    if precision not in (*PRECISIONS, "auto"):
+        raise UserError(f"unknown precision {precision!r}: use auto, {', '.join(PRECISIONS)}")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {device!r} asked for, but no GPU can be used: use --device cpu")
+    return Encoder(load_clip(str(spec), encoders_dir), str(spec), precision, device)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's bf16)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = {
+        flag
+        for line in lines
+        if line.lower().startswith(("flags", "features"))
+        for flag in line.partition(":")[2].split()
+    }
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def fingerprint(model: torch.nn.Module, model_config: Mapping[str, Any]) -> str:
+    """sha256 over every tensor (name, dtype, shape, bytes in fp32) and what else sets the function.
+
+    The same model gives the same fingerprint whatever file or name it was loaded from and in
+    whatever precision its weights were stored.
+    """
+    digest = hashlib.sha256(json.dumps(_function_config(model_config), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        value = value.float() if value.is_floating_point() else value
+        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _function_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Config entries that differ from open_clip's defaults and change what the model computes.
+
+    Leaving defaults out keeps the fingerprint when a config spells one out, and when a later
+    open_clip adds an entry.
+    """
+
+    def changed(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in section.items()
+            if name not in _TRAINING_ENTRIES and defaults.get(name) != value
+        }
+
+    vision = {field.name: field.default for field in fields(CLIPVisionCfg)}
+    text = {field.name: field.default for field in fields(CLIPTextCfg)}
+    result: dict[str, Any] = {
+        "quick_gelu": bool(model_config.get("quick_gelu", False)),
+        "vision": changed(model_config["vision_cfg"], vision),
+        "text": changed(model_config["text_cfg"], text),
+    }
+    if "multimodal_cfg" in model_config:
+        result["multimodal"] = changed(model_config["multimodal_cfg"], text)
+    return result
+
+
+def _tokenizer(loaded: LoadedClip) -> Any:
+    text = loaded.model_config["text_cfg"]
+    named = text.get("hf_tokenizer_name") or "siglip" in loaded.tokenizer_source.lower()
+    if named and loaded.tokenizer_source:
+        try:
+            return open_clip.get_tokenizer(loaded.tokenizer_source)
+        except Exception as error:
+            raise UserError(
+                f"the tokeniser of {loaded.name} cannot be loaded ({one_line(error, 160)}): "
+                "install the package `transformers`, or use a CLIP with the standard tokeniser"
+            ) from None
+    return standard_tokenizer(
+        text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+        **text.get("tokenizer_kwargs", {}),
+    )
+
+
+def standard_tokenizer(context_length: int, **options: Any) -> Any:
+    """CLIP's byte pair encoding: called with n sentences it gives int64 [n,context_length]."""
+    return open_clip.SimpleTokenizer(context_length=context_length, **options)

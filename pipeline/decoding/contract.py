@@ -1,0 +1,81 @@
+"""What a decoder is: the same file and indices give the same frames, or a `DecodeError`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Frames = npt.NDArray[np.uint8]
+Source = bytes | Path | BinaryIO
+
+
+class DecodeError(Exception):
+    """One video cannot be decoded as asked; the rest of the work goes on.
+
+    `reason` is one plain line without file names or addresses: it is stored beside the sample.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What is known of a video before frames are chosen.
+
+    `num_frames` is the number of frames that a decoder really shows; `container_frames` is what
+    the container says (0 when it says nothing). `width` and `height` are those of the picture as
+    it is shown, that is after the `rotation` (degrees clockwise: 0, 90, 180 or 270) is applied.
+    `skipped_packets` counts damaged packets that were passed over (always 0 for a codec that is
+    decoded strictly).
+    """
+
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    duration_s: float
+    container_frames: int
+    rotation: int
+    skipped_packets: int = 0
+
+
+ChooseFrames = Callable[[VideoInfo], npt.ArrayLike]
+
+
+class Decoder(Protocol):
+    """Decodes chosen frames of one video; holds no open file, so threads may share one."""
+
+    @property
+    def name(self) -> str:
+        """Short name for provenance."""
+        ...
+
+    def probe(self, source: Source) -> VideoInfo:
+        """Count the frames and check that the last one comes out. Raises `DecodeError`."""
+        ...
+
+    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
+        """The frames asked for as RGB uint8 [n, height, width, 3], in the order asked.
+
+        Indices are zero-based in display order; any order and repeats are allowed.
+        Raises `DecodeError` when a frame asked for does not exist or cannot be produced.
+        """
+        ...
+
+    def decode_with_info(
+        self, source: Source, choose: ChooseFrames
+    ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
+        """`decode` with indices chosen from the counted frames, reading the file once.
+
+        Returns (info, RGB uint8 [n, height, width, 3], seconds float64 [n]); the seconds are
+        presentation times on the container's clock (frame number / fps in AVI, which has none).
+        """
+        ...

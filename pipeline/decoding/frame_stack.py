@@ -1,0 +1,109 @@
+"""Collects decoded frames in the order asked, upright, as RGB."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+import numpy.typing as npt
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+
+from pipeline.decoding.contract import DecodeError, Frames
+
+if TYPE_CHECKING:
+    from av.sidedata.sidedata import SideData
+
+MAX_BYTES = 2 << 30  # of all frames asked for in one call
+
+
+class FrameStack:
+    """Frames asked for by index [n], filled one by one; `missing` holds those still to come."""
+
+    def __init__(self, frame_indices: npt.ArrayLike) -> None:
+        self.indices: npt.NDArray[np.int64] = np.asarray(frame_indices).reshape(-1)
+        if self.indices.size and not np.issubdtype(self.indices.dtype, np.integer):
+            raise ValueError(f"frame indices must be integers, not {self.indices.dtype}")
+        self.indices = self.indices.astype(np.int64)
+        if not self.indices.size:
+            raise ValueError("no frame indices given: ask for at least one frame")
+        if self.indices.min() < 0:
+            raise DecodeError(f"there is no frame {self.indices.min()}: indices start at 0")
+        self._places: dict[int, list[int]] = defaultdict(list)
+        for place, index in enumerate(self.indices.tolist()):
+            self._places[index].append(place)
+        self.missing = set(self._places)
+        self.seconds = np.full(len(self.indices), np.nan)
+        self._frames: Frames | None = None
+        # A reformatter of our own keeps its tables from frame to frame.
+        self._reformatter = VideoReformatter()
+
+    def require_within(self, num_frames: int) -> None:
+        """Raise `DecodeError` when an index is not below `num_frames`."""
+        if self.indices.max() >= num_frames:
+            raise DecodeError(
+                f"there is no frame {self.indices.max()}: the video has {num_frames} frames"
+            )
+
+    def put(self, index: int, frame: VideoFrame, seconds: float) -> None:
+        """Store `frame`, shown at `seconds`, as number `index` wherever that was asked for."""
+        width, height = shown_size(frame)
+        if self._frames is None:
+            shape = (len(self.indices), height, width, 3)
+            if np.prod(shape, dtype=object) > MAX_BYTES:
+                raise DecodeError(
+                    f"{shape[0]} frames of {width}x{height} need more than the limit of "
+                    f"{MAX_BYTES >> 30} GiB"
+                )
+            self._frames = np.empty(shape, np.uint8)
+        if self._frames.shape[1:3] != (height, width):
+            raise DecodeError(
+                f"the size changes within the video: frame {index} is {width}x{height}, others "
+                f"are {self._frames.shape[2]}x{self._frames.shape[1]}"
+            )
+        # threads=1: by default swscale takes every core, and many videos are decoded at once.
+        rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        upright = _upright(rgb, frame)
+        for place in self._places[index]:
+            self._frames[place] = upright
+            self.seconds[place] = seconds
+        self.missing.discard(index)
+
+    @property
+    def frames(self) -> Frames:
+        """RGB uint8 [n, height, width, 3]; only when nothing is missing."""
+        assert self._frames is not None
+        assert not self.missing
+        return self._frames
+
+
+def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """The display matrix at right angles: (a, b, c, d) of x' = a x + c y, y' = b x + d y."""
+    matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
+    if matrix is None:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(b) > abs(a):
+        return 0, (1 if b > 0 else -1), (1 if c > 0 else -1), 0
+    return (1 if a >= 0 else -1), 0, 0, (1 if d >= 0 else -1)
+
+
+def shown_rotation(frame: VideoFrame) -> int:
+    """Degrees clockwise (0, 90, 180, 270) by which the frame is turned to be shown."""
+    a, b, _, _ = _display_axes(frame)
+    return {(1, 0): 0, (0, 1): 90, (-1, 0): 180, (0, -1): 270}[a, b]
+
+
+def shown_size(frame: VideoFrame) -> tuple[int, int]:
+    """(width, height) of the frame as it is shown."""
+    turned = _display_axes(frame)[0] == 0
+    return (frame.height, frame.width) if turned else (frame.width, frame.height)
+
+
+def _upright(rgb: npt.NDArray[np.generic], frame: VideoFrame) -> npt.NDArray[np.generic]:
+    """The picture uint8 [H,W,3] turned and mirrored as the display matrix says."""
+    a, b, c, d = _display_axes(frame)
+    if a == 0:
+        rgb, a, d = rgb.transpose(1, 0, 2), c, b
+    return rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

@@ -1,0 +1,75 @@
+"""Which packets must be decoded to get the chosen frames: arithmetic on a packet table, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Packets `first` to `last` (inclusive, in file order) decoded without a gap for `wanted`."""
+
+    first: int
+    last: int
+    wanted: frozenset[int]
+
+
+@dataclass(frozen=True)
+class PacketTable:
+    """Packets of one video stream in file (decoding) order.
+
+    `pts` int64 [packets] in the stream's time base, `keyframe` bool [packets], `discard` bool
+    [packets] (decoded but not shown: edit lists). `complete_pts` is False when a packet has no
+    time.
+    """
+
+    pts: npt.NDArray[np.int64]
+    keyframe: npt.NDArray[np.bool_]
+    discard: npt.NDArray[np.bool_]
+    complete_pts: bool
+
+    def display_order(self) -> npt.NDArray[np.int64]:
+        """Packet number of every shown frame, in display order: int64 [frames]."""
+        shown = np.flatnonzero(~self.discard)
+        return shown[np.argsort(self.pts[shown], kind="stable")]
+
+    def is_reliable(self) -> bool:
+        """Whether display order can be read off the table without decoding.
+
+        Every packet needs a time of its own, and the stream must begin with a keyframe that no
+        shown frame precedes: pictures shown before it lean on packets that are not in the file
+        and never come out of a decoder.
+        """
+        shown = self.pts[~self.discard]
+        return bool(
+            self.complete_pts
+            and len(shown) > 0
+            and self.keyframe[0]
+            and len(np.unique(shown)) == len(shown)
+            and shown.min() >= self.pts[0]
+        )
+
+    def runs(self, packets: Iterable[int]) -> list[Run]:
+        """The runs of packets to decode so that the frames of `packets` come out.
+
+        A run begins at the keyframe before its first wanted packet. A picture shown before its
+        own keyframe (leading picture of an open GOP) leans on the GOP before, so that one is
+        decoded too. Runs that touch are joined.
+        """
+        keyframes = np.flatnonzero(self.keyframe)
+        runs: list[Run] = []
+        for packet in sorted(set(packets)):
+            group = max(int(np.searchsorted(keyframes, packet, side="right")) - 1, 0)
+            if self.pts[packet] < self.pts[keyframes[group]] and group > 0:
+                group -= 1
+            first = int(keyframes[group])
+            if runs and first <= runs[-1].last + 1:
+                previous = runs.pop()
+                runs.append(Run(previous.first, packet, previous.wanted | {packet}))
+            else:
+                runs.append(Run(first, packet, frozenset({packet})))
+        return runs

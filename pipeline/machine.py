@@ -1,0 +1,116 @@
+"""What the machine offers this program: versions, processor, GPU, decoders, network, disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import sys
+from contextlib import suppress
+from ctypes import CDLL
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.clip_encoder import cpu_has_bf16
+from pipeline.encoder_sources import hub_reachable
+
+PACKAGES = (
+    "mote-video",
+    "torch",
+    "torchvision",
+    "open_clip_torch",
+    "av",
+    "zarr",
+    "numcodecs",
+    "webdataset",
+    "nvidia-dali-cuda130",
+)
+
+
+def machine_report(root: Path) -> dict[str, Any]:
+    """JSON-ready facts about this machine; `root` is where free disk is looked up."""
+    report: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: _version(name) for name in PACKAGES},
+        "cpu": _processor(),
+        "cores": usable_cores(),
+        "cpu_bf16": "yes" if cpu_has_bf16() else "no: fp32 is used",
+        "memory_gib": _memory_gib(),
+        "gpu": "none: everything runs on the CPU",
+        "nvdec": "yes" if _loads("libnvcuvid.so.1") else "no",
+        "dali": _dali(),
+        "hub": (
+            "reachable: pretrained weights can be downloaded"
+            if hub_reachable()
+            else "not reachable: use weights from the cache or a local folder (--encoder DIR)"
+        ),
+        "free_disk_gib": _free_gib(root),
+        "workspace": str(root),
+    }
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        report["gpu"] = ", ".join(names)
+    return report
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _loads(library: str) -> bool:
+    try:
+        CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _dali() -> str:
+    try:
+        import nvidia.dali
+    except (ImportError, OSError):
+        return "no"
+    return f"yes, {nvidia.dali.__version__}"
+
+
+def _free_gib(root: Path) -> float:
+    place = root.absolute()
+    while not place.exists():
+        place = place.parent
+    return round(shutil.disk_usage(place).free / 2**30, 1)
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held so far, in megabytes of 10^6 bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used * (1 if sys.platform == "darwin" else 1024) / 1e6

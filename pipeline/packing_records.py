@@ -1,0 +1,111 @@
+"""What packing remembers between runs: the record of every finished tar, and who is at work."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from featstore.durable import write_json
+from featstore.errors import WorkError
+from pipeline.packing_plan import PlannedShard
+
+RECORDS_FOLDER = ".packing"
+_LOCK_FILE = "lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one video: the hash of its content if it was read, a reason if it failed.
+
+    `sample` is what goes into the tar; it is not kept in records.
+    """
+
+    key: str
+    sha256: str | None
+    reason: str
+    sample: dict[str, str | bytes] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished tar: its size and hash, and the outcome of each of its videos in order."""
+
+    bytes: int
+    sha256: str
+    outcomes: tuple[Outcome, ...]
+
+
+def read_record(path: Path, shard: PlannedShard) -> ShardRecord | None:
+    """The record of a finished tar; None when there is none, or it belongs to other videos."""
+    try:
+        value = json.loads(path.read_bytes())
+        outcomes = tuple(Outcome(key, sha256, reason) for key, sha256, reason in value["videos"])
+        record = ShardRecord(int(value["bytes"]), str(value["sha256"]), outcomes)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+    if [outcome.key for outcome in outcomes] != [video.key for video in shard.videos]:
+        return None
+    return record
+
+
+def write_record(path: Path, record: ShardRecord) -> None:
+    """Write the record, complete or not at all."""
+    write_json(
+        path,
+        {
+            "bytes": record.bytes,
+            "sha256": record.sha256,
+            "videos": [[video.key, video.sha256, video.reason] for video in record.outcomes],
+        },
+        indent=None,
+    )
+
+
+class HashingStream:
+    """A file to write to that counts and hashes what goes through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        """Write, count and hash `data`."""
+        self._hash.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def sha256(self) -> str:
+        """Hash of all that was written."""
+        return self._hash.hexdigest()
+
+
+@contextmanager
+def exclusive(dataset_dir: Path) -> Iterator[None]:
+    """Hold the lock of a data set's folder; the system frees it when the process ends.
+
+    Raises WorkError that names the process which holds it.
+    """
+    path = dataset_dir / RECORDS_FOLDER / _LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(32).decode("ascii", "replace").strip() or "unknown"
+            raise WorkError(
+                f"another process (pid {holder}) is packing into {str(dataset_dir)!r}: wait for "
+                "it or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
+        yield

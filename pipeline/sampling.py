@@ -1,0 +1,109 @@
+"""Which frames of a video are taken: pure integer arithmetic from the number of frames.
+
+The formulas are those of the MoTE reference (Zhu et al., NeurIPS 2024), zero-based, including its
+quirks: they decide which pixels the published numbers were measured on. Every function raises
+ValueError for fewer than one frame or segment.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from featstore.errors import UserError
+from featstore.segments import IntArray, segment_positions, segment_ranges
+
+DENSE_SPAN = 128  # frames that one clip of dense sampling covers
+MAX_FRAMES = 4096  # of one video in a store; far above any published protocol
+
+SYNTAX = (
+    "uniform:F (F frames over the whole video), clips:TxV (V clips of T frames each over the "
+    "whole video) or dense:TxV (V windows of 128 frames, T frames of each)"
+)
+
+
+def validation_indices(n: int, segments: int) -> IntArray:
+    """One clip over the whole video: int(n/segments*k) mod n, int64 [segments]."""
+    return segment_positions(n, segments)
+
+
+def test_indices(n: int, segments: int, clips: int, dense: bool = False) -> IntArray:  # noqa: PT028
+    """`clips` clips of `segments` frames of a video of `n` frames: int64 [clips, segments].
+
+    Uniform: clip j starts at floor(linspace(0, n/segments - 1, clips)[j]) and takes every
+    n/segments-th frame, modulo n. With n < segments later clips start at -1, so that their first
+    frame is the last of the video, as in the reference under NumPy 1.20 and later.
+    Dense: windows of 128 frames, stride 128 // segments, modulo n. The reference divides by zero
+    for a single dense clip; here that is a ValueError.
+    """
+    if n <= 0 or segments <= 0 or clips <= 0:
+        raise ValueError(
+            f"frames, segments and clips must be positive, not {n}, {segments} and {clips}"
+        )
+    steps = np.arange(segments)
+    if dense:
+        if clips == 1:
+            raise ValueError("dense sampling needs at least 2 clips")
+        starts = np.arange(clips) * (max(0, n - DENSE_SPAN) // (clips - 1))
+        return (starts[:, None] + steps * (DENSE_SPAN // segments)).astype(np.int64) % n
+    starts = np.floor(np.linspace(0, n / segments - 1, clips))
+    return np.trunc(starts[:, None] + n / segments * steps).astype(np.int64) % n
+
+
+# pytest would otherwise take the function for a test wherever it is imported.
+test_indices.__test__ = False  # type: ignore[attr-defined]
+
+
+def train_ranges(n: int, segments: int) -> IntArray:
+    """Inclusive (lo, hi) of every segment for random sampling in training: int64 [segments, 2]."""
+    return np.stack(segment_ranges(n, segments), axis=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A way of taking `clips` clips of `frames` frames; `text` is how it is written in options."""
+
+    kind: Literal["uniform", "clips", "dense"]
+    frames: int
+    clips: int
+
+    @property
+    def text(self) -> str:
+        """The canonical spelling, which `parse_sampling` reads back."""
+        if self.kind == "uniform":
+            return f"uniform:{self.frames}"
+        return f"{self.kind}:{self.frames}x{self.clips}"
+
+    def indices(self, num_frames: int) -> IntArray:
+        """Frame indices of a video: int64 [clips, frames], each in [0, num_frames)."""
+        if self.kind == "uniform":
+            return validation_indices(num_frames, self.frames)[None]
+        return test_indices(num_frames, self.frames, self.clips, dense=self.kind == "dense")
+
+
+def parse_sampling(text: str) -> Sampling:
+    """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError naming the syntax."""
+    match = re.fullmatch(
+        r"(uniform):([0-9]{1,6})|(clips|dense):([0-9]{1,6})x([0-9]{1,6})", text.strip()
+    )
+    if match is None:
+        raise UserError(f"sampling {text!r} is not understood: write {SYNTAX}")
+    if match[1]:
+        sampling = Sampling("uniform", int(match[2]), 1)
+    else:
+        kind: Literal["clips", "dense"] = "clips" if match[3] == "clips" else "dense"
+        sampling = Sampling(kind, int(match[4]), int(match[5]))
+    if not 1 <= sampling.frames * sampling.clips <= MAX_FRAMES:
+        raise UserError(
+            f"sampling {text!r} takes {sampling.frames * sampling.clips} frames of a video: ask "
+            f"for 1 to {MAX_FRAMES}"
+        )
+    if sampling.kind == "dense" and (sampling.clips == 1 or sampling.frames > DENSE_SPAN):
+        raise UserError(
+            f"sampling {text!r}: dense sampling needs at least 2 clips of at most {DENSE_SPAN} "
+            "frames; use clips:TxV for a single one"
+        )
+    return sampling

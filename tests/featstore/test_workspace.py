@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from sample_stores import init_store, make_store
+
+from featstore import StoreSchema, UserError, WorkError, Workspace
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path / "root with spaces")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "..", "-x", "a\nb", "/etc", "a" * 129])
+def test_names_stay_inside(workspace: Workspace, name: str) -> None:
+    for folder in (
+        workspace.dataset_dir,
+        workspace.features_dir,
+        workspace.run_dir,
+        workspace.encoder_dir,
+    ):
+        with pytest.raises(UserError, match="is no name for a"):
+            folder(name)
+
+
+def test_layout(workspace: Workspace) -> None:
+    assert workspace.dataset_dir("k400") == workspace.root / "datasets/k400"
+    assert workspace.encoder_dir("tuned.v2") == workspace.root / "encoders/tuned.v2"
+    plain = workspace.store_path("k400", encoder="ViT-B-16/openai", sampling="uniform:16")
+    assert plain == workspace.root / "features/k400/ViT-B-16-openai--uniform-16.zarr"
+    full = workspace.store_path(
+        "k400", encoder="ViT-B-16", sampling="clips:8x4", crops=3, split="val"
+    )
+    assert full.name == "ViT-B-16--clips-8x4--crops3--val.zarr"
+
+
+def test_data_sets_are_those_that_are_packed(workspace: Workspace) -> None:
+    assert workspace.dataset_names() == []
+    for name in ("b", "a", "unfinished"):
+        workspace.dataset_dir(name).mkdir(parents=True)
+    for name in ("b", "a"):
+        (workspace.dataset_dir(name) / "dataset.json").write_text("{}")
+    assert workspace.dataset_names() == ["a", "b"]
+
+
+def test_no_store_names_the_command(workspace: Workspace) -> None:
+    with pytest.raises(UserError, match="run `mote-cli extract --dataset k400` first"):
+        workspace.choose_store("k400")
+
+
+def test_the_one_that_fits(workspace: Workspace) -> None:
+    folder = workspace.features_dir("toy")
+    make_store(folder / "train.zarr", row_shape=(1, 4, 16), sampling="uniform:4")
+    make_store(folder / "val.zarr", row_shape=(3, 4, 16), sampling="clips:4x3")
+    assert workspace.choose_store("toy", views=3).path.name == "val.zarr"
+    assert workspace.choose_store("toy", sampling="uniform:4").path.name == "train.zarr"
+    with pytest.raises(UserError, match=r"2 stores .* fit: train.zarr \(.*\), val.zarr \(") as info:
+        workspace.choose_store("toy")
+    assert "\n" not in str(info.value)
+    with pytest.raises(UserError, match=r"train.zarr has 1 views, not 9; val.zarr has 3 views"):
+        workspace.choose_store("toy", views=9)
+    with pytest.raises(UserError, match=r"no rows of split 'test'.*extract --dataset toy --split"):
+        workspace.choose_store("toy", split="test")
+    with pytest.raises(UserError, match="another encoder"):
+        workspace.choose_store("toy", encoder_fingerprint="ffff")
+
+
+def test_an_unfinished_store_is_not_used(workspace: Workspace) -> None:
+    path = workspace.features_dir("toy") / "s.zarr"
+    init_store(path, StoreSchema.create(2, 4, 1, 2, 8), [4, 4])
+    with pytest.raises(WorkError, match="holds 0 of 2 partitions: finish it with"):
+        workspace.choose_store("toy")
+
+
+def test_a_damaged_store_is_reported_when_nothing_else_fits(
+    workspace: Workspace, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = workspace.features_dir("toy")
+    make_store(folder / "a.zarr")
+    (folder / "a.zarr/features/c/0/0/0/0").unlink()
+    with pytest.raises(WorkError, match="partition 0"):
+        workspace.choose_store("toy")
+    make_store(folder / "b.zarr")
+    assert workspace.choose_store("toy").path.name == "b.zarr"
+    assert "left out: partition 0" in caplog.text
+
+
+def test_runs(workspace: Workspace) -> None:
+    with pytest.raises(UserError, match="run `mote-cli train-head` first"):
+        workspace.choose_run(None)
+    for age, name in enumerate(["new", "middle", "old", "interrupted"]):
+        run = workspace.run_dir(name)
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+        os.utime(run / "config.json", (1_000_000 - age, 1_000_000 - age))
+        if name != "interrupted":
+            (run / "head.safetensors").write_bytes(b"")
+    assert [run.name for run in workspace.runs()] == ["new", "middle", "old", "interrupted"]
+    assert workspace.choose_run(None).name == "new"
+    assert workspace.choose_run("old") == workspace.run_dir("old")
+    for missing in ("interrupted", "none"):
+        with pytest.raises(UserError, match=f"head '{missing}' .* choose one of new, middle, old"):
+            workspace.choose_run(missing)

@@ -1,0 +1,57 @@
+"""Prompt sets: the authors' 28 sentences, word for word, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from featstore.errors import UserError
+from pipeline.clip_encoder import standard_tokenizer
+from pipeline.prompts import PROMPT_SETS, sentences
+
+
+def test_the_28_sentences_of_the_method() -> None:
+    written = sentences("mote28", "juggling balls")
+    assert len(written) == 28
+    assert written[0] == "a photo of juggling balls."
+    assert written[7:14] == [
+        "a video of juggling balls.",
+        "a video of a person juggling balls.",
+        "a video of a person using juggling balls.",
+        "a video of a person doing juggling balls.",
+        "a video of a person during juggling balls.",
+        "a video of a person performing juggling balls.",
+        "a video of a person practicing juggling balls.",
+    ]
+    assert written[14] == "a example of juggling balls."
+    assert written[27] == "a demonstration of a person practicing juggling balls."
+
+
+@pytest.mark.parametrize("data_set", ["ucf101", "k600_split1"])
+def test_tokens_are_the_authors(data_set: str, golden: Path) -> None:
+    case = json.loads((golden / "token_hashes.json").read_text())[data_set]
+    tokenizer = standard_tokenizer(77)
+    per_class = [sentences("mote28", name) for name in case["classes"]]
+    rows = [tokenizer([texts[prompt] for texts in per_class]) for prompt in range(28)]
+    tokens = [row.numpy().astype("<i8") for row in rows]
+    assert [len(tokens), *tokens[0].shape] == case["shape"]
+    digest = hashlib.sha256(b"".join(row.tobytes() for row in tokens)).hexdigest()
+    assert digest == case["sha256_int64_C_order"]
+
+
+def test_small_sets_and_braces_in_names() -> None:
+    assert sentences("name", "a {} b") == ["a {} b"]
+    assert sentences("video", "surfing") == ["a video of surfing"]
+    assert all(len(set(templates)) == len(templates) for templates in PROMPT_SETS.values())
+
+
+def test_wrong_names_are_refused() -> None:
+    with pytest.raises(
+        UserError, match="unknown prompt set 'mote': use one of mote28, name, video"
+    ):
+        sentences("mote", "surfing")
+    with pytest.raises(UserError, match="class name is empty"):
+        sentences("name", "  ")

@@ -1,0 +1,107 @@
+"""Frame choice: every golden case exactly, the option syntax, and bounds for any video length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from featstore.errors import UserError
+from pipeline import sampling
+from pipeline.sampling import Sampling, parse_sampling, train_ranges, validation_indices
+
+
+@pytest.fixture(scope="module")
+def cases(golden: Path) -> dict[str, list[dict[str, Any]]]:
+    loaded: dict[str, list[dict[str, Any]]] = json.loads(
+        (golden / "frame_indices.json").read_text()
+    )
+    return loaded
+
+
+def test_validation_frames_are_the_authors(cases: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(cases["val"]) == 120
+    for case in cases["val"]:
+        assert validation_indices(case["n"], case["segs"]).tolist() == case["frames"], case
+
+
+def test_test_frames_are_the_authors(cases: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(cases["test"]) == 960
+    for case in cases["test"]:
+        arguments = case["n"], case["segs"], case["clips"], case["dense"]
+        if case["error"]:
+            with pytest.raises(ValueError, match="at least 2 clips"):
+                sampling.test_indices(*arguments)
+            continue
+        frames = sampling.test_indices(*arguments)
+        assert frames.shape == (case["clips"], case["segs"])
+        assert frames.dtype == np.int64
+        assert frames.reshape(-1).tolist() == case["frames"], case
+
+
+def test_training_ranges_are_the_authors(cases: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(cases["train_uniform"]) == 120
+    for case in cases["train_uniform"]:
+        ranges = train_ranges(case["n"], case["segs"])
+        assert ranges.tolist() == [list(pair) for pair in zip(case["lo"], case["hi"], strict=True)]
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_a_video_without_frames_is_an_error(n: int) -> None:
+    for call in (
+        lambda: validation_indices(n, 8),
+        lambda: sampling.test_indices(n, 8, 3),
+        lambda: sampling.test_indices(n, 8, 3, dense=True),
+        lambda: train_ranges(n, 8),
+        lambda: parse_sampling("uniform:8").indices(n),
+    ):
+        with pytest.raises(ValueError, match="frames"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("uniform:16", Sampling("uniform", 16, 1)),
+        (" clips:8x4 ", Sampling("clips", 8, 4)),
+        ("clips:8x1", Sampling("clips", 8, 1)),
+        ("dense:16x3", Sampling("dense", 16, 3)),
+    ],
+)
+def test_option_syntax_is_read_and_written_back(text: str, expected: Sampling) -> None:
+    assert parse_sampling(text) == expected
+    assert expected.text == text.strip()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "uniform", "uniform:x", "clips:8", "uniform:8x3", "all", "uniform:-1"]
+)
+def test_a_wrong_option_names_the_syntax(text: str) -> None:
+    with pytest.raises(UserError, match=r"write uniform:F .*clips:TxV.*dense:TxV"):
+        parse_sampling(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["uniform:0", "clips:8x0", "clips:4096x2", "dense:8x1", "dense:129x2"]
+)
+def test_an_option_out_of_range_says_so(text: str) -> None:
+    with pytest.raises(UserError, match=f"sampling '{text}'"):
+        parse_sampling(text)
+
+
+@given(
+    n=st.integers(1, 100_000),
+    frames=st.integers(1, 64),
+    clips=st.integers(2, 8),
+    kind=st.sampled_from(["uniform", "clips", "dense"]),
+)
+def test_indices_always_name_existing_frames(n: int, frames: int, clips: int, kind: Any) -> None:
+    chosen = Sampling(kind, frames, 1 if kind == "uniform" else clips).indices(n)
+    assert chosen.shape == (1 if kind == "uniform" else clips, frames)
+    assert chosen.min() >= 0
+    assert chosen.max() < n
