@@ -26,6 +26,7 @@ def evaluate(
         typer.Option("--views", metavar="CLIPSxCROPS", help="Take the store with these views."),
     ] = None,
     sampling: options.StoreSampling = None,
+    store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,
     fusion: Annotated[
@@ -72,6 +73,8 @@ def evaluate(
         views=None if views is None else count_views(views),
         encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
         sampling=sampling,
+        name=store_name,
+        encoder=None if origin is None else origin.encoder,
     )
     choose = closeset_splits if protocol == "closeset" else zeroshot_splits
     with progress_of("eval", "videos") as progress:

@@ -98,4 +98,11 @@ def extract(
                 "next": f"mote-cli train-head --dataset {dataset}",
             }
         )
-    raise typer.Exit(options.exit_code(summary.too_many_failures, max_failures))
+    raise typer.Exit(
+        options.exit_code(
+            summary.rows_failed,
+            summary.rows_ok + summary.rows_failed,
+            max_failures,
+            f"`mote-cli inspect {summary.store}` lists the reasons",
+        )
+    )

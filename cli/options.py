@@ -43,6 +43,10 @@ StoreSampling = Annotated[
         "--sampling", metavar="TEXT", help="Which store, where several fit: its --sampling."
     ),
 ]
+StoreName = Annotated[
+    str | None,
+    typer.Option("--store", metavar="NAME", help="Which store, where several fit: its name."),
+]
 PromptSet = Annotated[
     str | None,
     typer.Option(
@@ -101,9 +105,12 @@ MEAN_HEAD = "mean"
 
 
 def workspace(root: Path) -> Workspace:
-    """The workspace at `root`; `UserError` when that is a file."""
-    if root.exists() and not root.is_dir():
-        raise UserError(f"{root} is a file: --root takes a folder")
+    """The workspace at `root`; `UserError` when no folder can be there."""
+    for place in (root, *root.absolute().parents):
+        if place.is_dir():
+            return Workspace(root)
+        if place.exists():
+            raise UserError(f"{place} is not a folder: --root takes one, which may be new")
     return Workspace(root)
 
 
@@ -146,12 +153,15 @@ def class_list(text: str) -> list[str]:
     return names
 
 
-def exit_code(too_many_failures: bool, max_failures: float) -> int:
-    """1 with one line on stderr when more videos failed than `--max-failures` allows, else 0."""
-    if not too_many_failures:
+def exit_code(failed: int, listed: int, max_failures: float, reasons: str) -> int:
+    """1 with one line on stderr when more videos failed than `--max-failures` allows, else 0.
+
+    `reasons` says where the reasons can be read.
+    """
+    if failed <= max_failures * listed:
         return 0
     fail(
-        f"more than {max_failures:.0%} of the videos failed: everything else is done; see the "
-        "reasons, or allow more with --max-failures"
+        f"{failed} of {listed} videos failed, more than --max-failures {max_failures:g} allows: "
+        f"everything else is done; {reasons}, or allow more"
     )
     return 1

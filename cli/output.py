@@ -54,9 +54,14 @@ def fail(message: str) -> None:
     messages.print(f"error: {message}", markup=False)
 
 
+def warn(message: str) -> None:
+    """Print one line about something that went wrong and does not end the command."""
+    messages.print(f"warning: {message}", markup=False)
+
+
 def print_json(value: Any) -> None:
-    """Print the command's one JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+    """Print the command's one JSON object on stdout, in ASCII: it must not need a locale."""
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -83,4 +83,11 @@ def pack(
                 "next": f"mote-cli extract --dataset {summary.dataset}",
             }
         )
-    raise typer.Exit(options.exit_code(summary.too_many_failures, max_failures))
+    raise typer.Exit(
+        options.exit_code(
+            summary.videos_failed,
+            summary.videos_listed,
+            max_failures,
+            f"the reasons are in {Path(summary.folder) / 'failures.csv'}",
+        )
+    )

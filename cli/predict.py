@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import fail, print_json, print_table, progress_of
+from cli.output import print_json, print_table, progress_of, warn
 from featstore.errors import UserError
 
 
@@ -49,7 +49,7 @@ def predict(
     """
     import torch
 
-    from heads.evaluation import check_encoder, mean_head, predict_scores
+    from heads.evaluation import can_modulate, check_encoder, mean_head, predict_scores
     from pipeline.clip_encoder import load_encoder
     from pipeline.decoding.contract import DecodeError
     from pipeline.decoding.pyav import PyAVDecoder
@@ -58,7 +58,8 @@ def predict(
 
     for path in videos:
         if not path.is_file():
-            raise UserError(f"{path} is not a file: predict takes video files")
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"{path} {what}: predict takes video files")
     workspace = options.workspace(root)
     model, run_dir = options.head(workspace, head, or_mean=True)
     origin = None if model is None else model.origin
@@ -66,14 +67,20 @@ def predict(
         raise UserError('no classes to choose from: name them with --classes "a,b,c"')
     names = options.class_list(classes) if classes is not None else list(origin.class_names)  # type: ignore[union-attr]
     spec = encoder or (options.DEFAULT_ENCODER if origin is None else origin.encoder)
-    clip = load_encoder(
-        spec, precision, options.device(device), encoders_dir=workspace.root / "encoders"
-    )
+    try:
+        clip = load_encoder(
+            spec, precision, options.device(device), encoders_dir=workspace.root / "encoders"
+        )
+    except UserError as error:
+        if encoder is not None or origin is None:
+            raise
+        raise UserError(f"head {run_dir.name}: {error}; name its encoder with --encoder") from error
     if origin is not None:
         check_encoder(origin, spec, clip.fingerprint)
     prompt_set = prompts or ("mote28" if origin is None else origin.prompt_set)
     embeddings = clip.class_embeddings(names, prompt_set)
     scorer = model or mean_head(clip.dim, clip.logit_scale)
+    modulate = modulate and can_modulate(scorer, len(names))
     sampling = parse_sampling(f"uniform:{frames or (8 if origin is None else origin.frames)}")
     decoder = PyAVDecoder()
     answers: list[dict[str, object]] = []
@@ -83,9 +90,17 @@ def predict(
             try:
                 video = encode_video(path, decoder, clip, sampling)
             except DecodeError as error:
-                fail(f"{path}: {error.reason}")
-                answers.append({"path": str(path), "error": error.reason})
+                warn(f"{path}: {error.reason}")
+                answers.append(
+                    {
+                        "path": str(path),
+                        "num_frames": None,
+                        "predictions": [],
+                        "error": error.reason,
+                    }
+                )
                 failed += 1
+                progress(number, len(videos))
                 continue
             scores = predict_scores(
                 scorer, torch.from_numpy(video.features), embeddings.cpu(), names, modulate
@@ -110,4 +125,4 @@ def predict(
                     ["class", "score"],
                     [[p["class_name"], f"{p['score']:.3f}"] for p in answer["predictions"]],  # type: ignore[attr-defined]
                 )
-    raise typer.Exit(1 if failed > max_failures * len(videos) else 0)
+    raise typer.Exit(options.exit_code(failed, len(videos), max_failures, "the reasons are above"))

@@ -8,6 +8,7 @@ import typer
 
 from cli import options
 from cli.output import print_facts, print_json, progress_of
+from featstore.errors import UserError
 
 DEFAULTS = "the paper's ViT-B/16 recipe"
 
@@ -28,6 +29,7 @@ def train_head(
     ] = None,
     split: options.Split = None,
     sampling: options.StoreSampling = None,
+    store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 30,
     warmup_epochs: Annotated[float, typer.Option("--warmup-epochs", min=0)] = 5,
@@ -62,9 +64,13 @@ def train_head(
     from heads.training import train_head as run
 
     workspace = options.workspace(root)
+    if name == options.MEAN_HEAD:
+        raise UserError(
+            f"--name {name}: --head {name} means no head in other commands; use another name"
+        )
     chosen = workspace.choose_dataset(dataset)
     split = split or workspace.default_split(chosen, ("train",))
-    store = workspace.choose_store(chosen, split=split, sampling=sampling)
+    store = workspace.choose_store(chosen, split=split, sampling=sampling, name=store_name)
     with progress_of("train", "steps") as progress:
         summary = run(
             store,

@@ -96,7 +96,10 @@ class Provenance:
                     f"asked for {other.encoder} (weights {_short(theirs[name])})"
                 )
             else:
-                phrases.append(f"{name}: store has {mine[name]}, asked for {theirs[name]}")
+                has, asked = mine[name], theirs[name]
+                if name == "dataset_fingerprint":  # 64 digits say no more than 16
+                    has, asked = _short(has), _short(asked)
+                phrases.append(f"{name}: store has {has}, asked for {asked}")
         return phrases
 
 

@@ -118,9 +118,13 @@ class Workspace:
         views: int | None = None,
         encoder_fingerprint: str | None = None,
         sampling: str | None = None,
+        name: str | None = None,
+        encoder: str | None = None,
     ) -> Store:
         """The one store of `dataset` that holds the split and was made as asked.
 
+        `name` is that of its folder, with or without ".zarr". `encoder` is how the command that
+        would make a store should name the encoder.
         Raises UserError when none fits (with the command that makes one) or several do (with
         their names), WorkError when the one that fits is damaged or not finished.
         """
@@ -130,6 +134,12 @@ class Workspace:
                 f"no features of data set {dataset!r} under {self.features_dir(dataset)}: "
                 f"run `mote-cli extract --dataset {dataset}` first"
             )
+        if name is not None:
+            wanted = f"{name.removesuffix(STORE_SUFFIX)}{STORE_SUFFIX}"
+            known = ", ".join(path.name for path in paths)
+            paths = [path for path in paths if path.name == wanted]
+            if not paths:
+                raise UserError(f"data set {dataset!r} has no store {name!r}: it has {known}")
         fitting: list[Store] = []
         refused: list[str] = []
         damaged: list[WorkError] = []
@@ -152,19 +162,20 @@ class Workspace:
                 raise damaged[0]
             raise UserError(
                 f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
-                + _extract_command(dataset, split, sampling)
+                + _extract_command(dataset, split, sampling, encoder)
             )
         if len(fitting) > 1:
             names = ", ".join(_describe(store) for store in fitting)
             raise UserError(
-                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; say which by its "
-                "sampling, views or encoder, or move the others away"
+                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; say which with "
+                "--store NAME"
             )
         store = fitting[0]
         if not store.complete:
             raise WorkError(
                 f"{store.path} holds {len(list(store.partitions()))} of {store.schema.tars} "
-                f"partitions: finish it with {_extract_command(dataset, split, sampling)}"
+                "partitions: finish it with the `mote-cli extract` command that began it "
+                f"(encoder {store.provenance.encoder}, sampling {store.provenance.sampling})"
             )
         for damage in damaged:
             log.warning("left out: %s", damage)
@@ -227,7 +238,10 @@ def _describe(store: Store) -> str:
     )
 
 
-def _extract_command(dataset: str, split: str | None, sampling: str | None) -> str:
+def _extract_command(
+    dataset: str, split: str | None, sampling: str | None, encoder: str | None
+) -> str:
     options = f" --split {split}" if split else ""
+    options += f" --encoder {encoder}" if encoder else ""
     options += f" --sampling {sampling}" if sampling else ""
     return f"`mote-cli extract --dataset {dataset}{options}`"

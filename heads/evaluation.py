@@ -33,6 +33,7 @@ from heads.scoring import (
     TOP_K,
     Fusion,
     HalfClassResult,
+    can_modulate,
     fuse_views,
     fused,
     half_class_accuracy,
@@ -48,6 +49,7 @@ __all__ = [
     "Fusion",
     "HalfClassResult",
     "SplitResult",
+    "can_modulate",
     "check_encoder",
     "check_fits",
     "closeset_splits",
@@ -146,10 +148,14 @@ def closeset_splits(store: Store, split: str | None = None) -> dict[str, RowArra
     for name in ("val", "test"):
         if name in store.split_names:
             return {name: store.split(name)}
-    names = ", ".join(store.split_names) or "no splits"
+    if not store.split_names:
+        raise UserError(
+            f"{store.path.name} has no splits: pack the videos under train/ and val/, or evaluate "
+            "all of them with --zeroshot"
+        )
     raise UserError(
-        f"{store.path.name} has neither a val nor a test split (it has {names}): "
-        "name one with --split"
+        f"{store.path.name} has neither a val nor a test split (it has "
+        f"{', '.join(store.split_names)}): name one with --split"
     )
 
 

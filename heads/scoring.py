@@ -158,6 +158,18 @@ def half_class_accuracy(
     )
 
 
+def can_modulate(head: TemporalHead, named: int) -> bool:
+    """Whether modulation is possible with `named` tested classes; logged where it is not."""
+    trained = head.training_class_embeddings.shape[0]
+    if head.config.kind == "mean" or min(named, trained) >= NEIGHBOURS:
+        return True
+    log.warning(
+        "modulation is off: it compares the %d nearest classes, and %d were named, %d trained on",
+        *(NEIGHBOURS, named, trained),
+    )
+    return False
+
+
 def predict_scores(
     head: TemporalHead,
     features: Tensor,
@@ -170,19 +182,14 @@ def predict_scores(
     `features` [V,T,D], `class_embeddings` [C,D] in the order of `class_names`. A score is the
     softmax over classes of (logit scale * cosine), averaged over views; unlike the scores of
     evaluation it uses the logit scale, so that it reads as the model's confidence. With fewer than
-    five classes modulation is skipped and that is logged.
+    five classes, named or trained on, modulation is skipped and that is logged.
     """
     if not class_names or len(class_names) != class_embeddings.shape[0]:
         raise UserError(
             f"{len(class_names)} class names for {class_embeddings.shape[0]} class embeddings: "
             "name at least one class, each with its embedding"
         )
-    if modulate and head.config.kind != "mean" and len(class_names) < NEIGHBOURS:
-        log.warning(
-            "modulation is off: it compares the %d nearest classes and %d were named",
-            *(NEIGHBOURS, len(class_names)),
-        )
-        modulate = False
+    modulate = modulate and can_modulate(head, len(class_names))
     cosines = view_cosines(head, features[None], class_embeddings, modulate)[0]
     scale = head.logit_scale.double().exp()
     scores = (scale * cosines.double()).softmax(-1).mean(0).tolist()

@@ -38,6 +38,7 @@ from heads.checkpoints import (
 )
 from heads.config import HeadConfig, HeadOrigin
 from heads.model import TemporalHead, build_head
+from heads.modulation import NEIGHBOURS
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.precision import resolve_device, resolve_precision
 
@@ -135,6 +136,12 @@ def train_head(
             *(len(listed) - len(usable), len(listed)),
         )
     text = store.class_text(prompt_set)
+    if head.kind != "mean" and len(text.names) < NEIGHBOURS:
+        log.warning(
+            "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "
+            "evaluate with --no-modulate",
+            *(NEIGHBOURS, store.provenance.dataset, len(text.names)),
+        )
     origin = _origin(store, prompt_set, training.frames, text.names)
     settings = {
         "format": RUN_FORMAT,

@@ -69,6 +69,12 @@ def load_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
     return _load_pretrained(*known)
 
 
+def lasting_spec(spec: str) -> str:
+    """`spec` as it can be found from any working directory: paths absolute, names as they are."""
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if spec.strip() and path.exists() else spec
+
+
 def save_open_clip_folder(
     model: torch.nn.Module,
     model_config: Mapping[str, Any],

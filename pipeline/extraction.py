@@ -15,8 +15,7 @@ import platform
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,21 +23,23 @@ from threading import Event
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from featstore import ClassText, Partition, Provenance, StoreSchema, StoreWriter, open_store
+from featstore import ClassText, Provenance, StoreSchema, StoreWriter, open_store
 from featstore.errors import UserError, WorkError, one_line
+from featstore.metadata import prompt_set_names
 from featstore.progress import ProgressSink, no_progress
-from featstore.schema import STATUS_FAILED, STATUS_OK
+from featstore.schema import STATUS_FAILED
 from pipeline.clip_encoder import Encoder, load_encoder
-from pipeline.decoding.contract import DecodeError, Decoder, Source, VideoInfo
+from pipeline.decoding.contract import DecodeError, Decoder, Source
 from pipeline.decoding.pyav import PyAVDecoder
+from pipeline.encoder_sources import lasting_spec
 from pipeline.machine import usable_cores
 from pipeline.packed import Dataset, Shard, load_dataset
 from pipeline.prompts import sentences
 from pipeline.sampling import Sampling
-from pipeline.tars import OpenTar, TarSample, open_tar
+from pipeline.tar_rows import EncodedVideo, TarRows
+from pipeline.tars import DamagedTar, TarSample
 
 logger = logging.getLogger(__name__)
 
@@ -49,20 +50,6 @@ ENCODE_BATCH = 16
 LOOKAHEAD = 3
 
 
-@dataclass(frozen=True)
-class EncodedVideo:
-    """One video after the encoder.
-
-    `features` float32 [V, F, D], raw projected embeddings; `frame_index` int64 [V, F] counted
-    from zero; `pts` float64 [V, F] seconds.
-    """
-
-    info: VideoInfo
-    features: npt.NDArray[np.float32]
-    frame_index: npt.NDArray[np.int64]
-    pts: npt.NDArray[np.float64]
-
-
 def encode_video(
     source: Source, decoder: Decoder, encoder: Encoder, sampling: Sampling, crops: int = 1
 ) -> EncodedVideo:
@@ -71,9 +58,16 @@ def encode_video(
     The one path from video to embeddings: extraction and prediction both use it. Views are ordered
     crop-major, then clip. Raises `DecodeError`.
     """
-    info, frames, seconds = decoder.decode_with_info(
-        source, lambda found: sampling.indices(found.num_frames).reshape(-1)
-    )
+    try:
+        info, frames, seconds = decoder.decode_with_info(
+            source, lambda found: sampling.indices(found.num_frames).reshape(-1)
+        )
+    except DecodeError:
+        raise
+    except Exception as error:
+        # One file must not stop hundreds of thousands; it is recorded, not passed over.
+        logger.exception("unexpected error of the decoder: %s", one_line(error))
+        raise DecodeError(one_line(f"{type(error).__name__}: {error}")) from error
     indices = sampling.indices(info.num_frames)
     clips, per_clip = indices.shape
     batches = [
@@ -152,28 +146,33 @@ def extract(
     keep their row, with status failed and the reason.
 
     Raises `UserError` when the store was made in another way, `WorkError` when tars are missing or
-    damaged (after the others are done) or another process is writing the store.
+    damaged (after the others are done), the encoder fails, or another process writes the store.
     """
     dataset = load_dataset(request.dataset_dir)
     shards = _shards_of(dataset, request.split)
+    for prompt_set in request.prompt_sets:
+        sentences(prompt_set, "anything")  # an unknown one is told before the work begins
     path = request.store_path
     precision = request.precision
-    if precision == "auto" and path.is_dir():
+    if precision == "auto" and path.exists():
         # The choice is made by timing; a store once begun stays with it.
-        precision = open_store(path).provenance.precision
+        precision = StoreWriter.open(path).provenance.precision
     encoder = encoder or load_encoder(
         request.encoder, precision, request.device, encoders_dir=request.encoders_dir
     )
+    encoder.preprocessing.require_crops(request.crops)
     job = _Job(request, dataset, shards, decoder or PyAVDecoder(), encoder)
     writer = job.open_or_init()
     with writer.lock():
         pending = writer.pending()
+        if not pending:
+            logger.info("%s is complete already: nothing to do", path)
         started = time.perf_counter()
         damaged = job.run(writer, pending, progress)
         seconds = time.perf_counter() - started
     if damaged:
         raise WorkError(
-            f"{len(damaged)} of {len(shards)} tars could not be read, the others are done: "
+            f"{len(damaged)} of {len(shards)} tars cannot be used, the others are done: "
             f"{damaged[0]}"
         )
     writer.finalise()
@@ -205,7 +204,7 @@ class _Job:
 
     def provenance(self) -> Provenance:
         return Provenance(
-            encoder=self.request.encoder,
+            encoder=lasting_spec(self.request.encoder),
             encoder_fingerprint=self.encoder.fingerprint,
             dim=self.encoder.dim,
             logit_scale=self.encoder.logit_scale,
@@ -231,7 +230,7 @@ class _Job:
         if path.exists():
             writer = StoreWriter.open(path)
             differences = writer.provenance.differences(provenance)
-            missing = set(self.request.prompt_sets) - set(open_store(path).prompt_sets)
+            missing = set(self.request.prompt_sets) - set(prompt_set_names(path))
             if missing:
                 differences.append(f"prompt sets: store lacks {', '.join(sorted(missing))}")
             if differences:
@@ -275,7 +274,7 @@ class _Job:
         )
 
     def run(self, writer: StoreWriter, pending: list[int], progress: ProgressSink) -> list[str]:
-        """Do the pending partitions; returns one line per tar that could not be read."""
+        """Do the pending partitions; returns one line per tar that cannot be used."""
         damaged: list[str] = []
         total = sum(self.shards[tar].samples for tar in pending)
         progress(0, total)
@@ -284,21 +283,27 @@ class _Job:
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         # Partitions fill in order; a tar is written as soon as its last video is in, while the
         # workers are already busy with the next.
-        open_partitions: deque[_OpenPartition] = deque()
+        open_partitions: deque[TarRows] = deque()
         outstanding = 0
+
+        def take_oldest() -> None:
+            nonlocal outstanding
+            self._take_oldest(open_partitions[0])
+            outstanding -= 1
+            self._write_finished(writer, open_partitions, damaged)
+            rate = self.videos_done / (time.perf_counter() - started)
+            progress(self.videos_done, total, videos_per_s=round(rate, 2))
+
         try:
-            for partition, sample in self._samples(pending, open_partitions, damaged):
+            for partition, sample in self._samples(pending, pool, open_partitions, damaged):
                 while outstanding >= workers * LOOKAHEAD:
-                    outstanding -= self._take_oldest(writer, open_partitions)
-                    rate = self.videos_done / (time.perf_counter() - started)
-                    progress(self.videos_done, total, videos_per_s=round(rate, 2))
+                    take_oldest()
                 if sample is not None:
                     partition.futures.append(pool.submit(self._encode, partition, sample))
                     outstanding += 1
+                self._write_finished(writer, open_partitions, damaged)
             while open_partitions:
-                outstanding -= self._take_oldest(writer, open_partitions)
-                rate = self.videos_done / (time.perf_counter() - started)
-                progress(self.videos_done, total, videos_per_s=round(rate, 2))
+                take_oldest()
         finally:
             self.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -307,49 +312,82 @@ class _Job:
         return damaged
 
     def _samples(
-        self, pending: list[int], open_partitions: deque[_OpenPartition], damaged: list[str]
-    ) -> Iterator[tuple[_OpenPartition, TarSample | None]]:
-        """Every sample of every pending tar; a tar without videos gives one None."""
+        self,
+        pending: list[int],
+        pool: ThreadPoolExecutor,
+        open_partitions: deque[TarRows],
+        damaged: list[str],
+    ) -> Iterator[tuple[TarRows, TarSample | None]]:
+        """Every sample of every pending tar, then one None per tar."""
         for tar in pending:
             try:
-                partition = _OpenPartition(tar, self)
-            except WorkError as error:
+                partition = TarRows(
+                    tar,
+                    self.shards[tar],
+                    self.dataset,
+                    views=self.views,
+                    frames=self.request.sampling.frames,
+                    dim=self.encoder.dim,
+                )
+            except DamagedTar as error:
                 damaged.append(str(error))
                 continue
             open_partitions.append(partition)
+            # Read once more for its hash (under 1 % of what decoding it takes): a tar that was
+            # changed or mixed up with another must not give rows.
+            sha256 = self.shards[tar].sha256
+            partition.intact = pool.submit(partition.archive.require, sha256)
             yield from ((partition, sample) for sample in partition.samples)
             partition.complete = True
             yield partition, None
 
-    def _take_oldest(self, writer: StoreWriter, open_partitions: deque[_OpenPartition]) -> int:
-        """Store the oldest result; write and close the partition when it was the last."""
-        partition = open_partitions[0]
-        taken = 0
-        if partition.futures:
+    def _take_oldest(self, partition: TarRows) -> None:
+        """Wait for the oldest result of a partition and keep it."""
+        try:
             result = partition.futures.popleft().result()
-            partition.put(result)
-            self.videos_done += 1
-            if isinstance(result, EncodedVideo):
-                self.frames_done += result.frame_index.size
-                self.videos_short += result.info.num_frames < self.request.sampling.frames
-            taken = 1
-        if partition.complete and not partition.futures:
-            writer.write_partition(partition.tar, partition.finish())
+        except DamagedTar as error:
+            partition.damage = partition.damage or str(error)
+            return
+        partition.put(result)
+        self.videos_done += 1
+        if isinstance(result, EncodedVideo):
+            self.frames_done += result.frame_index.size
+            self.videos_short += result.info.num_frames < self.request.sampling.frames
+
+    def _write_finished(
+        self, writer: StoreWriter, open_partitions: deque[TarRows], damaged: list[str]
+    ) -> None:
+        """Write and close the oldest partitions whose last result is in."""
+        while open_partitions and open_partitions[0].complete and not open_partitions[0].futures:
+            partition = open_partitions[0]
+            try:
+                partition.intact.result()
+            except DamagedTar as error:
+                partition.damage = str(error)
+            if partition.damage:
+                damaged.append(partition.damage)
+            else:
+                writer.write_partition(partition.tar, partition.finish())
             partition.close()
             open_partitions.popleft()
-        return taken
 
-    def _encode(self, partition: _OpenPartition, sample: TarSample) -> EncodedVideo | str:
+    def _encode(self, partition: TarRows, sample: TarSample) -> EncodedVideo | str:
         """The encoded video, or the reason why there is none."""
-        if self.stop.is_set():
-            return "stopped"
+        if self.stop.is_set() or partition.damage:
+            return "not decoded: the work was stopped"  # and will not be written
+        data = partition.archive.read(sample)
         try:
-            data = partition.archive.read(sample)
             video = encode_video(
                 data, self.decoder, self.encoder, self.request.sampling, self.request.crops
             )
         except DecodeError as error:
             return error.reason
+        except RuntimeError as error:
+            # Torch's, such as out of memory: the videos are not at fault and must not be failed.
+            raise WorkError(
+                f"the encoder failed at {sample.key!r} ({one_line(error, 200)}): what is done is "
+                "kept; run the same command again, perhaps with fewer --workers"
+            ) from error
         if video.info.num_frames != (packed := sample.sidecar["num_frames"]):
             return f"{video.info.num_frames} frames are found, {packed} were packed"
         with np.errstate(over="ignore"):
@@ -386,75 +424,6 @@ class _Job:
         )
 
 
-class _OpenPartition:
-    """The rows of one tar while its videos are being encoded."""
-
-    def __init__(self, tar: int, job: _Job) -> None:
-        shard = job.shards[tar]
-        self.tar = tar
-        self.futures: deque[Future[EncodedVideo | str]] = deque()
-        self.complete = False  # every sample has been handed out
-        self._resources = ExitStack()
-        path = job.dataset.shard_path(shard)
-        self.archive: OpenTar = self._resources.enter_context(open_tar(path))
-        self.samples = self.archive.samples
-        if len(self.samples) != shard.samples:
-            self.close()
-            raise WorkError(
-                f"{path} holds {len(self.samples)} samples, dataset.json says {shard.samples}: "
-                "pack the data set again"
-            )
-        n = shard.rows
-        views, frames, dim = job.views, job.request.sampling.frames, job.encoder.dim
-        bit = {name: 1 << i for i, name in enumerate(job.dataset.split_names)}
-        listed = [(s.key, s.sidecar["label"], s.sidecar["splits"]) for s in self.samples]
-        listed += [(f.key, f.label, f.splits) for f in shard.failed]
-        # Every row starts as failed; a result turns it into one that is ok.
-        self._keys = [key for key, _, _ in listed]
-        self._labels = np.array([label for _, label, _ in listed], np.int32)
-        self._splits = np.array([sum(bit[x] for x in splits) for *_, splits in listed], np.uint32)
-        self._reasons = [""] * shard.samples + [one_line(f.reason) for f in shard.failed]
-        self._status = np.full(n, STATUS_FAILED, np.uint8)
-        self._num_frames = np.zeros(n, np.int32)
-        self._fps = np.full(n, np.nan, np.float32)
-        self._frame_index = np.full((n, views, frames), -1, np.int32)
-        self._pts = np.full((n, views, frames), np.nan)
-        self._features = np.full((n, views, frames, dim), np.nan, np.float16)
-        self._next = 0
-
-    def put(self, result: EncodedVideo | str) -> None:
-        """Take the result of the next sample in the tar's order."""
-        position = self._next
-        self._next += 1
-        if isinstance(result, str):
-            self._reasons[position] = one_line(result)
-            return
-        self._status[position] = STATUS_OK
-        self._num_frames[position] = result.info.num_frames
-        self._fps[position] = result.info.fps
-        self._frame_index[position] = result.frame_index
-        self._pts[position] = result.pts
-        self._features[position] = result.features
-
-    def finish(self) -> Partition:
-        """The partition, checked."""
-        return Partition(
-            key=self._keys,
-            label=self._labels,
-            num_frames=self._num_frames,
-            fps=self._fps,
-            status=self._status,
-            splits=self._splits,
-            reason=self._reasons,
-            frame_index=self._frame_index,
-            pts=self._pts,
-            features=self._features,
-        )
-
-    def close(self) -> None:
-        self._resources.close()
-
-
 def _shards_of(dataset: Dataset, split: str | None) -> list[Shard]:
     if split is None:
         return list(dataset.shards)
@@ -466,4 +435,7 @@ def _shards_of(dataset: Dataset, split: str | None) -> list[Shard]:
             f"the splits of {dataset.name} overlap, so they share tars and one extraction: "
             "leave --split out, and name the split when training or evaluating"
         )
-    return [shard for shard in dataset.shards if shard.split == split]
+    shards = [shard for shard in dataset.shards if shard.split == split]
+    if not shards:
+        raise UserError(f"split {split} of {dataset.name} lists no videos: choose another")
+    return shards

@@ -103,13 +103,7 @@ class Preprocessing:
         the five followed by its mirror image. Raises UserError for another number of crops.
         """
         images = _as_images(frames)
-        if crops not in CROP_COUNTS:
-            raise UserError(f"{crops} crops are not a protocol: use 1, 3, 5 or 10")
-        if crops > 1 and self.resize_mode != "shortest":
-            raise UserError(
-                f"{crops} crops make no sense with resize mode {self.resize_mode!r}, which keeps "
-                "the whole picture: use 1 crop"
-            )
+        self.require_crops(crops)
         resized = self.resize(images)
         height, width = resized.shape[-2:]
         if self.resize_mode == "longest":
@@ -121,6 +115,16 @@ class Preprocessing:
         if crops == 10:
             views = [view for crop in views for view in (crop, crop.flip(-1))]
         return torch.stack(views)
+
+    def require_crops(self, crops: int) -> None:
+        """Raise UserError for a number of crops that `crops` cannot give."""
+        if crops not in CROP_COUNTS:
+            raise UserError(f"{crops} crops are not a protocol: use 1, 3, 5 or 10")
+        if crops > 1 and self.resize_mode != "shortest":
+            raise UserError(
+                f"{crops} crops make no sense with resize mode {self.resize_mode!r}, which keeps "
+                "the whole picture: use 1 crop"
+            )
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [...,3,h,w] -> float32 (pixels / 255 - mean) / std."""

@@ -7,6 +7,7 @@ name is a path, are refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tarfile
@@ -14,12 +15,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from featstore.errors import WorkError
+from featstore.errors import WorkError, one_line
 
 # A sidecar holds a dozen short fields; anything larger is not one of ours.
 MAX_SIDECAR_BYTES = 1 << 20
+HASH_BLOCK_BYTES = 1 << 20
+_SIDECAR_FIELDS = {"key": str, "label": int, "num_frames": int, "splits": list}
+
+
+class DamagedTar(WorkError):
+    """A tar is missing or is not as it was packed; the other tars are not affected."""
+
+    @classmethod
+    def of(cls, path: Path, what: str) -> DamagedTar:
+        """The error for the tar at `path`, with the remedy."""
+        return cls(f"{path} {what}; delete it and run the same `mote-cli pack` command again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,63 +54,93 @@ class OpenTar:
         self._descriptor = descriptor
 
     def read(self, sample: TarSample) -> bytes:
-        """The original bytes of the video. Raises `WorkError` when the tar ends before them."""
-        data = os.pread(self._descriptor, sample.size, sample.offset)
+        """The original bytes of the video. Raises `DamagedTar` when the tar ends before them."""
+        data = self._bytes(sample.offset, sample.size)
         while len(data) < sample.size:  # one read gives at most 2 GiB
-            more = os.pread(self._descriptor, sample.size - len(data), sample.offset + len(data))
+            more = self._bytes(sample.offset + len(data), sample.size - len(data))
             if not more:
-                raise WorkError(
-                    f"{self.path} ends inside {sample.key}: the tar is truncated; pack it again"
-                )
+                raise DamagedTar.of(self.path, f"is damaged: it ends inside {sample.key!r}")
             data += more
         return data
 
+    def require(self, sha256: str) -> None:
+        """Read the whole file; raises `DamagedTar` when its hash is another."""
+        digest, offset = hashlib.sha256(), 0
+        while block := self._bytes(offset, HASH_BLOCK_BYTES):
+            digest.update(block)
+            offset += len(block)
+        if digest.hexdigest() != sha256:
+            raise DamagedTar.of(self.path, "is damaged: its sha256 is not that of what was packed")
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise DamagedTar.of(self.path, f"cannot be read ({error.strerror})") from error
+
 
 @contextmanager
-def open_tar(path: Path) -> Iterator[OpenTar]:
-    """Open and index a tar. Raises `WorkError` naming the tar when it is missing or damaged."""
+def open_tar(path: Path, size: int | None = None) -> Iterator[OpenTar]:
+    """Open and index a tar; `size` is what it must have, in bytes.
+
+    Raises `DamagedTar` naming the tar when it is missing, has another size or is damaged.
+    """
     try:
-        with open(path, "rb") as file:
-            yield OpenTar(path, file.fileno(), _index(path, file))
+        file = open(path, "rb")  # noqa: SIM115 (closed below; errors of the body are not ours)
     except FileNotFoundError as error:
-        raise WorkError(f"{path} is missing: put it back or pack the data set again") from error
+        raise DamagedTar.of(path, "is missing") from error
+    except OSError as error:
+        raise DamagedTar.of(path, f"cannot be read ({error.strerror})") from error
+    with file:
+        found = os.fstat(file.fileno()).st_size
+        if size is not None and found != size:
+            raise DamagedTar.of(path, f"is damaged: it has {found} bytes, {size} were packed")
+        yield OpenTar(path, file.fileno(), _index(path, file))
 
 
-def _index(path: Path, file: Any) -> list[TarSample]:
+def _index(path: Path, file: BinaryIO) -> list[TarSample]:
     videos: dict[str, tuple[str, int, int]] = {}
     sidecars: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 key, _, extension = member.name.partition(".")
-                if not member.isreg() or "/" in member.name or not key or not extension:
-                    raise WorkError(
-                        f"{path} holds {member.name!r}: members must be plain files named "
-                        "KEY.EXTENSION; pack the data set with `mote-cli pack`"
+                regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+                if not regular or "/" in member.name or not key or not extension:
+                    raise DamagedTar.of(
+                        path,
+                        f"holds {one_line(member.name)!r}: members must be plain files named "
+                        "KEY.EXTENSION",
                     )
+                if key in (sidecars if extension == "json" else videos):
+                    raise DamagedTar.of(path, f"holds {key!r} twice")
                 if extension == "json":
-                    sidecars[key] = _sidecar(path, tar, member)
+                    sidecars[key] = _sidecar(path, tar, member, key)
                 else:
                     videos[key] = (extension, member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise WorkError(f"{path} is damaged ({error}): pack the data set again") from error
+    except (tarfile.TarError, OSError) as error:
+        raise DamagedTar.of(path, f"is damaged ({one_line(error)})") from error
     if videos.keys() != sidecars.keys():
         key = sorted(videos.keys() ^ sidecars.keys())[0]
-        raise WorkError(
-            f"{path} lacks the video or the JSON of {key!r}: each sample needs both; pack it again"
-        )
+        raise DamagedTar.of(path, f"lacks the video or the JSON of {key!r}: each sample needs both")
     return [TarSample(key, *videos[key], sidecars[key]) for key in videos]
 
 
-def _sidecar(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> dict[str, Any]:
+def _sidecar(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> dict[str, Any]:
+    """The sidecar as a JSON object, with the fields that reading the sample needs."""
     if member.size > MAX_SIDECAR_BYTES:
-        raise WorkError(f"{path}: {member.name} has {member.size} bytes, too many for a sidecar")
+        raise DamagedTar.of(path, f"has a sidecar of {member.size} bytes, {member.name}: too many")
     content = tar.extractfile(member)
     assert content is not None  # regular files always have content
     try:
         value = json.loads(content.read())
-    except ValueError as error:
-        raise WorkError(f"{path}: {member.name} is not JSON; pack the data set again") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedTar.of(path, f"is damaged: {member.name} is not JSON") from error
     if not isinstance(value, dict):
-        raise WorkError(f"{path}: {member.name} is not a JSON object; pack the data set again")
+        raise DamagedTar.of(path, f"is damaged: {member.name} is not a JSON object")
+    for name, kind in _SIDECAR_FIELDS.items():
+        if type(value.get(name)) is not kind:
+            raise DamagedTar.of(path, f"is damaged: {name} in {member.name} is {value.get(name)!r}")
+    if value["key"] != key or not all(isinstance(split, str) for split in value["splits"]):
+        raise DamagedTar.of(path, f"is damaged: {member.name} is the sidecar of another video")
     return value

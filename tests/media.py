@@ -47,6 +47,7 @@ def make_video(
     target: Path | None = None,
     *,
     frames: int = 40,
+    first: int = 0,
     width: int = 96,
     height: int = 64,
     fps: int = 25,
@@ -62,6 +63,7 @@ def make_video(
 ) -> bytes:
     """Encode a numbered clip and return its bytes (also written to `target` when given).
 
+    `first` is the number drawn into the first frame.
     `times`: presentation time of every frame in units of 1/fps (variable rate; negative ones are
     cut off by an edit list in mp4). `rotation`: degrees clockwise written into the metadata.
     """
@@ -88,7 +90,7 @@ def make_video(
                     stream.set_display_rotation(-rotation)  # FFmpeg counts counterclockwise
                 for number in range(frames):
                     image = av.VideoFrame.from_ndarray(
-                        numbered_frame(number, width, height), format="rgb24"
+                        numbered_frame(first + number, width, height), format="rgb24"
                     )
                     image.pts = times[number] if times is not None else number
                     output.mux(stream.encode(image))

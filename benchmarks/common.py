@@ -1,0 +1,255 @@
+"""What the benchmarks share: clips, encoders, the machine's description, results as files and rows.
+
+Work files (clips, encoders, packed sets) lie under benchmarks/results/work and are made once; git
+ignores the folder, so it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+WORK = RESULTS / "work"
+PACKAGES = ("mote-video", "torch", "torchvision", "open_clip_torch", "av", "zarr", "numpy")
+
+WIDTH, HEIGHT, SECONDS = 340, 256, 10  # the size Kinetics copies are usually kept at
+RECIPE = 1  # change it with the recipe of the clips, so that old ones are not taken for new ones
+# Grey levels of noise: with it a clip takes about the bytes (0.6 MB) and the decoding time of a
+# real Kinetics clip of this size.
+NOISE = 5.5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table in docs/benchmarks.md."""
+
+    claim: str
+    measured: str
+    baseline: str
+    ratio: float
+    limit: str
+
+    def markdown(self, where: dict[str, Any]) -> str:
+        """The line, with date and machine as its first cells."""
+        cells = (
+            where["date"][:10],
+            where["name"],
+            self.claim,
+            self.measured,
+            self.baseline,
+            f"{self.ratio:.3f}",
+            self.limit,
+        )
+        return f"| {' | '.join(cells)} |"
+
+
+def options(description: str | None, **extra: Any) -> argparse.Namespace:
+    """Parse the command line; `extra` maps an option's name to its default value."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes, one repetition")
+    for name, default in extra.items():
+        kind = int if default is None else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    return parser.parse_args()
+
+
+def machine() -> dict[str, Any]:
+    """Date, processor, cores, memory, load and versions, as every result holds them."""
+    processor = platform.processor() or "unknown processor"
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return {
+        "name": f"{cores} cores of {processor}, {memory:.0f} GiB",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "load_average_before": round(os.getloadavg()[0], 2),
+        "threads_environment": os.environ.get("OMP_NUM_THREADS", ""),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+
+
+def save(name: str, where: dict[str, Any], rows: Sequence[Row], details: dict[str, Any]) -> None:
+    """Write benchmarks/results/NAME.json and print the rows for docs/benchmarks.md."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    result = {"machine": where, "rows": [vars(row) for row in rows], **details}
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print("\nfor docs/benchmarks.md:")
+    for row in rows:
+        print(row.markdown(where))
+    print(f"kept as {file.relative_to(Path(__file__).parent.parent)}")
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a plain table, numbers with three digits after the point at most."""
+    cells = [[f"{c:.3f}" if isinstance(c, float) else str(c) for c in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(header), *cells]) for i in range(len(header))]
+    for line in (list(header), *cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    sys.stdout.flush()
+
+
+def middle(values: Sequence[float]) -> float:
+    """The median."""
+    return statistics.median(values)
+
+
+def fresh(folder: Path) -> Path:
+    """`folder`, empty."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def class_folders(target: Path, clips: Sequence[Path], videos: int, classes: int) -> Path:
+    """`videos` files in class folders, the given clips again and again under other names."""
+    fresh(target)
+    for number in range(videos):
+        folder = target / f"class_{number % classes}"
+        folder.mkdir(exist_ok=True)
+        shutil.copyfile(clips[number % len(clips)], folder / f"clip_{number:05d}.mp4")
+    return target
+
+
+def kinetics_clips(count: int) -> list[Path]:
+    """`count` distinct clips: 340x256, 10 s, 25 to 30 fps, H.264 with x264's default settings.
+
+    A camera moves over a textured background, textured things move before it, every third clip
+    has a cut, and there is a little noise, so that decoding costs about what real clips cost.
+    """
+    folder = WORK / f"kinetics-{RECIPE}"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:03d}.mp4" for number in range(count)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_make_kinetics_clip, [p for p in paths if not p.is_file()]))
+    return paths
+
+
+def _make_kinetics_clip(path: Path) -> None:
+    import av
+    import numpy as np
+
+    number = int(path.stem)
+    rng = np.random.default_rng([RECIPE, number])
+    fps = (25, 30, 30)[number % 3]
+    frames = fps * SECONDS
+    cuts = [0, int(rng.integers(frames // 4, frames * 3 // 4))] if number % 3 == 2 else [0]
+    partial = path.with_suffix(".partial")
+    with av.open(str(partial), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for t in range(frames):
+            if t in cuts:
+                scene = _Scene(rng)
+            picture = av.VideoFrame.from_ndarray(scene.draw(t / fps, rng), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    partial.rename(path)
+
+
+class _Scene:
+    """A background, a camera path over it, and things that move; `rng` draws all of it."""
+
+    def __init__(self, rng: Any) -> None:
+        self.background = _texture(rng, 2 * HEIGHT, 2 * WIDTH)
+        self.things = [
+            (_texture(rng, side, side), rng.uniform(0, 6.3, 4), rng.uniform(0.3, 1.2, 2))
+            for side in rng.integers(40, 120, 3)
+        ]
+        self.phase = rng.uniform(0, 6.3, 2)
+        self.speed = rng.uniform(0.1, 0.4, 2)
+        self.shake = rng.uniform(0.0, 1.5)
+
+    def draw(self, t: float, rng: Any) -> Any:
+        """The picture at `t` seconds, uint8 [HEIGHT, WIDTH, 3]."""
+        import numpy as np
+
+        reach = np.array([HEIGHT, WIDTH]) / 2 - 4
+        centre = reach * (1 + np.sin(self.speed * t + self.phase))
+        picture = _window(self.background, centre + rng.normal(0, self.shake, 2), HEIGHT, WIDTH)
+        for texture, phase, speed in self.things:
+            side = len(texture)
+            where = (np.sin(speed * t * 2 + phase[:2]) + 1) / 2 * [HEIGHT - side, WIDTH - side]
+            y, x = where.astype(int)
+            yy, xx = np.mgrid[:side, :side] / (side / 2) - 1
+            inside = (yy**2 + xx**2 < 1)[..., None]
+            patch = picture[y : y + side, x : x + side]
+            patch[:] = np.where(inside, texture, patch)
+        picture += rng.normal(0, NOISE, (HEIGHT, WIDTH, 1))
+        return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _texture(rng: Any, height: int, width: int) -> Any:
+    """Colour noise of all sizes, float32 [height, width, 3] around 128."""
+    import numpy as np
+    import torch
+
+    total = np.full((height, width, 3), 128.0, np.float32)
+    for cells, strength in ((3, 45.0), (9, 30.0), (27, 18.0), (81, 10.0), (200, 6.0)):
+        noise = torch.from_numpy(rng.normal(0, strength, (1, 3, cells, cells)).astype(np.float32))
+        smooth = torch.nn.functional.interpolate(
+            noise, (height, width), mode="bilinear", align_corners=False
+        )
+        total += smooth[0].permute(1, 2, 0).numpy()
+    return total
+
+
+def _window(image: Any, corner: Any, height: int, width: int) -> Any:
+    """A window at a corner between pixels, by bilinear weights."""
+    import numpy as np
+
+    top, left = np.clip(corner, 0, np.array(image.shape[:2]) - [height + 1, width + 1])
+    y, x = int(top), int(left)
+    b, a = np.float32(top - y), np.float32(left - x)
+    part = image[y : y + height + 1, x : x + width + 1]
+    rows = part[:-1] * (1 - b) + part[1:] * b
+    return rows[:, :-1] * (1 - a) + rows[:, 1:] * a
+
+
+def vit_b16_folder() -> Path:
+    """A ViT-B/16 with random weights in open_clip's folder format: what OpenAI's weights cost."""
+    return _random_clip("ViT-B-16-quickgelu", None)
+
+
+def tiny_clip_folder() -> Path:
+    """A CLIP that costs nearly nothing, with random weights, for measurements of the rest."""
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    return _random_clip("tiny-clip", {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text})
+
+
+def _random_clip(name: str, config: dict[str, Any] | None) -> Path:
+    import open_clip
+    import torch
+
+    from pipeline.clip_encoder import save_open_clip_folder
+
+    folder = WORK / "encoders" / name
+    if not (folder / "open_clip_config.json").is_file():
+        config = config or open_clip.get_model_config(name)
+        torch.manual_seed(0)
+        tower = {"quick_gelu": False, **config}
+        model = open_clip.CLIP(**tower)
+        save_open_clip_folder(model, config, {}, folder)
+    return folder

@@ -1,0 +1,39 @@
+"""Runs `mote-cli` in processes of its own that start at once; used by test_interruption.py.
+
+Reads one JSON line per command, {"arguments", "out", "err"}, answers {"pid"} when it has started
+and {"code"} when it has ended (negative: the signal). Loading torch takes seconds, so it happens
+here, once, and every command is a fork of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import av  # noqa: F401
+import open_clip  # noqa: F401
+import torch
+
+import heads.training  # noqa: F401
+import pipeline.extraction
+import pipeline.packing  # noqa: F401
+from cli.main import main
+
+
+def run(arguments: list[str], out: str, err: str) -> None:
+    for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
+        flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(path, flags, 0o644), descriptor)
+    torch.set_num_threads(1)
+    sys.argv = ["mote-cli", *arguments]
+    main()
+
+
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        run(**json.loads(line))
+        raise AssertionError("main() must exit")
+    print(json.dumps({"pid": pid}), flush=True)
+    print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
