@@ -153,7 +153,7 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
                 ),
                 rows=training_rows(stores["known"], "train"),
                 prompt_set=PROMPTS,
-                resume=True,
+                resume=run_dir.exists(),
                 device="cpu",
                 progress=progress,
             )

@@ -12,10 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
+from typing import Any, BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -57,7 +54,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-def write_bytes(path: Path, data: Buffer) -> None:
+def write_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write `data` to `path`, complete or not at all."""
     with durable_file(path) as file:
         file.write(data)

@@ -10,6 +10,7 @@ Letters: T frames, S side of the square picture in pixels.
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class SpriteClass:
         return f"{self.colour} {self.shape} {self.motion}"
 
     @property
+    def pair(self) -> tuple[str, str]:
+        """What does not move: colour and shape."""
+        return self.colour, self.shape
+
+    @property
     def folder(self) -> str:
         """The class as a folder name, in the way data sets spell their classes."""
         return self.name.replace(" ", "_")
@@ -83,6 +89,14 @@ ALL_CLASSES = tuple(
 )
 
 
+# Motions that no head is trained on. The small CLIP knows the words for them, as CLIP knows words
+# for actions that are in no data set.
+NEW_MOTIONS = ("circling", "shaking", "blinking")
+# The known classes share this many (colour, shape) pairs, so that most of them can be told from
+# their neighbours by motion only.
+KNOWN_PAIRS = 16
+
+
 @dataclass(frozen=True)
 class World:
     """Which classes a head trains on and which are new to it, drawn from one seed."""
@@ -90,24 +104,21 @@ class World:
     seed: int
     known: tuple[SpriteClass, ...]
     new: tuple[SpriteClass, ...]
-    new_motions: tuple[str, ...]
 
 
 def draw_world(seed: int, known_classes: int = 40, new_classes: int = 40) -> World:
-    """Draw a world: three motions are held out, classes are drawn from the others and from them."""
+    """Draw the classes of a world: known ones from a few pairs, new ones from all pairs.
+
+    No known class has a motion of `NEW_MOTIONS`, every new class has one.
+    """
     rng = np.random.default_rng([seed, 0])
-    new_motions = tuple(sorted(rng.choice(MOTIONS, size=3, replace=False).tolist()))
-    pools: list[list[SpriteClass]] = [[], []]
-    for sprite_class in ALL_CLASSES:
-        pools[sprite_class.motion in new_motions].append(sprite_class)
-    known = rng.choice(len(pools[0]), size=known_classes, replace=False)
-    new = rng.choice(len(pools[1]), size=new_classes, replace=False)
-    return World(
-        seed,
-        tuple(sorted(pools[0][i] for i in known)),
-        tuple(sorted(pools[1][i] for i in new)),
-        new_motions,
-    )
+    pairs = sorted({sprite_class.pair for sprite_class in ALL_CLASSES})
+    few = {pairs[i] for i in rng.choice(len(pairs), KNOWN_PAIRS, replace=False)}
+    seen = [c for c in ALL_CLASSES if c.motion not in NEW_MOTIONS and c.pair in few]
+    unseen = [c for c in ALL_CLASSES if c.motion in NEW_MOTIONS]
+    known = rng.choice(len(seen), known_classes, replace=False)
+    new = rng.choice(len(unseen), new_classes, replace=False)
+    return World(seed, tuple(sorted(seen[i] for i in known)), tuple(sorted(unseen[i] for i in new)))
 
 
 def render_clip(sprite_class: SpriteClass, rng: np.random.Generator, moments: Floats) -> Frames:
@@ -241,12 +252,13 @@ def write_world(
     folder: Path,
     *,
     train_clips: int = 48,
-    test_clips: int = 12,
+    test_clips: int = 24,
     workers: int = 2,
     progress: ProgressSink = no_progress,
 ) -> WorldFolders:
-    """Make the world's clips as video files under `folder`; an earlier complete set is kept.
+    """Make the world's clips as video files under `folder`, which holds nothing else.
 
+    An earlier complete set of the same recipe is kept, anything else in the folder is replaced.
     `train_clips` and `test_clips` are per class. The same world gives the same files.
     """
     jobs: list[tuple[SpriteClass, int, Path]] = []
@@ -259,9 +271,15 @@ def write_world(
             place = folder / part / sprite_class.folder
             jobs += [(sprite_class, offset + i, place / f"{i:03d}.mp4") for i in range(count)]
     folders = WorldFolders(folder / "known", folder / "new", len(jobs))
-    recipe = {"seed": world.seed, "train_clips": train_clips, "test_clips": test_clips}
+    recipe = {
+        "known": [sprite_class.name for sprite_class in world.known],
+        "new": [sprite_class.name for sprite_class in world.new],
+        "seed": world.seed,
+        "train_clips": train_clips,
+        "test_clips": test_clips,
+    }
     marker = folder / "world.json"  # written last: its presence says that all clips are there
-    if marker.is_file():
+    if marker.is_file() and json.loads(marker.read_text()) == recipe:
         return folders
     if folder.exists():
         shutil.rmtree(folder)

@@ -13,11 +13,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeline.clip_encoder import cpu_has_bf16
-from pipeline.encoder_sources import hub_reachable
-
 PACKAGES = (
     "mote-video",
     "torch",
@@ -33,6 +28,12 @@ PACKAGES = (
 
 def machine_report(root: Path) -> dict[str, Any]:
     """JSON-ready facts about this machine; `root` is where free disk is looked up."""
+    # Imported here: packing asks this module for the number of cores and needs none of them.
+    import torch
+
+    from pipeline.clip_encoder import cpu_has_bf16
+    from pipeline.encoder_sources import hub_reachable
+
     report: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -59,7 +59,11 @@ def test_the_check_sees_a_forbidden_import(tmp_path: Path) -> None:
 
 def test_every_third_party_import_is_a_declared_dependency() -> None:
     declared = (ROOT / "pyproject.toml").read_text()
-    distribution = {"open_clip": "open_clip_torch", "nvidia": "nvidia-dali-cuda130"}
+    distribution = {
+        "open_clip": "open_clip_torch",
+        "nvidia": "nvidia-dali-cuda130",
+        "google_crc32c": "google-crc32c",
+    }
     found = set().union(*map(imported, MODULES)) - set(PACKAGES) - sys.stdlib_module_names
     missing = {name for name in found if f'"{distribution.get(name, name)}' not in declared}
     assert not missing, f"imported and not declared in pyproject.toml: {', '.join(missing)}"

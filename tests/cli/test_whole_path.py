@@ -142,7 +142,7 @@ def test_inspect(world: World) -> None:
 
 
 def test_doctor(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.machine.hub_reachable", lambda: False)
+    monkeypatch.setattr("pipeline.encoder_sources.hub_reachable", lambda: False)
     report = done("doctor", "--root", world.root)
     assert {"versions", "cpu", "cpu_bf16", "gpu", "nvdec", "dali", "hub", "free_disk_gib"} <= (
         report.keys()
