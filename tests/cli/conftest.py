@@ -12,7 +12,7 @@ from command_line import done
 from tiny_world import SHORT_TRAINING, World, make_clips, make_encoder
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
     """Half of the time of these tests would be syncs; tests/featstore has those that need them."""
     with mock.patch("os.fsync"):

@@ -1,0 +1,88 @@
+"""The demo: all of its result is real, a second run keeps what is there, and the world shows it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+from command_line import done, mote
+
+import cli.demo
+import pipeline.demo_world
+
+
+@pytest.fixture
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, write = pipeline.demo_world.draw_world, pipeline.demo_world.write_world
+    monkeypatch.setattr(
+        pipeline.demo_world, "draw_world", functools.partial(draw, known_classes=6, new_classes=6)
+    )
+    monkeypatch.setattr(
+        pipeline.demo_world, "write_world", functools.partial(write, train_clips=2, test_clips=1)
+    )
+    monkeypatch.setattr(cli.demo, "EPOCHS", 2)
+
+
+def test_the_demo_runs_every_stage_and_reports_it(small_world: None, tmp_path: Path) -> None:
+    report = done("demo", "--seed", "3", "--root", tmp_path)
+    rows = report["rows"]
+    assert [(row["head"], row["modulated"]) for row in rows] == [
+        *(("mean", False), ("transformer", False), ("transformer", True)),
+        *(("mote", False), ("mote", True)),
+    ]
+    for row in rows:
+        close, zero = row["closeset_top1"], row["zeroshot_top1"]
+        assert 0 <= close <= 100
+        assert 0 <= zero <= 100
+        assert row["harmonic_mean"] == pytest.approx(
+            2 * close * zero / (close + zero) if close + zero else 0
+        )
+    assert report["seed"] == 3
+    assert report["seconds"] > 0
+    assert report["peak_rss_mb"] > 100
+    assert Path(report["figure"]).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "datasets" / "demo-known-3" / "dataset.json").is_file()
+    assert (tmp_path / "heads" / "demo-mote-3" / "head.safetensors").is_file()
+
+
+def test_a_second_run_gives_the_same_and_does_nothing_twice(
+    small_world: None, tmp_path: Path
+) -> None:
+    first = done("demo", "--root", tmp_path)
+    heads = sorted((tmp_path / "heads").glob("*/head.safetensors"))
+    times = [head.stat().st_mtime_ns for head in heads]
+    assert done("demo", "--root", tmp_path)["rows"] == first["rows"]
+    assert times == [head.stat().st_mtime_ns for head in heads]
+
+
+def test_the_same_seed_gives_the_same_table_in_another_workspace(
+    small_world: None, tmp_path: Path
+) -> None:
+    first = done("demo", "--root", tmp_path / "a")
+    assert done("demo", "--root", tmp_path / "b")["rows"] == first["rows"]
+
+
+def test_seeds_give_mean_and_spread(small_world: None, tmp_path: Path) -> None:
+    report = done("demo", "--seeds", "2", "--root", tmp_path)
+    for row in report["rows"]:
+        one, two = row["closeset_top1_per_seed"]
+        assert row["closeset_top1"] == pytest.approx((one + two) / 2)
+        assert row["closeset_top1_std"] == pytest.approx(abs(one - two) / 2)
+
+
+def test_the_table_names_the_next_command(small_world: None, tmp_path: Path) -> None:
+    result = mote("demo", "--root", tmp_path)
+    assert result.code == 0
+    assert "mote-cli pack --dataset my-clips --videos DIR" in result.out
+    assert "transformer" in result.out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_world_shows_what_the_method_is_for(tmp_path: Path) -> None:
+    rows = done("demo", "--root", tmp_path)["rows"]
+    mean, transformer, _, expert, _ = rows
+    assert expert["closeset_top1"] >= transformer["closeset_top1"] - 1
+    assert expert["zeroshot_top1"] >= transformer["zeroshot_top1"] + 3
+    assert expert["closeset_top1"] >= mean["closeset_top1"] + 20
