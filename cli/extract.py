@@ -40,6 +40,9 @@ def extract(
     ] = None,
     precision: options.Precision = "auto",
     device: options.Device = "auto",
+    decoder: Annotated[
+        str, typer.Option("--decoder", metavar="auto|pyav", help="What decodes the videos.")
+    ] = "auto",
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads; default: one per core.")
     ] = None,
@@ -54,6 +57,7 @@ def extract(
 
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
+    from pipeline.decoding import decoder_named
     from pipeline.extraction import ExtractionRequest, encoder_label
     from pipeline.extraction import extract as run
     from pipeline.sampling import parse_sampling
@@ -82,6 +86,7 @@ def extract(
                 workers=workers,
                 max_failures=max_failures,
             ),
+            decoder=decoder_named(decoder),
             progress=progress,
         )
     if json:

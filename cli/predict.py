@@ -51,8 +51,8 @@ def predict(
 
     from heads.evaluation import can_modulate, check_encoder, mean_head, predict_scores
     from pipeline.clip_encoder import load_encoder
+    from pipeline.decoding import decoder_named
     from pipeline.decoding.contract import DecodeError
-    from pipeline.decoding.pyav import PyAVDecoder
     from pipeline.extraction import encode_video
     from pipeline.sampling import parse_sampling
 
@@ -82,7 +82,7 @@ def predict(
     scorer = model or mean_head(clip.dim, clip.logit_scale)
     modulate = modulate and can_modulate(scorer, len(names))
     sampling = parse_sampling(f"uniform:{frames or (8 if origin is None else origin.frames)}")
-    decoder = PyAVDecoder()
+    decoder = decoder_named("auto")
     answers: list[dict[str, object]] = []
     failed = 0
     with progress_of("predict", "videos") as progress:

@@ -107,12 +107,12 @@ def features_fit(nbytes: int, available: int | None = None) -> bool:
     free = available_memory() if available is None else available
     fits = nbytes <= RESIDENT_SHARE * free
     log.info(
-        "features: %s, %.2f GB %s %d %% of the %.2f GB of memory that is free",
+        "features: %s, %.1f MB %s %d %% of the %.0f MB of memory that is free",
         "held in memory" if fits else "read from memory-mapped files",
-        nbytes / 1e9,
+        nbytes / 1e6,
         "are within" if fits else "exceed",
         round(100 * RESIDENT_SHARE),
-        free / 1e9,
+        free / 1e6,
     )
     return fits
 

@@ -1,1 +1,17 @@
 """Frames out of video files: the contract of a decoder and its implementations."""
+
+from __future__ import annotations
+
+from featstore.errors import UserError
+from pipeline.decoding.contract import Decoder
+from pipeline.decoding.pyav import PyAVDecoder
+
+
+def decoder_named(name: str) -> Decoder:
+    """The decoder that `--decoder` names; "auto" takes the fastest that is sure to be exact.
+
+    Raises UserError for an unknown name.
+    """
+    if name in ("auto", PyAVDecoder.name):
+        return PyAVDecoder()
+    raise UserError(f"decoder {name!r} is unknown: choose auto or {PyAVDecoder.name}")
