@@ -105,22 +105,34 @@ def _bar(what: str, unit: str) -> Iterator[ProgressSink]:
     )
     with Progress(*columns, console=messages, transient=True) as progress:
         task = progress.add_task(what, total=None, details="", rate="")
-        started = time.monotonic()
-        first: float | None = None
+        rate = _Rate()
 
         def sink(done: float, total: float, **details: float | int | str) -> None:
-            nonlocal first
-            first = done if first is None else first
-            rate = (done - first) / max(time.monotonic() - started, 1e-9)
+            per_second = rate.now(done)
             progress.update(
                 task,
                 completed=int(done),
                 total=int(total),
-                rate=f"{rate:.1f}/s" if done > first else "",
+                rate=f"{per_second:.1f}/s" if per_second else "",
                 details=_describe(details),
             )
 
         yield sink
+
+
+class _Rate:
+    """Units per second since the first report, so that loading a model does not count."""
+
+    def __init__(self) -> None:
+        self._first: tuple[float, float] | None = None
+
+    def now(self, done: float) -> float:
+        """The rate up to this report; 0 at the first."""
+        moment = time.monotonic()
+        if self._first is None:
+            self._first = (done, moment)
+        done_before, began = self._first
+        return (done - done_before) / (moment - began) if moment > began else 0.0
 
 
 class _PlainLines:
@@ -129,17 +141,15 @@ class _PlainLines:
     def __init__(self, what: str, unit: str) -> None:
         self.what = what
         self.unit = unit
-        self.started = self.last = time.monotonic()
-        self.first: float | None = None
+        self.rate = _Rate()
+        self.last = time.monotonic()
 
     def __call__(self, done: float, total: float, **details: float | int | str) -> None:
+        rate = self.rate.now(done)
         now = time.monotonic()
-        if self.first is None:
-            self.first = done
         if now - self.last < PLAIN_INTERVAL_S:
             return
         self.last = now
-        rate = (done - self.first) / (now - self.started)
         left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
         more = f", {_describe(details)}" if details else ""
         messages.print(

@@ -278,7 +278,6 @@ class _Job:
         damaged: list[str] = []
         total = sum(self.shards[tar].samples for tar in pending)
         progress(0, total)
-        started = time.perf_counter()
         workers = self.request.workers or usable_cores()
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
         # Partitions fill in order; a tar is written as soon as its last video is in, while the
@@ -291,8 +290,7 @@ class _Job:
             self._take_oldest(open_partitions[0])
             outstanding -= 1
             self._write_finished(writer, open_partitions, damaged)
-            rate = self.videos_done / (time.perf_counter() - started)
-            progress(self.videos_done, total, videos_per_s=round(rate, 2))
+            progress(self.videos_done, total)
 
         try:
             for partition, sample in self._samples(pending, pool, open_partitions, damaged):

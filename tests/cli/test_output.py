@@ -1,0 +1,57 @@
+"""Progress on a terminal and without one."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+import cli.output
+
+
+def console(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> io.StringIO:
+    written = io.StringIO()
+    monkeypatch.setattr(
+        cli.output,
+        "messages",
+        Console(file=written, force_terminal=terminal, width=150, no_color=True),
+    )
+    return written
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands until a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(cli.output.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_terminal_shows_count_rate_and_details(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    written = console(monkeypatch, terminal=True)
+    with cli.output.progress_of("extract", "videos") as progress:
+        progress(0, 10)
+        clock[0] += 2.0
+        progress(5, 10, failed=1)
+    assert "5/10" in written.getvalue()
+    assert "2.5/s" in written.getvalue()
+    assert "failed 1" in written.getvalue()
+
+
+def test_without_a_terminal_a_line_now_and_then_with_time_left(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    written = console(monkeypatch, terminal=False)
+    with cli.output.progress_of("train", "steps") as progress:
+        clock[0] += 60.0  # loading: does not count
+        for step in range(0, 101):
+            progress(100 + step, 1000, loss=0.5)
+            clock[0] += 0.5
+    lines = written.getvalue().splitlines()
+    assert 4 <= len(lines) <= 7
+    assert lines[-1].startswith("train: ")
+    assert "/1000 steps, 2.0/s, 6m" in lines[-1]
+    assert lines[-1].endswith("left, loss 0.5")
