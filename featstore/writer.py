@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +27,7 @@ from featstore.durable import (
     write_json,
 )
 from featstore.errors import UserError, WorkError
+from featstore.locking import exclusive
 from featstore.metadata import (
     ARRAY_METADATA_LIMIT,
     GROUP_METADATA_LIMIT,
@@ -97,7 +96,7 @@ class StoreWriter:
             if text.names != metadata.class_names or text.embeddings.shape[1] != schema.dim:
                 raise ValueError(f"class text {prompt_set!r} has other class names or another size")
         make_folder(path.parent)
-        with _exclusive(path):
+        with _writing(path):
             if path.exists():
                 raise UserError(f"{path} exists already: remove it or continue it")
             for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
@@ -180,7 +179,7 @@ class StoreWriter:
         The lock is a file beside the store that the kernel frees when its process ends, however
         it ends. What interrupted writes left behind is removed.
         """
-        with _exclusive(self.path):
+        with _writing(self.path):
             swept = sweep_partials(self.path)
             if swept:
                 log.info("%s: removed %d files of interrupted writes", self.path, swept)
@@ -294,23 +293,6 @@ def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
         )
 
 
-@contextmanager
-def _exclusive(store: Path) -> Iterator[None]:
-    """Hold the lock file of `store`; WorkError names the process that holds it already."""
-    path = store.with_name(f"{store.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-            raise WorkError(
-                f"another process (pid {holder}) is writing {store}; wait for it or stop it"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        # Closing frees the lock. The file stays: removing it would let two processes lock
-        # two different files of the same name.
-        os.close(descriptor)
+def _writing(store: Path) -> AbstractContextManager[None]:
+    """Hold the lock file beside `store`; WorkError names the process that holds it already."""
+    return exclusive(store.with_name(f"{store.name}.lock"), f"writing {store}")

@@ -56,7 +56,7 @@ from pipeline.packing_records import (
     HashingStream,
     Outcome,
     ShardRecord,
-    exclusive,
+    packing_lock,
     read_record,
     write_record,
 )
@@ -142,7 +142,7 @@ def pack(
         name, videos_dir, dataset_dir, annotations, class_names_file, samples_per_shard, seed
     )
     try:
-        with exclusive(dataset_dir):
+        with packing_lock(dataset_dir):
             packing = _Packing(plan, videos_dir, dataset_dir)
             packing.settle_plan()
             pending = [shard for shard in plan.shards if shard.file not in packing.records]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from featstore.durable import write_json
-from featstore.errors import WorkError
+from featstore.locking import exclusive
 from pipeline.packing_plan import PlannedShard
 
 RECORDS_FOLDER = ".packing"
@@ -87,25 +84,6 @@ class HashingStream:
         return self._hash.hexdigest()
 
 
-@contextmanager
-def exclusive(dataset_dir: Path) -> Iterator[None]:
-    """Hold the lock of a data set's folder; the system frees it when the process ends.
-
-    Raises WorkError that names the process which holds it.
-    """
-    path = dataset_dir / RECORDS_FOLDER / _LOCK_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read(32).decode("ascii", "replace").strip() or "unknown"
-            raise WorkError(
-                f"another process (pid {holder}) is packing into {str(dataset_dir)!r}: wait for "
-                "it or stop it"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
-        yield
+def packing_lock(dataset_dir: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a data set's folder; WorkError names the process which holds it."""
+    return exclusive(dataset_dir / RECORDS_FOLDER / _LOCK_FILE, f"packing into {dataset_dir}")
