@@ -273,9 +273,13 @@ def evaluate_store(
             f"{head_name} was trained on {len(trained)} classes that are not the {len(text.names)} "
             f"of {dataset}: evaluate it with --zeroshot {dataset}"
         )
-    modulate = modulate and model.config.kind != "mean"
+    modulate = modulate and model.config.modulates
     if modulate:
-        require_neighbours(len(text.names), model.training_class_embeddings.shape[0])
+        require_neighbours(
+            len(text.names),
+            model.training_class_embeddings.shape[0],
+            model.config.modulation_neighbours,
+        )
 
     stored = store.schema.frames
     wanted = frames or (model.origin.frames if model.origin is not None else stored)
