@@ -70,8 +70,11 @@ class TrainConfig:
             raise UserError(f"seed is {self.seed!r}: it must be a whole number from 0 up")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{field.name} is {value}: it must be a number from 0 up")
+            if not isinstance(field.default, float):
+                continue
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise UserError(f"{field.name} is {value!r}: it must be a number from 0 up")
+            object.__setattr__(self, field.name, float(value))
         if not self.expert_weight + self.merged_weight + self.feature_weight:
             raise UserError("all three loss weights are 0: there is nothing to train")
         if self.precision not in get_args(Precision):
