@@ -102,7 +102,7 @@ class Preprocessing:
         Crop order: 1: centre; 3: left, right, centre; 5: the corners and the centre; 10: each of
         the five followed by its mirror image. Raises UserError for another number of crops.
         """
-        images = _as_images(frames)
+        images = as_images(frames)
         self.require_crops(crops)
         resized = self.resize(images)
         height, width = resized.shape[-2:]
@@ -185,7 +185,7 @@ def crop_corners(
     return [(0, 0), (4 * a, 0), (0, 4 * b), (4 * a, 4 * b), (2 * a, 2 * b)]
 
 
-def _as_images(frames: FrameInput) -> torch.Tensor:
+def as_images(frames: FrameInput) -> torch.Tensor:
     """[T,H,W,3] uint8 as a tensor [T,3,H,W] without copying; its memory stays channels-last."""
     tensor = frames if isinstance(frames, torch.Tensor) else torch.from_numpy(_writable(frames))
     if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[-1] != 3:
