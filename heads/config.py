@@ -263,7 +263,11 @@ def routing_prior(experts: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class HeadOrigin:
-    """What a head was trained on: everything needed to use it on the right features."""
+    """What a head was trained on: everything needed to use it on the right features.
+
+    An imported head says less than one trained here: what is not known is empty, and class names
+    that nobody gave are None, never invented.
+    """
 
     dataset: str
     dataset_fingerprint: str
@@ -276,17 +280,19 @@ class HeadOrigin:
     crops: int
     preprocessing: dict[str, Any]
     prompt_set: str
-    class_names: tuple[str, ...]
-    """[C] training classes, in the order of `training_class_embeddings`."""
+    class_names: tuple[str, ...] | None
+    """[C] training classes, in the order of `training_class_embeddings`; None when not known."""
     frames: int
     """T, frames per view it was trained with."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as strict JSON values."""
-        return {**asdict(self), "class_names": list(self.class_names)}
+        names = None if self.class_names is None else list(self.class_names)
+        return {**asdict(self), "class_names": names}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HeadOrigin:
         """The inverse of `to_json`."""
         known = known_fields(cls, value, "head origin")
-        return cls(**{**known, "class_names": tuple(known["class_names"])})
+        names = known["class_names"]
+        return cls(**{**known, "class_names": None if names is None else tuple(names)})
