@@ -16,6 +16,7 @@ Source: MoTE (Zhu et al., NeurIPS 2024), its released code.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 from collections import Counter, OrderedDict
@@ -36,6 +37,12 @@ from heads.weight_files import load_weight_file, plain_tensors
 
 BLEND: Final = 0.99
 """Share of the tuned tower in what the released test scripts evaluate; the rest is CLIP's own."""
+
+TUNED: Final = 0.5
+"""Cosine of the weights of two towers from which one can be the other, tuned: unrelated ones are
+near 0, and a tower tuned at a far higher rate than the published (the golden run) is at 0.9."""
+
+log = logging.getLogger(__name__)
 
 _TOWER, _HEAD = "model_state_dict", "fusion_model_state_dict"
 _LAYERS, _LAYERS_OF_TOWER = "transformer.resblocks.", "visual.transformer.resblocks."
@@ -152,7 +159,8 @@ class OfficialCheckpoint:
         """`blend` of the tuned tower and `1 - blend` of CLIP's own, tensor by tensor, float32.
 
         `original`: the state dict of that CLIP in OpenAI's or open_clip's names; its text tower
-        is not looked at. UserError when its image tower is another, or for a share beyond 0 to 1.
+        is not looked at. UserError when its image tower has another shape, or for a share beyond
+        0 to 1; logged when its weights have nothing in common with the tuned ones.
         """
         if not 0 <= blend <= 1:
             raise UserError(f"blend {blend} is no share: it must be from 0 to 1")
@@ -165,6 +173,13 @@ class OfficialCheckpoint:
             tower,
             f"the original CLIP given for {self.name}",
         )
+        likeness = _likeness(self.tower_state, tower)
+        if likeness < TUNED:
+            log.warning(
+                "the weights of the original CLIP and of %s hardly agree (cosine %.2f): make sure "
+                "it is the CLIP that the tower was tuned from",
+                *(self.name, likeness),
+            )
         return {
             name: blend * value + (1 - blend) * tower[name]
             for name, value in self.tower_state.items()
@@ -278,6 +293,14 @@ def _usual_count(names: Iterable[str], pattern: str) -> int:
         match.string[: match.start("n")] + match.string[match.end("n") :] for match in found
     )
     return _usual(alike.values())
+
+
+def _likeness(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Cosine of the matrices of two towers of one shape; vectors, such as norms, are all alike."""
+    pairs = [(value, second[name]) for name, value in first.items() if value.ndim > 1]
+    product = sum(float((a * b).sum()) for a, b in pairs)
+    squares = [sum(float(pair[side].square().sum()) for pair in pairs) for side in (0, 1)]
+    return product / max(math.sqrt(squares[0] * squares[1]), 1e-12)
 
 
 def _classes_of(head: Mapping[str, Tensor]) -> int:

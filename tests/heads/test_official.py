@@ -176,6 +176,21 @@ def test_blending() -> None:
         import_official_checkpoint(source, tower(8, width=16))
 
 
+def test_a_clip_that_the_tower_was_not_tuned_from_is_told(
+    golden: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = GoldenRun(golden / "e2e", tmp_path)
+    import_official_checkpoint(run.checkpoint, run.clip_state)
+    assert not caplog.records
+    generator = torch.Generator().manual_seed(0)
+    other = {
+        name: torch.randn(value.shape, generator=generator)
+        for name, value in run.clip_state.items()
+    }
+    import_official_checkpoint(run.checkpoint, other)
+    assert "hardly agree (cosine" in caplog.text
+
+
 LAYER = "transformer.resblocks.1."
 
 
