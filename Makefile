@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.mote-ready
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench golden clean
 
 install: $(READY)
 
@@ -23,6 +23,10 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+# How far every number is from the authors'; GOLDEN names another folder of such files.
+golden: install
+	$(BIN)/python benchmarks/golden_table.py $(GOLDEN)
 
 bench: install
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done

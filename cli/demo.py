@@ -16,8 +16,7 @@ from featstore.workspace import Workspace
 
 PROMPTS = "name"  # the demo's small CLIP learned from captions, not from prompt sentences
 SAMPLING = "uniform:16"
-# The recipe for this small world; the paper's is for 240,000 videos.
-EPOCHS, BATCH_SIZE, LR = 60, 128, 1e-3
+RECIPE = "demo"
 MEASURES = ("closeset_top1", "zeroshot_top1", "harmonic_mean")
 
 
@@ -102,10 +101,11 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
     """
     from featstore import open_store
     from heads.checkpoints import load_head
-    from heads.config import HeadConfig, HeadKind
+    from heads.config import HeadKind
     from heads.evaluation import closeset_splits, evaluate_store, zeroshot_splits
     from heads.model import TemporalHead
-    from heads.training import TrainConfig, train_head, training_rows
+    from heads.recipes import load_recipe
+    from heads.training import train_head, training_rows
     from pipeline.demo_clip import ENCODER_NAME, make_encoder_folder
     from pipeline.demo_world import draw_world, write_world
     from pipeline.extraction import ExtractionRequest, extract
@@ -140,6 +140,7 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
         stores[kind] = open_store(path)
 
     heads: dict[str, TemporalHead | None] = {"mean": None}
+    recipe = load_recipe(RECIPE)
     trained: tuple[HeadKind, ...] = ("transformer", "mote")
     for kind in trained:
         run_dir = workspace.run_dir(f"demo-{kind}-{seed}")
@@ -147,10 +148,8 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
             train_head(
                 stores["known"],
                 run_dir,
-                HeadConfig(dim=stores["known"].provenance.dim, kind=kind),
-                TrainConfig(
-                    epochs=EPOCHS, batch_size=BATCH_SIZE, lr=LR, seed=seed, precision="fp32"
-                ),
+                recipe.head_config(stores["known"].provenance.dim, kind=kind),
+                recipe.train_config(seed=seed),
                 rows=training_rows(stores["known"], "train"),
                 prompt_set=PROMPTS,
                 resume=run_dir.exists(),

@@ -12,7 +12,18 @@ from typing import Any
 
 import typer
 
-from cli import demo, doctor, evaluate, extract, inspect_path, pack, predict, train_head
+from cli import (
+    demo,
+    doctor,
+    evaluate,
+    export,
+    extract,
+    import_checkpoint,
+    inspect_path,
+    pack,
+    predict,
+    train_head,
+)
 from cli.output import fail, log_to_stderr
 from featstore.errors import UserError, WorkError, one_line
 
@@ -42,6 +53,8 @@ app.command("extract")(extract.extract)
 app.command("train-head")(train_head.train_head)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
+app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
+app.command("export")(export.export)
 app.command("inspect")(inspect_path.inspect_path)
 app.command("doctor")(doctor.doctor)
 

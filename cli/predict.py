@@ -63,9 +63,10 @@ def predict(
     workspace = options.workspace(root)
     model, run_dir = options.head(workspace, head, or_mean=True)
     origin = None if model is None else model.origin
-    if classes is None and origin is None:
+    own = None if origin is None else origin.class_names
+    if classes is None and own is None:
         raise UserError('no classes to choose from: name them with --classes "a,b,c"')
-    names = options.class_list(classes) if classes is not None else list(origin.class_names)  # type: ignore[union-attr]
+    names = options.class_list(classes) if classes is not None else list(own or ())
     spec = encoder or (options.DEFAULT_ENCODER if origin is None else origin.encoder)
     try:
         clip = load_encoder(

@@ -10,19 +10,27 @@ from cli import options
 from cli.output import print_facts, print_json, progress_of
 from featstore.errors import UserError
 
-DEFAULTS = "the paper's ViT-B/16 recipe"
-
 
 def train_head(
     dataset: options.OptionalDataset = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo) "
+            "or from a TOML file; options given beside it win.",
+        ),
+    ] = None,
     head: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--head",
             metavar="mote|transformer|mean",
-            help="Mixture of temporal experts, the plain transformer, or no parameters at all.",
+            help="Mixture of temporal experts, the plain transformer, or no parameters at all; "
+            "default: the recipe's.",
         ),
-    ] = "mote",
+    ] = None,
     name: Annotated[
         str | None,
         typer.Option("--name", metavar="RUN", help="Name of the run; default: DATASET-HEAD."),
@@ -31,20 +39,22 @@ def train_head(
     sampling: options.StoreSampling = None,
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1)] = 30,
-    warmup_epochs: Annotated[float, typer.Option("--warmup-epochs", min=0)] = 5,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 192,
-    lr: Annotated[float, typer.Option("--lr", help="Learning rate of the head.")] = 5e-5,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0)] = 0.2,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1)] = None,
+    warmup_epochs: Annotated[float | None, typer.Option("--warmup-epochs", min=0)] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1)] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the head.")] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", min=0)] = None,
     frames: Annotated[
-        int, typer.Option("--frames", min=1, help="Frames per video in training and evaluation.")
-    ] = 8,
-    layers: Annotated[int, typer.Option("--layers", min=1)] = 4,
-    experts: Annotated[int, typer.Option("--experts", min=1)] = 4,
-    seed: Annotated[int, typer.Option("--seed")] = 1024,
+        int | None,
+        typer.Option("--frames", min=1, help="Frames per video in training and evaluation."),
+    ] = None,
+    layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
+    experts: Annotated[int | None, typer.Option("--experts", min=1)] = None,
+    seed: Annotated[int | None, typer.Option("--seed")] = None,
     precision: Annotated[
-        str, typer.Option("--precision", metavar="auto|fp32|bf16", help="Arithmetic of training.")
-    ] = "auto",
+        str | None,
+        typer.Option("--precision", metavar="auto|fp32|bf16", help="Arithmetic of training."),
+    ] = None,
     device: options.Device = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
@@ -54,43 +64,42 @@ def train_head(
 ) -> None:
     """Train a head on stored features; the encoder is not run again.
 
-    Defaults are the paper's ViT-B/16 recipe. A run that was interrupted goes on with --resume,
+    A recipe holds every setting of head and training (docs/recipes.md); the default one is the
+    paper's ViT-B/16 head for a frozen encoder. A run that was interrupted goes on with --resume,
     bit for bit as if it had not been.
 
     Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
     """
-    from heads.config import HeadConfig
-    from heads.training import TrainConfig, training_rows
+    from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.training import train_head as run
+    from heads.training import training_rows
 
     workspace = options.workspace(root)
     if name == options.MEAN_HEAD:
         raise UserError(
             f"--name {name}: --head {name} means no head in other commands; use another name"
         )
+    settings = load_recipe(recipe or DEFAULT_RECIPE)
+    training = settings.train_config(
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        frames=frames,
+        seed=seed,
+        precision=precision,
+    )
     chosen = workspace.choose_dataset(dataset)
     split = split or workspace.default_split(chosen, ("train",))
     store = workspace.choose_store(chosen, split=split, sampling=sampling, name=store_name)
+    shape = settings.head_config(store.provenance.dim, kind=head, layers=layers, experts=experts)
     with progress_of("train", "steps") as progress:
         summary = run(
             store,
-            workspace.run_dir(name or f"{chosen}-{head}"),
-            HeadConfig(
-                dim=store.provenance.dim,
-                kind=head,  # type: ignore[arg-type]  # HeadConfig checks it and lists the kinds
-                layers=layers,
-                experts=experts,
-            ),
-            TrainConfig(
-                epochs=epochs,
-                warmup_epochs=warmup_epochs,
-                batch_size=batch_size,
-                lr=lr,
-                weight_decay=weight_decay,
-                frames=frames,
-                seed=seed,
-                precision=precision,  # type: ignore[arg-type]  # TrainConfig checks it
-            ),
+            workspace.run_dir(name or f"{chosen}-{shape.kind}"),
+            shape,
+            training,
             rows=training_rows(store, split),
             prompt_set=prompts or store.prompt_sets[0],
             resume=resume,

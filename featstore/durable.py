@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,35 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def new_folders(staging: Path, *targets: Path) -> Iterator[list[Path]]:
+    """Fill one new folder per target; they appear together when the block ends without an error.
+
+    They are filled under `staging` (same file system, removed afterwards), so that nothing
+    unfinished is ever seen under a final name. Raises FileExistsError when a target exists.
+    """
+    shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+    placed: list[Path] = []
+    try:
+        folders = [staging / str(number) for number in range(len(targets))]
+        for folder in folders:
+            make_folder(folder)
+        yield folders
+        for folder, target in zip(folders, targets, strict=True):
+            make_folder(target.parent)
+            if target.exists():
+                raise FileExistsError(f"{target} exists already")
+            folder.rename(target)
+            placed.append(target)
+            sync_folder(target.parent)
+    except BaseException:
+        for target in placed:
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:

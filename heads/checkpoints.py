@@ -113,19 +113,33 @@ def _training_classes(tensors: Mapping[str, Tensor]) -> int:
     return 0 if table is None or table.ndim != 2 else table.shape[0]
 
 
-def _check_shapes(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+LISTED_FAULTS: Final = 3  # how many tensors an error names before it counts the rest
+
+
+def describe_faults(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Which tensors are missing, extra or misshapen, as a phrase; empty when all fit."""
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is extra" for name in found if name not in wanted]
     faults += [
-        f"{name} is {found[name].dtype} {list(found[name].shape)}, not {list(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in found
-        and (found[name].shape != tensor.shape or not found[name].is_floating_point())
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
-    if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+    more = f" and {len(faults) - LISTED_FAULTS} more" if len(faults) > LISTED_FAULTS else ""
+    return "; ".join(faults[:LISTED_FAULTS]) + more
+
+
+def _check_shapes(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    faults = describe_faults(
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+        {name: tuple(tensor.shape) for name, tensor in found.items()},
+    )
+    strange = [f"{n} is {t.dtype}" for n, t in found.items() if not t.is_floating_point()]
+    if faults or strange:
         raise UserError(
-            f"{file} does not fit its own configuration: {'; '.join(faults[:3])}{more}; "
+            f"{file} does not fit its own configuration: {faults or strange[0]}; "
             "train or import the head again"
         )
 
@@ -152,5 +166,6 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
         "head": settings.get("head", {}),
         "training": settings.get("training", {}),
         "data": settings.get("data", {}),
+        **({"imported": settings["imported"]} if "imported" in settings else {}),
         "results": sorted(path.name for path in (run_dir / "eval").glob("*.json")),
     }

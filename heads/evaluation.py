@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from featstore.durable import write_json
 from featstore.errors import UserError, WorkError
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
+from featstore.records import ClassText
 from featstore.schema import STATUS_OK, RowArray
 from featstore.segments import segment_positions
 from heads.checkpoints import head_fingerprint
@@ -43,6 +45,7 @@ from heads.scoring import (
     view_cosines,
     view_features,
 )
+from heads.text_classifier import SAME_CLASS, class_cosines
 
 __all__ = [
     "EvalResult",
@@ -267,15 +270,20 @@ def evaluate_store(
     if prompt_set is None:
         prompt_set = _default_prompt_set(store, model)
     text = store.class_text(prompt_set)
-    trained = None if model.origin is None else set(model.origin.class_names)
-    if protocol == "closeset" and trained is not None and trained != set(text.names):
+    names = None if model.origin is None else model.origin.class_names
+    trained = None if names is None else set(names)
+    if protocol == "closeset" and not _knows_classes(model, text):
         raise UserError(
-            f"{head_name} was trained on {len(trained)} classes that are not the {len(text.names)} "
-            f"of {dataset}: evaluate it with --zeroshot {dataset}"
+            f"{head_name} was trained on {model.training_class_embeddings.shape[0]} classes that "
+            f"are not the {len(text.names)} of {dataset}: evaluate it with --zeroshot {dataset}"
         )
-    modulate = modulate and model.config.kind != "mean"
+    modulate = modulate and model.config.modulates
     if modulate:
-        require_neighbours(len(text.names), model.training_class_embeddings.shape[0])
+        require_neighbours(
+            len(text.names),
+            model.training_class_embeddings.shape[0],
+            model.config.modulation_neighbours,
+        )
 
     stored = store.schema.frames
     wanted = frames or (model.origin.frames if model.origin is not None else stored)
@@ -350,6 +358,23 @@ def evaluate_store(
         decoder=provenance.decoder,
         device=where.type,
     )
+
+
+def _knows_classes(head: TemporalHead, text: ClassText) -> bool:
+    """Whether the tested classes are those the head was trained on, in whatever order.
+
+    Told by their names; by their embeddings for a head that has only those.
+    """
+    if head.origin is None:
+        return True
+    if head.origin.class_names is not None:
+        return set(head.origin.class_names) == set(text.names)
+    trained = head.training_class_embeddings.cpu()
+    if trained.shape != text.embeddings.shape:
+        return False
+    tested = functional.normalize(torch.from_numpy(text.embeddings), dim=-1)
+    best, place = class_cosines(tested, trained).max(1)
+    return bool((best >= SAME_CLASS).all()) and len(set(place.tolist())) == len(place)
 
 
 def _split_result(name: str, place: npt.NDArray[np.int64], top5_counts: bool) -> SplitResult:

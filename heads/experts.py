@@ -1,7 +1,8 @@
 """The mixture feed-forward layer of MoTE: E experts, stacked, merged by one product.
 
 P = passes run together (1, or 2 in training: expert pass and merged pass), E = experts,
-N = tokens (batch x frames), D = embedding width, H = 4D hidden width.
+R = routings (1, or 2 where both projections are routed separately), N = tokens (batch x frames),
+D = embedding width, H = 4D hidden width.
 
 Source: MoTE (Zhu et al., NeurIPS 2024), sections 3.2 and 3.3, and its released code.
 """
@@ -13,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from heads.config import HeadConfig
 
 EXPANSION = 4  # H / D, as in CLIP's transformers
 
@@ -42,31 +45,43 @@ def quick_gelu(hidden: Tensor) -> Tensor:
 class ExpertFeedForward(nn.Module):
     """E feed-forward experts `Linear(D,4D) -> QuickGELU -> Linear(4D,D)` as stacked tensors.
 
-    A pass runs with `coefficients` [E]: a one-hot row is the expert pass, softmax weights the
-    merged pass. Weights are mixed, not outputs, so every pass costs one network.
+    A pass runs with `coefficients` [P,E]: a one-hot row is the expert pass, softmax weights the
+    merged pass. Weights are mixed, not outputs, so every pass costs one network. By the head's
+    `placement` a projection may be shared (one stacked entry, and its coefficients are not looked
+    at), or both may be routed separately: coefficients are [2,P,E] then, up and down.
 
-    In evaluation the experts merge with softmax(`fusion_logits`); those are never trained (zeros
-    give the plain average) but a checkpoint may hold others. The merged weights are kept until a
-    weight changes or training begins.
+    In evaluation the experts merge with softmax(`fusion_logits`), [E], or [2,E] for separate
+    routing; those are never trained (zeros give the plain average) but a checkpoint may hold
+    others. The merged weights are kept until a weight changes or training begins. Aggregation of
+    "outputs" runs all experts instead and averages what they give.
     """
 
     fusion_logits: Tensor
 
-    def __init__(self, dim: int, experts: int) -> None:
+    def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        hidden = EXPANSION * dim
-        self.experts = experts
-        self.up_weight = nn.Parameter(torch.empty(experts, hidden, dim))
-        self.up_bias = nn.Parameter(torch.empty(experts, hidden))
-        self.down_weight = nn.Parameter(torch.empty(experts, dim, hidden))
-        self.down_bias = nn.Parameter(torch.empty(experts, dim))
-        self.register_buffer("fusion_logits", torch.zeros(experts))
+        dim, hidden, experts = config.dim, EXPANSION * config.dim, config.experts
+        up, down = (1 if config.placement == shared else experts for shared in ("down", "up"))
+        self.config = config
+        self.up_weight = nn.Parameter(torch.empty(up, hidden, dim))
+        self.up_bias = nn.Parameter(torch.empty(up, hidden))
+        self.down_weight = nn.Parameter(torch.empty(down, dim, hidden))
+        self.down_bias = nn.Parameter(torch.empty(down, dim))
+        logits = (experts,) if config.routings == 1 else (config.routings, experts)
+        self.register_buffer("fusion_logits", torch.zeros(logits))
         self._merged: tuple[tuple[object, ...], FeedForwardWeights] | None = None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Weights N(0, 0.02^2), every expert its own draw; biases and fusion logits 0."""
+        """Weights N(0, 0.02^2); biases and fusion logits 0.
+
+        Every expert its own draw, or all the same one where the head's initialisation says so.
+        """
         for weight in (self.up_weight, self.down_weight):
-            nn.init.normal_(weight, std=0.02, generator=generator)
+            drawn = weight if self.config.initialisation == "different" else weight[:1]
+            nn.init.normal_(drawn, std=0.02, generator=generator)
+            if drawn is not weight:
+                with torch.no_grad():
+                    weight.copy_(drawn.expand_as(weight))
         for zero in (self.up_bias, self.down_bias, self.fusion_logits):
             nn.init.zeros_(zero)
 
@@ -76,26 +91,30 @@ class ExpertFeedForward(nn.Module):
         super().train(mode)
         return self
 
-    def combine(self, coefficients: Tensor) -> FeedForwardWeights:
-        """Mix the experts with `coefficients` [P,E] into P networks, in the parameters' dtype.
+    @property
+    def _stacked(self) -> FeedForwardWeights:
+        return FeedForwardWeights(self.up_weight, self.up_bias, self.down_weight, self.down_bias)
 
-        One product per tensor, and one for its gradient. Runs outside autocast: mixing in
-        bfloat16 would round the master weights before they are used.
+    def combine(self, coefficients: Tensor) -> FeedForwardWeights:
+        """Mix the experts with `coefficients` [P,E] or [2,P,E] into P networks.
+
+        In the parameters' dtype: one product per tensor, and one for its gradient, outside
+        autocast, because mixing in bfloat16 would round the master weights before they are used.
         """
-        stacked = (self.up_weight, self.up_bias, self.down_weight, self.down_bias)
-        passes = coefficients.shape[0]
-        if self.experts == 1:  # softmax over one expert is 1
-            return FeedForwardWeights(*(w.expand(passes, *w.shape[1:]) for w in stacked))
         with torch.autocast(self.up_weight.device.type, enabled=False):
             rows = coefficients.to(self.up_weight)
+            up, down = rows if rows.ndim == 3 else (rows, rows)
             return FeedForwardWeights(
-                *((rows @ w.flatten(1)).view(passes, *w.shape[1:]) for w in stacked)
+                _mix(self.up_weight, up),
+                _mix(self.up_bias, up),
+                _mix(self.down_weight, down),
+                _mix(self.down_bias, down),
             )
 
     def evaluation_weights(self) -> FeedForwardWeights:
         """The experts merged for evaluation (P = 1), from memory where nothing changed since."""
-        stacked = (self.up_weight, self.up_bias, self.down_weight, self.down_bias)
-        coefficients = self.fusion_logits.softmax(0)[None]
+        stacked = self._stacked
+        coefficients = self.fusion_logits.softmax(-1).unsqueeze(-2)
         if torch.is_grad_enabled() and any(w.requires_grad for w in stacked):
             return self.combine(coefficients)  # a remembered tensor would pass no gradient on
         device = self.up_weight.device.type
@@ -109,11 +128,31 @@ class ExpertFeedForward(nn.Module):
         return self._merged[1]
 
     def forward(self, hidden: Tensor, coefficients: Tensor | None = None) -> Tensor:
-        """`hidden` [P or 1, N, D] -> [P,N,D]; `coefficients` [P,E], None for evaluation (P = 1)."""
-        evaluate = self.evaluation_weights
-        weights = evaluate() if coefficients is None else self.combine(coefficients)
-        inner = quick_gelu(_project(hidden, weights.up_weight, weights.up_bias))
-        return _project(inner, weights.down_weight, weights.down_bias)
+        """`hidden` [P or 1, N, D] -> [P,N,D].
+
+        `coefficients` [P,E], or [2,P,E] for separate routing; None is evaluation (P = 1).
+        """
+        if coefficients is not None:
+            return _feed_forward(hidden, self.combine(coefficients))
+        # The average of linear maps is the map of averaged weights: only whole networks differ.
+        if self.config.aggregation == "outputs" and self.config.placement == "ffn":
+            outputs = _feed_forward(hidden, self._stacked)
+            share = self.fusion_logits.softmax(0).to(outputs.dtype)
+            return torch.einsum("e,end->nd", share, outputs)[None]
+        return _feed_forward(hidden, self.evaluation_weights())
+
+
+def _mix(stacked: Tensor, rows: Tensor) -> Tensor:
+    """P mixtures of a stacked tensor [E,...] or [1,...] (shared) with `rows` [P,E] -> [P,...]."""
+    if stacked.shape[0] == 1:  # shares add up to 1
+        return stacked.expand(rows.shape[0], *stacked.shape[1:])
+    return (rows @ stacked.flatten(1)).view(-1, *stacked.shape[1:])
+
+
+def _feed_forward(hidden: Tensor, weights: FeedForwardWeights) -> Tensor:
+    """P networks on `hidden` [P or 1, N, D] -> [P,N,D]."""
+    inner = quick_gelu(_project(hidden, weights.up_weight, weights.up_bias))
+    return _project(inner, weights.down_weight, weights.down_bias)
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A temporal head: CLIP frame features of a view in, cosines with class texts out.
 
 B = batch (views), T = frames, D = embedding width, C = classes tested, S = training classes,
-L = layers, E = experts, H = 4D.
+L = layers, E = experts, R = routings of a layer (1, or 2 for placement "separate"), H = 4D.
 
 Names in the state dict:
 
@@ -18,12 +18,14 @@ Names in the state dict:
 | `transformer.blocks.L.feed_forward.down_weight`, `.down_bias` | [E,D,H], [E,D] | |
 | `transformer.blocks.L.feed_forward.fusion_logits` | [E] | buffer, not trained |
 
-Kind "mean" has the two buffers only.
+Kind "mean" has the two buffers only. With placement "up" or "down" the other projection has one
+entry instead of E; with "separate" the fusion logits are [2,E], up and down.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -75,8 +77,9 @@ class TemporalHead(nn.Module):
         """Cosines [B,C] of `features` [B,T,D] with `class_embeddings` [C,D] (evaluation pass).
 
         Experts are merged; `modulate` applies Temporal Feature Modulation (no effect for kind
-        "mean"). Floating dtypes are cast to the head's. Raises UserError on another width, more
-        frames than positions, or fewer than five classes with modulation.
+        "mean" or where the configuration turns it off). Floating dtypes are cast to the head's.
+        Raises UserError on another width, more frames than positions, or fewer classes than
+        modulation compares (five).
         """
         class_embeddings = self._checked(class_embeddings, "class embeddings", 2)
         frames = self.aggregate(features, class_embeddings if modulate else None)
@@ -88,22 +91,55 @@ class TemporalHead(nn.Module):
         if self.transformer is None:
             return features
         hidden: Tensor = self.transformer(features)[0]
-        if class_embeddings is None:
+        if class_embeddings is None or not self.config.modulates:
             return hidden + features
         class_embeddings = self._checked(class_embeddings, "class embeddings", 2)
-        scale = modulation(features, class_embeddings, self.training_class_embeddings).scale
+        scale = modulation(
+            features,
+            class_embeddings,
+            self.training_class_embeddings,
+            self.config.modulation_neighbours,
+            self.config.modulation_temperature,
+        ).scale
         return scale[:, None, None] * hidden + features
 
     def training_pass(
-        self, features: Tensor, class_embeddings: Tensor, draw: RoutingDraw
+        self,
+        features: Tensor,
+        class_embeddings: Tensor,
+        draw: RoutingDraw,
+        subsets: Tensor | None = None,
     ) -> TrainingPass:
         """Expert pass and merged pass over the same `features` [B,T,D], run together.
 
-        `draw` has one entry per layer (ValueError otherwise). Kind "transformer" has one pass;
-        kind "mean" returns its features for both.
+        `draw` has L*R entries, and `subsets` [B] int64, the data subset of every sample, is given
+        for "subset" routing and only for it (ValueError otherwise). Kind "transformer" has one
+        pass; kind "mean" returns its features for both.
         """
         features = self._checked(features, "features", 3)
         class_embeddings = self._checked(class_embeddings, "class embeddings", 2)
+        if (subsets is not None) != (self.config.routing == "subset"):
+            raise ValueError(
+                f"{self.config.routing} routing {'takes no' if subsets is not None else 'needs'} "
+                "data subsets of the samples"
+            )
+        if subsets is None:
+            return self._training_pass(features, class_embeddings, draw)
+        # A batch of several subsets is one batch for each of them, with its own expert.
+        present = sorted(set(subsets.tolist()))
+        members = [(subsets == subset).nonzero().squeeze(1) for subset in present]
+        passes = [
+            self._training_pass(
+                features[part], class_embeddings, replace(draw, experts=(e,) * len(draw.experts))
+            )
+            for e, part in zip(present, members, strict=True)
+        ]
+        back = torch.cat(members).argsort()
+        return TrainingPass._make(torch.cat(parts)[back] for parts in zip(*passes, strict=True))
+
+    def _training_pass(
+        self, features: Tensor, class_embeddings: Tensor, draw: RoutingDraw
+    ) -> TrainingPass:
         if self.transformer is None:
             cosines = class_cosines(video_embeddings(features), class_embeddings)
             return TrainingPass(cosines, cosines, features)
@@ -114,12 +150,13 @@ class TemporalHead(nn.Module):
         return TrainingPass(cosines[0], cosines[1], frames[1])
 
     def _coefficients(self, draw: RoutingDraw) -> list[Tensor]:
-        """Per layer the expert weights [P,E]: one-hot for the expert pass, then the merged pass."""
-        layers, experts = self.config.layers, self.config.experts
-        if not len(draw.experts) == len(draw.temperatures) == layers:
+        """Per layer [P,E], or [2,P,E]: one-hot for the expert pass, then the merged pass."""
+        layers, experts, routings = self.config.layers, self.config.experts, self.config.routings
+        if not len(draw.experts) == len(draw.temperatures) == layers * routings:
             raise ValueError(
                 f"the draw has {len(draw.experts)} experts and {len(draw.temperatures)} "
-                f"temperatures, the head {layers} layers: one of each per layer is needed"
+                f"temperatures, the head {layers} layers: one of each per layer is needed, two "
+                'with placement "separate"'
             )
         if any(not 0 <= expert < experts for expert in draw.experts):
             raise ValueError(f"the draw names experts {draw.experts}, the head has {experts}")
@@ -127,15 +164,13 @@ class TemporalHead(nn.Module):
             return [torch.ones(1, 1)] * layers
         table = torch.stack(
             [
-                torch.stack(
-                    [
-                        functional.one_hot(torch.tensor(expert), experts).float(),
-                        temperature_weights(temperature, experts),
-                    ]
-                )
-                for expert, temperature in zip(draw.experts, draw.temperatures, strict=True)
-            ]
+                functional.one_hot(torch.tensor(draw.experts), experts).float(),
+                torch.stack([temperature_weights(t, experts) for t in draw.temperatures]),
+            ],
+            dim=1,
         )
+        if routings > 1:
+            table = table.view(layers, routings, *table.shape[1:])
         return list(table.to(self.logit_scale.device))
 
     def _checked(self, values: Tensor, what: str, rank: int) -> Tensor:

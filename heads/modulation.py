@@ -16,15 +16,15 @@ from torch import Tensor
 from featstore.errors import UserError
 from heads.text_classifier import video_embeddings
 
-NEIGHBOURS = 5  # K, fixed in the released code
-TEMPERATURE = 0.05  # of the exponential, fixed in the released code
+NEIGHBOURS = 5  # K of the released code
+TEMPERATURE = 0.05  # of the released code's exponential
 
 
 class Modulation(NamedTuple):
     """The scale of each video and what it was computed from."""
 
     scale: Tensor
-    """[B] factor of the head's contribution: exp(-(1 - similarity) / 0.05)."""
+    """[B] factor of the head's contribution: exp(-(1 - similarity) / temperature)."""
     similarity: Tensor
     """[B] mean over the tested neighbours of their best match among the training neighbours."""
     pair_similarities: Tensor
@@ -36,7 +36,11 @@ class Modulation(NamedTuple):
 
 
 def modulation(
-    features: Tensor, class_embeddings: Tensor, training_class_embeddings: Tensor
+    features: Tensor,
+    class_embeddings: Tensor,
+    training_class_embeddings: Tensor,
+    neighbours: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
 ) -> Modulation:
     """How far the head may move each video, from raw CLIP frame features [B,T,D].
 
@@ -44,22 +48,22 @@ def modulation(
     given; unit rows are expected. Where both lists are the same, the scale is 1 up to rounding.
     The result depends on the class list tested. Raises UserError below K classes on either side.
     """
-    require_neighbours(class_embeddings.shape[0], training_class_embeddings.shape[0])
+    require_neighbours(class_embeddings.shape[0], training_class_embeddings.shape[0], neighbours)
     with torch.autocast(features.device.type, enabled=False):
         video = video_embeddings(features)
         tested, training = class_embeddings.to(video), training_class_embeddings.to(video)
-        tested_neighbours = (video @ tested.T).topk(NEIGHBOURS, dim=-1).indices
-        training_neighbours = (video @ training.T).topk(NEIGHBOURS, dim=-1).indices
+        tested_neighbours = (video @ tested.T).topk(neighbours, dim=-1).indices
+        training_neighbours = (video @ training.T).topk(neighbours, dim=-1).indices
         pairs = tested[tested_neighbours] @ training[training_neighbours].transpose(-1, -2)
         similarity = pairs.amax(-1).mean(-1)
-        scale = torch.exp(-(1 - similarity) / TEMPERATURE)
+        scale = torch.exp(-(1 - similarity) / temperature)
     return Modulation(scale, similarity, pairs, tested_neighbours, training_neighbours)
 
 
-def require_neighbours(tested: int, training: int) -> None:
+def require_neighbours(tested: int, training: int, neighbours: int = NEIGHBOURS) -> None:
     """Raise UserError unless modulation can find its K neighbours on both sides."""
-    if min(tested, training) < NEIGHBOURS:
+    if min(tested, training) < neighbours:
         raise UserError(
-            f"modulation compares the {NEIGHBOURS} nearest classes, and there are {tested} tested "
+            f"modulation compares the {neighbours} nearest classes, and there are {tested} tested "
             f"and {training} training classes: name more classes or pass --no-modulate"
         )

@@ -54,8 +54,11 @@ class TrainConfig:
     lr_refresh: int = 1
     """Iterations between refreshes of the learning rate; 10 is the authors' quirk."""
     expert_weight: float = 1.0
+    """Weight of the expert pass's cross-entropy; of all three weights, 0 turns the term off."""
     merged_weight: float = 0.5
+    """Weight of the merged pass's cross-entropy."""
     feature_weight: float = 0.1
+    """Weight of the distance between the merged pass's features and the encoder's."""
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
@@ -67,8 +70,13 @@ class TrainConfig:
             raise UserError(f"seed is {self.seed!r}: it must be a whole number from 0 up")
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{field.name} is {value}: it must be a number from 0 up")
+            if not isinstance(field.default, float):
+                continue
+            if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
+                raise UserError(f"{field.name} is {value!r}: it must be a number from 0 up")
+            object.__setattr__(self, field.name, float(value))
+        if not self.expert_weight + self.merged_weight + self.feature_weight:
+            raise UserError("all three loss weights are 0: there is nothing to train")
         if self.precision not in get_args(Precision):
             raise UserError(f"precision {self.precision!r} is unknown: choose auto, fp32 or bf16")
 
@@ -138,6 +146,10 @@ class TrainingBatch(Protocol):
     def labels(self) -> Tensor:
         """[B] int64."""
 
+    @property
+    def rows(self) -> Tensor:
+        """[B] int64, which sample of the data set each is."""
+
 
 StepReport = Callable[[int, float, float], None]
 """Called with (batches done in this epoch, mean loss so far, samples per second)."""
@@ -165,8 +177,14 @@ class Trainer:
     ) -> None:
         """`class_embeddings` [S,D] default to the head's training classes.
 
-        Raises UserError when an epoch has fewer batches than one optimiser step takes.
+        Raises UserError when an epoch has fewer batches than one optimiser step takes, or no loss
+        term that the head has is on.
         """
+        if head.config.kind == "transformer" and not config.expert_weight:
+            raise UserError(
+                "expert_weight is 0, and a plain transformer has no other loss: choose another "
+                "weight or --head mote"
+            )
         if config.accumulation > steps_per_epoch:
             raise UserError(
                 f"accumulation {config.accumulation} is more than the {steps_per_epoch} batches "
@@ -184,11 +202,20 @@ class Trainer:
         self.epoch = 0
         """Epochs done."""
 
-    def step(self, features: Tensor, labels: Tensor, draw: RoutingDraw) -> LossTerms:
-        """Forward and backward of one batch; gradients add up until `update`."""
+    def step(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        draw: RoutingDraw,
+        subsets: Tensor | None = None,
+    ) -> LossTerms:
+        """Forward and backward of one batch; gradients add up until `update`.
+
+        `subsets` [B] as `TemporalHead.training_pass` takes them.
+        """
         config = self.config
         with autocast(self.precision, self.device):
-            passes = self.head.training_pass(features, self.class_embeddings, draw)
+            passes = self.head.training_pass(features, self.class_embeddings, draw, subsets)
         terms = mote_loss(
             passes,
             features,
@@ -225,7 +252,8 @@ class Trainer:
         for done, batch in enumerate(batches, start=1):
             features = batch.features.to(self.device, torch.float32, non_blocking=True)
             labels = batch.labels.to(self.device, non_blocking=True)
-            terms = self.step(features, labels, RoutingDraw.sample(self.head.config, draws))
+            draw = RoutingDraw.sample(self.head.config, draws)
+            terms = self.step(features, labels, draw, self._subsets(batch))
             sums += torch.stack(terms).detach() * len(labels)
             samples += len(labels)
             if done % self.config.accumulation == 0:
@@ -252,6 +280,11 @@ class Trainer:
             "samples_per_second": samples / seconds,
             "seconds": seconds,
         }
+
+    def _subsets(self, batch: TrainingBatch) -> Tensor | None:
+        if self.head.config.routing != "subset":
+            return None
+        return data_subsets(batch.rows, self.head.config.experts, self.config.seed).to(self.device)
 
     def _mean_loss(self, sums: Tensor, samples: int) -> float:
         loss = float(sums[0]) / samples
@@ -301,3 +334,20 @@ def draw_generator(seed: int, epoch: int) -> torch.Generator:
     """The CPU generator of one epoch's routing draws."""
     word = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def data_subsets(rows: Tensor, subsets: int, seed: int) -> Tensor:
+    """The data subset of every sample: `rows` [B] int64 -> [B] int64 in 0..subsets-1.
+
+    "subset" routing splits the samples of a data set into as many parts as there are experts, by a
+    draw that depends on the seed and the sample's row alone: a sample is with the same expert
+    in every epoch, in every batch and after a resume. Parts are equal up to chance. The draw is one
+    step of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    with np.errstate(over="ignore"):
+        key = np.random.SeedSequence([seed]).generate_state(1, np.uint64)
+        state = key + rows.cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return torch.from_numpy((state % np.uint64(subsets)).astype(np.int64))

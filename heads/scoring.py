@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from featstore.errors import UserError
 from heads.model import TemporalHead
-from heads.modulation import NEIGHBOURS
 from heads.text_classifier import class_cosines
 
 log = logging.getLogger(__name__)
@@ -161,11 +160,12 @@ def half_class_accuracy(
 def can_modulate(head: TemporalHead, named: int) -> bool:
     """Whether modulation is possible with `named` tested classes; logged where it is not."""
     trained = head.training_class_embeddings.shape[0]
-    if head.config.kind == "mean" or min(named, trained) >= NEIGHBOURS:
+    needed = head.config.modulation_neighbours
+    if not head.config.modulates or min(named, trained) >= needed:
         return True
     log.warning(
         "modulation is off: it compares the %d nearest classes, and %d were named, %d trained on",
-        *(NEIGHBOURS, named, trained),
+        *(needed, named, trained),
     )
     return False
 

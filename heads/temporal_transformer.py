@@ -63,15 +63,15 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """`h + attention(norm(h))`, then `h + feed_forward(norm(h))`."""
 
-    def __init__(self, dim: int, heads: int, experts: int) -> None:
+    def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPSILON)
-        self.attention = SelfAttention(dim, heads)
-        self.feed_forward_norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPSILON)
-        self.feed_forward = ExpertFeedForward(dim, experts)
+        self.attention_norm = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPSILON)
+        self.attention = SelfAttention(config.dim, config.attention_heads)
+        self.feed_forward_norm = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPSILON)
+        self.feed_forward = ExpertFeedForward(config)
 
     def forward(self, hidden: Tensor, coefficients: Tensor | None) -> Tensor:
-        """`hidden` [P or 1, B,T,D], `coefficients` [P,E] or None (evaluation) -> [P,B,T,D]."""
+        """`hidden` [P or 1, B,T,D] -> [P,B,T,D]; `coefficients` as `ExpertFeedForward` takes."""
         hidden = hidden + self.attention(self.attention_norm(hidden))
         tokens = self.feed_forward_norm(hidden).flatten(1, 2)
         added: Tensor = self.feed_forward(tokens, coefficients)
@@ -84,9 +84,7 @@ class TemporalTransformer(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.positions = nn.Parameter(torch.empty(config.positions, config.dim))
-        self.blocks = nn.ModuleList(
-            Block(config.dim, config.attention_heads, config.experts) for _ in range(config.layers)
-        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialise as the released code does; norms are ones and zeros already."""
@@ -99,8 +97,8 @@ class TemporalTransformer(nn.Module):
     def forward(self, features: Tensor, coefficients: Sequence[Tensor] | None = None) -> Tensor:
         """`features` [B,T,D] -> [P,B,T,D].
 
-        `coefficients`: per layer a [P,E] tensor; the passes share everything up to the first
-        feed-forward. None is the merged evaluation pass (P = 1).
+        `coefficients`: per layer what `ExpertFeedForward` takes; the passes share everything up to
+        the first feed-forward. None is the merged evaluation pass (P = 1).
         """
         hidden = (features + self.positions[: features.shape[1]])[None]
         for layer, block in enumerate(self.blocks):

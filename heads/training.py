@@ -38,7 +38,6 @@ from heads.checkpoints import (
 )
 from heads.config import HeadConfig, HeadOrigin
 from heads.model import TemporalHead, build_head
-from heads.modulation import NEIGHBOURS
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.precision import resolve_device, resolve_precision
 
@@ -136,11 +135,11 @@ def train_head(
             *(len(listed) - len(usable), len(listed)),
         )
     text = store.class_text(prompt_set)
-    if head.kind != "mean" and len(text.names) < NEIGHBOURS:
+    if head.modulates and len(text.names) < head.modulation_neighbours:
         log.warning(
             "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "
             "evaluate with --no-modulate",
-            *(NEIGHBOURS, store.provenance.dataset, len(text.names)),
+            *(head.modulation_neighbours, store.provenance.dataset, len(text.names)),
         )
     origin = _origin(store, prompt_set, training.frames, text.names)
     settings = {
@@ -306,7 +305,7 @@ def _open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
     except ValueError as error:
         raise WorkError(f"{config_file} is not JSON: delete the run and train again") from error
     asked = _flat(settings)
-    had = _flat(begun)
+    had = _flat(_completed(begun))
     differences = [
         f"{name} is {_short(had.get(name))} in the run, asked for {_short(asked.get(name))}"
         for name in sorted(asked.keys() | had.keys())
@@ -317,6 +316,14 @@ def _open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
             f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
             "use the same ones or another --name"
         )
+
+
+def _completed(settings: Any) -> Any:
+    """Settings with the fields that this version knows and that of the run did not."""
+    return settings | {
+        "head": HeadConfig.from_json(settings.get("head", {})).to_json(),
+        "training": TrainConfig.from_json(settings.get("training", {})).to_json(),
+    }
 
 
 def _flat(settings: Any) -> dict[str, Any]:

@@ -217,7 +217,7 @@ class _Job:
                 "python": platform.python_version(),
                 **{
                     name: version(name)
-                    for name in ("mote-video", "torch", "torchvision", "open_clip_torch", "av")
+                    for name in ("mote-video", "torch", "open_clip_torch", "av", "pillow")
                 },
             },
             dataset=self.dataset.name,

@@ -62,6 +62,23 @@ def train_ranges(n: int, segments: int) -> IntArray:
     return np.stack(segment_ranges(n, segments), axis=-1)
 
 
+def dense_train_starts(n: int) -> tuple[int, int]:
+    """Inclusive (lo, hi) of the first frame of a dense training window.
+
+    The reference leaves out the last start at which the window still fits.
+    """
+    if n <= 0:
+        raise ValueError(f"cannot choose among {n} frames: there must be at least one")
+    return 0, max(0, n - DENSE_SPAN - 1)
+
+
+def dense_train_indices(n: int, segments: int, start: int) -> IntArray:
+    """A dense training clip from `start`: int64 [segments], stride 128 // segments, modulo n."""
+    if n <= 0 or segments <= 0:
+        raise ValueError(f"frames and segments must be positive, not {n} and {segments}")
+    return (start + np.arange(segments) * (DENSE_SPAN // segments)) % n
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """A way of taking `clips` clips of `frames` frames; `text` is how it is written in options."""

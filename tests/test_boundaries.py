@@ -63,6 +63,7 @@ def test_every_third_party_import_is_a_declared_dependency() -> None:
         "open_clip": "open_clip_torch",
         "nvidia": "nvidia-dali-cuda130",
         "google_crc32c": "google-crc32c",
+        "PIL": "pillow",
     }
     found = set().union(*map(imported, MODULES)) - set(PACKAGES) - sys.stdlib_module_names
     missing = {name for name in found if f'"{distribution.get(name, name)}' not in declared}

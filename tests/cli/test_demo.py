@@ -13,7 +13,7 @@ import pipeline.demo_world
 
 
 @pytest.fixture
-def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     draw, write = pipeline.demo_world.draw_world, pipeline.demo_world.write_world
     monkeypatch.setattr(
         pipeline.demo_world, "draw_world", functools.partial(draw, known_classes=6, new_classes=6)
@@ -21,7 +21,9 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         pipeline.demo_world, "write_world", functools.partial(write, train_clips=2, test_clips=1)
     )
-    monkeypatch.setattr(cli.demo, "EPOCHS", 2)
+    short = tmp_path / "short.toml"
+    short.write_text('[training]\nepochs = 2\nprecision = "fp32"\n')
+    monkeypatch.setattr(cli.demo, "RECIPE", str(short))
 
 
 def test_the_demo_runs_every_stage_and_reports_it(small_world: None, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from golden_head import golden_head
 from torch import Tensor
 
-from heads.config import TEMPERATURES, routing_prior
+from heads.config import TEMPERATURES, HeadConfig, routing_prior
 from heads.experts import ExpertFeedForward, temperature_weights
 from heads.modulation import modulation
 from heads.text_classifier import class_cosines, video_embeddings
@@ -30,7 +30,7 @@ def worst(got: Tensor, expected: np.ndarray) -> float:
 def test_expert_layer(golden: Path, name: str, suffix: str, dtype: torch.dtype) -> None:
     data = np.load(golden / f"{name}.npz")
     dim, experts = int(data["d_model"]), int(data["num_experts"])
-    layer = ExpertFeedForward(dim, experts)
+    layer = ExpertFeedForward(HeadConfig(dim=dim, experts=experts))
     with torch.no_grad():
         for ours, theirs in (("up_", "up_"), ("down_", "dn_")):
             getattr(layer, f"{ours}weight").copy_(torch.from_numpy(data[f"{theirs}w"]))

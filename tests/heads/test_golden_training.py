@@ -9,34 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_head import golden_entries, golden_head, our_name
+from golden_checks import golden_draw, golden_recipe, our_tensor
+from golden_head import golden_entries, golden_head
 from torch import Tensor
 
-from heads.config import TEMPERATURES, RoutingDraw
 from heads.losses import mote_loss
 from heads.model import TrainingPass
 from heads.optimisation import TrainConfig, Trainer, learning_rates
-
-
-def recipe(solver: Mapping[str, float]) -> TrainConfig:
-    return TrainConfig(
-        epochs=int(solver["epochs"]),
-        warmup_epochs=float(solver["lr_warmup_step"]),
-        lr=solver["lr"],
-        logit_scale_lr_ratio=solver["clip_ratio"],
-        weight_decay=solver["weight_decay"],
-        accumulation=int(solver["grad_accumulation_steps"]),
-        lr_refresh=10,
-        precision="fp32",
-    )
-
-
-def pick(values: Mapping[str, Tensor], name: str) -> Tensor:
-    """The value of our tensors that the authors call `name` ("clip.x" or "head.x")."""
-    if name == "clip.logit_scale":
-        return values["logit_scale"]
-    ours, expert = our_name(name.removeprefix("head."))
-    return values[ours] if expert is None else values[ours][expert]
 
 
 def assert_close(
@@ -48,7 +27,7 @@ def assert_close(
     Adam blows up to steps of the size of the learning rate.
     """
     for name, value in expected.items():
-        ours = pick(got, name).detach().double()
+        ours = our_tensor(got, name).detach().double()
         value = value.double()
         if name.endswith("in_proj_bias"):
             third = len(value) // 3
@@ -62,7 +41,7 @@ def assert_close(
 @pytest.mark.parametrize(("suffix", "dtype"), [("f32", torch.float32), ("f64", torch.float64)])
 def test_training_steps(golden: Path, name: str, suffix: str, dtype: torch.dtype) -> None:
     data = np.load(golden / f"{name}.npz")
-    config = recipe(json.loads(str(data["solver_json"])))
+    config = golden_recipe(json.loads(str(data["solver_json"])))
     head = golden_head(data, dtype)
     head.logit_scale.fill_(float(data["logit_scale0"]))
     text = torch.from_numpy(data["text"]).to(dtype)
@@ -74,10 +53,7 @@ def test_training_steps(golden: Path, name: str, suffix: str, dtype: torch.dtype
     steps = 0
     frozen = {name: buffer.clone() for name, buffer in head.named_buffers()}
     for i, embedding in enumerate(data["vid_emb"]):
-        draw = RoutingDraw(
-            tuple(int(e) for e in data["experts"][i]),
-            tuple(TEMPERATURES[t] for t in data["tau_idx"][i]),
-        )
+        draw = golden_draw(data, i)
         features = torch.from_numpy(embedding).to(dtype).requires_grad_()
         terms = trainer.step(features, torch.from_numpy(data["labels"][i]), draw)
         found = {
@@ -126,7 +102,7 @@ def test_training_steps(golden: Path, name: str, suffix: str, dtype: torch.dtype
 def test_learning_rates(golden: Path, case: int) -> None:
     data = np.load(golden / "lr_schedules.npz")
     meta = json.loads(str(data["meta_json"]))[case]
-    config = recipe(meta["solver"])
+    config = golden_recipe(meta["solver"])
     ours = learning_rates(config, meta["iters_per_epoch"])
     assert ours.shape == data[f"lr_{case}"].shape
     assert np.abs(ours - data[f"lr_{case}"]).max() <= 1e-12 * config.lr

@@ -83,7 +83,7 @@ def test_without_a_transformer_the_output_is_the_input() -> None:
 
 
 def test_merged_weights_follow_every_change_of_a_weight() -> None:
-    layer = ExpertFeedForward(8, 3).eval()
+    layer = ExpertFeedForward(HeadConfig(dim=8, experts=3)).eval()
     layer.reset_parameters(torch.Generator().manual_seed(0))
     x = torch.randn(1, 4, 8)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_merged_weights_follow_every_change_of_a_weight() -> None:
         layer.fusion_logits.copy_(torch.tensor([9.0, 0.0, 0.0]))
         only_first = layer(x, torch.tensor([[1.0, 0.0, 0.0]]))
         torch.testing.assert_close(layer(x), only_first, atol=0.02, rtol=0.1)
-        layer.load_state_dict(ExpertFeedForward(8, 3).requires_grad_(False).state_dict())
+        layer.load_state_dict(ExpertFeedForward(layer.config).requires_grad_(False).state_dict())
         before = layer.evaluation_weights()
         layer.train()
         layer.eval()

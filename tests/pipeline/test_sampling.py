@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from featstore.errors import UserError
 from pipeline import sampling
-from pipeline.sampling import Sampling, parse_sampling, train_ranges, validation_indices
+from pipeline.sampling import (
+    Sampling,
+    dense_train_indices,
+    dense_train_starts,
+    parse_sampling,
+    train_ranges,
+    validation_indices,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,15 @@ def test_training_ranges_are_the_authors(cases: dict[str, list[dict[str, Any]]])
         assert ranges.tolist() == [list(pair) for pair in zip(case["lo"], case["hi"], strict=True)]
 
 
+def test_dense_training_windows_are_the_authors(cases: dict[str, list[dict[str, Any]]]) -> None:
+    assert len(cases["train_dense"]) == 120
+    for case in cases["train_dense"]:
+        lo, hi = dense_train_starts(case["n"])
+        assert [lo, hi] == case["start_range"], case
+        for start, key in ((lo, "frames_at_lo"), (hi, "frames_at_hi")):
+            assert dense_train_indices(case["n"], case["segs"], start).tolist() == case[key], case
+
+
 @pytest.mark.parametrize("n", [0, -3])
 def test_a_video_without_frames_is_an_error(n: int) -> None:
     for call in (
@@ -58,6 +74,8 @@ def test_a_video_without_frames_is_an_error(n: int) -> None:
         lambda: sampling.test_indices(n, 8, 3),
         lambda: sampling.test_indices(n, 8, 3, dense=True),
         lambda: train_ranges(n, 8),
+        lambda: dense_train_starts(n),
+        lambda: dense_train_indices(n, 8, 0),
         lambda: parse_sampling("uniform:8").indices(n),
     ):
         with pytest.raises(ValueError, match="frames"):

@@ -1,0 +1,100 @@
+"""Recipes: a head and its training as a TOML file that a user can read, copy and pass.
+
+A file has the tables `[head]` (fields of `HeadConfig`, without `dim`, which is the store's) and
+`[training]` (fields of `TrainConfig`); what it leaves out has the default of the field. The
+comment it begins with says the command, the source, the published figure and what was run.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from featstore.errors import UserError, one_line
+from heads.config import HeadConfig
+from heads.optimisation import TrainConfig
+
+DEFAULT_RECIPE: Final = "frozen-store"
+_SUFFIX: Final = ".toml"
+_TABLES: Final = {
+    "head": {field.name for field in fields(HeadConfig)} - {"dim"},
+    "training": {field.name for field in fields(TrainConfig)},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one recipe file says; `None` among overrides means that nothing was given."""
+
+    name: str
+    head: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+    def head_config(self, dim: int, **overrides: Any) -> HeadConfig:
+        """The head for embeddings of width `dim`; UserError when a value is out of range."""
+        return HeadConfig(dim=dim, **(dict(self.head) | _given(overrides)))
+
+    def train_config(self, **overrides: Any) -> TrainConfig:
+        """The training; UserError when a value is out of range."""
+        return TrainConfig(**(dict(self.training) | _given(overrides)))
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with mote."""
+    found = (entry.name for entry in files(__name__).iterdir())
+    return sorted(name.removesuffix(_SUFFIX) for name in found if name.endswith(_SUFFIX))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """The recipe of that name, or of that TOML file.
+
+    A path is what has a folder, the suffix .toml or is a file that is there; everything else is a
+    name. Raises UserError when there is none, when it is not TOML, and for tables, keys and
+    values that are none of a recipe, naming them.
+    """
+    path = Path(name)
+    own = isinstance(name, Path) or path.suffix == _SUFFIX or len(path.parts) > 1 or path.is_file()
+    if not own and str(name) not in recipe_names():
+        raise UserError(
+            f"there is no recipe {str(name)!r}: choose one of {', '.join(recipe_names())} or name "
+            f"a {_SUFFIX} file"
+        )
+    source = path if own else files(__name__) / f"{name}{_SUFFIX}"
+    try:
+        tables = tomllib.loads(source.read_bytes().decode())
+    except OSError as error:
+        raise UserError(f"recipe {name} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, not TOML
+        raise UserError(f"recipe {name} is not TOML: {one_line(error, 120)}") from error
+    _refuse_unknown(str(name), set(tables) - set(_TABLES), list(_TABLES), "tables")
+    for table, known in _TABLES.items():
+        found = tables.setdefault(table, {})
+        if not isinstance(found, dict):
+            raise UserError(f"recipe {name}: {table} is {found!r}, not a table [{table}]")
+        _refuse_unknown(str(name), set(found) - known, sorted(known), f"keys in [{table}]")
+    recipe = Recipe(path.stem if own else str(name), tables["head"], tables["training"])
+    try:
+        recipe.head_config(_ANY_DIM, attention_heads=0)
+        recipe.train_config()
+    except UserError as error:
+        raise UserError(f"recipe {name}: {error}") from error
+    return recipe
+
+
+_ANY_DIM: Final = 64  # attention heads can only be checked against the store's width
+
+
+def _refuse_unknown(name: str, unknown: set[str], known: list[str], what: str) -> None:
+    if unknown:
+        raise UserError(
+            f"recipe {name} has unknown {what}: {', '.join(sorted(unknown))}; known are "
+            f"{', '.join(known)}"
+        )
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

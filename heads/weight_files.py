@@ -1,0 +1,90 @@
+"""Weight files of other programs: read without running anything, checked tensor by tensor."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from featstore.errors import UserError
+
+_CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what a pickle wants to call
+
+
+def load_weight_file(path: Path) -> Mapping[str, Any]:
+    """The dictionary in a file of `torch.save`; UserError when it is none, damaged or holds code.
+
+    Tensors are mapped, not read: what is not used, such as the optimiser's state, costs nothing.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {what}: name a checkpoint file, such as MoTE_B16.pt")
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:  # torch does not check
+                    raise UserError(f"{path} is damaged at {damaged}: fetch it again")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise
+    except Exception as error:  # damaged bytes make readers fail in any way
+        raise _unreadable(path, error) from None
+    if not isinstance(content, Mapping):
+        raise UserError(
+            f"{path} holds a {type(content).__name__}, not a checkpoint: pass one of MoTE's "
+            "released code, such as MoTE_B16.pt"
+        )
+    return content
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    # torch's own text advises loading with code allowed; it is not passed on.
+    if match := _CODE.search(str(error)):
+        return UserError(
+            f"{path} holds code ({match[1]}), not only tensors, and nothing of it was "
+            "run: get the checkpoint from its authors"
+        )
+    return UserError(
+        f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is cut off, damaged "
+        "or of another kind; fetch it again"
+    )
+
+
+def plain_tensors(entries: object, where: str) -> dict[str, Tensor]:
+    """`entries` as float32 tensors of their own memory, without `module.` prefixes.
+
+    UserError names an entry that is no tensor, is not finite, or appears twice.
+    """
+    if not isinstance(entries, Mapping):
+        raise UserError(f"{where} is a {type(entries).__name__}, not a state dict")
+    tensors: dict[str, Tensor] = {}
+    for key, value in entries.items():
+        name = str(key).removeprefix("module.")
+        if name in tensors:
+            raise UserError(f"{where}: {name} is there twice, with and without `module.`")
+        if not isinstance(value, Tensor) or not _is_plain(value):
+            raise UserError(f"{where}: {name} is no tensor of numbers: the file is not whole")
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{where}: {name} holds NaN or infinity: the file is damaged")
+        scale = name == "logit_scale" and value.numel() == 1  # stored as a number or a list of one
+        value = value.reshape(()) if scale else value
+        tensors[name] = value.detach().cpu().float().clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor holds every number it claims to: not sparse, not a few repeated by strides,
+    which would let a small file ask for any amount of memory."""
+    return (
+        value.layout == torch.strided
+        and not value.is_meta
+        and not value.is_quantized
+        and value.is_floating_point()
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )

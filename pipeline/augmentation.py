@@ -1,0 +1,124 @@
+"""Training augmentation: the random crop, flip and grey of the MoTE authors, the same for a clip.
+
+T frames, H, W height and width of the frames, h, w of them resized, s side of the tower's input.
+
+In order, each draw shared by all frames of a clip: the short side becomes 256 (bicubic), or s where
+the tower does not take 224; a random part of the picture becomes s x s (bilinear); mirrored with
+probability 0.5; grey with 0.2; scaled and normalised as in evaluation.
+
+Source: the released code of MoTE (Zhu et al., NeurIPS 2024). The aspect ratio is drawn evenly, not
+evenly in its logarithm as in torchvision's RandomResizedCrop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.preprocessing import FrameInput, Preprocessing, as_images, resized_size
+
+AREA = (0.08, 1.0)  # share of the resized picture
+ASPECT = (3 / 4, 4 / 3)  # width / height, before it may be turned over
+TRIES = 10
+FLIP, GREY, TURN = 0.5, 0.2, 0.5  # probabilities
+SHORT_SIDE, SHORT_SIDE_OF = 256, 224  # the resized short side for towers that take 224
+_LUMA = (19595, 38470, 7471)  # 65536ths of red, green and blue, as Pillow rounds ITU-R 601
+
+
+@dataclass(frozen=True)
+class AugmentationDraw:
+    """The chance of one clip: which part of the resized picture, mirrored or not, grey or not.
+
+    With `fitted`, no part was found in ten tries: the whole picture's short side becomes s first,
+    and (x, y) is the corner of an s x s square of that.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+    flip: bool
+    grey: bool
+    fitted: bool = False
+
+    @classmethod
+    def sample(
+        cls, width: int, height: int, size: int, rng: np.random.Generator
+    ) -> AugmentationDraw:
+        """A draw for pictures resized to `width` x `height`, towards an input of side `size`."""
+        for _ in range(TRIES):
+            part = crop_size(
+                width, height, rng.uniform(*AREA), rng.uniform(*ASPECT), rng.random() < TURN
+            )
+            if part[0] <= width and part[1] <= height:
+                fitted = False
+                break
+        else:
+            fitted, part = True, (size, size)
+            height, width = resized_size(height, width, (size, size))
+        x = int(rng.integers(0, width - part[0], endpoint=True))
+        y = int(rng.integers(0, height - part[1], endpoint=True))
+        return cls(x, y, *part, bool(rng.random() < FLIP), bool(rng.random() < GREY), fitted)
+
+
+def crop_size(
+    width: int, height: int, area_fraction: float, aspect: float, turned: bool
+) -> tuple[int, int]:
+    """(width, height) of a part of a picture, which may be larger than the picture.
+
+    `area_fraction` of its pixels, `aspect` = width / height of the part, exchanged when `turned`.
+    """
+    area = area_fraction * width * height
+    part = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+    return part[::-1] if turned else part
+
+
+def resized_clip(frames: FrameInput, size: int) -> torch.Tensor:
+    """uint8 [T,H,W,3] -> uint8 [T,3,h,w], the short side as a tower of input `size` wants it."""
+    short = SHORT_SIDE if size == SHORT_SIDE_OF else size
+    return Preprocessing(size=(short, short)).resize(as_images(frames))
+
+
+def augmented_pixels(resized: torch.Tensor, size: int, draw: AugmentationDraw) -> torch.Tensor:
+    """uint8 [T,3,h,w] of `resized_clip` -> uint8 [T,3,size,size] as `draw` says, not normalised.
+
+    Raises ValueError when the drawn part lies outside the picture.
+    """
+    if draw.fitted:
+        resized = Preprocessing(size=(size, size), interpolation="bilinear").resize(resized)
+    bottom, right = draw.y + draw.height, draw.x + draw.width
+    height, width = resized.shape[-2:]
+    if draw.x < 0 or draw.y < 0 or bottom > height or right > width:
+        raise ValueError(f"{draw} lies outside a picture of {width} x {height}")
+    part = resized[..., draw.y : bottom, draw.x : right]
+    squash = Preprocessing(size=(size, size), interpolation="bilinear", resize_mode="squash")
+    part = squash.resize(part)
+    if draw.flip:
+        part = part.flip(-1)
+    return _grey(part) if draw.grey else part
+
+
+def training_clip(
+    frames: FrameInput,
+    size: int,
+    rng: np.random.Generator,
+    preprocessing: Preprocessing | None = None,
+) -> torch.Tensor:
+    """uint8 frames [T,H,W,3] of a clip -> float32 [T,3,size,size], augmented and normalised.
+
+    `preprocessing` gives mean and standard deviation; CLIP's by default.
+    """
+    resized = resized_clip(frames, size)
+    height, width = resized.shape[-2:]
+    draw = AugmentationDraw.sample(width, height, size, rng)
+    return (preprocessing or Preprocessing()).normalise(augmented_pixels(resized, size, draw))
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [T,3,h,w] -> the same shape, every channel the brightness that Pillow computes."""
+    shares = torch.tensor(_LUMA, dtype=torch.int32).view(3, 1, 1)
+    brightness = (pixels.int() * shares).sum(-3, keepdim=True).add_(1 << 15) >> 16
+    return brightness.to(torch.uint8).expand_as(pixels)

@@ -1,0 +1,172 @@
+"""Recipes: those that come with mote, files of users, and what the command makes of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import tomllib
+from dataclasses import asdict, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+from action_store import action_store
+from typer.testing import CliRunner
+
+from cli.main import app
+from featstore import UserError
+from heads import HeadConfig, TrainConfig, load_head
+from heads.optimisation import AUTHORS_LR_REFRESH, learning_rates
+from heads.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
+
+NAMES = ["demo", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_recipes_that_come_with_mote() -> None:
+    assert recipe_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_says_command_source_figure_and_what_was_run(name: str) -> None:
+    text = (files("heads.recipes") / f"{name}.toml").read_text()
+    comment = "".join(line for line in text.splitlines(True) if line.startswith("#"))
+    for heading in ("Command:", "Source:", "Published:", "Run here:"):
+        assert heading in comment
+    assert ("not run here" in comment) == name.startswith("paper")
+    assert text.startswith(comment)
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    tables = tomllib.loads(text)
+    assert (recipe.head, recipe.training) == (tables["head"], tables["training"])
+
+
+def test_the_default_is_the_default_of_every_field() -> None:
+    recipe = load_recipe(DEFAULT_RECIPE)
+    assert recipe.train_config() == TrainConfig()
+    assert recipe.head_config(512) == HeadConfig(dim=512)
+
+
+def test_the_papers_recipes() -> None:
+    """Values of the released configurations (MoTE, Zhu et al., NeurIPS 2024)."""
+    base, large = load_recipe("paper-vit-b16"), load_recipe("paper-vit-l14")
+    assert base.head_config(512) == HeadConfig(dim=512, layers=4, experts=4)
+    assert large.head_config(768) == HeadConfig(dim=768, layers=6, experts=4)
+    assert base.head_config(512).attention_heads == 8
+    assert large.head_config(768).attention_heads == 12
+    training = base.train_config()
+    assert training == replace(TrainConfig(), lr_refresh=AUTHORS_LR_REFRESH)
+    assert (training.epochs, training.warmup_epochs, training.batch_size) == (30, 5, 192)
+    assert training.lr * training.logit_scale_lr_ratio == pytest.approx(3.5e-6)
+    other = large.train_config()
+    assert other.lr * other.logit_scale_lr_ratio == pytest.approx(3e-6)
+    assert asdict(other) == asdict(training) | {
+        "epochs": 20,
+        "batch_size": 144,
+        "logit_scale_lr_ratio": 0.06,
+    }
+    rates = learning_rates(training, 1250)
+    assert (rates[0, :9] == 0).all()  # the quirk of refreshing every tenth iteration
+    assert (rates[0, 9:18] > 0).all()
+
+
+def test_a_file_of_the_user(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "mine.toml",
+        '[head]\nplacement = "separate"\ntemperatures = [0.6, inf]\nexpert_prior = [1, 2, 3, 4]\n'
+        "[training]\nlr = 1\nepochs = 3\n",
+    )
+    for name in (file, str(file)):
+        recipe = load_recipe(name)
+        assert recipe.name == "mine"
+        head = recipe.head_config(32)
+        assert head == HeadConfig(
+            dim=32, placement="separate", temperatures=(0.6, math.inf), expert_prior=(1, 2, 3, 4)
+        )
+        training = recipe.train_config()
+        assert training == TrainConfig(lr=1.0, epochs=3)
+        assert isinstance(training.lr, float)
+
+
+def test_what_is_given_beside_a_recipe_wins_and_none_gives_nothing() -> None:
+    recipe = load_recipe("demo")
+    assert recipe.train_config(lr=None, epochs=7) == replace(recipe.train_config(), epochs=7)
+    assert recipe.head_config(16, kind=None, layers=2).layers == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[training]\nlearning_rate = 1\nepoch = 2\n", r"keys in \[training\]: epoch, learning_ra"),
+        ("[head]\ndim = 512\n", r"unknown keys in \[head\]: dim; known are .*placement"),
+        ("[model]\nlayers = 4\n", "unknown tables: model; known are head, training"),
+        ("layers = 4\n", "unknown tables: layers"),
+        ("head = 4\n", r"head is 4, not a table \[head\]"),
+        ("[training\n", "is not TOML"),
+        ('[training]\nlr = "fast"\n', "lr is 'fast'"),
+        ("[training]\nepochs = 2.5\n", "epochs is 2.5"),
+        ("[training]\nlr = -1\n", "lr is -1"),
+        ("[training]\nlr = nan\n", "lr is nan"),
+        ("[head]\nlayers = 0\n", "layers of a head is 0"),
+        ('[head]\nplacement = "both"\n', "placement 'both'"),
+    ],
+)
+def test_faults_are_named_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(tmp_path / "mine.toml", text))
+    assert "\n" not in str(caught.value)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no recipe 'paper': choose one of demo, frozen-store"):
+        load_recipe("paper")
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "mine.toml")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="is not TOML"):
+        load_recipe(tmp_path / "binary.toml")
+
+
+def run(root: Path, *arguments: str) -> Any:
+    result = CliRunner().invoke(app, ["train-head", *arguments, "--root", str(root), "--json"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_command_takes_a_recipe_and_options_win(tmp_path: Path) -> None:
+    store = tmp_path / "features" / "toy" / "tiny--uniform-8.zarr"
+    store.parent.mkdir(parents=True)
+    action_store(store)
+    file = write(
+        tmp_path / "mine.toml",
+        '[head]\nlayers = 1\nexperts = 2\nplacement = "up"\n'
+        "[training]\nepochs = 2\nbatch_size = 8\nframes = 4\nmerged_weight = 0\n",
+    )
+    summary = run(tmp_path, "--recipe", str(file), "--epochs", "1", "--experts", "3")
+    assert (summary["run"], summary["head"], summary["epochs"]) == ("toy-mote", "mote", 1)
+    begun = json.loads((tmp_path / "heads/toy-mote/config.json").read_text())
+    assert begun["head"]["placement"] == "up"
+    assert begun["training"]["merged_weight"] == 0
+    head = load_head(tmp_path / "heads" / "toy-mote").config
+    assert (head.layers, head.experts, head.placement) == (1, 3, "up")
+    plain = run(tmp_path, "--recipe", str(file), "--head", "transformer", "--epochs", "1")
+    assert plain["run"] == "toy-transformer"
+    with pytest.raises(UserError, match="no recipe 'nothing'"):
+        run(tmp_path, "--recipe", "nothing")
+
+
+def test_help_names_every_recipe() -> None:
+    result = CliRunner().invoke(app, ["train-head", "--help"], env={"COLUMNS": "200"})
+    text = re.sub(r"[│\s]+", " ", result.output)
+    assert all(name in text for name in NAMES)

@@ -1,0 +1,68 @@
+"""The table of golden files: complete, within tolerance, and able to fail."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden_checks import KINDS, Check, check_folder
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "benchmarks" / "golden_table.py"
+# what a check of another file reads, and what is tested elsewhere
+READ_BY_OTHERS = ("README.md", "clip_*_openai_*.pt", "e2e")
+
+
+def test_every_golden_file_is_checked_and_every_number_holds(golden: Path) -> None:
+    checked = set()
+    for file, check in check_folder(golden):
+        checked.add(file.name)
+        assert check.holds, f"{file.name}: {check}"
+    others = {path.name for pattern in READ_BY_OTHERS for path in golden.glob(pattern)}
+    assert checked | others == {path.name for path in golden.iterdir()}
+    missing = [p for p in KINDS if not any(Path(name).match(p) for name in checked)]
+    # larger than what is kept in the repository; checked where the whole set is at hand
+    assert missing == ["fullmodel_*.npz", "tokens_*.npz"]
+
+
+def test_an_error_that_is_no_number_does_not_hold() -> None:
+    assert Check("x", 0.0, 0.0).holds
+    assert not Check("x", math.nan, 1.0).holds
+    assert not Check("x", math.inf, 1.0).holds
+
+
+def table(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, TABLE, *arguments],
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_command_fails_when_a_number_does(golden: Path, tmp_path: Path, changed: bool) -> None:
+    data = dict(np.load(golden / "get_logits.npz"))
+    if changed:
+        data["logits_1_f32"] = data["logits_1_f32"] + 1e-5
+    np.savez(tmp_path / "get_logits_7.npz", **data)
+    result = table(tmp_path, "--json", tmp_path / "table.json")
+    assert result.returncode == int(changed), result.stderr
+    assert ("FAILS" in result.stdout) == changed
+    lines = json.loads((tmp_path / "table.json").read_text())
+    assert [(line["file"], line["quantity"], line["holds"]) for line in lines] == [
+        ("get_logits_7.npz", "cosines f32", not changed),
+        ("get_logits_7.npz", "cosines f64", True),
+    ]
+
+
+def test_a_folder_without_golden_files_is_an_error(tmp_path: Path) -> None:
+    result = table(tmp_path)
+    assert result.returncode == 2
+    assert "no golden files" in result.stderr
