@@ -38,6 +38,14 @@ def evaluate(
             "of features.",
         ),
     ] = "softmax",
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="auto|fp32|bf16",
+            help="Arithmetic of the head; auto takes bf16 for wide heads where it is faster.",
+        ),
+    ] = "auto",
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -89,6 +97,7 @@ def evaluate(
             modulate=modulate,
             prompt_set=prompts,
             fusion=fusion,  # type: ignore[arg-type]  # evaluate_store checks it
+            precision=precision,  # type: ignore[arg-type]  # evaluate_store checks it
             device=options.device(device),
             progress=progress,
         )

@@ -39,6 +39,8 @@ def temperature_weights(temperature: float, experts: int) -> Tensor:
 
 def quick_gelu(hidden: Tensor) -> Tensor:
     """CLIP's activation x * sigmoid(1.702 x)."""
+    if not torch.is_grad_enabled():  # nothing is kept for a gradient: one buffer will do
+        return (1.702 * hidden).sigmoid_().mul_(hidden)
     return hidden * torch.sigmoid(1.702 * hidden)
 
 

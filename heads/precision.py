@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -12,7 +12,7 @@ from featstore.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
 SMALLEST_WIDTH_FOR_BF16 = 256
-"""Narrower heads stay in float32 on a CPU: they train in seconds or minutes, and their results do
+"""Narrower heads stay in float32 on a CPU: they take seconds or minutes, and their results do
 not depend on whether the CPU has bfloat16 products (which would halve the time even at 64)."""
 
 
@@ -31,7 +31,10 @@ def resolve_precision(precision: Precision, dim: int, device: torch.device) -> s
     """ "fp32" or "bf16" for a head of width `dim`; "auto" takes bf16 only where it helps.
 
     That is: a GPU with bfloat16, or a CPU with AVX512-BF16 or AMX and a width of at least 256.
+    Raises UserError for an unknown precision.
     """
+    if precision not in get_args(Precision):
+        raise UserError(f"precision {precision!r} is unknown: choose auto, fp32 or bf16")
     if precision != "auto":
         return precision
     if device.type == "cuda":
