@@ -23,6 +23,7 @@ import torch
 from featstore.durable import write_bytes, write_json
 from featstore.errors import UserError, WorkError
 from featstore.loader import FeatureLoader, load_features
+from featstore.locking import exclusive
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.schema import STATUS_OK, RowArray
@@ -54,6 +55,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 RUN_FORMAT = 1
+LOCK_FILE = "state/lock"
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def train_head(
     `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
     Raises UserError when the head or the rows do not fit the store, when the run exists and
     `resume` is off, or when it was begun with other settings (named in the message); WorkError
-    when the store is not complete, the loss stops being a number (the last good state is kept) or
-    a saved state is damaged.
+    when another process trains the run, the store is not complete, the loss stops being a number
+    (the last good state is kept) or a saved state is damaged.
     """
     if head.dim != store.provenance.dim:
         raise UserError(
@@ -156,28 +158,29 @@ def train_head(
         "precision": resolve_precision(training.precision, head.dim, where),
         "device": where.type,
     }
-    _open_run(run_dir, settings, resume)
-    if (run_dir / HEAD_FILE).is_file():
-        log.info("run %s is finished already: nothing to train", run_dir.name)
-        metrics = _read_metrics(run_dir)
-        return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
+    with exclusive(run_dir / LOCK_FILE, f"training {run_dir}"):
+        _open_run(run_dir, settings, resume)
+        if (run_dir / HEAD_FILE).is_file():
+            log.info("run %s is finished already: nothing to train", run_dir.name)
+            metrics = _read_metrics(run_dir)
+            return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
 
-    model = build_head(
-        head,
-        torch.from_numpy(text.embeddings),
-        logit_scale=store.provenance.logit_scale,
-        generator=torch.Generator().manual_seed(training.seed),
-    )
-    model.origin = origin
-    if head.kind == "mean":
-        log.info("a mean of frames has nothing to train")
-        metrics, resumed_from = [], 0
-        _write_metrics(run_dir, metrics)
-    else:
-        loader = _loader(store, usable, training, where)
-        metrics, resumed_from = _train(model, loader, training, run_dir, where, progress)
-    save_head(model.to("cpu"), run_dir / HEAD_FILE)
-    return _summary(run_dir, settings, metrics, resumed_from)
+        model = build_head(
+            head,
+            torch.from_numpy(text.embeddings),
+            logit_scale=store.provenance.logit_scale,
+            generator=torch.Generator().manual_seed(training.seed),
+        )
+        model.origin = origin
+        if head.kind == "mean":
+            log.info("a mean of frames has nothing to train")
+            metrics, resumed_from = [], 0
+            _write_metrics(run_dir, metrics)
+        else:
+            loader = _loader(store, usable, training, where)
+            metrics, resumed_from = _train(model, loader, training, run_dir, where, progress)
+        save_head(model.to("cpu"), run_dir / HEAD_FILE)
+        return _summary(run_dir, settings, metrics, resumed_from)
 
 
 def training_rows(store: Store, split: str | None) -> RowArray:

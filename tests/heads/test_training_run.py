@@ -155,6 +155,14 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, store: Store) -> Non
         train(store, tmp_path / "run")
 
 
+def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path, store: Store) -> None:
+    def second(done: float, total: float, **details: object) -> None:
+        with pytest.raises(WorkError, match=f"pid {os.getpid()}.* is training"):
+            train(store, tmp_path / "run", resume=True)
+
+    train(store, tmp_path / "run", training=replace(RECIPE, epochs=1), progress=second)
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
