@@ -6,6 +6,7 @@ Dimension letters: V views, F frames, D dim; n rows asked for. "Row" is the arra
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -17,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.chunks import ChunkFiles, Commit, MappedShard, crc32c, read_class_text
+from featstore.coded_shards import CodedShard
 from featstore.errors import UserError, WorkError
 from featstore.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import HalfArray, RowArray, StoreSchema
+
+log = logging.getLogger(__name__)
 
 
 def open_store(path: str | Path, *, mapped: bool = True) -> Store:
@@ -29,6 +33,7 @@ def open_store(path: str | Path, *, mapped: bool = True) -> Store:
 
     Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
     reads features through zarr instead of memory maps (slower; for file systems that cannot map).
+    Compressed and int8 features are decoded chunk by chunk whatever it says, which is logged.
     Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
     when the shard of a committed partition is missing or has another size.
     """
@@ -48,12 +53,15 @@ class Store:
         self._mapped = mapped
         self._metadata = read_metadata(path)
         self._files = ChunkFiles(path, self._metadata)
+        self._coded = not self.schema.mappable
+        if self._coded:
+            log.info("%s: features are %s, decoded as they are read", path, self.schema.storage)
         self._commits: dict[int, Commit] = {}
         for tar in range(self.schema.tars):
             commit = self._intact_commit(tar)
             if commit is not None:
                 self._commits[tar] = commit
-        self._shards: dict[int, MappedShard] = {}
+        self._shards: dict[int, MappedShard | CodedShard] = {}
         self._lock = threading.Lock()
         self._verified = np.zeros(self.schema.rows, bool)
 
@@ -297,7 +305,7 @@ class Store:
     def _chunk_rows(self, first: int, count: int) -> HalfArray:
         """`count` rows from array row `first` on, all of one inner chunk."""
         tar, position = divmod(first, self.schema.capacity)
-        if self._mapped:
+        if self._mapped or self._coded:
             return self._shard(tar).rows(position, position + count)
         self._files.check_shard(tar, self._commits[tar])
         try:
@@ -306,7 +314,7 @@ class Store:
             raise self._files.damaged(tar, f"features cannot be read ({error})") from error
         return values
 
-    def _shard(self, tar: int) -> MappedShard:
+    def _shard(self, tar: int) -> MappedShard | CodedShard:
         shard = self._shards.get(tar)
         if shard is None:
             with self._lock:
@@ -315,7 +323,10 @@ class Store:
                     commit = self._commits[tar]
                     path = self._files.check_shard(tar, commit)
                     try:
-                        shard = MappedShard(path, self.schema, commit.rows)
+                        if self._coded:
+                            shard = CodedShard(self._files, tar, commit)
+                        else:
+                            shard = MappedShard(path, self.schema, commit.rows)
                     except ValueError as error:
                         raise self._files.damaged(tar, str(error)) from error
                     self._shards[tar] = shard
