@@ -24,7 +24,8 @@ def scale_of(largest: npt.NDArray[Any]) -> FloatArray:
     1 for a dimension that is always zero.
     """
     scale = (np.asarray(largest, np.float64) / STEPS).astype(np.float32)
-    return np.where(scale > 0, scale, np.float32(1))
+    positive: FloatArray = np.where(scale > 0, scale, np.float32(1))
+    return positive
 
 
 def quantise(features: HalfArray, scale: FloatArray) -> npt.NDArray[np.int8]:
@@ -34,7 +35,7 @@ def quantise(features: HalfArray, scale: FloatArray) -> npt.NDArray[np.int8]:
     """
     missing = np.isnan(features)
     steps = np.rint(np.where(missing, 0, features).astype(np.float32) / scale)
-    stored = np.clip(steps, -STEPS, STEPS).astype(np.int8)
+    stored: npt.NDArray[np.int8] = np.clip(steps, -STEPS, STEPS).astype(np.int8)
     stored[missing] = INT8_MISSING
     return stored
 

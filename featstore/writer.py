@@ -135,6 +135,10 @@ class StoreWriter:
         """How the features in it were made."""
         return self.metadata.provenance
 
+    def file(self, array: str, tar: int) -> Path:
+        """The file of an array that belongs to a tar."""
+        return self._files.path(array, tar)
+
     def done(self, tar: int) -> bool:
         """Whether it is committed, with a features shard of its size and every small chunk."""
         try:

@@ -175,9 +175,14 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
 def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenance) -> None:
     """Raise UserError with the differences when the store was made in another way."""
     differences = writer.provenance.differences(provenance)
-    missing = set(plan.request.prompt_sets) - set(prompt_set_names(writer.path))
+    missing = sorted(set(plan.request.prompt_sets) - set(prompt_set_names(writer.path)))
+    if missing and not differences:
+        raise UserError(
+            f"{writer.path} has no class texts of prompt set {missing[0]!r}: run `mote-cli store "
+            f"add-texts {writer.path} --prompts {missing[0]}`, which touches no features"
+        )
     if missing:
-        differences.append(f"prompt sets: store lacks {', '.join(sorted(missing))}")
+        differences.append(f"prompt sets: store lacks {', '.join(missing)}")
     if differences:
         raise UserError(
             f"{writer.path} was made in another way and is never mixed ({'; '.join(differences)})"
