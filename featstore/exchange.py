@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import logging
 import os
 import shutil
@@ -38,6 +39,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     make_folder(target.parent)
     lock = target.with_name(f"{target.name}.lock")
     with claimed(lock, [0], lambda _: f"making {target}"):
+        sweep(target)
         if target.exists():
             raise UserError(f"{target} exists already: remove it, or choose another --out")
         with staging(target) as place:
@@ -65,6 +67,12 @@ def replacement(target: Path) -> Iterator[Path]:
         sync_folder(target.parent)
 
 
+def sweep(target: Path) -> None:
+    """Remove staging folders that killed processes left; the caller keeps others from `target`."""
+    for leftover in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL_SUFFIX}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def recover(target: Path) -> None:
     """Undo or finish a replacement that was killed between its two renames."""
     kept = _previous(target)
@@ -88,18 +96,13 @@ def staging(target: Path) -> Iterator[Path]:
 
     What earlier ones left is removed too, so the caller keeps others from `target`.
     """
-    for leftover in target.parent.glob(f"{_escaped(target.name)}.*{PARTIAL_SUFFIX}"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    sweep(target)
     folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         make_folder(folder)
         yield folder / "new"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _exchanged(one: Path, other: Path) -> bool:

@@ -26,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.durable import make_folder, write_bytes, write_json
-from featstore.errors import UserError, WorkError
-from featstore.exchange import new_folder, recover
+from featstore.errors import UserError
+from featstore.exchange import new_folder
+from featstore.partitions import claimed_source
 from featstore.progress import ProgressSink, no_progress
-from featstore.reader import Store, open_store
+from featstore.reader import Store
 from featstore.schema import STATUS_OK, HalfArray, RowArray
 
 EXPORT_FILE: Final = "export.json"
@@ -55,6 +56,10 @@ class Rows:
     frame_index: npt.NDArray[np.int32]
     pts: npt.NDArray[np.float64]
     features: HalfArray
+
+
+# A writer gets the folder, the file's number, its rows and the store; it returns its files' names.
+Writer = Callable[[Path, str, Rows, Store], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -92,55 +97,61 @@ def export(
     """
     if format not in WRITERS:
         raise UserError(f"format {format!r} is unknown: choose one of {', '.join(WRITERS)}")
-    recover(path)
-    store = open_store(path)
-    if not store.complete:
-        done = len(list(store.partitions()))
-        raise WorkError(
-            f"{path} has {done} of {store.schema.tars} partitions: finish it with `mote-cli "
-            f"extract --dataset {store.provenance.dataset or 'NAME'}` before you export it"
-        )
-    chosen = _chosen(store, split, classes)
-    ok = store.status[store.positions(chosen)] == STATUS_OK
-    rows, failed = chosen[ok], chosen[~ok]
-    if not len(rows):
-        raise UserError(
-            f"{path} has no row to export: {len(failed)} were asked for and failed; "
-            "`mote-cli inspect` lists the reasons"
-        )
-    step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
-    if step < 1:
-        raise UserError(f"--rows-per-file {rows_per_file} is too few: at least 1")
-    write = WRITERS[format]()
-    with new_folder(out) as folder:
-        make_folder(folder)
-        count = -(-len(rows) // step)
-        files = []
-        for number in range(count):
-            part = read_rows(store, rows[number * step : (number + 1) * step])
-            name = f"{number:05d}-of-{count:05d}"
-            files.append(_listed(folder, write(folder, name, part, store), len(part.key)))
-            progress(min((number + 1) * step, len(rows)), len(rows))
-        for prompt_set in store.prompt_sets:
-            data = io.BytesIO()
-            np.save(data, store.class_text(prompt_set).embeddings)
-            write_bytes(folder / f"class_text-{prompt_set}.npy", data.getvalue())
-        write_json(
-            folder / EXPORT_FILE, _summary(store, format, split, classes, rows, failed, files)
-        )
-        size = sum(file.stat().st_size for file in folder.iterdir())
+    with claimed_source(path) as source:
+        store = source.store
+        source.require_complete("export")
+        chosen = _chosen(store, split, classes)
+        ok = store.status[store.positions(chosen)] == STATUS_OK
+        rows, failed = chosen[ok], chosen[~ok]
+        if not len(rows):
+            raise UserError(
+                f"{path} has no row to export: {len(failed)} were asked for and failed; "
+                "`mote-cli inspect` lists the reasons"
+            )
+        write = WRITERS[format]()
+        with new_folder(out) as folder:
+            make_folder(folder)
+            files = _write_files(store, rows, rows_per_file, folder, write, progress)
+            for prompt_set in store.prompt_sets:
+                data = io.BytesIO()
+                np.save(data, store.class_text(prompt_set).embeddings)
+                write_bytes(folder / f"class_text-{prompt_set}.npy", data.getvalue())
+            write_json(
+                folder / EXPORT_FILE, _summary(store, format, split, classes, rows, failed, files)
+            )
+            size = sum(file.stat().st_size for file in folder.iterdir())
     return Exported(str(out), format, len(rows), len(failed), len(files), size)
+
+
+def _write_files(
+    store: Store,
+    rows: RowArray,
+    rows_per_file: int | None,
+    folder: Path,
+    write: Writer,
+    progress: ProgressSink,
+) -> list[dict[str, Any]]:
+    """Write the rows a file at a time; returns what `export.json` says of each file."""
+    step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
+    count = -(-len(rows) // step)
+    files = []
+    for number in range(count):
+        part = read_rows(store, rows[number * step : (number + 1) * step])
+        names = write(folder, f"{number:05d}-of-{count:05d}", part, store)
+        files.append(_listed(folder, names, len(part.key)))
+        progress(min((number + 1) * step, len(rows)), len(rows))
+    return files
 
 
 def read_rows(store: Store, rows: RowArray) -> Rows:
     """All columns of array rows that are ok."""
     at = store.positions(rows)
-    members = {name: set(store.split(name).tolist()) for name in store.split_names}
+    members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
     labels = store.labels[at]
     return Rows(
         key=[store.keys[i] for i in at],
         class_name=[store.class_names[label] for label in labels],
-        splits=[[n for n, of in members.items() if row in of] for row in rows.tolist()],
+        splits=[[name for name, of in members.items() if of[i]] for i in range(len(rows))],
         label=labels,
         num_frames=store.num_frames[at],
         fps=store.fps[at],
@@ -206,10 +217,6 @@ def _listed(folder: Path, names: Sequence[str], rows: int) -> dict[str, Any]:
         with open(folder / name, "rb") as file:
             digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"rows": rows, "sha256": digests}
-
-
-# A writer gets the folder, the file's number, its rows and the store; it returns its files' names.
-Writer = Callable[[Path, str, Rows, Store], Sequence[str]]
 
 
 def _safetensors() -> Writer:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from featstore.chunks import ChunkFiles
 from featstore.errors import WorkError
-from featstore.exchange import recover
+from featstore.exchange import recover, sweep
 from featstore.metadata import StoreMetadata, read_metadata
 from featstore.reader import Store, open_store
 from featstore.records import ClassText, Partition
@@ -76,5 +77,12 @@ def claimed_source(path: Path) -> Iterator[SourceStore]:
     Raises WorkError while a process writes to it, UserError when it is no store.
     """
     recover(path)
-    with StoreWriter.open(path).claim():
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(StoreWriter.open(path).claim())
+            sweep(path)
+        except OSError as error:
+            # Where no lock file can be made nothing can be written either.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
         yield SourceStore(path)
