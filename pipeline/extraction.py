@@ -184,9 +184,15 @@ def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenan
     if missing:
         differences.append(f"prompt sets: store lacks {', '.join(missing)}")
     if differences:
+        remedy = "ask for what it holds, or remove it to extract anew"
+        if all(phrase.startswith("dataset_fingerprint") for phrase in differences):
+            remedy = (
+                f"if the data set only has more tars now, `mote-cli store add-tars {writer.path} "
+                f"--dataset {plan.dataset.name}` adds them; else remove it to extract anew"
+            )
         raise UserError(
             f"{writer.path} was made in another way and is never mixed ({'; '.join(differences)})"
-            ": ask for what it holds, or remove it to extract anew"
+            f": {remedy}"
         )
 
 
