@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import shlex
 import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -175,11 +176,12 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
 def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenance) -> None:
     """Raise UserError with the differences when the store was made in another way."""
     differences = writer.provenance.differences(provenance)
+    place = shlex.quote(str(writer.path))
     missing = sorted(set(plan.request.prompt_sets) - set(prompt_set_names(writer.path)))
     if missing and not differences:
         raise UserError(
             f"{writer.path} has no class texts of prompt set {missing[0]!r}: run `mote-cli store "
-            f"add-texts {writer.path} --prompts {missing[0]}`, which touches no features"
+            f"add-texts {place} --prompts {missing[0]}`, which touches no features"
         )
     if missing:
         differences.append(f"prompt sets: store lacks {', '.join(missing)}")
@@ -187,7 +189,7 @@ def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenan
         remedy = "ask for what it holds, or remove it to extract anew"
         if all(phrase.startswith("dataset_fingerprint") for phrase in differences):
             remedy = (
-                f"if the data set only has more tars now, `mote-cli store add-tars {writer.path} "
+                f"if the data set only has more tars now, `mote-cli store add-tars {place} "
                 f"--dataset {plan.dataset.name}` adds them; else remove it to extract anew"
             )
         raise UserError(

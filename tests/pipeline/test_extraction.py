@@ -226,7 +226,7 @@ def test_only_the_tars_of_one_split(request_for: Request) -> None:
 def differing(request: ExtractionRequest) -> str:
     """The refusal, and that it changed nothing."""
     before = contents_of(request.store_path)
-    with pytest.raises(UserError, match="never mixed|touches no features") as info:
+    with pytest.raises(UserError, match=r"never mixed|touches no features") as info:
         extract(request)
     assert contents_of(request.store_path) == before
     assert "\n" not in str(info.value)
