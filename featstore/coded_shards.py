@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from featstore.chunks import ChunkFiles, Commit, crc32c
 from featstore.errors import WorkError
@@ -23,6 +24,7 @@ from featstore.schema import (
     BLOSC_HEADER_BYTES,
     CRC_BYTES,
     FEATURE_SCALE,
+    STATUS_OK,
     FloatArray,
     HalfArray,
 )
@@ -145,6 +147,30 @@ class CodedShard(Sequence[HalfArray]):
             features = dequantise(np.frombuffer(plain, np.int8).reshape(shape), self._scale)
         features.flags.writeable = False
         return features
+
+
+def wrong_coded_features(
+    files: ChunkFiles,
+    tar: int,
+    commit: Commit,
+    status: npt.NDArray[np.uint8],
+    checksums: npt.NDArray[np.uint32],
+) -> str:
+    """What is wrong with the compressed or int8 features of a partition; "" when nothing is.
+
+    `status` and `checksums` [rows] are those of the partition. WorkError for a damaged file.
+    """
+    shard = CodedShard(files, tar, commit)
+    for number in range(len(shard)):
+        if not shard.chunk_is_intact(number):
+            return f"features chunk {number} fails its checksum"
+    for position in range(commit.rows):
+        row = shard.rows(position, position + 1)[0]
+        if crc32c(row) != int(checksums[position]):
+            return f"features of row {position} fail their checksum"
+        if bool(np.isfinite(row).all()) != (status[position] == STATUS_OK):
+            return f"features of row {position} contradict its status"
+    return ""
 
 
 def _decompressed(data: bytes, length: int) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from featstore.chunks import ChunkFiles, Commit, MappedShard, crc32c, read_class_text
-from featstore.coded_shards import CodedShard
+from featstore.coded_shards import wrong_coded_features
 from featstore.errors import UserError, WorkError, one_line
 from featstore.metadata import prompt_set_names, read_metadata
 from featstore.progress import ProgressSink, no_progress
@@ -96,12 +96,13 @@ def _check_bytes(files: ChunkFiles, tar: int, commit: Commit) -> None:
     checksums = files.numbers("checksum", tar)[: commit.rows]
     if crc32c(np.ascontiguousarray(checksums)) != commit.checksum_crc32c:
         raise files.damaged(tar, "row checksums are not those of the commit entry")
+    if not files.schema.mappable:
+        wrong = wrong_coded_features(files, tar, commit, status, checksums)
+        if wrong:
+            raise files.damaged(tar, wrong)
+        return
     try:
-        shard: MappedShard | CodedShard = (
-            MappedShard(files.path("features", tar), files.schema, commit.rows)
-            if files.schema.mappable
-            else CodedShard(files, tar, commit)
-        )
+        shard = MappedShard(files.path("features", tar), files.schema, commit.rows)
     except ValueError as error:
         raise files.damaged(tar, str(error)) from error
     for number in range(len(shard.chunks)):
