@@ -1,8 +1,8 @@
 """Kills commands that change or make stores with SIGKILL; run by test_growth.py, prints one line.
 
-`growth_crash_driver.py FOLDER WORK STRIDE [two-renames]`: WORK is add-tars, add-texts or merge, and
-is killed just before every STRIDE-th system call that matters. Each work and each check is a fork
-of this process, which itself never starts zarr's threads.
+`growth_crash_driver.py FOLDER WORK:STRIDE ... [two-renames]`: WORK is add-tars, add-texts or merge,
+and is killed just before every STRIDE-th system call that matters. Each work and each check is a
+fork of this process, which itself never starts zarr's threads.
 """
 
 from __future__ import annotations
@@ -156,4 +156,9 @@ def stepwise(folder: Path, work: str, stride: int) -> int:
 
 if __name__ == "__main__":
     os.fsync = lambda descriptor: None  # SIGKILL takes nothing from the page cache
-    print(json.dumps({"kills": stepwise(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))}))
+    kills = {
+        work: stepwise(Path(sys.argv[1]) / work, work, int(stride))
+        for work, _, stride in (argument.partition(":") for argument in sys.argv[2:])
+        if stride
+    }
+    print(json.dumps(kills))

@@ -241,7 +241,7 @@ def test_features_of_one_kind_are_not_added_to_the_other(store: Path, tmp_path: 
     assert two.differences(one) == ["quantised: store has int8 per dimension, asked for none"]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     capacity=st.integers(1, 9),
     rows=st.lists(st.integers(1, 9), min_size=1, max_size=3),
