@@ -23,6 +23,7 @@ from cli import (
     pack,
     predict,
     train_head,
+    verify,
 )
 from cli.output import fail, log_to_stderr
 from featstore.errors import UserError, WorkError, one_line
@@ -56,6 +57,7 @@ app.command("predict")(predict.predict)
 app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
 app.command("export")(export.export)
 app.command("inspect")(inspect_path.inspect_path)
+app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 
 
