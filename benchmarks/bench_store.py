@@ -1,14 +1,15 @@
 """How fast is the feature store beside raw arrays? Loading, batches, verification, opening, growth.
 
 Every baseline is measured in the same run, in turn with what it is compared with: `np.load` of
-the same bytes, a bare `index_select` with ready-made indices, plain reads with one crc32c. Times are
-CPU seconds of the process (user and system, all threads) with one torch thread: they say what one
-core can do and suffer least from other programs; ratios of wall-clock times are kept beside them.
-Files are in the page cache unless a line says "cold".
+the same bytes, a bare `index_select` with ready-made indices, plain reads with one crc32c. Times
+are CPU seconds of the process (user and system, all threads) with one torch thread: they say what
+one core can do and suffer least from other programs; ratios of wall-clock times are kept beside
+them. Files are in the page cache unless a line says "cold".
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,10 +24,19 @@ import common
 import numpy as np
 import torch
 
-from featstore import ClassText, Partition, Provenance, Store, StoreSchema, StoreWriter, open_store
+from featstore import (
+    ClassText,
+    Partition,
+    Provenance,
+    Store,
+    StoreSchema,
+    StoreWriter,
+    open_store,
+    verify,
+)
 from featstore.checksums import crc32c
 from featstore.loader import FeatureLoader, MappedFeatures, StreamedFeatures, resident
-from featstore.verify import verify
+from featstore.segments import SegmentSampler
 
 DIM, STORED, FRAMES, BATCH = 512, 32, 8, 256
 TAR_ROWS = 1000
@@ -190,12 +200,15 @@ def loading(bench: Bench, store: Store, rounds: int) -> None:
 def batches(bench: Bench, store: Store, rounds: int) -> None:
     held = resident(store, store.rows)
     flat = held.view(-1, DIM)
-    rng = np.random.default_rng(1)
-    steps = -(-len(store) // BATCH)
-    samples = steps * BATCH
-    order = rng.integers(0, len(store), (steps, BATCH, 1)) * STORED
-    within = np.sort(rng.integers(0, STORED, (steps, BATCH, FRAMES)))
-    indices = [torch.from_numpy(index) for index in (order + within).reshape(steps, -1)]
+    samples = len(store)
+    # What loaders draw, as numbers that lie ready, for several epochs.
+    sampler = SegmentSampler(1, STORED, FRAMES)
+    ready = []
+    for number in range(4):
+        order = np.random.default_rng(number).permutation(samples)[:, None] * STORED
+        _, within = sampler.draw([(1, 2, number)], samples)
+        ready.append(torch.from_numpy((order + within).reshape(-1)).split(BATCH * FRAMES))
+    epochs = itertools.cycle(ready)
     options = {"batch_size": BATCH, "frames": FRAMES, "seed": 0}
     kinds = {
         "resident": held,
@@ -206,7 +219,7 @@ def batches(bench: Bench, store: Store, rounds: int) -> None:
     epoch = iter(range(10**6))
 
     def bare() -> None:
-        for index in indices:
+        for index in next(epochs):
             flat.index_select(0, index)
 
     def run(kind: str) -> None:

@@ -61,6 +61,8 @@ def add_tars(
 
     Example: `mote-cli store add-tars my-store --dataset my-clips`
     """
+    from featstore.metadata import read_metadata
+    from featstore.repair import repair_command
     from pipeline.packed import DATASET_FILE
     from pipeline.store_growth import add_tars as run
 
@@ -84,7 +86,7 @@ def add_tars(
             "tars": f"{grown.tars}, {grown.tars_added} of them new",
             "rows": f"{grown.rows}, {grown.rows_added} of them new",
             "new classes": grown.classes_added,
-            "next": f"mote-cli extract --dataset {folder.name} (as before; {grown.pending} tars)"
+            "next": f"{repair_command(path, read_metadata(path))} (does {grown.pending} tars)"
             if grown.pending
             else "nothing to extract",
         }

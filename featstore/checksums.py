@@ -9,7 +9,7 @@ chunk cannot (that one agrees in a shard of another partition, too).
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import google_crc32c
 import numpy as np
@@ -18,9 +18,14 @@ import numpy.typing as npt
 Checksums = npt.NDArray[np.uint32]
 
 
-def crc32c(data: bytes | npt.NDArray[Any]) -> int:
-    """crc32c of bytes or of a C-contiguous array's bytes."""
-    return int(google_crc32c.value(data))
+# Checked piece by piece as it is read, data is still in the core's own cache: twice as fast as
+# from memory.
+PIECE_BYTES: Final = 512 * 2**10
+
+
+def crc32c(data: bytes | npt.NDArray[Any], before: int = 0) -> int:
+    """crc32c of bytes or of a C-contiguous array's bytes, which follow those with crc `before`."""
+    return int(google_crc32c.extend(before, data))
 
 
 def chunk_checksums(checksums: Checksums, chunk_rows: int, row_bytes: int) -> Checksums:

@@ -9,6 +9,7 @@ WorkError that names the partition and the remedy.
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from featstore.checksums import crc32c as crc32c  # also for those who write chunks
 from featstore.errors import WorkError
-from featstore.metadata import StoreMetadata, class_text_node, inside
+from featstore.metadata import StoreMetadata, class_text_node, inside, without_links
 from featstore.records import ClassText
 from featstore.schema import (
     CLASS_TEXT_GROUP,
@@ -65,6 +66,7 @@ class ChunkFiles:
 
     def __init__(self, store: Path, metadata: StoreMetadata) -> None:
         self.store = store
+        self._root = os.path.realpath(store)
         self.metadata = metadata
         self.schema = metadata.schema
         self.specs = metadata.schema.arrays()
@@ -72,7 +74,7 @@ class ChunkFiles:
 
     def path(self, array: str, tar: int) -> Path:
         """Where the chunk file lies; UserError if a symbolic link is on the way."""
-        return inside(self.store, f"{array}/{self.specs[array].chunk_key(tar)}")
+        return without_links(self._root, f"{array}/{self.specs[array].chunk_key(tar)}")
 
     def commit(self, tar: int) -> Commit | None:
         """The commit entry of a partition, None when it was never committed.

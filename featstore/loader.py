@@ -26,7 +26,7 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.schema import HalfArray, RowArray
 from featstore.segments import SegmentSampler
-from featstore.streaming import StreamedFeatures
+from featstore.streaming import BatchMemory, StreamedFeatures
 
 __all__ = [
     "Batch",
@@ -53,6 +53,8 @@ MAPPED_SHARE: Final = 0.9
 # First words of the random streams of an epoch; step k of it draws from stream _STEPS + k.
 _ORDER: Final = 0
 _STEPS: Final = 1
+# Steps whose draws are made together: a call of numpy costs as much as a hundred numbers.
+_GROUP: Final = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +72,9 @@ class Batch:
     rows: Tensor
 
 
-# First position in the epoch's order, views [B] or None, frames [B, T] -> float16 [B, T, D].
-Clips = Callable[[int, RowArray | None, RowArray], Tensor]
+# Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, views [n] or
+# None, frames [n, T] and B, and gives n / B times float16 [B, T, D].
+Clips = Callable[[int, RowArray | None, RowArray, int], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,37 +245,61 @@ class FeatureLoader:
             else:
                 order = rng.permutation(self._count)[self._rank :: self._world_size]
                 clips = self._clips_of(order)
-            # Put into order once, so that a step takes a slice of each.
-            labels = self._labels[torch.from_numpy(order).to(self._device)]
-            rows = torch.from_numpy(self._rows[order])
-            for step in range(start, len(self)):
-                first, last = step * self.batch_size, min((step + 1) * self.batch_size, len(order))
-                seed = (self._seed, epoch, _STEPS + step, *([self._rank] * (self._rank > 0)))
-                views, frames = self._sampler.draw(seed, last - first)
-                features = clips(first, views, frames)
-                yield Batch(features, labels[first:last], rows[first:last])
+            # Put into order and cut once, so that a step takes what is its.
+            labels = torch.split(
+                self._labels[torch.from_numpy(order).to(self._device)], self.batch_size
+            )
+            rows = torch.split(torch.from_numpy(self._rows[order]), self.batch_size)
+            for steps, count in self._drawn_together(start, len(order)):
+                rank = (self._rank,) if self._rank else ()
+                seeds = [(self._seed, epoch, _STEPS + step, *rank) for step in steps]
+                views, frames = self._sampler.draw(seeds, count)
+                gathered = clips(steps.start * self.batch_size, views, frames, count)
+                for step, features in zip(steps, gathered, strict=True):
+                    yield Batch(features, labels[step], rows[step])
+
+    def _drawn_together(self, start: int, samples: int) -> Iterator[tuple[range, int]]:
+        """Steps from `start` on in groups, and how many samples each step of the group has."""
+        whole, rest = divmod(samples, self.batch_size)
+        for first in range(start, whole, _GROUP):
+            yield range(first, min(first + _GROUP, whole)), self.batch_size
+        if rest and start <= whole:
+            yield range(whole, whole + 1), rest
 
     def _clips_of(self, order: RowArray) -> Clips:
-        """What gathers float16 [B, T, D] of samples first, first + 1, ... of `order`."""
+        """What gathers the samples of `order`."""
         stored, dim = self._stored, self._dim
         if isinstance(self._features, MappedFeatures):
-            store, rows = self._features.store, self._features.rows[order]
+            store, array_rows = self._features.store, self._features.rows[order]
 
-            def from_files(first: int, views: RowArray | None, frames: RowArray) -> Tensor:
-                count = len(frames)
-                chosen = np.zeros(count, np.int64) if views is None else views
-                return torch.from_numpy(store.clips(rows[first : first + count], chosen, frames))
+            def from_files(
+                first: int, views: RowArray | None, frames: RowArray, count: int
+            ) -> Iterator[Tensor]:
+                chosen = np.zeros(len(frames), np.int64) if views is None else views
+                rows = array_rows[first : first + len(frames)]
+                for at in range(0, len(frames), count):
+                    part = slice(at, at + count)
+                    yield torch.from_numpy(store.clips(rows[part], chosen[part], frames[part]))
 
             return from_files
         assert isinstance(self._features, Tensor)
         flat = self._features.reshape(-1, dim)
+        memory = BatchMemory()
         begins = order[:, None] * (self._views * stored)
 
-        def from_memory(first: int, views: RowArray | None, frames: RowArray) -> Tensor:
+        def from_memory(
+            first: int, views: RowArray | None, frames: RowArray, count: int
+        ) -> Iterator[Tensor]:
             index = frames + begins[first : first + len(frames)]
             if views is not None:
                 index += views[:, None] * stored
-            wanted = torch.from_numpy(index.reshape(-1)).to(self._device)
-            return flat.index_select(0, wanted).view(*frames.shape, dim)
+            indices = torch.from_numpy(index.reshape(-1)).to(self._device)
+            for part in torch.split(indices, count * self.frames):
+                if flat.is_cuda:
+                    picked = flat.index_select(0, part)
+                else:
+                    picked = memory.take(len(part), dim)
+                    torch.index_select(flat, 0, part, out=picked)
+                yield picked.view(count, self.frames, dim)
 
         return from_memory

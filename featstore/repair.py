@@ -76,6 +76,8 @@ def note_damage(files: ChunkFiles, reasons: Mapping[int, str]) -> Path | None:
 def repair_command(store: Path, metadata: StoreMetadata) -> str:
     """The `mote-cli extract` command that fills this store, from what it records of itself."""
     made = metadata.provenance
+    if made.quantised:  # rounded from another store, which extract makes
+        return shlex.join(["mote-cli", "store", "quantize", "FLOAT16-STORE", "--out", str(store)])
     words = ["mote-cli", "extract", "--dataset", made.dataset or "NAME"]
     words += ["--encoder", made.encoder, "--sampling", made.sampling]
     if made.crops > 1:

@@ -15,8 +15,6 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
 
-_LOW_HALF = np.uint64(2**32 - 1)
-
 
 def segment_positions(n: int, segments: int) -> IntArray:
     """Position k of `segments` evenly spaced ones among n: int(n/segments*k) mod n.
@@ -43,52 +41,71 @@ def segment_ranges(n: int, segments: int) -> tuple[IntArray, IntArray]:
 
 
 class SegmentSampler:
-    """Draws a view of each sample and a frame of each segment, for a whole batch at once.
+    """Draws a view of each sample and a frame of each segment, for several batches at once.
 
-    The draws are those of numpy's `default_rng(seed)`: `integers(0, views, count)`, then `integers`
-    of every segment's range for one sample after another (Lemire's method on 32-bit halves, ACM
-    TOMACS 2019). Numpy itself goes number by number when the ranges differ, four times as slow.
+    The draws of a batch are those of numpy's `default_rng(seed)`: `integers(0, views, count)`, then
+    `integers` of every segment's range for one sample after another (Lemire's method on 32-bit
+    halves, ACM TOMACS 2019). Numpy itself goes number by number when the ranges differ.
     """
 
     def __init__(self, views: int, stored: int, frames: int) -> None:
         """Samples of `views` views of `stored` frames, `frames` of which are drawn."""
         self._views = views
-        self._lowest, highest = segment_ranges(stored, frames)
-        self._highest = highest
-        sizes = highest - self._lowest + 1
+        self._lowest, self._highest = segment_ranges(stored, frames)
+        sizes = self._highest - self._lowest + 1
         self._drawn = np.flatnonzero(sizes > 1)  # a segment of one frame takes no random number
-        self._all_drawn = len(self._drawn) == frames
-        self._sizes = sizes[self._drawn].astype(np.uint64)
+        self._sizes = sizes[self._drawn].astype(np.uint32)
 
-    def draw(self, seed: Sequence[int], count: int) -> tuple[IntArray | None, IntArray]:
-        """View of each sample, int64 [count], None where there is one only; frames [count, T]."""
+    def draw(self, seeds: Sequence[Sequence[int]], count: int) -> tuple[IntArray | None, IntArray]:
+        """Batches of `count` samples, one per seed, one after another; n = seeds * count.
+
+        Returns the view of each sample, int64 [n], None where there is one only, and its frames,
+        int64 [n, T].
+        """
         of_views = count if self._views > 1 else 0
         needed = of_views + count * len(self._drawn)
-        raw = np.random.PCG64(seed).random_raw((needed + 1) // 2)
-        halves = raw.astype("<u8", copy=False).view("<u4")[:needed].astype(np.uint64)
-        products = halves[of_views:].reshape(count, len(self._drawn)) * self._sizes
-        view_products = halves[:of_views] * np.uint64(self._views)
-        # Rarely (one batch in 500,000) a number may have to be drawn again to be unbiased.
-        if np.any(products & _LOW_HALF < self._sizes) or np.any(
-            view_products & _LOW_HALF < self._views
-        ):
-            return self.draw_by_numpy(seed, count)
-        drawn = (products >> np.uint64(32)).view(np.int64)
-        views = (view_products >> np.uint64(32)).view(np.int64) if of_views else None
-        if self._all_drawn:
-            drawn += self._lowest
-            return views, drawn
-        frames = np.tile(self._lowest, (count, 1))
-        frames[:, self._drawn] += drawn
+        raw = np.empty((len(seeds), (needed + 1) // 2), "<u8")
+        for target, seed in zip(raw, seeds, strict=True):
+            target[:] = np.random.PCG64(seed).random_raw(len(target))
+        halves = raw.view("<u4")
+        of_frames = halves[:, of_views:needed].reshape(-1, len(self._drawn))
+        frames, unbiased = _scaled(of_frames, self._sizes)
+        views = None
+        if of_views:
+            views, sure = _scaled(halves[:, :of_views].reshape(-1), np.uint32(self._views))
+            unbiased = unbiased and sure
+        if not unbiased:
+            return self.draw_by_numpy(seeds, count)
+        if len(self._drawn) < len(self._lowest):
+            drawn, frames = frames, np.zeros((len(frames), len(self._lowest)), np.int64)
+            frames[:, self._drawn] = drawn
+        frames += self._lowest
         return views, frames
 
-    def draw_by_numpy(self, seed: Sequence[int], count: int) -> tuple[IntArray | None, IntArray]:
+    def draw_by_numpy(
+        self, seeds: Sequence[Sequence[int]], count: int
+    ) -> tuple[IntArray | None, IntArray]:
         """The same, drawn by numpy."""
-        rng = np.random.default_rng(seed)
-        views = rng.integers(0, self._views, count)
-        shape = (count, len(self._lowest))
-        frames = rng.integers(self._lowest, self._highest, shape, endpoint=True)
-        return (views if self._views > 1 else None), frames
+        views, frames = [], []
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            views.append(rng.integers(0, self._views, count))
+            shape = (count, len(self._lowest))
+            frames.append(rng.integers(self._lowest, self._highest, shape, endpoint=True))
+        return (np.concatenate(views) if self._views > 1 else None), np.concatenate(frames)
+
+
+def _scaled(
+    halves: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32] | np.uint32
+) -> tuple[IntArray, bool]:
+    """Random 32-bit numbers as numbers below `sizes`, and whether all are sure to be unbiased.
+
+    If not (one batch in 500,000), a number may have to be drawn again.
+    """
+    products = np.multiply(halves, sizes, dtype=np.uint64)
+    unbiased = not (products.astype(np.uint32) < sizes).any()
+    products >>= np.uint64(32)
+    return products.view(np.int64), unbiased
 
 
 def _require_positive(n: int, segments: int) -> None:

@@ -14,7 +14,7 @@ import mmap
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ class ShardFile:
         ValueError when it cannot be read, has another size or its index is wrong.
         """
         self._chunk_rows = schema.chunk_rows
-        self._body = schema.chunk_rows * schema.row_bytes
+        self._row_bytes = schema.row_bytes
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -60,12 +60,12 @@ class ShardFile:
         ValueError when the file cannot be read.
         """
         chunk, row = divmod(first, self._chunk_rows)
-        self._read(out.reshape(-1).view(np.uint8), self.offsets[chunk] + row * out[0].nbytes)
+        self._read(out, self.offsets[chunk] + row * self._row_bytes)
 
     def recorded_checksum(self, chunk: int) -> int:
         """The checksum that is stored behind an inner chunk; errors as `read`."""
         stored = np.empty(CRC_BYTES, np.uint8)
-        self._read(stored, self.offsets[chunk] + self._body)
+        self._read(stored, self.offsets[chunk] + self._chunk_rows * self._row_bytes)
         return int(stored.view("<u4")[0])
 
     def close(self) -> None:
@@ -83,16 +83,19 @@ class ShardFile:
     ) -> None:
         self.close()
 
-    def _read(self, out: npt.NDArray[np.uint8], offset: int) -> None:
-        done = 0
-        while done < len(out):  # one read gives at most 2 GiB
+    def _read(self, out: npt.NDArray[Any], offset: int) -> None:
+        """Fill a C-contiguous array with the bytes from `offset` on."""
+        missing = memoryview(out)  # type: ignore[arg-type]  # numpy's types do not say so
+        while missing.nbytes:
             try:
-                got = os.preadv(self.descriptor, [memoryview(out)[done:]], offset + done)
+                got = os.preadv(self.descriptor, [missing], offset)
             except OSError as error:
                 raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
+            if got == missing.nbytes:
+                return
             if not got:
                 raise ValueError("the features shard ends too early")
-            done += got
+            missing, offset = missing.cast("B")[got:], offset + got  # 2 GiB is the most at once
 
 
 class ShardMap:

@@ -9,6 +9,8 @@ Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +28,28 @@ POOL_BYTES: Final = 512 * 2**20
 
 # Read at once from one place: a disk takes longer to find a smaller piece than to read it.
 BLOCK_BYTES: Final = 4 * 2**20
+
+
+class BatchMemory:
+    """Memory for batches, used again once nobody holds the batch that was in it.
+
+    A fresh piece of a few megabytes for every batch may come from the system page by page, which
+    takes half as long as gathering the batch.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[HalfArray] = []
+
+    def take(self, rows: int, width: int) -> Tensor:
+        """A float16 tensor [rows, width] with any content."""
+        for array in self._arrays:
+            # Held by the list, the loop and the call: not by a tensor, which would be a fourth.
+            if array.shape == (rows, width) and sys.getrefcount(array) <= 3:
+                return torch.from_numpy(array)
+        fresh: HalfArray = np.empty((rows, width), np.float16)
+        if len(self._arrays) < 4:  # somebody who keeps batches does not make us keep them
+            self._arrays.append(fresh)
+        return torch.from_numpy(fresh)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,33 +117,41 @@ class ShuffledBlocks:
         self._size = features.pool_rows
         self._places = places
         self.order = samples[np.arange(len(samples)) // self._size * self._size + places]
+        self._outputs = BatchMemory()
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._buffers: list[HalfArray] = []
         self._coming: dict[int, Future[Tensor]] = {}
         self._pool: tuple[int, Tensor] | None = None
 
-    def clips(self, first: int, views: RowArray | None, frames: RowArray) -> Tensor:
-        """Float16 [B, T, D] of samples first, first + 1, ... of the order.
+    def clips(
+        self, first: int, views: RowArray | None, frames: RowArray, count: int
+    ) -> Iterator[Tensor]:
+        """Samples first, first + 1, ... of the order in batches of `count`: float16 [B, T, D] each.
 
-        `views` [B] (None: the only one), `frames` [B, T]. Batches are asked for in order; the first
+        `views` [n] (None: the only one), `frames` [n, T]. Parts are asked for in order; the first
         may be any. Errors as `Store.read_into`.
         """
-        count, clip = frames.shape
         _, stored, dim = self._store.schema.row_shape
         within = frames if views is None else frames + views[:, None] * stored
-        per_row = self._store.schema.views * stored
-        out = torch.empty(count * clip, dim, dtype=torch.float16)
+        clip = frames.shape[1]
+        for begin in range(0, len(frames), count):
+            out = self._outputs.take(count * clip, dim)
+            self._gather(first + begin, within[begin : begin + count], out)
+            yield out.view(count, clip, dim)
+
+    def _gather(self, first: int, within: RowArray, out: Tensor) -> None:
+        """Fill `out` [B * T, D] with frames `within` [B, T] the rows of samples first, ..."""
+        per_row = self._store.schema.views * self._store.schema.frames
+        count, clip = within.shape
         done = 0
         while done < count:
             pool, place = divmod(first + done, self._size)
             taken = min(count - done, self._size - place)
-            part = slice(done, done + taken)
             rows = self._places[first + done : first + done + taken]
-            index = (rows[:, None] * per_row + within[part]).reshape(-1)
+            index = (rows[:, None] * per_row + within[done : done + taken]).reshape(-1)
             target = out[done * clip : (done + taken) * clip]
             torch.index_select(self._flat(pool), 0, torch.from_numpy(index), out=target)
             done += taken
-        return out.view(count, clip, dim)
 
     def close(self) -> None:
         """Stop reading ahead."""

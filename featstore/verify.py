@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from featstore.checksums import Checksums, chunk_checksums, crc32c
+from featstore.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
 from featstore.chunks import ChunkFiles, Commit, DamagedPartition, read_class_text
 from featstore.coded_shards import wrong_coded_features
 from featstore.errors import UserError, WorkError, one_line
@@ -31,6 +31,10 @@ from featstore.shards import ShardFile
 # Cosine of every frame that is encoded again with the one stored. Features are equal bit for bit on
 # the same machine; another processor adds in another order, in the precision's own rounding.
 REENCODE_COSINE: Final = {"fp32": 0.99999, "bf16": 0.999, "fp16": 0.999}
+
+# float16 as bits.
+_INFINITY: Final = 0x7C00
+_NEGATIVE_INFINITY: Final = 0xFC00
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,8 @@ def verify(
             rows_failed += int(np.count_nonzero(status == STATUS_FAILED))
             if deep:
                 _check_bytes(files, tar, commit, status)
-            for name in PER_TAR_ARRAYS:
-                if not files.path(name, tar).is_file():
-                    raise files.damaged(tar, f"{name} chunk is missing")
+            else:
+                _check_presence(files, tar)
             if tar in noted:
                 damaged.append(Damage(tar, f"{noted[tar]} (found by an earlier deep check)"))
         except DamagedPartition as error:
@@ -115,6 +118,12 @@ def _status(files: ChunkFiles, tar: int, commit: Commit) -> npt.NDArray[np.uint8
     files.check_shard(tar, commit)
     status: npt.NDArray[np.uint8] = files.numbers("status", tar)[: commit.rows]
     return status
+
+
+def _check_presence(files: ChunkFiles, tar: int) -> None:
+    for name in PER_TAR_ARRAYS:
+        if not files.path(name, tar).is_file():
+            raise files.damaged(tar, f"{name} chunk is missing")
 
 
 def _check_bytes(
@@ -143,26 +152,39 @@ def _wrong_features(
     """What is wrong with the features of a partition; "" when nothing is."""
     schema, rows = files.schema, len(status)
     expected = chunk_checksums(checksums, schema.chunk_rows, schema.row_bytes).tolist()
-    chunk: HalfArray = np.empty((schema.chunk_rows, *schema.row_shape), np.float16)
+    step = max(1, PIECE_BYTES // schema.row_bytes)
+    buffer: HalfArray = np.empty((step, *schema.row_shape), np.float16)
     try:
         with ShardFile(files.path("features", tar), schema, rows) as shard:
             for number, first in enumerate(range(0, rows, schema.chunk_rows)):
-                shard.read(first, chunk)
-                checksum = crc32c(chunk)
+                end, last = first + schema.chunk_rows, min(first + schema.chunk_rows, rows)
+                checksum = listed_checksum = 0
+                contradicting = -1
+                # What follows the listed rows is in the chunk's checksum, not in that of the rows.
+                for at, stop in [*_pieces(first, last, step), *_pieces(last, end, step)]:
+                    piece = buffer[: stop - at]
+                    shard.read(at, piece)
+                    checksum = crc32c(piece, checksum)
+                    if at >= last:
+                        continue
+                    listed_checksum = checksum
+                    wrong = _not_finite(piece) != (status[at:stop] != STATUS_OK)
+                    if wrong.any() and contradicting < 0:
+                        contradicting = at + int(wrong.argmax())
                 if checksum != shard.recorded_checksum(number):
                     return f"features chunk {number} fails its checksum"
-                last = min(first + schema.chunk_rows, rows)
-                listed = chunk[: last - first]
-                # What follows the listed rows is in the chunk's checksum, not in that of the rows.
-                if (checksum if len(listed) == len(chunk) else crc32c(listed)) != expected[number]:
+                if listed_checksum != expected[number]:
                     return f"features of rows {first} to {last - 1} fail their checksums"
-                contradicting = _not_finite(listed) != (status[first:last] != STATUS_OK)
-                if contradicting.any():
-                    row = first + int(np.flatnonzero(contradicting)[0])
-                    return f"features of row {row} contradict its status"
+                if contradicting >= 0:
+                    return f"features of row {contradicting} contradict its status"
     except ValueError as error:
         return str(error)
     return ""
+
+
+def _pieces(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, stop, step):
+        yield at, min(at + step, stop)
 
 
 def _not_finite(features: HalfArray) -> npt.NDArray[np.bool_]:
@@ -172,10 +194,17 @@ def _not_finite(features: HalfArray) -> npt.NDArray[np.bool_]:
     their sign. Comparing those is ten times as fast as asking for float16 values.
     """
     flat = features.reshape(len(features), -1)
-    positive = flat.view(np.int16).max(axis=1) >= 0x7C00
-    negative = flat.view(np.uint16).max(axis=1) >= 0xFC00
-    found: npt.NDArray[np.bool_] = positive | negative
+    signed, unsigned = flat.view(np.int16), flat.view(np.uint16)
+    if signed.max() < _INFINITY and unsigned.max() < _NEGATIVE_INFINITY:
+        return np.zeros(len(features), np.bool_)
+    found: npt.NDArray[np.bool_] = signed.max(1) >= _INFINITY
+    found |= unsigned.max(1) >= _NEGATIVE_INFINITY
     return found
+
+
+EncodeRow = Callable[[int, str], "npt.NDArray[np.float32] | str"]
+"""Encodes the video of an array row, whose key is given too: float32 [V, F, D], or why it cannot
+be decoded."""
 
 
 @dataclass(frozen=True)
@@ -210,16 +239,14 @@ class Reencoding:
 def reencode(
     store: Store,
     count: int,
-    encode: Callable[[int, str], npt.NDArray[np.float32]],
+    encode: EncodeRow,
     *,
     seed: int = 0,
     progress: ProgressSink = no_progress,
 ) -> Reencoding:
     """Encode `count` ok rows again, drawn without repeats by `seed`, and compare.
 
-    `encode` takes an array row and its key and gives [V, F, D] in float32; its WorkError is the
-    row's reason unless it is about more than this row (then it should raise something else).
-    Raises UserError when the store has no ok row.
+    Raises UserError when the store has no ok row, and what `encode` raises.
     """
     usable = np.flatnonzero(store.status == STATUS_OK)
     if not len(usable):
@@ -232,7 +259,7 @@ def reencode(
     for done, position in enumerate(np.sort(drawn).tolist(), start=1):
         row, key = int(store.rows[position]), store.keys[position]
         stored = store.features([row])[0]
-        rows.append(_compared(key, row // store.schema.capacity, stored, row, encode))
+        rows.append(_compared(key, row // store.schema.capacity, stored, encode(row, key)))
         progress(done, len(drawn))
     return Reencoding(
         ok=all(row.cosine >= tolerance for row in rows),
@@ -243,16 +270,12 @@ def reencode(
 
 
 def _compared(
-    key: str,
-    partition: int,
-    stored: HalfArray,
-    row: int,
-    encode: Callable[[int, str], npt.NDArray[np.float32]],
+    key: str, partition: int, stored: HalfArray, encoded: npt.NDArray[np.float32] | str
 ) -> ReencodedRow:
-    try:
-        again = encode(row, key).astype(np.float16)
-    except WorkError as error:
-        return ReencodedRow(key, partition, 0.0, 0.0, False, one_line(error))
+    if isinstance(encoded, str):
+        return ReencodedRow(key, partition, 0.0, 0.0, False, one_line(encoded))
+    with np.errstate(over="ignore"):
+        again = encoded.astype(np.float16)
     if again.shape != stored.shape:
         reason = f"{list(again.shape)} numbers come out, {list(stored.shape)} are stored"
         return ReencodedRow(key, partition, 0.0, 0.0, False, reason)
