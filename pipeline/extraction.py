@@ -6,6 +6,7 @@ import hashlib
 import logging
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,10 @@ from pipeline.tar_source import LocalTars
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
+    from pipeline.cluster import Cluster
     from pipeline.decoding.contract import Decoder
+    from pipeline.local_engine import Totals
+    from pipeline.video_pool import VideoPool
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +43,22 @@ def extract(
     *,
     decoder: Decoder | None = None,
     encoder: Encoder | None = None,
+    cluster: Cluster | None = None,
     progress: ProgressSink = no_progress,
 ) -> ExtractionSummary:
     """Fill the store that `request` names; partitions that are done are not done again.
 
     An interruption at any moment loses at most the tars in flight. Videos that cannot be decoded
     keep their row, with status failed and the reason. `decoder` and `encoder` stand in for those
-    that the request names.
+    that the request names. With `cluster` its workers do the work, on a device of its choice.
 
     Raises `UserError` when the store was made in another way, `WorkError` when tars are missing or
     damaged (after the others are done), the disk is too small, the encoder fails, or another
     process writes the same partitions.
     """
+    if cluster is not None:
+        # Here the encoder is only needed for names and texts.
+        request = replace(request, device="cpu" if cluster.device == "cpu" else "auto")
     plan = ExtractionPlan(request)
     if request.share is not None:
         logger.info(
@@ -69,12 +77,18 @@ def extract(
     writer = open_or_init(plan, encoder, decoder.name)
     pending = plan.pending()
     plan.require_room(pending, encoder.dim)
-    with writer.claim(pending):
-        # Another process may have done some of them before they were claimed.
-        pending = plan.pending()
-        if not pending:
-            logger.info("%s is complete already: nothing to do", request.store_path)
-        return _run(plan, writer, pending, decoder, encoder, progress)
+    started = time.perf_counter()
+    if cluster is not None:
+        from pipeline.cluster_engine import run_on_ray
+
+        del encoder, decoder  # every worker has its own
+        request = replace(request, precision=writer.provenance.precision)
+        totals = run_on_ray(plan, request, pending, cluster, progress)
+    else:
+        with writer.claim(pending):
+            # Another process may have done some of them before they were claimed.
+            totals = _run(plan, writer, plan.pending(), decoder, encoder, progress)
+    return _concluded(plan, totals, time.perf_counter() - started)
 
 
 def _run(
@@ -84,19 +98,15 @@ def _run(
     decoder: Decoder,
     encoder: Encoder,
     progress: ProgressSink,
-) -> ExtractionSummary:
+) -> Totals:
     from pipeline.local_engine import run_partitions
-    from pipeline.video_pool import ThreadVideoPool
 
     request = plan.request
-    started = time.perf_counter()
     source = LocalTars(plan.dataset)
     source.open_order([plan.shards[tar] for tar in pending])
-    pool = ThreadVideoPool(
-        decoder, encoder, request.sampling, request.crops, request.workers or usable_cores()
-    )
+    pool = make_pool(request, decoder, encoder, request.workers or usable_cores())
     try:
-        totals = run_partitions(
+        return run_partitions(
             plan.dataset,
             plan.shards,
             pending,
@@ -109,12 +119,18 @@ def _run(
     finally:
         pool.close()
         source.close()
-    seconds = time.perf_counter() - started
+
+
+def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> ExtractionSummary:
+    """The summary, or the error when tars could not be used."""
+    request = plan.request
     if totals.damaged:
         raise WorkError(
             f"{len(totals.damaged)} of {len(plan.mine)} tars cannot be used, the others are done: "
             f"{totals.damaged[0]}"
         )
+    if not totals.done:
+        logger.info("%s is complete already: nothing to do", request.store_path)
     if totals.videos_short:
         logger.info(
             "%d videos have fewer than %d frames: frames repeat in their rows",
@@ -130,6 +146,15 @@ def _run(
         videos_short=totals.videos_short,
         seconds=seconds,
     )
+
+
+def make_pool(
+    request: ExtractionRequest, decoder: Decoder, encoder: Encoder, threads: int
+) -> VideoPool:
+    """The pool that encodes the request's videos, with `threads` on the CPU."""
+    from pipeline.video_pool import ThreadVideoPool
+
+    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, threads)
 
 
 def load_request_encoder(plan: ExtractionPlan) -> Encoder:
@@ -188,7 +213,6 @@ def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenan
 def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Provenance:
     """What the store will record of how its features were made."""
     request = plan.request
-    names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
     return Provenance(
         encoder=lasting_spec(request.encoder),
         encoder_fingerprint=encoder.fingerprint,
@@ -200,10 +224,16 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
         preprocessing=encoder.preprocessing.to_json(),
         decoder=decoder_name,
         strict_decode=request.strict,
-        versions={"python": platform.python_version(), **{name: version(name) for name in names}},
+        versions={"python": platform.python_version(), **code_versions()},
         dataset=plan.dataset.name,
         dataset_fingerprint=plan.dataset.fingerprint,
     )
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of what makes features out of videos."""
+    names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
+    return {name: version(name) for name in names}
 
 
 def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> StoreWriter:
