@@ -19,6 +19,7 @@ from featstore.errors import WorkError, one_line
 from featstore.progress import ProgressSink, no_progress
 from pipeline.cluster import Cluster, Sizes, connected, sizes
 from pipeline.cluster_worker import TARS_IN_HAND, Failure, Outcome, Report, TarWorker
+from pipeline.encoder_files import lasting_spec
 from pipeline.extraction import code_versions
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest
 from pipeline.local_engine import Totals
@@ -45,13 +46,15 @@ def run_on_ray(
 ) -> Totals:
     """Do the partitions `tars` of a store that exists; damaged tars do not stop the others.
 
-    `request` goes to the workers: with the precision fixed, and paths that are right on every
-    machine. The last line for a tar that no worker survived, or that another process kept to
-    itself, is in the totals as for a damaged one.
+    `request` goes to the workers, with its precision fixed; its paths are right on every machine.
+    A tar that no worker survived, or that another process kept to itself, has its line in the
+    totals as a damaged one has.
 
     Raises UserError when the cluster cannot be had or the workers cannot do what is asked,
-    WorkError when their work fails, OSError never: what a worker's disk refuses is a WorkError.
+    WorkError when their work fails, also where their disk is the reason.
     """
+    if not tars:
+        return Totals()
     with connected(cluster) as ray:
         machines = [
             (node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
@@ -59,8 +62,21 @@ def run_on_ray(
             if node["Alive"]
         ]
         size = sizes(cluster, machines)
-        request = replace(request, device=cluster.device)
-        return _Run(ray, plan, request, size, tars, progress).over()
+        return _Run(ray, plan, _for_workers(request, cluster), size, tars, progress).over()
+
+
+def _for_workers(request: ExtractionRequest, cluster: Cluster) -> ExtractionRequest:
+    """The request as processes with another working folder understand it."""
+    folder = request.encoders_dir
+    return replace(
+        request,
+        dataset_dir=request.dataset_dir.absolute(),
+        store_path=request.store_path.absolute(),
+        encoder=lasting_spec(request.encoder),
+        encoders_dir=folder and folder.absolute(),
+        device=cluster.device,
+        share=None,  # the tars are named
+    )
 
 
 @dataclass(eq=False)
@@ -167,6 +183,8 @@ class _Run:
             self._put_off(tar, outcome.claimed)
             return
         self.totals.add(outcome.totals)
+        if tar.deaths and not (outcome.totals.done or outcome.totals.damaged):
+            self.totals.done.append(tar.number)  # by the worker that died before it could say so
         self._end(tar, self.plan.shards[tar.number].samples)
 
     def _put_off(self, tar: _Tar, claimed: str) -> None:
@@ -222,7 +240,7 @@ class _Run:
         """Put a dead worker's tars back."""
         self.workers.remove(worker)
         self.ray.kill(worker.actor)  # it may only be out of reach
-        reason = one_line(str(error).partition("The actor is dead because ")[2] or error, 200)
+        reason = _reason(error)
         where = worker.where or "before it had started"
         logger.warning("a worker died (%s): its tars go to others; %s", where, reason)
         if not worker.where:
@@ -262,3 +280,9 @@ class _Run:
                     self.size.gpus,
                     self.ray.available_resources().get("CPU", 0),
                 )
+
+
+def _reason(error: Exception) -> str:
+    """What Ray says of a death, without its guesses."""
+    _, found, detail = str(error).partition("Worker exit detail: ")
+    return one_line(detail.partition(" Some common causes")[0] if found else str(error), 200)
