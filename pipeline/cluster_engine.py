@@ -10,7 +10,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -272,14 +271,12 @@ class _Run:
             self.began = time.monotonic()
         elif time.monotonic() - self.began > NOTHING_STARTS_S:
             self.began = float("inf")
-            with suppress(Exception):
-                logger.warning(
-                    "no worker has started yet: each takes %d CPUs and %g GPUs, and the cluster "
-                    "has %s free; waiting",
-                    self.size.cpus,
-                    self.size.gpus,
-                    self.ray.available_resources().get("CPU", 0),
-                )
+            logger.warning(
+                "no worker has started yet: each takes %d CPUs and %g GPUs that must be free, and "
+                "loads the encoder; waiting",
+                self.size.cpus,
+                self.size.gpus,
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,14 +26,26 @@ from featstore.locking import RECORD_BYTES
 from pipeline import cluster_engine
 from pipeline.cluster import Cluster, Sizes, connected, sizes
 from pipeline.cluster_engine import run_on_ray
-from pipeline.cluster_worker import Failure, Notice, Outcome, Report, TarWorker
+from pipeline.cluster_worker import TARS_IN_HAND, Failure, Notice, Outcome, Report, TarWorker
 from pipeline.extraction import code_versions, extract
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest, Share
 from pipeline.local_engine import Totals
 from pipeline.sampling import parse_sampling
+from pipeline.video_pool import ThreadVideoPool
 
 TARS, PER_TAR = 16, 3
 TWO = Cluster(workers=2, cpus_per_worker=1)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Without waiting for the disk; and workers made in this process leave no log handlers."""
+    loggers = [logging.getLogger(name) for name in ("pipeline", "featstore")]
+    kept = [(logger.handlers[:], logger.level) for logger in loggers]
+    with mock.patch("os.fsync"):
+        yield
+    for logger, (handlers, level) in zip(loggers, kept, strict=True):
+        logger.handlers, logger.level = handlers, level
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +185,47 @@ def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None
     told = TarWorker(request, 1).start(code_versions())
     assert isinstance(told, Failure)
     assert "was made in another way and is never mixed (encoder" in told.message
+
+
+def test_a_worker_does_two_tars_at_a_time_one_after_the_other(
+    root: Path, whole: dict[str, bytes]
+) -> None:
+    """Their videos go into the pool tar by tar, however the two calls are timed."""
+    request = request_for(root, share=Share(0, 8))
+    extract(request)
+    worker = TarWorker(request, 2)
+    assert isinstance(worker.start(code_versions()), str)
+    order: list[int] = []
+    submit = ThreadVideoPool.submit
+
+    def noted(pool: ThreadVideoPool, read: Any) -> Any:
+        order.append(read.func.__self__.tar)
+        return submit(pool, read)
+
+    with (
+        mock.patch.object(ThreadVideoPool, "submit", noted),
+        ThreadPoolExecutor(TARS_IN_HAND) as callers,
+    ):
+        outcomes = list(callers.map(worker.do, range(TARS)))
+    assert store_files(request.store_path) == whole
+    assert [outcome.totals.done for outcome in outcomes] == [
+        [] if tar % 8 == 0 else [tar] for tar in range(TARS)
+    ]
+    assert len(order) == (TARS - 2) * PER_TAR
+    assert [tar for tar, _ in groupby(order)] == list(dict.fromkeys(order))
+    assert worker.report() == Report({}, [])
+
+
+def test_an_encoder_that_fails_in_a_worker(root: Path) -> None:
+    request = request_for(root, share=Share(0, 8))
+    extract(request)
+    worker = TarWorker(request, 2)
+    worker.start(code_versions())
+    with mock.patch("pipeline.video_pool.encode_video", side_effect=RuntimeError("no memory")):
+        failure = worker.do(1).failure
+    assert failure is not None
+    assert "the encoder failed at" in str(failure.error())
+    assert worker.do(2).totals.done == [2], "the pool can be used by the other tars in hand"
 
 
 @pytest.mark.slow
