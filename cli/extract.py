@@ -77,7 +77,10 @@ def extract(
         ),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Threads; default: one per core.")
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Threads (of each Ray worker); default: one per core."
+        ),
     ] = None,
     engine: Annotated[
         str,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from featstore.errors import UserError, one_line
+from pipeline.extraction_plan import ExtractionRequest
 from pipeline.machine import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -73,9 +74,24 @@ def sizes(cluster: Cluster, machines: Sequence[tuple[float, float]]) -> Sizes:
             "--cpus-per-worker or --gpus-per-worker"
         )
     workers = cluster.workers or room
+    if not gpus and any(g for _, g in machines):
+        logger.warning("the GPUs of the cluster are not used: --gpus-per-worker 1 takes them")
     if workers > room:
         logger.warning("%d workers were asked for, the cluster has room for %d", workers, room)
     return Sizes(workers, cpus, gpus)
+
+
+def require_precision(cluster: Cluster, request: ExtractionRequest) -> None:
+    """Raise UserError when "auto" would have to be timed on a GPU and this machine has none."""
+    if request.precision != "auto" or cluster.device == "cpu":
+        return
+    import torch  # slow to import, and only needed here
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--precision auto is timed where the command runs, which has no GPU as the workers "
+            "have: give --precision fp16, bf16 or fp32"
+        )
 
 
 @contextmanager

@@ -71,6 +71,10 @@ def extract(
     if decoder is None and encoder is None and plan.known_complete():
         logger.info("%s is complete already: nothing to do", request.store_path)
         return summary_of(plan, open_store(request.store_path))
+    if cluster is not None and plan.writer is None:
+        from pipeline.cluster import require_precision
+
+        require_precision(cluster, request)
     decoder = decoder or decoder_named(request.decoder, request.strict)
     encoder = encoder or load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)

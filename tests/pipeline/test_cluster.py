@@ -249,6 +249,7 @@ def test_errors_of_real_workers_are_one_line(ray_cluster: Any, root: Path) -> No
         (("--engine", "ray", "--address", "127.0.0.1:port"), "no Ray cluster can be reached"),
         (("--engine", "ray", "--address", "ray://head:10001"), "Ray Client"),
         (("--engine", "ray", "--device", "cuda", "--gpus-per-worker", "0"), "do not fit together"),
+        (("--engine", "ray", "--gpus-per-worker", "1"), "give --precision fp16"),
     ],
 )
 def test_wrong_options(root: Path, arguments: tuple[str, ...], words: str) -> None:
