@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media import frame_number, make_video
 
-from pipeline.decoding import frame_stack, pyav, video_file
+from pipeline.decoding import frame_stack, packet_survey, pyav
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.gop_plan import PacketTable
 from pipeline.decoding.pyav import PyAVDecoder
@@ -77,7 +77,7 @@ def test_counts_what_plain_decoding_gives(kind: str) -> None:
     info = PyAVDecoder().probe(data)
     assert info.num_frames == len(truth)
     assert (info.height, info.width) == truth[0].shape[:2]
-    assert info.skipped_packets == 0
+    assert info.damaged_packets == 0
     assert 0 < info.duration_s < 70
 
 
@@ -100,10 +100,9 @@ def test_the_plan_itself_gives_the_frames(kind: str, monkeypatch: pytest.MonkeyP
     def never(*_: object) -> None:
         raise AssertionError("fell back to decoding in order")
 
-    monkeypatch.setattr(pyav, "_decode_in_order", never)
+    monkeypatch.setattr(pyav, "_FramesInOrder", never)
     data, truth = made(kind)
-    # Not strict: x264's open GOPs make a strict decoder stumble after a jump.
-    decoder = PyAVDecoder(strict=False)
+    decoder = PyAVDecoder()
     frames = decoder.decode(data, range(len(truth)))
     np.testing.assert_array_equal(frames, np.stack(truth))
     for index in range(len(truth)):
@@ -215,7 +214,7 @@ def test_reads_paths_and_files_like_bytes(kind: str, tmp_path: Path) -> None:
 def test_a_large_stream_is_read_again_instead_of_kept(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pyav, "KEPT_PACKET_BYTES", 100)
+    monkeypatch.setattr(packet_survey, "KEPT_PACKET_BYTES", 100)
     data, truth = made(kind)
     info, frames, _ = PyAVDecoder().decode_with_info(data, lambda _: [30, 3, 39])
     assert info.num_frames == len(truth)
@@ -284,7 +283,7 @@ def test_damage_inside_h264_is_an_error_unless_told_otherwise() -> None:
         data[start + offset] ^= 0xFF
     with pytest.raises(DecodeError, match=r"^damaged after \d+ frames|^frame 40 cannot be decoded"):
         PyAVDecoder().decode(bytes(data), [40])
-    assert PyAVDecoder(strict=False).decode(bytes(data), [40]).shape == (1, 64, 96, 3)
+    assert PyAVDecoder(strict="never").decode(bytes(data), [40]).shape == (1, 64, 96, 3)
 
 
 def test_absurd_sizes_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +292,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(monkeypatch: pytest.Mon
     assert len(PyAVDecoder().decode(data, [0] * 10)) == 10
     with pytest.raises(DecodeError, match="11 frames of 96x64 need more than the limit"):
         PyAVDecoder().decode(data, [0] * 11)
-    monkeypatch.setattr(video_file, "MAX_PIXELS", 96 * 64 - 1)
+    monkeypatch.setattr(frame_stack, "MAX_PIXELS", 96 * 64 - 1)
     with pytest.raises(DecodeError, match="frames of 96x64 pixels are larger than the limit"):
         PyAVDecoder().probe(data)
 
