@@ -268,9 +268,13 @@ class _FramesInOrder:
     def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
         if self.damaged and self._media.strict == "always":
             raise DecodeError(f"damaged: {self.damaged} packets cannot be read whole")
-        self._media.restart()
+        packets: Iterable[Packet[VideoStream]] | None = self._survey.packets
+        if packets is None or self._media.stream.codec_context.is_open:
+            # A decoder that was flushed is not quite as good as new.
+            self._media.restart()
+            packets = self._media.packets()
         context = self._media.stream.codec_context
-        for packet in chain(self._media.packets(), [None]):
+        for packet in chain(packets, [None]):
             if packet is not None and not packet.size:
                 continue  # an empty packet would end the stream for the decoder
             frames: list[VideoFrame] = []
