@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media import KINDS, frame_number, make_video
 
-from pipeline.decoding import frame_stack, packet_survey, pyav
+from pipeline.decoding import packet_survey, pyav
 from pipeline.decoding.contract import DecodeError, Strictness
 from pipeline.decoding.gop_plan import PacketTable
 from pipeline.decoding.pyav import PyAVDecoder
@@ -188,17 +188,6 @@ def test_a_large_stream_is_read_again_instead_of_kept(
     assert info.num_frames == len(truth)
     for frame, index in zip(frames, [30, 3, 39], strict=True):
         np.testing.assert_array_equal(frame, truth[index])
-
-
-def test_absurd_sizes_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, _ = made("h264 one gop")
-    monkeypatch.setattr(frame_stack, "MAX_BYTES", 10 * 96 * 64 * 3)
-    assert len(PyAVDecoder().decode(data, [0] * 10)) == 10
-    with pytest.raises(DecodeError, match="11 frames of 96x64 need more than the limit"):
-        PyAVDecoder().decode(data, [0] * 11)
-    monkeypatch.setattr(frame_stack, "MAX_PIXELS", 96 * 64 - 1)
-    with pytest.raises(DecodeError, match="frames of 96x64 pixels are larger than the limit"):
-        PyAVDecoder().probe(data)
 
 
 def test_a_playlist_cannot_open_other_files(
