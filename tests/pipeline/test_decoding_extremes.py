@@ -61,8 +61,9 @@ def decode_in_a_child(
 
 def long_video(tmp_path: Path, container: str, codec: str, frames: int) -> Path:
     target = tmp_path / f"long.{container}"
-    bframes = {"bf": "2"} if codec == "libx264" else {}
-    clip = make_video(frames=25, gop=25, codec=codec, container=container, options=bframes)
+    # From mp4, because Matroska rounds times to milliseconds.
+    recipe = {"container": "mp4", "options": {"bf": "2"}} if codec == "libx264" else {}
+    clip = make_video(**{"frames": 25, "gop": 25, "codec": codec, "container": container, **recipe})  # type: ignore[arg-type]
     repeat_video(clip, target, container, frames)
     return target
 
