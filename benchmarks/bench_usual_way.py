@@ -17,7 +17,7 @@ import common
 import numpy as np
 import timed_command
 
-from featstore import open_store
+from featstore import Workspace, open_store
 from pipeline.packing import pack
 
 LIMIT = 3.0
@@ -46,16 +46,15 @@ def usual(tars: Path, encoder: Path, frames: int) -> Measured:
 
 def ours(root: Path, encoder: Path, frames: int) -> Measured:
     """Run `mote-cli extract` into a new store."""
-    common.fresh(root / "bench" / "features")
+    stores = common.fresh(Workspace(root).features_dir("bench"))
     moments = timed_command.mote_cli_moments(
         root,
         *("extract", "--dataset", "bench", "--root", root, "--encoder", encoder),
         *("--sampling", f"uniform:{frames}", "--json"),
     )
-    (path,) = root.rglob("*.zarr")
+    (path,) = stores.glob("*.zarr")
     store = open_store(path)
-    rows = np.arange(len(store))
-    features = np.asarray(store.features(rows), np.float32)[:, 0]
+    features = np.asarray(store.features(store.rows), np.float32)[:, 0]
     return Measured(
         moments.end - moments.began, moments.end, dict(zip(store.keys, features, strict=True))
     )
@@ -77,7 +76,7 @@ def main() -> None:
     clips = common.kinetics_clips(chosen.clips)
     folders = common.class_folders(common.WORK / "usual-videos", clips, chosen.videos, classes=4)
     root = common.fresh(common.WORK / "usual-root")
-    dataset = common.dataset_dir(root)
+    dataset = Workspace(root).dataset_dir("bench")
     pack(folders, "bench", dataset, samples_per_shard=-(-chosen.videos // TARS))
     encoder = common.vit_b16_folder()
     print(where["name"])
@@ -109,8 +108,14 @@ def main() -> None:
         worst = min(run["cosine_min"] for run in runs)
         print(f"\nuniform:{frames}, {chosen.videos} videos")
         common.table(
-            [*median],
-            [*([*run.values()] for run in runs), [*median.values()]],
+            ["", *(name.replace("videos_per_second", "videos/s") for name in median)],
+            [
+                [name, *(f"{run[k]:.6f}" if k.startswith("cosine") else run[k] for k in median)]
+                for name, run in [
+                    *((f"repetition {n}", r) for n, r in enumerate(runs, 1)),
+                    ("median", median),
+                ]
+            ],
         )
         print(f"smallest cosine {worst:.6f}, limit >= {COSINE}")
         details[f"uniform:{frames}"] = {"repetitions": runs, "median": median}
