@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from featstore.locking import RECORD_BYTES
+
 # rows, checksum, bytes of the features; the time of writing and the chunk's own checksum follow.
 COMMIT_WITHOUT_TIME = 3 * 8
 
@@ -21,3 +23,23 @@ def store_files(store: Path) -> dict[str, bytes]:
 def committed(store: Path) -> set[str]:
     """Numbers of the partitions that have a commit entry."""
     return {path.parent.name for path in store.glob("commit/c/*/0")}
+
+
+def ray_workers(store: Path) -> list[int]:
+    """Living workers of the Ray engine that have claimed partitions, by the lock file's records."""
+    lock = store.with_name(f"{store.name}.lock")
+    records = lock.read_bytes()[RECORD_BYTES:] if lock.exists() else b""
+    owners = {
+        int(owner.partition(b" ")[0])
+        for start in range(0, len(records), RECORD_BYTES)
+        if (owner := records[start : start + RECORD_BYTES].strip(b"\0"))
+    }
+    return sorted(filter(_is_ray_worker, owners))
+
+
+def _is_ray_worker(pid: int) -> bool:
+    """Records stay when their process has ended, and another may have got its number."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::TarWorker")
+    except OSError:
+        return False

@@ -17,12 +17,11 @@ from unittest import mock
 
 import pytest
 from command_line import done, mote, refused
-from store_files import committed, store_files
+from store_files import committed, ray_workers, store_files
 from tiny_world import make_clip, make_encoder
 
 from featstore import StoreWriter
 from featstore.errors import UserError, WorkError
-from featstore.locking import RECORD_BYTES
 from pipeline import cluster_engine
 from pipeline.cluster import Cluster, Sizes, connected, sizes
 from pipeline.cluster_engine import run_on_ray
@@ -112,20 +111,8 @@ class Progress:
     def __call__(self, done: float, total: float, **details: float | int | str) -> None:
         self.seen.append((done, total, details))
         if self.kill and not self.killed and 1 <= len(committed(self.store)) < TARS - 2:
-            self.killed = last_writer(self.store)
+            self.killed = ray_workers(self.store)[0]
             os.kill(self.killed, signal.SIGKILL)
-
-
-def last_writer(store: Path) -> int:
-    """Pid of a worker that has claimed a partition of late."""
-    records = store.with_name(f"{store.name}.lock").read_bytes()[RECORD_BYTES:]
-    owners = {
-        int(owner.partition(b" ")[0])
-        for start in range(0, len(records), RECORD_BYTES)
-        if (owner := records[start : start + RECORD_BYTES].strip(b"\0"))
-    }
-    alive = [pid for pid in owners if Path(f"/proc/{pid}").exists() and pid != os.getpid()]
-    return alive[0]
 
 
 def test_a_killed_worker_costs_nothing(
