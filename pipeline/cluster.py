@@ -120,7 +120,8 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the Ray cluster {address!r} cannot be used ({one_line(error, 200)}): check "
-                "--address and RAY_ADDRESS, and that Ray's version is the same everywhere"
+                "--address and RAY_ADDRESS, that Ray's version is the same everywhere, and "
+                "RAY_AUTH_MODE where the cluster asks for a token"
             ) from None
     try:
         yield ray
