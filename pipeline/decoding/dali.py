@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from featstore.errors import UserError, one_line
 from pipeline.preprocessing import Preprocessing, crop_corners, resized_size
@@ -39,7 +40,7 @@ Decode = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Chosen frames of one video: its bytes as uint8 [n], increasing indices int64 [F], its size.
+    """Chosen frames of one video: its bytes as uint8 [n], increasing indices int64 [F], its kind.
 
     `data` is uint8 [frames,H,W,3] where the graph was built to take decoded frames.
     """
@@ -48,6 +49,7 @@ class Clip:
     frames: npt.NDArray[np.int64]
     height: int
     width: int
+    codec: str = ""
 
 
 def dali_problem() -> str | None:
@@ -153,7 +155,8 @@ class DaliPixels:
         self._preprocessing = preprocessing
         self._crops = crops
         # Ten crops are five and their mirror images, in turn.
-        self._corners, self._mirror = (5, (0, 1)) if crops == 10 else (crops, (0,))
+        self._corners = 5 if crops == 10 else crops
+        self._mirror = (0, 1) if crops == 10 else (0,)
         self._graph = self._build(batch_size, threads, device_id, half, decode, rank)
 
     def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
@@ -163,9 +166,7 @@ class DaliPixels:
         call works again.
         """
         outputs = self._graph.run(**self._inputs(clips))
-        per_crop = [
-            [torch.from_dlpack(output[i]) for i in range(len(clips))] for output in outputs
-        ]
+        per_crop = [[from_dlpack(output[i]) for i in range(len(clips))] for output in outputs]
         return [torch.stack(crops) for crops in zip(*per_crop, strict=True)]
 
     def _build(
@@ -229,9 +230,7 @@ class DaliPixels:
     def _fill(self) -> list[float]:
         settings = self._preprocessing
         grey = settings.fill_color / 255
-        return [
-            (grey - mean) / std for mean, std in zip(settings.mean, settings.std, strict=True)
-        ]
+        return [(grey - mean) / std for mean, std in zip(settings.mean, settings.std, strict=True)]
 
     def _inputs(self, clips: Sequence[Clip]) -> dict[str, list[Any]]:
         """The graph's inputs by name, one value per clip."""

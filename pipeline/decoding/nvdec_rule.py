@@ -9,6 +9,7 @@ video to PyAV. What it rests on was read in DALI's sources and issue tracker and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 import av
 import numpy as np
@@ -20,6 +21,9 @@ from av.video.stream import VideoStream
 from pipeline.decoding.contract import VideoInfo
 from pipeline.decoding.packet_survey import RELIABLE_CONTAINERS, read_survey
 from pipeline.decoding.video_file import VideoFile
+
+if TYPE_CHECKING:
+    from av.sidedata.sidedata import SideData
 
 # (least width, least height), (greatest width, greatest height) of what NVDEC decodes.
 SIZES = {
@@ -61,9 +65,10 @@ class StreamFacts:
     """What the rule looks at: the container's packet table and the first frame of one video.
 
     `reliable`: every packet stands for one shown frame with a time of its own. `discarded`: packets
-    that are decoded and not shown. `damaged`: packets that could not be read whole. `hidden`: packets with pictures that are not shown, or that show
-    an earlier one again (VP9). `leading`: pictures shown before the keyframe that they follow, other
-    than at the start. `close_keyframes`: a keyframe is decoded before the previous one is shown.
+    that are decoded and not shown. `damaged`: packets that could not be read whole. `hidden`:
+    packets with pictures that are not shown, or that show an earlier one again (VP9). `leading`:
+    pictures shown before the keyframe that they follow. `close_keyframes`: a keyframe is decoded
+    before the previous one is shown.
     """
 
     formats: frozenset[str]
@@ -172,7 +177,8 @@ def survey_video(data: bytes) -> NvdecSurvey:
             close_keyframes=_has_close_keyframes(packets, table.pts, table.keyframe),
         )
         info = survey.info(media, frame, survey.num_frames)
-        return NvdecSurvey(facts, info, survey.shown_pts * survey.seconds_per_tick)
+        seconds = survey.shown_pts.astype(np.float64) * survey.seconds_per_tick
+        return NvdecSurvey(facts, info, seconds)
 
 
 def _first_frame(media: VideoFile, packet: Packet[VideoStream]) -> VideoFrame | None:
@@ -186,8 +192,8 @@ def _first_frame(media: VideoFile, packet: Packet[VideoStream]) -> VideoFrame | 
 
 
 def _is_upright(frame: VideoFrame) -> bool:
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    return matrix is None or tuple(np.frombuffer(bytes(matrix), np.int32)[:5]) == _UNTURNED
+    matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
+    return matrix is None or tuple(np.frombuffer(bytes(matrix), np.int32)[:5].tolist()) == _UNTURNED
 
 
 def _is_vp9_with_hidden(packet: Packet[VideoStream]) -> bool:
