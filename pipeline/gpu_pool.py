@@ -5,8 +5,7 @@ decoded in batches of one size by a decode thread; the rest is decoded by PyAV i
 thread. An encode thread takes both, and while the GPU encodes one batch the results of the one
 before are copied back and delivered. Every stage waits when the next has enough to do.
 
-Letters: C crops, U frames of a video without repeats, h, w input of the tower, N pictures in a
-batch, D embedding.
+Letters: C crops, U frames of a video without repeats, h, w input of the tower, D embedding.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Condition, Thread
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +34,7 @@ from pipeline.decoding.nvdec_rule import (
     survey_video,
 )
 from pipeline.gpu_buckets import Buckets
+from pipeline.gpu_encoder import BatchEncoder, RunningBatch
 from pipeline.sampling import Sampling
 from pipeline.tar_rows import EncodedVideo
 
@@ -80,14 +79,7 @@ class _Video:
 _Decoded = tuple[_Video, torch.Tensor]
 
 
-@dataclass
-class _Launched:
-    """A batch the GPU is at work on. `keep` holds what it still reads."""
-
-    batch: list[_Decoded]
-    features: torch.Tensor  # float32 [N,D] in memory once `done` says so
-    done: torch.cuda.Event | None
-    keep: Any
+_Launched = tuple[list[_Decoded], RunningBatch]
 
 
 class DaliVideoPool:
@@ -121,7 +113,7 @@ class DaliVideoPool:
         self._survey = survey
         self._sizes = sizes
         self._batch_videos = batch_videos
-        self._on_gpu = encoder.device.type == "cuda"
+        self._batches = BatchEncoder(encoder)
         device = encoder.device.index or 0
         self._capabilities = capabilities or NvdecCapabilities.of(
             torch.cuda.get_device_capability(device)
@@ -171,8 +163,7 @@ class DaliVideoPool:
             if self._stopping:
                 raise RuntimeError("the pool is closed")
             self._unfinished.add(video)
-            self._reading += 1
-            self._readers.submit(self._read, video)
+            self._to_readers(video)
         return video.future
 
     def close(self) -> None:
@@ -197,12 +188,18 @@ class DaliVideoPool:
 
     # Reader threads.
 
-    def _read(self, video: _Video) -> None:
+    def _to_readers(self, video: _Video, refusal: str | None = None) -> None:
+        """Have a video read, or only decoded by PyAV, as `refusal` says why. Needs the lock."""
+        self._reading += 1
+        self._readers.submit(self._read, video, refusal)
+
+    def _read(self, video: _Video, refusal: str | None) -> None:
         try:
             if self._stopping:
                 return
-            video.data = video.read()
-            refusal = self._plan(video)
+            if refusal is None:
+                video.data = video.read()
+                refusal = self._plan(video)
             if refusal is None:
                 self._to_bucket(video)
             else:
@@ -210,22 +207,9 @@ class DaliVideoPool:
         except BaseException as error:
             self._deliver(video, error)
         finally:
-            self._reader_done()
-
-    def _read_again(self, video: _Video, refusal: str) -> None:
-        """Decode by PyAV what NVDEC failed at."""
-        try:
-            if not self._stopping:
-                self._decode_by_pyav(video, refusal)
-        except BaseException as error:
-            self._deliver(video, error)
-        finally:
-            self._reader_done()
-
-    def _reader_done(self) -> None:
-        with self._changed:
-            self._reading -= 1
-            self._changed.notify_all()
+            with self._changed:
+                self._reading -= 1
+                self._changed.notify_all()
 
     def _plan(self, video: _Video) -> str | None:
         """Choose frames; returns why PyAV must decode the video, None for NVDEC."""
@@ -351,8 +335,7 @@ class DaliVideoPool:
                 with self._changed:
                     if self._stopping:
                         break
-                    self._reading += 1
-                    self._readers.submit(self._read_again, video, "NVDEC failed")
+                    self._to_readers(video, "NVDEC failed")
         return decoded
 
     def _checked(self, batch: list[_Video]) -> list[_Decoded]:
@@ -373,7 +356,7 @@ class DaliVideoPool:
 
     def _encode_loop(self) -> None:
         launched: _Launched | None = None
-        with self._own_stream():
+        with self._batches.stream():
             while (batch := self._next_decoded(wait=launched is None)) is not None:
                 following = self._launch(batch) if batch else None
                 if launched is not None:
@@ -381,11 +364,6 @@ class DaliVideoPool:
                 launched = following
             if launched is not None:
                 self._finish(launched)
-
-    def _own_stream(self) -> AbstractContextManager[Any]:
-        if not self._on_gpu:
-            return nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(self._encoder.device))
 
     def _next_decoded(self, *, wait: bool) -> list[_Decoded] | None:
         """What can be encoded now, None when the pool closes; nothing only if not to `wait`."""
@@ -401,55 +379,35 @@ class DaliVideoPool:
             return batch
 
     def _launch(self, batch: list[_Decoded]) -> _Launched | None:
-        """Start encoding; on a GPU this returns before the work is done."""
         try:
-            pixels = torch.cat([self._normalised(pixels).flatten(0, 1) for _, pixels in batch])
-            features = self._encoder.encode_pixels(pixels)
-            if not self._on_gpu:
-                return _Launched(batch, features, None, None)
-            host = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-            host.copy_(features, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-            return _Launched(batch, host, done, (pixels, features))
+            return batch, self._batches.launch([pixels for _, pixels in batch])
         except Exception as error:
             self._fail(batch, error)
             return None
 
-    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.dtype != torch.uint8:
-            return pixels
-        if self._on_gpu:
-            pixels = pixels.pin_memory().to(self._encoder.device, non_blocking=True)
-        return self._encoder.preprocessing.normalise(pixels)
-
     def _finish(self, launched: _Launched) -> None:
         """Wait for a batch and deliver its results."""
+        batch, running = launched
         try:
-            if launched.done is not None:
-                launched.done.synchronize()
-            counts = [pixels.shape[0] * pixels.shape[1] for _, pixels in launched.batch]
-            parts = launched.features.split(counts)
             results = [
-                self._result(video, part.numpy())
-                for (video, _), part in zip(launched.batch, parts, strict=True)
+                self._result(video, features)
+                for (video, _), features in zip(batch, running.features(), strict=True)
             ]
         except Exception as error:
-            self._fail(launched.batch, error)
+            self._fail(batch, error)
             return
-        for (video, _), result in zip(launched.batch, results, strict=True):
+        for (video, _), result in zip(batch, results, strict=True):
             self._deliver(video, result)
 
     def _result(self, video: _Video, features: npt.NDArray[np.float32]) -> EncodedVideo:
-        """`features` float32 [C*U,D] as rows, crop-major then clip."""
+        """`features` float32 [C,U,D] as rows, crop-major then clip."""
         assert video.info is not None
         assert video.indices is not None
         assert video.seconds is not None
         clips, frames = video.indices.shape
-        rows = features.reshape(self._crops, -1, features.shape[-1])[:, video.places]
         return EncodedVideo(
             video.info,
-            rows.reshape(self._crops * clips, frames, -1),
+            features[:, video.places].reshape(self._crops * clips, frames, -1),
             np.tile(video.indices, (self._crops, 1)),
             np.tile(video.seconds, (self._crops, 1)),
         )

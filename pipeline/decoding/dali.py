@@ -157,6 +157,8 @@ class DaliPixels:
         # Ten crops are five and their mirror images, in turn.
         self._corners = 5 if crops == 10 else crops
         self._mirror = (0, 1) if crops == 10 else (0,)
+        cuda: Any = torch.cuda  # the streams' annotations are incomplete
+        self._stream = cuda.Stream(device_id) if device_id is not None else None
         self._graph = self._build(batch_size, threads, device_id, half, decode, rank)
 
     def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
@@ -165,9 +167,13 @@ class DaliPixels:
         Raises RuntimeError, without saying whose fault it is, when any of the clips fails; the next
         call works again.
         """
-        outputs = self._graph.run(**self._inputs(clips))
-        per_crop = [[from_dlpack(output[i]) for i in range(len(clips))] for output in outputs]
-        return [torch.stack(crops) for crops in zip(*per_crop, strict=True)]
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            outputs = self._graph.run(**self._inputs(clips))
+            per_crop = [[from_dlpack(output[i]) for i in range(len(clips))] for output in outputs]
+            pixels = [torch.stack(crops) for crops in zip(*per_crop, strict=True)]
+            if self._stream is not None:
+                self._stream.synchronize()  # another stream will read them
+            return pixels
 
     def _build(
         self,
