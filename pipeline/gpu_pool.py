@@ -304,39 +304,32 @@ class DaliVideoPool:
 
     def _decode(self, batch: list[_Video]) -> None:
         """Decode a batch, else its videos one by one, else hand them to PyAV."""
+        decoded: list[_Decoded] = []
         try:
-            decoded = self._checked(batch)
+            if self._given_up is None:
+                decoded = self._checked(batch)
         except Exception as error:
             logger.debug("a batch of %d failed: %s", len(batch), one_line(error))
-            decoded = self._decode_singly(batch, error)
+            for video in batch if len(batch) > 1 else []:
+                try:
+                    decoded += self._checked([video])
+                except Exception as cause:
+                    logger.info("NVDEC failed at a video (%s): PyAV decodes it", one_line(cause))
+        failed = [video for video in batch if video.clip is not None]
         with self._changed:
-            self._counts["NVDEC"] += len(decoded)
+            for video in failed if not self._stopping else []:
+                self._to_readers(video, self._given_up or "NVDEC failed")
             if decoded:
+                self._counts["NVDEC"] += len(decoded)
                 self._by_nvdec.append(decoded)
             self._fruitless = 0 if decoded else self._fruitless + 1
-            if self._fruitless == GIVE_UP_AFTER:
+            if self._fruitless >= GIVE_UP_AFTER and self._given_up is None:
                 self._given_up = "NVDEC failed again and again"
                 logger.warning(
                     "the GPU's decoder failed at %d batches in a row: PyAV decodes the rest",
                     GIVE_UP_AFTER,
                 )
             self._changed.notify_all()
-
-    def _decode_singly(self, batch: list[_Video], error: Exception) -> list[_Decoded]:
-        """What NVDEC decodes of a batch that failed as a whole; PyAV gets the others."""
-        decoded: list[_Decoded] = []
-        for video in batch:
-            try:
-                if len(batch) == 1 or self._given_up is not None:
-                    raise error
-                decoded += self._checked([video])
-            except Exception as cause:
-                logger.info("NVDEC failed at a video (%s): PyAV decodes it", one_line(cause))
-                with self._changed:
-                    if self._stopping:
-                        break
-                    self._to_readers(video, "NVDEC failed")
-        return decoded
 
     def _checked(self, batch: list[_Video]) -> list[_Decoded]:
         """The batch with its pixels. Raises RuntimeError when they are not what was asked for."""

@@ -25,6 +25,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from featstore.errors import UserError, one_line
+from pipeline.decoding.contract import Strictness
 from pipeline.preprocessing import Preprocessing, crop_corners, resized_size
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 DECODER_NAME = "dali"
 PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 NVDEC_LIBRARY = "libnvcuvid.so.1"
-PYAV_REMEDY = "use --decoder pyav"
 
 # (encoded bytes [n] or whatever the clips hold, frame indices int32 [F]) -> uint8 [F,H,W,3].
 Decode = Callable[[Any, Any], Any]
@@ -98,27 +98,28 @@ def dali_version() -> dict[str, str]:
     return {}
 
 
-def wants_dali(decoder: str, device: str, *, strictness: str = "auto") -> bool:
+def wants_dali(decoder: str, device: str, strict: Strictness = "auto") -> bool:
     """Whether `--decoder`, `--device` and the strictness together mean the GPU's decoder.
 
     "auto" takes it on a CUDA device when it can be used, and says in one log line when it cannot.
     Raises UserError when it is asked for by name and cannot be used.
     """
-    named = decoder == DECODER_NAME
-    if not named and (decoder != "auto" or torch.device(device).type != "cuda"):
+    on_gpu = torch.device(device).type == "cuda"
+    if decoder != DECODER_NAME and (decoder != "auto" or not on_gpu):
         return False
-    problem: str | None
-    if torch.device(device).type != "cuda":
-        problem = f"it needs a GPU, and the device is {device}: use --device cuda"
-    elif strictness == "always":
-        problem = f"strict decoding needs a decoder that reports damage: {PYAV_REMEDY}"
+    remedy = "use --decoder pyav"
+    if not on_gpu:
+        problem: str | None = f"it needs a GPU, and the device is {device}"
+        remedy = f"use --device cuda, or {remedy.removeprefix('use ')}"
+    elif strict == "always":
+        # What NVDEC makes of damage it does not say.
+        problem = "it cannot notice damage, as --strict-decode asks"
     else:
         problem = dali_problem()
     if problem is None:
         return True
-    if named:
-        remedy = "" if ": " in problem else f": {PYAV_REMEDY}"
-        raise UserError(f"decoder {decoder!r} cannot be used, {problem}{remedy}")
+    if decoder == DECODER_NAME:
+        raise UserError(f"decoder {decoder!r} cannot be used: {problem}; {remedy}")
     logger.info("videos are decoded on the CPU: %s", problem)
     return False
 

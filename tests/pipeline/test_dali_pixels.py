@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media import make_video
 
-from pipeline.decoding import dali as dali_module
 from pipeline.decoding.dali import Clip, DaliPixels, import_problem
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import Preprocessing
@@ -200,16 +198,3 @@ def test_one_bad_clip_fails_its_batch_and_the_next_batch_works(fault: str) -> No
     with pytest.raises(RuntimeError):
         pixels([sound, bad])
     assert pixels([sound])[0].shape == (1, 2, 3, 32, 32)
-
-
-def test_a_broken_dali_is_told_and_not_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    uncached = import_problem.__wrapped__
-    assert uncached() is None
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    assert uncached().startswith("DALI cannot be imported (")
-
-    def broken(name: str) -> Any:
-        raise OSError("libdali.so: undefined symbol: x")
-
-    monkeypatch.setattr(dali_module.importlib, "import_module", broken)
-    assert uncached() == "DALI is broken (libdali.so: undefined symbol: x)"

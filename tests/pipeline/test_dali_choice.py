@@ -1,0 +1,106 @@
+"""When DALI decodes: what is asked for against what the machine has."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from ctypes import CDLL
+from typing import Any
+
+import pytest
+import torch
+
+from featstore.errors import UserError
+from pipeline.decoding import dali
+from pipeline.decoding.dali import (
+    NVDEC_LIBRARY,
+    dali_problem,
+    dali_version,
+    import_problem,
+    wants_dali,
+)
+
+
+def no_library(name: str) -> CDLL:
+    raise OSError(f"{name}: cannot open shared object file")
+
+
+@pytest.fixture
+def usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with a GPU, its driver's decoder and DALI."""
+    monkeypatch.setattr(dali, "import_problem", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dali, "CDLL", lambda name: None)
+
+
+@pytest.mark.usefixtures("usable")
+def test_auto_takes_dali_on_a_gpu_only() -> None:
+    assert dali_problem() is None
+    assert wants_dali("auto", "cuda")
+    assert wants_dali("auto", "cuda:1")
+    assert wants_dali("dali", "cuda")
+    assert not wants_dali("auto", "cpu")
+    assert not wants_dali("pyav", "cuda")
+
+
+@pytest.mark.usefixtures("usable")
+@pytest.mark.parametrize("missing", ["package", "gpu", "nvdec"])
+def test_what_is_missing_is_told_with_its_remedy(
+    missing: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {
+        "package": "DALI cannot be imported (No module named 'nvidia')",
+        "gpu": "no GPU can be used",
+        "nvdec": f"the driver's video decoder ({NVDEC_LIBRARY}) is missing",
+    }[missing]
+    if missing == "package":
+        monkeypatch.setattr(dali, "import_problem", lambda: said)
+    elif missing == "gpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    else:
+        monkeypatch.setattr(dali, "CDLL", no_library)
+    with pytest.raises(UserError) as error:
+        wants_dali("dali", "cuda")
+    line = str(error.value)
+    assert line.startswith(f"decoder 'dali' cannot be used: {said}")
+    assert "--decoder pyav" in line
+    assert "\n" not in line
+    with caplog.at_level(logging.INFO):
+        assert not wants_dali("auto", "cuda")
+    assert len(caplog.records) == 1
+    assert caplog.records[0].message.startswith(f"videos are decoded on the CPU: {said}")
+
+
+@pytest.mark.usefixtures("usable")
+def test_dali_by_name_needs_a_gpu_and_no_strictness() -> None:
+    with pytest.raises(UserError, match=r"the device is cpu.*--device cuda"):
+        wants_dali("dali", "cpu")
+    with pytest.raises(UserError, match=r"--strict-decode.*--decoder pyav"):
+        wants_dali("dali", "cuda", strict="always")
+    assert not wants_dali("auto", "cuda", strict="always")
+    assert wants_dali("dali", "cuda", strict="never")
+
+
+def test_a_missing_or_broken_dali_is_a_line_not_a_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uncached = import_problem.__wrapped__
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "nvidia.dali", None)
+        assert uncached().startswith("DALI cannot be imported (")
+
+    def broken(name: str) -> Any:
+        raise OSError("libdali.so: undefined symbol: x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib, "import_module", broken)
+        assert uncached() == "DALI is broken (libdali.so: undefined symbol: x)"
+
+
+def test_version_for_provenance() -> None:
+    if import_problem() is not None:
+        pytest.skip(f"DALI cannot be used: {import_problem()}")
+    ((package, number),) = dali_version().items()
+    assert package.startswith("nvidia-dali-cuda")
+    assert number[0].isdigit()
