@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
@@ -157,3 +158,32 @@ def make_video(
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(data)
     return data
+
+
+def repeat_video(clip: bytes, target: Path, container: str, frames: int) -> None:
+    """Write a long file cheaply: the packets of `clip` again and again, with later times.
+
+    `clip` must be one closed group of pictures. `frames` are at least so many.
+    """
+    with (
+        av.open(io.BytesIO(clip)) as source,
+        av.open(str(target), "w", format=container) as output,
+    ):
+        stream = source.streams.video[0]
+        copy = output.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        times = [(packet.pts, packet.dts, packet.duration) for packet in packets]
+        length = sum(duration or 1 for _, _, duration in times)
+        # A GIF's first packet holds the file's header as well, and its last one the end.
+        once = {0, len(packets) - 1} if container == "gif" else set()
+        written, shift = 0, -length
+        while written < frames:
+            shift += length
+            for number, (packet, (pts, dts, _)) in enumerate(zip(packets, times, strict=True)):
+                if number in once and (written or number):
+                    continue
+                packet.stream, packet.time_base = copy, stream.time_base
+                packet.pts = None if pts is None else pts + shift
+                packet.dts = None if dts is None else dts + shift
+                output.mux(packet)
+                written += 1

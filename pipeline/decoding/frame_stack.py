@@ -61,6 +61,14 @@ class FrameStack:
                 f"there is no frame {self.indices.max()}: the video has {num_frames} frames"
             )
 
+    def require_size(self, width: int, height: int) -> None:
+        """Raise `DecodeError` when the frames do not have the size of the video's first one."""
+        if self.frames.shape[1:3] != (height, width):
+            raise DecodeError(
+                f"the size changes within the video: the frames asked for are "
+                f"{self.frames.shape[2]}x{self.frames.shape[1]}, the first is {width}x{height}"
+            )
+
     def put(self, index: int, frame: VideoFrame, seconds: float) -> None:
         """Store `frame`, shown at `seconds`, as number `index` wherever that was asked for."""
         width, height = shown_size(frame)

@@ -22,6 +22,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from pipeline.decoding import frame_stack
 from pipeline.decoding.contract import (
     ChooseFrames,
     DecodeError,
@@ -107,6 +108,7 @@ class PyAVDecoder:
                 stack = FrameStack(choose(info))
                 stack.require_within(info.num_frames)
                 info = replace(info, damaged_packets=_decode_chosen(media, survey, stack))
+            stack.require_size(info.width, info.height)
             seconds = stack.seconds if survey.timed else stack.indices / info.fps
             return info, stack.frames, seconds
 
@@ -149,7 +151,11 @@ def _decode_all(
             except DecodeError:
                 stack = None  # it comes again if the count was right
     if info is None:
-        raise DecodeError("no frames")
+        # FFmpeg gives the same error for damage and for a frame larger than it was told to take.
+        raise DecodeError(
+            f"no frame can be decoded{frames.first_cause}; the limit is {frame_stack.MAX_PIXELS} "
+            "pixels a frame"
+        )
     if survey.reliable and frames.shown != survey.num_frames:
         raise DecodeError(f"damaged: {frames.shown} of {survey.num_frames} frames come out")
     if frames.shown != survey.likely_frames:
@@ -256,21 +262,27 @@ def _decode_run(
 class _FramesInOrder:
     """Every frame from the start with its index (-1: a time that no packet has).
 
-    `shown` counts them on the way, `damaged` the packets that were passed over. Raises
-    `DecodeError` at damage where the strictness asks for that.
+    `shown` counts them on the way, `damaged` the packets that were passed over; `first_cause` is
+    why the first of those was, in brackets. Raises `DecodeError` at damage where the strictness
+    asks for that.
     """
 
     def __init__(self, media: VideoFile, survey: Survey) -> None:
         self._media, self._survey = media, survey
         self.shown = 0
+        self.first_cause = ""
         self.damaged = survey.damaged_when_read
 
     def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
         if self.damaged and self._media.strict == "always":
-            raise DecodeError(f"damaged: {self.damaged} packets cannot be read whole")
-        self._media.restart()
+            raise DecodeError(f"damaged: packets that cannot be read whole: {self.damaged}")
+        packets: Iterable[Packet[VideoStream]] | None = self._survey.packets
+        if packets is None or self._media.stream.codec_context.is_open:
+            # A decoder that was flushed is not quite as good as new.
+            self._media.restart()
+            packets = self._media.packets()
         context = self._media.stream.codec_context
-        for packet in chain(self._media.packets(), [None]):
+        for packet in chain(packets, [None]):
             if packet is not None and not packet.size:
                 continue  # an empty packet would end the stream for the decoder
             frames: list[VideoFrame] = []
@@ -288,4 +300,5 @@ class _FramesInOrder:
     def _pass_over(self, cause: str) -> None:
         if self._media.fails_on_damage:
             raise DecodeError(f"damaged after {self.shown} frames ({cause})")
+        self.first_cause = self.first_cause or f" ({cause})"
         self.damaged += 1

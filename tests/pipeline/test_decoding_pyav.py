@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media import KINDS, frame_number, make_video
 
-from pipeline.decoding import frame_stack, packet_survey, pyav
+from pipeline.decoding import packet_survey, pyav
 from pipeline.decoding.contract import DecodeError, Strictness
 from pipeline.decoding.gop_plan import PacketTable
 from pipeline.decoding.pyav import PyAVDecoder
@@ -189,81 +188,6 @@ def test_a_large_stream_is_read_again_instead_of_kept(
     assert info.num_frames == len(truth)
     for frame, index in zip(frames, [30, 3, 39], strict=True):
         np.testing.assert_array_equal(frame, truth[index])
-
-
-@pytest.mark.parametrize(
-    ("recipe", "listed"),
-    [
-        ({"container_options": {"movflags": "faststart"}, "gop": 1}, 40),
-        ({"container_options": {"movflags": "faststart"}, "codec": "libx265", "gop": 1}, 40),
-        ({"codec": "mpeg4", "container": "avi", "frames": 300}, 300),
-    ],
-    ids=["h264 mp4", "hevc mp4", "mpeg4 avi"],
-)
-@pytest.mark.parametrize("keep", [0.4, 0.6, 0.75])
-def test_a_truncated_file_is_named_so(recipe: dict[str, object], listed: int, keep: float) -> None:
-    data = make_video(**recipe)  # type: ignore[arg-type]
-    cut = data[: int(len(data) * keep)]
-    with pytest.raises(DecodeError, match=rf"^truncated: \d+ of {listed} frames can be read$"):
-        PyAVDecoder().probe(cut)
-    with pytest.raises(DecodeError, match=r"^truncated"):
-        PyAVDecoder().decode(cut, [0])
-
-
-def test_a_matroska_file_that_lost_its_tail_is_truncated() -> None:
-    data = make_video(frames=100, container="matroska")
-    with pytest.raises(DecodeError, match=r"truncated: [\d.]+ of 4.0 seconds can be read"):
-        PyAVDecoder().probe(data[: len(data) // 2])
-
-
-@pytest.mark.parametrize(
-    "kind",
-    ["h264 open gop", "h264 open gop mkv", "hevc", "mpeg4 avi", "vp8 webm", "vp9 webm", "av1 mp4"],
-)
-def test_damage_gives_the_true_frames_or_an_error(kind: str) -> None:
-    """Truncation never yields a wrong frame; flipped bytes never crash."""
-    data, truth = made(kind)
-    draw = random.Random(0)
-    for _ in range(8):
-        cut = data[: draw.randrange(1, len(data))]
-        try:
-            info, frames, _ = PyAVDecoder().decode_with_info(cut, lambda i: range(i.num_frames - 1))
-        except (DecodeError, ValueError):
-            continue
-        assert info.num_frames <= len(truth)
-        np.testing.assert_array_equal(frames, np.stack(truth[: len(frames)]))
-    for _ in range(8):
-        damaged = bytearray(data)
-        damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-        try:
-            frames = PyAVDecoder().decode(bytes(damaged), [0, len(truth) - 1])
-        except DecodeError:
-            continue
-        assert frames.shape == (2, *truth[0].shape)
-
-
-def test_damage_inside_h264_is_an_error_unless_told_otherwise() -> None:
-    data = bytearray(make_video(frames=60, gop=60, options={"bf": "0", "crf": "10"}))
-    with av.open(io.BytesIO(bytes(data))) as container:
-        packets = [p for p in container.demux(video=0) if p.dts is not None]
-    start = packets[10].pos
-    assert start is not None
-    for offset in range(20, min(packets[10].size, 60)):
-        data[start + offset] ^= 0xFF
-    with pytest.raises(DecodeError, match=r"^damaged after \d+ frames|^frame 40 cannot be decoded"):
-        PyAVDecoder().decode(bytes(data), [40])
-    assert PyAVDecoder(strict="never").decode(bytes(data), [40]).shape == (1, 64, 96, 3)
-
-
-def test_absurd_sizes_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, _ = made("h264 one gop")
-    monkeypatch.setattr(frame_stack, "MAX_BYTES", 10 * 96 * 64 * 3)
-    assert len(PyAVDecoder().decode(data, [0] * 10)) == 10
-    with pytest.raises(DecodeError, match="11 frames of 96x64 need more than the limit"):
-        PyAVDecoder().decode(data, [0] * 11)
-    monkeypatch.setattr(frame_stack, "MAX_PIXELS", 96 * 64 - 1)
-    with pytest.raises(DecodeError, match="frames of 96x64 pixels are larger than the limit"):
-        PyAVDecoder().probe(data)
 
 
 def test_a_playlist_cannot_open_other_files(
