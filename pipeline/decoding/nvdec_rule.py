@@ -201,6 +201,8 @@ def _is_vp9_with_hidden(packet: Packet[VideoStream]) -> bool:
 
     DALI hands out the packets' times one per decoded picture: both would shift every later frame.
     """
+    if not packet.size:
+        return True
     view = memoryview(packet)
     first, last = view[0], view[-1]
     show_existing = first & 0b1000  # after the marker and two profile bits; profile 0 is 8-bit

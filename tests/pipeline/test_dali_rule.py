@@ -174,6 +174,36 @@ def test_a_truncated_file_is_an_error_as_it_is_for_pyav() -> None:
         survey_video(data[: len(data) * 3 // 4])
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"container_options": {"movflags": "faststart"}},
+        {"codec": "libx265"},
+        {"codec": "libvpx-vp9", "container": "webm"},
+        {"container": "matroska"},
+    ],
+    ids=str,
+)
+def test_damaged_files_are_surveyed_or_fail_plainly(recipe: dict[str, Any]) -> None:
+    data = make_video(**{**QUARTER, **recipe})
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        damaged = bytearray(data[: int(rng.integers(len(data) // 2, len(data)))])
+        if rng.random() < 0.7:
+            damaged = bytearray(data)
+            for place in rng.integers(0, len(data), 20):
+                damaged[place] = int(rng.integers(256))
+        try:
+            survey = survey_video(bytes(damaged))
+        except DecodeError:
+            continue
+        if refusal(survey.facts) is None:
+            assert survey.info is not None
+            assert survey.seconds is not None
+            assert len(survey.seconds) == survey.info.num_frames > 0
+
+
 def test_one_picture_size_for_each_coded_size() -> None:
     sizes = DecoderSizes()
     tall, low = (replace(SOUND, width=640, height=height) for height in (368, 360))
