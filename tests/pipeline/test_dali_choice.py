@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+from collections.abc import Callable
 from ctypes import CDLL
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_world import make_encoder
 
 from featstore.errors import UserError
+from pipeline import gpu_pool
+from pipeline.clip_encoder import load_encoder
 from pipeline.decoding import dali
 from pipeline.decoding.dali import (
     NVDEC_LIBRARY,
@@ -20,6 +26,10 @@ from pipeline.decoding.dali import (
     import_problem,
     wants_dali,
 )
+from pipeline.extraction_plan import ExtractionRequest
+from pipeline.pool_choice import decoder_for, open_pool
+from pipeline.sampling import parse_sampling
+from pipeline.video_pool import LOOKAHEAD, ThreadVideoPool
 
 
 def no_library(name: str) -> CDLL:
@@ -80,6 +90,52 @@ def test_dali_by_name_needs_a_gpu_and_no_strictness() -> None:
         wants_dali("dali", "cuda", strict="always")
     assert not wants_dali("auto", "cuda", strict="always")
     assert wants_dali("dali", "cuda", strict="never")
+
+
+@pytest.fixture
+def request_with(tmp_path: Path) -> Callable[..., ExtractionRequest]:
+    def make(**changes: Any) -> ExtractionRequest:
+        sampling = parse_sampling("uniform:4")
+        return ExtractionRequest(tmp_path, tmp_path / "store", "x", sampling, **changes)
+
+    return make
+
+
+@pytest.mark.usefixtures("usable")
+def test_a_store_once_begun_stays_with_its_decoder(
+    request_with: Callable[..., ExtractionRequest],
+) -> None:
+    on_gpu = request_with(device="cuda")
+    assert decoder_for(on_gpu) == "dali"
+    assert decoder_for(on_gpu, "pyav") == "pyav"
+    assert decoder_for(request_with(), None) == "pyav"
+    # Asked for by name it is the name; whether the store may go on with it is not decided here.
+    assert decoder_for(replace(on_gpu, decoder="dali"), "pyav") == "dali"
+    with pytest.raises(UserError, match=r"'dali' cannot be used.*the device is cpu"):
+        decoder_for(request_with(), "dali")
+    with pytest.raises(UserError, match="unknown"):
+        decoder_for(request_with(decoder="decord"))
+
+
+def test_the_pool_of_a_request(
+    request_with: Callable[..., ExtractionRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encoder = load_encoder(make_encoder(tmp_path / "clip"), "fp32")
+    pool = open_pool(request_with(workers=2, strict="never"), "pyav", encoder)
+    assert isinstance(pool, ThreadVideoPool)
+    assert pool.window == 2 * LOOKAHEAD
+    pool.close()
+    made: list[Any] = []
+    monkeypatch.setattr(gpu_pool, "DaliVideoPool", lambda *arguments: made.append(arguments))
+    open_pool(request_with(workers=2, strict="never", crops=3), "dali", encoder)
+    ((fallback, tower, _, crops, workers),) = made
+    assert (fallback.name, fallback.strict, tower, crops, workers) == (
+        "pyav",
+        "never",
+        encoder,
+        3,
+        2,
+    )
 
 
 def test_a_missing_or_broken_dali_is_a_line_not_a_traceback(
