@@ -11,6 +11,7 @@ from pipeline.machine import usable_cores
 
 if TYPE_CHECKING:
     from pipeline.clip_encoder import Encoder
+    from pipeline.decoding.contract import Decoder
     from pipeline.video_pool import VideoPool
 
 
@@ -28,17 +29,22 @@ def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> st
     return decoder_named(asked, request.strict).name
 
 
-def open_pool(request: ExtractionRequest, decoder: str, encoder: Encoder) -> VideoPool:
-    """The pool for a request and one of the names `decoder_for` gives; close it after use."""
+def open_pool(
+    request: ExtractionRequest, name: str, encoder: Encoder, decoder: Decoder | None = None
+) -> VideoPool:
+    """The pool for a request and one of the names `decoder_for` gives; close it after use.
+
+    `decoder` stands in for the one that is named.
+    """
     from pipeline.decoding.dali import DECODER_NAME
 
     workers = request.workers or usable_cores()
-    if decoder == DECODER_NAME:
+    if name == DECODER_NAME and decoder is None:
         from pipeline.gpu_pool import DaliVideoPool
 
         fallback = PyAVDecoder(request.strict)
         return DaliVideoPool(fallback, encoder, request.sampling, request.crops, workers)
     from pipeline.video_pool import ThreadVideoPool
 
-    named = decoder_named(decoder, request.strict)
-    return ThreadVideoPool(named, encoder, request.sampling, request.crops, workers)
+    decoder = decoder or decoder_named(name, request.strict)
+    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, workers)
