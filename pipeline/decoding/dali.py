@@ -104,18 +104,19 @@ def wants_dali(decoder: str, device: str, strict: Strictness = "auto") -> bool:
     "auto" takes it on a CUDA device when it can be used, and says in one log line when it cannot.
     Raises UserError when it is asked for by name and cannot be used.
     """
-    on_gpu = torch.device(device).type == "cuda"
+    resolved = device
+    if device == "auto":  # as the encoder takes it
+        resolved = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.device(resolved).type == "cuda"
     if decoder != DECODER_NAME and (decoder != "auto" or not on_gpu):
         return False
-    remedy = "use --decoder pyav"
-    if not on_gpu:
-        problem: str | None = f"it needs a GPU, and the device is {device}"
-        remedy = f"use --device cuda, or {remedy.removeprefix('use ')}"
-    elif strict == "always":
+    problem, remedy = dali_problem(), "use --decoder pyav"
+    if strict == "always":
         # What NVDEC makes of damage it does not say.
         problem = "it cannot notice damage, as --strict-decode asks"
-    else:
-        problem = dali_problem()
+    if not on_gpu and device != "auto":
+        problem = f"it needs a GPU, and the device is {device}"
+        remedy = "use --device cuda, or --decoder pyav"
     if problem is None:
         return True
     if decoder == DECODER_NAME:

@@ -49,9 +49,18 @@ def test_auto_takes_dali_on_a_gpu_only() -> None:
     assert dali_problem() is None
     assert wants_dali("auto", "cuda")
     assert wants_dali("auto", "cuda:1")
+    assert wants_dali("auto", "auto")
     assert wants_dali("dali", "cuda")
     assert not wants_dali("auto", "cpu")
     assert not wants_dali("pyav", "cuda")
+
+
+def test_auto_on_a_machine_without_a_gpu_is_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dali, "import_problem", lambda: None)
+    assert not wants_dali("auto", "auto")
+    with pytest.raises(UserError, match=r"no GPU can be used; use --decoder pyav"):
+        wants_dali("dali", "auto")
 
 
 @pytest.mark.usefixtures("usable")
