@@ -45,7 +45,13 @@ def extract(
     precision: options.Precision = "auto",
     device: options.Device = "auto",
     decoder: Annotated[
-        str, typer.Option("--decoder", metavar="auto|pyav", help="What decodes the videos.")
+        str,
+        typer.Option(
+            "--decoder",
+            metavar="auto|pyav|dali",
+            help="What decodes the videos: pyav on the CPU, dali on the GPU (docs/gpu.md); auto "
+            "takes dali where --device is a GPU that can.",
+        ),
     ] = "auto",
     strict_decode: Annotated[
         bool | None,

@@ -14,7 +14,6 @@ from featstore.errors import UserError, WorkError
 from featstore.metadata import prompt_set_names
 from featstore.progress import ProgressSink, no_progress
 from featstore.writer import StoreExists
-from pipeline.decoding import decoder_named
 from pipeline.encoder_files import lasting_spec, remember_fingerprint, signature
 from pipeline.extraction_plan import (
     ExtractionPlan,
@@ -23,13 +22,14 @@ from pipeline.extraction_plan import (
     fingerprint_note,
     summary_of,
 )
-from pipeline.machine import usable_cores
+from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.prompts import sentences
 from pipeline.tar_source import LocalTars
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
     from pipeline.decoding.contract import Decoder
+    from pipeline.video_pool import VideoPool
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +63,11 @@ def extract(
     if decoder is None and encoder is None and plan.known_complete():
         logger.info("%s is complete already: nothing to do", request.store_path)
         return summary_of(plan, open_store(request.store_path))
-    decoder = decoder or decoder_named(request.decoder, request.strict)
+    begun_with = plan.writer.provenance.decoder if plan.writer is not None else None
+    name = decoder.name if decoder is not None else decoder_for(request, begun_with)
     encoder = encoder or load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)
-    writer = open_or_init(plan, encoder, decoder.name)
+    writer = open_or_init(plan, encoder, name)
     pending = plan.pending()
     plan.require_room(pending, encoder.dim)
     with writer.claim(pending):
@@ -74,27 +75,24 @@ def extract(
         pending = plan.pending()
         if not pending:
             logger.info("%s is complete already: nothing to do", request.store_path)
-        return _run(plan, writer, pending, decoder, encoder, progress)
+        pool = open_pool(request, name, encoder, decoder)
+        return _run(plan, writer, pending, pool, progress)
 
 
 def _run(
     plan: ExtractionPlan,
     writer: StoreWriter,
     pending: list[int],
-    decoder: Decoder,
-    encoder: Encoder,
+    pool: VideoPool,
     progress: ProgressSink,
 ) -> ExtractionSummary:
+    """Do the pending partitions; closes the pool."""
     from pipeline.local_engine import run_partitions
-    from pipeline.video_pool import ThreadVideoPool
 
     request = plan.request
     started = time.perf_counter()
     source = LocalTars(plan.dataset)
     source.open_order([plan.shards[tar] for tar in pending])
-    pool = ThreadVideoPool(
-        decoder, encoder, request.sampling, request.crops, request.workers or usable_cores()
-    )
     try:
         totals = run_partitions(
             plan.dataset,
@@ -187,6 +185,8 @@ def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenan
 
 def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Provenance:
     """What the store will record of how its features were made."""
+    from pipeline.decoding.dali import DECODER_NAME, dali_version
+
     request = plan.request
     names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
     return Provenance(
@@ -200,7 +200,11 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
         preprocessing=encoder.preprocessing.to_json(),
         decoder=decoder_name,
         strict_decode=request.strict,
-        versions={"python": platform.python_version(), **{name: version(name) for name in names}},
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in names},
+            **(dali_version() if decoder_name == DECODER_NAME else {}),
+        },
         dataset=plan.dataset.name,
         dataset_fingerprint=plan.dataset.fingerprint,
     )

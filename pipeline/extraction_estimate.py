@@ -11,13 +11,12 @@ from typing import Any, Final
 
 from featstore.errors import WorkError
 from featstore.progress import ProgressSink, no_progress
-from pipeline.decoding import decoder_named
 from pipeline.extraction import load_request_encoder, provenance_of, require_same
 from pipeline.extraction_plan import SPARE_BYTES, ExtractionPlan, ExtractionRequest, free_bytes
-from pipeline.machine import usable_cores
+from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.tar_source import LocalTars, TarSource
 from pipeline.tars import DamagedTar, open_tar
-from pipeline.video_pool import ThreadVideoPool, VideoPool
+from pipeline.video_pool import VideoPool
 
 SAMPLE_SECONDS: Final = 10.0
 
@@ -95,16 +94,14 @@ def estimate(
     `extract` raises for what it cannot do.
     """
     plan = ExtractionPlan(request)
-    decoder = decoder_named(request.decoder, request.strict)
+    name = decoder_for(request, plan.writer.provenance.decoder if plan.writer else None)
     encoder = load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)
-    provenance = provenance_of(plan, encoder, decoder.name)
+    provenance = provenance_of(plan, encoder, name)
     if plan.writer is not None:
         require_same(plan, plan.writer, provenance)
     pending = plan.pending()
-    pool = ThreadVideoPool(
-        decoder, encoder, request.sampling, request.crops, request.workers or usable_cores()
-    )
+    pool = open_pool(request, name, encoder)
     source = LocalTars(plan.dataset)
     try:
         sample = _sample(plan, pending, pool, source, seconds, progress)
