@@ -48,7 +48,7 @@ def random_store(samples: int) -> Store:
         class_texts={"name": ClassText(tuple(names), text, "0" * 64)},
     )
     index = np.broadcast_to(np.arange(STORED_FRAMES, dtype=np.int32), (TAR_ROWS, 1, STORED_FRAMES))
-    with writer.lock():
+    with writer.claim():
         for tar in range(tars):
             shape = (TAR_ROWS, 1, STORED_FRAMES, DIM)
             writer.write_partition(
@@ -60,6 +60,8 @@ def random_store(samples: int) -> Store:
                     fps=np.full(TAR_ROWS, 25, np.float32),
                     status=np.ones(TAR_ROWS, np.uint8),
                     splits=np.ones(TAR_ROWS, np.uint32),
+                    container_frames=np.full(TAR_ROWS, STORED_FRAMES, np.int32),
+                    damaged_packets=np.zeros(TAR_ROWS, np.int32),
                     reason=[""] * TAR_ROWS,
                     frame_index=index.copy(),
                     pts=index.astype(np.float64) / 25,

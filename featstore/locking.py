@@ -1,35 +1,72 @@
-"""One process at a time: a lock file that the system frees however its process ends."""
+"""One process at a time: lock files that the system frees however a process ends."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from featstore.errors import WorkError
+
+# Bytes of the lock file per record; they hold the name of the process that last locked it.
+RECORD_BYTES: Final = 64
+# Locks of an open file, not of a process: they also keep two writers of one process apart, and
+# closing another descriptor of the file does not free them. Where the system lacks them (macOS),
+# locks of the process do.
+_LOCK, _LOCK_AND_WAIT = (
+    (fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW)
+    if hasattr(fcntl, "F_OFD_SETLK")
+    else (fcntl.F_SETLK, fcntl.F_SETLKW)
+)
 
 
 @contextmanager
 def exclusive(lock_file: Path, work: str) -> Iterator[None]:
-    """Hold `lock_file` (made if needed, never removed) while doing `work`, "writing STORE".
+    """Hold `lock_file` (made if needed, never removed) while doing `work`, "training RUN".
 
-    Raises WorkError that names the process which holds it. The file stays: removing it would let
-    two processes lock two different files of the same name.
+    Raises WorkError that names the process which holds it.
+    """
+    with claimed(lock_file, [0], lambda _: work):
+        yield
+
+
+@contextmanager
+def claimed(
+    lock_file: Path, records: Sequence[int], work: Callable[[int], str], *, wait: bool = False
+) -> Iterator[None]:
+    """Hold some `records` of `lock_file`: a part of the work each, "writing partition 3 of STORE".
+
+    Raises WorkError that names the process and the work where another holds one of them, unless
+    `wait` says to wait for it. The file is made if needed and never removed: removing it would
+    let two processes lock two different files of the same name.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+    owner = f"{os.getpid()} on {socket.gethostname()}\n".encode()[:RECORD_BYTES]
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-            raise WorkError(
-                f"another process (pid {holder}) is {work}: wait for it or stop it"
-            ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        for record in records:
+            start = record * RECORD_BYTES
+            try:
+                fcntl.fcntl(descriptor, _LOCK_AND_WAIT if wait else _LOCK, _range(start))
+            except (BlockingIOError, PermissionError):  # POSIX leaves the choice of the two
+                holder = os.pread(descriptor, RECORD_BYTES, start).partition(b"\n")[0].strip(b"\0")
+                raise WorkError(
+                    f"another process (pid {holder.decode('ascii', 'replace') or 'unknown'}) is "
+                    f"{work(record)}: wait for it or stop it"
+                ) from None
+            os.pwrite(descriptor, owner.ljust(RECORD_BYTES, b"\0"), start)
         yield
     finally:
-        os.close(descriptor)  # frees the lock
+        os.close(descriptor)  # frees the locks
+
+
+def _range(start: int) -> bytes:
+    """`struct flock` for writing one record's bytes."""
+    if hasattr(fcntl, "F_OFD_SETLK"):  # Linux
+        return struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, RECORD_BYTES, 0)
+    return struct.pack("qqihh", start, RECORD_BYTES, 0, fcntl.F_WRLCK, os.SEEK_SET)

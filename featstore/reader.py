@@ -156,6 +156,16 @@ class Store:
         return self._numbers("fps")
 
     @cached_property
+    def container_frames(self) -> npt.NDArray[np.int32]:
+        """Frames the container of every listed sample speaks of, int32 [len]; 0 for none."""
+        return self._numbers("container_frames")
+
+    @cached_property
+    def damaged_packets(self) -> npt.NDArray[np.int32]:
+        """Damaged packets that were passed over in every listed sample, int32 [len]."""
+        return self._numbers("damaged_packets")
+
+    @cached_property
     def status(self) -> npt.NDArray[np.uint8]:
         """1 for ok, 2 for failed, uint8 [len]."""
         return self._numbers("status")

@@ -48,7 +48,9 @@ class Partition:
     """What one tar becomes: n listed samples, those that failed included, in the tar's order.
 
     `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `status` uint8 [n] (1 ok,
-    2 failed); `splits` uint32 [n] (bit i: belongs to split i); `reason` of each failure, else "";
+    2 failed); `splits` uint32 [n] (bit i: belongs to split i); `container_frames` int32 [n] (what the
+    container says, 0 when it says nothing) and `damaged_packets` int32 [n] (passed over by the
+    decoder), both 0 where failed; `reason` of each failure, else "";
     `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F] seconds; `features` float16
     [n, V, F, D]. A failed row has features and pts NaN and frame_index -1.
     ValueError when lengths, shapes or statuses do not fit; WorkError for a row that is ok and
@@ -61,6 +63,8 @@ class Partition:
     fps: npt.NDArray[np.float32]
     status: npt.NDArray[np.uint8]
     splits: npt.NDArray[np.uint32]
+    container_frames: npt.NDArray[np.int32]
+    damaged_packets: npt.NDArray[np.int32]
     reason: list[str]
     frame_index: npt.NDArray[np.int32]
     pts: npt.NDArray[np.float64]
@@ -79,6 +83,8 @@ class Partition:
             "fps": (np.float32, (n,)),
             "status": (np.uint8, (n,)),
             "splits": (np.uint32, (n,)),
+            "container_frames": (np.int32, (n,)),
+            "damaged_packets": (np.int32, (n,)),
             "frame_index": (np.int32, (n, views, frames)),
             "pts": (np.float64, (n, views, frames)),
             "features": (np.float16, (n, *self.features.shape[1:])),

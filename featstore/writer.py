@@ -6,8 +6,8 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,13 +21,12 @@ from featstore.chunks import ChunkFiles, Commit, crc32c
 from featstore.durable import (
     PARTIAL_SUFFIX,
     make_folder,
-    sweep_partials,
     sync_folder,
     write_bytes,
     write_json,
 )
 from featstore.errors import UserError, WorkError
-from featstore.locking import exclusive
+from featstore.locking import claimed
 from featstore.metadata import (
     ARRAY_METADATA_LIMIT,
     GROUP_METADATA_LIMIT,
@@ -53,8 +52,8 @@ log = logging.getLogger(__name__)
 class StoreWriter:
     """Adds partitions to a store. Make one with `init` (new store) or `open` (existing store).
 
-    Nothing but partitions is written after `init`. One process writes at a time: hold `lock()`
-    around the work.
+    Nothing but partitions is written after `init`. A partition is written by one process at a
+    time: hold `claim` around the work. Different processes may fill different partitions.
     """
 
     def __init__(self, path: Path, metadata: StoreMetadata) -> None:
@@ -80,8 +79,9 @@ class StoreWriter:
 
         `tars`: per tar {"file", "rows" (listed samples, failed ones included), "bytes", "sha256"}.
         `class_texts` by prompt set, names in the order of `class_names`.
-        Raises UserError when `path` exists or a name cannot be stored, ValueError when the
-        arguments do not fit together, WorkError when another process is writing it.
+        Another process that makes the same store at this moment is waited for.
+        Raises StoreExists when `path` exists, UserError when a name cannot be stored, ValueError
+        when the arguments do not fit together.
         """
         metadata = StoreMetadata(
             schema,
@@ -96,9 +96,9 @@ class StoreWriter:
             if text.names != metadata.class_names or text.embeddings.shape[1] != schema.dim:
                 raise ValueError(f"class text {prompt_set!r} has other class names or another size")
         make_folder(path.parent)
-        with _writing(path):
+        with claimed(_lock_file(path), [_WHOLE_STORE], lambda _: f"making {path}", wait=True):
             if path.exists():
-                raise UserError(f"{path} exists already: remove it or continue it")
+                raise StoreExists(f"{path} exists already: remove it or continue it")
             for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
                 shutil.rmtree(leftover, ignore_errors=True)
             folder = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
@@ -173,17 +173,35 @@ class StoreWriter:
         self._put("commit", slice(tar, tar + 1), commit.array())
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Be the only process that writes this store; WorkError when another one is.
+    def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
+        """Be the only process that writes the partitions `tars` (all when None).
 
-        The lock is a file beside the store that the kernel frees when its process ends, however
-        it ends. What interrupted writes left behind is removed.
+        The claim is a lock on ranges of a file beside the store, which the kernel frees when its
+        process ends, however it ends. What interrupted writes left in these partitions is
+        removed. Raises WorkError when another process holds one of them.
         """
-        with _writing(self.path):
-            swept = sweep_partials(self.path)
+        mine = frozenset(range(self.schema.tars) if tars is None else tars)
+
+        def work(record: int) -> str:
+            return f"writing partition {record - 1} of {self.path}"
+
+        with claimed(_lock_file(self.path), [1 + tar for tar in sorted(mine)], work):
+            swept = self._sweep(mine)
             if swept:
                 log.info("%s: removed %d files of interrupted writes", self.path, swept)
             yield
+
+    def _sweep(self, tars: frozenset[int]) -> int:
+        """Delete unfinished files of these partitions; those of others may be in the making."""
+        leftovers = []
+        for leftover in self.path.rglob(f"*{PARTIAL_SUFFIX}"):
+            _, chunks, tar, *_ = (*leftover.relative_to(self.path).parts, "", "")
+            number = tar.partition(".")[0]  # of a file in the array's folder, or the folder's name
+            if chunks == "c" and number.isdecimal() and int(number) in tars:
+                leftovers.append(leftover)
+        for leftover in leftovers:
+            leftover.unlink(missing_ok=True)
+        return len(leftovers)
 
     def finalise(self) -> None:
         """Return when every partition is done; WorkError names those that are missing."""
@@ -243,6 +261,10 @@ class StoreWriter:
             sync_folder(path.parent)
 
 
+class StoreExists(UserError):
+    """A store is there already under the path where one was to be made."""
+
+
 class DurableStore(LocalStore):
     """A LocalStore whose puts also survive a power cut: zarr's own renames without syncing."""
 
@@ -293,6 +315,9 @@ def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
         )
 
 
-def _writing(store: Path) -> AbstractContextManager[None]:
-    """Hold the lock file beside `store`; WorkError names the process that holds it already."""
-    return exclusive(store.with_name(f"{store.name}.lock"), f"writing {store}")
+# Records of the lock file: this one while the store is made, 1 + tar while a partition is.
+_WHOLE_STORE: Final = 0
+
+
+def _lock_file(store: Path) -> Path:
+    return store.with_name(f"{store.name}.lock")

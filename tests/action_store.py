@@ -57,7 +57,7 @@ def action_store(
         split_names=tuple(split_names),
         class_texts={"mote28": ClassText(names, texts, "beef")},
     )
-    with writer.lock():
+    with writer.claim():
         writer.write_partition(
             0,
             Partition(
@@ -67,6 +67,8 @@ def action_store(
                 fps=np.full(samples, 25, np.float32),
                 status=status,
                 splits=(1 << (np.arange(samples) % len(split_names))).astype(np.uint32),
+                container_frames=np.full(samples, 30, np.int32),
+                damaged_packets=np.zeros(samples, np.int32),
                 reason=["no video stream" if i in bad else "" for i in range(samples)],
                 frame_index=indices,
                 pts=times,

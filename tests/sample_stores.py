@@ -51,6 +51,8 @@ def make_partition(
         fps=np.full(rows, 29.97, np.float32),
         status=status,
         splits=rng.integers(1, 4, rows).astype(np.uint32),
+        container_frames=rng.integers(0, 300, rows).astype(np.int32),
+        damaged_packets=rng.integers(0, 3, rows).astype(np.int32),
         reason=["no video stream" if i in bad else "" for i in range(rows)],
         frame_index=frame_index,
         pts=pts,
@@ -96,7 +98,7 @@ def make_store(
     schema = StoreSchema.create(len(rows), capacity, *row_shape)
     writer = init_store(path, schema, rows, **provenance)
     partitions = [make_partition(schema, tar, n, failed=failed) for tar, n in enumerate(rows)]
-    with writer.lock():
+    with writer.claim():
         for tar, partition in enumerate(partitions):
             writer.write_partition(tar, partition)
     return partitions

@@ -268,7 +268,7 @@ def test_two_processes_do_not_write_one_store(
     uninterrupted: Path, inputs: tuple[Path, Path]
 ) -> None:
     root = uninterrupted.parents[2]
-    with StoreWriter.open(uninterrupted).lock():
+    with StoreWriter.open(uninterrupted).claim():
         line = refused(1, *EXTRACT, "--encoder", inputs[1], "--root", root)
     assert f"another process (pid {os.getpid()}) is writing" in line
 

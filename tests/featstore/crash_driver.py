@@ -105,7 +105,7 @@ def check(path: Path, earlier: int | None) -> None:
     assert verify(path, deep=True).ok
     writer = StoreWriter.open(path)
     assert writer.pending() == [tar for tar in (0, 1) if tar not in done]
-    with writer.lock():
+    with writer.claim():
         writer.write_partition(1, partition(1, seed=1))
     assert not list(path.rglob("*.partial")), "leftovers were not removed"
     assert holds(0, seed=0)
@@ -122,7 +122,7 @@ def prepare(path: Path, earlier: int | None) -> None:
 
 def write(path: Path, step: int) -> None:
     writer = StoreWriter.open(path)
-    with writer.lock():
+    with writer.claim():
         kill_at(step)
         writer.write_partition(1, partition(1, seed=1))
 
@@ -157,7 +157,7 @@ def anytime(folder: Path, rounds: int) -> dict[str, int]:
         pid = os.fork()
         if pid == 0:
             writer = StoreWriter.open(path)
-            with writer.lock():
+            with writer.claim():
                 while True:
                     writer.write_partition(1, partition(1, seed=1))
                     os.write(writing, b".")

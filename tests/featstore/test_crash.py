@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from sample_stores import init_store, make_partition, make_store
 
-from featstore import StoreSchema, StoreWriter, UserError, WorkError
+from featstore import StoreSchema, StoreWriter, UserError, WorkError, verify
 
 DRIVER = Path(__file__).with_name("crash_driver.py")
 REPOSITORY = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def test_second_writing_process_is_refused(tmp_path: Path) -> None:
     make_store(store)
     program = (
         "import sys; from pathlib import Path; from featstore import StoreWriter\n"
-        "with StoreWriter.open(Path(sys.argv[1])).lock():\n"
+        "with StoreWriter.open(Path(sys.argv[1])).claim():\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )
     writer = StoreWriter.open(store)
@@ -64,21 +64,21 @@ def test_second_writing_process_is_refused(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
         with (
-            pytest.raises(WorkError, match=rf"another process \(pid {other.pid}\) is writing"),
-            writer.lock(),
+            pytest.raises(WorkError, match=rf"another process \(pid {other.pid} on .*\) is writing"),
+            writer.claim(),
         ):
             pass
         other.kill()
-    with writer.lock():  # the kernel freed it
+    with writer.claim():  # the kernel freed it
         pass
 
 
 def test_lock_is_free_again_after_an_error(tmp_path: Path) -> None:
     make_store(tmp_path / "s.zarr")
     writer = StoreWriter.open(tmp_path / "s.zarr")
-    with pytest.raises(ZeroDivisionError), writer.lock():
+    with pytest.raises(ZeroDivisionError), writer.claim():
         raise ZeroDivisionError
-    with writer.lock():
+    with writer.claim():
         pass
 
 
@@ -146,7 +146,28 @@ def test_every_file_is_synced_before_its_rename_and_its_folder_after(
     renamed = [Path(name) for kind, name in calls if kind == "rename"]
     arrays = [path.relative_to(tmp_path / "s.zarr").parts[0] for path in renamed]
     assert arrays[-3:] == ["chunk_checksum", "features", "commit"]
-    assert len(arrays) == 13
+    assert len(arrays) == 15
     for path in renamed:
         after = calls[calls.index(("rename", str(path))) + 1]
         assert after == ("sync", os.path.realpath(path.parent))
+
+
+def test_two_writers_fill_different_partitions_and_never_the_same(tmp_path: Path) -> None:
+    schema = StoreSchema.create(4, 8, 2, 4, 16)
+    one = init_store(tmp_path / "s.zarr", schema, [8] * 4)
+    other = StoreWriter.open(tmp_path / "s.zarr")
+    with one.claim([0, 2]), other.claim([1, 3]):
+        unfinished = tmp_path / "s.zarr/key/c/2.0123.partial"
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(b"in the making")
+        for writer, tar in ((one, 0), (other, 1), (one, 2), (other, 3)):
+            writer.write_partition(tar, make_partition(schema, tar, 8))
+        third = StoreWriter.open(tmp_path / "s.zarr")
+        with pytest.raises(WorkError, match=r"is writing partition 0 of .*s\.zarr"), third.claim():
+            pass
+        with pytest.raises(WorkError, match="is writing partition 2"), third.claim([2]):
+            pass
+        assert unfinished.exists(), "a file that another process is writing was removed"
+    with other.claim([2]):
+        assert not unfinished.exists()
+    assert verify(tmp_path / "s.zarr", deep=True).ok

@@ -85,7 +85,7 @@ def test_a_flipped_bit_anywhere_is_found(store: Path) -> None:
         for f in store.rglob("*")
         if f.is_file() and f.name != "zarr.json" and f.relative_to(store).parts[2] == "1"
     ]
-    assert len(files) == 13
+    assert len(files) == 15
     for path in files:
         size = path.stat().st_size
         for at in (0, size // 2, size - 1):

@@ -44,10 +44,12 @@ def test_arrays_are_those_of_the_format() -> None:
         "fps": ((40,), "float32", (8,), None),
         "status": ((40,), "uint8", (8,), None),
         "splits": ((40,), "uint32", (8,), None),
+        "container_frames": ((40,), "int32", (8,), None),
+        "damaged_packets": ((40,), "int32", (8,), None),
         "frame_index": ((40, 2, 3), "int32", (8, 2, 3), None),
         "pts": ((40, 2, 3), "float64", (8, 2, 3), None),
         "checksum": ((40,), "uint32", (8,), None),
-        "chunk_checksum": ((5, 10), "uint32", (1, 10), None),
+        "chunk_checksum": ((5, 12), "uint32", (1, 12), None),
         "commit": ((5, 4), "uint64", (1, 4), None),
     }
     assert all(a.codecs[-1] == {"name": "crc32c"} for a in arrays.values())
