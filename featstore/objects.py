@@ -24,10 +24,16 @@ from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
-from urllib.parse import urlsplit
 
 from featstore.durable import PARTIAL_SUFFIX
 from featstore.errors import UserError, WorkError, one_line
+from featstore.object_urls import (
+    check_name,
+    parsed,
+    patience_seconds,
+    require_credentials,
+    s3_endpoint,
+)
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
@@ -35,10 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SCHEMES: Final = ("s3", "gs", "az")
-PATIENCE_VARIABLE: Final = "MOTE_RETRY_SECONDS"
-# Longer than a server takes to restart.
-_PATIENCE: Final = 180.0
 # How long obstore repeats a request by itself, deaf to Ctrl-C.
 _UNINTERRUPTED: Final = 3.0
 _LONGEST_PAUSE: Final = 10.0
@@ -52,22 +54,8 @@ _PART_BYTES: Final = 16 * 2**20
 _PARTS_AT_ONCE: Final = 4
 _BLOCK_BYTES: Final = 2**20
 
-# One of these says where S3 credentials are; without any, obstore would ask the network address
-# that only Amazon's machines have, and wait.
-_S3_CREDENTIALS: Final = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-    "AWS_METADATA_ENDPOINT",
-    "AWS_SKIP_SIGNATURE",
-)
-_ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _SECRET_VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS", re.IGNORECASE)
 _CLOUD_VARIABLE = re.compile(r"AWS_|AZURE_|GOOGLE_", re.IGNORECASE)
-_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-# Characters that S3's own guide says to avoid in names, and those a URL gives a meaning.
-_UNSAFE_IN_NAME: Final = frozenset('\\{}^%`[]"<>~#|?*')
 _DENIED_CODES: Final = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 )
@@ -101,11 +89,6 @@ class RemoteObject:
     version: str
 
 
-def is_url(place: str | Path) -> bool:
-    """Whether `place` names remote storage rather than a path; a Path never does."""
-    return isinstance(place, str) and "://" in place
-
-
 class ObjectFolder:
     """All objects under one URL, `s3://bucket/prefix` (also gs:// and az://); safe to share
     between threads.
@@ -120,9 +103,9 @@ class ObjectFolder:
 
         Default: the environment variable MOTE_RETRY_SECONDS, or 180. Nothing is sent yet.
         """
-        scheme, self._bucket, self._prefix = _parsed(url)
+        scheme, self._bucket, self._prefix = parsed(url)
         self.url = "/".join(filter(None, (f"{scheme}://{self._bucket}", self._prefix)))
-        self.patience = _patience() if patience is None else patience
+        self.patience = patience_seconds() if patience is None else patience
         self._store = _connect(scheme, self._bucket, self.patience)
 
     def __repr__(self) -> str:
@@ -131,7 +114,7 @@ class ObjectFolder:
     @property
     def identity(self) -> str:
         """What tells this folder from one of the same URL on another server; nothing secret."""
-        return f"{_endpoint()} {self.url}" if self.url.startswith("s3:") else self.url
+        return f"{s3_endpoint()} {self.url}" if self.url.startswith("s3:") else self.url
 
     def at(self, name: str) -> str:
         """URL of an object, for messages."""
@@ -249,7 +232,7 @@ class ObjectFolder:
             self._ask(name, lambda: obstore.delete(self._store, key))
 
     def _key(self, name: str) -> str:
-        _check_name(name, "object name")
+        check_name(name, "object name")
         return f"{self._prefix}/{name}" if self._prefix else name
 
     def _receive(
@@ -371,60 +354,9 @@ class ObjectFolder:
         )
 
 
-def _parsed(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket and prefix of a URL; no message repeats what might be a credential."""
-    scheme, mark, rest = url.partition("://")
-    if not mark or scheme not in SCHEMES:
-        shown = scheme if mark and re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "no scheme"
-        raise UserError(
-            f"a URL with {shown} is not one of remote storage: use s3://BUCKET/PREFIX (the address "
-            "of a server other than Amazon's goes into AWS_ENDPOINT_URL)"
-        )
-    bucket, _, prefix = rest.partition("/")
-    if "@" in bucket or ":" in bucket:
-        raise UserError(
-            f"the {scheme}:// URL holds credentials or a port: credentials are taken from the "
-            "environment only (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), a server's address from "
-            "AWS_ENDPOINT_URL"
-        )
-    if "?" in rest or "#" in rest:
-        raise UserError(
-            f"the {scheme}:// URL holds '?' or '#': give bucket and prefix only, without a query"
-        )
-    if not _BUCKET.fullmatch(bucket):
-        raise UserError(f"{bucket!r} is no name for a bucket: use {scheme}://BUCKET/PREFIX")
-    prefix = prefix.rstrip("/")
-    if prefix:
-        _check_name(prefix, "prefix")
-    return scheme, bucket, prefix
-
-
-def _check_name(name: str, kind: str) -> None:
-    parts = name.split("/")
-    fine = all(part.strip() and part not in (".", "..") for part in parts)
-    if not fine or not name.isprintable() or not _UNSAFE_IN_NAME.isdisjoint(name):
-        raise UserError(
-            f"{one_line(repr(name), 120)} is no {kind}: its parts between '/' must not be empty, "
-            f"'.' or '..', nor hold any of {''.join(sorted(_UNSAFE_IN_NAME))}"
-        )
-
-
 def _pause(failures: int) -> float:
     """Seconds to wait before the next attempt: longer each time, never the same for two clients."""
     return random.uniform(0.5, 1) * min(_LONGEST_PAUSE, 0.1 * 2.0**failures)
-
-
-def _patience() -> float:
-    text = os.environ.get(PATIENCE_VARIABLE)
-    if text is None:
-        return _PATIENCE
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds <= 86400:
-        raise UserError(f"{PATIENCE_VARIABLE} is {text!r}: it must be seconds from 0 to 86400")
-    return seconds
 
 
 def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
@@ -437,12 +369,8 @@ def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
         ) from error
     plain = False
     if scheme == "s3":
-        if not any(os.environ.get(name) for name in _S3_CREDENTIALS):
-            raise UserError(
-                "no credentials for s3:// in the environment: set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for public data"
-            )
-        plain = _endpoint().startswith("http://")
+        require_credentials()
+        plain = s3_endpoint().startswith("http://")
     try:
         return from_url(
             f"{scheme}://{bucket}",
@@ -466,27 +394,6 @@ def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
         raise UserError(
             f"{scheme}://{bucket} cannot be used ({_reason(error)}): check the environment"
         ) from None
-
-
-def _endpoint() -> str:
-    """Address of the S3 server that the environment names, "" for Amazon's.
-
-    UserError when it is none, or holds a password.
-    """
-    for name in _ENDPOINTS:
-        if endpoint := os.environ.get(name):
-            try:
-                parts = urlsplit(endpoint)
-                usable = parts.scheme in ("http", "https") and "@" not in parts.netloc
-            except ValueError:
-                usable = False
-            if not usable:
-                raise UserError(
-                    f"{name} must be http://HOST:PORT or https://HOST:PORT, without credentials: "
-                    "these go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                )
-            return endpoint
-    return ""
 
 
 def _version(meta: ObjectMeta) -> str:

@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,7 @@ from featstore.reader import Store
 from featstore.records import ClassText, Partition
 from featstore.schema import CLASS_TEXT_GROUP, CRC_BYTES, SMALL_ARRAYS, StoreSchema
 from featstore.scratch import ScratchFolder, cache_folder, one_at_a_time, require_room
-from featstore.writer import StoreWriter
+from featstore.writer import StoreExists, StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +80,9 @@ class RemoteStoreWriter:
     ) -> RemoteStoreWriter:
         """Make an empty store; its `zarr.json` is put last, so that it is there whole or not.
 
-        What a killed `init` left is replaced. Arguments and errors as `StoreWriter.init`; also
-        UserError when there are objects under the URL that belong to no store.
+        What a killed `init` left is replaced. Two processes that make the same store at the same
+        moment both succeed. Arguments and errors as `StoreWriter.init`; also UserError when there
+        are objects under the URL that belong to no store.
         """
         objects = ObjectFolder(url)
         scratch = ScratchFolder()
@@ -106,10 +108,7 @@ class RemoteStoreWriter:
             # attempt of ours whose answer was lost: equal, as a rule.
             ours = objects.put(_GROUP, node, only_new=True)
             if not ours and objects.get_bytes(_GROUP, GROUP_METADATA_LIMIT) != node:
-                raise UserError(
-                    f"{url} was made by another process meanwhile, in another way: run the same "
-                    "command again to go on with it"
-                )
+                raise StoreExists(f"{url} was made by another process meanwhile: continue it")
             return cls(objects, scratch)
         except BaseException:
             scratch.close()
@@ -188,16 +187,17 @@ class RemoteStoreWriter:
                 (self._staging.path / name).unlink(missing_ok=True)
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keeps nobody out: storage of this kind has no locks. Says so in the log."""
-        log.info("%s: nothing keeps a second process from writing the same partitions", self.url)
-        yield
+    def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
+        """Keep nobody out: storage of this kind has no locks. Says so in the log.
 
-    @contextmanager
-    def claim(self, tars: Sequence[int]) -> Iterator[None]:
-        """As `lock`: two processes that write the same partitions do the work twice."""
-        with self.lock():
-            yield
+        Two processes that write the same partitions do the work twice, and no harm.
+        """
+        log.info(
+            "%s: nothing keeps another process from doing the same partitions: give each its own "
+            "--partition K/N",
+            self.url,
+        )
+        yield
 
     def finalise(self) -> None:
         """Return when every partition is done; WorkError names those that are missing."""
@@ -214,17 +214,21 @@ class RemoteStoreWriter:
         self._scratch.close()
 
 
-def open_remote(url: str, cache: Path | None = None, *, mapped: bool = True) -> Store:
+def open_remote(
+    url: str, cache: Path | None = None, *, mapped: bool = True, features: bool = True
+) -> Store:
     """Fetch what is new of the store at `url` into a mirror on disk and open that, read-only.
 
     `cache` defaults to MOTE_CACHE or the user's cache folder. Only committed partitions are
     fetched, and only what changed since the last time; several processes may do so at once. The
     store shows the partitions that were committed when it was opened.
+    Without `features` a mirror of its own holds everything else, for counts and lists; reading
+    features from that raises WorkError.
     Raises UserError when it is no store of this format, WorkError when the storage or the disk
     fails.
     """
     objects = ObjectFolder(url)
-    mirror = _Mirror(objects, cache or cache_folder())
+    mirror = _Mirror(objects, cache or cache_folder(), features)
     with one_at_a_time(mirror.path.with_name(f"{mirror.path.name}.lock"), f"fetching {url}"):
         mirror.update()
         return Store(mirror.path, mapped=mapped)
@@ -237,10 +241,12 @@ class _Mirror:
     counts. It tells a rewritten object from one that is here: most have the same size.
     """
 
-    def __init__(self, objects: ObjectFolder, cache: Path) -> None:
+    def __init__(self, objects: ObjectFolder, cache: Path, features: bool) -> None:
         name = objects.url.rpartition("/")[2].removesuffix(".zarr")
         digest = hashlib.sha256(objects.identity.encode()).hexdigest()[:16]
-        self.path = cache / "stores" / f"{name}-{digest}.zarr"
+        kind = "" if features else "-rows"
+        self.path = cache / "stores" / f"{name}-{digest}{kind}.zarr"
+        self._features = features
         self._journal = self.path.with_name(f"{self.path.name}.journal")
         self._objects = objects
         self._lock = Lock()
@@ -274,7 +280,11 @@ class _Mirror:
                 (self.path / files["commit"]).unlink(missing_ok=True)
             elif lacking := [name for name in files.values() if not self._is_current(name)]:
                 wanted.append(tar)
-                missing_bytes += sum(self._listing[name].size for name in lacking)
+                missing_bytes += sum(
+                    self._listing[name].size
+                    for name in lacking
+                    if self._features or not name.startswith("features/")
+                )
         if wanted:
             require_room(self.path, missing_bytes, f"what is to be fetched of {self._objects.url}")
             log.info(
@@ -314,8 +324,15 @@ class _Mirror:
     def _fetch(self, name: str) -> None:
         if self._is_current(name):
             return
-        found = self._listing[name]
-        self._objects.download(name, self.path / name, found.size, found.version)
+        found, path = self._listing[name], self.path / name
+        if name.startswith("features/c/") and not self._features:
+            # As long as it should be, without content: no row of it passes its checksum.
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            path.touch()
+            os.truncate(path, found.size)
+        else:
+            self._objects.download(name, path, found.size, found.version)
         with self._lock:
             self._held[name] = found
             with open(self._journal, "a", encoding="utf-8") as journal:
@@ -402,11 +419,11 @@ def _clear(objects: ObjectFolder, kept: Sequence[str]) -> None:
     """Make room for a new store: delete what a killed `init`, or a removed store, left behind.
 
     What is about to be put anyway, `kept`, stays: another worker may have put it just now.
-    UserError when there is a store, or anything else.
+    StoreExists when there is a store, UserError when there is anything else.
     """
     listing = objects.list()
     if _GROUP in listing:
-        raise UserError(f"{objects.url} exists already: remove it or continue it")
+        raise StoreExists(f"{objects.url} exists already: remove it or continue it")
     for name in listing:
         if not (name in _ARRAY_NODES or _CLASS_TEXT.fullmatch(name) or _CHUNK.fullmatch(name)):
             raise UserError(

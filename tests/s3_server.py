@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -106,13 +106,15 @@ class FailingProxy:
 
     `fail` lists what happens to the next requests, one entry each: "503", "drop" (closed without
     an answer), an int (the answer is cut after so many bytes of body) or "ok". `only` restricts
-    that to one method. Between `stop` and `start` connections are refused.
+    that to one method. `requests` are those that came: method, path, range. `before` is called
+    with the number of each. Between `stop` and `start` connections are refused.
     """
 
     def __init__(self, target: int) -> None:
         self.fail: list[str | int] = []
         self.only = ""
-        self.requests: list[tuple[str, str]] = []
+        self.requests: list[tuple[str, str, str]] = []
+        self.before: Callable[[int], None] = lambda number: None
         self._lock = Lock()
         self._target = target
         self._server: ThreadingHTTPServer | None = None
@@ -141,9 +143,10 @@ class FailingProxy:
             self._server.server_close()
             self._server = None
 
-    def _next(self, method: str, path: str) -> str | int:
+    def _next(self, method: str, path: str, span: str) -> str | int:
         with self._lock:
-            self.requests.append((method, path))
+            self.requests.append((method, path, span))
+            self.before(len(self.requests))
             if self.fail and self.only in ("", method):
                 return self.fail.pop(0)
             return "ok"
@@ -166,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fate = self.owner._next(self.command, self.path)
+        fate = self.owner._next(self.command, self.path, self.headers.get("Range") or "")
         self.close_connection = True  # a stopped proxy must not go on answering
         if fate == "drop":
             return
