@@ -108,7 +108,8 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
     from heads.training import train_head, training_rows
     from pipeline.demo_clip import ENCODER_NAME, make_encoder_folder
     from pipeline.demo_world import draw_world, write_world
-    from pipeline.extraction import ExtractionRequest, extract
+    from pipeline.extraction import extract
+    from pipeline.extraction_plan import ExtractionRequest
     from pipeline.packing import pack
     from pipeline.sampling import parse_sampling
 

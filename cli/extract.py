@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options
 from cli.output import print_facts, print_json, progress_of
+
+if TYPE_CHECKING:
+    from pipeline.extraction_estimate import Estimate
+    from pipeline.extraction_plan import ExtractionSummary
 
 
 def extract(
@@ -43,6 +47,33 @@ def extract(
     decoder: Annotated[
         str, typer.Option("--decoder", metavar="auto|pyav", help="What decodes the videos.")
     ] = "auto",
+    strict_decode: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict-decode/--no-strict-decode",
+            help="Fail videos with any sign of damage, or pass over damage and count it; default: "
+            "fail those whose damage the H.264 and HEVC decoders notice.",
+            show_default=False,
+        ),
+    ] = None,
+    partition: Annotated[
+        str,
+        typer.Option(
+            "--partition",
+            metavar="K/N|all|auto",
+            help="Do every N-th tar only, so that N processes share the work; auto takes K and N "
+            "from torchrun's or SLURM's environment variables.",
+        ),
+    ] = "auto",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do tars with failed videos once more.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only say what would be done, and how long that may take; no store."
+        ),
+    ] = False,
     workers: Annotated[
         int | None, typer.Option("--workers", min=1, help="Threads; default: one per core.")
     ] = None,
@@ -52,57 +83,48 @@ def extract(
 ) -> None:
     """Decode, preprocess and encode every video once; features land in a Zarr store.
 
-    Interrupt it whenever you like: at most the tar in flight is lost, and the same command goes
+    Interrupt it whenever you like: at most the tars in flight are lost, and the same command goes
     on. Videos that fail keep their row with the reason.
 
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
-    from pipeline.decoding import decoder_named
-    from pipeline.extraction import ExtractionRequest, encoder_label
+    # Nothing here imports torch: a finished store is recognised without it.
+    from pipeline.encoder_files import encoder_label
     from pipeline.extraction import extract as run
+    from pipeline.extraction_plan import ExtractionRequest, Share
     from pipeline.sampling import parse_sampling
 
     workspace = options.workspace(root)
     chosen = parse_sampling(sampling)
+    request = ExtractionRequest(
+        dataset_dir=workspace.dataset_dir(dataset),
+        store_path=workspace.store_path(
+            dataset, encoder=encoder_label(encoder), sampling=chosen.text, crops=crops, split=split
+        ),
+        encoder=encoder,
+        sampling=chosen,
+        encoders_dir=workspace.root / "encoders",
+        split=split,
+        crops=crops,
+        precision=precision,
+        device=options.known_device(device),
+        decoder=decoder,
+        strict="auto" if strict_decode is None else "always" if strict_decode else "never",
+        prompt_sets=tuple(prompts or ["mote28"]),
+        workers=workers,
+        max_failures=max_failures,
+        share=Share.parse(partition),
+        retry_failed=retry_failed,
+    )
+    if dry_run:
+        from pipeline.extraction_estimate import estimate
+
+        with progress_of("sample", "videos") as progress:
+            _print_estimate(estimate(request, progress=progress), json)
+        return
     with progress_of("extract", "videos") as progress:
-        summary = run(
-            ExtractionRequest(
-                dataset_dir=workspace.dataset_dir(dataset),
-                store_path=workspace.store_path(
-                    dataset,
-                    encoder=encoder_label(encoder),
-                    sampling=chosen.text,
-                    crops=crops,
-                    split=split,
-                ),
-                encoder=encoder,
-                sampling=chosen,
-                encoders_dir=workspace.root / "encoders",
-                split=split,
-                crops=crops,
-                precision=precision,
-                device=options.device(device),
-                prompt_sets=tuple(prompts or ["mote28"]),
-                workers=workers,
-                max_failures=max_failures,
-            ),
-            decoder=decoder_named(decoder),
-            progress=progress,
-        )
-    if json:
-        print_json(summary.to_json())
-    else:
-        print_facts(
-            {
-                "store": summary.store,
-                "rows": f"{summary.rows_ok} ok, {summary.rows_failed} failed",
-                "tars": f"{summary.partitions_done} done now, {summary.partitions_skipped} before",
-                "speed": f"{summary.videos_per_second:.2f} videos/s, "
-                f"{summary.frames_per_second:.1f} frames/s ({summary.precision})",
-                **{f"failed: {f['key']}": f["reason"] for f in summary.failures},
-                "next": f"mote-cli train-head --dataset {dataset}",
-            }
-        )
+        summary = run(request, progress=progress)
+    _print_summary(summary, json)
     raise typer.Exit(
         options.exit_code(
             summary.rows_failed,
@@ -111,3 +133,39 @@ def extract(
             f"`mote-cli inspect {summary.store}` lists the reasons",
         )
     )
+
+
+def _print_summary(summary: ExtractionSummary, json: bool) -> None:
+    if json:
+        print_json(summary.to_json())
+        return
+    notes = {
+        "damaged": (summary.rows_damaged, "videos had damaged packets that were passed over"),
+        "miscounted": (summary.rows_miscounted, "containers speak of another number of frames"),
+        "missing": (summary.partitions_missing, "tars are not done yet"),
+    }
+    facts: dict[str, object] = {
+        "store": summary.store,
+        "rows": f"{summary.rows_ok} ok, {summary.rows_failed} failed",
+        "tars": f"{summary.partitions_done} done now, {summary.partitions_skipped} before"
+        + (f" (partition {summary.partition})" if summary.partition else ""),
+        **{name: f"{count} {what}" for name, (count, what) in notes.items() if count},
+    }
+    if summary.seconds:
+        facts["speed"] = (
+            f"{summary.videos_per_second:.2f} videos/s, {summary.frames_per_second:.1f} frames/s "
+            f"({summary.precision}, {summary.decoder})"
+        )
+    print_facts(
+        facts
+        | {f"failed: {f['key']}": f["reason"] for f in summary.failures}
+        | {"next": f"mote-cli train-head --dataset {summary.dataset}"}
+    )
+
+
+def _print_estimate(plan: Estimate, json: bool) -> None:
+    if json:
+        print_json(plan.to_json())
+    else:
+        print_facts(plan.facts())
+    plan.require_room()

@@ -114,14 +114,19 @@ def workspace(root: Path) -> Workspace:
     return Workspace(root)
 
 
+def known_device(name: str) -> str:
+    """`name` when it is one of --device's; `UserError` otherwise."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device {name!r} is unknown: choose auto, cpu or cuda")
+    return name
+
+
 def device(name: str) -> str:
     """ "auto" becomes "cuda" where there is one; `UserError` for an unknown name."""
     import torch  # slow to import, and not needed for --help
 
-    if name == "auto":
+    if known_device(name) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is unknown: choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for and torch finds no GPU: use --device cpu")
     return name

@@ -53,8 +53,8 @@ def predict(
     from pipeline.clip_encoder import load_encoder
     from pipeline.decoding import decoder_named
     from pipeline.decoding.contract import DecodeError
-    from pipeline.extraction import encode_video
     from pipeline.sampling import parse_sampling
+    from pipeline.video_pool import encode_video
 
     for path in videos:
         if not path.is_file():

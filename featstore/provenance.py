@@ -18,6 +18,7 @@ _INFORMATIVE: Final = frozenset({"encoder", "versions"})
 class Provenance:
     """How the features of a store were made.
 
+    `strict_decode` says which damage failed a video: "auto", "always" or "never".
     `logit_scale` is the multiplier of cosines (already exponentiated, about 100 for CLIP);
     `sampling` the text of the frame choice ("uniform:16"); `dataset_fingerprint` changes when the
     packed tars change; `preprocessing` and `versions` hold JSON values only.
@@ -33,6 +34,7 @@ class Provenance:
     crops: int
     preprocessing: dict[str, Any]
     decoder: str
+    strict_decode: str = "auto"
     versions: dict[str, str] = field(default_factory=dict)
     dataset: str = ""
     dataset_fingerprint: str = ""

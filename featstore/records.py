@@ -48,9 +48,9 @@ class Partition:
     """What one tar becomes: n listed samples, those that failed included, in the tar's order.
 
     `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `status` uint8 [n] (1 ok,
-    2 failed); `splits` uint32 [n] (bit i: belongs to split i); `container_frames` int32 [n] (what the
-    container says, 0 when it says nothing) and `damaged_packets` int32 [n] (passed over by the
-    decoder), both 0 where failed; `reason` of each failure, else "";
+    2 failed); `splits` uint32 [n] (bit i: belongs to split i); `container_frames` int32 [n] (what
+    the container says, 0 when it says nothing) and `damaged_packets` int32 [n] (passed over by
+    the decoder), both 0 where failed; `reason` of each failure, else "";
     `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F] seconds; `features` float16
     [n, V, F, D]. A failed row has features and pts NaN and frame_index -1.
     ValueError when lengths, shapes or statuses do not fit; WorkError for a row that is ok and

@@ -256,13 +256,16 @@ def load_encoder(
     """Load a frozen CLIP.
 
     `spec`: a folder in open_clip's format, an OpenAI-format `.pt`, a name in `encoders_dir`, or
-    `ARCH/TAG` as open_clip names its pretrained models. `precision` of the image tower: `auto`
+    `ARCH/TAG` as open_clip names its pretrained models. `device`: `auto` takes a GPU where there
+    is one. `precision` of the image tower: `auto`
     takes bf16 on CPUs with bf16 instructions (fp16 on GPUs) where it is at least 1.2 times as fast
     and keeps the cosine to fp32 at 0.999 or more. Raises UserError for a spec or file that cannot
     be used, WorkError when weights cannot be fetched.
     """
     if precision not in (*PRECISIONS, "auto"):
         raise UserError(f"unknown precision {precision!r}: use auto, {', '.join(PRECISIONS)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} asked for, but no GPU can be used: use --device cpu")
     return Encoder(load_clip(str(spec), encoders_dir), str(spec), precision, device)

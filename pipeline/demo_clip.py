@@ -30,7 +30,8 @@ import torch.nn.functional as F
 
 from featstore.durable import write_bytes
 from pipeline.demo_world import ALL_CLASSES, SIDE, SpriteClass, render_clip
-from pipeline.encoder_sources import CONFIG_FILE, save_open_clip_folder
+from pipeline.encoder_files import CONFIG_FILE
+from pipeline.encoder_sources import save_open_clip_folder
 
 ENCODER_NAME = "demo-clip"
 MODEL_CONFIG: dict[str, Any] = {

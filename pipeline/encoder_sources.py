@@ -30,9 +30,8 @@ from safetensors.torch import save as safetensors_bytes
 
 from featstore.durable import write_bytes, write_json
 from featstore.errors import UserError, WorkError, one_line
+from pipeline.encoder_files import CONFIG_FILE, WEIGHTS_FILE, local_encoder
 
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 HUB_TIMEOUT_S = 5
 # Entries of an OpenAI archive that describe the model rather than being weights of it.
@@ -56,23 +55,13 @@ def load_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
 
     Raises UserError for an unknown name or unusable files, WorkError when weights cannot be had.
     """
-    path = Path(spec).expanduser()
-    if spec.strip() and path.is_dir():
-        return _load_folder(path)
-    if spec.strip() and path.is_file():
-        return _load_openai_file(path)
-    if encoders_dir is not None and _is_plain_name(spec) and (encoders_dir / spec).is_dir():
-        return _load_folder(encoders_dir / spec)
+    place = local_encoder(spec, encoders_dir)
+    if place is not None:
+        return _load_folder(place) if place.is_dir() else _load_openai_file(place)
     known = _known_pretrained(spec)
     if known is None:
         raise UserError(_unknown_spec(spec, encoders_dir))
     return _load_pretrained(*known)
-
-
-def lasting_spec(spec: str) -> str:
-    """`spec` as it can be found from any working directory: paths absolute, names as they are."""
-    path = Path(spec).expanduser()
-    return str(path.resolve()) if spec.strip() and path.exists() else spec
 
 
 def save_open_clip_folder(
@@ -123,10 +112,6 @@ def build_model(model_config: Mapping[str, Any], where: str) -> torch.nn.Module:
 
 def _evaluating(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
-
-
-def _is_plain_name(spec: str) -> bool:
-    return bool(re.fullmatch(r"[A-Za-z0-9._-]+", spec)) and not spec.startswith(".")
 
 
 def _safe_name(text: str) -> str:

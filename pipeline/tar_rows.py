@@ -1,14 +1,13 @@
-"""The rows of one tar on their way into a store: opened, filled in the tar's order, handed over.
+"""The rows of one tar on their way into a store: opened, filled in any order, handed over.
 
 Letters: V views (one clip in one crop each, crop-major then clip), F frames of a view, D embedding.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -36,19 +35,26 @@ class EncodedVideo:
 
 
 class TarRows:
-    """The rows of one tar while its videos are being encoded."""
+    """The rows of one tar while its videos are being encoded, in any order."""
 
     def __init__(
-        self, tar: int, shard: Shard, dataset: Dataset, *, views: int, frames: int, dim: int
+        self,
+        tar: int,
+        shard: Shard,
+        dataset: Dataset,
+        path: Path,
+        row_shape: tuple[int, int, int],
     ) -> None:
-        """Open the tar and list its rows; raises `DamagedTar` when it is not the one packed."""
+        """Open the tar at `path` and list its rows of shape [V, F, D].
+
+        Raises `DamagedTar` when it is not the one packed.
+        """
         self.tar = tar
-        self.futures: deque[Future[EncodedVideo | str]] = deque()
-        self.complete = False  # every sample has been handed out
-        self.intact: Future[None]  # raises `DamagedTar` when the tar is not the one packed
+        self.shard = shard
+        self.waiting = 0  # results that are still to come
+        self.handed_out = False  # every sample has been
         self.damage = ""  # of the tar: the partition is not written
         self._resources = ExitStack()
-        path = dataset.shard_path(shard)
         self.archive: OpenTar = self._resources.enter_context(open_tar(path, shard.bytes))
         self.samples = self.archive.samples
         try:
@@ -68,24 +74,47 @@ class TarRows:
         self._status = np.full(n, STATUS_FAILED, np.uint8)
         self._num_frames = np.zeros(n, np.int32)
         self._fps = np.full(n, np.nan, np.float32)
-        self._frame_index = np.full((n, views, frames), -1, np.int32)
-        self._pts = np.full((n, views, frames), np.nan)
-        self._features = np.full((n, views, frames, dim), np.nan, np.float16)
-        self._next = 0
+        self._container_frames = np.zeros(n, np.int32)
+        self._damaged_packets = np.zeros(n, np.int32)
+        self._frame_index = np.full((n, *row_shape[:2]), -1, np.int32)
+        self._pts = np.full((n, *row_shape[:2]), np.nan)
+        self._features = np.full((n, *row_shape), np.nan, np.float16)
 
-    def put(self, result: EncodedVideo | str) -> None:
-        """Take the result of the next sample in the tar's order."""
-        position = self._next
-        self._next += 1
+    @property
+    def finished(self) -> bool:
+        """Whether every result is in."""
+        return self.handed_out and not self.waiting
+
+    def read(self, position: int) -> bytes:
+        """The video file of a sample. Raises `DamagedTar`; safe to call from threads."""
+        if self.damage:
+            raise DamagedTar(self.damage)  # nothing of this tar will be written
+        return self.archive.read(self.samples[position])
+
+    def put(self, position: int, result: EncodedVideo | str) -> bool:
+        """Take the result of the sample at `position`; False when its row failed."""
         if isinstance(result, str):
             self._reasons[position] = one_line(result)
-            return
+            return False
+        info = result.info
+        packed = self.samples[position].sidecar["num_frames"]
+        if info.num_frames != packed:
+            self._reasons[position] = f"{info.num_frames} frames are found, {packed} were packed"
+            return False
+        with np.errstate(over="ignore"):
+            features = result.features.astype(np.float16)
+        if not np.isfinite(features).all():
+            self._reasons[position] = "the encoder gave values that are not finite in float16"
+            return False
         self._status[position] = STATUS_OK
-        self._num_frames[position] = result.info.num_frames
-        self._fps[position] = result.info.fps
+        self._num_frames[position] = info.num_frames
+        self._fps[position] = info.fps
+        self._container_frames[position] = info.container_frames
+        self._damaged_packets[position] = info.damaged_packets
         self._frame_index[position] = result.frame_index
         self._pts[position] = result.pts
-        self._features[position] = result.features
+        self._features[position] = features
+        return True
 
     def finish(self) -> Partition:
         """The partition, checked."""
@@ -96,6 +125,8 @@ class TarRows:
             fps=self._fps,
             status=self._status,
             splits=self._splits,
+            container_frames=self._container_frames,
+            damaged_packets=self._damaged_packets,
             reason=self._reasons,
             frame_index=self._frame_index,
             pts=self._pts,

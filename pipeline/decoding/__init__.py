@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from featstore.errors import UserError
-from pipeline.decoding.contract import Decoder
+from pipeline.decoding.contract import Decoder, Strictness
 from pipeline.decoding.pyav import PyAVDecoder
 
 
-def decoder_named(name: str) -> Decoder:
+def decoder_named(name: str, strict: Strictness = "auto") -> Decoder:
     """The decoder that `--decoder` names; "auto" takes the fastest that is sure to be exact.
 
-    Raises UserError for an unknown name.
+    `strict` says what is done about damage inside a file (docs/decoding.md). Raises UserError for
+    an unknown name.
     """
     if name in ("auto", PyAVDecoder.name):
-        return PyAVDecoder()
+        return PyAVDecoder(strict)
     raise UserError(f"decoder {name!r} is unknown: choose auto or {PyAVDecoder.name}")

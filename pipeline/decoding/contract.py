@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Frames = npt.NDArray[np.uint8]
 Source = bytes | Path | BinaryIO
+
+# What is done about damage inside a file. "auto": damage that the H.264 and HEVC decoders notice
+# fails the video. "always": every sign of damage in any codec fails it, and every frame is decoded
+# to look for one. "never": damage is passed over and counted.
+Strictness = Literal["auto", "always", "never"]
 
 
 class DecodeError(Exception):
@@ -32,8 +37,9 @@ class VideoInfo:
     `num_frames` is the number of frames that a decoder really shows; `container_frames` is what
     the container says (0 when it says nothing). `width` and `height` are those of the picture as
     it is shown, that is after the `rotation` (degrees clockwise: 0, 90, 180 or 270) is applied.
-    `skipped_packets` counts damaged packets that were passed over (always 0 for a codec that is
-    decoded strictly).
+    `damaged_packets` counts the packets passed over because they could not be read or decoded, or
+    only with errors that the decoder reports. Damage in packets that were not needed for the frames
+    asked for is not looked for, except with strictness "always".
     """
 
     num_frames: int
@@ -44,7 +50,7 @@ class VideoInfo:
     duration_s: float
     container_frames: int
     rotation: int
-    skipped_packets: int = 0
+    damaged_packets: int = 0
 
 
 ChooseFrames = Callable[[VideoInfo], npt.ArrayLike]
@@ -77,5 +83,7 @@ class Decoder(Protocol):
 
         Returns (info, RGB uint8 [n, height, width, 3], seconds float64 [n]); the seconds are
         presentation times on the container's clock (frame number / fps in AVI, which has none).
+        `choose` should depend on nothing but its argument: where only decoding can count the
+        frames, it is asked with the likely count first, and again if that was wrong.
         """
         ...

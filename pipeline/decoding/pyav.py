@@ -21,7 +21,14 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from pipeline.decoding.contract import ChooseFrames, DecodeError, Frames, Source, VideoInfo
+from pipeline.decoding.contract import (
+    ChooseFrames,
+    DecodeError,
+    Frames,
+    Source,
+    Strictness,
+    VideoInfo,
+)
 from pipeline.decoding.frame_stack import FrameStack, shown_rotation, shown_size
 from pipeline.decoding.gop_plan import PacketTable
 from pipeline.decoding.video_file import STRICT_CODECS, VideoFile, plain_cause
@@ -48,8 +55,8 @@ class PyAVDecoder:
 
     name = "pyav"
 
-    def __init__(self, *, strict: bool = True) -> None:
-        self.strict = strict
+    def __init__(self, strictness: Strictness = "auto") -> None:
+        self.strict = strictness != "never"
 
     def probe(self, source: Source) -> VideoInfo:
         """Count the frames of a video and check that the last one comes out.
@@ -335,4 +342,4 @@ def _counted_info(media: VideoFile, survey: _Survey) -> VideoInfo:
         raise DecodeError("no frames")
     survey.num_frames = count
     info = survey.info(media, rotation, size)
-    return replace(info, skipped_packets=len(skipped))
+    return replace(info, damaged_packets=len(skipped))

@@ -268,9 +268,12 @@ def test_two_processes_do_not_write_one_store(
     uninterrupted: Path, inputs: tuple[Path, Path]
 ) -> None:
     root = uninterrupted.parents[2]
-    with StoreWriter.open(uninterrupted).claim():
+    (uninterrupted / "commit/c/0/0").unlink()
+    with StoreWriter.open(uninterrupted).claim([0]):
         line = refused(1, *EXTRACT, "--encoder", inputs[1], "--root", root)
-    assert f"another process (pid {os.getpid()}) is writing" in line
+    assert f"another process (pid {os.getpid()} on " in line
+    assert "is writing partition 0 of" in line
+    done(*EXTRACT, "--encoder", inputs[1], "--root", root)
 
 
 def test_the_installed_command(world: World) -> None:

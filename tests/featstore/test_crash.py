@@ -64,7 +64,9 @@ def test_second_writing_process_is_refused(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"locked\n"
         with (
-            pytest.raises(WorkError, match=rf"another process \(pid {other.pid} on .*\) is writing"),
+            pytest.raises(
+                WorkError, match=rf"another process \(pid {other.pid} on .*\) is writing"
+            ),
             writer.claim(),
         ):
             pass

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from featstore.errors import UserError, WorkError
-from pipeline import clip_encoder, encoder_sources
+from pipeline import clip_encoder, encoder_files, encoder_sources
 from pipeline.clip_encoder import Encoder, fingerprint, load_encoder, save_open_clip_folder
 from pipeline.prompts import sentences
 
@@ -291,7 +291,7 @@ def test_a_pretrained_tag_gets_the_activation_it_was_trained_with(
         pretrained = {"hf_hub": "some/where/", "quick_gelu": quick_gelu, "mean": (0.1, 0.2, 0.3)}
         monkeypatch.setattr(open_clip, "is_pretrained_cfg", lambda *_: True)
         monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda *_, p=pretrained: p)
-        weights = str(folder / encoder_sources.WEIGHTS_FILE)
+        weights = str(folder / encoder_files.WEIGHTS_FILE)
         monkeypatch.setattr(encoder_sources, "_cached_weights", lambda _, w=weights: w)
         loaded = load_encoder("Tiny/8/somewhere")
         assert loaded.name == "Tiny-8-somewhere"
@@ -303,19 +303,19 @@ def test_a_pretrained_tag_gets_the_activation_it_was_trained_with(
 
 
 def test_unusable_folders_are_explained(folder: Path, tmp_path: Path) -> None:
-    config = json.loads((folder / encoder_sources.CONFIG_FILE).read_text())
+    config = json.loads((folder / encoder_files.CONFIG_FILE).read_text())
 
     def broken(name: str, new_config: Any = None, weights: bytes | None = None) -> Path:
         target = tmp_path / name
         shutil.copytree(folder, target)
         if new_config is not None:
             text = new_config if isinstance(new_config, str) else json.dumps(new_config)
-            (target / encoder_sources.CONFIG_FILE).write_text(text)
+            (target / encoder_files.CONFIG_FILE).write_text(text)
         if weights is not None:
-            (target / encoder_sources.WEIGHTS_FILE).write_bytes(weights)
+            (target / encoder_files.WEIGHTS_FILE).write_bytes(weights)
         return target
 
-    whole = (folder / encoder_sources.WEIGHTS_FILE).read_bytes()
+    whole = (folder / encoder_files.WEIGHTS_FILE).read_bytes()
     (tmp_path / "empty").mkdir()
     vision = {**config["model_cfg"]["vision_cfg"], "width": 128}
     deeper = {**config["model_cfg"]["text_cfg"], "layers": 3}

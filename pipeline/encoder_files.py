@@ -1,0 +1,76 @@
+"""Which files an encoder spec means, without loading them or the libraries that could."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from featstore.durable import write_json
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+def encoder_label(spec: str) -> str:
+    """Short name of an encoder for a store's file name: its folder's or file's name, or `spec`."""
+    path = Path(spec).expanduser()
+    return path.resolve().name.removesuffix(".pt") if path.exists() else spec
+
+
+def lasting_spec(spec: str) -> str:
+    """`spec` as it can be found from any working directory: paths absolute, names as they are."""
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if spec.strip() and path.exists() else spec
+
+
+def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
+    """The folder or file that `spec` names; None where it can only be `ARCH/TAG` of open_clip."""
+    path = Path(spec).expanduser()
+    if spec.strip() and (path.is_dir() or path.is_file()):
+        return path
+    if encoders_dir is not None and is_plain_name(spec) and (encoders_dir / spec).is_dir():
+        return encoders_dir / spec
+    return None
+
+
+def is_plain_name(spec: str) -> bool:
+    """Whether `spec` can name a folder in the workspace's `encoders/`."""
+    return bool(re.fullmatch(r"[A-Za-z0-9._-]+", spec)) and not spec.startswith(".")
+
+
+def signature(spec: str, encoders_dir: Path | None) -> dict[str, Any]:
+    """What changes when the encoder's files do: JSON-ready names, sizes and times of change.
+
+    For `ARCH/TAG` it is the name alone: open_clip pins what it stands for.
+    """
+    place = local_encoder(spec, encoders_dir)
+    if place is None:
+        return {"spec": spec, "files": []}
+    files = [place / CONFIG_FILE, place / WEIGHTS_FILE] if place.is_dir() else [place]
+    return {
+        "spec": str(place.resolve()),
+        "files": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+            if file.is_file()
+        ],
+    }
+
+
+def remember_fingerprint(note: Path, files: dict[str, Any], fingerprint: str) -> None:
+    """Note that an encoder of this `signature` has this fingerprint."""
+    write_json(note, {"signature": files, "fingerprint": fingerprint})
+
+
+def remembered_fingerprint(note: Path, files: dict[str, Any]) -> str | None:
+    """The fingerprint noted for this `signature`; None when there is none."""
+    try:
+        value = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(value, dict) or value.get("signature") != files:
+        return None
+    fingerprint = value.get("fingerprint")
+    return fingerprint if isinstance(fingerprint, str) else None

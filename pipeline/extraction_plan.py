@@ -1,0 +1,308 @@
+"""What an extraction will do, worked out without loading an encoder.
+
+A finished store is recognised here, so that running the same command again takes a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from featstore import Store, StoreSchema, StoreWriter, open_store
+from featstore.errors import UserError, WorkError
+from featstore.metadata import prompt_set_names
+from featstore.schema import STATUS_FAILED
+from pipeline.decoding.contract import Strictness
+from pipeline.encoder_files import remembered_fingerprint, signature
+from pipeline.packed import Dataset, Shard, load_dataset
+from pipeline.prompts import sentences
+from pipeline.sampling import Sampling
+
+# Left free when a store is begun: the last bytes of a disk belong to others.
+SPARE_BYTES: Final = 64 << 20
+# Keys, reasons and numbers of a row beside its features and frame times, generously.
+ROW_EXTRA_BYTES: Final = 256
+FAILURES_SHOWN: Final = 10
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every `count`-th tar, beginning with number `index`: the part of one of `count` processes."""
+
+    index: int
+    count: int
+    origin: str = ""  # what said so, for the log
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"a share of {self.count} parts is none: --partition K/N needs N >= 1")
+
+    @classmethod
+    def parse(cls, text: str, environment: Mapping[str, str] = os.environ) -> Share | None:
+        """The share that `--partition` means: "K/N", "all" (None), or "auto", the environment's.
+
+        K counts from 0 or from 1: only its remainder by N matters, so either way N processes
+        cover every tar once. "auto" takes RANK and WORLD_SIZE (torchrun), SLURM_PROCID and
+        SLURM_NTASKS (srun), or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
+        Raises UserError for anything else.
+        """
+        if text == "all":
+            return None
+        if text == "auto":
+            return cls._of_environment(environment)
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None:
+            raise UserError(f"--partition {text!r} is not K/N, such as 0/4: give K/N, all or auto")
+        index, count = int(match[1]), int(match[2])
+        if index > count:
+            raise UserError(f"--partition {text}: there is no part {index} of {count}")
+        return cls(index % max(count, 1), count)
+
+    @classmethod
+    def _of_environment(cls, environment: Mapping[str, str]) -> Share | None:
+        for index_name, count_name, first_name in (
+            ("RANK", "WORLD_SIZE", ""),
+            ("SLURM_PROCID", "SLURM_NTASKS", ""),
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+        ):
+            index, count = environment.get(index_name, ""), environment.get(count_name, "")
+            first = environment.get(first_name, "0")
+            if not (index.isdecimal() and count.isdecimal() and first.isdecimal()):
+                continue
+            if int(count) > 1:
+                return cls(
+                    (int(index) - int(first)) % int(count),
+                    int(count),
+                    f"{index_name}={index} and {count_name}={count} of the environment",
+                )
+        return None
+
+    @property
+    def text(self) -> str:
+        """The share as `--partition` takes it."""
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class ExtractionRequest:
+    """What to extract, how, and where to: everything `mote-cli extract` asks for."""
+
+    dataset_dir: Path
+    store_path: Path
+    encoder: str
+    sampling: Sampling
+    encoders_dir: Path | None = None
+    split: str | None = None  # only for sets whose splits are disjoint: the tars of one split
+    crops: int = 1
+    precision: str = "auto"
+    device: str = "cpu"
+    decoder: str = "auto"
+    strict: Strictness = "auto"
+    prompt_sets: tuple[str, ...] = ("mote28",)
+    workers: int | None = None  # None: one per core this process may use
+    max_failures: float = 0.05
+    share: Share | None = None  # None: all tars
+    retry_failed: bool = False  # do partitions with failed videos once more
+
+    @property
+    def views(self) -> int:
+        """Views of every video: one clip in one crop each."""
+        return self.sampling.clips * self.crops
+
+
+@dataclass
+class ExtractionSummary:
+    """What an extraction did; counts of rows are those of the whole store."""
+
+    dataset: str
+    store: str
+    encoder_fingerprint: str
+    precision: str
+    decoder: str
+    rows_ok: int
+    rows_failed: int
+    partitions_done: int
+    partitions_skipped: int  # were done before
+    partitions_missing: int  # of other shares, not done yet
+    partition: str  # the share of this process, "K/N"; empty when it had all tars
+    videos_short: int  # had fewer frames than asked for: frames repeat
+    rows_damaged: int  # ok, and damaged packets were passed over
+    rows_miscounted: int  # ok, and the container speaks of another number of frames
+    videos_per_second: float
+    frames_per_second: float
+    seconds: float
+    too_many_failures: bool
+    failures: list[dict[str, str]] = field(default_factory=list)  # the first ten: key, reason
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON-ready values."""
+        return asdict(self)
+
+
+class ExtractionPlan:
+    """The tars of a request and which of them are still to be done."""
+
+    def __init__(self, request: ExtractionRequest) -> None:
+        """Read what is on disk; raises UserError and `WorkError` for what cannot be done."""
+        for prompt_set in request.prompt_sets:
+            sentences(prompt_set, "anything")  # an unknown one is told before the work begins
+        self.request = request
+        self.dataset = load_dataset(request.dataset_dir)
+        self.shards = shards_of(self.dataset, request.split)
+        self.writer: StoreWriter | None = None
+        if request.store_path.exists():
+            self.writer = StoreWriter.open(request.store_path)
+
+    @property
+    def mine(self) -> list[int]:
+        """Numbers of the tars of this process's share."""
+        share = self.request.share
+        if share is None:
+            return list(range(len(self.shards)))
+        return list(range(share.index, len(self.shards), share.count))
+
+    def pending(self) -> list[int]:
+        """Tars of this share that are to be done, with those to be done once more."""
+        if self.writer is None:
+            return self.mine
+        retried = self._with_failures() if self.request.retry_failed else set()
+        return [tar for tar in self.mine if tar in retried or not self.writer.done(tar)]
+
+    def schema(self, dim: int) -> StoreSchema:
+        """Sizes of the store for embeddings of width `dim`."""
+        return StoreSchema.create(
+            tars=len(self.shards),
+            capacity=max(shard.rows for shard in self.shards),
+            views=self.request.views,
+            frames=self.request.sampling.frames,
+            dim=dim,
+        )
+
+    def bytes_needed(self, tars: list[int], dim: int) -> int:
+        """Bytes that these partitions will take."""
+        schema = self.schema(dim)
+        frame_times = schema.views * schema.frames * 12
+        per_tar = schema.capacity * (frame_times + ROW_EXTRA_BYTES)
+        return sum(schema.shard_bytes(self.shards[tar].rows) + per_tar for tar in tars)
+
+    def require_room(self, tars: list[int], dim: int) -> None:
+        """Raise `WorkError` when the disk cannot take these partitions."""
+        needed, free = self.bytes_needed(tars, dim), free_bytes(self.request.store_path)
+        if needed + SPARE_BYTES > free:
+            raise WorkError(
+                f"the store will take {needed / 1e9:.2f} GB and {self.request.store_path.parent} "
+                f"has {free / 1e9:.2f} GB free: make room, or put the workspace (--root) on a "
+                "larger disk"
+            )
+
+    def known_complete(self) -> bool:
+        """Whether nothing is left to do and the store is surely the one asked for.
+
+        Sure without loading the encoder: its files are those whose fingerprint was noted.
+        """
+        if self.writer is None or self.pending():
+            return False
+        made = self.writer.provenance
+        request = self.request
+        files = signature(request.encoder, request.encoders_dir)
+        return (
+            remembered_fingerprint(fingerprint_note(request.store_path), files)
+            == made.encoder_fingerprint
+            and request.precision in ("auto", made.precision)
+            and request.decoder in ("auto", made.decoder)
+            and request.strict == made.strict_decode
+            and request.sampling.text == made.sampling
+            and request.crops == made.crops
+            and self.dataset.name == made.dataset
+            and self.dataset.fingerprint == made.dataset_fingerprint
+            and not set(request.prompt_sets) - set(prompt_set_names(request.store_path))
+        )
+
+    def _with_failures(self) -> set[int]:
+        """Done tars with a video that failed in extraction (not one that was never packed)."""
+        store = open_store(self.request.store_path)
+        failed = store.rows[store.status == STATUS_FAILED]
+        tars, positions = np.divmod(failed, store.schema.capacity)
+        packed = np.array([shard.samples for shard in self.shards])
+        return set(tars[positions < packed[tars]].tolist())
+
+
+def summary_of(
+    plan: ExtractionPlan,
+    store: Store,
+    *,
+    done: int = 0,
+    videos: int = 0,
+    frames: int = 0,
+    videos_short: int = 0,
+    seconds: float = 0.0,
+) -> ExtractionSummary:
+    """The summary of a store as it is now and of what was done to it in `seconds`."""
+    request, made = plan.request, store.provenance
+    failed = np.flatnonzero(store.status == STATUS_FAILED)
+    missing = store.schema.tars - len(list(store.partitions()))
+    rate = 1 / seconds if seconds > 0 else 0.0
+    keys, reasons = (store.keys, store.reasons) if len(failed) else ([], [])
+    known = store.container_frames > 0
+    return ExtractionSummary(
+        dataset=plan.dataset.name,
+        store=str(request.store_path),
+        encoder_fingerprint=made.encoder_fingerprint,
+        precision=made.precision,
+        decoder=made.decoder,
+        rows_ok=len(store) - len(failed),
+        rows_failed=len(failed),
+        partitions_done=done,
+        partitions_skipped=len(plan.mine) - done,
+        partitions_missing=missing,
+        partition=request.share.text if request.share else "",
+        videos_short=videos_short,
+        rows_damaged=int((store.damaged_packets > 0).sum()),
+        rows_miscounted=int((store.container_frames[known] != store.num_frames[known]).sum()),
+        videos_per_second=videos * rate,
+        frames_per_second=frames * rate,
+        seconds=seconds,
+        too_many_failures=len(failed) > request.max_failures * len(store),
+        failures=[{"key": keys[i], "reason": reasons[i]} for i in failed[:FAILURES_SHOWN]],
+    )
+
+
+def fingerprint_note(store_path: Path) -> Path:
+    """Where the encoder's files and fingerprint are noted beside a store."""
+    return store_path.with_name(f"{store_path.name}.encoder.json")
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds, or will hold, `path`."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def shards_of(dataset: Dataset, split: str | None) -> list[Shard]:
+    """The tars of a split, all when None.
+
+    Raises UserError for an unknown split, one without videos, and where splits share tars.
+    """
+    if split is None:
+        return list(dataset.shards)
+    if split not in dataset.split_names:
+        names = ", ".join(dataset.split_names) or "none"
+        raise UserError(f"{dataset.name} has no split {split!r}: its splits are {names}")
+    if not dataset.splits_disjoint:
+        raise UserError(
+            f"the splits of {dataset.name} overlap, so they share tars and one extraction: "
+            "leave --split out, and name the split when training or evaluating"
+        )
+    shards = [shard for shard in dataset.shards if shard.split == split]
+    if not shards:
+        raise UserError(f"split {split} of {dataset.name} lists no videos: choose another")
+    return shards
