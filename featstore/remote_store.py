@@ -28,7 +28,6 @@ from featstore.metadata import (
     ARRAY_METADATA_LIMIT,
     GROUP_METADATA_LIMIT,
     StoreMetadata,
-    prompt_set_names,
     read_metadata,
 )
 from featstore.objects import ChangedObject, MissingObject, ObjectFolder, RemoteObject
@@ -152,7 +151,7 @@ class RemoteStoreWriter:
     @property
     def prompt_sets(self) -> list[str]:
         """Prompt sets whose class texts the store holds."""
-        return prompt_set_names(self._staging.path)
+        return self._staging.prompt_sets
 
     def done(self, tar: int) -> bool:
         """Whether it is committed with all its objects; lists the store, as `pending` does."""

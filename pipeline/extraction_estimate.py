@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import WorkError
@@ -14,7 +13,7 @@ from pipeline.decoding import decoder_named
 from pipeline.extraction import load_request_encoder, provenance_of, require_same
 from pipeline.extraction_plan import SPARE_BYTES, ExtractionPlan, ExtractionRequest, free_bytes
 from pipeline.machine import usable_cores
-from pipeline.tar_source import LocalTars, TarSource
+from pipeline.tar_source import TarSource
 from pipeline.tars import DamagedTar, open_tar
 from pipeline.video_pool import ThreadVideoPool, VideoPool
 
@@ -38,6 +37,7 @@ class Estimate:
     bytes_needed: int
     bytes_free: int
     fits: bool
+    disk: str  # where the bytes are free; a remote store's pass through there one tar at a time
     videos_sampled: int
     sample_failures: int
     sample_seconds: float
@@ -77,7 +77,7 @@ class Estimate:
         if not self.fits:
             raise WorkError(
                 f"the store will take {self.bytes_needed / 1e9:.2f} GB and "
-                f"{Path(self.store).parent} has {self.bytes_free / 1e9:.2f} GB free: make room, or "
+                f"{self.disk} has {self.bytes_free / 1e9:.2f} GB free: make room, or "
                 "put the workspace (--root) on a larger disk"
             )
 
@@ -104,14 +104,14 @@ def estimate(
     pool = ThreadVideoPool(
         decoder, encoder, request.sampling, request.crops, request.workers or usable_cores()
     )
-    source = LocalTars(plan.dataset)
+    source = plan.tar_source()
     try:
         done, failed, took = _sample(plan, pending, pool, source, seconds, progress)
     finally:
         pool.close()
         source.close()
     videos = sum(plan.shards[tar].samples for tar in pending)
-    needed, free = plan.bytes_needed(pending, encoder.dim), free_bytes(request.store_path)
+    needed, free = plan.bytes_needed(pending, encoder.dim), free_bytes(plan.disk)
     rate = done / took if took > 0 else 0.0
     return Estimate(
         dataset=plan.dataset.name,
@@ -123,7 +123,8 @@ def estimate(
         tars_done=len(plan.mine) - len(pending),
         bytes_needed=needed,
         bytes_free=free,
-        fits=needed + SPARE_BYTES <= free,
+        fits=plan.disk_needed(pending, encoder.dim) + SPARE_BYTES <= free,
+        disk=str(plan.disk),
         videos_sampled=done,
         sample_failures=failed,
         sample_seconds=took,
