@@ -260,12 +260,7 @@ class _Mirror:
         if self._held.get(_GROUP) != self._listing[_GROUP]:  # made anew: nothing of it holds
             shutil.rmtree(self.path, ignore_errors=True)
             self._held = {}
-        for name, limit in names:
-            if self._listing[name].size > limit:
-                raise UserError(
-                    f"{self._objects.at(name)} is larger than {limit} bytes: no store of this "
-                    "format needs that; do not open a store from a source you do not trust"
-                )
+        for name, _ in names:
             self._fetch(name)
         for path in (self.path / CLASS_TEXT_GROUP).rglob("*"):
             if path.is_file() and str(path.relative_to(self.path)) not in self._listing:
@@ -369,7 +364,7 @@ def _metadata_names(
 ) -> list[tuple[str, int]]:
     """Names and size limits of everything of a store but its partitions, `zarr.json` first.
 
-    UserError when what is listed is no store.
+    UserError when what is listed is no store, or none that is safe to fetch.
     """
     if _GROUP not in listing:
         state = "it has no zarr.json" if listing else "there are no objects"
@@ -380,12 +375,19 @@ def _metadata_names(
         if name not in listing:
             raise UserError(f"{objects.at(name)} is missing: not a complete feature store")
     texts = [name for name in sorted(listing) if _CLASS_TEXT.fullmatch(name)]
-    return [
+    names = [
         (_GROUP, GROUP_METADATA_LIMIT),
         *((name, ARRAY_METADATA_LIMIT) for name in _ARRAY_NODES),
         # 100,000 classes of 1,024 numbers take 0.4 GB.
         *((n, ARRAY_METADATA_LIMIT if n.endswith(_GROUP) else 2**30) for n in texts),
     ]
+    for name, limit in names:
+        if listing[name].size > limit:
+            raise UserError(
+                f"{objects.at(name)} is larger than {limit} bytes: no store of this format needs "
+                "that; do not open a store from a source you do not trust"
+            )
+    return names
 
 
 def _partition_names(schema: StoreSchema, tar: int) -> dict[str, str]:
