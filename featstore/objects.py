@@ -172,13 +172,7 @@ class ObjectFolder:
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         try:
             with open(unfinished, "wb") as file:
-
-                def write(block: memoryview) -> None:
-                    if stop is not None and stop.is_set():
-                        raise WorkError(f"{self.at(name)} was not fetched: the work was stopped")
-                    file.write(block)
-
-                self._receive(name, write, begin, version)
+                self._receive(name, file.write, begin, version, stop)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -241,6 +235,7 @@ class ObjectFolder:
         write: Callable[[Any], Any],
         begin: Callable[[int], None],
         version: str | None,
+        stop: Event | None = None,
     ) -> None:
         """Hand the object's bytes to `write` in order, once each, however often it breaks off.
 
@@ -257,7 +252,8 @@ class ObjectFolder:
             if first is not None and (tag := first["e_tag"]):
                 options["if_match"] = tag
             try:
-                answer = self._ask(name, partial(obstore.get, self._store, key, options=options))
+                get = partial(obstore.get, self._store, key, options=options)
+                answer = self._ask(name, get, stop)
             except PreconditionError:
                 raise self._changed(name) from None
             meta = answer.meta
@@ -271,6 +267,7 @@ class ObjectFolder:
             problem = "the connection was closed"
             try:
                 for block in answer.stream(min_chunk_size=_BLOCK_BYTES):
+                    self._go_on(name, stop)
                     write(block)
                     offset += len(block)
                     deadline, failures = time.monotonic() + self.patience, 0
@@ -287,14 +284,14 @@ class ObjectFolder:
                     f"({problem}): check the network, then run the same command again"
                 )
             log.info("%s broke off after %d bytes (%s): resuming", self.at(name), offset, problem)
-            time.sleep(_pause(failures))
+            self._go_on(name, stop, _pause(failures))
 
     def _changed(self, name: str) -> ChangedObject:
         return ChangedObject(
             f"{self.at(name)} was changed while it was read: run the same command again"
         )
 
-    def _ask(self, name: str, request: Callable[[], T]) -> T:
+    def _ask(self, name: str, request: Callable[[], T], stop: Event | None = None) -> T:
         """Answer to one of obstore's calls, repeated while it fails on the way.
 
         obstore repeats by itself, but does not notice Ctrl-C: it gets a few seconds at a time.
@@ -325,7 +322,15 @@ class ObjectFolder:
                 log.warning(
                     "%s: %s; trying again for up to %g s", self.at(name), reason, self.patience
                 )
-            time.sleep(_pause(failures))
+            self._go_on(name, stop, _pause(failures))
+
+    def _go_on(self, name: str, stop: Event | None, after: float = 0.0) -> None:
+        """Return `after` seconds; WorkError as soon as `stop` is set."""
+        if stop is None:
+            if after:
+                time.sleep(after)
+        elif stop.wait(after):
+            raise WorkError(f"{self.at(name)} was not fetched: the work was stopped")
 
     def _final(self, error: BaseException, name: str) -> WorkError | None:
         """What to tell of an error that repeating does not mend; None for one that passes."""
