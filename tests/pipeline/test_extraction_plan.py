@@ -320,7 +320,7 @@ def test_an_estimate_makes_nothing(request_for: Request, encoder: Encoder, tmp_p
     assert found.frames == 2 * dataset.packed
     assert found.encoder_fingerprint == encoder.fingerprint
     assert found.tars == len(dataset.shards)
-    assert 0 < found.videos_sampled <= 3
+    assert 0 < found.videos_sampled <= dataset.packed
     assert found.hours is not None
     assert found.hours * 3600 == pytest.approx(found.videos / found.videos_per_second)
     extract(request, encoder=encoder)
