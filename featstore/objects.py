@@ -37,7 +37,7 @@ from featstore.object_urls import (
 
 if TYPE_CHECKING:
     from obstore import GetOptions, ObjectMeta
-    from obstore.store import ObjectStore
+    from obstore.store import ObjectStore, S3Config
 
 log = logging.getLogger(__name__)
 
@@ -373,12 +373,16 @@ def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
             f"{scheme}:// URLs need the extra `cloud`: pip install 'mote-video[cloud]'"
         ) from error
     plain = False
+    config: S3Config = {}
     if scheme == "s3":
         require_credentials()
+        # Objects are deleted one at a time, and not every server knows how to delete many.
+        config = {"disable_bulk_delete": True}
         plain = s3_endpoint().startswith("http://")
     try:
         return from_url(
             f"{scheme}://{bucket}",
+            config=config or None,
             client_options={
                 "allow_http": plain,
                 "connect_timeout": _CONNECT,

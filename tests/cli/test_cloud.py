@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +172,27 @@ def test_the_summary_in_words(world: World, uploaded: str) -> None:
 
 def _tars(files: dict[str, bytes]) -> list[str]:
     return [name for name in files if name.startswith("features/c/")]
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(
+    world: World, uploaded: str, proxy: FailingProxy, tmp_path: Path
+) -> None:
+    """The command itself, with kill -9 while it makes the store, fetches, and puts."""
+    command = [str(word) for word in arguments(world, "--root", uploaded)]
+    for step in (12, 40, 61):
+        proxy.requests.clear()
+        with subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *command],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+            stderr=subprocess.DEVNULL,
+        ) as running:
+            proxy.before = lambda number, step=step, running=running: (  # type: ignore[misc]
+                running.kill() if number == step else None
+            )
+        assert running.returncode == -signal.SIGKILL
+    proxy.before = lambda number: None
+    printed = done(*command)
+    assert printed["partitions_skipped"] > 0
+    assert remote_contents(printed["store"]) == contents(world.store)
+    assert not list((tmp_path / "cache" / "scratch").iterdir())

@@ -8,7 +8,7 @@ from pathlib import Path
 from threading import Event, Timer
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from s3_server import ACCESS_KEY, SECRET_KEY, FailingProxy, S3Server
 
@@ -73,6 +73,7 @@ def test_names_that_are_no_names(bucket: str, name: str) -> None:
             use(name)
 
 
+@settings(deadline=None)
 @given(st.text(min_size=4).filter(lambda t: t not in "credentials taken from environment"))
 def test_a_url_with_credentials_is_refused_and_not_repeated(secret: str) -> None:
     for url in (f"s3://AKIA:{secret}@bucket/x", f"s3://AKIA/{secret}@bucket"):

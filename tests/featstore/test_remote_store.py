@@ -118,7 +118,7 @@ def test_the_commit_entry_goes_first_and_comes_last(filled: str, proxy: FailingP
     steps = [(m, p.split("x.zarr/")[1].split("/")[0]) for m, p, _ in proxy.requests if m == "PUT"]
     assert steps[-3:] == [("PUT", "chunk_checksum"), ("PUT", "features"), ("PUT", "commit")]
     assert len(steps) == len(set(steps))
-    assert [method for method, *_ in proxy.requests[:3]] == ["POST", "POST", "PUT"]  # deletions
+    assert [method for method, *_ in proxy.requests[:3]] == ["DELETE", "DELETE", "PUT"]
 
 
 class Kill:
