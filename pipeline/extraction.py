@@ -9,9 +9,9 @@ import time
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from featstore import ClassText, Provenance, StoreWriter, open_store
+from featstore import ClassText, Provenance
 from featstore.errors import UserError, WorkError
-from featstore.metadata import prompt_set_names
+from featstore.places import AnyWriter, open_rows, writer_maker, writer_of
 from featstore.progress import ProgressSink, no_progress
 from featstore.writer import StoreExists
 from pipeline.encoder_files import lasting_spec, remember_fingerprint, signature
@@ -24,7 +24,6 @@ from pipeline.extraction_plan import (
 )
 from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.prompts import sentences
-from pipeline.tar_source import LocalTars
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
@@ -62,7 +61,7 @@ def extract(
         )
     if decoder is None and encoder is None and plan.known_complete():
         logger.info("%s is complete already: nothing to do", request.store_path)
-        return summary_of(plan, open_store(request.store_path))
+        return summary_of(plan, open_rows(request.store_path))
     begun_with = plan.writer.provenance.decoder if plan.writer is not None else None
     name = decoder.name if decoder is not None else decoder_for(request, begun_with)
     encoder = encoder or load_request_encoder(plan)
@@ -81,7 +80,7 @@ def extract(
 
 def _run(
     plan: ExtractionPlan,
-    writer: StoreWriter,
+    writer: AnyWriter,
     pending: list[int],
     pool: VideoPool,
     progress: ProgressSink,
@@ -91,7 +90,7 @@ def _run(
 
     request = plan.request
     started = time.perf_counter()
-    source = LocalTars(plan.dataset)
+    source = plan.tar_source()
     source.open_order([plan.shards[tar] for tar in pending])
     try:
         totals = run_partitions(
@@ -121,7 +120,7 @@ def _run(
         )
     return summary_of(
         plan,
-        open_store(request.store_path),
+        open_rows(request.store_path),
         done=len(totals.done),
         videos=totals.videos,
         frames=totals.frames,
@@ -147,7 +146,7 @@ def load_request_encoder(plan: ExtractionPlan) -> Encoder:
     )
 
 
-def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> StoreWriter:
+def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> AnyWriter:
     """The writer of the request's store, which is made when it is not there.
 
     Raises UserError when the store was made in another way.
@@ -160,7 +159,8 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
         try:
             plan.writer = _init(plan, encoder, provenance)
         except StoreExists:  # another process made it at this moment
-            plan.writer = StoreWriter.open(path)
+            plan.writer = writer_of(path)
+            assert plan.writer is not None
     require_same(plan, plan.writer, provenance)
     remember_fingerprint(
         fingerprint_note(path),
@@ -170,16 +170,16 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
     return plan.writer
 
 
-def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenance) -> None:
+def require_same(plan: ExtractionPlan, writer: AnyWriter, provenance: Provenance) -> None:
     """Raise UserError with the differences when the store was made in another way."""
     differences = writer.provenance.differences(provenance)
-    missing = set(plan.request.prompt_sets) - set(prompt_set_names(writer.path))
+    missing = set(plan.request.prompt_sets) - set(writer.prompt_sets)
     if missing:
         differences.append(f"prompt sets: store lacks {', '.join(sorted(missing))}")
     if differences:
         raise UserError(
-            f"{writer.path} was made in another way and is never mixed ({'; '.join(differences)})"
-            ": ask for what it holds, or remove it to extract anew"
+            f"{plan.request.store_path} was made in another way and is never mixed "
+            f"({'; '.join(differences)}): ask for what it holds, or remove it to extract anew"
         )
 
 
@@ -210,10 +210,9 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
     )
 
 
-def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> StoreWriter:
+def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> AnyWriter:
     dataset = plan.dataset
-    return StoreWriter.init(
-        plan.request.store_path,
+    return writer_maker(plan.request.store_path)(
         plan.schema(encoder.dim),
         provenance,
         tars=[
