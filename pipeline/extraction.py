@@ -6,6 +6,7 @@ import hashlib
 import logging
 import platform
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ from pipeline.prompts import sentences
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
+    from pipeline.cluster import Cluster
     from pipeline.decoding.contract import Decoder
+    from pipeline.local_engine import Totals
     from pipeline.video_pool import VideoPool
 
 logger = logging.getLogger(__name__)
@@ -38,18 +41,22 @@ def extract(
     *,
     decoder: Decoder | None = None,
     encoder: Encoder | None = None,
+    cluster: Cluster | None = None,
     progress: ProgressSink = no_progress,
 ) -> ExtractionSummary:
     """Fill the store that `request` names; partitions that are done are not done again.
 
     An interruption at any moment loses at most the tars in flight. Videos that cannot be decoded
     keep their row, with status failed and the reason. `decoder` and `encoder` stand in for those
-    that the request names.
+    that the request names. With `cluster` its workers do the work, on a device of its choice.
 
     Raises `UserError` when the store was made in another way, `WorkError` when tars are missing or
     damaged (after the others are done), the disk is too small, the encoder fails, or another
     process writes the same partitions.
     """
+    if cluster is not None:
+        # Here the encoder is only needed for names and texts.
+        request = replace(request, device="cpu" if cluster.device == "cpu" else "auto")
     plan = ExtractionPlan(request)
     if request.share is not None:
         logger.info(
@@ -62,6 +69,10 @@ def extract(
     if decoder is None and encoder is None and plan.known_complete():
         logger.info("%s is complete already: nothing to do", request.store_path)
         return summary_of(plan, open_rows(request.store_path))
+    if cluster is not None and plan.writer is None:
+        from pipeline.cluster import require_precision
+
+        require_precision(cluster, request)
     begun_with = plan.writer.provenance.decoder if plan.writer is not None else None
     name = decoder.name if decoder is not None else decoder_for(request, begun_with)
     encoder = encoder or load_request_encoder(plan)
@@ -69,13 +80,19 @@ def extract(
     writer = open_or_init(plan, encoder, name)
     pending = plan.pending()
     plan.require_room(pending, encoder.dim)
-    with writer.claim(pending):
-        # Another process may have done some of them before they were claimed.
-        pending = plan.pending()
-        if not pending:
-            logger.info("%s is complete already: nothing to do", request.store_path)
-        pool = open_pool(request, name, encoder, decoder)
-        return _run(plan, writer, pending, pool, progress)
+    started = time.perf_counter()
+    if cluster is not None:
+        from pipeline.cluster_engine import run_on_ray
+
+        del encoder, decoder  # every worker has its own
+        request = replace(request, precision=writer.provenance.precision)
+        totals = run_on_ray(plan, request, pending, cluster, progress)
+    else:
+        with writer.claim(pending):
+            # Another process may have done some of them before they were claimed.
+            pool = open_pool(request, name, encoder, decoder)
+            totals = _run(plan, writer, plan.pending(), pool, progress)
+    return _concluded(plan, totals, time.perf_counter() - started)
 
 
 def _run(
@@ -84,16 +101,14 @@ def _run(
     pending: list[int],
     pool: VideoPool,
     progress: ProgressSink,
-) -> ExtractionSummary:
-    """Do the pending partitions; closes the pool."""
+) -> Totals:
+    """Do the pending partitions in this process; closes the pool."""
     from pipeline.local_engine import run_partitions
 
-    request = plan.request
-    started = time.perf_counter()
     source = plan.tar_source()
     source.open_order([plan.shards[tar] for tar in pending])
     try:
-        totals = run_partitions(
+        return run_partitions(
             plan.dataset,
             plan.shards,
             pending,
@@ -106,12 +121,18 @@ def _run(
     finally:
         pool.close()
         source.close()
-    seconds = time.perf_counter() - started
+
+
+def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> ExtractionSummary:
+    """The summary, or the error when tars could not be used."""
+    request = plan.request
     if totals.damaged:
         raise WorkError(
             f"{len(totals.damaged)} of {len(plan.mine)} tars cannot be used, the others are done: "
             f"{totals.damaged[0]}"
         )
+    if not totals.done:
+        logger.info("%s is complete already: nothing to do", request.store_path)
     if totals.videos_short:
         logger.info(
             "%d videos have fewer than %d frames: frames repeat in their rows",
@@ -188,7 +209,6 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
     from pipeline.decoding.dali import DECODER_NAME, dali_version
 
     request = plan.request
-    names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
     return Provenance(
         encoder=lasting_spec(request.encoder),
         encoder_fingerprint=encoder.fingerprint,
@@ -202,12 +222,18 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
         strict_decode=request.strict,
         versions={
             "python": platform.python_version(),
-            **{name: version(name) for name in names},
+            **code_versions(),
             **(dali_version() if decoder_name == DECODER_NAME else {}),
         },
         dataset=plan.dataset.name,
         dataset_fingerprint=plan.dataset.fingerprint,
     )
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of what makes features out of videos."""
+    names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
+    return {name: version(name) for name in names}
 
 
 def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> AnyWriter:
