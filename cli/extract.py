@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from cli import options
 from cli.output import print_facts, print_json, progress_of
 from featstore.errors import UserError
+from featstore.object_urls import is_url
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster
@@ -47,7 +49,13 @@ def extract(
     precision: options.Precision = "auto",
     device: options.Device = "auto",
     decoder: Annotated[
-        str, typer.Option("--decoder", metavar="auto|pyav", help="What decodes the videos.")
+        str,
+        typer.Option(
+            "--decoder",
+            metavar="auto|pyav|dali",
+            help="What decodes the videos: pyav on the CPU, dali on the GPU (docs/gpu.md); auto "
+            "takes dali where --device is a GPU that can.",
+        ),
     ] = "auto",
     strict_decode: Annotated[
         bool | None,
@@ -122,13 +130,24 @@ def extract(
         ),
     ] = None,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
-    root: options.Root = options.DEFAULT_ROOT,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="DIR|URL",
+            help="The store to write, such as s3://BUCKET/my-clips.zarr; default: under --root.",
+        ),
+    ] = None,
+    root: options.RootOrUrl = str(options.DEFAULT_ROOT),
     json: options.Json = False,
 ) -> None:
     """Decode, preprocess and encode every video once; features land in a Zarr store.
 
     Interrupt it whenever you like: at most the tars in flight are lost, and the same command goes
     on. Videos that fail keep their row with the reason.
+
+    --root and --store may be on S3-compatible storage (extra `cloud`; credentials from the
+    environment only): docs/cloud.md.
 
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
@@ -141,16 +160,24 @@ def extract(
     cluster = _cluster(engine, device, address, ray_workers, cpus_per_worker, gpus_per_worker)
     if cluster is not None and partition == "auto":
         partition = "all"  # the cluster is the one that shares the work out
-    workspace = options.workspace(root)
+    # Under a URL lies what would lie under the folder; encoders are sought on this machine.
+    remote = is_url(root)
+    workspace = options.workspace(Path() if remote else Path(root))
+    encoders = (options.DEFAULT_ROOT if remote else workspace.root) / "encoders"
     chosen = parse_sampling(sampling)
+    store_path = workspace.store_path(
+        dataset, encoder=encoder_label(encoder), sampling=chosen.text, crops=crops, split=split
+    )
+
+    def place(path: Path) -> Path | str:
+        return f"{root.rstrip('/')}/{path.as_posix()}" if remote else path
+
     request = ExtractionRequest(
-        dataset_dir=workspace.dataset_dir(dataset),
-        store_path=workspace.store_path(
-            dataset, encoder=encoder_label(encoder), sampling=chosen.text, crops=crops, split=split
-        ),
+        dataset_dir=place(workspace.dataset_dir(dataset)),
+        store_path=place(store_path) if store is None else store if is_url(store) else Path(store),
         encoder=encoder,
         sampling=chosen,
-        encoders_dir=workspace.root / "encoders",
+        encoders_dir=encoders,
         split=split,
         crops=crops,
         precision=precision,
@@ -177,7 +204,9 @@ def extract(
             summary.rows_failed,
             summary.rows_ok + summary.rows_failed,
             max_failures,
-            f"`mote-cli inspect {summary.store}` lists the reasons",
+            "the summary lists the first reasons"
+            if is_url(summary.store)
+            else f"`mote-cli inspect {summary.store}` lists the reasons",
         )
     )
 
@@ -239,7 +268,10 @@ def _print_summary(summary: ExtractionSummary, json: bool) -> None:
     print_facts(
         facts
         | {f"failed: {f['key']}": f["reason"] for f in summary.failures}
-        | {"next": f"mote-cli train-head --dataset {summary.dataset}"}
+        | {
+            "next": f"mote-cli train-head --dataset {summary.dataset}"
+            + (f" --store {summary.store}" if is_url(summary.store) else "")
+        }
     )
 
 

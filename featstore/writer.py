@@ -33,6 +33,7 @@ from featstore.metadata import (
     StoreMetadata,
     array_nodes,
     check_prompt_set,
+    prompt_set_names,
     read_metadata,
     tar_entry,
 )
@@ -125,6 +126,11 @@ class StoreWriter:
     def provenance(self) -> Provenance:
         """How the features in it were made."""
         return self.metadata.provenance
+
+    @property
+    def prompt_sets(self) -> list[str]:
+        """Prompt sets whose class texts the store holds."""
+        return prompt_set_names(self.path)
 
     def done(self, tar: int) -> bool:
         """Whether it is committed, with a features shard of its size and every small chunk."""

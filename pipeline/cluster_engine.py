@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import WorkError, one_line
@@ -69,13 +70,17 @@ def _for_workers(request: ExtractionRequest, cluster: Cluster) -> ExtractionRequ
     folder = request.encoders_dir
     return replace(
         request,
-        dataset_dir=request.dataset_dir.absolute(),
-        store_path=request.store_path.absolute(),
+        dataset_dir=_everywhere(request.dataset_dir),
+        store_path=_everywhere(request.store_path),
         encoder=lasting_spec(request.encoder),
         encoders_dir=folder and folder.absolute(),
         device=cluster.device,
         share=None,  # the tars are named
     )
+
+
+def _everywhere(place: Path | str) -> Path | str:
+    return place if isinstance(place, str) else place.absolute()
 
 
 @dataclass(eq=False)

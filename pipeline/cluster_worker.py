@@ -13,24 +13,17 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 from typing import Final
 
-from featstore import StoreWriter
 from featstore.errors import UserError, WorkError
-from pipeline.decoding import decoder_named
-from pipeline.extraction import (
-    code_versions,
-    load_request_encoder,
-    make_pool,
-    provenance_of,
-    require_same,
-)
+from featstore.places import AnyWriter, writer_of
+from pipeline.extraction import code_versions, load_request_encoder, provenance_of, require_same
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest
 from pipeline.local_engine import Totals, run_partitions
+from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.tar_rows import EncodedVideo
-from pipeline.tar_source import LocalTars
 from pipeline.video_pool import VideoPool
 
 # Tars that a worker has at a time: while the last videos of one are encoded, those of the next
@@ -108,11 +101,11 @@ class TarWorker:
         try:
             _require_versions(versions, here)
             self._plan = ExtractionPlan(self._request)
-            writer = StoreWriter.open(self._request.store_path)
-            decoder = decoder_named(self._request.decoder, self._request.strict)
+            writer = self._writer()
+            name = decoder_for(self._request, writer.provenance.decoder)
             encoder = load_request_encoder(self._plan)
-            require_same(self._plan, writer, provenance_of(self._plan, encoder, decoder.name))
-            self._pool = make_pool(self._request, decoder, encoder, self._threads)
+            require_same(self._plan, writer, provenance_of(self._plan, encoder, name))
+            self._pool = open_pool(replace(self._request, workers=self._threads), name, encoder)
         except (UserError, WorkError, OSError) as error:
             return Failure.of(error)
         return here
@@ -126,8 +119,8 @@ class TarWorker:
         def count(done: float, total: float, **_: float | int | str) -> None:
             self._videos[tar] = int(done)
 
-        writer = StoreWriter.open(request.store_path)
-        source = LocalTars(plan.dataset)
+        writer = self._writer()
+        source = plan.tar_source()
         turn = _Turn(self._pool, self._turn, samples)
         with ExitStack() as resources:
             resources.callback(self._videos.pop, tar)
@@ -149,6 +142,16 @@ class TarWorker:
             except (UserError, WorkError, OSError) as error:
                 return Outcome(tar, failure=Failure.of(error))
         return Outcome(tar, totals)
+
+    def _writer(self) -> AnyWriter:
+        """A writer of its own for every tar: they are done at the same time."""
+        writer = writer_of(self._request.store_path)
+        if writer is None:
+            raise WorkError(
+                f"{self._request.store_path} is not seen from {socket.gethostname()}: workers need "
+                "the same file system, or a store on S3-compatible storage"
+            )
+        return writer
 
     def report(self) -> Report:
         """How far the tars in hand are."""

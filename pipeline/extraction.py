@@ -10,12 +10,11 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from featstore import ClassText, Provenance, StoreWriter, open_store
+from featstore import ClassText, Provenance
 from featstore.errors import UserError, WorkError
-from featstore.metadata import prompt_set_names
+from featstore.places import AnyWriter, open_rows, writer_maker, writer_of
 from featstore.progress import ProgressSink, no_progress
 from featstore.writer import StoreExists
-from pipeline.decoding import decoder_named
 from pipeline.encoder_files import lasting_spec, remember_fingerprint, signature
 from pipeline.extraction_plan import (
     ExtractionPlan,
@@ -24,9 +23,8 @@ from pipeline.extraction_plan import (
     fingerprint_note,
     summary_of,
 )
-from pipeline.machine import usable_cores
+from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.prompts import sentences
-from pipeline.tar_source import LocalTars
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
@@ -70,15 +68,16 @@ def extract(
         )
     if decoder is None and encoder is None and plan.known_complete():
         logger.info("%s is complete already: nothing to do", request.store_path)
-        return summary_of(plan, open_store(request.store_path))
+        return summary_of(plan, open_rows(request.store_path))
     if cluster is not None and plan.writer is None:
         from pipeline.cluster import require_precision
 
         require_precision(cluster, request)
-    decoder = decoder or decoder_named(request.decoder, request.strict)
+    begun_with = plan.writer.provenance.decoder if plan.writer is not None else None
+    name = decoder.name if decoder is not None else decoder_for(request, begun_with)
     encoder = encoder or load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)
-    writer = open_or_init(plan, encoder, decoder.name)
+    writer = open_or_init(plan, encoder, name)
     pending = plan.pending()
     plan.require_room(pending, encoder.dim)
     started = time.perf_counter()
@@ -91,24 +90,23 @@ def extract(
     else:
         with writer.claim(pending):
             # Another process may have done some of them before they were claimed.
-            totals = _run(plan, writer, plan.pending(), decoder, encoder, progress)
+            pool = open_pool(request, name, encoder, decoder)
+            totals = _run(plan, writer, plan.pending(), pool, progress)
     return _concluded(plan, totals, time.perf_counter() - started)
 
 
 def _run(
     plan: ExtractionPlan,
-    writer: StoreWriter,
+    writer: AnyWriter,
     pending: list[int],
-    decoder: Decoder,
-    encoder: Encoder,
+    pool: VideoPool,
     progress: ProgressSink,
 ) -> Totals:
+    """Do the pending partitions in this process; closes the pool."""
     from pipeline.local_engine import run_partitions
 
-    request = plan.request
-    source = LocalTars(plan.dataset)
+    source = plan.tar_source()
     source.open_order([plan.shards[tar] for tar in pending])
-    pool = make_pool(request, decoder, encoder, request.workers or usable_cores())
     try:
         return run_partitions(
             plan.dataset,
@@ -143,22 +141,13 @@ def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> Extracti
         )
     return summary_of(
         plan,
-        open_store(request.store_path),
+        open_rows(request.store_path),
         done=len(totals.done),
         videos=totals.videos,
         frames=totals.frames,
         videos_short=totals.videos_short,
         seconds=seconds,
     )
-
-
-def make_pool(
-    request: ExtractionRequest, decoder: Decoder, encoder: Encoder, threads: int
-) -> VideoPool:
-    """The pool that encodes the request's videos, with `threads` on the CPU."""
-    from pipeline.video_pool import ThreadVideoPool
-
-    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, threads)
 
 
 def load_request_encoder(plan: ExtractionPlan) -> Encoder:
@@ -178,7 +167,7 @@ def load_request_encoder(plan: ExtractionPlan) -> Encoder:
     )
 
 
-def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> StoreWriter:
+def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> AnyWriter:
     """The writer of the request's store, which is made when it is not there.
 
     Raises UserError when the store was made in another way.
@@ -191,7 +180,8 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
         try:
             plan.writer = _init(plan, encoder, provenance)
         except StoreExists:  # another process made it at this moment
-            plan.writer = StoreWriter.open(path)
+            plan.writer = writer_of(path)
+            assert plan.writer is not None
     require_same(plan, plan.writer, provenance)
     remember_fingerprint(
         fingerprint_note(path),
@@ -201,21 +191,23 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
     return plan.writer
 
 
-def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenance) -> None:
+def require_same(plan: ExtractionPlan, writer: AnyWriter, provenance: Provenance) -> None:
     """Raise UserError with the differences when the store was made in another way."""
     differences = writer.provenance.differences(provenance)
-    missing = set(plan.request.prompt_sets) - set(prompt_set_names(writer.path))
+    missing = set(plan.request.prompt_sets) - set(writer.prompt_sets)
     if missing:
         differences.append(f"prompt sets: store lacks {', '.join(sorted(missing))}")
     if differences:
         raise UserError(
-            f"{writer.path} was made in another way and is never mixed ({'; '.join(differences)})"
-            ": ask for what it holds, or remove it to extract anew"
+            f"{plan.request.store_path} was made in another way and is never mixed "
+            f"({'; '.join(differences)}): ask for what it holds, or remove it to extract anew"
         )
 
 
 def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Provenance:
     """What the store will record of how its features were made."""
+    from pipeline.decoding.dali import DECODER_NAME, dali_version
+
     request = plan.request
     return Provenance(
         encoder=lasting_spec(request.encoder),
@@ -228,7 +220,11 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
         preprocessing=encoder.preprocessing.to_json(),
         decoder=decoder_name,
         strict_decode=request.strict,
-        versions={"python": platform.python_version(), **code_versions()},
+        versions={
+            "python": platform.python_version(),
+            **code_versions(),
+            **(dali_version() if decoder_name == DECODER_NAME else {}),
+        },
         dataset=plan.dataset.name,
         dataset_fingerprint=plan.dataset.fingerprint,
     )
@@ -240,10 +236,9 @@ def code_versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> StoreWriter:
+def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> AnyWriter:
     dataset = plan.dataset
-    return StoreWriter.init(
-        plan.request.store_path,
+    return writer_maker(plan.request.store_path)(
         plan.schema(encoder.dim),
         provenance,
         tars=[

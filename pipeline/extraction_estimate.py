@@ -6,18 +6,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import WorkError
 from featstore.progress import ProgressSink, no_progress
-from pipeline.decoding import decoder_named
 from pipeline.extraction import load_request_encoder, provenance_of, require_same
 from pipeline.extraction_plan import SPARE_BYTES, ExtractionPlan, ExtractionRequest, free_bytes
-from pipeline.machine import usable_cores
-from pipeline.tar_source import LocalTars, TarSource
+from pipeline.pool_choice import decoder_for, open_pool
+from pipeline.tar_source import TarSource
 from pipeline.tars import DamagedTar, open_tar
-from pipeline.video_pool import ThreadVideoPool, VideoPool
+from pipeline.video_pool import VideoPool
 
 SAMPLE_SECONDS: Final = 10.0
 
@@ -39,6 +37,7 @@ class Estimate:
     bytes_needed: int
     bytes_free: int
     fits: bool
+    disk: str  # where the bytes are free; a remote store's pass through there one tar at a time
     videos_sampled: int
     sample_failures: int
     sample_seconds: float
@@ -77,7 +76,7 @@ class Estimate:
         """Raise `WorkError` when the store would not fit on the disk."""
         if not self.fits:
             raise WorkError(
-                f"the store will take {_size(self.bytes_needed)} and {Path(self.store).parent} has "
+                f"the store will take {_size(self.bytes_needed)} and {self.disk} has "
                 f"{_size(self.bytes_free)} free: make room, or put the workspace (--root) on a "
                 "larger disk"
             )
@@ -95,24 +94,22 @@ def estimate(
     `extract` raises for what it cannot do.
     """
     plan = ExtractionPlan(request)
-    decoder = decoder_named(request.decoder, request.strict)
+    name = decoder_for(request, plan.writer.provenance.decoder if plan.writer else None)
     encoder = load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)
-    provenance = provenance_of(plan, encoder, decoder.name)
+    provenance = provenance_of(plan, encoder, name)
     if plan.writer is not None:
         require_same(plan, plan.writer, provenance)
     pending = plan.pending()
-    pool = ThreadVideoPool(
-        decoder, encoder, request.sampling, request.crops, request.workers or usable_cores()
-    )
-    source = LocalTars(plan.dataset)
+    pool = open_pool(request, name, encoder)
+    source = plan.tar_source()
     try:
         sample = _sample(plan, pending, pool, source, seconds, progress)
     finally:
         pool.close()
         source.close()
     videos = sum(plan.shards[tar].samples for tar in pending)
-    needed, free = plan.bytes_needed(pending, encoder.dim), free_bytes(request.store_path)
+    needed, free = plan.bytes_needed(pending, encoder.dim), free_bytes(plan.disk)
     rate = sample.videos_per_second
     return Estimate(
         dataset=plan.dataset.name,
@@ -124,7 +121,8 @@ def estimate(
         tars_done=len(plan.mine) - len(pending),
         bytes_needed=needed,
         bytes_free=free,
-        fits=needed + SPARE_BYTES <= free,
+        fits=plan.disk_needed(pending, encoder.dim) + SPARE_BYTES <= free,
+        disk=str(plan.disk),
         videos_sampled=sample.videos,
         sample_failures=sample.failures,
         sample_seconds=sample.seconds,
