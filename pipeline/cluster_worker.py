@@ -119,13 +119,14 @@ class TarWorker:
         def count(done: float, total: float, **_: float | int | str) -> None:
             self._videos[tar] = int(done)
 
-        writer = self._writer()
-        source = plan.tar_source()
         turn = _Turn(self._pool, self._turn, samples)
         with ExitStack() as resources:
             resources.callback(self._videos.pop, tar)
-            resources.callback(source.close)
             resources.callback(turn.end)
+            try:
+                writer = self._writer()
+            except (UserError, WorkError, OSError) as error:
+                return Outcome(tar, failure=Failure.of(error))
             try:
                 # Held while writing: a worker that outlives a killed command must not write
                 # beside one of the next.
@@ -135,6 +136,8 @@ class TarWorker:
             try:
                 if writer.done(tar) and not request.retry_failed:
                     return Outcome(tar)
+                source = plan.tar_source()
+                resources.callback(source.close)
                 source.open_order([plan.shards[tar]])
                 totals = run_partitions(
                     plan.dataset, plan.shards, [tar], writer, turn, source, count, samples
