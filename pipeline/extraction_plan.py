@@ -54,7 +54,8 @@ class Share:
 
         K counts from 0 or from 1: only its remainder by N matters, so either way N processes
         cover every tar once. "auto" takes RANK and WORLD_SIZE (torchrun), SLURM_PROCID and
-        SLURM_NTASKS (srun), or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
+        SLURM_NTASKS (srun; a batch script has them too, but no SLURM_STEP_ID, and does all tars),
+        or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
         Raises UserError for anything else.
         """
         if text == "all":
@@ -79,6 +80,9 @@ class Share:
             index, count = environment.get(index_name, ""), environment.get(count_name, "")
             first = environment.get(first_name, "0")
             if not (index.isdecimal() and count.isdecimal() and first.isdecimal()):
+                continue
+            batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment
+            if index_name == "SLURM_PROCID" and batch_script:
                 continue
             if int(count) > 1:
                 return cls(
