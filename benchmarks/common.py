@@ -131,6 +131,31 @@ def class_folders(target: Path, clips: Sequence[Path], videos: int, classes: int
     return target
 
 
+def small_clips(count: int) -> list[Path]:
+    """Clips of 96x64 and 24 frames that cost little, so that thousands are quick."""
+    import av
+    import numpy as np
+
+    folder = WORK / "small"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:02d}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        if path.is_file():
+            continue
+        rng = np.random.default_rng(number)
+        partial = path.with_suffix(".partial")
+        with av.open(str(partial), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=24)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+            stream.codec_context.thread_count = 1
+            for _ in range(24):
+                picture = rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode(None))
+        partial.rename(path)
+    return paths
+
+
 def kinetics_clips(count: int) -> list[Path]:
     """`count` distinct clips: 340x256, 10 s, 25 to 30 fps, H.264 with x264's default settings.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options
 from cli.output import print_facts, print_json, progress_of
+from featstore.errors import UserError
+from featstore.object_urls import is_url
 
 if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
     from pipeline.extraction_estimate import Estimate
     from pipeline.extraction_plan import ExtractionSummary
 
@@ -45,7 +49,13 @@ def extract(
     precision: options.Precision = "auto",
     device: options.Device = "auto",
     decoder: Annotated[
-        str, typer.Option("--decoder", metavar="auto|pyav", help="What decodes the videos.")
+        str,
+        typer.Option(
+            "--decoder",
+            metavar="auto|pyav|dali",
+            help="What decodes the videos: pyav on the CPU, dali on the GPU (docs/gpu.md); auto "
+            "takes dali where --device is a GPU that can.",
+        ),
     ] = "auto",
     strict_decode: Annotated[
         bool | None,
@@ -75,16 +85,69 @@ def extract(
         ),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Threads; default: one per core.")
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Threads (of each Ray worker); default: one per core."
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", metavar="local|ray", help="This process, or workers of a Ray cluster."
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT|auto|local",
+            help="The Ray cluster; default: that of RAY_ADDRESS, else one on this machine for this "
+            "command.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-workers",
+            metavar="N",
+            min=1,
+            help="Ray workers; default: one per machine, or per GPU with --gpus-per-worker.",
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None,
+        typer.Option(
+            "--cpus-per-worker", metavar="N", min=1, help="CPUs and threads of a Ray worker."
+        ),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-worker",
+            metavar="N",
+            min=0,
+            help="GPUs of a Ray worker, such as 1 or 0.5; default: none, 1 with --device cuda.",
+        ),
     ] = None,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
-    root: options.Root = options.DEFAULT_ROOT,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="DIR|URL",
+            help="The store to write, such as s3://BUCKET/my-clips.zarr; default: under --root.",
+        ),
+    ] = None,
+    root: options.RootOrUrl = str(options.DEFAULT_ROOT),
     json: options.Json = False,
 ) -> None:
     """Decode, preprocess and encode every video once; features land in a Zarr store.
 
     Interrupt it whenever you like: at most the tars in flight are lost, and the same command goes
     on. Videos that fail keep their row with the reason.
+
+    --root and --store may be on S3-compatible storage (extra `cloud`; credentials from the
+    environment only): docs/cloud.md.
 
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
@@ -94,16 +157,27 @@ def extract(
     from pipeline.extraction_plan import ExtractionRequest, Share
     from pipeline.sampling import parse_sampling
 
-    workspace = options.workspace(root)
+    cluster = _cluster(engine, device, address, ray_workers, cpus_per_worker, gpus_per_worker)
+    if cluster is not None and partition == "auto":
+        partition = "all"  # the cluster is the one that shares the work out
+    # Under a URL lies what would lie under the folder; encoders are sought on this machine.
+    remote = is_url(root)
+    workspace = options.workspace(Path() if remote else Path(root))
+    encoders = (options.DEFAULT_ROOT if remote else workspace.root) / "encoders"
     chosen = parse_sampling(sampling)
+    store_path = workspace.store_path(
+        dataset, encoder=encoder_label(encoder), sampling=chosen.text, crops=crops, split=split
+    )
+
+    def place(path: Path) -> Path | str:
+        return f"{root.rstrip('/')}/{path.as_posix()}" if remote else path
+
     request = ExtractionRequest(
-        dataset_dir=workspace.dataset_dir(dataset),
-        store_path=workspace.store_path(
-            dataset, encoder=encoder_label(encoder), sampling=chosen.text, crops=crops, split=split
-        ),
+        dataset_dir=place(workspace.dataset_dir(dataset)),
+        store_path=place(store_path) if store is None else store if is_url(store) else Path(store),
         encoder=encoder,
         sampling=chosen,
-        encoders_dir=workspace.root / "encoders",
+        encoders_dir=encoders,
         split=split,
         crops=crops,
         precision=precision,
@@ -123,16 +197,51 @@ def extract(
             _print_estimate(estimate(request, progress=progress), json)
         return
     with progress_of("extract", "videos") as progress:
-        summary = run(request, progress=progress)
+        summary = run(request, cluster=cluster, progress=progress)
     _print_summary(summary, json)
     raise typer.Exit(
         options.exit_code(
             summary.rows_failed,
             summary.rows_ok + summary.rows_failed,
             max_failures,
-            f"`mote-cli inspect {summary.store}` lists the reasons",
+            "the summary lists the first reasons"
+            if is_url(summary.store)
+            else f"`mote-cli inspect {summary.store}` lists the reasons",
         )
     )
+
+
+def _cluster(
+    engine: str,
+    device: str,
+    address: str | None,
+    workers: int | None,
+    cpus_per_worker: int | None,
+    gpus_per_worker: float | None,
+) -> Cluster | None:
+    """The cluster that the options speak of; None for this process."""
+    if engine == "local":
+        rays = {
+            "--address": address,
+            "--ray-workers": workers,
+            "--cpus-per-worker": cpus_per_worker,
+            "--gpus-per-worker": gpus_per_worker,
+        }
+        for name, value in rays.items():
+            if value is not None:
+                raise UserError(f"{name} {value} is for clusters: add --engine ray")
+        return None
+    if engine != "ray":
+        raise UserError(f"engine {engine!r} is unknown: choose local or ray")
+    from pipeline.cluster import Cluster
+
+    gpus = gpus_per_worker if gpus_per_worker is not None else float(device == "cuda")
+    if (device == "cuda" and not gpus) or (device == "cpu" and gpus):
+        raise UserError(
+            f"--device {device} and --gpus-per-worker {gpus:g} do not fit together: workers use "
+            "GPUs when they are given some"
+        )
+    return Cluster(address, workers, cpus_per_worker, gpus)
 
 
 def _print_summary(summary: ExtractionSummary, json: bool) -> None:
@@ -159,7 +268,10 @@ def _print_summary(summary: ExtractionSummary, json: bool) -> None:
     print_facts(
         facts
         | {f"failed: {f['key']}": f["reason"] for f in summary.failures}
-        | {"next": f"mote-cli train-head --dataset {summary.dataset}"}
+        | {
+            "next": f"mote-cli train-head --dataset {summary.dataset}"
+            + (f" --store {summary.store}" if is_url(summary.store) else "")
+        }
     )
 
 

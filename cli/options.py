@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,15 @@ Root = Annotated[
         help="Workspace: data sets, features, heads and encoders live under it.",
     ),
 ]
+RootOrUrl = Annotated[
+    str,
+    typer.Option(
+        "--root",
+        envvar="MOTE_ROOT",
+        metavar="DIR|URL",
+        help="Workspace: data sets and features live under it; also s3://BUCKET/PREFIX.",
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; the rest goes to stderr.")
 ]
@@ -45,7 +55,11 @@ StoreSampling = Annotated[
 ]
 StoreName = Annotated[
     str | None,
-    typer.Option("--store", metavar="NAME", help="Which store, where several fit: its name."),
+    typer.Option(
+        "--store",
+        metavar="NAME|URL",
+        help="Which store, where several fit: its name; or one at s3://BUCKET/PREFIX.",
+    ),
 ]
 PromptSet = Annotated[
     str | None,
@@ -106,6 +120,8 @@ MEAN_HEAD = "mean"
 
 def workspace(root: Path) -> Workspace:
     """The workspace at `root`; `UserError` when no folder can be there."""
+    if re.match(r"[a-z0-9]{2,}:/", str(root)):  # a Path has lost the second "/"
+        raise UserError(f"{root} looks like a URL: only `mote-cli extract` takes one as --root")
     for place in (root, *root.absolute().parents):
         if place.is_dir():
             return Workspace(root)

@@ -28,13 +28,17 @@ MAX_ROWS: Final = 2**30
 
 
 def open_store(path: str | Path, *, mapped: bool = True) -> Store:
-    """Open the store at `path` for reading.
+    """Open the store at `path` for reading; of one at a URL (s3://...), a mirror on disk.
 
     Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
     reads features through zarr instead of memory maps (slower; for file systems that cannot map).
     Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
     when the shard of a committed partition is missing or has another size.
     """
+    if isinstance(path, str) and "://" in path:
+        from featstore.remote_store import open_remote  # which needs this module
+
+        return open_remote(path, mapped=mapped)
     return Store(Path(path), mapped=mapped)
 
 

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from featstore.errors import UserError, WorkError
+from featstore.object_urls import is_url
 from featstore.reader import Store, open_store
 
 log = logging.getLogger(__name__)
@@ -123,18 +124,19 @@ class Workspace:
     ) -> Store:
         """The one store of `dataset` that holds the split and was made as asked.
 
-        `name` is that of its folder, with or without ".zarr". `encoder` is how the command that
-        would make a store should name the encoder.
+        `name` is that of its folder, with or without ".zarr", or its URL. `encoder` is how the
+        command that would make a store should name the encoder.
         Raises UserError when none fits (with the command that makes one) or several do (with
         their names), WorkError when the one that fits is damaged or not finished.
         """
-        paths = self.stores(dataset)
+        remote = name is not None and is_url(name)
+        paths = [open_store(str(name)).path] if remote else self.stores(dataset)
         if not paths:
             raise UserError(
                 f"no features of data set {dataset!r} under {self.features_dir(dataset)}: "
                 f"run `mote-cli extract --dataset {dataset}` first"
             )
-        if name is not None:
+        if name is not None and not remote:
             wanted = f"{name.removesuffix(STORE_SUFFIX)}{STORE_SUFFIX}"
             known = ", ".join(path.name for path in paths)
             paths = [path for path in paths if path.name == wanted]

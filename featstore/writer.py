@@ -37,6 +37,7 @@ from featstore.metadata import (
     StoreMetadata,
     array_nodes,
     check_prompt_set,
+    prompt_set_names,
     read_metadata,
     tar_entry,
 )
@@ -137,6 +138,11 @@ class StoreWriter:
     def provenance(self) -> Provenance:
         """How the features in it were made."""
         return self.metadata.provenance
+
+    @property
+    def prompt_sets(self) -> list[str]:
+        """Prompt sets whose class texts the store holds."""
+        return prompt_set_names(self.path)
 
     def file(self, array: str, tar: int) -> Path:
         """The file of an array that belongs to a tar."""

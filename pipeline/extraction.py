@@ -7,15 +7,15 @@ import logging
 import platform
 import shlex
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from featstore import ClassText, Provenance, StoreWriter, open_store
+from featstore import ClassText, Provenance
 from featstore.errors import UserError, WorkError
-from featstore.metadata import prompt_set_names
+from featstore.places import AnyWriter, open_rows, writer_maker, writer_of
 from featstore.progress import ProgressSink, no_progress
 from featstore.writer import StoreExists
-from pipeline.decoding import decoder_named
 from pipeline.encoder_files import lasting_spec, remember_fingerprint, signature
 from pipeline.extraction_plan import (
     ExtractionPlan,
@@ -24,13 +24,15 @@ from pipeline.extraction_plan import (
     fingerprint_note,
     summary_of,
 )
-from pipeline.machine import usable_cores
+from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.prompts import sentences
-from pipeline.tar_source import LocalTars
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
+    from pipeline.cluster import Cluster
     from pipeline.decoding.contract import Decoder
+    from pipeline.local_engine import Totals
+    from pipeline.video_pool import VideoPool
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +42,22 @@ def extract(
     *,
     decoder: Decoder | None = None,
     encoder: Encoder | None = None,
+    cluster: Cluster | None = None,
     progress: ProgressSink = no_progress,
 ) -> ExtractionSummary:
     """Fill the store that `request` names; partitions that are done are not done again.
 
     An interruption at any moment loses at most the tars in flight. Videos that cannot be decoded
     keep their row, with status failed and the reason. `decoder` and `encoder` stand in for those
-    that the request names.
+    that the request names. With `cluster` its workers do the work, on a device of its choice.
 
     Raises `UserError` when the store was made in another way, `WorkError` when tars are missing or
     damaged (after the others are done), the disk is too small, the encoder fails, or another
     process writes the same partitions.
     """
+    if cluster is not None:
+        # Here the encoder is only needed for names and texts.
+        request = replace(request, device="cpu" if cluster.device == "cpu" else "auto")
     plan = ExtractionPlan(request)
     if request.share is not None:
         logger.info(
@@ -63,41 +69,47 @@ def extract(
         )
     if decoder is None and encoder is None and plan.known_complete():
         logger.info("%s is complete already: nothing to do", request.store_path)
-        return summary_of(plan, open_store(request.store_path))
-    decoder = decoder or decoder_named(request.decoder, request.strict)
+        return summary_of(plan, open_rows(request.store_path))
+    if cluster is not None and plan.writer is None:
+        from pipeline.cluster import require_precision
+
+        require_precision(cluster, request)
+    begun_with = plan.writer.provenance.decoder if plan.writer is not None else None
+    name = decoder.name if decoder is not None else decoder_for(request, begun_with)
     encoder = encoder or load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)
-    writer = open_or_init(plan, encoder, decoder.name)
+    writer = open_or_init(plan, encoder, name)
     pending = plan.pending()
     plan.require_room(pending, encoder.dim)
-    with writer.claim(pending):
-        # Another process may have done some of them before they were claimed.
-        pending = plan.pending()
-        if not pending:
-            logger.info("%s is complete already: nothing to do", request.store_path)
-        return _run(plan, writer, pending, decoder, encoder, progress)
+    started = time.perf_counter()
+    if cluster is not None:
+        from pipeline.cluster_engine import run_on_ray
+
+        del encoder, decoder  # every worker has its own
+        request = replace(request, precision=writer.provenance.precision)
+        totals = run_on_ray(plan, request, pending, cluster, progress)
+    else:
+        with writer.claim(pending):
+            # Another process may have done some of them before they were claimed.
+            pool = open_pool(request, name, encoder, decoder)
+            totals = _run(plan, writer, plan.pending(), pool, progress)
+    return _concluded(plan, totals, time.perf_counter() - started)
 
 
 def _run(
     plan: ExtractionPlan,
-    writer: StoreWriter,
+    writer: AnyWriter,
     pending: list[int],
-    decoder: Decoder,
-    encoder: Encoder,
+    pool: VideoPool,
     progress: ProgressSink,
-) -> ExtractionSummary:
+) -> Totals:
+    """Do the pending partitions in this process; closes the pool."""
     from pipeline.local_engine import run_partitions
-    from pipeline.video_pool import ThreadVideoPool
 
-    request = plan.request
-    started = time.perf_counter()
-    source = LocalTars(plan.dataset)
+    source = plan.tar_source()
     source.open_order([plan.shards[tar] for tar in pending])
-    pool = ThreadVideoPool(
-        decoder, encoder, request.sampling, request.crops, request.workers or usable_cores()
-    )
     try:
-        totals = run_partitions(
+        return run_partitions(
             plan.dataset,
             plan.shards,
             pending,
@@ -110,12 +122,18 @@ def _run(
     finally:
         pool.close()
         source.close()
-    seconds = time.perf_counter() - started
+
+
+def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> ExtractionSummary:
+    """The summary, or the error when tars could not be used."""
+    request = plan.request
     if totals.damaged:
         raise WorkError(
             f"{len(totals.damaged)} of {len(plan.mine)} tars cannot be used, the others are done: "
             f"{totals.damaged[0]}"
         )
+    if not totals.done:
+        logger.info("%s is complete already: nothing to do", request.store_path)
     if totals.videos_short:
         logger.info(
             "%d videos have fewer than %d frames: frames repeat in their rows",
@@ -124,7 +142,7 @@ def _run(
         )
     return summary_of(
         plan,
-        open_store(request.store_path),
+        open_rows(request.store_path),
         done=len(totals.done),
         videos=totals.videos,
         frames=totals.frames,
@@ -150,7 +168,7 @@ def load_request_encoder(plan: ExtractionPlan) -> Encoder:
     )
 
 
-def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> StoreWriter:
+def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> AnyWriter:
     """The writer of the request's store, which is made when it is not there.
 
     Raises UserError when the store was made in another way.
@@ -163,7 +181,8 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
         try:
             plan.writer = _init(plan, encoder, provenance)
         except StoreExists:  # another process made it at this moment
-            plan.writer = StoreWriter.open(path)
+            plan.writer = writer_of(path)
+            assert plan.writer is not None
     require_same(plan, plan.writer, provenance)
     remember_fingerprint(
         fingerprint_note(path),
@@ -173,35 +192,38 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> S
     return plan.writer
 
 
-def require_same(plan: ExtractionPlan, writer: StoreWriter, provenance: Provenance) -> None:
+def require_same(plan: ExtractionPlan, writer: AnyWriter, provenance: Provenance) -> None:
     """Raise UserError with the differences when the store was made in another way."""
     differences = writer.provenance.differences(provenance)
-    place = shlex.quote(str(writer.path))
-    missing = sorted(set(plan.request.prompt_sets) - set(prompt_set_names(writer.path)))
-    if missing and not differences:
+    store = plan.request.store_path
+    place = shlex.quote(str(store))
+    local = not isinstance(store, str)  # the store commands take folders, no URLs
+    missing = sorted(set(plan.request.prompt_sets) - set(writer.prompt_sets))
+    if missing and not differences and local:
         raise UserError(
-            f"{writer.path} has no class texts of prompt set {missing[0]!r}: run `mote-cli store "
+            f"{store} has no class texts of prompt set {missing[0]!r}: run `mote-cli store "
             f"add-texts {place} --prompts {missing[0]}`, which touches no features"
         )
     if missing:
         differences.append(f"prompt sets: store lacks {', '.join(missing)}")
     if differences:
         remedy = "ask for what it holds, or remove it to extract anew"
-        if all(phrase.startswith("dataset_fingerprint") for phrase in differences):
+        if local and all(phrase.startswith("dataset_fingerprint") for phrase in differences):
             remedy = (
                 f"if the data set only has more tars now, `mote-cli store add-tars {place} "
                 f"--dataset {plan.dataset.name}` adds them; else remove it to extract anew"
             )
         raise UserError(
-            f"{writer.path} was made in another way and is never mixed ({'; '.join(differences)})"
-            f": {remedy}"
+            f"{store} was made in another way and is never mixed "
+            f"({'; '.join(differences)}): {remedy}"
         )
 
 
 def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Provenance:
     """What the store will record of how its features were made."""
+    from pipeline.decoding.dali import DECODER_NAME, dali_version
+
     request = plan.request
-    names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
     return Provenance(
         encoder=lasting_spec(request.encoder),
         encoder_fingerprint=encoder.fingerprint,
@@ -213,16 +235,25 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
         preprocessing=encoder.preprocessing.to_json(),
         decoder=decoder_name,
         strict_decode=request.strict,
-        versions={"python": platform.python_version(), **{name: version(name) for name in names}},
+        versions={
+            "python": platform.python_version(),
+            **code_versions(),
+            **(dali_version() if decoder_name == DECODER_NAME else {}),
+        },
         dataset=plan.dataset.name,
         dataset_fingerprint=plan.dataset.fingerprint,
     )
 
 
-def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> StoreWriter:
+def code_versions() -> dict[str, str]:
+    """Versions of what makes features out of videos."""
+    names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
+    return {name: version(name) for name in names}
+
+
+def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> AnyWriter:
     dataset = plan.dataset
-    return StoreWriter.init(
-        plan.request.store_path,
+    return writer_maker(plan.request.store_path)(
         plan.schema(encoder.dim),
         provenance,
         tars=[

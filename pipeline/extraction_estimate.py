@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import WorkError
 from featstore.progress import ProgressSink, no_progress
-from pipeline.decoding import decoder_named
 from pipeline.extraction import load_request_encoder, provenance_of, require_same
 from pipeline.extraction_plan import SPARE_BYTES, ExtractionPlan, ExtractionRequest, free_bytes
-from pipeline.machine import usable_cores
-from pipeline.tar_source import LocalTars, TarSource
+from pipeline.pool_choice import decoder_for, open_pool
+from pipeline.tar_source import TarSource
 from pipeline.tars import DamagedTar, open_tar
-from pipeline.video_pool import ThreadVideoPool, VideoPool
+from pipeline.video_pool import VideoPool
 
 SAMPLE_SECONDS: Final = 10.0
 
@@ -38,6 +37,7 @@ class Estimate:
     bytes_needed: int
     bytes_free: int
     fits: bool
+    disk: str  # where the bytes are free; a remote store's pass through there one tar at a time
     videos_sampled: int
     sample_failures: int
     sample_seconds: float
@@ -65,9 +65,9 @@ class Estimate:
             "store": self.store + (" (begun)" if self.store_exists else " (new)"),
             "videos": f"{self.videos} in {self.tars} tars ({self.tars_done} tars done)",
             "frames": f"{self.frames} to encode",
-            "disk": f"{self.bytes_needed / 1e9:.3f} GB needed, {self.bytes_free / 1e9:.1f} GB free",
+            "disk": f"{_size(self.bytes_needed)} needed, {_size(self.bytes_free)} free",
             "speed": sampled if self.videos_sampled else "not sampled",
-            "time": "unknown" if self.hours is None else f"about {self.hours:.2f} hours",
+            "time": "unknown" if self.hours is None else _duration(self.hours),
             "encoder": f"{self.encoder} ({self.precision}, decoder {self.decoder})",
             "fingerprint": self.encoder_fingerprint,
         }
@@ -76,9 +76,9 @@ class Estimate:
         """Raise `WorkError` when the store would not fit on the disk."""
         if not self.fits:
             raise WorkError(
-                f"the store will take {self.bytes_needed / 1e9:.2f} GB and "
-                f"{Path(self.store).parent} has {self.bytes_free / 1e9:.2f} GB free: make room, or "
-                "put the workspace (--root) on a larger disk"
+                f"the store will take {_size(self.bytes_needed)} and {self.disk} has "
+                f"{_size(self.bytes_free)} free: make room, or put the workspace (--root) on a "
+                "larger disk"
             )
 
 
@@ -88,31 +88,29 @@ def estimate(
     seconds: float = SAMPLE_SECONDS,
     progress: ProgressSink = no_progress,
 ) -> Estimate:
-    """Encode videos of the first pending tar for `seconds`, keep nothing, and extrapolate.
+    """Encode videos of the pending tars for `seconds`, keep nothing, and extrapolate.
 
     Records are shuffled before packing, so the first videos are like the others. Raises what
     `extract` raises for what it cannot do.
     """
     plan = ExtractionPlan(request)
-    decoder = decoder_named(request.decoder, request.strict)
+    name = decoder_for(request, plan.writer.provenance.decoder if plan.writer else None)
     encoder = load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)
-    provenance = provenance_of(plan, encoder, decoder.name)
+    provenance = provenance_of(plan, encoder, name)
     if plan.writer is not None:
         require_same(plan, plan.writer, provenance)
     pending = plan.pending()
-    pool = ThreadVideoPool(
-        decoder, encoder, request.sampling, request.crops, request.workers or usable_cores()
-    )
-    source = LocalTars(plan.dataset)
+    pool = open_pool(request, name, encoder)
+    source = plan.tar_source()
     try:
-        done, failed, took = _sample(plan, pending, pool, source, seconds, progress)
+        sample = _sample(plan, pending, pool, source, seconds, progress)
     finally:
         pool.close()
         source.close()
     videos = sum(plan.shards[tar].samples for tar in pending)
-    needed, free = plan.bytes_needed(pending, encoder.dim), free_bytes(request.store_path)
-    rate = done / took if took > 0 else 0.0
+    needed, free = plan.bytes_needed(pending, encoder.dim), free_bytes(plan.disk)
+    rate = sample.videos_per_second
     return Estimate(
         dataset=plan.dataset.name,
         store=str(request.store_path),
@@ -123,10 +121,11 @@ def estimate(
         tars_done=len(plan.mine) - len(pending),
         bytes_needed=needed,
         bytes_free=free,
-        fits=needed + SPARE_BYTES <= free,
-        videos_sampled=done,
-        sample_failures=failed,
-        sample_seconds=took,
+        fits=plan.disk_needed(pending, encoder.dim) + SPARE_BYTES <= free,
+        disk=str(plan.disk),
+        videos_sampled=sample.videos,
+        sample_failures=sample.failures,
+        sample_seconds=sample.seconds,
         videos_per_second=rate,
         hours=videos / rate / 3600 if rate > 0 else (0.0 if not videos else None),
         encoder=provenance.encoder,
@@ -137,6 +136,16 @@ def estimate(
     )
 
 
+@dataclass
+class _Sample:
+    """Videos encoded so far, and the time of the first and of the newest result."""
+
+    videos: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    videos_per_second: float = 0.0
+
+
 def _sample(
     plan: ExtractionPlan,
     pending: list[int],
@@ -144,32 +153,56 @@ def _sample(
     source: TarSource,
     seconds: float,
     progress: ProgressSink,
-) -> tuple[int, int, float]:
-    """(videos done, how many of them failed, seconds) of the first tar that can be read."""
+) -> _Sample:
+    sample = _Sample()
+    total = sum(plan.shards[tar].samples for tar in pending)
+    started = time.perf_counter()
+    running: set[Future[Any]] = set()
+    first: tuple[int, float] | None = None  # videos and time once the pool has warmed up
+
+    def take(results: set[Future[Any]]) -> None:
+        nonlocal first
+        sample.videos += len(results)
+        sample.failures += sum(isinstance(result.result(), str) for result in results)
+        sample.seconds = time.perf_counter() - started
+        if first is None:
+            first = sample.videos, sample.seconds
+        progress(sample.videos, total)
+
+    for data in _videos(plan, pending, source):
+        if time.perf_counter() - started >= seconds:
+            break
+        running.add(pool.submit(lambda data=data: data))  # type: ignore[misc]
+        if len(running) >= pool.window:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            take(finished)
+    for result in as_completed(running):
+        take({result})
+    if first is not None and sample.videos > first[0]:
+        # Without the first results: libraries and caches warm up until then.
+        sample.videos_per_second = (sample.videos - first[0]) / (sample.seconds - first[1])
+    elif sample.seconds:
+        sample.videos_per_second = sample.videos / sample.seconds
+    return sample
+
+
+def _videos(plan: ExtractionPlan, pending: list[int], source: TarSource) -> Iterator[bytes]:
+    """The video files of the pending tars that can be read; extraction tells about the others."""
     for tar in pending:
         shard = plan.shards[tar]
         try:
             with open_tar(source.path(shard), shard.bytes) as archive:
-                if not archive.samples:
-                    continue
-                done = failed = 0
-                started = time.perf_counter()
-                running: set[Future[Any]] = set()
                 for sample in archive.samples:
-                    if time.perf_counter() - started >= seconds:
-                        break
-                    running.add(pool.submit(lambda sample=sample: archive.read(sample)))  # type: ignore[misc]
-                    while len(running) >= pool.window:
-                        finished, running = wait(running, return_when=FIRST_COMPLETED)
-                        done += len(finished)
-                        failed += sum(isinstance(f.result(), str) for f in finished)
-                        progress(done, shard.samples)
-                finished, _ = wait(running)
-                done += len(finished)
-                failed += sum(isinstance(f.result(), str) for f in finished)
-                return done, failed, time.perf_counter() - started
+                    yield archive.read(sample)
         except DamagedTar:
-            continue  # the extraction itself tells about it
+            continue
         finally:
             source.release(shard)
-    return 0, 0, 0.0
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _duration(hours: float) -> str:
+    return f"about {hours:.1f} hours" if hours >= 1 else f"about {hours * 60:.1f} minutes"

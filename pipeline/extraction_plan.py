@@ -5,6 +5,7 @@ A finished store is recognised here, so that running the same command again take
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -15,15 +16,18 @@ from typing import Any, Final
 
 import numpy as np
 
-from featstore import Store, StoreSchema, StoreWriter, open_store
+from featstore import Store, StoreSchema
 from featstore.errors import UserError, WorkError
-from featstore.metadata import prompt_set_names
+from featstore.places import AnyWriter, StorePlace, open_rows, writer_of
 from featstore.schema import STATUS_FAILED
+from featstore.scratch import ScratchFolder, cache_folder
 from pipeline.decoding.contract import Strictness
 from pipeline.encoder_files import remembered_fingerprint, signature
 from pipeline.packed import Dataset, Shard, load_dataset
 from pipeline.prompts import sentences
+from pipeline.remote_tars import RemoteTars, remote_dataset
 from pipeline.sampling import Sampling
+from pipeline.tar_source import LocalTars, TarSource
 
 # Left free when a store is begun: the last bytes of a disk belong to others.
 SPARE_BYTES: Final = 64 << 20
@@ -50,7 +54,8 @@ class Share:
 
         K counts from 0 or from 1: only its remainder by N matters, so either way N processes
         cover every tar once. "auto" takes RANK and WORLD_SIZE (torchrun), SLURM_PROCID and
-        SLURM_NTASKS (srun), or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
+        SLURM_NTASKS (srun; a batch script has them too, but no SLURM_STEP_ID, and does all tars),
+        or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
         Raises UserError for anything else.
         """
         if text == "all":
@@ -76,6 +81,9 @@ class Share:
             first = environment.get(first_name, "0")
             if not (index.isdecimal() and count.isdecimal() and first.isdecimal()):
                 continue
+            batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment
+            if index_name == "SLURM_PROCID" and batch_script:
+                continue
             if int(count) > 1:
                 return cls(
                     (int(index) - int(first)) % int(count),
@@ -92,10 +100,13 @@ class Share:
 
 @dataclass(frozen=True)
 class ExtractionRequest:
-    """What to extract, how, and where to: everything `mote-cli extract` asks for."""
+    """What to extract, how, and where to: everything `mote-cli extract` asks for.
 
-    dataset_dir: Path
-    store_path: Path
+    `dataset_dir` and `store_path` are folders, or as str URLs (s3://...).
+    """
+
+    dataset_dir: Path | str
+    store_path: StorePlace
     encoder: str
     sampling: Sampling
     encoders_dir: Path | None = None
@@ -154,11 +165,20 @@ class ExtractionPlan:
         for prompt_set in request.prompt_sets:
             sentences(prompt_set, "anything")  # an unknown one is told before the work begins
         self.request = request
-        self.dataset = load_dataset(request.dataset_dir)
+        self._scratch: ScratchFolder | None = None
+        if isinstance(request.dataset_dir, str):
+            self._scratch = ScratchFolder()
+            self.dataset = remote_dataset(request.dataset_dir, self._scratch.path)
+        else:
+            self.dataset = load_dataset(request.dataset_dir)
         self.shards = shards_of(self.dataset, request.split)
-        self.writer: StoreWriter | None = None
-        if request.store_path.exists():
-            self.writer = StoreWriter.open(request.store_path)
+        self.writer: AnyWriter | None = writer_of(request.store_path)
+
+    def tar_source(self) -> TarSource:
+        """A new source of the data set's tars."""
+        if self._scratch is None:
+            return LocalTars(self.dataset)
+        return RemoteTars(str(self.request.dataset_dir), self._scratch.path)
 
     @property
     def mine(self) -> list[int]:
@@ -173,7 +193,8 @@ class ExtractionPlan:
         if self.writer is None:
             return self.mine
         retried = self._with_failures() if self.request.retry_failed else set()
-        return [tar for tar in self.mine if tar in retried or not self.writer.done(tar)]
+        lacking = set(self.writer.pending())  # one listing of a remote store
+        return [tar for tar in self.mine if tar in retried or tar in lacking]
 
     def schema(self, dim: int) -> StoreSchema:
         """Sizes of the store for embeddings of width `dim`."""
@@ -194,13 +215,24 @@ class ExtractionPlan:
 
     def require_room(self, tars: list[int], dim: int) -> None:
         """Raise `WorkError` when the disk cannot take these partitions."""
-        needed, free = self.bytes_needed(tars, dim), free_bytes(self.request.store_path)
+        needed, free = self.disk_needed(tars, dim), free_bytes(self.disk)
         if needed + SPARE_BYTES > free:
             raise WorkError(
-                f"the store will take {needed / 1e9:.2f} GB and {self.request.store_path.parent} "
-                f"has {free / 1e9:.2f} GB free: make room, or put the workspace (--root) on a "
-                "larger disk"
+                f"the store will take {needed / 1e9:.2f} GB and {self.disk} has {free / 1e9:.2f} "
+                "GB free: make room, or put the workspace (--root) on a larger disk"
             )
+
+    @property
+    def disk(self) -> Path:
+        """A folder, perhaps not made yet, on the disk that takes what is written."""
+        place = self.request.store_path
+        return cache_folder() if isinstance(place, str) else place.parent
+
+    def disk_needed(self, tars: list[int], dim: int) -> int:
+        """Bytes of it that these partitions take: a remote store's lie there one at a time."""
+        if isinstance(self.request.store_path, str):
+            return max((self.bytes_needed([tar], dim) for tar in tars), default=0)
+        return self.bytes_needed(tars, dim)
 
     def known_complete(self) -> bool:
         """Whether nothing is left to do and the store is surely the one asked for.
@@ -222,12 +254,12 @@ class ExtractionPlan:
             and request.crops == made.crops
             and self.dataset.name == made.dataset
             and self.dataset.fingerprint == made.dataset_fingerprint
-            and not set(request.prompt_sets) - set(prompt_set_names(request.store_path))
+            and not set(request.prompt_sets) - set(self.writer.prompt_sets)
         )
 
     def _with_failures(self) -> set[int]:
         """Done tars with a video that failed in extraction (not one that was never packed)."""
-        store = open_store(self.request.store_path)
+        store = open_rows(self.request.store_path)
         failed = store.rows[store.status == STATUS_FAILED]
         tars, positions = np.divmod(failed, store.schema.capacity)
         packed = np.array([shard.samples for shard in self.shards])
@@ -274,8 +306,11 @@ def summary_of(
     )
 
 
-def fingerprint_note(store_path: Path) -> Path:
-    """Where the encoder's files and fingerprint are noted beside a store."""
+def fingerprint_note(store_path: StorePlace) -> Path:
+    """Where the encoder's files and fingerprint are noted: beside a store, or in the cache."""
+    if isinstance(store_path, str):
+        digest = hashlib.sha256(store_path.encode()).hexdigest()[:16]
+        return cache_folder() / "stores" / f"{digest}.encoder.json"
     return store_path.with_name(f"{store_path.name}.encoder.json")
 
 

@@ -23,6 +23,8 @@ PACKAGES = (
     "numcodecs",
     "webdataset",
     "nvidia-dali-cuda130",
+    "ray",
+    "obstore",
 )
 
 
@@ -32,6 +34,7 @@ def machine_report(root: Path) -> dict[str, Any]:
     import torch
 
     from pipeline.clip_encoder import cpu_has_bf16
+    from pipeline.decoding.dali import dali_problem
     from pipeline.encoder_sources import hub_reachable
 
     report: dict[str, Any] = {
@@ -45,6 +48,7 @@ def machine_report(root: Path) -> dict[str, Any]:
         "gpu": "none: everything runs on the CPU",
         "nvdec": "yes" if _loads("libnvcuvid.so.1") else "no",
         "dali": _dali(),
+        "gpu_decoding": dali_problem() or "yes",
         "hub": (
             "reachable: pretrained weights can be downloaded"
             if hub_reachable()

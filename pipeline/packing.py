@@ -188,7 +188,9 @@ class _Packing:
         self._dataset_dir = dataset_dir
         self._records_dir = dataset_dir / RECORDS_FOLDER
         self._natural = tuple(natural_class_name(raw) for raw in plan.class_names)
-        self._decoder = PyAVDecoder()
+        # Damage inside a file is for extraction to judge (--strict-decode): packing counts frames
+        # and leaves out what gives none.
+        self._decoder = PyAVDecoder("never")
         sweep_partials(dataset_dir)
         self.records: dict[str, ShardRecord] = {}
 

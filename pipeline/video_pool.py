@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from featstore.errors import one_line
+from featstore.segments import IntArray
 from pipeline.clip_encoder import Encoder
-from pipeline.decoding.contract import DecodeError, Decoder, Source
+from pipeline.decoding.contract import DecodeError, Decoder, Source, VideoInfo
+from pipeline.preprocessing import resized_size
 from pipeline.sampling import Sampling
 from pipeline.tar_rows import EncodedVideo
 
@@ -31,6 +33,9 @@ ENCODE_BATCH = 16
 # Videos handed out per worker: keeps workers busy while a partition is written, and bounds memory
 # by workers instead of by data.
 LOOKAHEAD = 3
+# Of one frame after its short side has the encoder's size: a strip of 8192x2 pixels would become a
+# picture of 600 MB.
+MAX_RESIZED_PIXELS = 1 << 22
 
 
 class VideoPool(Protocol):
@@ -96,10 +101,20 @@ def encode_video(
     The one path from video to embeddings: extraction and prediction both use it. Views are ordered
     crop-major, then clip. Raises `DecodeError`.
     """
-    try:
-        info, frames, seconds = decoder.decode_with_info(
-            source, lambda found: sampling.indices(found.num_frames).reshape(-1)
+
+    def choose(found: VideoInfo) -> IntArray:
+        height, width = resized_size(
+            found.height, found.width, encoder.preprocessing.size, encoder.preprocessing.resize_mode
         )
+        if height * width > MAX_RESIZED_PIXELS:
+            raise DecodeError(
+                f"frames of {found.width}x{found.height} pixels would be resized to "
+                f"{width}x{height}, more than the limit of {MAX_RESIZED_PIXELS} pixels"
+            )
+        return sampling.indices(found.num_frames).reshape(-1)
+
+    try:
+        info, frames, seconds = decoder.decode_with_info(source, choose)
     except DecodeError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from featstore import ClassText, Partition, Provenance, StoreSchema, StoreWriter
+from featstore.places import AnyWriter, StorePlace, writer_maker
 
 CLASS_NAMES = ("brush hair", "climb stairs", "throw")
 SPLIT_NAMES = ("train", "val")
@@ -70,8 +71,16 @@ def init_store(
     path: Path, schema: StoreSchema, rows: Sequence[int], **provenance: Any
 ) -> StoreWriter:
     """An empty store whose tars list `rows` samples."""
-    return StoreWriter.init(
-        path,
+    writer = init_store_at(path, schema, rows, **provenance)
+    assert isinstance(writer, StoreWriter)
+    return writer
+
+
+def init_store_at(
+    place: StorePlace, schema: StoreSchema, rows: Sequence[int], **provenance: Any
+) -> AnyWriter:
+    """The same in a folder or at a URL."""
+    return writer_maker(place)(
         schema,
         make_provenance(schema.dim, **provenance),
         tars=[

@@ -15,4 +15,4 @@ def decoder_named(name: str, strict: Strictness = "auto") -> Decoder:
     """
     if name in ("auto", PyAVDecoder.name):
         return PyAVDecoder(strict)
-    raise UserError(f"decoder {name!r} is unknown: choose auto or {PyAVDecoder.name}")
+    raise UserError(f"decoder {name!r} is unknown: choose auto, {PyAVDecoder.name} or dali")

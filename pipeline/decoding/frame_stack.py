@@ -16,6 +16,17 @@ if TYPE_CHECKING:
     from av.sidedata.sidedata import SideData
 
 MAX_BYTES = 2 << 30  # of all frames asked for in one call
+MAX_PIXELS = 1 << 26  # of one frame: 8192 x 8192, twice the area of an 8K video frame
+MAX_SIDE = 12288  # the width of a 12K camera's frame; a longer side is a broken or hostile header
+
+
+def refuse_large(width: int, height: int) -> None:
+    """Raise `DecodeError` for frames larger than any video's."""
+    size = f"frames of {width}x{height} pixels are larger than the limit of"
+    if max(width, height) > MAX_SIDE:
+        raise DecodeError(f"{size} {MAX_SIDE} pixels a side")
+    if width * height > MAX_PIXELS:
+        raise DecodeError(f"{size} {MAX_PIXELS} pixels")
 
 
 class FrameStack:
@@ -33,11 +44,15 @@ class FrameStack:
         self._places: dict[int, list[int]] = defaultdict(list)
         for place, index in enumerate(self.indices.tolist()):
             self._places[index].append(place)
-        self.missing = set(self._places)
+        self.start_again()
         self.seconds = np.full(len(self.indices), np.nan)
         self._frames: Frames | None = None
         # A reformatter of our own keeps its tables from frame to frame.
         self._reformatter = VideoReformatter()
+
+    def start_again(self) -> None:
+        """Take no frame for stored that was put so far."""
+        self.missing = set(self._places)
 
     def require_within(self, num_frames: int) -> None:
         """Raise `DecodeError` when an index is not below `num_frames`."""
@@ -46,9 +61,18 @@ class FrameStack:
                 f"there is no frame {self.indices.max()}: the video has {num_frames} frames"
             )
 
+    def require_size(self, width: int, height: int) -> None:
+        """Raise `DecodeError` when the frames do not have the size of the video's first one."""
+        if self.frames.shape[1:3] != (height, width):
+            raise DecodeError(
+                f"the size changes within the video: the frames asked for are "
+                f"{self.frames.shape[2]}x{self.frames.shape[1]}, the first is {width}x{height}"
+            )
+
     def put(self, index: int, frame: VideoFrame, seconds: float) -> None:
         """Store `frame`, shown at `seconds`, as number `index` wherever that was asked for."""
         width, height = shown_size(frame)
+        refuse_large(width, height)
         if self._frames is None:
             shape = (len(self.indices), height, width, 3)
             if np.prod(shape, dtype=object) > MAX_BYTES:

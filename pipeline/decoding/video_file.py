@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
@@ -15,23 +14,29 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from pipeline.decoding.contract import DecodeError, Source
+from pipeline.decoding import frame_stack
+from pipeline.decoding.contract import DecodeError, Source, Strictness
 
-# Decoders that notice damage when told to (err_detect=explode caught every damaged H.264 file
-# tried and 21 of 28 damaged HEVC files; the others decode damage into smears without a word), and
-# that can leave out frames no other frame leans on without changing the rest.
-STRICT_CODECS = {"h264", "hevc"}
+# Whose damage fails a video with strictness "auto". The H.264 decoder marks nearly every damaged
+# frame; what the others notice is measured in docs/decoding.md.
+NOTICING_CODECS = {"h264", "hevc"}
+# These two notice more when told to. HEVC also checks the picture hashes that some encoders write.
+# The H.264 decoder notices as much without, but when told to it stumbles over sound open groups.
+ERR_DETECT = {"hevc": "crccheck+explode", "mjpeg": "explode"}
 
-MAX_PIXELS = 1 << 26  # of one frame: 8192 x 8192, twice the area of an 8K video frame
 READ_BUFFER_BYTES = 1 << 18
 
 
 class VideoFile:
-    """An open video stream that can be started again from the beginning."""
+    """An open video stream that can be started again from the beginning.
 
-    def __init__(self, source: Source, *, strict: bool) -> None:
+    `fails_on_damage`: whether the strictness asks that damage in this codec fails the video.
+    `broken_off` is the reason why reading packets ended before the file's end, if it did.
+    """
+
+    def __init__(self, source: Source, strict: Strictness) -> None:
         self._source = source
-        self._strict = strict
+        self.strict = strict
         self._file: BinaryIO | None = None
         self._container: InputContainer | None = None
 
@@ -62,9 +67,10 @@ class VideoFile:
     def restart(self) -> None:
         """Open the source from its beginning with a fresh decoder."""
         self._close()
+        self.broken_off: str | None = None
         self._file = _binary_file(self._source)
         self.ends_early = _riff_ends_early(self._file)
-        limits = {"max_pixels": str(MAX_PIXELS)}
+        limits = {"max_pixels": str(frame_stack.MAX_PIXELS)}
         try:
             # A playlist must not make us open other files: no protocol is allowed.
             self._container = av.open(
@@ -83,17 +89,16 @@ class VideoFile:
             raise DecodeError("no decoder for the codec of the video stream")
         self.stream = cast(VideoStream, stream)
         context = self.stream.codec_context
-        if context.width * context.height > MAX_PIXELS:
-            raise DecodeError(
-                f"frames of {context.width}x{context.height} pixels are larger than the limit "
-                f"of {MAX_PIXELS} pixels"
-            )
+        frame_stack.refuse_large(context.width, context.height)
         self.codec = context.name
         # One thread per video: many videos are decoded at once, and FFmpeg's own threads cost
         # 10 to 17 % more CPU time per frame.
         context.thread_count = 1
-        self.explodes = self._strict and self.codec in STRICT_CODECS
-        context.options = {**limits, **({"err_detect": "explode"} if self.explodes else {})}
+        noticing = self.codec in NOTICING_CODECS
+        self.fails_on_damage = self.strict == "always" or (self.strict == "auto" and noticing)
+        context.options = dict(limits)
+        if self.fails_on_damage and self.codec in ERR_DETECT:
+            context.options = {**limits, "err_detect": ERR_DETECT[self.codec]}
 
     @property
     def container(self) -> InputContainer:
@@ -108,10 +113,12 @@ class VideoFile:
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Packets of the stream in file order; ends early where the file cannot be read on."""
-        with suppress(av.FFmpegError):
+        try:
             for packet in self.container.demux(self.stream):
                 if packet.size or packet.dts is not None:  # the last one is a dummy
                     yield packet
+        except av.FFmpegError as error:
+            self.broken_off = plain_cause(error)
 
 
 class _Nameless:

@@ -1,14 +1,15 @@
-"""Runs `mote-cli` in processes of its own that start at once; used by test_interruption.py.
+"""Runs `mote-cli` in processes of its own that start at once; used by tests/processes.py.
 
 Reads one JSON line per command, {"arguments", "out", "err"}, answers {"pid"} when it has started
-and {"code"} when it has ended (negative: the signal). Loading torch takes seconds, so it happens
-here, once, and every command is a fork of this process.
+and {"pid", "code"} when it has ended (negative: the signal). Loading torch takes seconds, so it
+happens here, once, and every command is a fork of this process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 
 import av  # noqa: F401
@@ -30,10 +31,27 @@ def run(arguments: list[str], out: str, err: str) -> None:
     main()
 
 
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        run(**json.loads(line))
-        raise AssertionError("main() must exit")
-    print(json.dumps({"pid": pid}), flush=True)
-    print(json.dumps({"code": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}), flush=True)
+def answer(**values: int) -> None:
+    print(json.dumps(values), flush=True)
+
+
+pids: dict[int, int] = {}  # by descriptor
+unread = b""
+reading = True
+while reading or pids:
+    for ready in select.select([0] * reading + list(pids), [], [])[0]:
+        if ready:
+            pid = pids.pop(ready)
+            os.close(ready)
+            answer(pid=pid, code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            continue
+        read = os.read(0, 65536)
+        reading = bool(read)
+        *lines, unread = (unread + read).split(b"\n")
+        for line in lines:
+            pid = os.fork()
+            if pid == 0:
+                run(**json.loads(line))
+                raise AssertionError("main() must exit")
+            pids[os.pidfd_open(pid)] = pid
+            answer(pid=pid)

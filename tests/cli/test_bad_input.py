@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -465,7 +467,9 @@ def test_flipped_bits_in_a_store_are_never_evaluated(own: World) -> None:
     assert "extract" in line
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "swapped", "folder"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "cut", "flipped", "swapped", "reordered", "lacking", "folder"]
+)
 def test_a_damaged_tar_costs_its_partition_only(own: World, damage: str) -> None:
     shutil.rmtree(own.store)
     shards = sorted((own.root / "datasets/clips/shards").iterdir())
@@ -482,6 +486,11 @@ def test_a_damaged_tar_costs_its_partition_only(own: World, damage: str) -> None
         tar.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
     elif damage == "folder":
         tar.mkdir()
+    elif damage in ("reordered", "lacking"):
+        with tarfile.open(fileobj=io.BytesIO(whole)) as before, tarfile.open(tar, "w") as after:
+            members = before.getmembers()
+            for member in members[::-1] if damage == "reordered" else members[:-1]:
+                after.addfile(member, before.extractfile(member))
     arguments = ("extract", "--dataset", "clips", "--encoder", own.encoder, "--root", own.root)
     line = refused(1, *arguments, *FRAMES)
     assert line.startswith("error: 1 of 5 tars cannot be used, the others are done: ")

@@ -2,87 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import done, refused
 from media import make_video
+from processes import DEADLINE_S, Commands, Running, command_starter
 from tiny_world import SHORT_TRAINING, World
 
 from featstore import StoreWriter, open_store
 
-DEADLINE_S = 120
 EXTRACT = ("extract", "--dataset", "clips", "--sampling", "uniform:4", "--precision", "fp32")
-
-
-@dataclass
-class Commands:
-    """Starts commands one at a time."""
-
-    driver: subprocess.Popen[str]
-    folder: Path
-
-    def start(self, *arguments: str | Path) -> Running:
-        out, err = self.folder / "out", self.folder / "err"
-        line = {"arguments": list(map(str, arguments)), "out": str(out), "err": str(err)}
-        assert self.driver.stdin is not None
-        self.driver.stdin.write(json.dumps(line) + "\n")
-        self.driver.stdin.flush()
-        return Running(self, self.answer()["pid"], out, err)
-
-    def answer(self) -> dict[str, int]:
-        assert self.driver.stdout is not None
-        answer: dict[str, int] = json.loads(self.driver.stdout.readline())
-        return answer
-
-
-@dataclass
-class Running:
-    """A command at work; `stop` signals it once `moment` is there and waits for its end."""
-
-    commands: Commands
-    pid: int
-    out: Path
-    err: Path
-
-    def stop(self, moment: Callable[[], bool], *signals: int) -> int:
-        deadline = time.monotonic() + DEADLINE_S
-        while not moment():
-            assert time.monotonic() < deadline, self.err.read_text()
-        for number in signals:
-            os.kill(self.pid, number)
-        return self.commands.answer()["code"]
-
-    @property
-    def words(self) -> str:
-        return self.err.read_text()
 
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    tests = Path(__file__).parents[1]
-    driver = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forking.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tests.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    yield Commands(driver, tmp_path_factory.mktemp("output"))
-    assert driver.stdin is not None
-    driver.stdin.close()
-    assert driver.wait(DEADLINE_S) == 0
+    with command_starter(tmp_path_factory.mktemp("output")) as commands:
+        yield commands
 
 
 @pytest.fixture(scope="module")

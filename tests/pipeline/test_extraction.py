@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from media import make_video
 from tiny_world import CLASSES, WORDS, make_clip, make_clips, make_encoder
 
 from featstore import Store, StoreWriter, UserError, WorkError, open_store
@@ -512,3 +513,10 @@ def test_a_single_video_needs_no_store(encoder: Encoder, videos: Path) -> None:
     assert video.frame_index.shape == video.pts.shape == (6, 4)
     with pytest.raises(DecodeError, match="not a readable video"):
         encode_video(b"nothing", PyAVDecoder(), encoder, sampling)
+
+
+def test_a_strip_is_refused_before_it_is_blown_up(encoder: Encoder) -> None:
+    """The short side becomes the encoder's: 12000x2 would be a picture of 300 million."""
+    strip = make_video(container="matroska", codec="ffv1", width=12_000, height=2, frames=2)
+    with pytest.raises(DecodeError, match="frames of 12000x2 pixels would be resized to"):
+        encode_video(strip, PyAVDecoder(), encoder, parse_sampling("uniform:2"))

@@ -1,0 +1,268 @@
+"""Decoding, resizing, cropping and normalising on the GPU with NVIDIA DALI.
+
+F frames of a clip, H, W height and width of its picture, C crops, h, w of the input of the tower.
+
+The graph is `decode -> resize -> crop and normalise`, once per crop. Sizes and corners are computed
+by `pipeline.preprocessing`, so the geometry is the one of the CPU path; DALI's own ways of choosing
+them differ by a pixel or more. With `device_id=None` and another `decode` the same graph runs
+without a GPU: that is how it is tested where there is none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from ctypes import CDLL
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from featstore.errors import UserError, one_line
+from pipeline.decoding.contract import Strictness
+from pipeline.preprocessing import Preprocessing, crop_corners, resized_size
+
+logger = logging.getLogger(__name__)
+
+DECODER_NAME = "dali"
+PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+NVDEC_LIBRARY = "libnvcuvid.so.1"
+
+# (encoded bytes [n] or whatever the clips hold, frame indices int32 [F]) -> uint8 [F,H,W,3].
+Decode = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Chosen frames of one video: its bytes as uint8 [n], increasing indices int64 [F], its kind.
+
+    `data` is uint8 [frames,H,W,3] where the graph was built to take decoded frames.
+    """
+
+    data: npt.NDArray[np.uint8]
+    frames: npt.NDArray[np.int64]
+    height: int
+    width: int
+    codec: str = ""
+
+
+def dali_problem() -> str | None:
+    """Why DALI cannot decode on this machine, in words that an error can end with; None if it can.
+
+    Looks for the package, a GPU and the driver's video decoder; decodes nothing.
+    """
+    return import_problem() or _device_problem()
+
+
+@cache
+def import_problem() -> str | None:
+    """Why DALI itself cannot be used, None if it can: it is missing, broken or too old."""
+    try:
+        dali = importlib.import_module("nvidia.dali")
+        fn = importlib.import_module("nvidia.dali.fn")
+    except ImportError as error:
+        return f"DALI cannot be imported ({one_line(error, 120)})"
+    except Exception as error:  # a broken library raises what it likes
+        return f"DALI is broken ({one_line(error, 120)})"
+    if not hasattr(getattr(fn, "decoders", None), "video"):
+        return f"DALI {dali.__version__} has no decoders.video: install 1.52 or newer"
+    return None
+
+
+def _device_problem() -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU can be used"
+    try:
+        CDLL(NVDEC_LIBRARY)
+    except OSError:
+        return (
+            f"the driver's video decoder ({NVDEC_LIBRARY}) is missing: in a container, start it "
+            "with NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
+        )
+    return None
+
+
+def dali_version() -> dict[str, str]:
+    """The installed DALI as {package: version}, for provenance."""
+    for package in PACKAGES:
+        try:
+            return {package: version(package)}
+        except PackageNotFoundError:
+            continue
+    return {}
+
+
+def wants_dali(decoder: str, device: str, strict: Strictness = "auto") -> bool:
+    """Whether `--decoder`, `--device` and the strictness together mean the GPU's decoder.
+
+    "auto" takes it on a CUDA device when it can be used, and says in one log line when it cannot.
+    Raises UserError when it is asked for by name and cannot be used.
+    """
+    resolved = device
+    if device == "auto":  # as the encoder takes it
+        resolved = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.device(resolved).type == "cuda"
+    if decoder != DECODER_NAME and (decoder != "auto" or not on_gpu):
+        return False
+    problem, remedy = dali_problem(), "use --decoder pyav"
+    if strict == "always":
+        # What NVDEC makes of damage it does not say.
+        problem = "it cannot notice damage, as --strict-decode asks"
+    if not on_gpu and device != "auto":
+        problem = f"it needs a GPU, and the device is {device}"
+        remedy = "use --device cuda, or --decoder pyav"
+    if problem is None:
+        return True
+    if decoder == DECODER_NAME:
+        raise UserError(f"decoder {decoder!r} cannot be used: {problem}; {remedy}")
+    logger.info("videos are decoded on the CPU: %s", problem)
+    return False
+
+
+def nvdec_decode(encoded: Any, frames: Any) -> Any:
+    """The decode stage on the GPU."""
+    fn = importlib.import_module("nvidia.dali.fn")
+    # The default pad_mode gives black frames for frames that do not exist, without a word.
+    # Threads pinned to cores would get in the way of the readers.
+    return fn.decoders.video(encoded, device="mixed", frames=frames, pad_mode="none", affine=False)
+
+
+class DaliPixels:
+    """Batches of clips to what the tower takes. One thread at a time may use it.
+
+    `preprocessing` and `crops` as in `Preprocessing.crops`; at most `batch_size` clips at a time;
+    `half` gives float16 instead of float32; `device_id` is the GPU, None for DALI's CPU operators,
+    which then need a `decode` of their own and clips with `rank`-dimensional data.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        crops: int,
+        *,
+        batch_size: int,
+        threads: int,
+        device_id: int | None,
+        half: bool = False,
+        decode: Decode = nvdec_decode,
+        rank: int = 1,
+    ) -> None:
+        preprocessing.require_crops(crops)
+        self._preprocessing = preprocessing
+        self._crops = crops
+        # Ten crops are five and their mirror images, in turn.
+        self._corners = 5 if crops == 10 else crops
+        self._mirror = (0, 1) if crops == 10 else (0,)
+        cuda: Any = torch.cuda  # the streams' annotations are incomplete
+        self._stream = cuda.Stream(device_id) if device_id is not None else None
+        self._graph = self._build(batch_size, threads, device_id, half, decode, rank)
+
+    def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
+        """Normalised pixels [C,F,3,h,w] of each clip, on the graph's device and complete.
+
+        Raises RuntimeError, without saying whose fault it is, when any of the clips fails; the next
+        call works again.
+        """
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            outputs = self._graph.run(**self._inputs(clips))
+            per_crop = [[from_dlpack(output[i]) for i in range(len(clips))] for output in outputs]
+            pixels = [torch.stack(crops) for crops in zip(*per_crop, strict=True)]
+            if self._stream is not None:
+                self._stream.synchronize()  # another stream will read them
+            return pixels
+
+    def _build(
+        self,
+        batch_size: int,
+        threads: int,
+        device_id: int | None,
+        half: bool,
+        decode: Decode,
+        rank: int,
+    ) -> Any:
+        dali = importlib.import_module("nvidia.dali")
+        fn = importlib.import_module("nvidia.dali.fn")
+        types = importlib.import_module("nvidia.dali.types")
+        settings = self._preprocessing
+        modes = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+        # Depth 1: inputs are given with `run`, and the pool's queue holds what is decoded ahead.
+        graph = dali.Pipeline(
+            batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1
+        )
+        with graph:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=rank)
+            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+            size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+            resized = fn.resize(
+                decode(encoded, frames),
+                size=size,
+                interp_type=modes[settings.interpolation],
+                antialias=True,
+            )
+            outputs = []
+            for number in range(self._corners):
+                corner = {
+                    f"crop_pos_{axis}": fn.external_source(
+                        name=f"{axis}{number}", dtype=types.FLOAT, ndim=0
+                    )
+                    for axis in "xy"
+                }
+                outputs += [
+                    fn.crop_mirror_normalize(
+                        resized,
+                        crop=settings.size,
+                        **corner,
+                        # The corners are whole numbers, but for the error of a float32.
+                        rounding="round",
+                        mirror=mirror,
+                        dtype=types.FLOAT16 if half else types.FLOAT,
+                        output_layout="FCHW",
+                        mean=[255 * value for value in settings.mean],
+                        std=[255 * value for value in settings.std],
+                        # Only resize mode "longest" leaves a border.
+                        out_of_bounds_policy="pad",
+                        fill_values=self._fill(),
+                    )
+                    for mirror in self._mirror
+                ]
+            graph.set_outputs(*outputs)
+        graph.build()
+        return graph
+
+    def _fill(self) -> list[float]:
+        settings = self._preprocessing
+        grey = settings.fill_color / 255
+        return [(grey - mean) / std for mean, std in zip(settings.mean, settings.std, strict=True)]
+
+    def _inputs(self, clips: Sequence[Clip]) -> dict[str, list[Any]]:
+        """The graph's inputs by name, one value per clip."""
+        target, mode = self._preprocessing.size, self._preprocessing.resize_mode
+        sizes = [resized_size(clip.height, clip.width, target, mode) for clip in clips]
+        inputs: dict[str, list[Any]] = {
+            "encoded": [clip.data for clip in clips],
+            "frames": [clip.frames.astype(np.int32) for clip in clips],
+            "size": [np.array(size, np.float32) for size in sizes],
+        }
+        for number in range(self._corners):
+            corners = [self._corner(size, number) for size in sizes]
+            spare = [(width - target[1], height - target[0]) for height, width in sizes]
+            for axis, name in enumerate("xy"):
+                inputs[f"{name}{number}"] = [
+                    np.float32(corner[axis] / (room[axis] or 1))
+                    for corner, room in zip(corners, spare, strict=True)
+                ]
+        return inputs
+
+    def _corner(self, size: tuple[int, int], number: int) -> tuple[int, int]:
+        """(x, y) of a crop of a picture resized to `size`; negative where the picture is padded."""
+        target = self._preprocessing.size
+        if self._preprocessing.resize_mode == "longest":
+            top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
+            return -left, -top
+        return crop_corners(*size, target, self._corners)[number]
