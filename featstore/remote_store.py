@@ -34,7 +34,7 @@ from featstore.objects import ChangedObject, MissingObject, ObjectFolder, Remote
 from featstore.provenance import Provenance
 from featstore.reader import Store
 from featstore.records import ClassText, Partition
-from featstore.schema import CLASS_TEXT_GROUP, CRC_BYTES, SMALL_ARRAYS, StoreSchema
+from featstore.schema import CLASS_TEXT_GROUP, CRC_BYTES, FEATURE_SCALE, SMALL_ARRAYS, StoreSchema
 from featstore.scratch import ScratchFolder, cache_folder, one_at_a_time, require_room
 from featstore.writer import StoreExists, StoreWriter
 

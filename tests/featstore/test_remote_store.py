@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from remote_driver import ROWS, SCHEMA, fill, partition
 from s3_server import FailingProxy
-from sample_stores import init_store_at, make_partition
+from sample_stores import init_store_at, make_partition, make_store
 
 from featstore import Store, UserError, WorkError, open_store, verify
+from featstore.converting import convert
 from featstore.objects import ObjectFolder
 from featstore.places import open_rows, writer_of
+from featstore.quantizing import quantize
 from featstore.remote_store import RemoteStoreWriter, open_remote
 from featstore.scratch import ScratchFolder
 from featstore.writer import StoreExists, StoreWriter
@@ -400,3 +402,16 @@ def test_objects_of_odd_names_are_not_fetched(filled: str, tmp_path: Path) -> No
     assert store.prompt_sets == ["mote28"]
     assert not (store.path / "features/c/7").exists()
     assert not (store.path / "class_text/.hidden").exists()
+
+
+def test_a_copied_store_of_int8_features(url: str, tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr", rows=(8, 3))
+    quantize(tmp_path / "s.zarr", tmp_path / "q.zarr")
+    convert(tmp_path / "q.zarr", tmp_path / "c.zarr", "zstd")
+    copied = tmp_path / "c.zarr"
+    for path in copied.rglob("*"):
+        if path.is_file():
+            ObjectFolder(url).put(str(path.relative_to(copied)), path)
+    remote, local = open_remote(url), open_store(copied)
+    assert remote.complete
+    assert remote.features(remote.rows).tobytes() == local.features(local.rows).tobytes()
