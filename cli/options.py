@@ -10,7 +10,7 @@ import typer
 
 from cli.output import fail
 from featstore.errors import UserError
-from featstore.workspace import Workspace
+from featstore.workspace import STORE_SUFFIX, Workspace
 
 if TYPE_CHECKING:
     from heads.model import TemporalHead
@@ -128,6 +128,28 @@ def workspace(root: Path) -> Workspace:
         if place.exists():
             raise UserError(f"{place} is not a folder: --root takes one, which may be new")
     return Workspace(root)
+
+
+def store_path(root: Path, text: str) -> Path:
+    """The store that `text` means: a path, or a name under features/ of the workspace.
+
+    `UserError` when there is none of that name or several.
+    """
+    given = Path(text)
+    # A folder whose replacement was killed half way is put back when it is opened.
+    previous = given.with_name(f"{given.name}.previous") if given.name else given
+    if "/" in text or given.exists() or previous.exists():
+        return given
+    features = workspace(root).root / "features"
+    stores = sorted(features.glob(f"*/*{STORE_SUFFIX}"))
+    found = [path for path in stores if path.name in (text, text + STORE_SUFFIX)]
+    if len(found) > 1:
+        places = ", ".join(map(str, found))
+        raise UserError(f"store {text!r} is there {len(found)} times ({places}): give its path")
+    if not found:
+        known = ", ".join(path.name for path in stores) or "none"
+        raise UserError(f"no store {text!r}: no such folder, and under {features} are: {known}")
+    return found[0]
 
 
 def known_device(name: str) -> str:

@@ -9,8 +9,6 @@ import typer
 
 from cli import options
 from cli.output import print_facts, print_json, print_table, progress_of
-from featstore.errors import UserError
-from featstore.workspace import STORE_SUFFIX
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -66,7 +64,7 @@ def add_tars(
     from pipeline.packed import DATASET_FILE
     from pipeline.store_growth import add_tars as run
 
-    workspace, path = options.workspace(root), store_path(root, store)
+    workspace, path = options.workspace(root), options.store_path(root, store)
     folder = Path(dataset)
     if not (folder / DATASET_FILE).is_file():
         folder = workspace.dataset_dir(dataset)
@@ -116,7 +114,7 @@ def merge(
     """
     from featstore.merging import merge as run
 
-    paths = [store_path(root, store) for store in stores]
+    paths = [options.store_path(root, store) for store in stores]
     with progress_of("merge", "tars") as progress:
         merged = run(paths, out, prefix_keys=prefix_keys, progress=progress)
     if json:
@@ -170,7 +168,7 @@ def export(
 
     with progress_of("export", "rows") as progress:
         exported = run(
-            store_path(root, store),
+            options.store_path(root, store),
             out,
             to,
             split=split,
@@ -212,7 +210,7 @@ def convert(
     from featstore.converting import convert as run
 
     with progress_of("convert", "tars") as progress:
-        converted = run(store_path(root, store), out, codec, progress=progress)
+        converted = run(options.store_path(root, store), out, codec, progress=progress)
     if json:
         print_json(converted.to_json())
         return
@@ -242,7 +240,7 @@ def quantize(
     from featstore.quantizing import quantize as run
 
     with progress_of("quantize", "tars") as progress:
-        quantised = run(store_path(root, store), out, progress=progress)
+        quantised = run(options.store_path(root, store), out, progress=progress)
     if json:
         print_json(quantised.to_json())
         return
@@ -283,7 +281,7 @@ def add_texts(
     """
     from pipeline.store_growth import add_texts as run
 
-    path = store_path(root, store)
+    path = options.store_path(root, store)
     added = run(
         path,
         prompts,
@@ -297,27 +295,6 @@ def add_texts(
     else:
         state = "added" if added else "were there already"
         print_facts({"store": path, "class texts": f"{prompts} {state}"})
-
-
-def store_path(root: Path, text: str) -> Path:
-    """The store that `text` means: a path, or a name under features/ of the workspace.
-
-    `UserError` when there is none of that name or several.
-    """
-    given = Path(text)
-    # A folder whose replacement was killed half way is put back when it is opened.
-    if given.exists() or given.with_name(f"{given.name}.previous").exists():
-        return given
-    features = options.workspace(root).root / "features"
-    names = (text, text + STORE_SUFFIX)
-    found = sorted(p for p in features.glob(f"*/*{STORE_SUFFIX}") if p.name in names)
-    if len(found) > 1:
-        places = ", ".join(map(str, found))
-        raise UserError(f"store {text!r} is there {len(found)} times ({places}): give its path")
-    if not found:
-        known = ", ".join(sorted(p.name for p in features.glob(f"*/*{STORE_SUFFIX}"))) or "none"
-        raise UserError(f"no store {text!r}: no such folder, and under {features} are: {known}")
-    return found[0]
 
 
 def _sizes(before: int, after: int) -> str:

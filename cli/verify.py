@@ -10,7 +10,6 @@ import typer
 
 from cli import options
 from cli.output import print_facts, print_json, print_table, progress_of, results, warn
-from featstore.errors import UserError
 
 if TYPE_CHECKING:
     from featstore.verify import Reencoding
@@ -49,7 +48,7 @@ def verify(
     from featstore.repair import repair_command
     from featstore.verify import verify as check
 
-    path = _find(store, root)
+    path = options.store_path(root, store)
     with progress_of("verify", "partitions") as progress:
         report = check(path, deep, progress)
     damaged: list[dict[str, Any]] = [vars(finding) for finding in report.damaged]
@@ -100,21 +99,6 @@ def verify(
         elif ok:
             results.print("no damage found", markup=False)
     raise typer.Exit(0 if ok else 1)
-
-
-def _find(name: str, root: Path) -> Path:
-    """The store at the path `name`, or the only one of that name under features/."""
-    path = Path(name)
-    if path.exists() or "/" in name:
-        return path
-    wanted = name.removesuffix(".zarr") + ".zarr"
-    found = sorted((root / "features").glob(f"*/{wanted}"))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"several data sets have a store {name!r}: name its folder, {found[0]}")
-    known = ", ".join(p.stem for p in sorted((root / "features").glob("*/*.zarr"))) or "none"
-    raise UserError(f"no store {name!r} under {root / 'features'}: it has {known}")
 
 
 def _encode_again(path: Path, count: int, seed: int, device: str, root: Path) -> Reencoding:

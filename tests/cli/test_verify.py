@@ -39,7 +39,7 @@ def test_a_sound_store(world: World) -> None:
     assert named.code == 0
     assert "no damage found" in named.out
     line = refused(2, "verify", "other", "--root", world.root)
-    assert f"no store 'other' under {world.root / 'features'}: it has {world.store.stem}" in line
+    assert f"under {world.root / 'features'} are: {world.store.name}" in line
 
 
 def test_a_flipped_bit_is_found_and_the_printed_command_repairs_it(own: World) -> None:
