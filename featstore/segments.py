@@ -68,7 +68,7 @@ class SegmentSampler:
         for target, seed in zip(raw, seeds, strict=True):
             target[:] = np.random.PCG64(seed).random_raw(len(target))
         halves = raw.view("<u4")
-        of_frames = halves[:, of_views:needed].reshape(-1, len(self._drawn))
+        of_frames = halves[:, of_views:needed].reshape(len(seeds) * count, len(self._drawn))
         frames, unbiased = _scaled(of_frames, self._sizes)
         views = None
         if of_views:
