@@ -32,6 +32,8 @@ def test_a_store_of_an_earlier_release_holds_what_it_held(name: str, tmp_path: P
     assert found.keys() == expected.keys()
     # Attributes may gain entries, with a meaning for stores that lack them.
     for key, value in expected.pop("attributes").items():
+        if key == "checksum":  # of all attributes, those that came later too
+            continue
         now = found["attributes"][key]
         assert now | value == now if isinstance(value, dict) else now == value, key
     for key, value in expected.items():
