@@ -44,6 +44,13 @@ def pack(
         ),
     ] = 256,
     seed: Annotated[int, typer.Option("--seed", help="Order of the videos in the tars.")] = 0,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Take videos that came since into new tars; earlier tars stay as they are.",
+        ),
+    ] = False,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -67,6 +74,7 @@ def pack(
             samples_per_shard=samples_per_shard,
             seed=seed,
             max_failures=max_failures,
+            append=append,
             progress=progress,
         )
     if json:

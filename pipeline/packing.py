@@ -47,6 +47,7 @@ from pipeline.packing_plan import (
     Plan,
     PlannedShard,
     PlannedVideo,
+    continued,
     differences,
     make_plan,
     read_plan,
@@ -125,12 +126,15 @@ def pack(
     seed: int = 0,
     workers: int | None = None,
     max_failures: float = 0.05,
+    append: bool = False,
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue, or find it finished.
 
     Files that are missing, unreadable or undecodable are listed in `failures.csv` and in
     `dataset.json` and are in no tar; a share above `max_failures` sets `too_many_failures`.
+    `append` takes videos, classes and splits that the data set did not have when it was packed
+    into new tars, and leaves the earlier ones as they are.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
@@ -144,7 +148,8 @@ def pack(
     try:
         with packing_lock(dataset_dir):
             packing = _Packing(plan, videos_dir, dataset_dir)
-            packing.settle_plan()
+            packing.settle_plan(append)
+            plan = packing.plan
             pending = [shard for shard in plan.shards if shard.file not in packing.records]
             packing.write_shards(pending, workers or usable_cores(), progress)
             dataset, failures, written = packing.finish()
@@ -194,8 +199,10 @@ class _Packing:
         sweep_partials(dataset_dir)
         self.records: dict[str, ShardRecord] = {}
 
-    def settle_plan(self) -> None:
+    def settle_plan(self, append: bool = False) -> None:
         """Keep a new plan, or check that an earlier one is equal, and load finished tars' records.
+
+        With `append` the earlier one may be equal but for videos that are new.
 
         Raises UserError when the input changed, and when the folder holds something else.
         """
@@ -209,15 +216,20 @@ class _Packing:
             self.plan.write(path)
             return
         earlier = read_plan(path)
+        if append or earlier.last_batch:
+            self.plan = continued(earlier, self.plan)
+            self._natural = tuple(natural_class_name(raw) for raw in self.plan.class_names)
         for shard in earlier.shards:
             record = read_record(self._record_path(shard), shard)
             if record is not None:
                 self.records[shard.file] = record
-        changes = differences(earlier, self.plan, self._changed_content())
+        changes = differences(earlier, self.plan, self._changed_content(), may_grow=append)
         if changes:
+            grown = len(changes) == 1 and " added (" in changes[0]
+            remedy = "take new videos into new tars with --append, or " if grown else ""
             raise UserError(
                 f"the input of data set {self.plan.name!r} is not what it was packed from: "
-                f"{'; '.join(changes)}; {self._remedy()}"
+                f"{'; '.join(changes)}; {remedy}{self._remedy()}"
             )
         if earlier.shards != self.plan.shards:
             self.plan.write(path)  # copied files: same content, other times

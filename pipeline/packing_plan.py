@@ -10,7 +10,8 @@ import hashlib
 import json
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class PlannedVideo:
     """One listed video. `reason` is set for those that fail before they are read.
 
     `path` is relative to the videos folder, or the name as listed where there is no file;
-    `size` in bytes and `mtime_ns` are -1 where there is no file.
+    `size` in bytes and `mtime_ns` are -1 where there is no file. `batch` counts the times that
+    videos were appended before this one came.
     """
 
     key: str
@@ -36,6 +38,7 @@ class PlannedVideo:
     size: int
     mtime_ns: int
     reason: str
+    batch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,11 @@ class Plan:
         for shard in self.shards:
             yield from shard.videos
 
+    @property
+    def last_batch(self) -> int:
+        """How often videos were appended."""
+        return max((video.batch for video in self.videos()), default=0)
+
     def write(self, path: Path) -> None:
         """Keep the plan's input, from which the same plan can be made again."""
         write_json(
@@ -77,7 +85,7 @@ class Plan:
                 "split_names": list(self.split_names),
                 "splits_disjoint": self.splits_disjoint,
                 "videos": [
-                    [v.key, v.path, v.label, list(v.splits), v.size, v.mtime_ns, v.reason]
+                    [v.key, v.path, v.label, list(v.splits), v.size, v.mtime_ns, v.reason, v.batch]
                     for v in self.videos()
                 ],
             },
@@ -136,7 +144,10 @@ def plan_from_videos(
     split_names: Sequence[str],
     splits_disjoint: bool,
 ) -> Plan:
-    """The plan that these videos and options give, in whatever order the videos come."""
+    """The plan that these videos and options give, in whatever order the videos come.
+
+    Videos that were appended get tars of their own, so that earlier ones stay as they are.
+    """
     groups: dict[str | None, list[PlannedVideo]] = {}
     if splits_disjoint:
         groups.update((split, []) for split in split_names)
@@ -146,16 +157,15 @@ def plan_from_videos(
         groups[group].append(video)
     shards = []
     for split, members in groups.items():
-        members.sort(key=lambda video: _shuffled_place(seed, video.key))
+        members.sort(key=lambda video: (video.batch, *_shuffled_place(seed, video.key)))
         stem = name if split is None else f"{name}-{key_from_name(split)}"
-        for number, start in enumerate(range(0, len(members), samples_per_shard)):
-            shards.append(
-                PlannedShard(
-                    f"{stem}-{number:06d}.tar",
-                    split,
-                    tuple(members[start : start + samples_per_shard]),
-                )
-            )
+        number = 0
+        for _, appended in groupby(members, key=lambda video: video.batch):
+            together = tuple(appended)
+            for start in range(0, len(together), samples_per_shard):
+                chosen = together[start : start + samples_per_shard]
+                shards.append(PlannedShard(f"{stem}-{number:06d}.tar", split, chosen))
+                number += 1
     return Plan(
         name=name,
         samples_per_shard=samples_per_shard,
@@ -178,8 +188,8 @@ def read_plan(path: Path) -> Plan:
             )
         return plan_from_videos(
             [
-                PlannedVideo(key, file, label, tuple(splits), size, mtime_ns, reason)
-                for key, file, label, splits, size, mtime_ns, reason in value["videos"]
+                PlannedVideo(key, file, label, tuple(splits), size, mtime_ns, reason, *batch)
+                for key, file, label, splits, size, mtime_ns, reason, *batch in value["videos"]
             ],
             name=value["name"],
             samples_per_shard=value["samples_per_shard"],
@@ -197,8 +207,40 @@ def read_plan(path: Path) -> Plan:
         ) from error
 
 
-def differences(old: Plan, new: Plan, changed_content: Callable[[str], bool]) -> list[str]:
+def continued(old: Plan, new: Plan) -> Plan:
+    """The plan `new` with the videos of `old` where they are, and the others appended.
+
+    Classes and splits keep their numbers; new ones come after them.
+    """
+    classes = [*old.class_names, *(name for name in new.class_names if name not in old.class_names)]
+    splits = [*old.split_names, *(name for name in new.split_names if name not in old.split_names)]
+    labels = {name: label for label, name in enumerate(classes)}
+    batches = {video.key: video.batch for video in old.videos()}
+    videos = [
+        replace(
+            video,
+            label=labels[new.class_names[video.label]],
+            batch=batches.get(video.key, old.last_batch + 1),
+        )
+        for video in new.videos()
+    ]
+    return plan_from_videos(
+        videos,
+        name=new.name,
+        samples_per_shard=new.samples_per_shard,
+        seed=new.seed,
+        class_names=classes,
+        split_names=splits,
+        splits_disjoint=new.splits_disjoint,
+    )
+
+
+def differences(
+    old: Plan, new: Plan, changed_content: Callable[[str], bool], *, may_grow: bool = False
+) -> list[str]:
     """One phrase for each way in which the input differs, with a count and an example.
+
+    With `may_grow` videos and classes that come after the earlier ones are no difference.
 
     `changed_content(key)` is asked for videos whose size is the same and whose time of change is
     not: a copied file has another time and the same content.
@@ -208,11 +250,14 @@ def differences(old: Plan, new: Plan, changed_content: Callable[[str], bool]) ->
         for option in ("name", "samples_per_shard", "seed")
         if getattr(old, option) != getattr(new, option)
     ]
-    if old.class_names != new.class_names:
+    if may_grow and old.splits_disjoint != new.splits_disjoint:
+        phrases.append("splits overlapped" if new.splits_disjoint else "splits overlap now")
+    known = new.class_names[: len(old.class_names)] if may_grow else new.class_names
+    if old.class_names != known:
         phrases.append(_class_difference(old.class_names, new.class_names))
     before = {video.key: video for video in old.videos()}
     after = {video.key: video for video in new.videos()}
-    added = [after[key].path for key in sorted(after.keys() - before.keys())]
+    added = [after[key].path for key in sorted(after.keys() - before.keys()) if not may_grow]
     removed = [before[key].path for key in sorted(before.keys() - after.keys())]
     by_kind: dict[str, list[str]] = {"added": added, "removed": removed}
     for key in sorted(before.keys() & after.keys()):
