@@ -2,43 +2,43 @@
 
 zarr-python 3.1.6 gives fill values for a missing file and for a zero-byte one, and decodes
 compressed text of any announced length; a store that must never answer with zeros, and may come
-from anybody, is read here instead. The features' shards are mapped into memory: without
-compression a shard is a dense array behind a checked index. Every error is a WorkError that names
-the partition and the remedy.
+from anybody, is read here instead (the features in `featstore.features`). Every error is a
+WorkError that names the partition and the remedy.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from featstore.checksums import crc32c as crc32c  # also for those who write chunks
 from featstore.errors import WorkError
-from featstore.metadata import StoreMetadata, class_text_node, inside
+from featstore.metadata import StoreMetadata, class_text_node, inside, without_links
 from featstore.records import ClassText
 from featstore.schema import (
     CLASS_TEXT_GROUP,
     CRC_BYTES,
     SMALL_ARRAYS,
-    HalfArray,
-    StoreSchema,
 )
 
-_ABSENT: Final = 2**64 - 1
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # A key is a file name (at most 255 bytes, three times that when quoted), a reason one line.
 _TEXT_BYTES_PER_ROW: Final = 4096
 
 
-def crc32c(data: bytes | npt.NDArray[Any]) -> int:
-    """crc32c of bytes or of a C-contiguous array's bytes."""
-    return int(google_crc32c.value(data))
+class DamagedPartition(WorkError):
+    """A committed partition is not as it was written; `what` says it without place and remedy."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class ChunkFiles:
 
     def __init__(self, store: Path, metadata: StoreMetadata) -> None:
         self.store = store
+        self._root = os.path.realpath(store)
         self.metadata = metadata
         self.schema = metadata.schema
         self.specs = metadata.schema.arrays()
@@ -73,7 +74,7 @@ class ChunkFiles:
 
     def path(self, array: str, tar: int) -> Path:
         """Where the chunk file lies; UserError if a symbolic link is on the way."""
-        return inside(self.store, f"{array}/{self.specs[array].chunk_key(tar)}")
+        return without_links(self._root, f"{array}/{self.specs[array].chunk_key(tar)}")
 
     def commit(self, tar: int) -> Commit | None:
         """The commit entry of a partition, None when it was never committed.
@@ -137,12 +138,13 @@ class ChunkFiles:
             raise self.damaged(tar, f"{array} chunk cannot be decoded ({error})") from error
         return decoded
 
-    def damaged(self, tar: int, what: str) -> WorkError:
+    def damaged(self, tar: int, what: str) -> DamagedPartition:
         """The error for a damaged committed partition, with its remedy."""
         dataset = self.metadata.provenance.dataset or "NAME"
-        return WorkError(
+        return DamagedPartition(
+            what,
             f"partition {tar} of {self.store}: {what}; delete {self.store / 'commit' / 'c'}/{tar} "
-            f"and run `mote-cli extract --dataset {dataset}` again to redo just this partition"
+            f"and run `mote-cli extract --dataset {dataset}` again to redo just this partition",
         )
 
     def _checked_bytes(self, array: str, tar: int, limit: int) -> bytes:
@@ -201,60 +203,6 @@ def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
     if crc32c(body) != crc:
         raise ValueError("fails its checksum")
     return body, crc
-
-
-class MappedShard:
-    """One features shard mapped into memory, read-only; rows are float16 [V, F, D] views."""
-
-    def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
-        """Map the shard of a partition that lists `rows` samples.
-
-        ValueError when the index fails its checksum or points outside the file.
-        """
-        raw = _map_file(path)
-        index_start = raw.size - schema.index_bytes
-        index, crc = raw[index_start:-CRC_BYTES], raw[-CRC_BYTES:]
-        if index_start < 0 or crc32c(index) != int(crc.view("<u4")[0]):
-            raise ValueError("the index of the shard fails its checksum")
-        self._chunk_rows = schema.chunk_rows
-        self.chunks: list[HalfArray] = []
-        body = schema.chunk_rows * schema.row_bytes
-        shape = (schema.chunk_rows, *schema.row_shape)
-        entries = np.frombuffer(index.tobytes(), "<u8").reshape(-1, 2).tolist()
-        for number in range(-(-rows // schema.chunk_rows)):
-            offset, length = entries[number]
-            if offset == _ABSENT or length != body + CRC_BYTES or offset + length > index_start:
-                raise ValueError(f"chunk {number} of the shard is absent or misplaced")
-            self.chunks.append(np.frombuffer(raw, "<f2", body // 2, offset).reshape(shape))
-        self._raw, self._offsets = raw, [entry[0] for entry in entries]
-
-    def rows(self, start: int, stop: int) -> HalfArray:
-        """Rows start..stop (positions in the partition) of one inner chunk, as a view."""
-        chunk, first = divmod(start, self._chunk_rows)
-        return self.chunks[chunk][first : first + stop - start]
-
-    def chunk_is_intact(self, number: int) -> bool:
-        """Whether an inner chunk agrees with the checksum stored behind it."""
-        chunk = self.chunks[number]
-        end = self._offsets[number] + chunk.nbytes
-        recorded = np.frombuffer(self._raw[end : end + CRC_BYTES].tobytes(), "<u4")[0]
-        return crc32c(chunk) == int(recorded)
-
-
-def _map_file(path: Path) -> npt.NDArray[np.uint8]:
-    """Map a file read-only as uint8 [bytes] without keeping a file descriptor.
-
-    Python's own mmap keeps one per map, and a store of Kinetics has more shards than the usual
-    limit of 1024 open files; torch closes it.
-    """
-    import torch
-
-    size = path.stat().st_size
-    mapped: npt.NDArray[np.uint8] = torch.from_file(
-        str(path), shared=False, size=size, dtype=torch.uint8
-    ).numpy()
-    mapped.flags.writeable = False
-    return mapped
 
 
 def _zstd_content_size(frame: bytes) -> int | None:

@@ -1,4 +1,4 @@
-"""Training batches from a store: features held in memory when they fit, mapped when they do not.
+"""Training batches from a store: features held in memory, memory-mapped, or streamed, by size.
 
 Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames of a clip.
 
@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,33 +24,57 @@ from torch import Tensor
 
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
-from featstore.schema import RowArray
-from featstore.segments import segment_ranges
+from featstore.schema import HalfArray, RowArray
+from featstore.segments import SegmentSampler
+from featstore.streaming import BatchMemory, StreamedFeatures
+
+__all__ = [
+    "Batch",
+    "FeatureLoader",
+    "MappedFeatures",
+    "StreamedFeatures",
+    "Holding",
+    "choose_holding",
+    "load_features",
+    "resident",
+    "available_memory",
+]
 
 log = logging.getLogger(__name__)
 
+Holding = Literal["resident", "mapped", "streamed"]
+"""How a loader has its features: in memory, in files the page cache keeps in memory, in files."""
+
 # The rest is for the optimizer, the head, the page cache and other programs.
 RESIDENT_SHARE: Final = 0.6
-
-_LOAD_BYTES: Final = 64 * 2**20
+# Beyond it the page cache cannot hold the files, and single random reads would wait for the disk.
+MAPPED_SHARE: Final = 0.9
 
 # First words of the random streams of an epoch; step k of it draws from stream _STEPS + k.
 _ORDER: Final = 0
 _STEPS: Final = 1
+# Steps whose draws are made together: a call of numpy costs as much as a hundred numbers.
+_GROUP: Final = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One training batch.
 
-    `features` float32 [B, T, D], raw embeddings on the device of the loader's features; `labels`
-    int64 [B] beside them; `rows` int64 [B] on the CPU: array rows if the loader knows them, else
-    positions in its features.
+    `features` float16 [B, T, D], raw embeddings as they are stored, on the device of the loader's
+    features (what computes with them makes them float32 where it computes: half the bytes travel);
+    `labels` int64 [B] beside them; `rows` int64 [B] on the CPU: array rows if the loader knows
+    them, else positions in its features.
     """
 
     features: Tensor
     labels: Tensor
     rows: Tensor
+
+
+# Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, views [n] or
+# None, frames [n, T] and B, and gives n / B times float16 [B, T, D].
+Clips = Callable[[int, RowArray | None, RowArray, int], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,57 +89,70 @@ class MappedFeatures:
         """(N, V, F, D)."""
         return (len(self.rows), *self.store.schema.row_shape)
 
-    def clips(self, samples: RowArray, views: RowArray, frames: RowArray) -> Tensor:
-        """float16 [B, T, D] of samples [B] (positions), views [B], frames [B, T]."""
-        return torch.from_numpy(self.store.clips(self.rows[samples], views, frames))
 
-
-def resident(store: Store, rows: npt.ArrayLike, progress: ProgressSink = no_progress) -> Tensor:
+def resident(
+    store: Store,
+    rows: npt.ArrayLike,
+    progress: ProgressSink = no_progress,
+    *,
+    check: bool = True,
+) -> Tensor:
     """Load the features of array rows into memory: float16 [n, V, F, D], checksums compared.
 
-    Raises UserError for a row that holds no sample, WorkError when one fails its checksum.
+    `check` False trusts the bytes on the disk. Raises UserError for a row that holds no sample,
+    WorkError when one fails its checksum.
     """
     wanted = np.atleast_1d(np.asarray(rows, np.int64))
-    store.positions(wanted)
-    loaded = torch.empty((len(wanted), *store.schema.row_shape), dtype=torch.float16)
-    out = loaded.numpy()
-    step = max(1, _LOAD_BYTES // store.schema.row_bytes)
-    for start in range(0, len(wanted), step):
-        stop = min(start + step, len(wanted))
-        store.read_into(wanted[start:stop], out[start:stop])
-        progress(stop, len(wanted))
-    return loaded
+    # Numpy asks for large pages, torch does not: filling its memory took four times as long.
+    loaded: HalfArray = np.empty((len(wanted), *store.schema.row_shape), np.float16)
+    store.read_into(wanted, loaded, check=check, progress=progress)
+    return torch.from_numpy(loaded)
 
 
 def load_features(
-    store: Store, rows: npt.ArrayLike, progress: ProgressSink = no_progress
-) -> Tensor | MappedFeatures:
-    """Features of array rows, resident when they fit into memory, else memory-mapped.
+    store: Store,
+    rows: npt.ArrayLike,
+    progress: ProgressSink = no_progress,
+    holding: Holding | None = None,
+) -> Tensor | MappedFeatures | StreamedFeatures:
+    """Features of array rows, held as `holding` says, by default as `choose_holding` does.
 
-    The choice is logged with its reason. Errors as `resident`.
+    Errors as `resident`; those of features that stay in files when they are read.
     """
     wanted = np.atleast_1d(np.asarray(rows, np.int64))
-    if features_fit(len(wanted) * store.schema.row_bytes):
+    if holding is None:
+        holding = choose_holding(len(wanted) * store.schema.row_bytes)
+    if holding == "resident":
         return resident(store, wanted, progress)
-    return MappedFeatures(store, wanted)
+    if holding == "mapped":
+        return MappedFeatures(store, wanted)
+    return StreamedFeatures(store, wanted)
 
 
-def features_fit(nbytes: int, available: int | None = None) -> bool:
-    """Whether `nbytes` of features should be held in memory; the choice is logged.
+def choose_holding(nbytes: int, available: int | None = None) -> Holding:
+    """How to hold `nbytes` of features; the choice is logged with its reason.
 
     `available` is the free memory in bytes, that of this process by default.
     """
     free = available_memory() if available is None else available
-    fits = nbytes <= RESIDENT_SHARE * free
+    holding: Holding = "streamed"
+    if nbytes <= RESIDENT_SHARE * free:
+        holding = "resident"
+    elif nbytes <= MAPPED_SHARE * free:
+        holding = "mapped"
     log.info(
-        "features: %s, %.1f MB %s %d %% of the %.0f MB of memory that is free",
-        "held in memory" if fits else "read from memory-mapped files",
+        "features: %s; %.1f MB %s %d %% of the %.0f MB of memory that is free",
+        {
+            "resident": "held in memory",
+            "mapped": "read from memory-mapped files",
+            "streamed": "streamed from files, shuffled in blocks",
+        }[holding],
         nbytes / 1e6,
-        "are within" if fits else "exceed",
-        round(100 * RESIDENT_SHARE),
+        "exceed" if holding == "streamed" else "are within",
+        round(100 * (RESIDENT_SHARE if holding == "resident" else MAPPED_SHARE)),
         free / 1e6,
     )
-    return fits
+    return holding
 
 
 def available_memory() -> int:
@@ -139,19 +177,29 @@ class FeatureLoader:
 
     Each sample of a batch takes one view at random and, per segment of its F stored frames, one
     frame at random (TSN, Wang et al., ECCV 2016, with the segment edges of `segments`). Order and
-    draws depend on (seed, epoch, step) only, so any step of any epoch can be had without the ones
-    before it. ValueError when there is no sample or a size is not positive.
+    draws depend on (seed, epoch, step, rank) only, so any step of any epoch can be had without the
+    ones before it. Resident and mapped features give the same batches; streamed ones come in
+    another order, in which each batch is of one pool of blocks.
+
+    With `world_size` W each of W ranks has its own part of every epoch: together they have every
+    sample exactly once. Nothing is padded or repeated, so the parts differ by one sample at most
+    and the ranks' numbers of batches by one; what synchronises the ranks at every step has to stop
+    at the smallest number (`len` of each rank) or join uneven inputs (torch's `Join`).
+
+    ValueError when a rank has no sample or a size is not positive.
     """
 
     def __init__(
         self,
-        features: Tensor | MappedFeatures,
+        features: Tensor | MappedFeatures | StreamedFeatures,
         labels: Tensor | npt.NDArray[np.integer],
         *,
         batch_size: int,
         frames: int,
         seed: int,
         rows: RowArray | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """`features` float16 [N, V, F, D]; `labels` whole numbers [N]; `rows` array rows [N]."""
         if len(features.shape) != 4 or features.shape[0] == 0 or batch_size < 1 or seed < 0:
@@ -162,6 +210,8 @@ class FeatureLoader:
         count, self._views, stored, self._dim = (int(size) for size in features.shape)
         if len(labels) != count or (rows is not None and len(rows) != count):
             raise ValueError(f"{count} samples need as many labels and rows")
+        if not 0 <= rank < world_size <= count:
+            raise ValueError(f"rank {rank} of {world_size} with {count} samples: each needs one")
         self._features = features
         self._count = count
         self._stored = stored
@@ -169,46 +219,85 @@ class FeatureLoader:
         self._labels = torch.tensor(np.asarray(labels), dtype=torch.int64, device=self._device)
         if rows is None:
             rows = (
-                features.rows
-                if isinstance(features, MappedFeatures)
-                else np.arange(count, dtype=np.int64)
+                np.arange(count, dtype=np.int64) if isinstance(features, Tensor) else features.rows
             )
         self._rows = np.asarray(rows, np.int64)
-        self._lowest, self._highest = segment_ranges(stored, frames)
+        self._sampler = SegmentSampler(self._views, stored, frames)
         self._seed = seed
+        self._rank, self._world_size = rank, world_size
         self.batch_size = batch_size
         self.frames = frames
 
     def __len__(self) -> int:
-        """Batches per epoch; the last one may be smaller."""
-        return -(-self._count // self.batch_size)
+        """Batches per epoch of this rank; the last one may be smaller."""
+        mine = len(range(self._rank, self._count, self._world_size))
+        return -(-mine // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on; every sample once per epoch."""
-        order = np.random.default_rng((self._seed, epoch, _ORDER)).permutation(self._count)
-        for step in range(start, len(self)):
-            samples = order[step * self.batch_size : (step + 1) * self.batch_size]
-            views, frames = self._draw(epoch, step, len(samples))
-            chosen = torch.from_numpy(samples)
-            yield Batch(
-                features=self._gather(samples, views, frames),
-                labels=self._labels[chosen.to(self._device)],
-                rows=torch.from_numpy(self._rows[samples]),
-            )
+        rng = np.random.default_rng((self._seed, epoch, _ORDER))
+        clips: Clips
+        with ExitStack() as resources:
+            if isinstance(self._features, StreamedFeatures):
+                blocks = self._features.shuffled(rng, self._rank, self._world_size)
+                resources.callback(blocks.close)
+                order, clips = blocks.order, blocks.clips
+            else:
+                order = rng.permutation(self._count)[self._rank :: self._world_size]
+                clips = self._clips_of(order)
+            # Put into order and cut once, so that a step takes what is its.
+            labels = self._labels[torch.from_numpy(order).to(self._device)].split(self.batch_size)
+            rows = torch.from_numpy(self._rows[order]).split(self.batch_size)
+            for steps, count in self._drawn_together(start, len(order)):
+                rank = (self._rank,) if self._rank else ()
+                seeds = [(self._seed, epoch, _STEPS + step, *rank) for step in steps]
+                views, frames = self._sampler.draw(seeds, count)
+                gathered = clips(steps.start * self.batch_size, views, frames, count)
+                for step, features in zip(steps, gathered, strict=True):
+                    yield Batch(features, labels[step], rows[step])
 
-    def _draw(self, epoch: int, step: int, count: int) -> tuple[RowArray, RowArray]:
-        """View [count] and frames [count, T] of each sample of one step."""
-        rng = np.random.default_rng((self._seed, epoch, _STEPS + step))
-        views = rng.integers(0, self._views, count)
-        shape = (count, self.frames)
-        frames = rng.integers(self._lowest, self._highest, shape, endpoint=True)
-        return views, frames
+    def _drawn_together(self, start: int, samples: int) -> Iterator[tuple[range, int]]:
+        """Steps from `start` on in groups, and how many samples each step of the group has."""
+        whole, rest = divmod(samples, self.batch_size)
+        for first in range(start, whole, _GROUP):
+            yield range(first, min(first + _GROUP, whole)), self.batch_size
+        if rest and start <= whole:
+            yield range(whole, whole + 1), rest
 
-    def _gather(self, samples: RowArray, views: RowArray, frames: RowArray) -> Tensor:
-        """float32 [B, T, D]."""
+    def _clips_of(self, order: RowArray) -> Clips:
+        """What gathers the samples of `order`."""
+        stored, dim = self._stored, self._dim
         if isinstance(self._features, MappedFeatures):
-            return self._features.clips(samples, views, frames).float()
-        flat = self._features.reshape(-1, self._dim)
-        index = ((samples * self._views + views)[:, None] * self._stored + frames).reshape(-1)
-        picked = flat.index_select(0, torch.from_numpy(index).to(self._device))
-        return picked.view(len(samples), self.frames, self._dim).float()
+            store, array_rows = self._features.store, self._features.rows[order]
+
+            def from_files(
+                first: int, views: RowArray | None, frames: RowArray, count: int
+            ) -> Iterator[Tensor]:
+                chosen = np.zeros(len(frames), np.int64) if views is None else views
+                rows = array_rows[first : first + len(frames)]
+                for at in range(0, len(frames), count):
+                    part = slice(at, at + count)
+                    yield torch.from_numpy(store.clips(rows[part], chosen[part], frames[part]))
+
+            return from_files
+        assert isinstance(self._features, Tensor)
+        flat = self._features.reshape(-1, dim)
+        memory = BatchMemory()
+        begins = order[:, None] * (self._views * stored)
+
+        def from_memory(
+            first: int, views: RowArray | None, frames: RowArray, count: int
+        ) -> Iterator[Tensor]:
+            index = frames + begins[first : first + len(frames)]
+            if views is not None:
+                index += views[:, None] * stored
+            indices = torch.from_numpy(index.reshape(-1)).to(self._device)
+            for part in indices.split(count * self.frames):
+                if flat.is_cuda:
+                    picked = flat.index_select(0, part)
+                else:
+                    picked = memory.take(len(part), dim)
+                    torch.index_select(flat, 0, part, out=picked)
+                yield picked.view(count, self.frames, dim)
+
+        return from_memory

@@ -172,13 +172,19 @@ def inside(store: Path, key: str) -> Path:
     The store's folder itself may be reached through a link; keys are built from numbers and
     checked names, never from data.
     """
-    root = os.path.realpath(store)
-    path = os.path.join(root, *key.split("/"))
-    if os.path.realpath(path) != path:
-        raise UserError(
-            f"{path} is a symbolic link: a store must hold its own files; replace the link by "
-            "the file or do not open this store"
-        )
+    return without_links(os.path.realpath(store), key)
+
+
+def without_links(root: str, key: str) -> Path:
+    """`inside` for a store whose folder's real path is known: `root`."""
+    path = root
+    for part in key.split("/"):
+        path = f"{path}/{part}"
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a symbolic link: a store must hold its own files; replace the link by "
+                "the file or do not open this store"
+            )
     return Path(path)
 
 

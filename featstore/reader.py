@@ -6,22 +6,25 @@ Dimension letters: V views, F frames, D dim; n rows asked for. "Row" is the arra
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from featstore.chunks import ChunkFiles, Commit, MappedShard, crc32c, read_class_text
+from featstore.chunks import ChunkFiles, Commit, read_class_text
 from featstore.errors import UserError, WorkError
+from featstore.features import FeatureFiles
 from featstore.metadata import TarEntry, prompt_set_names, read_metadata
+from featstore.progress import ProgressSink, no_progress
 from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import HalfArray, RowArray, StoreSchema
+
+# What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
+MAX_ROWS: Final = 2**30
 
 
 def open_store(path: str | Path, *, mapped: bool = True) -> Store:
@@ -43,23 +46,29 @@ class Store:
     """A feature store, read-only, lazy and safe to share between threads.
 
     It shows the partitions that were committed when it was opened. Pickled by path, so worker
-    processes open their own. Every row of features is compared with its recorded checksum the
-    first time it is read.
+    processes open their own. Every row of features is compared with its recorded checksum before
+    it is first given out.
     """
 
     def __init__(self, path: Path, *, mapped: bool = True) -> None:
         self.path = path
         self._mapped = mapped
         self._metadata = read_metadata(path)
+        if self.schema.rows > MAX_ROWS:
+            raise UserError(
+                f"{path} speaks of {self.schema.rows} rows, at most {MAX_ROWS} are read: do not "
+                "open a store from a source you do not trust"
+            )
         self._files = ChunkFiles(path, self._metadata)
         self._commits: dict[int, Commit] = {}
         for tar in range(self.schema.tars):
             commit = self._intact_commit(tar)
             if commit is not None:
                 self._commits[tar] = commit
-        self._shards: dict[int, MappedShard] = {}
-        self._lock = threading.Lock()
-        self._verified = np.zeros(self.schema.rows, bool)
+        self._limits = np.zeros(self.schema.tars, np.int64)  # listed rows by partition
+        for tar, commit in self._commits.items():
+            self._limits[tar] = commit.rows
+        self._features = FeatureFiles(self._files, self._commits, self._key_of, mapped)
 
     def __reduce__(self) -> tuple[Callable[[Path, bool], Store], tuple[Path, bool]]:
         return _reopen, (self.path, self._mapped)
@@ -194,17 +203,8 @@ class Store:
 
         UserError when a row belongs to no listed sample.
         """
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
-        found = np.searchsorted(self.rows, wanted)
-        known = found < len(self.rows)
-        known[known] = self.rows[found[known]] == wanted[known]
-        if not known.all():
-            raise UserError(
-                f"row {int(wanted[~known][0])} of {self.path} holds no sample: it lies beyond its "
-                "tar's samples or in a partition that is not extracted yet"
-            )
-        positions: RowArray = found.astype(np.int64)
-        return positions
+        found: RowArray = np.searchsorted(self.rows, self._listed(rows)).astype(np.int64)
+        return found
 
     # What it holds
 
@@ -239,37 +239,65 @@ class Store:
         Raises UserError for a row that holds no sample, IndexError for a frame that is not
         stored, WorkError when a row does not agree with its checksum.
         """
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
-        views, stored, dim = self.schema.row_shape
-        if frames is None:
-            out: HalfArray = np.empty((len(wanted), views, stored, dim), np.float16)
-            self.read_into(wanted, out)
+        wanted = self._listed(rows)
+        chosen = None if frames is None else self._frame_choice(frames, len(wanted))
+        if self._features.mapped:
+            gathered: HalfArray = self._features.gather(wanted, None, chosen).numpy()
+            return gathered
+        out: HalfArray = np.empty((len(wanted), *self.schema.row_shape), np.float16)
+        self._features.read_into(wanted, out)
+        if chosen is None:
             return out
-        chosen = self._frame_choice(frames, len(wanted))
-        out = np.empty((len(wanted), views, chosen.shape[1], dim), np.float16)
-        for start, stop, source in self._runs(wanted):
-            for i in range(start, stop):
-                np.take(source[i - start], chosen[i], axis=1, out=out[i])
-        return out
+        return np.take_along_axis(out, chosen[:, None, :, None], axis=2)
 
     def clips(self, rows: npt.ArrayLike, views: npt.ArrayLike, frames: npt.ArrayLike) -> HalfArray:
         """One view of each row at chosen frames: float16 [n, F', D].
 
-        `views` [n], `frames` [n, F']; errors as `features`.
+        `views` [n], `frames` [n, F']; errors as `features`, IndexError for a view that is not
+        stored.
         """
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        wanted = self._listed(rows)
         chosen = self._frame_choice(frames, len(wanted))
         view = np.asarray(views, np.int64)
-        out: HalfArray = np.empty((len(wanted), chosen.shape[1], self.schema.dim), np.float16)
-        for start, stop, source in self._runs(wanted):
-            for i in range(start, stop):
-                np.take(source[i - start, view[i]], chosen[i], axis=0, out=out[i])
-        return out
+        if view.shape != wanted.shape:
+            raise ValueError(f"views are {list(view.shape)}: they must be [{len(wanted)}]")
+        if view.size and not 0 <= view.min() <= view.max() < self.schema.views:
+            raise IndexError(f"{self.path} stores views 0 to {self.schema.views - 1}")
+        if self._features.mapped:
+            gathered: HalfArray = self._features.gather(wanted, view, chosen).numpy()[:, 0]
+            return gathered
+        picked = self.features(wanted, chosen)
+        return picked[np.arange(len(wanted)), view]
 
-    def read_into(self, rows: RowArray, out: HalfArray) -> None:
-        """Copy the features of `rows` into `out`, float16 [n, V, F, D]; errors as `features`."""
-        for start, stop, source in self._runs(rows):
-            out[start:stop] = source
+    def read_into(
+        self,
+        rows: npt.ArrayLike,
+        out: HalfArray,
+        *,
+        check: bool = True,
+        progress: ProgressSink = no_progress,
+    ) -> None:
+        """Read the features of `rows` from their files into `out`, float16 [n, V, F, D].
+
+        The fast way to many rows; `progress` counts them. `check` False trusts the bytes on the
+        disk and compares no checksums. Errors as `features`; `out` is undefined after one.
+        """
+        wanted = self._listed(rows)
+        if out.shape != (len(wanted), *self.schema.row_shape) or not out.flags.c_contiguous:
+            raise ValueError(f"out is {list(out.shape)}: it must be [n, V, F, D], C-contiguous")
+        self._features.read_into(wanted, out, check, progress)
+
+    def iter_partitions(self) -> Iterator[tuple[int, RowArray, HalfArray]]:
+        """(number, array rows [n], features float16 [n, V, F, D]) of each partition, ascending.
+
+        One partition at a time is in memory. Errors as `features`.
+        """
+        for tar in self.partitions():
+            first = tar * self.schema.capacity
+            rows = np.arange(first, first + self._commits[tar].rows, dtype=np.int64)
+            out: HalfArray = np.empty((len(rows), *self.schema.row_shape), np.float16)
+            self.read_into(rows, out)
+            yield tar, rows, out
 
     # How it is read
 
@@ -286,57 +314,21 @@ class Store:
             raise
         return commit
 
-    def _runs(self, rows: RowArray) -> Iterator[tuple[int, int, HalfArray]]:
-        """Split `rows` into runs that lie in one inner chunk in order: (start, stop, features)."""
-        self.positions(rows)
-        chunk_rows = self.schema.chunk_rows
-        breaks = (np.diff(rows) != 1) | (rows[1:] // chunk_rows != rows[:-1] // chunk_rows)
-        edges = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)] if len(rows) else []
-        for start, stop in pairwise(edges):
-            first = int(rows[start])
-            source = self._chunk_rows(first, stop - start)
-            self._verify(first, source)
-            yield start, stop, source
+    def _listed(self, rows: npt.ArrayLike) -> RowArray:
+        """`rows` as int64 [n]; UserError when one belongs to no listed sample."""
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        tars, positions = np.divmod(wanted, self.schema.capacity)
+        known = (tars >= 0) & (tars < self.schema.tars)
+        known[known] = positions[known] < self._limits[tars[known]]
+        if not known.all():
+            raise UserError(
+                f"row {int(wanted[~known][0])} of {self.path} holds no sample: it lies beyond its "
+                "tar's samples or in a partition that is not extracted yet"
+            )
+        return wanted
 
-    def _chunk_rows(self, first: int, count: int) -> HalfArray:
-        """`count` rows from array row `first` on, all of one inner chunk."""
-        tar, position = divmod(first, self.schema.capacity)
-        if self._mapped:
-            return self._shard(tar).rows(position, position + count)
-        self._files.check_shard(tar, self._commits[tar])
-        try:
-            values: HalfArray = np.asarray(self._zarr_features[first : first + count])
-        except ValueError as error:
-            raise self._files.damaged(tar, f"features cannot be read ({error})") from error
-        return values
-
-    def _shard(self, tar: int) -> MappedShard:
-        shard = self._shards.get(tar)
-        if shard is None:
-            with self._lock:
-                shard = self._shards.get(tar)
-                if shard is None:
-                    commit = self._commits[tar]
-                    path = self._files.check_shard(tar, commit)
-                    try:
-                        shard = MappedShard(path, self.schema, commit.rows)
-                    except ValueError as error:
-                        raise self._files.damaged(tar, str(error)) from error
-                    self._shards[tar] = shard
-        return shard
-
-    def _verify(self, first: int, source: HalfArray) -> None:
-        """Compare rows with their checksums once; later reads of the same rows skip it."""
-        if self._verified[first : first + len(source)].all():
-            return
-        positions = self.positions(np.arange(first, first + len(source)))
-        for i, position in enumerate(positions.tolist()):
-            if crc32c(source[i]) != int(self._checksums[position]):
-                tar = first // self.schema.capacity
-                raise self._files.damaged(
-                    tar, f"features of sample {self.keys[position]!r} fail their checksum"
-                )
-        self._verified[first : first + len(source)] = True
+    def _key_of(self, row: int) -> str:
+        return self.keys[int(np.searchsorted(self.rows, row))]
 
     def _frame_choice(self, frames: npt.ArrayLike, n: int) -> RowArray:
         chosen = np.asarray(frames, np.int64)
@@ -380,31 +372,8 @@ class Store:
         return self._numbers("pts")
 
     @cached_property
-    def _checksums(self) -> npt.NDArray[np.uint32]:
-        checksums = self._numbers("checksum")
-        start = 0
-        for tar in self.partitions():
-            commit = self._commits[tar]
-            if crc32c(checksums[start : start + commit.rows]) != commit.checksum_crc32c:
-                raise self._files.damaged(tar, "row checksums are not those of the commit entry")
-            start += commit.rows
-        return checksums
-
-    @cached_property
     def _row_by_key(self) -> dict[str, int]:
         return dict(zip(self.keys, self.rows.tolist(), strict=True))
-
-    @cached_property
-    def _zarr_features(self) -> Any:
-        # Imported here: it takes longer than opening a store, and the mapped path needs none of it.
-        import zarr
-
-        return zarr.open_array(
-            zarr.storage.LocalStore(self.path, read_only=True),
-            path="features",
-            mode="r",
-            zarr_format=3,
-        )
 
 
 def _reopen(path: Path, mapped: bool) -> Store:

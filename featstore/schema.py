@@ -50,6 +50,8 @@ SMALL_ARRAYS: Final = (
     "pts",
     "checksum",
 )
+# All arrays with one chunk per tar but the commit entry.
+PER_TAR_ARRAYS: Final = (*SMALL_ARRAYS, "chunk_checksum")
 
 _BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
 _SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}

@@ -8,6 +8,8 @@ The formulas are those of the MoTE reference (Zhu et al., NeurIPS 2024), zero-ba
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -36,6 +38,74 @@ def segment_ranges(n: int, segments: int) -> tuple[IntArray, IntArray]:
     edges = np.rint((n - 1) / segments * np.arange(segments + 1, dtype=np.float64))
     edges = edges.astype(np.int64)
     return edges[:-1], edges[1:]
+
+
+class SegmentSampler:
+    """Draws a view of each sample and a frame of each segment, for several batches at once.
+
+    The draws of a batch are those of numpy's `default_rng(seed)`: `integers(0, views, count)`, then
+    `integers` of every segment's range for one sample after another (Lemire's method on 32-bit
+    halves, ACM TOMACS 2019). Numpy itself goes number by number when the ranges differ.
+    """
+
+    def __init__(self, views: int, stored: int, frames: int) -> None:
+        """Samples of `views` views of `stored` frames, `frames` of which are drawn."""
+        self._views = views
+        self._lowest, self._highest = segment_ranges(stored, frames)
+        sizes = self._highest - self._lowest + 1
+        self._drawn = np.flatnonzero(sizes > 1)  # a segment of one frame takes no random number
+        self._sizes = sizes[self._drawn].astype(np.uint32)
+
+    def draw(self, seeds: Sequence[Sequence[int]], count: int) -> tuple[IntArray | None, IntArray]:
+        """Batches of `count` samples, one per seed, one after another; n = seeds * count.
+
+        Returns the view of each sample, int64 [n], None where there is one only, and its frames,
+        int64 [n, T].
+        """
+        of_views = count if self._views > 1 else 0
+        needed = of_views + count * len(self._drawn)
+        raw = np.empty((len(seeds), (needed + 1) // 2), "<u8")
+        for target, seed in zip(raw, seeds, strict=True):
+            target[:] = np.random.PCG64(seed).random_raw(len(target))
+        halves = raw.view("<u4")
+        of_frames = halves[:, of_views:needed].reshape(-1, len(self._drawn))
+        frames, unbiased = _scaled(of_frames, self._sizes)
+        views = None
+        if of_views:
+            views, sure = _scaled(halves[:, :of_views].reshape(-1), np.uint32(self._views))
+            unbiased = unbiased and sure
+        if not unbiased:
+            return self.draw_by_numpy(seeds, count)
+        if len(self._drawn) < len(self._lowest):
+            drawn, frames = frames, np.zeros((len(frames), len(self._lowest)), np.int64)
+            frames[:, self._drawn] = drawn
+        frames += self._lowest
+        return views, frames
+
+    def draw_by_numpy(
+        self, seeds: Sequence[Sequence[int]], count: int
+    ) -> tuple[IntArray | None, IntArray]:
+        """The same, drawn by numpy."""
+        views, frames = [], []
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            views.append(rng.integers(0, self._views, count))
+            shape = (count, len(self._lowest))
+            frames.append(rng.integers(self._lowest, self._highest, shape, endpoint=True))
+        return (np.concatenate(views) if self._views > 1 else None), np.concatenate(frames)
+
+
+def _scaled(
+    halves: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32] | np.uint32
+) -> tuple[IntArray, bool]:
+    """Random 32-bit numbers as numbers below `sizes`, and whether all are sure to be unbiased.
+
+    If not (one batch in 500,000), a number may have to be drawn again.
+    """
+    products = np.multiply(halves, sizes, dtype=np.uint64)
+    unbiased = not (products.astype(np.uint32) < sizes).any()
+    products >>= np.uint64(32)
+    return products.view(np.int64), unbiased
 
 
 def _require_positive(n: int, segments: int) -> None:

@@ -17,7 +17,8 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from featstore.chunks import ChunkFiles, Commit, crc32c
+from featstore.checksums import crc32c
+from featstore.chunks import ChunkFiles, Commit
 from featstore.durable import (
     PARTIAL_SUFFIX,
     make_folder,
@@ -39,9 +40,11 @@ from featstore.metadata import (
 )
 from featstore.provenance import Provenance
 from featstore.records import ClassText, Partition
+from featstore.repair import noted_damage
 from featstore.schema import (
     CLASS_TEXT_GROUP,
     CRC_BYTES,
+    PER_TAR_ARRAYS,
     SMALL_ARRAYS,
     StoreSchema,
     class_text_spec,
@@ -133,7 +136,10 @@ class StoreWriter:
         return prompt_set_names(self.path)
 
     def done(self, tar: int) -> bool:
-        """Whether it is committed, with a features shard of its size and every small chunk."""
+        """Whether it is committed, with a features shard of its size and every small chunk.
+
+        Not when `mote-cli verify` noted damage that was not repaired since.
+        """
         try:
             commit = self._files.commit(tar)
             if commit is None:
@@ -142,7 +148,11 @@ class StoreWriter:
         except WorkError as error:
             log.warning("%s will be redone: %s", self.path, error)
             return False
-        return all(self._files.path(name, tar).is_file() for name in _PER_TAR_ARRAYS)
+        found = noted_damage(self._files).get(tar)
+        if found is not None:
+            log.warning("%s: partition %d will be redone: %s", self.path, tar, found)
+            return False
+        return all(self._files.path(name, tar).is_file() for name in PER_TAR_ARRAYS)
 
     def pending(self) -> list[int]:
         """Numbers of the partitions that are not done."""
@@ -283,9 +293,6 @@ class DurableStore(LocalStore):
         """The same for codec pipelines that do not use coroutines."""
         self._check_writable()
         write_bytes(self.root / key, value.as_buffer_like())
-
-
-_PER_TAR_ARRAYS: Final = (*SMALL_ARRAYS, "chunk_checksum")
 
 
 def _write_skeleton(

@@ -22,7 +22,7 @@ import torch
 
 from featstore.durable import write_bytes, write_json
 from featstore.errors import UserError, WorkError
-from featstore.loader import FeatureLoader, load_features
+from featstore.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.locking import exclusive
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
@@ -144,6 +144,7 @@ def train_head(
             *(head.modulation_neighbours, store.provenance.dataset, len(text.names)),
         )
     origin = _origin(store, prompt_set, training.frames, text.names)
+    holding = _holding(run_dir, len(usable) * store.schema.row_bytes)
     settings = {
         "format": RUN_FORMAT,
         "head": head.to_json(),
@@ -154,6 +155,7 @@ def train_head(
             "n_trained": len(usable),
             "rows_hash": hashlib.sha256(usable.tobytes()).hexdigest()[:16],
             "prompts_hash": text.sentences_hash,
+            **({"order": BLOCK_ORDER} if holding == "streamed" else {}),
         },
         "precision": resolve_precision(training.precision, head.dim, where),
         "device": where.type,
@@ -177,7 +179,7 @@ def train_head(
             metrics, resumed_from = [], 0
             _write_metrics(run_dir, metrics)
         else:
-            loader = _loader(store, usable, training, where)
+            loader = _loader(store, usable, training, where, holding)
             metrics, resumed_from = _train(model, loader, training, run_dir, where, progress)
         save_head(model.to("cpu"), run_dir / HEAD_FILE)
         return _summary(run_dir, settings, metrics, resumed_from)
@@ -249,10 +251,37 @@ GPU_SHARE = 0.5
 """Share of a GPU's free memory that features may take; the head and its optimiser need the rest."""
 
 
+BLOCK_ORDER = "blocks"
+"""Value of data.order in config.json of a run whose features are streamed."""
+
+
+def _holding(run_dir: Path, nbytes: int) -> Holding:
+    """How to hold the features; a run that was begun keeps the order it was begun with.
+
+    Streamed features come in another order than resident and mapped ones, and how much memory is
+    free differs between machines and days.
+    """
+    holding = choose_holding(nbytes)
+    config_file = run_dir / CONFIG_FILE
+    if not config_file.is_file():
+        return holding
+    try:
+        begun = json.loads(config_file.read_text())["data"].get("order")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return holding  # opening the run says what is wrong with it
+    if begun == BLOCK_ORDER and holding != "streamed":
+        log.info("the run was begun with streamed features: they are streamed again")
+        return "streamed"
+    if begun is None and holding == "streamed":
+        log.warning("the run was begun in shuffled order: features are memory-mapped, not streamed")
+        return "mapped"
+    return holding
+
+
 def _loader(
-    store: Store, rows: RowArray, training: TrainConfig, device: torch.device
+    store: Store, rows: RowArray, training: TrainConfig, device: torch.device, holding: Holding
 ) -> FeatureLoader:
-    features = load_features(store, rows)
+    features = load_features(store, rows, holding=holding)
     if device.type == "cuda" and isinstance(features, torch.Tensor):
         free, _ = torch.cuda.mem_get_info(device)
         if features.nbytes <= GPU_SHARE * free:

@@ -15,8 +15,9 @@ from featstore.loader import (
     Batch,
     FeatureLoader,
     MappedFeatures,
+    StreamedFeatures,
     available_memory,
-    features_fit,
+    choose_holding,
     load_features,
     resident,
 )
@@ -49,7 +50,7 @@ def test_an_epoch_holds_every_sample_once(store: Store, mapped: bool) -> None:
     batches = list(loader_of(store, mapped).epoch(0))
     assert [len(b.labels) for b in batches] == [5, 5, 5, 4]
     assert batches[0].features.shape == (5, 4, 16)
-    assert batches[0].features.dtype == torch.float32
+    assert batches[0].features.dtype == torch.float16  # as stored
     assert batches[0].labels.dtype == torch.int64
     rows = torch.cat([b.rows for b in batches])
     assert sorted(rows.tolist()) == store.rows.tolist()
@@ -85,7 +86,7 @@ def test_each_frame_comes_from_its_segment_of_one_view(store: Store) -> None:
     lowest, highest = segment_ranges(9, 4)
     for batch in loader_of(store, False).epoch(0):
         for clip, row in zip(batch.features, batch.rows.tolist(), strict=True):
-            stored = torch.from_numpy(store.features([row])[0]).float()  # [V, F, D]
+            stored = torch.from_numpy(store.features([row])[0])  # [V, F, D]
             views = [
                 v
                 for v in range(3)
@@ -110,9 +111,7 @@ def test_gather_equals_a_per_sample_reference(store: Store) -> None:
         for i, sample in enumerate(samples):
             for t in range(4):
                 expected = store.features([rows[sample]])[0, views[i], frames[i, t]]
-                np.testing.assert_array_equal(
-                    batch.features[i, t].numpy(), expected.astype(np.float32)
-                )
+                np.testing.assert_array_equal(batch.features[i, t].numpy(), expected)
 
 
 def test_all_frames_of_a_segment_and_all_views_occur(store: Store) -> None:
@@ -136,11 +135,10 @@ def test_resident_compares_checksums(store: Store) -> None:
         resident(open_store(store.path), store.rows)
 
 
-def test_resident_reports_progress(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featstore.loader._LOAD_BYTES", 6 * store.schema.row_bytes)
+def test_resident_reports_progress(store: Store) -> None:
     seen: list[tuple[float, float]] = []
     loaded = resident(store, store.rows, lambda done, total, **_: seen.append((done, total)))
-    assert seen == [(6, 19), (12, 19), (18, 19), (19, 19)]
+    assert seen == [(8, 19), (16, 19), (19, 19)]
     np.testing.assert_array_equal(loaded.numpy(), store.features(store.rows))
 
 
@@ -148,13 +146,22 @@ def test_choice_by_size_is_logged(
     store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert features_fit(600, available=1000)
-    assert not features_fit(601, available=1000)
+    assert choose_holding(600, available=1000) == "resident"
+    assert choose_holding(601, available=1000) == "mapped"
+    assert choose_holding(901, available=1000) == "streamed"
+    assert [message.partition(";")[0] for message in caplog.messages] == [
+        "features: held in memory",
+        "features: read from memory-mapped files",
+        "features: streamed from files, shuffled in blocks",
+    ]
+    caplog.clear()
     assert isinstance(load_features(store, store.rows), torch.Tensor)
-    monkeypatch.setattr("featstore.loader.available_memory", lambda: 1000)
+    size = len(store) * store.schema.row_bytes
+    monkeypatch.setattr("featstore.loader.available_memory", lambda: size * 5 // 4)
     assert isinstance(load_features(store, store.rows), MappedFeatures)
-    assert "held in memory" in caplog.messages[0]
-    assert "memory-mapped" in caplog.messages[-1]
+    monkeypatch.setattr("featstore.loader.available_memory", lambda: 1000)
+    assert isinstance(load_features(store, store.rows), StreamedFeatures)
+    assert "% of the" in caplog.messages[-1]
     assert available_memory() > 2**20
 
 

@@ -136,7 +136,7 @@ def test_labels_and_texts_need_no_features(tmp_path: Path, monkeypatch: Any) -> 
     def forbidden(*args: object) -> None:
         raise AssertionError("features were read")
 
-    monkeypatch.setattr("featstore.reader.MappedShard", forbidden)
+    monkeypatch.setattr("featstore.features.ShardFile", forbidden)
     store = open_store(tmp_path / "s.zarr")
     assert len(store.labels) == len(store.keys) == 11
     assert len(store.split("train")) > 0

@@ -1,0 +1,250 @@
+"""Reading features: every row is proven to be the one that was committed before it is given out.
+
+Single rows and frames are gathered from memory-mapped shards, whose inner chunks are checked when
+they are first touched; many rows at once are read from the files and checked as they come.
+
+Dimension letters: V views, F stored frames, D dim; n rows asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
+from featstore.chunks import ChunkFiles, Commit
+from featstore.errors import WorkError
+from featstore.progress import ProgressSink, no_progress
+from featstore.schema import HalfArray, RowArray
+from featstore.shards import ShardFile, ShardMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class FeatureFiles:
+    """The features of the partitions that were committed when the store was opened."""
+
+    def __init__(
+        self,
+        files: ChunkFiles,
+        commits: Mapping[int, Commit],
+        key_of: Callable[[int], str],
+        mapped: bool,
+    ) -> None:
+        """`key_of` gives the key of an array row, for messages; `mapped` as `open_store`."""
+        self._files = files
+        self._schema = files.schema
+        self._commits = commits
+        self._key_of = key_of
+        self._map = self._reserved() if mapped else None
+        self._lock = threading.Lock()
+        self._checksums: dict[int, Checksums] = {}  # by partition, of its rows
+        # Of inner chunks, counted over all shards; what a chunk holds beyond the listed rows is
+        # not part of it. Only those of partitions in `_checksums` are set.
+        chunks = self._schema.tars * self._schema.chunks_per_shard
+        self._chunk_checksums = np.zeros(chunks, np.uint32)
+        self._checked = np.zeros(chunks, bool)  # of the map
+
+    @property
+    def mapped(self) -> bool:
+        """Whether features are memory-mapped, else read through zarr."""
+        return self._map is not None
+
+    def gather(self, rows: RowArray, views: RowArray | None, frames: RowArray | None) -> Tensor:
+        """Float16 [n, V', F', D] of listed array rows.
+
+        `views` [n] takes one view of each row (V' = 1), None all; `frames` [n, F'], None all (with
+        `views` None only). Needs `mapped`. Errors as `Store.features`.
+        """
+        import torch
+
+        starts = self._row_starts(rows)
+        shape = self._schema.row_shape
+        _, stored, dim = shape
+        if frames is None:
+            index, width, taken = starts, self._schema.row_bytes // 2, shape
+        else:
+            if views is None:
+                within = np.arange(shape[0])[:, None] * stored + frames[:, None]
+            else:
+                within = (views[:, None] * stored + frames)[:, None]
+            index = starts[:, None, None] + within * dim
+            width, taken = dim, (*index.shape[1:], dim)
+        assert self._map is not None
+        windows = self._map.windows(width)
+        picked = windows.index_select(0, torch.from_numpy(index.reshape(-1)))
+        return picked.view(len(rows), *taken)
+
+    def read_into(
+        self,
+        rows: RowArray,
+        out: HalfArray,
+        check: bool = True,
+        progress: ProgressSink = no_progress,
+    ) -> None:
+        """Read listed array rows into `out`, float16 [n, V, F, D], C-contiguous.
+
+        Each shard is opened once, whatever the order of the rows, and rows that lie together are
+        read together. `check` False skips the comparison with the checksums of the rows.
+        `progress` counts rows.
+        """
+        runs = list(_runs(rows, self._schema.chunk_rows))
+        runs.sort(key=lambda run: int(rows[run[0]]))
+        tars = rows[[start for start, _ in runs]] // self._schema.capacity
+        if check:
+            self._require_checksums(np.unique(tars))
+        step = max(1, PIECE_BYTES // self._schema.row_bytes)
+        done = 0
+        edges = [0, *(np.flatnonzero(np.diff(tars)) + 1).tolist(), len(runs)] if runs else []
+        for begin, end in pairwise(edges):
+            tar = int(tars[begin])
+            first_row = tar * self._schema.capacity
+            with self._reading(tar) as read:
+                for start, stop in runs[begin:end]:
+                    checksum = 0
+                    for at in range(start, stop, step):
+                        target = out[at : min(at + step, stop)]
+                        try:
+                            read(int(rows[at]) - first_row, target)
+                        except ValueError as error:
+                            raise self._damaged(tar, str(error)) from error
+                        if check:
+                            checksum = crc32c(target, checksum)
+                    if check:
+                        self._compare(int(rows[start]), out[start:stop], checksum)
+                    done += stop - start
+            progress(done, len(rows))
+
+    def _row_starts(self, rows: RowArray) -> RowArray:
+        """Where rows begin in the map, in numbers; their chunks are mapped and checked."""
+        chunks = rows // self._schema.chunk_rows
+        fresh = ~self._checked[chunks]
+        if fresh.any():
+            self._check_chunks(np.unique(chunks[fresh]))
+        assert self._map is not None
+        starts: RowArray = self._map.starts[chunks] + (rows - chunks * self._schema.chunk_rows) * (
+            self._schema.row_bytes // 2
+        )
+        return starts
+
+    def _check_chunks(self, chunks: RowArray) -> None:
+        """Map the shards of these inner chunks and compare them with the rows' checksums."""
+        assert self._map is not None
+        per_shard, chunk_rows = self._schema.chunks_per_shard, self._schema.chunk_rows
+        self._require_checksums(np.unique(chunks // per_shard))
+        for chunk in chunks.tolist():
+            tar, number = divmod(chunk, per_shard)
+            with self._lock:
+                if self._map.starts[chunk] < 0:
+                    commit = self._commits[tar]
+                    path = self._files.check_shard(tar, commit)
+                    try:
+                        self._map.add(tar, path, commit.rows)
+                    except ValueError as error:
+                        raise self._damaged(tar, str(error)) from error
+            rows = min(chunk_rows, self._commits[tar].rows - number * chunk_rows)
+            features = self._map.chunk(chunk, rows)
+            self._compare(chunk * chunk_rows, features, crc32c(features))
+            self._checked[chunk] = True
+
+    def _compare(self, first: int, features: HalfArray, checksum: int) -> None:
+        """WorkError unless rows first, first + 1, ... of one inner chunk are as committed.
+
+        `checksum` is that of `features`.
+        """
+        tar, position = divmod(first, self._schema.capacity)
+        chunk, within = divmod(first, self._schema.chunk_rows)
+        count, recorded = len(features), self._checksums[tar]
+        whole = min(self._schema.chunk_rows, len(recorded) - position)
+        all_listed = within == 0 and count == whole
+        if all_listed and checksum == int(self._chunk_checksums[chunk]):
+            return
+        for i, expected in enumerate(recorded[position : position + count].tolist()):
+            if crc32c(features[i]) != expected:
+                raise self._damaged(
+                    tar, f"features of sample {self._key_of(first + i)!r} fail their checksum"
+                )
+
+    def _require_checksums(self, tars: npt.NDArray[np.integer]) -> None:
+        """Have the checksums of the rows and chunks of these partitions."""
+        fresh = [tar for tar in tars.tolist() if tar not in self._checksums]
+        schema = self._schema
+        for tar in fresh:
+            commit = self._commits[tar]
+            recorded: Checksums = self._files.numbers("checksum", tar)[: commit.rows]
+            if crc32c(recorded) != commit.checksum_crc32c:
+                raise self._damaged(tar, "row checksums are not those of the commit entry")
+            sums = chunk_checksums(recorded, schema.chunk_rows, schema.row_bytes)
+            first = tar * schema.chunks_per_shard
+            self._chunk_checksums[first : first + len(sums)] = sums
+            self._checksums[tar] = recorded
+
+    @contextmanager
+    def _reading(self, tar: int) -> Iterator[Callable[[int, HalfArray], None]]:
+        """What reads rows of a partition, by their position in it, from its file or by zarr."""
+        commit = self._commits[tar]
+        path = self._files.check_shard(tar, commit)
+        if self._map is None:
+            first = tar * self._schema.capacity
+
+            def through_zarr(position: int, out: HalfArray) -> None:
+                begin = first + position
+                out[:] = self._zarr_features[begin : begin + len(out)]
+
+            yield through_zarr
+            return
+        try:
+            file = ShardFile(path, self._schema, commit.rows)
+        except ValueError as error:
+            raise self._damaged(tar, str(error)) from error
+        with file:
+            yield file.read
+
+    def _damaged(self, tar: int, what: str) -> WorkError:
+        """The error for a partition that is not as committed, or was written anew meanwhile."""
+        if self._files.commit(tar) != self._commits[tar]:
+            return WorkError(
+                f"partition {tar} of {self._files.store} was written anew while it was being read: "
+                "open the store again"
+            )
+        return self._files.damaged(tar, what)
+
+    def _reserved(self) -> ShardMap | None:
+        try:
+            return ShardMap(self._schema)
+        except (OSError, OverflowError) as error:
+            log.warning(
+                "%s is read through zarr, which is slower: its features cannot be mapped (%s)",
+                *(self._files.store, error),
+            )
+            return None
+
+    @cached_property
+    def _zarr_features(self) -> Any:
+        # Imported here: it takes longer than opening a store, and nothing else here needs it.
+        import zarr
+
+        return zarr.open_array(
+            zarr.storage.LocalStore(self._files.store, read_only=True),
+            path="features",
+            mode="r",
+            zarr_format=3,
+        )
+
+
+def _runs(rows: RowArray, chunk_rows: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts of `rows` that lie one after another in one inner chunk."""
+    if len(rows):
+        breaks = (np.diff(rows) != 1) | (rows[1:] // chunk_rows != rows[:-1] // chunk_rows)
+        yield from pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)])

@@ -1,0 +1,183 @@
+"""Features that are read anew in every epoch: blocks of rows, a pool at a time, shuffled within.
+
+For stores that no memory holds. Blocks of a few megabytes are read in random order, so that the
+disk reads large pieces, and a pool of them is shuffled as a whole: with the usual sizes a batch
+comes from some 60 places of the store. A thread reads the next pool while one is used.
+
+Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames of a clip.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featstore.reader import Store
+from featstore.schema import HalfArray, RowArray
+
+POOL_BYTES: Final = 512 * 2**20
+"""Memory of streaming: one pool in use and one being read, half of it each."""
+
+# Read at once from one place: a disk takes longer to find a smaller piece than to read it.
+BLOCK_BYTES: Final = 4 * 2**20
+
+
+class BatchMemory:
+    """Memory for batches, used again once nobody holds the batch that was in it.
+
+    A fresh piece of a few megabytes for every batch may come from the system page by page, which
+    takes half as long as gathering the batch.
+    """
+
+    def __init__(self) -> None:
+        self._arrays: list[HalfArray] = []
+
+    def take(self, rows: int, width: int) -> Tensor:
+        """A float16 tensor [rows, width] with any content."""
+        for array in self._arrays:
+            # Held by the list, the loop and the call: not by a tensor, which would be a fourth.
+            if array.shape == (rows, width) and sys.getrefcount(array) <= 3:
+                return torch.from_numpy(array)
+        fresh: HalfArray = np.empty((rows, width), np.float16)
+        if len(self._arrays) < 4:  # somebody who keeps batches does not make us keep them
+            self._arrays.append(fresh)
+        return torch.from_numpy(fresh)
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedFeatures:
+    """Features of array rows `rows` in the files of `store`; stands in for float16 [N, V, F, D].
+
+    `memory` is what two pools take, in bytes; a pool has one row at least.
+    """
+
+    store: Store
+    rows: RowArray
+    memory: int = POOL_BYTES
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(N, V, F, D)."""
+        return (len(self.rows), *self.store.schema.row_shape)
+
+    @property
+    def pool_rows(self) -> int:
+        """Samples of one pool."""
+        return max(1, min(len(self.rows), self.memory // 2 // self.store.schema.row_bytes))
+
+    def shuffled(self, rng: np.random.Generator, rank: int, world_size: int) -> ShuffledBlocks:
+        """An order of one rank's part of the samples; the same `rng` state gives the same parts."""
+        blocks = rng.permutation(len(self._edges) - 1)
+        lengths = np.diff(self._edges)[blocks]
+        # Positions of the blocks' samples in `_by_row`: each block's start, counted on.
+        shifts = self._edges[blocks] - (np.cumsum(lengths) - lengths)
+        sequence = self._by_row[np.arange(len(self.rows)) + np.repeat(shifts, lengths)]
+        share, rest = divmod(len(sequence), world_size)
+        start = rank * share + min(rank, rest)
+        mine = sequence[start : start + share + (rank < rest)]
+        pools = range(0, len(mine), self.pool_rows)
+        places = [rng.permutation(min(self.pool_rows, len(mine) - first)) for first in pools]
+        return ShuffledBlocks(self, mine, np.concatenate(places))
+
+    @cached_property
+    def _by_row(self) -> RowArray:
+        """Positions of the samples in the order of their array rows."""
+        order: RowArray = np.argsort(self.rows, kind="stable")
+        return order
+
+    @cached_property
+    def _edges(self) -> RowArray:
+        """Where blocks begin in `_by_row`, and its length; no block crosses a shard or a chunk."""
+        schema = self.store.schema
+        chunks = max(1, BLOCK_BYTES // (schema.chunk_rows * schema.row_bytes))
+        tars, positions = np.divmod(self.rows[self._by_row], schema.capacity)
+        block = tars * schema.capacity + positions // (chunks * schema.chunk_rows)
+        edges: RowArray = np.flatnonzero(np.diff(block, prepend=-1, append=-1))
+        return edges
+
+
+class ShuffledBlocks:
+    """One epoch of one rank: reads pools ahead and gathers clips from them, front to back.
+
+    `order` [n]: which sample comes when.
+    """
+
+    def __init__(self, features: StreamedFeatures, samples: RowArray, places: RowArray) -> None:
+        """`samples` in the order they are read; `places` of the order's samples in their pools."""
+        self._store = features.store
+        self._rows = features.rows[samples]
+        self._size = features.pool_rows
+        self._places = places
+        self.order = samples[np.arange(len(samples)) // self._size * self._size + places]
+        self._outputs = BatchMemory()
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._buffers: list[HalfArray] = []
+        self._coming: dict[int, Future[Tensor]] = {}
+        self._pool: tuple[int, Tensor] | None = None
+
+    def clips(
+        self, first: int, views: RowArray | None, frames: RowArray, count: int
+    ) -> Iterator[Tensor]:
+        """Samples first, first + 1, ... of the order in batches of `count`: float16 [B, T, D] each.
+
+        `views` [n] (None: the only one), `frames` [n, T]. Parts are asked for in order; the first
+        may be any. Errors as `Store.read_into`.
+        """
+        _, stored, dim = self._store.schema.row_shape
+        within = frames if views is None else frames + views[:, None] * stored
+        clip = frames.shape[1]
+        for begin in range(0, len(frames), count):
+            out = self._outputs.take(count * clip, dim)
+            self._gather(first + begin, within[begin : begin + count], out)
+            yield out.view(count, clip, dim)
+
+    def _gather(self, first: int, within: RowArray, out: Tensor) -> None:
+        """Fill `out` [B * T, D] with frames `within` [B, T] the rows of samples first, ..."""
+        per_row = self._store.schema.views * self._store.schema.frames
+        count, clip = within.shape
+        done = 0
+        while done < count:
+            pool, place = divmod(first + done, self._size)
+            taken = min(count - done, self._size - place)
+            rows = self._places[first + done : first + done + taken]
+            index = (rows[:, None] * per_row + within[done : done + taken]).reshape(-1)
+            target = out[done * clip : (done + taken) * clip]
+            torch.index_select(self._flat(pool), 0, torch.from_numpy(index), out=target)
+            done += taken
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _flat(self, pool: int) -> Tensor:
+        """Float16 [pool rows * V * F, D] of a pool, which is waited for; the next is begun."""
+        if self._pool is None or self._pool[0] != pool:
+            self._begin(pool)
+            self._pool = pool, self._coming.pop(pool).result()
+            self._begin(pool + 1)  # into the memory of the pool before
+        return self._pool[1]
+
+    def _begin(self, pool: int) -> None:
+        if pool not in self._coming and pool * self._size < len(self._rows):
+            self._coming[pool] = self._reader.submit(self._read, pool)
+
+    def _read(self, pool: int) -> Tensor:
+        rows = self._rows[pool * self._size : (pool + 1) * self._size]
+        shape = self._store.schema.row_shape
+        if len(self._buffers) < 2:
+            self._buffers.append(np.empty((len(rows), *shape), np.float16))
+            buffer = self._buffers[-1]
+        else:
+            buffer = self._buffers[0]
+            self._buffers.reverse()
+        filled = buffer[: len(rows)]
+        self._store.read_into(rows, filled)
+        return torch.from_numpy(filled).view(-1, shape[-1])
