@@ -22,6 +22,7 @@ from cli import (
     inspect_path,
     pack,
     predict,
+    store,
     train_head,
 )
 from cli.output import fail, log_to_stderr
@@ -55,6 +56,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
 app.command("export")(export.export)
+app.add_typer(store.app, name="store")
 app.command("inspect")(inspect_path.inspect_path)
 app.command("doctor")(doctor.doctor)
 

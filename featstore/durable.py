@@ -6,6 +6,7 @@ synced (zarr-python renames but does not sync, so a power cut can leave a zero-b
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
+# What file systems say that cannot link two files: another disk, no links, too many, not allowed.
+_NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EACCES, errno.ENOSYS)
 
 
 def sync_folder(folder: Path) -> None:
@@ -82,6 +85,25 @@ def new_folders(staging: Path, *targets: Path) -> Iterator[list[Path]]:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give `target` the content of `source`: a hard link where the file system has them.
+
+    A linked file must never be changed in place; every write of a store is a new file and a
+    rename. `target` appears complete or not at all; FileExistsError when it is there.
+    """
+    make_folder(target.parent)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already")
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in _NO_LINK:
+            raise
+        with open(source, "rb") as original, durable_file(target) as copy:
+            shutil.copyfileobj(original, copy, 2**24)
+    sync_folder(target.parent)
 
 
 def write_bytes(path: Path, data: bytes | bytearray | memoryview) -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from featstore.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
 from featstore.chunks import ChunkFiles, Commit
+from featstore.coded_shards import CodedShard
 from featstore.errors import WorkError
 from featstore.progress import ProgressSink, no_progress
 from featstore.schema import HalfArray, RowArray
@@ -47,7 +48,7 @@ class FeatureFiles:
         self._schema = files.schema
         self._commits = commits
         self._key_of = key_of
-        self._map = self._reserved() if mapped else None
+        self._map = self._reserved() if mapped and self._schema.mappable else None
         self._lock = threading.Lock()
         self._checksums: dict[int, Checksums] = {}  # by partition, of its rows
         # Of inner chunks, counted over all shards; what a chunk holds beyond the listed rows is
@@ -58,7 +59,7 @@ class FeatureFiles:
 
     @property
     def mapped(self) -> bool:
-        """Whether features are memory-mapped, else read through zarr."""
+        """Whether features are memory-mapped, else decoded or read through zarr."""
         return self._map is not None
 
     def gather(self, rows: RowArray, views: RowArray | None, frames: RowArray | None) -> Tensor:
@@ -195,6 +196,14 @@ class FeatureFiles:
         """What reads rows of a partition, by their position in it, from its file or by zarr."""
         commit = self._commits[tar]
         path = self._files.check_shard(tar, commit)
+        if not self._schema.mappable:
+            shard = CodedShard(self._files, tar, commit)
+
+            def decoded(position: int, out: HalfArray) -> None:
+                out[:] = shard.rows(position, position + len(out))
+
+            yield decoded
+            return
         if self._map is None:
             first = tar * self._schema.capacity
 

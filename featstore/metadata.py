@@ -122,6 +122,12 @@ def read_metadata(store: Path) -> StoreMetadata:
     Raises UserError when it is not a store of this format and version, or not safe to open.
     """
     if not store.is_dir():
+        previous = store.with_name(f"{store.name}.previous")
+        if previous.is_dir():
+            raise UserError(
+                f"{store} was being replaced when its process was killed, and {previous} is what "
+                "it was: rename it back, or run the same `mote-cli store` command again"
+            )
         raise UserError(
             f"{store} is not a feature store: no such folder; make one with `mote-cli extract`"
         )

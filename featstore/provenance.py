@@ -12,6 +12,8 @@ from featstore.errors import UserError
 # The name of an encoder may be a path, which differs between machines; its weights' fingerprint
 # says whether it is the same one. Library versions change without changing the features.
 _INFORMATIVE: Final = frozenset({"encoder", "versions"})
+# Fields that stores written before them lack, with what their absence means.
+_LATER: Final = {"quantised": ""}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Provenance:
     `strict_decode` says which damage failed a video: "auto", "always" or "never".
     `logit_scale` is the multiplier of cosines (already exponentiated, about 100 for CLIP);
     `sampling` the text of the frame choice ("uniform:16"); `dataset_fingerprint` changes when the
-    packed tars change; `preprocessing` and `versions` hold JSON values only.
+    packed tars change; `preprocessing` and `versions` hold JSON values only; `quantised` says how
+    the features were rounded afterwards, "" when they were not.
     ValueError for a dim that is not positive or a scale that is not a positive finite number.
     """
 
@@ -38,6 +41,7 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict)
     dataset: str = ""
     dataset_fingerprint: str = ""
+    quantised: str = ""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -55,6 +59,8 @@ class Provenance:
     def from_json(cls, value: Any) -> Provenance:
         """Read what `to_json` gave; UserError when a field is missing, unknown or mistyped."""
         wanted = {f.name: f.type for f in fields(cls)}
+        if isinstance(value, dict):
+            value = _LATER | value
         if not isinstance(value, dict) or set(value) != set(wanted):
             found = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise UserError(
@@ -101,7 +107,7 @@ class Provenance:
                 has, asked = mine[name], theirs[name]
                 if name == "dataset_fingerprint":  # 64 digits say no more than 16
                     has, asked = _short(has), _short(asked)
-                phrases.append(f"{name}: store has {has}, asked for {asked}")
+                phrases.append(f"{name}: store has {has or 'none'}, asked for {asked or 'none'}")
         return phrases
 
 

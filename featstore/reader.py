@@ -6,6 +6,7 @@ Dimension letters: V views, F frames, D dim; n rows asked for. "Row" is the arra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import HalfArray, RowArray, StoreSchema
 
+log = logging.getLogger(__name__)
+
 # What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30
 
@@ -32,6 +35,7 @@ def open_store(path: str | Path, *, mapped: bool = True) -> Store:
 
     Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
     reads features through zarr instead of memory maps (slower; for file systems that cannot map).
+    Compressed and int8 features are decoded chunk by chunk whatever it says, which is logged.
     Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
     when the shard of a committed partition is missing or has another size.
     """
@@ -60,6 +64,8 @@ class Store:
                 "open a store from a source you do not trust"
             )
         self._files = ChunkFiles(path, self._metadata)
+        if not self.schema.mappable:
+            log.info("%s: features are %s, decoded as they are read", path, self.schema.storage)
         self._commits: dict[int, Commit] = {}
         for tar in range(self.schema.tars):
             commit = self._intact_commit(tar)

@@ -30,7 +30,19 @@ TARGET_CHUNK_BYTES: Final = 1_500_000
 # `splits` is a 32-bit mask: bit i says that the row belongs to split i.
 MAX_SPLITS: Final = 32
 
+# How the inner chunks of the features may be compressed. Plain shards are dense arrays that can be
+# mapped; bitshuffle gains most on float16 features (86 % of the size with zstd, 88 % with lz4).
+CODECS: Final = ("none", "zstd", "lz4")
+_BLOSC_LEVEL: Final = {"zstd": 1, "lz4": 5}
+# What one number of the features is stored as: float16, or int8 with a scale per dimension.
+FEATURE_TYPES: Final = ("float16", "int8")
+# int8 has no NaN; the quantised numbers are -127..127.
+INT8_MISSING: Final = -128
+# Blosc adds a header of 16 bytes to a chunk it cannot compress.
+BLOSC_HEADER_BYTES: Final = 16
+
 CRC_BYTES: Final = 4
+FEATURE_SCALE: Final = "feature_scale"
 CLASS_TEXT_GROUP: Final = "class_text"
 
 COMMIT_ENTRIES: Final = ("rows", "checksum_crc32c", "features_bytes", "unix_time")
@@ -128,8 +140,9 @@ class StoreSchema:
     """The sizes that fix every array of a store.
 
     `tars` partitions of `capacity` rows; each row [views, frames, dim] float16; `chunk_rows` rows
-    per inner chunk of the features, a divisor of `capacity`. ValueError when a size is not
-    positive or the divisor does not divide.
+    per inner chunk of the features, a divisor of `capacity`. `codec` compresses the features,
+    `feature_type` is what they are stored as; they are read as float16 whatever it is. ValueError
+    when a size is not positive, the divisor does not divide, or codec or type is unknown.
     """
 
     tars: int
@@ -138,9 +151,16 @@ class StoreSchema:
     frames: int
     dim: int
     chunk_rows: int
+    codec: str = "none"
+    feature_type: str = "float16"
 
     def __post_init__(self) -> None:
-        for name, value in self.to_json().items():
+        if self.codec not in CODECS or self.feature_type not in FEATURE_TYPES:
+            raise ValueError(
+                f"features of type {self.feature_type!r} with codec {self.codec!r}: this version "
+                f"knows {', '.join(FEATURE_TYPES)} and {', '.join(CODECS)}"
+            )
+        for name, value in self._sizes().items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
         if self.capacity % self.chunk_rows:
@@ -156,8 +176,19 @@ class StoreSchema:
         chunk_rows = next((n for n in range(wanted, 0, -1) if capacity % n == 0), 1)
         return cls(tars, capacity, views, frames, dim, chunk_rows)
 
-    def to_json(self) -> dict[str, int]:
-        """The sizes by name, as the store's attribute `schema` holds them."""
+    def to_json(self) -> dict[str, int | str]:
+        """The sizes by name, as the store's attribute `schema` holds them.
+
+        `codec` and `feature_type` are there only where they are not the plain ones.
+        """
+        special: dict[str, int | str] = {}
+        if self.codec != "none":
+            special["codec"] = self.codec
+        if self.quantised:
+            special["feature_type"] = self.feature_type
+        return self._sizes() | special
+
+    def _sizes(self) -> dict[str, int | str]:
         return {
             "tars": self.tars,
             "capacity": self.capacity,
@@ -179,8 +210,30 @@ class StoreSchema:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of features (float16)."""
+        """Bytes of one row of features in memory (float16)."""
         return math.prod(self.row_shape) * 2
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the features are stored as int8 with a scale per dimension."""
+        return self.feature_type == "int8"
+
+    @property
+    def mappable(self) -> bool:
+        """Whether a shard is a dense float16 array that can be mapped into memory."""
+        return self.codec == "none" and not self.quantised
+
+    @property
+    def storage(self) -> str:
+        """How the features are stored, in words: "float16", "int8 per dimension, zstd"."""
+        kind = "int8 per dimension" if self.quantised else self.feature_type
+        return kind if self.codec == "none" else f"{kind}, {self.codec}"
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one inner chunk of the features as stored, before compression."""
+        width = 1 if self.quantised else 2
+        return self.chunk_rows * math.prod(self.row_shape) * width
 
     @property
     def chunks_per_shard(self) -> int:
@@ -195,10 +248,17 @@ class StoreSchema:
     def shard_bytes(self, rows: int) -> int:
         """Size of the features file of a partition that lists `rows` samples.
 
-        Inner chunks that hold no listed row are absent from the shard.
+        Inner chunks that hold no listed row are absent from the shard. With a codec it is the
+        most that the file can take.
         """
         chunks = -(-rows // self.chunk_rows)
-        return chunks * (self.chunk_rows * self.row_bytes + CRC_BYTES) + self.index_bytes
+        header = 0 if self.codec == "none" else BLOSC_HEADER_BYTES
+        return chunks * (self.chunk_bytes + header + CRC_BYTES) + self.index_bytes
+
+    def shard_can_have(self, size: int, rows: int) -> bool:
+        """Whether the features file of `rows` samples can have this size in bytes."""
+        most = self.shard_bytes(rows)
+        return size == most if self.codec == "none" else self.index_bytes < size <= most
 
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array of the store except the class texts (see `class_text_spec`)."""
@@ -221,14 +281,14 @@ class StoreSchema:
             shape, chunks, names = (self.tars, entries), (1, entries), ("tar", name)
             return ArraySpec(shape, dtype, chunks, None, 0, (_BYTES, _CRC), names, "")
 
-        return {
+        arrays = {
             "features": ArraySpec(
                 shape=(n, *self.row_shape),
-                dtype="float16",
+                dtype=self.feature_type,
                 chunks=(self.chunk_rows, *self.row_shape),
                 shards=(capacity, *self.row_shape),
-                fill="NaN",
-                codecs=(_BYTES, _CRC),
+                fill=INT8_MISSING if self.quantised else "NaN",
+                codecs=self._feature_codecs(),
                 dimension_names=("row", "view", "frame", "dim"),
                 units="",
             ),
@@ -247,6 +307,28 @@ class StoreSchema:
             "chunk_checksum": per_tar("uint32", len(SMALL_ARRAYS), "small_array"),
             "commit": per_tar("uint64", len(COMMIT_ENTRIES), "entry"),
         }
+        if self.quantised:
+            scale = (self.dim,)
+            arrays[FEATURE_SCALE] = ArraySpec(
+                scale, "float32", scale, None, "NaN", (_BYTES, _CRC), ("dim",), ""
+            )
+        return arrays
+
+    def _feature_codecs(self) -> tuple[dict[str, Any], ...]:
+        plain = _SINGLE_BYTES if self.quantised else _BYTES
+        if self.codec == "none":
+            return plain, _CRC
+        blosc = {
+            "name": "blosc",
+            "configuration": {
+                "typesize": 1 if self.quantised else 2,
+                "cname": self.codec,
+                "clevel": _BLOSC_LEVEL[self.codec],
+                "shuffle": "bitshuffle",
+                "blocksize": 0,
+            },
+        }
+        return plain, blosc, _CRC
 
 
 def class_text_spec(classes: int, dim: int) -> ArraySpec:
@@ -258,6 +340,7 @@ def class_text_spec(classes: int, dim: int) -> ArraySpec:
 # What the integers of `commit`, `chunk_checksum`, `splits` and `status` mean, for readers that
 # know nothing of this package.
 ARRAY_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
+    FEATURE_SCALE: {"meaning": "features x scale, in float16; -128 stands for NaN"},
     "commit": {"entries": list(COMMIT_ENTRIES)},
     "chunk_checksum": {"arrays": list(SMALL_ARRAYS), "algorithm": "crc32c of the chunk file"},
     "checksum": {"algorithm": "crc32c of the row's features"},

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from featstore.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
 from featstore.chunks import ChunkFiles, Commit, DamagedPartition, read_class_text
+from featstore.coded_shards import wrong_coded_features
 from featstore.errors import UserError, WorkError, one_line
 from featstore.metadata import prompt_set_names, read_metadata
 from featstore.progress import ProgressSink, no_progress
@@ -137,7 +138,10 @@ def _check_bytes(
     checksums = files.numbers("checksum", tar)[: commit.rows]
     if crc32c(checksums) != commit.checksum_crc32c:
         raise files.damaged(tar, "row checksums are not those of the commit entry")
-    wrong = _wrong_features(files, tar, status, checksums)
+    if files.schema.mappable:
+        wrong = _wrong_features(files, tar, status, checksums)
+    else:
+        wrong = wrong_coded_features(files, tar, commit, status, checksums)
     if wrong:
         raise files.damaged(tar, wrong)
 

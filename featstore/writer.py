@@ -19,14 +19,17 @@ from zarr.storage import LocalStore
 
 from featstore.checksums import crc32c
 from featstore.chunks import ChunkFiles, Commit
+from featstore.coded_shards import read_scale
 from featstore.durable import (
     PARTIAL_SUFFIX,
+    link_or_copy,
     make_folder,
     sync_folder,
     write_bytes,
     write_json,
 )
 from featstore.errors import UserError, WorkError
+from featstore.int8 import dequantise, quantise
 from featstore.locking import claimed
 from featstore.metadata import (
     ARRAY_METADATA_LIMIT,
@@ -44,8 +47,10 @@ from featstore.repair import noted_damage
 from featstore.schema import (
     CLASS_TEXT_GROUP,
     CRC_BYTES,
+    FEATURE_SCALE,
     PER_TAR_ARRAYS,
     SMALL_ARRAYS,
+    FloatArray,
     StoreSchema,
     class_text_spec,
 )
@@ -78,11 +83,13 @@ class StoreWriter:
         raw_class_names: Sequence[str],
         split_names: Sequence[str],
         class_texts: Mapping[str, ClassText],
+        feature_scale: FloatArray | None = None,
     ) -> StoreWriter:
         """Make an empty store that appears under `path` complete or not at all.
 
         `tars`: per tar {"file", "rows" (listed samples, failed ones included), "bytes", "sha256"}.
-        `class_texts` by prompt set, names in the order of `class_names`.
+        `class_texts` by prompt set, names in the order of `class_names`. `feature_scale` float32
+        [D] for a schema whose features are int8, and only then.
         Another process that makes the same store at this moment is waited for.
         Raises StoreExists when `path` exists, UserError when a name cannot be stored, ValueError
         when the arguments do not fit together.
@@ -99,15 +106,17 @@ class StoreWriter:
             check_prompt_set(prompt_set)
             if text.names != metadata.class_names or text.embeddings.shape[1] != schema.dim:
                 raise ValueError(f"class text {prompt_set!r} has other class names or another size")
+        if (feature_scale is not None) != schema.quantised:
+            raise ValueError("int8 features need a scale, and no others do")
         make_folder(path.parent)
-        with claimed(_lock_file(path), [_WHOLE_STORE], lambda _: f"making {path}", wait=True):
+        with claimed(lock_file(path), [WHOLE_STORE], lambda _: f"making {path}", wait=True):
             if path.exists():
                 raise StoreExists(f"{path} exists already: remove it or continue it")
             for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
                 shutil.rmtree(leftover, ignore_errors=True)
             folder = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
             try:
-                _write_skeleton(folder, metadata, class_texts)
+                write_skeleton(folder, metadata, class_texts, feature_scale)
                 folder.rename(path)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -135,6 +144,10 @@ class StoreWriter:
         """Prompt sets whose class texts the store holds."""
         return prompt_set_names(self.path)
 
+    def file(self, array: str, tar: int) -> Path:
+        """The file of an array that belongs to a tar."""
+        return self._files.path(array, tar)
+
     def done(self, tar: int) -> bool:
         """Whether it is committed, with a features shard of its size and every small chunk.
 
@@ -158,8 +171,11 @@ class StoreWriter:
         """Numbers of the partitions that are not done."""
         return [tar for tar in range(self.schema.tars) if not self.done(tar)]
 
-    def write_partition(self, tar: int, partition: Partition) -> None:
+    def write_partition(self, tar: int, partition: Partition, shard: Path | None = None) -> None:
         """Write the partition of one tar, also over an earlier one, done or not.
+
+        `shard` is the features file of a store of the same sizes, codec and type that holds just
+        these features: it is linked, or copied where it cannot be, instead of written anew.
 
         Order: the commit entry and the old shard go; the small arrays, the features in one put,
         the commit entry. Each file is synced before the next begins, so that a process killed at
@@ -170,7 +186,13 @@ class StoreWriter:
         for name in ("commit", "features"):
             self._remove(name, tar)
         n = len(partition.key)
-        checksums = np.array([crc32c(row) for row in partition.features], np.uint32)
+        stored: npt.NDArray[Any] = partition.features
+        readable = partition.features
+        scale = read_scale(self._files)
+        if scale is not None:
+            stored = quantise(partition.features, scale)
+            readable = dequantise(stored, scale)
+        checksums = np.array([crc32c(row) for row in readable], np.uint32)
         digests = [
             self._put_small(
                 name, tar, checksums if name == "checksum" else getattr(partition, name)
@@ -179,7 +201,10 @@ class StoreWriter:
         ]
         self._put("chunk_checksum", slice(tar, tar + 1), np.array([digests], np.uint32))
         first = tar * self.schema.capacity
-        self._put("features", slice(first, first + n), partition.features)
+        if shard is None:
+            self._put("features", slice(first, first + n), stored)
+        else:
+            link_or_copy(shard, self._files.path("features", tar))
         commit = Commit(
             rows=n,
             checksum_crc32c=crc32c(checksums),
@@ -201,7 +226,7 @@ class StoreWriter:
         def work(record: int) -> str:
             return f"writing partition {record - 1} of {self.path}"
 
-        with claimed(_lock_file(self.path), [1 + tar for tar in sorted(mine)], work):
+        with claimed(lock_file(self.path), [1 + tar for tar in sorted(mine)], work):
             swept = self._sweep(mine)
             if swept:
                 log.info("%s: removed %d files of interrupted writes", self.path, swept)
@@ -264,9 +289,8 @@ class StoreWriter:
     def _put(self, name: str, rows: slice, values: npt.NDArray[Any]) -> None:
         array = self._arrays.get(name)
         if array is None:
-            opened = zarr.open_array(DurableStore(self.path), path=name, mode="r+", zarr_format=3)
             # The default leaves out, or deletes, a chunk that holds fill values only.
-            array = opened.with_config({"write_empty_chunks": True})
+            array = _open(self.path, name).with_config({"write_empty_chunks": True})
             self._arrays[name] = array
         array[rows] = values
 
@@ -295,8 +319,11 @@ class DurableStore(LocalStore):
         write_bytes(self.root / key, value.as_buffer_like())
 
 
-def _write_skeleton(
-    folder: Path, metadata: StoreMetadata, class_texts: Mapping[str, ClassText]
+def write_skeleton(
+    folder: Path,
+    metadata: StoreMetadata,
+    class_texts: Mapping[str, ClassText],
+    feature_scale: FloatArray | None = None,
 ) -> None:
     """Everything of a store but its partitions."""
     group = metadata.group_node()
@@ -306,16 +333,21 @@ def _write_skeleton(
     texts = folder / CLASS_TEXT_GROUP
     _write_node(texts, {"zarr_format": 3, "node_type": "group", "attributes": {}}, 1024)
     for prompt_set, text in class_texts.items():
-        attributes = {"class_names": list(text.names), "sentences_hash": text.sentences_hash}
-        spec = class_text_spec(*text.embeddings.shape)
-        _write_node(texts / prompt_set, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
-        array = zarr.open_array(
-            DurableStore(folder),
-            path=f"{CLASS_TEXT_GROUP}/{prompt_set}",
-            mode="r+",
-            zarr_format=3,
-        )
-        array[:] = text.embeddings
+        write_class_text(texts / prompt_set, text)
+    if feature_scale is not None:
+        _open(folder, FEATURE_SCALE)[:] = feature_scale
+
+
+def write_class_text(folder: Path, text: ClassText) -> None:
+    """Make the array of one prompt set's class texts, a new folder."""
+    attributes = {"class_names": list(text.names), "sentences_hash": text.sentences_hash}
+    spec = class_text_spec(*text.embeddings.shape)
+    _write_node(folder, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
+    _open(folder.parent, folder.name)[:] = text.embeddings
+
+
+def _open(folder: Path, name: str) -> zarr.Array[Any]:
+    return zarr.open_array(DurableStore(folder), path=name, mode="r+", zarr_format=3)
 
 
 def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
@@ -329,8 +361,9 @@ def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
 
 
 # Records of the lock file: this one while the store is made, 1 + tar while a partition is.
-_WHOLE_STORE: Final = 0
+WHOLE_STORE: Final = 0
 
 
-def _lock_file(store: Path) -> Path:
+def lock_file(store: Path) -> Path:
+    """The lock file beside a store; its records are above."""
     return store.with_name(f"{store.name}.lock")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import shlex
 import time
 from dataclasses import replace
 from importlib.metadata import version
@@ -194,13 +195,25 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> A
 def require_same(plan: ExtractionPlan, writer: AnyWriter, provenance: Provenance) -> None:
     """Raise UserError with the differences when the store was made in another way."""
     differences = writer.provenance.differences(provenance)
-    missing = set(plan.request.prompt_sets) - set(writer.prompt_sets)
+    place = shlex.quote(str(plan.request.store_path))
+    missing = sorted(set(plan.request.prompt_sets) - set(writer.prompt_sets))
+    if missing and not differences:
+        raise UserError(
+            f"{plan.request.store_path} has no class texts of prompt set {missing[0]!r}: run "
+            f"`mote-cli store add-texts {place} --prompts {missing[0]}`, which touches no features"
+        )
     if missing:
-        differences.append(f"prompt sets: store lacks {', '.join(sorted(missing))}")
+        differences.append(f"prompt sets: store lacks {', '.join(missing)}")
     if differences:
+        remedy = "ask for what it holds, or remove it to extract anew"
+        if all(phrase.startswith("dataset_fingerprint") for phrase in differences):
+            remedy = (
+                f"if the data set only has more tars now, `mote-cli store add-tars {place} "
+                f"--dataset {plan.dataset.name}` adds them; else remove it to extract anew"
+            )
         raise UserError(
             f"{plan.request.store_path} was made in another way and is never mixed "
-            f"({'; '.join(differences)}): ask for what it holds, or remove it to extract anew"
+            f"({'; '.join(differences)}): {remedy}"
         )
 
 

@@ -1,0 +1,326 @@
+"""`mote-cli store ...`: stores that grow, join, shrink, and leave for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import options
+from cli.output import print_facts, print_json, print_table, progress_of
+from featstore.errors import UserError
+from featstore.workspace import STORE_SUFFIX
+
+app = typer.Typer(
+    rich_markup_mode="markdown",
+    help=(
+        "Let a store grow, join stores, rewrite them smaller, or hand their rows to other "
+        "programs.\n\n"
+        "A store is named by its path, or by its name under `features/` of the workspace.\n\n"
+        "Example: `mote-cli store export my-store --to parquet --out my-rows`"
+    ),
+)
+
+StorePath = Annotated[
+    str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
+]
+OutStore = Annotated[
+    Path, typer.Option("--out", metavar="STORE", help="Path of the new store; must not exist.")
+]
+TextEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        metavar="SPEC",
+        help="Where the store's encoder is, when it is not found by its recorded name.",
+    ),
+]
+
+
+@app.command("add-tars")
+def add_tars(
+    store: StorePath,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            metavar="NAME|DIR",
+            help="The store's data set, packed again with more tars: its name or folder.",
+        ),
+    ],
+    encoder: TextEncoder = None,
+    device: options.Device = "auto",
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Give a store the new tars of its data set; `extract` then does just those.
+
+    The earlier tars must be unchanged. New classes and splits may come at the end of the lists;
+    the texts of new classes are computed with the store's encoder.
+
+    Example: `mote-cli store add-tars my-store --dataset my-clips`
+    """
+    from pipeline.packed import DATASET_FILE
+    from pipeline.store_growth import add_tars as run
+
+    workspace, path = options.workspace(root), store_path(root, store)
+    folder = Path(dataset)
+    if not (folder / DATASET_FILE).is_file():
+        folder = workspace.dataset_dir(dataset)
+    grown = run(
+        path,
+        folder,
+        encoder=encoder,
+        encoders_dir=workspace.root / "encoders",
+        device=options.known_device(device),
+    )
+    if json:
+        print_json(grown.to_json())
+        return
+    print_facts(
+        {
+            "store": grown.store,
+            "tars": f"{grown.tars}, {grown.tars_added} of them new",
+            "rows": f"{grown.rows}, {grown.rows_added} of them new",
+            "new classes": grown.classes_added,
+            "next": f"mote-cli extract --dataset {folder.name} (as before; {grown.pending} tars)"
+            if grown.pending
+            else "nothing to extract",
+        }
+    )
+
+
+@app.command("merge")
+def merge(
+    stores: Annotated[
+        list[str],
+        typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
+    ],
+    out: OutStore,
+    prefix_keys: Annotated[
+        bool,
+        typer.Option("--prefix-keys", help="Put the data set's name before every key."),
+    ] = False,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Make one store of several that were made alike from different data sets.
+
+    Classes and splits are united by name. Features are linked where they can be, so that the new
+    store takes little room on the same disk.
+
+    Example: `mote-cli store merge first.zarr second.zarr --out both.zarr`
+    """
+    from featstore.merging import merge as run
+
+    paths = [store_path(root, store) for store in stores]
+    with progress_of("merge", "tars") as progress:
+        merged = run(paths, out, prefix_keys=prefix_keys, progress=progress)
+    if json:
+        print_json(merged.to_json())
+        return
+    print_facts(
+        {
+            "store": merged.store,
+            "tars": f"{merged.tars}, {merged.tars_linked} linked",
+            "rows": merged.rows,
+            "classes": merged.classes,
+            "splits": ", ".join(merged.splits) or "none",
+            "class texts": ", ".join(merged.prompt_sets) or "none",
+        }
+    )
+
+
+@app.command("export")
+def export(
+    store: StorePath,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="safetensors|parquet|npy",
+            help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
+    ],
+    split: options.Split = None,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar='"A,B"', help="Only videos of these classes."),
+    ] = None,
+    rows_per_file: Annotated[
+        int | None,
+        typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
+    ] = None,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Write rows as files of other programs; the folder appears when it is complete.
+
+    Videos that failed have no features: they are left out, counted, and named in export.json.
+
+    Example: `mote-cli store export my-store --to safetensors --split val --out my-rows`
+    """
+    from featstore.exporting import export as run
+
+    with progress_of("export", "rows") as progress:
+        exported = run(
+            store_path(root, store),
+            out,
+            to,
+            split=split,
+            classes=None if classes is None else options.class_list(classes),
+            rows_per_file=rows_per_file,
+            progress=progress,
+        )
+    if json:
+        print_json(exported.to_json())
+        return
+    print_facts(
+        {
+            "folder": exported.folder,
+            "rows": f"{exported.rows}, {exported.failed_left_out} failed left out",
+            "files": f"{exported.files} ({_size(exported.bytes)} in all)",
+        }
+    )
+
+
+@app.command("convert")
+def convert(
+    store: StorePath,
+    codec: Annotated[
+        str,
+        typer.Option(
+            "--codec",
+            metavar="none|zstd|lz4",
+            help="none is fastest to read; zstd is smallest, lz4 quicker.",
+        ),
+    ],
+    out: OutStore,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Rewrite a store with its features compressed or not; every number stays the same.
+
+    Example: `mote-cli store convert my-store --codec zstd --out small.zarr`
+    """
+    from featstore.converting import convert as run
+
+    with progress_of("convert", "tars") as progress:
+        converted = run(store_path(root, store), out, codec, progress=progress)
+    if json:
+        print_json(converted.to_json())
+        return
+    print_facts(
+        {
+            "store": converted.store,
+            "rows": converted.rows,
+            "features": _sizes(converted.bytes_before, converted.bytes_after),
+        }
+    )
+
+
+@app.command("quantize")
+def quantize(
+    store: StorePath,
+    out: OutStore,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Rewrite a store with int8 features, half the size, and print what that costs.
+
+    The cost is measured on the store's own rows: how far each frame's embedding turns, and how
+    often CLIP's mean of frames answers the same.
+
+    Example: `mote-cli store quantize my-store --out half.zarr`
+    """
+    from featstore.quantizing import quantize as run
+
+    with progress_of("quantize", "tars") as progress:
+        quantised = run(store_path(root, store), out, progress=progress)
+    if json:
+        print_json(quantised.to_json())
+        return
+    print_facts(
+        {
+            "store": quantised.store,
+            "rows": quantised.rows,
+            "features": _sizes(quantised.bytes_before, quantised.bytes_after),
+            "cosine error": f"mean {quantised.cosine_error_mean:.2e}, "
+            f"largest {quantised.cosine_error_max:.2e}",
+        }
+    )
+    print_table(
+        "CLIP, mean of frames",
+        ["class texts", "same answer %", "top-1 % float16", "top-1 % int8"],
+        [
+            [a.prompt_set, *(f"{x:.2f}" for x in (a.agreement, a.top1_float16, a.top1_int8))]
+            for a in quantised.agreement
+        ],
+    )
+
+
+@app.command("add-texts")
+def add_texts(
+    store: StorePath,
+    prompts: Annotated[
+        str,
+        typer.Option("--prompts", metavar="SET", help="Sentences for class names: see `extract`."),
+    ],
+    encoder: TextEncoder = None,
+    device: options.Device = "auto",
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Add the class texts of another prompt set; no feature is touched.
+
+    Example: `mote-cli store add-texts my-store --prompts video`
+    """
+    from pipeline.store_growth import add_texts as run
+
+    path = store_path(root, store)
+    added = run(
+        path,
+        prompts,
+        encoder=encoder,
+        encoders_dir=options.workspace(root).root / "encoders",
+        device=options.known_device(device),
+    )
+    summary: dict[str, Any] = {"store": str(path), "prompts": prompts, "added": added}
+    if json:
+        print_json(summary)
+    else:
+        state = "added" if added else "were there already"
+        print_facts({"store": path, "class texts": f"{prompts} {state}"})
+
+
+def store_path(root: Path, text: str) -> Path:
+    """The store that `text` means: a path, or a name under features/ of the workspace.
+
+    `UserError` when there is none of that name or several.
+    """
+    given = Path(text)
+    # A folder whose replacement was killed half way is put back when it is opened.
+    if given.exists() or given.with_name(f"{given.name}.previous").exists():
+        return given
+    features = options.workspace(root).root / "features"
+    names = (text, text + STORE_SUFFIX)
+    found = sorted(p for p in features.glob(f"*/*{STORE_SUFFIX}") if p.name in names)
+    if len(found) > 1:
+        places = ", ".join(map(str, found))
+        raise UserError(f"store {text!r} is there {len(found)} times ({places}): give its path")
+    if not found:
+        known = ", ".join(sorted(p.name for p in features.glob(f"*/*{STORE_SUFFIX}"))) or "none"
+        raise UserError(f"no store {text!r}: no such folder, and under {features} are: {known}")
+    return found[0]
+
+
+def _sizes(before: int, after: int) -> str:
+    return f"{_size(before)} before, {_size(after)} after ({100 * after / max(before, 1):.1f} %)"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,120 @@
+"""Folders that are built beside their place and appear there by one rename, or change places.
+
+Neither a reader nor a process killed at any moment sees a folder that is half old and half new.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import glob
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from featstore.durable import PARTIAL_SUFFIX, make_folder, sync_folder
+from featstore.errors import UserError
+from featstore.locking import claimed
+
+log = logging.getLogger(__name__)
+
+_AT_FDCWD: Final = -100  # linux/fcntl.h
+_RENAME_EXCHANGE: Final = 2  # linux/fs.h
+_UNSUPPORTED: Final = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A path to make a folder (or file) at; it becomes `target` when the block ends well.
+
+    The path lies in a staging folder beside `target`, which is removed however the block ends;
+    what a killed process left is removed by the next. Another process that makes the same
+    target is refused (WorkError); UserError when the target exists.
+    """
+    make_folder(target.parent)
+    lock = target.with_name(f"{target.name}.lock")
+    with claimed(lock, [0], lambda _: f"making {target}"):
+        sweep(target)
+        if target.exists():
+            raise UserError(f"{target} exists already: remove it, or choose another --out")
+        with staging(target) as place:
+            yield place
+            place.rename(target)
+            sync_folder(target.parent)
+
+
+@contextmanager
+def replacement(target: Path) -> Iterator[Path]:
+    """A path to build a folder at, which takes the place of `target` when the block ends well.
+
+    Where the system can exchange two folders in one step (Linux), `target` is there at every
+    moment. Elsewhere it is away between two renames; `recover` puts it back after a kill. The
+    caller holds the lock of the folder.
+    """
+    with staging(target) as place:
+        yield place
+        if not _exchanged(place, target):
+            kept = _previous(target)
+            target.rename(kept)
+            place.rename(target)
+            sync_folder(target.parent)
+            shutil.rmtree(kept, ignore_errors=True)
+        sync_folder(target.parent)
+
+
+def sweep(target: Path) -> None:
+    """Remove staging folders that killed processes left; the caller keeps others from `target`."""
+    for leftover in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL_SUFFIX}"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Undo or finish a replacement that was killed between its two renames."""
+    kept = _previous(target)
+    if not kept.is_dir():
+        return
+    if target.exists():  # both renames were done
+        shutil.rmtree(kept, ignore_errors=True)
+    else:
+        kept.rename(target)
+        sync_folder(target.parent)
+        log.warning("%s was put back: a command that changed it was killed", target)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f"{target.name}.previous")
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A path to build something at that belongs to `target`; removed however the block ends.
+
+    What earlier ones left is removed too, so the caller keeps others from `target`.
+    """
+    sweep(target)
+    folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        make_folder(folder)
+        yield folder / "new"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where system or file system cannot."""
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # not Linux, or a C library before 2018
+        return False
+    paths = (os.fsencode(one), os.fsencode(other))
+    if exchange(_AT_FDCWD, paths[0], _AT_FDCWD, paths[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNSUPPORTED:
+        return False
+    raise OSError(code, os.strerror(code), str(other))

@@ -1,0 +1,207 @@
+"""`mote-cli store ...` on stores that the other commands made and go on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import done, mote, refused
+from tiny_world import SHORT_TRAINING, World, make_clip
+
+from featstore import StoreWriter, open_store, verify
+from pipeline.packed import load_dataset
+
+
+@pytest.fixture
+def parts(inputs: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """(root, videos): a data set of a train folder, packed and extracted."""
+    videos, encoder = inputs
+    folder, root = tmp_path / "videos", tmp_path / "mote-data"
+    shutil.copytree(videos / "train", folder / "train")
+    pack(root, folder)
+    extract(root, encoder)
+    return root, folder
+
+
+def pack(root: Path, videos: Path) -> None:
+    done(
+        *("pack", "--dataset", "clips", "--videos", videos, "--samples-per-shard", "4"),
+        *("--root", root),
+    )
+
+
+def extract(root: Path, encoder: Path, *more: str, code: int = 0) -> dict[str, object]:
+    summary: dict[str, object] = done(
+        *("extract", "--dataset", "clips", "--encoder", encoder, "--sampling", "uniform:4"),
+        *("--precision", "fp32", "--workers", "1", "--root", root, *more),
+        code=code,
+    )
+    return summary
+
+
+def pack_again(root: Path, videos: Path) -> None:
+    shutil.rmtree(root / "datasets" / "clips")
+    pack(root, videos)
+
+
+def the_store(root: Path) -> Path:
+    (path,) = (root / "features" / "clips").glob("*.zarr")
+    return path
+
+
+def test_a_split_that_came_later_is_all_that_is_extracted(
+    parts: tuple[Path, Path], inputs: tuple[Path, Path]
+) -> None:
+    root, folder = parts
+    before = open_store(the_store(root))
+    kept = before.features(before.rows).tobytes()
+    shutil.copytree(inputs[0] / "val", folder / "val")
+    pack_again(root, folder)
+    error = refused(2, *("extract", "--dataset", "clips", "--encoder", inputs[1], "--sampling"),
+                    *("uniform:4", "--precision", "fp32", "--root", root))  # fmt: skip
+    assert f"mote-cli store add-tars {the_store(root)} --dataset clips" in error
+    name = the_store(root).name.removesuffix(".zarr")
+    grown = done("store", "add-tars", name, "--dataset", "clips", "--root", root)
+    assert (grown["tars_added"], grown["rows_added"], grown["pending"]) == (2, 6, 2)
+    summary = extract(root, inputs[1])
+    assert (summary["partitions_done"], summary["partitions_skipped"]) == (2, 3)
+    store = open_store(the_store(root))
+    assert store.features(before.rows).tobytes() == kept
+    assert store.split_names == ["train", "val"]
+    assert (len(store.split("train")), len(store.split("val"))) == (12, 6)
+    assert verify(store.path, deep=True).ok
+    again = done("store", "add-tars", the_store(root), "--dataset", "clips", "--root", root)
+    assert (again["tars_added"], again["pending"]) == (0, 0)
+    assert not extract(root, inputs[1])["partitions_done"]
+
+
+def test_a_new_class_gets_its_text_from_the_stores_encoder(
+    parts: tuple[Path, Path], inputs: tuple[Path, Path]
+) -> None:
+    root, folder = parts
+    before = open_store(the_store(root)).class_text("mote28")
+    shutil.copytree(inputs[0] / "val", folder / "val")
+    for i in range(2):
+        path = folder / "val" / "zoom in" / f"z{i}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        make_clip(path, 40 + i)
+    pack_again(root, folder)
+    done("store", "add-tars", the_store(root), "--dataset", root / "datasets" / "clips")
+    assert extract(root, inputs[1])["partitions_done"] == 2
+    store = open_store(the_store(root))
+    assert store.class_names[-1] == "zoom in"
+    text = store.class_text("mote28")
+    np.testing.assert_array_equal(text.embeddings[:-1], before.embeddings)
+    assert verify(store.path, deep=True).ok
+
+
+def test_what_does_not_continue_the_store(
+    parts: tuple[Path, Path], inputs: tuple[Path, Path]
+) -> None:
+    root, folder = parts
+    make_clip(folder / "train" / "a first class" / "a.mp4", 77)
+    pack_again(root, folder)
+    store = the_store(root)
+    error = refused(2, "store", "add-tars", store, "--dataset", "clips", "--root", root)
+    assert "extract the data set as a new store" in error
+    dataset = load_dataset(root / "datasets" / "clips")
+    replace(dataset, name="others", fingerprint="").write()
+    error = refused(2, "store", "add-tars", store, "--dataset", "clips", "--root", root)
+    assert "was made of data set 'clips', not of 'others'" in error
+    with StoreWriter.open(store).claim([0]):
+        error = refused(1, "store", "add-texts", store, "--prompts", "video", "--root", root)
+    assert "is writing partition 0" in error
+
+
+def test_a_prompt_set_that_is_missing_is_added(own: World) -> None:
+    more = ("--prompts", "video")
+    extracting = ("extract", "--dataset", "clips", "--encoder", own.encoder, "--sampling")
+    error = refused(2, *extracting, "uniform:4", "--precision", "fp32", *more, "--root", own.root)
+    command = f"mote-cli store add-texts {own.store} --prompts video"
+    assert f"run `{command}`" in error
+    words = command.split()[1:]
+    assert done(*words, "--root", own.root)["added"]
+    assert not done(*words, "--root", own.root)["added"]
+    assert open_store(own.store).prompt_sets == ["mote28", "video"]
+    summary = done(*extracting, "uniform:4", "--precision", "fp32", *more, "--root", own.root)
+    assert summary["partitions_done"] == 0
+    done("eval", "--closeset", "clips", "--head", "mean", *more, "--root", own.root)
+    assert verify(own.store, deep=True).ok
+
+
+def test_another_encoder_may_not_make_class_texts(own: World, tmp_path: Path) -> None:
+    from tiny_world import make_encoder
+
+    other = make_encoder(tmp_path / "other", seed=1)
+    words = ("store", "add-texts", own.store, "--prompts", "video", "--root", own.root)
+    error = refused(2, *words, "--encoder", other)
+    assert "is not the encoder of" in error
+    assert "unknown prompt set 'rhymes'" in refused(2, *words[:4], "rhymes", *words[5:])
+
+
+def test_heads_train_on_what_was_converted_or_quantised(own: World) -> None:
+    """Every command that takes a store takes these, too."""
+    store, folder = own.store, own.store.parent
+    converted = done("store", "convert", store, "--codec", "zstd", "--out", folder / "z.zarr")
+    assert converted["bytes_before"] > 0
+    quantised = done("store", "quantize", store, "--out", folder / "q.zarr")
+    assert quantised["agreement"][0]["prompt_set"] == "mote28"
+    assert quantised["cosine_error_max"] < 1e-3
+    for name in ("z", "q"):
+        done(
+            *("train-head", "--dataset", "clips", "--head", "mote", "--frames", "4", "--store"),
+            *(name, "--name", f"on-{name}", *SHORT_TRAINING, "--precision", "fp32"),
+            *("--root", own.root),
+        )
+        done(*("eval", "--closeset", "clips", "--head", f"on-{name}", "--store", name),
+             *("--root", own.root))  # fmt: skip
+        assert verify(folder / f"{name}.zarr", deep=True).ok
+    text = mote("store", "quantize", store, "--out", folder / "again.zarr")
+    assert "cosine error" in text.out
+    assert "same answer %" in text.out
+
+
+def test_merging_and_exporting(own: World, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(own.store, copy)
+    node = json.loads((copy / "zarr.json").read_text())
+    node["attributes"]["provenance"]["dataset"] = "more"
+    (copy / "zarr.json").write_text(json.dumps(node))
+    both = tmp_path / "both.zarr"
+    words = ("store", "merge", own.store, copy, "--out", both)
+    assert "--prefix-keys" in refused(2, *words)
+    merged = done(*words, "--prefix-keys")
+    assert (merged["tars_linked"], merged["rows"]) == (merged["tars"], 2 * 18)
+    assert verify(both, deep=True).ok
+    for format in ("safetensors", "parquet", "npy"):
+        exported = done(
+            *("store", "export", both, "--to", format, "--out", tmp_path / format),
+            *("--split", "val", "--classes", "run, wave"),
+        )
+        assert (exported["rows"], exported["failed_left_out"]) == (4, 0)
+    text = mote("store", "export", both, "--to", "npy", "--out", tmp_path / "all")
+    assert "36, 0 failed left out" in text.out
+
+
+def test_a_store_is_found_by_name_or_path(own: World, tmp_path: Path) -> None:
+    out = ("--to", "npy", "--out", tmp_path / "rows", "--root", own.root)
+    error = refused(2, "store", "export", "nothing", *out)
+    assert own.store.name in error
+    done("store", "export", own.store.name, *out)
+    shutil.copytree(own.store, own.root / "features" / "other" / own.store.name)
+    error = refused(2, "store", "export", own.store.name, *out)
+    assert "is there 2 times" in error
+    assert "exists already" in refused(2, "store", "export", own.store, *out)
+
+
+@pytest.mark.parametrize(
+    "command", ["add-tars", "merge", "export", "convert", "quantize", "add-texts"]
+)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = mote("store", command, "--help")
+    assert result.code == 0
+    assert f"Example: mote-cli store {command}" in result.out

@@ -1,0 +1,76 @@
+"""Stores of every format version stay readable; newer ones are refused with the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from tiny_stores import content
+
+from featstore import StoreWriter, UserError, open_store, verify
+from featstore.schema import FORMAT_VERSION
+
+STORES = Path(__file__).parents[1] / "data" / "stores"
+EVERY = sorted(path.name for path in STORES.glob("v*.zarr"))
+
+
+def test_there_is_a_store_of_every_version() -> None:
+    assert {f"v{n}.zarr" for n in range(1, FORMAT_VERSION + 1)} <= set(EVERY)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_store_of_an_earlier_release_holds_what_it_held(name: str, tmp_path: Path) -> None:
+    expected = json.loads((STORES / f"{name[:2]}.json").read_text())[name]
+    path = tmp_path / name
+    shutil.copytree(STORES / name, path)
+    found = content(path)
+    assert found.keys() == expected.keys()
+    # Attributes may gain entries, with a meaning for stores that lack them.
+    for key, value in expected.pop("attributes").items():
+        now = found["attributes"][key]
+        assert now | value == now if isinstance(value, dict) else now == value, key
+    for key, value in expected.items():
+        if isinstance(value, list) and value and isinstance(value[0], float):
+            np.testing.assert_array_equal(found[key], value)
+        else:
+            assert found[key] == value, key
+    report = verify(path, deep=True)
+    assert (report.ok, report.partitions) == (True, 2)
+    assert StoreWriter.open(path).pending() == []
+
+
+def test_plain_zarr_reads_the_oldest_store() -> None:
+    group = zarr.open_group(STORES / "v1.zarr", mode="r")
+    store = open_store(STORES / "v1.zarr")
+    assert group["features"][:][store.rows].tobytes() == store.features(store.rows).tobytes()
+    assert group["key"][:][store.rows].tolist() == store.keys
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (FORMAT_VERSION + 1, f"has format version {FORMAT_VERSION + 1}, this mote reads up to "
+                             f"{FORMAT_VERSION}: install a newer mote-video"),
+        (0, "format version 0: it must be a whole number"),
+        ("1", "format version '1': it must be a whole number"),
+        (True, "format version True: it must be a whole number"),
+    ],
+)  # fmt: skip
+def test_another_version_is_refused_with_the_remedy(
+    tmp_path: Path, version: Any, message: str
+) -> None:
+    path = tmp_path / "s.zarr"
+    shutil.copytree(STORES / "v1.zarr", path)
+    node = json.loads((path / "zarr.json").read_text())
+    node["attributes"]["format_version"] = version
+    # What a newer version says besides is not looked at first.
+    node["attributes"]["schema"]["unheard_of"] = 1
+    (path / "zarr.json").write_text(json.dumps(node))
+    for work in (open_store, verify, StoreWriter.open):
+        with pytest.raises(UserError, match=message):
+            work(path)
