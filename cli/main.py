@@ -24,6 +24,7 @@ from cli import (
     predict,
     store,
     train_head,
+    verify,
 )
 from cli.output import fail, log_to_stderr
 from featstore.errors import UserError, WorkError, one_line
@@ -58,6 +59,7 @@ app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
 app.command("export")(export.export)
 app.add_typer(store.app, name="store")
 app.command("inspect")(inspect_path.inspect_path)
+app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 
 

@@ -246,8 +246,10 @@ class FeatureLoader:
                 order = rng.permutation(self._count)[self._rank :: self._world_size]
                 clips = self._clips_of(order)
             # Put into order and cut once, so that a step takes what is its.
-            labels = self._labels[torch.from_numpy(order).to(self._device)].split(self.batch_size)
-            rows = torch.from_numpy(self._rows[order]).split(self.batch_size)
+            labels = torch.split(
+                self._labels[torch.from_numpy(order).to(self._device)], self.batch_size
+            )
+            rows = torch.split(torch.from_numpy(self._rows[order]), self.batch_size)
             for steps, count in self._drawn_together(start, len(order)):
                 rank = (self._rank,) if self._rank else ()
                 seeds = [(self._seed, epoch, _STEPS + step, *rank) for step in steps]
@@ -292,7 +294,7 @@ class FeatureLoader:
             if views is not None:
                 index += views[:, None] * stored
             indices = torch.from_numpy(index.reshape(-1)).to(self._device)
-            for part in indices.split(count * self.frames):
+            for part in torch.split(indices, count * self.frames):
                 if flat.is_cuda:
                     picked = flat.index_select(0, part)
                 else:

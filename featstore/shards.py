@@ -85,7 +85,7 @@ class ShardFile:
 
     def _read(self, out: npt.NDArray[Any], offset: int) -> None:
         """Fill a C-contiguous array with the bytes from `offset` on."""
-        missing = memoryview(out)
+        missing = memoryview(out)  # type: ignore[arg-type]  # numpy's types do not say so
         while missing.nbytes:
             try:
                 got = os.preadv(self.descriptor, [missing], offset)

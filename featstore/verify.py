@@ -202,6 +202,11 @@ def _not_finite(features: HalfArray) -> npt.NDArray[np.bool_]:
     return found
 
 
+EncodeRow = Callable[[int, str], "npt.NDArray[np.float32] | str"]
+"""Encodes the video of an array row, whose key is given too: float32 [V, F, D], or why it cannot
+be decoded."""
+
+
 @dataclass(frozen=True)
 class ReencodedRow:
     """One row encoded again: the smallest cosine of its frames and the largest difference.
@@ -234,16 +239,14 @@ class Reencoding:
 def reencode(
     store: Store,
     count: int,
-    encode: Callable[[int, str], npt.NDArray[np.float32]],
+    encode: EncodeRow,
     *,
     seed: int = 0,
     progress: ProgressSink = no_progress,
 ) -> Reencoding:
     """Encode `count` ok rows again, drawn without repeats by `seed`, and compare.
 
-    `encode` takes an array row and its key and gives [V, F, D] in float32; its WorkError is the
-    row's reason unless it is about more than this row (then it should raise something else).
-    Raises UserError when the store has no ok row.
+    Raises UserError when the store has no ok row, and what `encode` raises.
     """
     usable = np.flatnonzero(store.status == STATUS_OK)
     if not len(usable):
@@ -254,7 +257,7 @@ def reencode(
     for done, position in enumerate(np.sort(drawn).tolist(), start=1):
         row, key = int(store.rows[position]), store.keys[position]
         stored = store.features([row])[0]
-        rows.append(_compared(key, row // store.schema.capacity, stored, row, encode))
+        rows.append(_compared(key, row // store.schema.capacity, stored, encode(row, key)))
         progress(done, len(drawn))
     return Reencoding(
         ok=all(row.cosine >= tolerance for row in rows),
@@ -265,16 +268,12 @@ def reencode(
 
 
 def _compared(
-    key: str,
-    partition: int,
-    stored: HalfArray,
-    row: int,
-    encode: Callable[[int, str], npt.NDArray[np.float32]],
+    key: str, partition: int, stored: HalfArray, encoded: npt.NDArray[np.float32] | str
 ) -> ReencodedRow:
-    try:
-        again = encode(row, key).astype(np.float16)
-    except WorkError as error:
-        return ReencodedRow(key, partition, 0.0, 0.0, False, one_line(error))
+    if isinstance(encoded, str):
+        return ReencodedRow(key, partition, 0.0, 0.0, False, one_line(encoded))
+    with np.errstate(over="ignore"):
+        again = encoded.astype(np.float16)
     if again.shape != stored.shape:
         reason = f"{list(again.shape)} numbers come out, {list(stored.shape)} are stored"
         return ReencodedRow(key, partition, 0.0, 0.0, False, reason)

@@ -183,6 +183,7 @@ class StoreWriter:
         Raises ValueError when the partition does not fit the tar, OSError when the disk is full.
         """
         self._check_fits(tar, partition)
+        began = self._time_after_earlier(tar)
         for name in ("commit", "features"):
             self._remove(name, tar)
         n = len(partition.key)
@@ -209,7 +210,7 @@ class StoreWriter:
             rows=n,
             checksum_crc32c=crc32c(checksums),
             features_bytes=self._files.path("features", tar).stat().st_size,
-            unix_time=int(time.time()),
+            unix_time=max(began, int(time.time())),
         )
         self._put("commit", slice(tar, tar + 1), commit.array())
 
@@ -253,6 +254,14 @@ class StoreWriter:
                 f"{self.path} lacks {len(missing)} of {self.schema.tars} partitions ({shown}): "
                 f"run `mote-cli extract --dataset {self.provenance.dataset or 'NAME'}` again"
             )
+
+    def _time_after_earlier(self, tar: int) -> int:
+        """A time later than that of the partition's commit entry: a new entry is never equal."""
+        try:
+            earlier = self._files.commit(tar)
+        except WorkError:
+            return 0  # a damaged entry is equal to no sound one
+        return 0 if earlier is None else earlier.unix_time + 1
 
     def _check_fits(self, tar: int, partition: Partition) -> None:
         if not 0 <= tar < self.schema.tars:
