@@ -80,6 +80,7 @@ def _store(path: Path) -> dict[str, Any]:
         "views": store.schema.views,
         "frames": store.schema.frames,
         "dim": store.schema.dim,
+        "features": store.schema.storage,
         "classes": len(store.class_names),
         "splits": {name: len(store.split(name)) for name in store.split_names},
         "prompt_sets": list(store.prompt_sets),

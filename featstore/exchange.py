@@ -29,23 +29,28 @@ _UNSUPPORTED: Final = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, store: bool = True) -> Iterator[Path]:
     """A path to make a folder (or file) at; it becomes `target` when the block ends well.
 
     The path lies in a staging folder beside `target`, which is removed however the block ends;
     what a killed process left is removed by the next. Another process that makes the same
-    target is refused (WorkError); UserError when the target exists.
+    target is refused (WorkError); UserError when the target exists. The lock file beside it stays
+    where it is that of a `store`.
     """
     make_folder(target.parent)
     lock = target.with_name(f"{target.name}.lock")
     with claimed(lock, [0], lambda _: f"making {target}"):
-        sweep(target)
-        if target.exists():
-            raise UserError(f"{target} exists already: remove it, or choose another --out")
-        with staging(target) as place:
-            yield place
-            place.rename(target)
-            sync_folder(target.parent)
+        try:
+            sweep(target)
+            if target.exists():
+                raise UserError(f"{target} exists already: remove it, or choose another --out")
+            with staging(target) as place:
+                yield place
+                place.rename(target)
+                sync_folder(target.parent)
+        finally:
+            if not store:
+                lock.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -97,6 +97,8 @@ def export(
     """
     if format not in WRITERS:
         raise UserError(f"format {format!r} is unknown: choose one of {', '.join(WRITERS)}")
+    if rows_per_file is not None and rows_per_file < 1:
+        raise UserError(f"{rows_per_file} rows per file are too few: at least 1")
     with claimed_source(path) as source:
         store = source.store
         source.require_complete("export")
@@ -109,7 +111,7 @@ def export(
                 "`mote-cli inspect` lists the reasons"
             )
         write = WRITERS[format]()
-        with new_folder(out) as folder:
+        with new_folder(out, store=False) as folder:
             make_folder(folder)
             files = _write_files(store, rows, rows_per_file, folder, write, progress)
             for prompt_set in store.prompt_sets:

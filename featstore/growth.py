@@ -63,10 +63,12 @@ def add_tars(
     end. `class_texts` replaces those of the store, and is needed where classes are new.
 
     A new store is built beside the old one, with the partitions that are done linked into their
-    places, and exchanged with it; killed at any moment, the old or the new one is there. Nothing
-    happens when there is nothing new. Raises UserError when the tars or names do not continue the
-    store's, WorkError while a process writes to it.
+    places, and exchanged with it; killed at any moment, the old or the new one is there. A `Store`
+    that is open meanwhile goes on with what it holds as long as no earlier tar changes its place;
+    open it again otherwise. Nothing happens when there is nothing new. Raises UserError when the
+    tars or names do not continue the store's, WorkError while a process writes to it.
     """
+    _require_folder(path)
     with claimed_source(path) as source:
         old = source.metadata
         if old.provenance.quantised:
@@ -114,6 +116,7 @@ def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
     process writes to the store.
     """
     check_prompt_set(prompt_set)
+    _require_folder(path)
     with claimed_source(path) as source:
         schema, names = source.metadata.schema, source.metadata.class_names
         if text.names != names or text.embeddings.shape[1] != schema.dim:
@@ -136,6 +139,14 @@ def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
             folder.rename(place)
             sync_folder(place.parent)
     return True
+
+
+def _require_folder(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a symbolic link: what changes a store takes the folder itself, "
+            f"{path.resolve()}"
+        )
 
 
 def _places(path: Path, old: StoreMetadata, entries: Sequence[TarEntry]) -> dict[int, int]:

@@ -160,6 +160,7 @@ def test_heads_train_on_what_was_converted_or_quantised(own: World) -> None:
         done(*("eval", "--closeset", "clips", "--head", f"on-{name}", "--store", name),
              *("--root", own.root))  # fmt: skip
         assert verify(folder / f"{name}.zarr", deep=True).ok
+    assert done("inspect", folder / "q.zarr")["features"] == "int8 per dimension"
     text = mote("store", "quantize", store, "--out", folder / "again.zarr")
     assert "cosine error" in text.out
     assert "same answer %" in text.out

@@ -1,8 +1,8 @@
 """Kills commands that change or make stores with SIGKILL; run by test_growth.py, prints one line.
 
 `growth_crash_driver.py FOLDER WORK:STRIDE ... [two-renames]`: WORK is add-tars, add-texts or merge,
-and is killed just before every STRIDE-th system call that matters. Each work and each check is a fork
-of this process, which itself never starts zarr's threads.
+and is killed just before every STRIDE-th system call that matters. Each work and each check is a
+fork of this process, which itself never starts zarr's threads.
 """
 
 from __future__ import annotations

@@ -194,6 +194,16 @@ def test_a_damaged_row_ends_the_export_and_leaves_nothing(store: Path, tmp_path:
     assert not list(tmp_path.glob("rows*.partial"))
 
 
+def test_an_export_leaves_nothing_beside_it(store: Path, tmp_path: Path) -> None:
+    export(store, tmp_path / "rows", "npy")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows", "s.zarr", "s.zarr.lock"]
+    with pytest.raises(UserError, match="0 rows per file are too few"):
+        export(store, tmp_path / "more", "npy", rows_per_file=0)
+    with pytest.raises(UserError, match="has no class 'fly'"):
+        export(store, tmp_path / "more", "npy", classes=["fly"])
+    assert not list(tmp_path.glob("more*"))
+
+
 def test_without_pyarrow_the_remedy_is_named(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,30 @@ def test_new_tars_are_pending_and_the_earlier_ones_are_linked(store: Path, tmp_p
     assert len(reader) == 9
 
 
+def test_readers_that_are_open_meanwhile(store: Path) -> None:
+    expected = open_store(store).features([0, 5, 6, 8])
+    reader = open_store(store)
+    add_tars(store, tar_facts([0, 1, 2], [6, 3, 4]))  # at the end: nothing moves
+    np.testing.assert_array_equal(reader.features([0, 5, 6, 8]), expected)
+    reader = open_store(store)
+    add_tars(store, tar_facts([7, 0, 1, 2], [5, 6, 3, 4]))
+    with pytest.raises(WorkError, match="partition 0"):
+        reader.features([0])
+    writer = StoreWriter.open(store)
+    writer.write_partition(0, make_partition(writer.schema, 0, 5, seed=3))
+    reader = open_store(store)
+    np.testing.assert_array_equal(reader.features([6, 11, 12, 14]), expected)
+
+
+def test_a_link_to_a_store_is_not_changed(store: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.zarr"
+    link.symlink_to(store)
+    for work in (add_three_tars, lambda path: add_class_text(path, "video", other_text())):
+        with pytest.raises(UserError, match="is a symbolic link: what changes a store takes"):
+            work(link)
+    assert len(open_store(link)) == 9
+
+
 def test_nothing_new_changes_nothing(store: Path) -> None:
     same = tar_facts([0, 1], [6, 3])
     before = (store / "zarr.json").stat().st_ino
