@@ -94,6 +94,14 @@ class Store:
         """What the features are: "embeddings", "frames" or "tokens:K" (`featstore.tiers`)."""
         return self.schema.tier
 
+    def require_embeddings(self) -> None:
+        """UserError unless the features are embeddings, which heads work on."""
+        if not self.schema.pooled:
+            raise UserError(
+                f"{self.path.name} holds {self.tier}, not the embeddings that heads work on: "
+                "choose or extract a store without --tier"
+            )
+
     @property
     def provenance(self) -> Provenance:
         """How the features were made."""

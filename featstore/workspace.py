@@ -141,6 +141,8 @@ class Workspace:
         their names), WorkError when the one that fits is damaged or not finished.
         """
         remote = name is not None and is_url(name)
+        if remote:
+            _require_remote_embeddings(str(name))
         paths = [open_store(str(name)).path] if remote else self.stores(dataset)
         if not paths:
             raise UserError(
@@ -243,6 +245,20 @@ def _mismatch(
     if sampling not in (None, store.provenance.sampling):
         return f"has sampling {store.provenance.sampling}, not {sampling}"
     return None
+
+
+def _require_remote_embeddings(url: str) -> None:
+    """UserError for a store of another tier, before its terabytes are fetched."""
+    from featstore.remote_store import RemoteStoreWriter  # obstore takes a while to load
+
+    writer = RemoteStoreWriter.open(url)
+    tier = writer.schema.tier
+    writer.close()
+    if tier != EMBEDDINGS:
+        raise UserError(
+            f"{url} holds {tier}, not the embeddings that heads work on: choose or extract a "
+            "store without --tier"
+        )
 
 
 def _describe(store: Store) -> str:

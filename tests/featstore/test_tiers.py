@@ -335,6 +335,9 @@ def test_the_workspace_gives_heads_embeddings_only(tmp_path: Path) -> None:
     assert workspace.default_split("toy", ["val"]) == "val"
     with pytest.raises(UserError, match="holds tokens:7, not the embeddings that heads work on"):
         workspace.choose_store("toy", name="vit--uniform-4--tokens-7")
+    for path in (paths["frames"], paths["tokens:7"]):
+        with pytest.raises(UserError, match="choose or extract a store without --tier"):
+            open_store(path).require_embeddings()
     command = repair_command(paths["tokens:7"], read_metadata(paths["tokens:7"]))
     assert "--tier tokens:7" in command
     assert "--split" not in command
