@@ -75,6 +75,9 @@ class FeatureFiles:
         shape = self._schema.row_shape
         stored, item = shape[1], shape[2:]
         dim = math.prod(item)
+        if frames is None and not self._schema.pooled:
+            # As many windows as there are numbers, each a row wide, would be more than 2**63.
+            frames = np.broadcast_to(np.arange(stored), (len(rows), stored))
         if frames is None:
             index, width, taken = starts, math.prod(shape), shape
         else:

@@ -104,12 +104,16 @@ class Partition:
         if not np.all((self.status == STATUS_OK) | (self.status == STATUS_FAILED)):
             raise ValueError("every sample of a partition is ok (1) or failed (2)")
         failed = self.status == STATUS_FAILED
-        if np.any(self.frame_index[failed] != -1):
-            raise ValueError("a failed sample has frame_index -1")
         if isinstance(self.features, FeatureRows):
             if np.any(self.features.written == failed):
                 raise ValueError("the samples that are ok, and no others, have their features put")
-            return
+        else:
+            self._check_features(failed)
+        if np.any(self.frame_index[failed] != -1):
+            raise ValueError("a failed sample has frame_index -1")
+
+    def _check_features(self, failed: npt.NDArray[np.bool_]) -> None:
+        assert not isinstance(self.features, FeatureRows)
         wrong = not_finite(self.features) & ~failed
         if wrong.any():
             key = self.key[int(np.flatnonzero(wrong)[0])]
@@ -117,6 +121,6 @@ class Partition:
                 f"features of {key} are not finite in float16: the encoder overflows; "
                 "use --precision fp32 or check the weights"
             )
-        for row in self.features[failed]:
+        for row in (self.features[i] for i in np.flatnonzero(failed)):
             if not (np.isnan(row) if row.dtype.kind == "f" else row == 0).all():
                 raise ValueError("a failed sample has features NaN, or 0 where there is no NaN")

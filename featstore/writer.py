@@ -291,11 +291,13 @@ class StoreWriter:
             raise ValueError(
                 f"partition {tar} has {n} samples, its tar lists {self.metadata.tars[tar].rows}"
             )
-        of_rows, of_store = partition.features.dtype, self.schema.dtype
-        if (tuple(row_shape), of_rows) != (self.schema.row_shape, of_store):
+        if tuple(row_shape) != self.schema.row_shape:
             raise ValueError(
-                f"partition {tar} has rows {of_rows} {row_shape}, the store {of_store} "
-                f"{list(self.schema.row_shape)}"
+                f"partition {tar} has rows {row_shape}, the store {list(self.schema.row_shape)}"
+            )
+        if partition.features.dtype != self.schema.dtype:
+            raise ValueError(
+                f"partition {tar} has {partition.features.dtype}, the store {self.schema.dtype}"
             )
         classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
         if np.any((partition.label < 0) | (partition.label >= classes)):

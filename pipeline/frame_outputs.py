@@ -21,7 +21,10 @@ from pipeline.preprocessing import FrameInput
 class FrameOutput(Protocol):
     """Makes the items of one tier; may be called from several threads at the same time."""
 
-    item: tuple[int, ...]
+    @property
+    def item(self) -> tuple[int, ...]:
+        """Shape of what is kept of one frame."""
+        ...
 
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
         """Decoded frames uint8 [T,H,W,3] -> [crops,T,*item], on any device."""
@@ -42,8 +45,12 @@ class PooledEmbeddings:
     """Projected embeddings of whole frames, float32 [D], not normalised."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.item: tuple[int, ...] = (encoder.dim,)
         self._encoder = encoder
+
+    @property
+    def item(self) -> tuple[int, ...]:
+        """(D,)"""
+        return (self._encoder.dim,)
 
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
         """See `FrameOutput`."""

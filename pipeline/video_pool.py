@@ -146,7 +146,8 @@ def encode_video(
         output(part, crops)
         for part in np.split(frames, range(ENCODE_BATCH, len(frames), ENCODE_BATCH))
     ]
-    features = torch.cat(batches, dim=1).reshape(crops * clips, per_clip, *output.item)
+    joined = torch.cat(batches, dim=1)
+    features = joined.reshape(crops * clips, per_clip, *joined.shape[2:])
     return EncodedVideo(
         info,
         features.cpu().numpy(),

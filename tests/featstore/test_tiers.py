@@ -243,8 +243,14 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="must be float16"):
             features.put(0, row[:, :1])
         assert not features.written.any()
-    with pytest.raises(ValueError, match="the store float16"):
-        writer.write_partition(0, make_partition(replace(FRAMES, views=1), 0, 6))
+    uint8 = StoreSchema.create(2, 6, 1, 4, 16, tier="frames", item=(2, 2, 3))
+    with pytest.raises(ValueError, match="has rows"):
+        writer.write_partition(0, make_partition(uint8, 0, 6))
+    tokens = make_partition(TOKENS, 0, 6)
+    with pytest.raises(ValueError, match="has uint8, the store float16"):
+        writer.write_partition(
+            0, replace(tokens, features=np.zeros((6, *TOKENS.row_shape), np.uint8))
+        )
     with pytest.raises(ValueError, match="written as a whole"):
         FeatureRows(tmp_path / "x", replace(TOKENS, codec="zstd"), 6)
 
