@@ -9,6 +9,7 @@ them. Files are in the page cache unless a line says "cold".
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -212,8 +213,8 @@ def batches(bench: Bench, store: Store, rounds: int) -> None:
     options = {"batch_size": BATCH, "frames": FRAMES, "seed": 0}
     kinds = {
         "resident": held,
-        "memory-mapped": MappedFeatures(store, store.rows),
-        "streamed": StreamedFeatures(store, store.rows, memory=128 * 2**20),
+        "memory-mapped": MappedFeatures(open_store(store.path), store.rows),
+        "streamed": StreamedFeatures(store, store.rows),
     }
     loaders = {kind: FeatureLoader(held, store.labels, **options) for kind, held in kinds.items()}
     epoch = iter(range(10**6))
@@ -249,6 +250,9 @@ def batches(bench: Bench, store: Store, rounds: int) -> None:
             ">= 1 (100,000 samples/s on a core)",
         )
     )
+    loaders.clear()  # what is mapped stays in memory
+    kinds.clear()
+    gc.collect()
     cold_times: Times = {"memory-mapped, cold": [], "streamed, cold": []}
     for _ in range(max(1, rounds // 2)):
         for name, kind in zip(cold_times, (MappedFeatures, StreamedFeatures), strict=True):
@@ -303,7 +307,7 @@ def peak():
             return int(line.split()[1]) * 1024
 before = peak()
 if kind != "open":
-    rows = store.rows if kind == "streamed" else store.rows
+    rows = store.rows
     features = StreamedFeatures(store, rows) if kind == "streamed" else resident(store, rows)
     loader = FeatureLoader(features, store.labels, batch_size=256, frames=8, seed=0)
     steps = 0
@@ -430,9 +434,7 @@ def main() -> None:
             make(folder / "kinetics.zarr", KINETICS_TARS, STORED, distinct=0),
             chosen.repetitions,
         ),
-        "growth": lambda: growth(
-            bench, max(1, chosen.tars // 2), math.ceil(chosen.repetitions / 2)
-        ),
+        "growth": lambda: growth(bench, chosen.tars, math.ceil(chosen.repetitions / 2)),
     }
     for name, run in parts.items():
         if chosen.part in ("", name):

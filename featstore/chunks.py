@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -168,10 +169,17 @@ class ChunkFiles:
         return recorded
 
 
-def read_class_text(store: Path, prompt_set: str, dim: int) -> ClassText:
-    """The class texts of one prompt set; UserError for metadata that does not fit the format,
-    WorkError for a damaged chunk."""
+def read_class_text(
+    store: Path, prompt_set: str, dim: int, class_names: Sequence[str]
+) -> ClassText:
+    """The class texts of one prompt set, of the store's classes; UserError for metadata that does
+    not fit the format, WorkError for a damaged chunk or other class names."""
     spec, names, digest = class_text_node(store, prompt_set, dim)
+    if names != tuple(class_names):
+        raise WorkError(
+            f"class texts {prompt_set!r} of {store}: their class names are not those of the store; "
+            "make the store again with `mote-cli extract`"
+        )
     key = f"{CLASS_TEXT_GROUP}/{prompt_set}/{spec.chunk_key(0)}"
     limit = math.prod(spec.shape) * spec.numpy_dtype.itemsize + CRC_BYTES
     try:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.checksums import crc32c
 from featstore.errors import UserError
 from featstore.provenance import Provenance
 from featstore.schema import (
@@ -32,6 +33,11 @@ from featstore.schema import (
 # 700 class names about 20 KB. The limits leave room and stop a file made to exhaust memory.
 GROUP_METADATA_LIMIT: Final = 16 * 2**20
 ARRAY_METADATA_LIMIT: Final = 2**20
+
+_CHECKED_ATTRIBUTES: Final = (
+    *("format", "format_version", "schema", "provenance", "logit_scale"),
+    *("tars", "class_names", "raw_class_names", "split_names"),
+)
 
 _PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -85,21 +91,28 @@ class StoreMetadata:
 
     def group_node(self) -> dict[str, Any]:
         """The store's own `zarr.json` as a JSON-ready dict."""
-        return {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": {
-                "format": FORMAT_NAME,
-                "format_version": FORMAT_VERSION,
-                "schema": self.schema.to_json(),
-                "provenance": self.provenance.to_json(),
-                "logit_scale": self.provenance.logit_scale,
-                "tars": [asdict(tar) for tar in self.tars],
-                "class_names": list(self.class_names),
-                "raw_class_names": list(self.raw_class_names),
-                "split_names": list(self.split_names),
-            },
+        attributes = {
+            "format": FORMAT_NAME,
+            "format_version": FORMAT_VERSION,
+            "schema": self.schema.to_json(),
+            "provenance": self.provenance.to_json(),
+            "logit_scale": self.provenance.logit_scale,
+            "tars": [asdict(tar) for tar in self.tars],
+            "class_names": list(self.class_names),
+            "raw_class_names": list(self.raw_class_names),
+            "split_names": list(self.split_names),
         }
+        attributes["checksum"] = attributes_checksum(attributes)
+        return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def attributes_checksum(attributes: Mapping[str, Any]) -> int:
+    """crc32c of the format's group attributes as JSON: keys sorted, ASCII, no spaces.
+
+    Chunks carry checksums of their own; names and provenance would otherwise have none.
+    """
+    known = {name: attributes.get(name) for name in _CHECKED_ATTRIBUTES}
+    return crc32c(json.dumps(known, sort_keys=True, separators=(",", ":")).encode())
 
 
 def tar_entry(value: Mapping[str, Any]) -> TarEntry:
@@ -221,7 +234,8 @@ def prompt_set_names(store: Path) -> list[str]:
     folder = inside(store, CLASS_TEXT_GROUP)
     if not folder.is_dir():
         return []
-    names = sorted(p.name for p in folder.iterdir() if (p / "zarr.json").is_file())
+    # A folder that lost its zarr.json is listed: reading it is an error then, not a set less.
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
     return [name for name in names if _PROMPT_SET.fullmatch(name)]
 
 
@@ -268,6 +282,11 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     if not all(map(_is_texts, texts)) or not isinstance(tars, list) or not isinstance(sizes, dict):
         raise UserError(f"{store} lacks attributes of the format: make it again")
     provenance = Provenance.from_json(attributes.get("provenance"))
+    if attributes.get("checksum") != attributes_checksum(attributes):
+        raise UserError(
+            f"the attributes of {store} fail their checksum: zarr.json is damaged or was edited by "
+            "hand; put a copy of the file back or make the store again with `mote-cli extract`"
+        )
     try:
         return StoreMetadata(
             StoreSchema(**sizes),

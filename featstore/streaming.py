@@ -1,6 +1,6 @@
 """Features that are read anew in every epoch: blocks of rows, a pool at a time, shuffled within.
 
-For stores that no memory holds. Blocks of a few megabytes are read in random order, so that the
+For stores that no memory holds. Blocks of two megabytes are read in random order, so that the
 disk reads large pieces, and a pool of them is shuffled as a whole: with the usual sizes a batch
 comes from some 60 places of the store. A thread reads the next pool while one is used.
 
@@ -25,11 +25,11 @@ from torch import Tensor
 from featstore.reader import Store
 from featstore.schema import FeatureArray, RowArray
 
-POOL_BYTES: Final = 512 * 2**20
+POOL_BYTES: Final = 256 * 2**20
 """Memory of streaming: one pool in use and one being read, half of it each."""
 
 # Read at once from one place: a disk takes longer to find a smaller piece than to read it.
-BLOCK_BYTES: Final = 4 * 2**20
+BLOCK_BYTES: Final = 2 * 2**20
 
 
 class BatchMemory:

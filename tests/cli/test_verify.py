@@ -13,6 +13,7 @@ from tiny_world import World, make_encoder
 
 from featstore import Store, StoreWriter, open_store
 from featstore.checksums import crc32c
+from featstore.metadata import attributes_checksum
 
 
 def flip(path: Path, at: int) -> None:
@@ -23,6 +24,14 @@ def flip(path: Path, at: int) -> None:
 
 def note_of(store: Path) -> Path:
     return store.with_name(f"{store.name}.damaged.json")
+
+
+def provenance(store: Path, **changes: str) -> None:
+    """Change what the store says of itself, as one that was made so would say it."""
+    node = json.loads((store / "zarr.json").read_text())
+    node["attributes"]["provenance"] |= changes
+    node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
+    (store / "zarr.json").write_text(json.dumps(node))
 
 
 def everything(store: Store) -> tuple[list[str], np.ndarray, np.ndarray]:
@@ -178,12 +187,9 @@ def test_what_is_needed_to_encode_again_is_gone(own: World, tmp_path: Path) -> N
     assert "put it back" in line
     aside.rename(tar)
     encoder = own.root / "encoders" / "tiny"
-    node = json.loads((own.store / "zarr.json").read_text())
-    node["attributes"]["provenance"]["encoder"] = str(tmp_path / "gone")
-    (own.store / "zarr.json").write_text(json.dumps(node))
+    provenance(own.store, encoder=str(tmp_path / "gone"))
     assert "cannot be loaded, so that nothing can be encoded again" in refused(2, *arguments)
-    node["attributes"]["provenance"]["encoder"] = "tiny"
-    (own.store / "zarr.json").write_text(json.dumps(node))
+    provenance(own.store, encoder="tiny")
     make_encoder(encoder, seed=1)
     assert "put the encoder back that made it" in refused(2, *arguments)
     (own.root / "datasets/clips/dataset.json").unlink()

@@ -14,7 +14,7 @@ import zarr
 from sample_stores import make_store
 
 from featstore import StoreWriter, UserError, WorkError, open_store, verify
-from featstore.metadata import ARRAY_METADATA_LIMIT, GROUP_METADATA_LIMIT
+from featstore.metadata import ARRAY_METADATA_LIMIT, GROUP_METADATA_LIMIT, attributes_checksum
 
 SHARD = "features/c/1/0/0/0"
 
@@ -172,6 +172,8 @@ def test_a_long_text_is_refused_before_it_is_unpacked(store: Path) -> None:
 def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     node = json.loads(path.read_text())
     edit(node)
+    if "checksum" in node["attributes"]:  # as a writer that means it would leave it
+        node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
     path.write_text(json.dumps(node))
 
 
@@ -257,6 +259,33 @@ def test_array_that_is_not_of_the_format(
         open_store(store)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("brush hair", "brush hais"),
+        ("100.0", "108.0"),
+        ("toy-000001", "toy-000003"),
+        ("val", "vam"),
+    ],
+)
+def test_attributes_have_a_checksum(store: Path, old: str, new: str) -> None:
+    """One bit of a name or a number, in JSON that is still valid."""
+    path = store / "zarr.json"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(UserError, match=r"attributes of .* fail their checksum"):
+        open_store(store)
+
+
+def test_class_texts_of_other_classes(store: Path) -> None:
+    path = store / "class_text/mote28/zarr.json"
+    path.write_text(path.read_text().replace("brush hair", "brush hais"))
+    with pytest.raises(WorkError, match="class names are not those of the store"):
+        open_store(store).class_text("mote28")
+    assert [d.partition for d in verify(store).damaged] == ["class_text/mote28"]
+
+
 def test_missing_array(store: Path) -> None:
     (store / "pts/zarr.json").unlink()
     with pytest.raises(UserError, match="not a complete feature store"):
@@ -283,6 +312,24 @@ def test_attributes_that_do_not_fit(store: Path, attributes: dict[str, Any]) -> 
     change(store / "zarr.json", lambda n: n["attributes"].update(attributes))
     with pytest.raises(UserError):
         open_store(store)
+
+
+def test_metadata_bomb(tmp_path: Path) -> None:
+    """Metadata that agrees with itself and speaks of more rows than any memory holds."""
+    from featstore import StoreSchema
+    from featstore.metadata import array_nodes, read_metadata
+
+    make_store(tmp_path / "s.zarr")
+    node = json.loads((tmp_path / "s.zarr/zarr.json").read_text())
+    node["attributes"]["schema"] |= {"capacity": 2**40, "chunk_rows": 2**40}
+    node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
+    (tmp_path / "s.zarr/zarr.json").write_text(json.dumps(node))
+    schema = StoreSchema(**node["attributes"]["schema"])
+    for name, spec in schema.arrays().items():
+        (tmp_path / "s.zarr" / name / "zarr.json").write_text(json.dumps(spec.metadata()))
+    assert array_nodes(read_metadata(tmp_path / "s.zarr"))
+    with pytest.raises(UserError, match="do not open a store from a source you do not trust"):
+        open_store(tmp_path / "s.zarr")
 
 
 @pytest.mark.parametrize("name", ["features/c/1/0/0/0", "features/c", "label/zarr.json", "label"])

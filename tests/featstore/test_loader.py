@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sample_stores import make_store
+from torch import Tensor
 
 from featstore import Store, WorkError, open_store
 from featstore.loader import (
     Batch,
     FeatureLoader,
+    Holding,
     MappedFeatures,
     StreamedFeatures,
     available_memory,
@@ -21,7 +25,7 @@ from featstore.loader import (
     load_features,
     resident,
 )
-from featstore.segments import segment_ranges
+from featstore.segments import SegmentSampler, segment_ranges
 
 
 @pytest.fixture
@@ -30,11 +34,29 @@ def store(tmp_path: Path) -> Store:
     return open_store(tmp_path / "s.zarr")
 
 
-def loader_of(store: Store, mapped: bool, seed: int = 3) -> FeatureLoader:
+HOLDINGS = ("resident", "mapped", "streamed")
+
+
+def loader_of(
+    store: Store, holding: Holding | bool, seed: int = 3, rank: int = 0, world_size: int = 1
+) -> FeatureLoader:
+    """`holding` True stands for mapped, False for resident; pools of a stream have 6 rows."""
     rows = store.rows[::-1].copy()
-    features = MappedFeatures(store, rows) if mapped else resident(store, rows)
-    labels = store.labels[store.positions(rows)]
-    return FeatureLoader(features, labels, batch_size=5, frames=4, seed=seed, rows=rows)
+    features: Tensor | MappedFeatures | StreamedFeatures = resident(store, rows)
+    if holding in ("mapped", True):
+        features = MappedFeatures(store, rows)
+    elif holding == "streamed":
+        features = StreamedFeatures(store, rows, memory=12 * store.schema.row_bytes)
+    return FeatureLoader(
+        features,
+        store.labels[store.positions(rows)],
+        batch_size=5,
+        frames=4,
+        seed=seed,
+        rows=rows,
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def same(ours: Batch, theirs: Batch) -> bool:
@@ -45,9 +67,9 @@ def same(ours: Batch, theirs: Batch) -> bool:
     )
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_an_epoch_holds_every_sample_once(store: Store, mapped: bool) -> None:
-    batches = list(loader_of(store, mapped).epoch(0))
+@pytest.mark.parametrize("holding", HOLDINGS)
+def test_an_epoch_holds_every_sample_once(store: Store, holding: Holding) -> None:
+    batches = list(loader_of(store, holding).epoch(0))
     assert [len(b.labels) for b in batches] == [5, 5, 5, 4]
     assert batches[0].features.shape == (5, 4, 16)
     assert batches[0].features.dtype == torch.float16  # as stored
@@ -63,17 +85,20 @@ def test_resident_and_mapped_give_the_same_batches(store: Store) -> None:
     assert all(same(a, b) for a, b in pairs)
 
 
-def test_order_and_draws_depend_on_seed_and_epoch_only(store: Store) -> None:
-    first, again = loader_of(store, False), loader_of(store, False)
+@pytest.mark.parametrize("holding", HOLDINGS)
+def test_order_and_draws_depend_on_seed_and_epoch_only(store: Store, holding: Holding) -> None:
+    first, again = loader_of(store, holding), loader_of(store, holding)
     list(again.epoch(0))
     assert all(same(a, b) for a, b in zip(first.epoch(1), again.epoch(1), strict=True))
-    one = next(loader_of(store, False).epoch(1))
+    one = next(loader_of(store, holding).epoch(1))
     assert not torch.equal(one.rows, next(first.epoch(2)).rows)
-    assert not torch.equal(one.rows, next(loader_of(store, False, seed=4).epoch(1)).rows)
+    assert not torch.equal(one.rows, next(loader_of(store, holding, seed=4).epoch(1)).rows)
 
 
-def test_start_resumes_exactly(store: Store) -> None:
-    loader = loader_of(store, False)
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("holding", HOLDINGS)
+def test_start_resumes_exactly(store: Store, holding: Holding, world_size: int) -> None:
+    loader = loader_of(store, holding, rank=world_size - 1, world_size=world_size)
     whole = list(loader.epoch(7))
     for start in range(len(whole) + 1):
         rest = list(loader.epoch(7, start))
@@ -171,3 +196,111 @@ def test_sizes_must_fit_together() -> None:
         FeatureLoader(features[:0], np.zeros(0, np.int64), batch_size=2, frames=2, seed=0)
     with pytest.raises(ValueError, match="as many labels"):
         FeatureLoader(features, np.zeros(3, np.int64), batch_size=2, frames=2, seed=0)
+    with pytest.raises(ValueError, match="rank 1 of 1"):
+        FeatureLoader(
+            features, np.zeros(4, np.int64), batch_size=2, frames=2, seed=0, rank=1, world_size=1
+        )
+    with pytest.raises(ValueError, match="rank 0 of 5 with 4 samples"):
+        FeatureLoader(
+            features, np.zeros(4, np.int64), batch_size=2, frames=2, seed=0, rank=0, world_size=5
+        )
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7, 19])
+@pytest.mark.parametrize("holding", HOLDINGS)
+def test_ranks_share_an_epoch_without_padding_or_repeats(
+    store: Store, holding: Holding, world_size: int
+) -> None:
+    seen: list[int] = []
+    sizes = []
+    for rank in range(world_size):
+        loader = loader_of(store, holding, rank=rank, world_size=world_size)
+        batches = list(loader.epoch(4))
+        assert len(batches) == len(loader)
+        assert all(len(batch.rows) == 5 for batch in batches[:-1])
+        seen += torch.cat([batch.rows for batch in batches]).tolist()
+        sizes.append(len(batches))
+    assert sorted(seen) == store.rows.tolist()
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_streamed_batches_hold_what_they_say(store: Store) -> None:
+    """Every clip is of its row, with the frames that the seed draws; pools end inside batches."""
+    loader = loader_of(store, "streamed")
+    sampler = SegmentSampler(3, 9, 4)
+    for step, batch in enumerate(loader.epoch(2)):
+        views, frames = sampler.draw([(3, 2, 1 + step)], len(batch.rows))
+        assert views is not None
+        expected = store.clips(batch.rows.numpy(), views, frames)
+        np.testing.assert_array_equal(batch.features.numpy(), expected)
+        np.testing.assert_array_equal(batch.labels, store.labels[store.positions(batch.rows)])
+
+
+def test_streaming_mixes_blocks_and_reads_ahead_no_more_than_its_memory(tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr", rows=(64,) * 4, capacity=64, row_shape=(1, 2, 4), failed=())
+    store = open_store(tmp_path / "s.zarr")
+    features = StreamedFeatures(store, store.rows, memory=2 * 100 * store.schema.row_bytes)
+    assert features.pool_rows == 100
+    blocks = features.shuffled(np.random.default_rng(0), 0, 1)
+    assert sorted(blocks.order.tolist()) == list(range(256))
+    read: list[int] = []
+    original = Store.read_into
+
+    def counted(self: Store, rows: np.ndarray, out: np.ndarray, **options: object) -> None:
+        read.append(len(rows))
+        original(self, rows, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "read_into", counted)
+        clips = blocks.clips(0, None, np.zeros((256, 2), np.int64), 32)
+        first = next(clips)
+        kept = first.clone()
+        list(clips)
+        blocks.close()
+    assert read == [100, 100, 56]
+    assert torch.equal(first, kept), "a batch that somebody holds was written over"
+    tars = store.rows[blocks.order[:100]] // 64
+    assert len(set(tars.tolist())) >= 2
+    assert (np.diff(tars) != 0).sum() > 20, "blocks were not mixed"
+
+
+def test_damage_in_streamed_and_mapped_files_is_an_error(store: Store) -> None:
+    path = store.path / "features/c/1/0/0/0"
+    raw = bytearray(path.read_bytes())
+    raw[500] ^= 16
+    path.write_bytes(raw)
+    for holding in ("mapped", "streamed"):
+        opened = open_store(store.path)
+        kind = MappedFeatures if holding == "mapped" else StreamedFeatures
+        loader = FeatureLoader(
+            kind(opened, opened.rows), opened.labels, batch_size=4, frames=4, seed=0
+        )
+        with pytest.raises(WorkError, match=r"partition 1 .*checksum"):
+            list(loader.epoch(0))
+
+
+@given(
+    views=st.integers(1, 4),
+    stored=st.integers(1, 40),
+    frames=st.integers(1, 12),
+    count=st.integers(1, 9),
+    seed=st.integers(0, 2**40),
+    steps=st.integers(1, 4),
+)
+def test_draws_are_those_of_numpy(
+    views: int, stored: int, frames: int, count: int, seed: int, steps: int
+) -> None:
+    sampler = SegmentSampler(views, stored, frames)
+    seeds = [(seed, 3, step) for step in range(steps)]
+    ours, theirs = sampler.draw(seeds, count), sampler.draw_by_numpy(seeds, count)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    assert (ours[0] is None) == (theirs[0] is None) == (views == 1)
+    if ours[0] is not None and theirs[0] is not None:
+        np.testing.assert_array_equal(ours[0], theirs[0])
+
+
+def test_memory_of_batches_is_used_again_only_when_free(store: Store) -> None:
+    loader = loader_of(store, "resident")
+    kept = list(loader.epoch(0))
+    again = [batch.features.clone() for batch in loader.epoch(0)]
+    assert all(torch.equal(a.features, b) for a, b in zip(kept, again, strict=True))

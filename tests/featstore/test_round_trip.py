@@ -256,6 +256,38 @@ def test_a_reader_is_not_disturbed_by_a_writer(tmp_path: Path) -> None:
     np.testing.assert_array_equal(before, joined(partitions, "features"))
 
 
+def test_a_partition_written_anew_is_said(tmp_path: Path) -> None:
+    """Its features are not those that were committed when the store was opened."""
+    make_store(tmp_path / "s.zarr")
+    stores = [open_store(tmp_path / "s.zarr", mapped=mapped) for mapped in (True, False)]
+    writer = StoreWriter.open(tmp_path / "s.zarr")
+    writer.write_partition(0, make_partition(writer.schema, 0, 8, seed=5))
+    for store in stores:
+        with pytest.raises(
+            WorkError, match=r"partition 0 .* was written anew.*open the store again"
+        ):
+            store.features([0])
+        assert np.isfinite(store.features([8, 10])).all()
+
+
+def test_bulk_reading_without_checks_trusts_the_disk(tmp_path: Path) -> None:
+    make_store(tmp_path / "s.zarr")
+    path = tmp_path / "s.zarr/features/c/0/0/0/0"
+    raw = bytearray(path.read_bytes())
+    raw[0] ^= 1
+    path.write_bytes(raw)
+    store = open_store(tmp_path / "s.zarr")
+    out = np.empty((11, 2, 4, 16), np.float16)
+    store.read_into(store.rows, out, check=False)
+    assert out[0].tobytes()[0] == raw[0]
+    with pytest.raises(WorkError, match="sample 'tar0/clip 0 é' fail"):
+        store.read_into(store.rows, out)
+    with pytest.raises(ValueError, match="must be"):
+        store.read_into(store.rows, out[:3])
+    with pytest.raises(IndexError, match="views 0 to 1"):
+        store.clips([0], [2], [0])
+
+
 @st.composite
 def layouts(draw: Callable[..., Any]) -> tuple[StoreSchema, list[int]]:
     chunk_rows = draw(st.integers(1, 5))
@@ -289,6 +321,21 @@ def test_any_shape_any_capacity_any_partial_partition(
         np.testing.assert_array_equal(plain.features(plain.rows), everything)
         chosen = data.draw(st.lists(st.integers(0, len(mapped) - 1), max_size=12))
         at = mapped.rows[np.array(chosen, np.int64)]
+        for opened in (mapped, plain):
+            read = np.empty((len(at), *schema.row_shape), np.float16)
+            opened.read_into(at, read)
+            np.testing.assert_array_equal(read, everything[chosen])
+            partly = [(tar, len(own), found) for tar, own, found in opened.iter_partitions()]
+            assert [(tar, n) for tar, n, _ in partly] == list(enumerate(rows))
+            np.testing.assert_array_equal(np.concatenate([f for *_, f in partly]), everything)
+        views = np.array([data.draw(st.integers(0, schema.views - 1)) for _ in chosen], np.int64)
+        frames = data.draw(st.lists(st.integers(0, schema.frames - 1), min_size=1, max_size=4))
+        clips = mapped.clips(at, views, frames)
+        np.testing.assert_array_equal(clips, plain.clips(at, views, frames))
+        picked = everything[chosen][:, :, frames]
+        np.testing.assert_array_equal(clips, picked[np.arange(len(at)), views])
+        np.testing.assert_array_equal(mapped.features(at, frames), picked)
+        np.testing.assert_array_equal(plain.features(at, frames), picked)
         np.testing.assert_array_equal(mapped.features(at), everything[chosen])
         np.testing.assert_array_equal(plain.features(at), everything[chosen])
         assert mapped.keys == joined(partitions, "key").tolist()
