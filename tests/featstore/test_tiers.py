@@ -33,7 +33,7 @@ from featstore.feature_rows import FeatureRows
 from featstore.growth import add_class_text
 from featstore.loader import FeatureLoader, MappedFeatures, StreamedFeatures, resident
 from featstore.merging import merge
-from featstore.metadata import read_metadata
+from featstore.metadata import attributes_checksum, read_metadata
 from featstore.quantizing import quantize
 from featstore.repair import repair_command
 from featstore.tiers import Tier
@@ -365,6 +365,7 @@ def test_a_changed_schema_is_refused(tmp_path: Path, entry: str, value: Any, wor
     filled(tmp_path / "s.zarr", TOKENS)
     node = json.loads((tmp_path / "s.zarr/zarr.json").read_text())
     node["attributes"]["schema"][entry] = value
+    node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
     (tmp_path / "s.zarr/zarr.json").write_text(json.dumps(node))
     with pytest.raises(UserError, match=words):
         open_store(tmp_path / "s.zarr")
