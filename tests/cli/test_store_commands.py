@@ -13,6 +13,7 @@ from command_line import done, mote, refused
 from tiny_world import SHORT_TRAINING, World, make_clip
 
 from featstore import StoreWriter, open_store, verify
+from featstore.metadata import attributes_checksum
 from pipeline.packed import load_dataset
 
 
@@ -171,6 +172,7 @@ def test_merging_and_exporting(own: World, tmp_path: Path) -> None:
     shutil.copytree(own.store, copy)
     node = json.loads((copy / "zarr.json").read_text())
     node["attributes"]["provenance"]["dataset"] = "more"
+    node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
     (copy / "zarr.json").write_text(json.dumps(node))
     both = tmp_path / "both.zarr"
     words = ("store", "merge", own.store, copy, "--out", both)

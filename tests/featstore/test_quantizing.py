@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
 from pathlib import Path
@@ -20,6 +21,7 @@ from featstore.chunks import crc32c
 from featstore.converting import convert
 from featstore.int8 import dequantise, quantise, scale_of
 from featstore.loader import resident
+from featstore.metadata import attributes_checksum
 from featstore.partitions import SourceStore
 from featstore.quantizing import QUANTISED, quantize
 
@@ -291,7 +293,10 @@ def test_a_dimension_of_zeros_and_missing_rows() -> None:
 
 def test_an_unknown_codec_in_a_store_is_refused(tmp_path: Path) -> None:
     make_small_store(tmp_path / "s.zarr")
-    node = tmp_path / "s.zarr" / "zarr.json"
-    node.write_text(node.read_text().replace('"chunk_rows": ', '"codec": "pickle", "chunk_rows": '))
+    path = tmp_path / "s.zarr" / "zarr.json"
+    node = json.loads(path.read_text())
+    node["attributes"]["schema"]["codec"] = "pickle"
+    node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
+    path.write_text(json.dumps(node))
     with pytest.raises(UserError, match="codec 'pickle': this version knows"):
         open_store(tmp_path / "s.zarr")
