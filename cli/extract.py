@@ -35,6 +35,15 @@ def extract(
             help="F frames over the whole video, or V clips of T frames each.",
         ),
     ] = "uniform:16",
+    tier: Annotated[
+        str,
+        typer.Option(
+            "--tier",
+            metavar="embeddings|frames|tokens:K",
+            help="What is kept of every frame: its pooled embedding, its pixels after resize and "
+            "crop, or all tokens of block K of the image tower, counted from 0.",
+        ),
+    ] = "embeddings",
     crops: Annotated[
         int, typer.Option("--crops", metavar="1|3", help="Centre, or three along the long side.")
     ] = 1,
@@ -152,11 +161,13 @@ def extract(
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
     # Nothing here imports torch: a finished store is recognised without it.
+    from featstore.tiers import Tier
     from pipeline.encoder_files import encoder_label
     from pipeline.extraction import extract as run
     from pipeline.extraction_plan import ExtractionRequest, Share
     from pipeline.sampling import parse_sampling
 
+    wanted = Tier.parse(tier)
     cluster = _cluster(engine, device, address, ray_workers, cpus_per_worker, gpus_per_worker)
     if cluster is not None and partition == "auto":
         partition = "all"  # the cluster is the one that shares the work out
@@ -166,7 +177,12 @@ def extract(
     encoders = (options.DEFAULT_ROOT if remote else workspace.root) / "encoders"
     chosen = parse_sampling(sampling)
     store_path = workspace.store_path(
-        dataset, encoder=encoder_label(encoder), sampling=chosen.text, crops=crops, split=split
+        dataset,
+        encoder=encoder_label(encoder),
+        sampling=chosen.text,
+        crops=crops,
+        split=split,
+        tier=wanted.text,
     )
 
     def place(path: Path) -> Path | str:
@@ -189,6 +205,7 @@ def extract(
         max_failures=max_failures,
         share=Share.parse(partition),
         retry_failed=retry_failed,
+        tier=wanted,
     )
     if dry_run:
         from pipeline.extraction_estimate import estimate
@@ -198,7 +215,7 @@ def extract(
         return
     with progress_of("extract", "videos") as progress:
         summary = run(request, cluster=cluster, progress=progress)
-    _print_summary(summary, json)
+    _print_summary(summary, json, wanted.pooled)
     raise typer.Exit(
         options.exit_code(
             summary.rows_failed,
@@ -244,7 +261,7 @@ def _cluster(
     return Cluster(address, workers, cpus_per_worker, gpus)
 
 
-def _print_summary(summary: ExtractionSummary, json: bool) -> None:
+def _print_summary(summary: ExtractionSummary, json: bool, for_heads: bool) -> None:
     if json:
         print_json(summary.to_json())
         return
@@ -265,14 +282,13 @@ def _print_summary(summary: ExtractionSummary, json: bool) -> None:
             f"{summary.videos_per_second:.2f} videos/s, {summary.frames_per_second:.1f} frames/s "
             f"({summary.precision}, {summary.decoder})"
         )
-    print_facts(
-        facts
-        | {f"failed: {f['key']}": f["reason"] for f in summary.failures}
-        | {
-            "next": f"mote-cli train-head --dataset {summary.dataset}"
-            + (f" --store {summary.store}" if is_url(summary.store) else "")
-        }
+    following = f"mote-cli train-head --dataset {summary.dataset}" + (
+        f" --store {summary.store}" if is_url(summary.store) else ""
     )
+    if not for_heads:
+        following = f"mote-cli inspect {summary.store}"
+    failed = {f"failed: {f['key']}": f["reason"] for f in summary.failures}
+    print_facts(facts | failed | {"next": following})
 
 
 def _print_estimate(plan: Estimate, json: bool) -> None:

@@ -80,6 +80,8 @@ def _store(path: Path) -> dict[str, Any]:
         "views": store.schema.views,
         "frames": store.schema.frames,
         "dim": store.schema.dim,
+        "tier": store.tier,
+        "item": list(store.schema.item),
         "features": store.schema.storage,
         "classes": len(store.class_names),
         "splits": {name: len(store.split(name)) for name in store.split_names},

@@ -100,13 +100,13 @@ class ChunkFiles:
         """Path of a committed partition's features shard; WorkError unless it has its size."""
         path = self.path("features", tar)
         size = path.stat().st_size if path.is_file() else None
+        name = self.specs["features"].chunk_key(tar)
         if size is None:
-            raise self.damaged(tar, f"features shard c/{tar}/0/0/0 is missing")
+            raise self.damaged(tar, f"features shard {name} is missing")
         if size != commit.features_bytes:
             raise self.damaged(
                 tar,
-                f"features shard c/{tar}/0/0/0 has {size} bytes, "
-                f"{commit.features_bytes} were written",
+                f"features shard {name} has {size} bytes, {commit.features_bytes} were written",
             )
         return path
 

@@ -19,20 +19,21 @@ import numpy.typing as npt
 
 from featstore.chunks import ChunkFiles, Commit, crc32c
 from featstore.errors import WorkError
+from featstore.finite import not_finite
 from featstore.int8 import dequantise
 from featstore.schema import (
     BLOSC_HEADER_BYTES,
     CRC_BYTES,
     FEATURE_SCALE,
     STATUS_OK,
+    FeatureArray,
     FloatArray,
-    HalfArray,
 )
 
 _ABSENT: Final = 2**64 - 1
-# Decoded chunks that are kept, of all stores together: about 50 MB. Neighbouring rows are mostly
-# asked for one after the other.
-_KEPT: Final = 32
+# Of decoded chunks that are kept, of all stores together (the last one whatever its size).
+# Neighbouring rows are mostly asked for one after the other.
+_KEPT_BYTES: Final = 50_000_000
 
 
 def read_scale(files: ChunkFiles) -> FloatArray | None:
@@ -55,7 +56,7 @@ def read_scale(files: ChunkFiles) -> FloatArray | None:
     )
 
 
-class CodedShard(Sequence[HalfArray]):
+class CodedShard(Sequence[FeatureArray]):
     """The features shard of a committed partition; a sequence of its inner chunks, float16.
 
     Safe to share between threads. WorkError, when opened or read, for what is damaged.
@@ -70,7 +71,7 @@ class CodedShard(Sequence[HalfArray]):
         self._serial = next(_serials)
 
     @property
-    def chunks(self) -> Sequence[HalfArray]:
+    def chunks(self) -> Sequence[FeatureArray]:
         """The inner chunks, each float16 [chunk_rows, V, F, D], decoded when asked for."""
         return self
 
@@ -78,15 +79,15 @@ class CodedShard(Sequence[HalfArray]):
         return len(self._entries)
 
     @overload
-    def __getitem__(self, number: int) -> HalfArray: ...
+    def __getitem__(self, number: int) -> FeatureArray: ...
     @overload
-    def __getitem__(self, number: slice) -> list[HalfArray]: ...
-    def __getitem__(self, number: int | slice) -> HalfArray | list[HalfArray]:
+    def __getitem__(self, number: slice) -> list[FeatureArray]: ...
+    def __getitem__(self, number: int | slice) -> FeatureArray | list[FeatureArray]:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
         return _kept.get((self._serial, range(len(self))[number]), self._decode)
 
-    def rows(self, start: int, stop: int) -> HalfArray:
+    def rows(self, start: int, stop: int) -> FeatureArray:
         """Rows start..stop (positions in the partition) of one inner chunk, read-only."""
         chunk, first = divmod(start, self._schema.chunk_rows)
         return self[chunk][first : first + stop - start]
@@ -128,7 +129,7 @@ class CodedShard(Sequence[HalfArray]):
             raise ValueError(f"chunk {number} ends early")
         return body
 
-    def _decode(self, number: int) -> HalfArray:
+    def _decode(self, number: int) -> FeatureArray:
         schema = self._schema
         try:
             body = self._read(number)
@@ -142,7 +143,8 @@ class CodedShard(Sequence[HalfArray]):
             raise self._files.damaged(self._tar, str(error)) from error
         shape = (schema.chunk_rows, *schema.row_shape)
         if self._scale is None:
-            features: HalfArray = np.frombuffer(plain, "<f2").reshape(shape)
+            features: FeatureArray = np.frombuffer(plain, schema.dtype.newbyteorder("<"))
+            features = features.reshape(shape)
         else:
             features = dequantise(np.frombuffer(plain, np.int8).reshape(shape), self._scale)
         features.flags.writeable = False
@@ -168,7 +170,7 @@ def wrong_coded_features(
         row = shard.rows(position, position + 1)[0]
         if crc32c(row) != int(checksums[position]):
             return f"features of row {position} fail their checksum"
-        if bool(np.isfinite(row).all()) != (status[position] == STATUS_OK):
+        if row.dtype.kind == "f" and not_finite(row[None])[0] == (status[position] == STATUS_OK):
             return f"features of row {position} contradict its status"
     return ""
 
@@ -193,10 +195,11 @@ class _KeptChunks:
     """The chunks decoded last, by (shard, number)."""
 
     def __init__(self) -> None:
-        self._chunks: OrderedDict[tuple[int, int], HalfArray] = OrderedDict()
+        self._chunks: OrderedDict[tuple[int, int], FeatureArray] = OrderedDict()
+        self._bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[int, int], decode: Callable[[int], HalfArray]) -> HalfArray:
+    def get(self, key: tuple[int, int], decode: Callable[[int], FeatureArray]) -> FeatureArray:
         with self._lock:
             found = self._chunks.get(key)
             if found is not None:
@@ -204,9 +207,11 @@ class _KeptChunks:
                 return found
         decoded = decode(key[1])  # outside the lock: threads decode side by side
         with self._lock:
-            self._chunks[key] = decoded
-            while len(self._chunks) > _KEPT:
-                self._chunks.popitem(last=False)
+            if key not in self._chunks:  # another thread may have decoded it too
+                self._chunks[key] = decoded
+                self._bytes += decoded.nbytes
+            while self._bytes > _KEPT_BYTES and len(self._chunks) > 1:
+                self._bytes -= self._chunks.popitem(last=False)[1].nbytes
         return decoded
 
 

@@ -37,13 +37,17 @@ def convert(
     """Make a store of the same content, equal to the bit, whose features have another codec.
 
     It appears under `out` when it is complete; tars that are not extracted yet stay so, and
-    `extract` can fill them. Raises UserError for an unknown codec and when `out` exists, WorkError
-    for damage and while a process writes to the store.
+    `extract` can fill them (other tiers than embeddings are compressed only when complete). Raises
+    UserError for an unknown codec and when `out` exists, WorkError for damage and while a process
+    writes to the store.
     """
     if codec not in CODECS:
         raise UserError(f"codec {codec!r} is unknown: choose one of {', '.join(CODECS)}")
     with claimed_source(path) as source, new_folder(out) as folder:
         made = source.metadata
+        if codec != "none" and not made.schema.pooled:
+            # Extraction puts their rows into plain shards only.
+            source.require_complete("compress")
         schema = replace(made.schema, codec=codec)
         writer = StoreWriter.init(
             folder,

@@ -31,7 +31,7 @@ from featstore.exchange import new_folder
 from featstore.partitions import claimed_source
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
-from featstore.schema import STATUS_OK, HalfArray, RowArray
+from featstore.schema import STATUS_OK, FeatureArray, RowArray
 
 EXPORT_FILE: Final = "export.json"
 EXPORT_VERSION: Final = 1
@@ -44,7 +44,8 @@ class Rows:
     """Rows of one file, in the store's order, all of them ok.
 
     `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `frame_index` int32 [n, V, F];
-    `pts` float64 [n, V, F] seconds; `features` float16 [n, V, F, D]; the rest lists of n.
+    `pts` float64 [n, V, F] seconds; `features` float16 [n, V, F, D], of a tier its items in its
+    type; the rest lists of n.
     """
 
     key: list[str]
@@ -55,7 +56,7 @@ class Rows:
     fps: npt.NDArray[np.float32]
     frame_index: npt.NDArray[np.int32]
     pts: npt.NDArray[np.float64]
-    features: HalfArray
+    features: FeatureArray
 
 
 # A writer gets the folder, the file's number, its rows and the store; it returns its files' names.

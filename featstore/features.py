@@ -3,12 +3,13 @@
 Single rows and frames are gathered from memory-mapped shards, whose inner chunks are checked when
 they are first touched; many rows at once are read from the files and checked as they come.
 
-Dimension letters: V views, F stored frames, D dim; n rows asked for.
+Dimension letters: V views, F stored frames, D dim (in tiers the item); n rows asked for.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from featstore.chunks import ChunkFiles, Commit
 from featstore.coded_shards import CodedShard
 from featstore.errors import WorkError
 from featstore.progress import ProgressSink, no_progress
-from featstore.schema import HalfArray, RowArray
+from featstore.schema import FeatureArray, RowArray
 from featstore.shards import ShardFile, ShardMap
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ class FeatureFiles:
 
     @property
     def mapped(self) -> bool:
-        """Whether features are memory-mapped, else read through zarr."""
+        """Whether features are memory-mapped, else decoded or read through zarr."""
         return self._map is not None
 
     def gather(self, rows: RowArray, views: RowArray | None, frames: RowArray | None) -> Tensor:
-        """Float16 [n, V', F', D] of listed array rows.
+        """Features [n, V', F', D] of listed array rows, in the store's type.
 
         `views` [n] takes one view of each row (V' = 1), None all; `frames` [n, F'], None all (with
         `views` None only). Needs `mapped`. Errors as `Store.features`.
@@ -77,16 +78,20 @@ class FeatureFiles:
 
         starts = self._row_starts(rows)
         shape = self._schema.row_shape
-        _, stored, dim = shape
+        stored, item = shape[1], shape[2:]
+        dim = math.prod(item)
+        if frames is None and not self._schema.pooled:
+            # As many windows as there are numbers, each a row wide, would be more than 2**63.
+            frames = np.broadcast_to(np.arange(stored), (len(rows), stored))
         if frames is None:
-            index, width, taken = starts, self._schema.row_bytes // 2, shape
+            index, width, taken = starts, math.prod(shape), shape
         else:
             if views is None:
                 within = np.arange(shape[0])[:, None] * stored + frames[:, None]
             else:
                 within = (views[:, None] * stored + frames)[:, None]
             index = starts[:, None, None] + within * dim
-            width, taken = dim, (*index.shape[1:], dim)
+            width, taken = dim, (*index.shape[1:], *item)
         assert self._map is not None
         windows = self._map.windows(width)
         picked = windows.index_select(0, torch.from_numpy(index.reshape(-1)))
@@ -95,11 +100,11 @@ class FeatureFiles:
     def read_into(
         self,
         rows: RowArray,
-        out: HalfArray,
+        out: FeatureArray,
         check: bool = True,
         progress: ProgressSink = no_progress,
     ) -> None:
-        """Read listed array rows into `out`, float16 [n, V, F, D], C-contiguous.
+        """Read listed array rows into `out` [n, V, F, D], C-contiguous, in the store's type.
 
         Each shard is opened once, whatever the order of the rows, and rows that lie together are
         read together. `check` False skips the comparison with the checksums of the rows.
@@ -140,7 +145,7 @@ class FeatureFiles:
             self._check_chunks(np.unique(chunks[fresh]))
         assert self._map is not None
         starts: RowArray = self._map.starts[chunks] + (rows - chunks * self._schema.chunk_rows) * (
-            self._schema.row_bytes // 2
+            self._schema.row_bytes // self._schema.dtype.itemsize
         )
         return starts
 
@@ -164,7 +169,7 @@ class FeatureFiles:
             self._compare(chunk * chunk_rows, features, crc32c(features))
             self._checked[chunk] = True
 
-    def _compare(self, first: int, features: HalfArray, checksum: int) -> None:
+    def _compare(self, first: int, features: FeatureArray, checksum: int) -> None:
         """WorkError unless rows first, first + 1, ... of one inner chunk are as committed.
 
         `checksum` is that of `features`.
@@ -197,7 +202,7 @@ class FeatureFiles:
             self._checksums[tar] = recorded
 
     @contextmanager
-    def _reading(self, tar: int) -> Iterator[Callable[[int, HalfArray], None]]:
+    def _reading(self, tar: int) -> Iterator[Callable[[int, FeatureArray], None]]:
         """What reads rows of a partition, by their position in it, from its file or by zarr."""
         commit = self._commits[tar]
         if not self._schema.mappable:
@@ -205,7 +210,7 @@ class FeatureFiles:
             if shard is None:
                 shard = self._coded[tar] = CodedShard(self._files, tar, commit)
 
-            def decoded(position: int, out: HalfArray) -> None:
+            def decoded(position: int, out: FeatureArray) -> None:
                 out[:] = shard.rows(position, position + len(out))
 
             yield decoded
@@ -214,7 +219,7 @@ class FeatureFiles:
         if self._map is None:
             first = tar * self._schema.capacity
 
-            def through_zarr(position: int, out: HalfArray) -> None:
+            def through_zarr(position: int, out: FeatureArray) -> None:
                 begin = first + position
                 out[:] = self._zarr_features[begin : begin + len(out)]
 

@@ -1,6 +1,7 @@
 """Training batches from a store: features held in memory, memory-mapped, or streamed, by size.
 
-Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames of a clip.
+Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames of a clip. For a
+store of another tier than embeddings read *item for D, and its type for float16.
 
 A whole batch is drawn and gathered at once: one `index_select` over the flattened features reaches
 about a million clips a second on one core, while a dataset asked sample by sample, with or without
@@ -10,6 +11,7 @@ worker processes, reached a tenth of that (measured at T = 8 of F = 32, D = 512)
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
-from featstore.schema import HalfArray, RowArray
+from featstore.schema import FeatureArray, RowArray
 from featstore.segments import SegmentSampler
 from featstore.streaming import BatchMemory, StreamedFeatures
 
@@ -85,7 +87,7 @@ class MappedFeatures:
     rows: RowArray
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         """(N, V, F, D)."""
         return (len(self.rows), *self.store.schema.row_shape)
 
@@ -104,7 +106,7 @@ def resident(
     """
     wanted = np.atleast_1d(np.asarray(rows, np.int64))
     # Numpy asks for large pages, torch does not: filling its memory took four times as long.
-    loaded: HalfArray = np.empty((len(wanted), *store.schema.row_shape), np.float16)
+    loaded: FeatureArray = np.empty((len(wanted), *store.schema.row_shape), store.schema.dtype)
     store.read_into(wanted, loaded, check=check, progress=progress)
     return torch.from_numpy(loaded)
 
@@ -202,12 +204,13 @@ class FeatureLoader:
         world_size: int = 1,
     ) -> None:
         """`features` float16 [N, V, F, D]; `labels` whole numbers [N]; `rows` array rows [N]."""
-        if len(features.shape) != 4 or features.shape[0] == 0 or batch_size < 1 or seed < 0:
+        if len(features.shape) < 4 or features.shape[0] == 0 or batch_size < 1 or seed < 0:
             raise ValueError(
                 f"features {list(features.shape)} in batches of {batch_size}, seed {seed}: there "
                 "must be [N, V, F, D] features with N > 0, a positive batch size, a seed >= 0"
             )
-        count, self._views, stored, self._dim = (int(size) for size in features.shape)
+        count, self._views, stored, *item = (int(size) for size in features.shape)
+        self._item = tuple(item)
         if len(labels) != count or (rows is not None and len(rows) != count):
             raise ValueError(f"{count} samples need as many labels and rows")
         if not 0 <= rank < world_size <= count:
@@ -268,7 +271,7 @@ class FeatureLoader:
 
     def _clips_of(self, order: RowArray) -> Clips:
         """What gathers the samples of `order`."""
-        stored, dim = self._stored, self._dim
+        stored, item = self._stored, self._item
         if isinstance(self._features, MappedFeatures):
             store, array_rows = self._features.store, self._features.rows[order]
 
@@ -283,8 +286,9 @@ class FeatureLoader:
 
             return from_files
         assert isinstance(self._features, Tensor)
+        dim = math.prod(item)
         flat = self._features.reshape(-1, dim)
-        memory = BatchMemory()
+        memory = BatchMemory(str(flat.dtype).removeprefix("torch."))
         begins = order[:, None] * (self._views * stored)
 
         def from_memory(
@@ -300,6 +304,6 @@ class FeatureLoader:
                 else:
                     picked = memory.take(len(part), dim)
                     torch.index_select(flat, 0, part, out=picked)
-                yield picked.view(count, self.frames, dim)
+                yield picked.view(count, self.frames, *item)
 
         return from_memory

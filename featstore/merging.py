@@ -154,7 +154,7 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
         for phrase in mine.differences(theirs)
     ]
     one, two = first.metadata.schema, other.metadata.schema
-    for name in ("views", "frames", "dim", "codec"):
+    for name in ("views", "frames", "dim", "item", "codec"):
         if getattr(one, name) != getattr(two, name):
             differences.append(
                 f"{name}: {first.path.name} has {getattr(one, name)}, {other.path.name} has "

@@ -84,6 +84,10 @@ class StoreMetadata:
                 f"the encoder gives {self.provenance.dim} numbers a frame, the schema has "
                 f"{self.schema.dim}"
             )
+        if self.provenance.tier != self.schema.tier:
+            raise ValueError(
+                f"provenance speaks of {self.provenance.tier}, the schema of {self.schema.tier}"
+            )
 
     def group_node(self) -> dict[str, Any]:
         """The store's own `zarr.json` as a JSON-ready dict."""

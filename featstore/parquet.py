@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Any
 
 from featstore.errors import UserError
@@ -81,7 +82,8 @@ def _described(store: Store) -> dict[str, Any]:
     def fixed(dtype: str, length: int) -> dict[str, Any]:
         return {"feature": value(dtype), "length": length, "_type": "Sequence"}
 
-    views, frames, dim = store.schema.row_shape
+    schema = store.schema
+    views, frames = schema.views, schema.frames
     return {
         "key": value("string"),
         "label": {"names": store.class_names, "_type": "ClassLabel"},
@@ -91,5 +93,5 @@ def _described(store: Store) -> dict[str, Any]:
         "fps": value("float32"),
         "frame_index": fixed("int32", views * frames),
         "pts": fixed("float64", views * frames),
-        "features": fixed("float16", views * frames * dim),
+        "features": fixed(str(schema.dtype), math.prod(schema.row_shape)),
     }

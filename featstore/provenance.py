@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from featstore.errors import UserError
+from featstore.tiers import EMBEDDINGS
 
 # The name of an encoder may be a path, which differs between machines; its weights' fingerprint
 # says whether it is the same one. Library versions change without changing the features.
 _INFORMATIVE: Final = frozenset({"encoder", "versions"})
 # Fields that stores written before them lack, with what their absence means.
-_LATER: Final = {"quantised": ""}
+_LATER: Final = {"quantised": "", "tier": EMBEDDINGS}
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Provenance:
     `logit_scale` is the multiplier of cosines (already exponentiated, about 100 for CLIP);
     `sampling` the text of the frame choice ("uniform:16"); `dataset_fingerprint` changes when the
     packed tars change; `preprocessing` and `versions` hold JSON values only; `quantised` says how
-    the features were rounded afterwards, "" when they were not.
+    the features were rounded afterwards, "" when they were not; `tier` what they are
+    (`featstore.tiers`), and `dim` the width of the encoder's embeddings also where they are others.
     ValueError for a dim that is not positive or a scale that is not a positive finite number.
     """
 
@@ -42,6 +44,7 @@ class Provenance:
     dataset: str = ""
     dataset_fingerprint: str = ""
     quantised: str = ""
+    tier: str = EMBEDDINGS
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -51,8 +54,13 @@ class Provenance:
         json.dumps(asdict(self), allow_nan=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Strictly JSON-ready dict (no NaN, no tuples that would come back as lists)."""
+        """Strictly JSON-ready dict (no NaN, no tuples that would come back as lists).
+
+        `tier` is there only where it is not the usual one, so that earlier readers know the rest.
+        """
         value: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
+        if self.tier == EMBEDDINGS:
+            del value["tier"]
         return value
 
     @classmethod
@@ -91,7 +99,7 @@ class Provenance:
         `preprocessing` only the entries that differ. Empty when they may be mixed. The encoder's
         name and the library versions are informative; everything else must be equal.
         """
-        mine, theirs = self.to_json(), other.to_json()
+        mine, theirs = _LATER | self.to_json(), _LATER | other.to_json()
         phrases = []
         for name in mine:
             if name in _INFORMATIVE or mine[name] == theirs[name]:

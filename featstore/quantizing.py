@@ -69,6 +69,11 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
         made = source.metadata
         if made.schema.quantised:
             raise UserError(f"{path} is quantised already: nothing is gained by doing it twice")
+        if not made.schema.pooled:
+            raise UserError(
+                f"{path} holds {made.schema.tier}, and only embeddings are quantised: "
+                "`mote-cli store convert --codec zstd` makes it smaller without loss"
+            )
         source.require_complete("quantise")
         steps = 3 * made.schema.tars
         writer = StoreWriter.init(

@@ -1,7 +1,7 @@
 """Reading a store: opened and checked at once, everything else on demand, never a wrong number.
 
-Dimension letters: V views, F frames, D dim; n rows asked for. "Row" is the array row
-`tar * capacity + position`; per-sample lists are aligned with `Store.rows`.
+Dimension letters: V views, F frames, D dim, in tiers the item; n rows asked for. "Row" is the
+array row `tar * capacity + position`; per-sample lists are aligned with `Store.rows`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from featstore.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.progress import ProgressSink, no_progress
 from featstore.provenance import Provenance
 from featstore.records import ClassText
-from featstore.schema import HalfArray, RowArray, StoreSchema
+from featstore.schema import FeatureArray, RowArray, StoreSchema
 
 # What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30
@@ -82,6 +82,19 @@ class Store:
     def schema(self) -> StoreSchema:
         """Sizes of the store."""
         return self._metadata.schema
+
+    @property
+    def tier(self) -> str:
+        """What the features are: "embeddings", "frames" or "tokens:K" (`featstore.tiers`)."""
+        return self.schema.tier
+
+    def require_embeddings(self) -> None:
+        """UserError unless the features are embeddings, which heads work on."""
+        if not self.schema.pooled:
+            raise UserError(
+                f"{self.path.name} holds {self.tier}, not the embeddings that heads work on: "
+                "choose or extract a store without --tier"
+            )
 
     @property
     def provenance(self) -> Provenance:
@@ -231,8 +244,11 @@ class Store:
         """Presentation times of the encoded frames in seconds, float64 [n, V, F]."""
         return self._frame_times[self.positions(rows)]
 
-    def features(self, rows: npt.ArrayLike, frames: npt.ArrayLike | None = None) -> HalfArray:
+    def features(self, rows: npt.ArrayLike, frames: npt.ArrayLike | None = None) -> FeatureArray:
         """Raw (not normalised) frame embeddings, float16 [n, V, F', D]; NaN where failed.
+
+        In a store of another tier its items, [n, V, F', *item]: frames are uint8, zeros where
+        failed.
 
         `rows` are array rows, in any order, repeats allowed; `frames` picks stored frames by
         index, [F'] for all rows alike or [n, F'] per row; all F when None.
@@ -242,15 +258,19 @@ class Store:
         wanted = self._listed(rows)
         chosen = None if frames is None else self._frame_choice(frames, len(wanted))
         if self._features.mapped:
-            gathered: HalfArray = self._features.gather(wanted, None, chosen).numpy()
+            gathered: FeatureArray = self._features.gather(wanted, None, chosen).numpy()
             return gathered
-        out: HalfArray = np.empty((len(wanted), *self.schema.row_shape), np.float16)
+        out: FeatureArray = np.empty((len(wanted), *self.schema.row_shape), self.schema.dtype)
         self._features.read_into(wanted, out)
         if chosen is None:
             return out
-        return np.take_along_axis(out, chosen[:, None, :, None], axis=2)
+        of_rows = np.arange(len(wanted))[:, None, None]
+        views = np.arange(self.schema.views)[:, None]
+        return out[of_rows, views, chosen[:, None]]
 
-    def clips(self, rows: npt.ArrayLike, views: npt.ArrayLike, frames: npt.ArrayLike) -> HalfArray:
+    def clips(
+        self, rows: npt.ArrayLike, views: npt.ArrayLike, frames: npt.ArrayLike
+    ) -> FeatureArray:
         """One view of each row at chosen frames: float16 [n, F', D].
 
         `views` [n], `frames` [n, F']; errors as `features`, IndexError for a view that is not
@@ -264,7 +284,7 @@ class Store:
         if view.size and not 0 <= view.min() <= view.max() < self.schema.views:
             raise IndexError(f"{self.path} stores views 0 to {self.schema.views - 1}")
         if self._features.mapped:
-            gathered: HalfArray = self._features.gather(wanted, view, chosen).numpy()[:, 0]
+            gathered: FeatureArray = self._features.gather(wanted, view, chosen).numpy()[:, 0]
             return gathered
         picked = self.features(wanted, chosen)
         return picked[np.arange(len(wanted)), view]
@@ -272,22 +292,26 @@ class Store:
     def read_into(
         self,
         rows: npt.ArrayLike,
-        out: HalfArray,
+        out: FeatureArray,
         *,
         check: bool = True,
         progress: ProgressSink = no_progress,
     ) -> None:
-        """Read the features of `rows` from their files into `out`, float16 [n, V, F, D].
+        """Read the features of `rows` from their files into `out` [n, V, F, D], in their type.
 
         The fast way to many rows; `progress` counts them. `check` False trusts the bytes on the
         disk and compares no checksums. Errors as `features`; `out` is undefined after one.
         """
         wanted = self._listed(rows)
-        if out.shape != (len(wanted), *self.schema.row_shape) or not out.flags.c_contiguous:
-            raise ValueError(f"out is {list(out.shape)}: it must be [n, V, F, D], C-contiguous")
+        shape = (len(wanted), *self.schema.row_shape)
+        if (out.shape, out.dtype) != (shape, self.schema.dtype) or not out.flags.c_contiguous:
+            raise ValueError(
+                f"out is {out.dtype} {list(out.shape)}: it must be {self.schema.dtype} "
+                f"{list(shape)}, C-contiguous"
+            )
         self._features.read_into(wanted, out, check, progress)
 
-    def iter_partitions(self) -> Iterator[tuple[int, RowArray, HalfArray]]:
+    def iter_partitions(self) -> Iterator[tuple[int, RowArray, FeatureArray]]:
         """(number, array rows [n], features float16 [n, V, F, D]) of each partition, ascending.
 
         One partition at a time is in memory. Errors as `features`.
@@ -295,7 +319,7 @@ class Store:
         for tar in self.partitions():
             first = tar * self.schema.capacity
             rows = np.arange(first, first + self._commits[tar].rows, dtype=np.int64)
-            out: HalfArray = np.empty((len(rows), *self.schema.row_shape), np.float16)
+            out: FeatureArray = np.empty((len(rows), *self.schema.row_shape), self.schema.dtype)
             self.read_into(rows, out)
             yield tar, rows, out
 

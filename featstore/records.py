@@ -1,6 +1,6 @@
 """What goes into a store: the class texts of a prompt set, and the partition made of one tar.
 
-Dimension letters: C classes, n samples of the tar, V views, F frames, D dim.
+Dimension letters: C classes, n samples of the tar, V views, F frames, D dim, in tiers the item.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import WorkError
-from featstore.schema import STATUS_FAILED, STATUS_OK, FloatArray
+from featstore.feature_rows import FeatureRows
+from featstore.finite import not_finite
+from featstore.schema import STATUS_FAILED, STATUS_OK, FeatureArray, FloatArray
 
 # Unit rows after rounding to float32.
 _UNIT_TOLERANCE: Final = 1e-3
@@ -52,7 +54,9 @@ class Partition:
     the container says, 0 when it says nothing) and `damaged_packets` int32 [n] (passed over by
     the decoder), both 0 where failed; `reason` of each failure, else "";
     `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F] seconds; `features` float16
-    [n, V, F, D]. A failed row has features and pts NaN and frame_index -1.
+    [n, V, F, D], or [n, V, F, *item] in the type of a tier, or a shard in the making to which the
+    rows that are ok were put. A failed row has features and pts NaN (whole numbers: 0) and
+    frame_index -1.
     ValueError when lengths, shapes or statuses do not fit; WorkError for a row that is ok and
     whose features are not finite.
     """
@@ -68,15 +72,16 @@ class Partition:
     reason: list[str]
     frame_index: npt.NDArray[np.int32]
     pts: npt.NDArray[np.float64]
-    features: npt.NDArray[np.float16]
+    features: FeatureArray | FeatureRows
 
     def __post_init__(self) -> None:
         n = len(self.key)
         if n == 0 or len(set(self.key)) != n:
             raise ValueError("a partition needs at least one sample and distinct keys")
-        if self.features.ndim != 4 or len(self.reason) != n:
-            raise ValueError("features must be [n, V, F, D] and reasons as many as keys")
-        _, views, frames, _ = self.features.shape
+        if len(self.features.shape) < 4 or len(self.reason) != n:
+            raise ValueError("features must be [n, V, F, ...] and reasons as many as keys")
+        views, frames = self.features.shape[1:3]
+        of_features = np.uint8 if self.features.dtype == np.uint8 else np.float16
         expected: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
             "label": (np.int32, (n,)),
             "num_frames": (np.int32, (n,)),
@@ -87,10 +92,10 @@ class Partition:
             "damaged_packets": (np.int32, (n,)),
             "frame_index": (np.int32, (n, views, frames)),
             "pts": (np.float64, (n, views, frames)),
-            "features": (np.float16, (n, *self.features.shape[1:])),
+            "features": (of_features, (n, *self.features.shape[1:])),
         }
         for name, (dtype, shape) in expected.items():
-            array: npt.NDArray[Any] = getattr(self, name)
+            array: npt.NDArray[Any] | FeatureRows = getattr(self, name)
             if array.dtype != dtype or array.shape != shape:
                 raise ValueError(
                     f"{name} is {array.dtype} {list(array.shape)}: it must be "
@@ -98,13 +103,24 @@ class Partition:
                 )
         if not np.all((self.status == STATUS_OK) | (self.status == STATUS_FAILED)):
             raise ValueError("every sample of a partition is ok (1) or failed (2)")
-        finite = np.isfinite(self.features).all(axis=(1, 2, 3))
         failed = self.status == STATUS_FAILED
-        if np.any(~finite & ~failed):
-            key = self.key[int(np.flatnonzero(~finite & ~failed)[0])]
+        if isinstance(self.features, FeatureRows):
+            if np.any(self.features.written == failed):
+                raise ValueError("the samples that are ok, and no others, have their features put")
+        else:
+            self._check_features(failed)
+        if np.any(self.frame_index[failed] != -1):
+            raise ValueError("a failed sample has frame_index -1")
+
+    def _check_features(self, failed: npt.NDArray[np.bool_]) -> None:
+        assert not isinstance(self.features, FeatureRows)
+        wrong = not_finite(self.features) & ~failed
+        if wrong.any():
+            key = self.key[int(np.flatnonzero(wrong)[0])]
             raise WorkError(
                 f"features of {key} are not finite in float16: the encoder overflows; "
                 "use --precision fp32 or check the weights"
             )
-        if not np.isnan(self.features[failed]).all() or np.any(self.frame_index[failed] != -1):
-            raise ValueError("a failed sample has features NaN and frame_index -1")
+        for row in (self.features[i] for i in np.flatnonzero(failed)):
+            if not (np.isnan(row) if row.dtype.kind == "f" else row == 0).all():
+                raise ValueError("a failed sample has features NaN, or 0 where there is no NaN")

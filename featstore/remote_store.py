@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from featstore.durable import write_bytes
 from featstore.errors import UserError, WorkError
+from featstore.feature_rows import FeatureRows
 from featstore.metadata import (
     ARRAY_METADATA_LIMIT,
     GROUP_METADATA_LIMIT,
@@ -166,6 +167,10 @@ class RemoteStoreWriter:
         """
         listing = self._objects.list()
         return [tar for tar in range(self.schema.tars) if not _done(self.metadata, listing, tar)]
+
+    def feature_rows(self, tar: int) -> FeatureRows:
+        """As `StoreWriter.feature_rows`; needs scratch space for the partition."""
+        return self._staging.feature_rows(tar)
 
     def write_partition(self, tar: int, partition: Partition) -> None:
         """Write the partition of one tar, also over an earlier one, done or not.

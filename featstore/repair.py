@@ -18,6 +18,7 @@ from featstore.chunks import ChunkFiles
 from featstore.durable import sync_folder, write_json
 from featstore.errors import UserError
 from featstore.metadata import StoreMetadata, prompt_set_names
+from featstore.tiers import EMBEDDINGS
 
 NOTE_LIMIT: Final = 16 * 2**20
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")  # as store names are made
@@ -82,8 +83,13 @@ def repair_command(store: Path, metadata: StoreMetadata) -> str:
     words += ["--encoder", made.encoder, "--sampling", made.sampling]
     if made.crops > 1:
         words += ["--crops", str(made.crops)]
-    # A store of one split says so in its name: <encoder>--<sampling>[--crops3][--<split>].
+    # A store of one split says so in its name:
+    # <encoder>--<sampling>[--crops3][--<tier>][--<split>].
     endings = store.name.removesuffix(".zarr").split("--")[2:]
+    if made.tier != EMBEDDINGS:
+        words += ["--tier", made.tier]
+        tier = _UNSAFE.sub("-", made.tier)
+        endings = endings[endings.index(tier) + 1 :] if tier in endings else endings
     for split in metadata.split_names:
         if _UNSAFE.sub("-", split).strip("-.") in endings:
             words += ["--split", split]

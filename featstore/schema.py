@@ -1,6 +1,7 @@
 """The arrays of a feature store: names, shapes, types, chunks, codecs, units, as data.
 
-Dimension letters: N rows = tars x capacity, V views, F frames, D dim of the embedding.
+Dimension letters: N rows = tars x capacity, V views, F frames, D dim of the embedding. What is
+written [V, F, D] of features is [V, F, *item] in a store of another tier (`featstore.tiers`).
 
 Row `tar * capacity + position` belongs to sample `position` of tar `tar`; one tar in gives exactly
 one chunk (shard) file of every array, so that partitions never share a file. The metadata files
@@ -15,6 +16,9 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from featstore.errors import UserError
+from featstore.tiers import EMBEDDINGS, Tier
 
 FORMAT_NAME: Final = "mote-features"
 FORMAT_VERSION: Final = 1
@@ -34,8 +38,9 @@ MAX_SPLITS: Final = 32
 # mapped; bitshuffle gains most on float16 features (86 % of the size with zstd, 88 % with lz4).
 CODECS: Final = ("none", "zstd", "lz4")
 _BLOSC_LEVEL: Final = {"zstd": 1, "lz4": 5}
-# What one number of the features is stored as: float16, or int8 with a scale per dimension.
-FEATURE_TYPES: Final = ("float16", "int8")
+# What one number of the features is stored as: float16, int8 with a scale per dimension, or the
+# uint8 of pixels.
+FEATURE_TYPES: Final = ("float16", "int8", "uint8")
 # int8 has no NaN; the quantised numbers are -127..127.
 INT8_MISSING: Final = -128
 # Blosc adds a header of 16 bytes to a chunk it cannot compress.
@@ -139,10 +144,12 @@ class ArraySpec:
 class StoreSchema:
     """The sizes that fix every array of a store.
 
-    `tars` partitions of `capacity` rows; each row [views, frames, dim] float16; `chunk_rows` rows
-    per inner chunk of the features, a divisor of `capacity`. `codec` compresses the features,
-    `feature_type` is what they are stored as; they are read as float16 whatever it is. ValueError
-    when a size is not positive, the divisor does not divide, or codec or type is unknown.
+    `tars` partitions of `capacity` rows; each row of features [views, frames, *item]; `chunk_rows`
+    rows per inner chunk of the features, a divisor of `capacity`. `dim` is the width of the class
+    texts. `codec` compresses the features, `feature_type` is what they are stored as; int8 is read
+    as float16. `tier` says what an item is (`featstore.tiers`): an embedding [dim] by default,
+    where `item` may be left out. ValueError when a size is not positive, the divisor does not
+    divide, codec, type or tier is unknown, or they do not fit together.
     """
 
     tars: int
@@ -153,13 +160,21 @@ class StoreSchema:
     chunk_rows: int
     codec: str = "none"
     feature_type: str = "float16"
+    tier: str = EMBEDDINGS
+    item: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        # A list in JSON; an embedding is as wide as the class texts.
+        object.__setattr__(self, "item", tuple(self.item) or (self.dim,))
         if self.codec not in CODECS or self.feature_type not in FEATURE_TYPES:
             raise ValueError(
                 f"features of type {self.feature_type!r} with codec {self.codec!r}: this version "
                 f"knows {', '.join(FEATURE_TYPES)} and {', '.join(CODECS)}"
             )
+        try:
+            tier = Tier.parse(self.tier)
+        except (UserError, AttributeError) as error:
+            raise ValueError(f"tier {self.tier!r} is not one this version knows") from error
         for name, value in self._sizes().items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
@@ -167,28 +182,48 @@ class StoreSchema:
             raise ValueError(
                 f"chunk_rows {self.chunk_rows} does not divide the capacity {self.capacity}"
             )
+        tier.check_item(self.item)
+        if tier.pooled and self.item != (self.dim,):
+            raise ValueError(f"embeddings are {list(self.item)}, class texts {self.dim} wide")
+        if self.feature_type not in tier.feature_types:
+            raise ValueError(f"{tier.text} are not stored as {self.feature_type}")
 
     @classmethod
-    def create(cls, tars: int, capacity: int, views: int, frames: int, dim: int) -> StoreSchema:
+    def create(
+        cls,
+        tars: int,
+        capacity: int,
+        views: int,
+        frames: int,
+        dim: int,
+        *,
+        tier: str = EMBEDDINGS,
+        item: tuple[int, ...] = (),
+    ) -> StoreSchema:
         """A schema whose inner chunk is the largest divisor of `capacity` within about 1.5 MB."""
-        row_bytes = max(1, views * frames * dim * 2)
-        wanted = max(1, min(capacity, TARGET_CHUNK_BYTES // row_bytes))
+        kind = Tier.parse(tier).feature_types[0]
+        row_bytes = views * frames * math.prod(item or (dim,)) * np.dtype(kind).itemsize
+        wanted = max(1, min(capacity, TARGET_CHUNK_BYTES // max(1, row_bytes)))
         chunk_rows = next((n for n in range(wanted, 0, -1) if capacity % n == 0), 1)
-        return cls(tars, capacity, views, frames, dim, chunk_rows)
+        return cls(
+            tars, capacity, views, frames, dim, chunk_rows, feature_type=kind, tier=tier, item=item
+        )
 
-    def to_json(self) -> dict[str, int | str]:
+    def to_json(self) -> dict[str, int | str | list[int]]:
         """The sizes by name, as the store's attribute `schema` holds them.
 
-        `codec` and `feature_type` are there only where they are not the plain ones.
+        `codec`, `feature_type`, `tier` and `item` are there only where they are not the plain ones.
         """
-        special: dict[str, int | str] = {}
+        special: dict[str, int | str | list[int]] = {}
         if self.codec != "none":
             special["codec"] = self.codec
-        if self.quantised:
+        if self.feature_type != "float16":
             special["feature_type"] = self.feature_type
+        if not self.pooled:
+            special |= {"tier": self.tier, "item": list(self.item)}
         return self._sizes() | special
 
-    def _sizes(self) -> dict[str, int | str]:
+    def _sizes(self) -> dict[str, int | str | list[int]]:
         return {
             "tars": self.tars,
             "capacity": self.capacity,
@@ -204,14 +239,29 @@ class StoreSchema:
         return self.tars * self.capacity
 
     @property
-    def row_shape(self) -> tuple[int, int, int]:
-        """Shape (views, frames, dim) of one row of features."""
-        return self.views, self.frames, self.dim
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape (views, frames, *item) of one row of features."""
+        return self.views, self.frames, *self.item
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of features in memory (float16)."""
-        return math.prod(self.row_shape) * 2
+        """Bytes of one row of features in memory."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What the features are read as: float16, or uint8 for frames."""
+        return np.dtype(np.float16 if self.quantised else self.feature_type)
+
+    @property
+    def missing(self) -> float:
+        """What the features of a failed row hold: NaN, or 0 where the type has none."""
+        return float("nan") if self.dtype.kind == "f" else 0.0
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the features are embeddings, which heads are trained on."""
+        return self.tier == EMBEDDINGS
 
     @property
     def quantised(self) -> bool:
@@ -220,7 +270,7 @@ class StoreSchema:
 
     @property
     def mappable(self) -> bool:
-        """Whether a shard is a dense float16 array that can be mapped into memory."""
+        """Whether a shard is a dense array as it is read, which can be mapped into memory."""
         return self.codec == "none" and not self.quantised
 
     @property
@@ -232,7 +282,7 @@ class StoreSchema:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of one inner chunk of the features as stored, before compression."""
-        width = 1 if self.quantised else 2
+        width = np.dtype(self.feature_type).itemsize
         return self.chunk_rows * math.prod(self.row_shape) * width
 
     @property
@@ -287,9 +337,9 @@ class StoreSchema:
                 dtype=self.feature_type,
                 chunks=(self.chunk_rows, *self.row_shape),
                 shards=(capacity, *self.row_shape),
-                fill=INT8_MISSING if self.quantised else "NaN",
+                fill={"int8": INT8_MISSING, "uint8": 0}.get(self.feature_type, "NaN"),
                 codecs=self._feature_codecs(),
-                dimension_names=("row", "view", "frame", "dim"),
+                dimension_names=("row", "view", "frame", *Tier.parse(self.tier).dimension_names),
                 units="",
             ),
             "key": text(),
@@ -315,13 +365,14 @@ class StoreSchema:
         return arrays
 
     def _feature_codecs(self) -> tuple[dict[str, Any], ...]:
-        plain = _SINGLE_BYTES if self.quantised else _BYTES
+        width = np.dtype(self.feature_type).itemsize
+        plain = _SINGLE_BYTES if width == 1 else _BYTES
         if self.codec == "none":
             return plain, _CRC
         blosc = {
             "name": "blosc",
             "configuration": {
-                "typesize": 1 if self.quantised else 2,
+                "typesize": width,
                 "cname": self.codec,
                 "clevel": _BLOSC_LEVEL[self.codec],
                 "shuffle": "bitshuffle",
@@ -350,4 +401,6 @@ ARRAY_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
 
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
+# float16, or the type of a tier.
+FeatureArray = npt.NDArray[Any]
 RowArray = npt.NDArray[np.int64]

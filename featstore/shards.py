@@ -4,7 +4,7 @@ Without compression a shard is a dense array behind an index that carries its ow
 (Zarr v3 sharding, index at the end). Nothing here compares the features with their checksums:
 `featstore.features` does.
 
-Letters: V views, F frames, D dim.
+Letters: V views, F frames, D dim, in tiers the item.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.checksums import crc32c
-from featstore.schema import CRC_BYTES, HalfArray, StoreSchema
+from featstore.schema import CRC_BYTES, FeatureArray, StoreSchema
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class ShardFile:
             self.close()
             raise
 
-    def read(self, first: int, out: HalfArray) -> None:
+    def read(self, first: int, out: FeatureArray) -> None:
         """Fill `out` [n, V, F, D] with rows first, first + 1, ...; all of one inner chunk.
 
         ValueError when the file cannot be read.
@@ -120,7 +120,10 @@ class ShardMap:
         # address, the memory looks writeable; it holds on to the map.
         memory = (ctypes.c_uint8 * size).from_address(self._address)
         memory.owner = self._range  # type: ignore[attr-defined]
-        self._numbers: HalfArray = np.ctypeslib.as_array(memory).view("<f2")
+        self._width = schema.dtype.itemsize
+        self._numbers: FeatureArray = np.ctypeslib.as_array(memory)[
+            : size // self._width * self._width
+        ].view(schema.dtype.newbyteorder("<"))
         self._windows: dict[int, Tensor] = {}
         # Where each inner chunk begins, in numbers from the start of the range; -1: not mapped.
         self.starts = np.full(schema.tars * schema.chunks_per_shard, -1, np.int64)
@@ -133,20 +136,22 @@ class ShardMap:
             _map_over(self._address + start, length, file.descriptor)
         first = tar * self._schema.chunks_per_shard
         offsets = np.array(file.offsets, np.int64)
-        if np.any(offsets % 2):
+        if np.any(offsets % self._width):
             raise ValueError("a chunk of the shard begins at an odd byte")
-        self.starts[first : first + len(offsets)] = (start + offsets) // 2
+        self.starts[first : first + len(offsets)] = (start + offsets) // self._width
 
-    def chunk(self, number: int, rows: int) -> HalfArray:
+    def chunk(self, number: int, rows: int) -> FeatureArray:
         """The first `rows` rows of an inner chunk (counted over all shards), read-only view."""
         start = int(self.starts[number])
-        size = rows * self._schema.row_bytes // 2
-        view: HalfArray = self._numbers[start : start + size].reshape(rows, *self._schema.row_shape)
+        size = rows * self._schema.row_bytes // self._width
+        view: FeatureArray = self._numbers[start : start + size].reshape(
+            rows, *self._schema.row_shape
+        )
         view.flags.writeable = False
         return view
 
     def windows(self, width: int) -> Tensor:
-        """float16 [numbers - width + 1, width]: row i is the `width` numbers from number i on."""
+        """[numbers - width + 1, width]: row i is the `width` numbers from number i on."""
         import torch
 
         found = self._windows.get(width)

@@ -9,6 +9,7 @@ Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,11 +18,12 @@ from functools import cached_property
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from featstore.reader import Store
-from featstore.schema import HalfArray, RowArray
+from featstore.schema import FeatureArray, RowArray
 
 POOL_BYTES: Final = 256 * 2**20
 """Memory of streaming: one pool in use and one being read, half of it each."""
@@ -37,16 +39,17 @@ class BatchMemory:
     takes half as long as gathering the batch.
     """
 
-    def __init__(self) -> None:
-        self._arrays: list[HalfArray] = []
+    def __init__(self, dtype: npt.DTypeLike = np.float16) -> None:
+        self._dtype = np.dtype(dtype)
+        self._arrays: list[FeatureArray] = []
 
     def take(self, rows: int, width: int) -> Tensor:
-        """A float16 tensor [rows, width] with any content."""
+        """A tensor [rows, width] with any content."""
         for array in self._arrays:
             # Held by the list, the loop and the call: not by a tensor, which would be a fourth.
             if array.shape == (rows, width) and sys.getrefcount(array) <= 3:
                 return torch.from_numpy(array)
-        fresh: HalfArray = np.empty((rows, width), np.float16)
+        fresh: FeatureArray = np.empty((rows, width), self._dtype)
         if len(self._arrays) < 4:  # somebody who keeps batches does not make us keep them
             self._arrays.append(fresh)
         return torch.from_numpy(fresh)
@@ -56,6 +59,8 @@ class BatchMemory:
 class StreamedFeatures:
     """Features of array rows `rows` in the files of `store`; stands in for float16 [N, V, F, D].
 
+    In a store of another tier for [N, V, F, *item] in its type.
+
     `memory` is what two pools take, in bytes; a pool has one row at least.
     """
 
@@ -64,8 +69,8 @@ class StreamedFeatures:
     memory: int = POOL_BYTES
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(N, V, F, D)."""
+    def shape(self) -> tuple[int, ...]:
+        """(N, V, F, D), (N, V, F, *item) of a tier."""
         return (len(self.rows), *self.store.schema.row_shape)
 
     @property
@@ -117,27 +122,27 @@ class ShuffledBlocks:
         self._size = features.pool_rows
         self._places = places
         self.order = samples[np.arange(len(samples)) // self._size * self._size + places]
-        self._outputs = BatchMemory()
+        self._outputs = BatchMemory(features.store.schema.dtype)
         self._reader = ThreadPoolExecutor(1, "read-ahead")
-        self._buffers: list[HalfArray] = []
+        self._buffers: list[FeatureArray] = []
         self._coming: dict[int, Future[Tensor]] = {}
         self._pool: tuple[int, Tensor] | None = None
 
     def clips(
         self, first: int, views: RowArray | None, frames: RowArray, count: int
     ) -> Iterator[Tensor]:
-        """Samples first, first + 1, ... of the order in batches of `count`: float16 [B, T, D] each.
+        """Samples first, first + 1, ... of the order in batches of `count`: [B, T, D] each.
 
         `views` [n] (None: the only one), `frames` [n, T]. Parts are asked for in order; the first
         may be any. Errors as `Store.read_into`.
         """
-        _, stored, dim = self._store.schema.row_shape
+        stored, item = self._store.schema.frames, self._store.schema.item
         within = frames if views is None else frames + views[:, None] * stored
         clip = frames.shape[1]
         for begin in range(0, len(frames), count):
-            out = self._outputs.take(count * clip, dim)
+            out = self._outputs.take(count * clip, math.prod(item))
             self._gather(first + begin, within[begin : begin + count], out)
-            yield out.view(count, clip, dim)
+            yield out.view(count, clip, *item)
 
     def _gather(self, first: int, within: RowArray, out: Tensor) -> None:
         """Fill `out` [B * T, D] with frames `within` [B, T] the rows of samples first, ..."""
@@ -158,7 +163,7 @@ class ShuffledBlocks:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _flat(self, pool: int) -> Tensor:
-        """Float16 [pool rows * V * F, D] of a pool, which is waited for; the next is begun."""
+        """[pool rows * V * F, D] of a pool, which is waited for; the next is begun."""
         if self._pool is None or self._pool[0] != pool:
             self._begin(pool)
             self._pool = pool, self._coming.pop(pool).result()
@@ -171,13 +176,13 @@ class ShuffledBlocks:
 
     def _read(self, pool: int) -> Tensor:
         rows = self._rows[pool * self._size : (pool + 1) * self._size]
-        shape = self._store.schema.row_shape
+        schema = self._store.schema
         if len(self._buffers) < 2:
-            self._buffers.append(np.empty((len(rows), *shape), np.float16))
+            self._buffers.append(np.empty((len(rows), *schema.row_shape), schema.dtype))
             buffer = self._buffers[-1]
         else:
             buffer = self._buffers[0]
             self._buffers.reverse()
         filled = buffer[: len(rows)]
         self._store.read_into(rows, filled)
-        return torch.from_numpy(filled).view(-1, shape[-1])
+        return torch.from_numpy(filled).view(-1, math.prod(schema.item))

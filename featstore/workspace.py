@@ -16,6 +16,7 @@ import numpy as np
 from featstore.errors import UserError, WorkError
 from featstore.object_urls import is_url
 from featstore.reader import Store, open_store
+from featstore.tiers import EMBEDDINGS
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +69,21 @@ class Workspace:
         return sorted(p for p in self.features_dir(dataset).glob(f"*{STORE_SUFFIX}") if p.is_dir())
 
     def store_path(
-        self, dataset: str, *, encoder: str, sampling: str, crops: int = 1, split: str | None = None
+        self,
+        dataset: str,
+        *,
+        encoder: str,
+        sampling: str,
+        crops: int = 1,
+        split: str | None = None,
+        tier: str = EMBEDDINGS,
     ) -> Path:
-        """Path of one extraction: `<encoder>--<sampling>[--crops3][--<split>].zarr`.
+        """Path of one extraction: `<encoder>--<sampling>[--crops3][--<tier>][--<split>].zarr`.
 
         Characters that file systems or copying tools trip over become "-".
         """
-        parts = [encoder, sampling, f"crops{crops}" if crops > 1 else "", split or ""]
+        parts = [encoder, sampling, f"crops{crops}" if crops > 1 else ""]
+        parts += ["" if tier == EMBEDDINGS else tier, split or ""]
         safe = [_UNSAFE.sub("-", part).strip("-.") for part in parts]
         name = "--".join(part for part in safe if part)
         return self.features_dir(dataset) / f"{name}{STORE_SUFFIX}"
@@ -100,11 +109,13 @@ class Workspace:
         return found[0]
 
     def default_split(self, dataset: str, names: Sequence[str]) -> str | None:
-        """The first of `names` that a readable store of `dataset` has rows of, if any."""
+        """The first of `names` that a readable store of embeddings has rows of, if any."""
         for name in names:
             for path in self.stores(dataset):
                 try:
                     store = open_store(path)
+                    if not store.schema.pooled:
+                        continue
                     if name in store.split_names and np.size(store.split(name)):
                         return name
                 except (UserError, WorkError):
@@ -122,7 +133,7 @@ class Workspace:
         name: str | None = None,
         encoder: str | None = None,
     ) -> Store:
-        """The one store of `dataset` that holds the split and was made as asked.
+        """The one store of embeddings of `dataset` that holds the split and was made as asked.
 
         `name` is that of its folder, with or without ".zarr", or its URL. `encoder` is how the
         command that would make a store should name the encoder.
@@ -130,6 +141,8 @@ class Workspace:
         their names), WorkError when the one that fits is damaged or not finished.
         """
         remote = name is not None and is_url(name)
+        if remote:
+            _require_remote_embeddings(str(name))
         paths = [open_store(str(name)).path] if remote else self.stores(dataset)
         if not paths:
             raise UserError(
@@ -221,6 +234,8 @@ def _mismatch(
     sampling: str | None,
 ) -> str | None:
     """Why a store is not the one asked for; None when it is."""
+    if not store.schema.pooled:
+        return f"holds {store.tier}, not the embeddings that heads work on"
     if split is not None and (split not in store.split_names or not np.size(store.split(split))):
         return f"has no rows of split {split!r} (it has {', '.join(store.split_names) or 'none'})"
     if views is not None and store.schema.views != views:
@@ -230,6 +245,20 @@ def _mismatch(
     if sampling not in (None, store.provenance.sampling):
         return f"has sampling {store.provenance.sampling}, not {sampling}"
     return None
+
+
+def _require_remote_embeddings(url: str) -> None:
+    """UserError for a store of another tier, before its terabytes are fetched."""
+    from featstore.remote_store import RemoteStoreWriter  # obstore takes a while to load
+
+    writer = RemoteStoreWriter.open(url)
+    tier = writer.schema.tier
+    writer.close()
+    if tier != EMBEDDINGS:
+        raise UserError(
+            f"{url} holds {tier}, not the embeddings that heads work on: choose or extract a "
+            "store without --tier"
+        )
 
 
 def _describe(store: Store) -> str:

@@ -29,6 +29,7 @@ from featstore.durable import (
     write_json,
 )
 from featstore.errors import UserError, WorkError
+from featstore.feature_rows import FeatureRows
 from featstore.int8 import dequantise, quantise
 from featstore.locking import claimed
 from featstore.metadata import (
@@ -171,6 +172,19 @@ class StoreWriter:
         """Numbers of the partitions that are not done."""
         return [tar for tar in range(self.schema.tars) if not self.done(tar)]
 
+    def feature_rows(self, tar: int) -> FeatureRows:
+        """Where the features of a partition can be put row by row before it is written.
+
+        Hold `claim`, give it to `write_partition` as the partition's features, and close it.
+        UserError for a store that is compressed.
+        """
+        if not self.schema.mappable:
+            raise UserError(
+                f"{self.path} has its features as {self.schema.storage}, and {self.schema.tier} "
+                "are extracted uncompressed: finish the store it was made of and convert that"
+            )
+        return FeatureRows(self.file("features", tar), self.schema, self.metadata.tars[tar].rows)
+
     def write_partition(self, tar: int, partition: Partition, shard: Path | None = None) -> None:
         """Write the partition of one tar, also over an earlier one, done or not.
 
@@ -184,16 +198,20 @@ class StoreWriter:
         """
         self._check_fits(tar, partition)
         began = self._time_after_earlier(tar)
+        n = len(partition.key)
+        features = partition.features
+        if isinstance(features, FeatureRows):
+            checksums = features.finish()  # where the disk is full, what was there stays
+        else:
+            stored: npt.NDArray[Any] = features
+            readable = features
+            scale = read_scale(self._files)
+            if scale is not None:
+                stored = quantise(features, scale)
+                readable = dequantise(stored, scale)
+            checksums = np.array([crc32c(row) for row in readable], np.uint32)
         for name in ("commit", "features"):
             self._remove(name, tar)
-        n = len(partition.key)
-        stored: npt.NDArray[Any] = partition.features
-        readable = partition.features
-        scale = read_scale(self._files)
-        if scale is not None:
-            stored = quantise(partition.features, scale)
-            readable = dequantise(stored, scale)
-        checksums = np.array([crc32c(row) for row in readable], np.uint32)
         digests = [
             self._put_small(
                 name, tar, checksums if name == "checksum" else getattr(partition, name)
@@ -202,7 +220,9 @@ class StoreWriter:
         ]
         self._put("chunk_checksum", slice(tar, tar + 1), np.array([digests], np.uint32))
         first = tar * self.schema.capacity
-        if shard is None:
+        if isinstance(features, FeatureRows):
+            features.place()
+        elif shard is None:
             self._put("features", slice(first, first + n), stored)
         else:
             link_or_copy(shard, self._files.path("features", tar))
@@ -274,6 +294,10 @@ class StoreWriter:
         if tuple(row_shape) != self.schema.row_shape:
             raise ValueError(
                 f"partition {tar} has rows {row_shape}, the store {list(self.schema.row_shape)}"
+            )
+        if partition.features.dtype != self.schema.dtype:
+            raise ValueError(
+                f"partition {tar} has {partition.features.dtype}, the store {self.schema.dtype}"
             )
         classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
         if np.any((partition.label < 0) | (partition.label >= classes)):

@@ -260,6 +260,7 @@ def evaluate_store(
     other classes, modulation has fewer than five classes, or no row can be evaluated; WorkError
     when the store is not complete or a score is not finite.
     """
+    store.require_embeddings()
     if not store.complete:
         raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
     if views is not None and views != views_of(store):

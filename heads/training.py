@@ -109,6 +109,7 @@ def train_head(
     when another process trains the run, the store is not complete, the loss stops being a number
     (the last good state is kept) or a saved state is damaged.
     """
+    store.require_embeddings()
     if head.dim != store.provenance.dim:
         raise UserError(
             f"the head is {head.dim} wide and the store's embeddings {store.provenance.dim}: "

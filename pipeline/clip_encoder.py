@@ -101,6 +101,11 @@ class Encoder:
         ]
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def run_image_tower(self, pixels: torch.Tensor) -> None:
+        """Send preprocessed images [N,3,s,s] through the tower, for hooks inside it."""
+        self.image_tower(pixels.to(self.device, PRECISIONS[self.precision]))
+
     def _encode_batch(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         output = self.image_tower(pixels.to(self.device, dtype))
         # CoCa's tower also gives its tokens.

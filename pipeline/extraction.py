@@ -11,10 +11,11 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from featstore import ClassText, Provenance
+from featstore import ClassText, Provenance, StoreSchema
 from featstore.errors import UserError, WorkError
 from featstore.places import AnyWriter, open_rows, writer_maker, writer_of
 from featstore.progress import ProgressSink, no_progress
+from featstore.tiers import FRAMES
 from featstore.writer import StoreExists
 from pipeline.encoder_files import lasting_spec, remember_fingerprint, signature
 from pipeline.extraction_plan import (
@@ -78,20 +79,26 @@ def extract(
     name = decoder.name if decoder is not None else decoder_for(request, begun_with)
     encoder = encoder or load_request_encoder(plan)
     encoder.preprocessing.require_crops(request.crops)
-    writer = open_or_init(plan, encoder, name)
+    from pipeline.frame_outputs import frame_output
+
+    output = frame_output(request.tier, encoder)
+    schema = plan.schema(encoder.dim, output.item)
+    writer = open_or_init(plan, encoder, name, schema)
     pending = plan.pending()
-    plan.require_room(pending, encoder.dim)
+    if pending:
+        logger.info("to write: %s", plan.room(pending, schema))
+    plan.require_room(pending, schema)
     started = time.perf_counter()
     if cluster is not None:
         from pipeline.cluster_engine import run_on_ray
 
-        del encoder, decoder  # every worker has its own
+        del encoder, decoder, output  # every worker has its own
         request = replace(request, precision=writer.provenance.precision)
         totals = run_on_ray(plan, request, pending, cluster, progress)
     else:
         with writer.claim(pending):
             # Another process may have done some of them before they were claimed.
-            pool = open_pool(request, name, encoder, decoder)
+            pool = open_pool(request, name, encoder, decoder, output)
             totals = _run(plan, writer, plan.pending(), pool, progress)
     return _concluded(plan, totals, time.perf_counter() - started)
 
@@ -163,12 +170,16 @@ def load_request_encoder(plan: ExtractionPlan) -> Encoder:
     if precision == "auto" and plan.writer is not None:
         # The choice is made by timing; a store once begun stays with it.
         precision = plan.writer.provenance.precision
+    elif precision == "auto" and request.tier.kind == FRAMES:
+        precision = "fp32"  # nothing is encoded: no need to time the tower
     return load_encoder(
         request.encoder, precision, request.device, encoders_dir=request.encoders_dir
     )
 
 
-def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> AnyWriter:
+def open_or_init(
+    plan: ExtractionPlan, encoder: Encoder, decoder_name: str, schema: StoreSchema
+) -> AnyWriter:
     """The writer of the request's store, which is made when it is not there.
 
     Raises UserError when the store was made in another way.
@@ -177,9 +188,9 @@ def open_or_init(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> A
     path = request.store_path
     provenance = provenance_of(plan, encoder, decoder_name)
     if plan.writer is None:
-        plan.require_room(plan.mine, encoder.dim)
+        plan.require_room(plan.mine, schema)
         try:
-            plan.writer = _init(plan, encoder, provenance)
+            plan.writer = _init(plan, encoder, provenance, schema)
         except StoreExists:  # another process made it at this moment
             plan.writer = writer_of(path)
             assert plan.writer is not None
@@ -242,6 +253,7 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
         },
         dataset=plan.dataset.name,
         dataset_fingerprint=plan.dataset.fingerprint,
+        tier=request.tier.text,
     )
 
 
@@ -251,10 +263,12 @@ def code_versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def _init(plan: ExtractionPlan, encoder: Encoder, provenance: Provenance) -> AnyWriter:
+def _init(
+    plan: ExtractionPlan, encoder: Encoder, provenance: Provenance, schema: StoreSchema
+) -> AnyWriter:
     dataset = plan.dataset
     return writer_maker(plan.request.store_path)(
-        plan.schema(encoder.dim),
+        schema,
         provenance,
         tars=[
             {"file": shard.file, "rows": shard.rows, "bytes": shard.bytes, "sha256": shard.sha256}

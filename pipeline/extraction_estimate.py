@@ -11,7 +11,14 @@ from typing import Any, Final
 from featstore.errors import WorkError
 from featstore.progress import ProgressSink, no_progress
 from pipeline.extraction import load_request_encoder, provenance_of, require_same
-from pipeline.extraction_plan import SPARE_BYTES, ExtractionPlan, ExtractionRequest, free_bytes
+from pipeline.extraction_plan import (
+    SPARE_BYTES,
+    ExtractionPlan,
+    ExtractionRequest,
+    free_bytes,
+    in_bytes,
+)
+from pipeline.frame_outputs import frame_output
 from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.tar_source import TarSource
 from pipeline.tars import DamagedTar, open_tar
@@ -34,6 +41,8 @@ class Estimate:
     frames: int  # that would be encoded
     tars: int
     tars_done: int
+    tier: str
+    bytes_per_row: int  # of features
     bytes_needed: int
     bytes_free: int
     fits: bool
@@ -65,7 +74,8 @@ class Estimate:
             "store": self.store + (" (begun)" if self.store_exists else " (new)"),
             "videos": f"{self.videos} in {self.tars} tars ({self.tars_done} tars done)",
             "frames": f"{self.frames} to encode",
-            "disk": f"{_size(self.bytes_needed)} needed, {_size(self.bytes_free)} free",
+            "disk": f"{in_bytes(self.bytes_needed)} needed ({self.tier}: "
+            f"{in_bytes(self.bytes_per_row)} a video), {in_bytes(self.bytes_free)} free",
             "speed": sampled if self.videos_sampled else "not sampled",
             "time": "unknown" if self.hours is None else _duration(self.hours),
             "encoder": f"{self.encoder} ({self.precision}, decoder {self.decoder})",
@@ -76,8 +86,8 @@ class Estimate:
         """Raise `WorkError` when the store would not fit on the disk."""
         if not self.fits:
             raise WorkError(
-                f"the store will take {_size(self.bytes_needed)} and {self.disk} has "
-                f"{_size(self.bytes_free)} free: make room, or put the workspace (--root) on a "
+                f"the store will take {in_bytes(self.bytes_needed)} and {self.disk} has "
+                f"{in_bytes(self.bytes_free)} free: make room, or put the workspace (--root) on a "
                 "larger disk"
             )
 
@@ -101,7 +111,9 @@ def estimate(
     if plan.writer is not None:
         require_same(plan, plan.writer, provenance)
     pending = plan.pending()
-    pool = open_pool(request, name, encoder)
+    output = frame_output(request.tier, encoder)
+    schema = plan.schema(encoder.dim, output.item)
+    pool = open_pool(request, name, encoder, output=output)
     source = plan.tar_source()
     try:
         sample = _sample(plan, pending, pool, source, seconds, progress)
@@ -109,7 +121,7 @@ def estimate(
         pool.close()
         source.close()
     videos = sum(plan.shards[tar].samples for tar in pending)
-    needed, free = plan.bytes_needed(pending, encoder.dim), free_bytes(plan.disk)
+    needed, free = plan.bytes_needed(pending, schema), free_bytes(plan.disk)
     rate = sample.videos_per_second
     return Estimate(
         dataset=plan.dataset.name,
@@ -119,9 +131,11 @@ def estimate(
         frames=videos * request.sampling.clips * request.sampling.frames * request.crops,
         tars=len(pending),
         tars_done=len(plan.mine) - len(pending),
+        tier=request.tier.text,
+        bytes_per_row=schema.row_bytes,
         bytes_needed=needed,
         bytes_free=free,
-        fits=plan.disk_needed(pending, encoder.dim) + SPARE_BYTES <= free,
+        fits=plan.disk_needed(pending, schema) + SPARE_BYTES <= free,
         disk=str(plan.disk),
         videos_sampled=sample.videos,
         sample_failures=sample.failures,
@@ -198,10 +212,6 @@ def _videos(plan: ExtractionPlan, pending: list[int], source: TarSource) -> Iter
             continue
         finally:
             source.release(shard)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def _duration(hours: float) -> str:

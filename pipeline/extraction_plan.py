@@ -21,6 +21,7 @@ from featstore.errors import UserError, WorkError
 from featstore.places import AnyWriter, StorePlace, open_rows, writer_of
 from featstore.schema import STATUS_FAILED
 from featstore.scratch import ScratchFolder, cache_folder
+from featstore.tiers import Tier
 from pipeline.decoding.contract import Strictness
 from pipeline.encoder_files import remembered_fingerprint, signature
 from pipeline.packed import Dataset, Shard, load_dataset
@@ -29,11 +30,14 @@ from pipeline.remote_tars import RemoteTars, remote_dataset
 from pipeline.sampling import Sampling
 from pipeline.tar_source import LocalTars, TarSource
 
+PER_FRAME_EMBEDDING: Final = Tier()
 # Left free when a store is begun: the last bytes of a disk belong to others.
 SPARE_BYTES: Final = 64 << 20
 # Keys, reasons and numbers of a row beside its features and frame times, generously.
 ROW_EXTRA_BYTES: Final = 256
 FAILURES_SHOWN: Final = 10
+# Tars that are being filled at the same time, as a rule: a few long videos keep theirs open.
+OPEN_TARS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class ExtractionRequest:
     max_failures: float = 0.05
     share: Share | None = None  # None: all tars
     retry_failed: bool = False  # do partitions with failed videos once more
+    tier: Tier = PER_FRAME_EMBEDDING  # what is kept of every frame
 
     @property
     def views(self) -> int:
@@ -196,31 +201,41 @@ class ExtractionPlan:
         lacking = set(self.writer.pending())  # one listing of a remote store
         return [tar for tar in self.mine if tar in retried or tar in lacking]
 
-    def schema(self, dim: int) -> StoreSchema:
-        """Sizes of the store for embeddings of width `dim`."""
+    def schema(self, dim: int, item: tuple[int, ...] = ()) -> StoreSchema:
+        """Sizes of the store for an encoder of width `dim` and items of this shape."""
         return StoreSchema.create(
             tars=len(self.shards),
             capacity=max(shard.rows for shard in self.shards),
             views=self.request.views,
             frames=self.request.sampling.frames,
             dim=dim,
+            tier=self.request.tier.text,
+            item=item,
         )
 
-    def bytes_needed(self, tars: list[int], dim: int) -> int:
+    def bytes_needed(self, tars: list[int], schema: StoreSchema) -> int:
         """Bytes that these partitions will take."""
-        schema = self.schema(dim)
         frame_times = schema.views * schema.frames * 12
         per_tar = schema.capacity * (frame_times + ROW_EXTRA_BYTES)
         return sum(schema.shard_bytes(self.shards[tar].rows) + per_tar for tar in tars)
 
-    def require_room(self, tars: list[int], dim: int) -> None:
+    def require_room(self, tars: list[int], schema: StoreSchema) -> None:
         """Raise `WorkError` when the disk cannot take these partitions."""
-        needed, free = self.disk_needed(tars, dim), free_bytes(self.disk)
+        needed, free = self.disk_needed(tars, schema), free_bytes(self.disk)
         if needed + SPARE_BYTES > free:
             raise WorkError(
                 f"the store will take {needed / 1e9:.2f} GB and {self.disk} has {free / 1e9:.2f} "
                 "GB free: make room, or put the workspace (--root) on a larger disk"
             )
+
+    def room(self, tars: list[int], schema: StoreSchema) -> str:
+        """What these partitions take and what is free, in words."""
+        rows = sum(self.shards[tar].rows for tar in tars)
+        return (
+            f"{rows} rows of {in_bytes(schema.row_bytes)} each ({schema.tier}), "
+            f"{in_bytes(self.bytes_needed(tars, schema))} in all, "
+            f"{in_bytes(free_bytes(self.disk))} free"
+        )
 
     @property
     def disk(self) -> Path:
@@ -228,11 +243,15 @@ class ExtractionPlan:
         place = self.request.store_path
         return cache_folder() if isinstance(place, str) else place.parent
 
-    def disk_needed(self, tars: list[int], dim: int) -> int:
-        """Bytes of it that these partitions take: a remote store's lie there one at a time."""
+    def disk_needed(self, tars: list[int], schema: StoreSchema) -> int:
+        """Bytes of it that these partitions take: a remote store's pass through there.
+
+        Embeddings one partition at a time, other tiers with all tars that are open.
+        """
         if isinstance(self.request.store_path, str):
-            return max((self.bytes_needed([tar], dim) for tar in tars), default=0)
-        return self.bytes_needed(tars, dim)
+            sizes = sorted((self.bytes_needed([tar], schema) for tar in tars), reverse=True)
+            return sum(sizes[: 1 if schema.pooled else OPEN_TARS])
+        return self.bytes_needed(tars, schema)
 
     def known_complete(self) -> bool:
         """Whether nothing is left to do and the store is surely the one asked for.
@@ -252,6 +271,7 @@ class ExtractionPlan:
             and request.strict == made.strict_decode
             and request.sampling.text == made.sampling
             and request.crops == made.crops
+            and request.tier.text == made.tier
             and self.dataset.name == made.dataset
             and self.dataset.fingerprint == made.dataset_fingerprint
             and not set(request.prompt_sets) - set(self.writer.prompt_sets)
@@ -312,6 +332,13 @@ def fingerprint_note(store_path: StorePlace) -> Path:
         digest = hashlib.sha256(store_path.encode()).hexdigest()[:16]
         return cache_folder() / "stores" / f"{digest}.encoder.json"
     return store_path.with_name(f"{store_path.name}.encoder.json")
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes in words."""
+    if count < 1e5:
+        return f"{count / 1e3:.2f} kB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def free_bytes(path: Path) -> int:

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from featstore import Partition, StoreSchema
 from featstore.errors import WorkError, one_line
+from featstore.feature_rows import FeatureRows
 from featstore.progress import ProgressSink, no_progress
 from pipeline.packed import Dataset, Shard
 from pipeline.tar_rows import EncodedVideo, TarRows
@@ -19,7 +20,8 @@ from pipeline.tars import DamagedTar
 from pipeline.video_pool import VideoPool
 
 # A long video must not keep the other workers waiting: the tars after its own go on, this many or
-# as many as there may be videos in the pool. Each holds its rows and an open file.
+# as many as there may be videos in the pool. Each holds its rows (embeddings in memory, other tiers
+# on the disk) and open files.
 MIN_OPEN_TARS: Final = 4
 
 
@@ -29,6 +31,10 @@ class PartitionWriter(Protocol):
     @property
     def schema(self) -> StoreSchema:
         """Sizes of the store."""
+        ...
+
+    def feature_rows(self, tar: int) -> FeatureRows:
+        """Where large rows of one tar wait on the disk."""
         ...
 
     def write_partition(self, tar: int, partition: Partition) -> None:
@@ -131,7 +137,8 @@ class _Run:
         shard = self.shards[tar]
         try:
             path = self.source.path(shard)
-            rows = TarRows(tar, shard, self.dataset, path, self.writer.schema.row_shape)
+            schema, on_disk = self.writer.schema, self.writer.feature_rows
+            rows = TarRows(tar, shard, self.dataset, path, schema, on_disk)
         except DamagedTar as error:
             self.totals.damaged.append(str(error))
             self.source.release(shard)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from featstore.errors import UserError
 from pipeline.decoding import decoder_named
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction_plan import ExtractionRequest
@@ -12,6 +13,7 @@ from pipeline.machine import usable_cores
 if TYPE_CHECKING:
     from pipeline.clip_encoder import Encoder
     from pipeline.decoding.contract import Decoder
+    from pipeline.frame_outputs import FrameOutput
     from pipeline.video_pool import VideoPool
 
 
@@ -23,6 +25,13 @@ def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> st
     """
     from pipeline.decoding.dali import DECODER_NAME, wants_dali
 
+    if not request.tier.pooled:
+        if request.decoder == DECODER_NAME:
+            raise UserError(
+                f"--tier {request.tier.text} with decoder {DECODER_NAME!r}: frames that are "
+                "decoded on the GPU become embeddings there and nothing else; use --decoder pyav"
+            )
+        return decoder_named(request.decoder, request.strict).name
     asked = begun_with if begun_with is not None and request.decoder == "auto" else request.decoder
     if wants_dali(asked, request.device, request.strict):
         return DECODER_NAME
@@ -30,11 +39,15 @@ def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> st
 
 
 def open_pool(
-    request: ExtractionRequest, name: str, encoder: Encoder, decoder: Decoder | None = None
+    request: ExtractionRequest,
+    name: str,
+    encoder: Encoder,
+    decoder: Decoder | None = None,
+    output: FrameOutput | None = None,
 ) -> VideoPool:
     """The pool for a request and one of the names `decoder_for` gives; close it after use.
 
-    `decoder` stands in for the one that is named.
+    `decoder` stands in for the one that is named, `output` for that of the request's tier.
     """
     from pipeline.decoding.dali import DECODER_NAME
 
@@ -44,7 +57,9 @@ def open_pool(
 
         fallback = PyAVDecoder(request.strict)
         return DaliVideoPool(fallback, encoder, request.sampling, request.crops, workers)
+    from pipeline.frame_outputs import frame_output
     from pipeline.video_pool import ThreadVideoPool
 
     decoder = decoder or decoder_named(name, request.strict)
-    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, workers)
+    output = output or frame_output(request.tier, encoder)
+    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, workers, output)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from featstore import Store
 from featstore.errors import UserError, WorkError
+from featstore.tiers import Tier
 from pipeline.clip_encoder import load_encoder
 from pipeline.decoding import decoder_named
 from pipeline.decoding.contract import Strictness
+from pipeline.frame_outputs import frame_output
 from pipeline.packed import load_dataset
 from pipeline.sampling import parse_sampling
 from pipeline.tars import DamagedTar, open_tar
@@ -51,10 +53,15 @@ class Reencoder:
                 f"made with {made.encoder_fingerprint[:16]}: put the encoder back that made it"
             )
         # One worker thread with one torch thread, as in extraction: the same bits come out.
-        self._pool = ThreadVideoPool(decoder, encoder, sampling, made.crops, workers=1)
+        output = frame_output(Tier.parse(made.tier), encoder)
+        self._pool = ThreadVideoPool(
+            decoder, encoder, sampling, made.crops, workers=1, output=output
+        )
 
-    def __call__(self, row: int, key: str) -> npt.NDArray[np.float32] | str:
+    def __call__(self, row: int, key: str) -> npt.NDArray[Any] | str:
         """Embeddings float32 [V, F, D] of the row's video, or why it cannot be decoded.
+
+        Of a store of another tier, its items in their type.
 
         Raises UserError when its tar is gone, WorkError when the tar is damaged.
         """

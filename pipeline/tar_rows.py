@@ -5,15 +5,19 @@ Letters: V views (one clip in one crop each, crop-major then clip), F frames of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featstore import Partition
+from featstore import Partition, StoreSchema
 from featstore.errors import one_line
+from featstore.feature_rows import FeatureRows
+from featstore.finite import not_finite
 from featstore.schema import STATUS_FAILED, STATUS_OK
 from pipeline.decoding.contract import VideoInfo
 from pipeline.packed import Dataset, Shard
@@ -24,12 +28,13 @@ from pipeline.tars import DamagedTar, OpenTar, open_tar
 class EncodedVideo:
     """One video after the encoder.
 
-    `features` float32 [V, F, D], raw projected embeddings; `frame_index` int64 [V, F] counted
+    `features` float32 [V, F, D], raw projected embeddings, or [V, F, *item] of a tier in its type;
+    `frame_index` int64 [V, F] counted
     from zero; `pts` float64 [V, F] seconds.
     """
 
     info: VideoInfo
-    features: npt.NDArray[np.float32]
+    features: npt.NDArray[Any]
     frame_index: npt.NDArray[np.int64]
     pts: npt.NDArray[np.float64]
 
@@ -43,11 +48,14 @@ class TarRows:
         shard: Shard,
         dataset: Dataset,
         path: Path,
-        row_shape: tuple[int, int, int],
+        schema: StoreSchema,
+        on_disk: Callable[[int], FeatureRows],
     ) -> None:
-        """Open the tar at `path` and list its rows of shape [V, F, D].
+        """Open the tar at `path` and list its rows as `schema` has them.
 
-        Raises `DamagedTar` when it is not the one packed.
+        Embeddings wait in memory until the tar is done; rows of other tiers, which are hundreds of
+        times as large, go to the place on the disk that `on_disk` gives for the tar.
+        Raises `DamagedTar` when it is not the one packed, OSError when the disk is full.
         """
         self.tar = tar
         self.shard = shard
@@ -76,9 +84,15 @@ class TarRows:
         self._fps = np.full(n, np.nan, np.float32)
         self._container_frames = np.zeros(n, np.int32)
         self._damaged_packets = np.zeros(n, np.int32)
-        self._frame_index = np.full((n, *row_shape[:2]), -1, np.int32)
-        self._pts = np.full((n, *row_shape[:2]), np.nan)
-        self._features = np.full((n, *row_shape), np.nan, np.float16)
+        shape = (n, schema.views, schema.frames)
+        self._frame_index = np.full(shape, -1, np.int32)
+        self._pts = np.full(shape, np.nan)
+        self._dtype = schema.dtype
+        self._features: npt.NDArray[Any] | FeatureRows
+        if schema.pooled:
+            self._features = np.full((n, *schema.row_shape), schema.missing, schema.dtype)
+        else:
+            self._features = self._resources.enter_context(on_disk(tar))
 
     @property
     def finished(self) -> bool:
@@ -102,8 +116,8 @@ class TarRows:
             self._reasons[position] = f"{info.num_frames} frames are found, {packed} were packed"
             return False
         with np.errstate(over="ignore"):
-            features = result.features.astype(np.float16)
-        if not np.isfinite(features).all():
+            features = result.features.astype(self._dtype, copy=False)
+        if not_finite(features[None]).any():
             self._reasons[position] = "the encoder gave values that are not finite in float16"
             return False
         self._status[position] = STATUS_OK
@@ -113,7 +127,10 @@ class TarRows:
         self._damaged_packets[position] = info.damaged_packets
         self._frame_index[position] = result.frame_index
         self._pts[position] = result.pts
-        self._features[position] = features
+        if isinstance(self._features, FeatureRows):
+            self._features.put(position, features)
+        else:
+            self._features[position] = features
         return True
 
     def finish(self) -> Partition:
@@ -134,7 +151,7 @@ class TarRows:
         )
 
     def close(self) -> None:
-        """Close the tar."""
+        """Close the tar, and remove rows on the disk that did not become a partition."""
         self._resources.close()
 
 

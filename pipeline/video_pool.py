@@ -1,10 +1,11 @@
-"""Videos in, embeddings out: worker threads that each decode, preprocess and encode.
+"""Videos in, embeddings (or what else a tier keeps) out: threads that decode and encode.
 
 Each thread works on its own videos with one torch thread. Measured on two cores this reaches 0.95
 to 1.0 of what decoding and encoding allow when they share the cores; one multi-threaded encoder
 fed by a decoding thread reached half of that.
 
-Letters: V views (one clip in one crop each, crop-major then clip), F frames of a view, D embedding.
+Letters: V views (one clip in one crop each, crop-major then clip), F frames of a view, D embedding
+(in tiers the item).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from featstore.errors import one_line
 from featstore.segments import IntArray
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding.contract import DecodeError, Decoder, Source, VideoInfo
+from pipeline.frame_outputs import FrameOutput, PooledEmbeddings
 from pipeline.preprocessing import resized_size
 from pipeline.sampling import Sampling
 from pipeline.tar_rows import EncodedVideo
@@ -63,13 +65,21 @@ class ThreadVideoPool:
     """A `VideoPool` of `workers` threads around one decoder and one encoder."""
 
     def __init__(
-        self, decoder: Decoder, encoder: Encoder, sampling: Sampling, crops: int, workers: int
+        self,
+        decoder: Decoder,
+        encoder: Encoder,
+        sampling: Sampling,
+        crops: int,
+        workers: int,
+        output: FrameOutput | None = None,
     ) -> None:
+        """`output` makes what is kept of every frame, by default its embedding."""
         self.window = workers * LOOKAHEAD
         self._decoder = decoder
         self._encoder = encoder
         self._sampling = sampling
         self._crops = crops
+        self._output = output or PooledEmbeddings(encoder)
         self._stop = Event()
         self._threads = ThreadPoolExecutor(
             workers, "encode", initializer=torch.set_num_threads, initargs=(1,)
@@ -88,19 +98,28 @@ class ThreadVideoPool:
         if self._stop.is_set():
             return "not decoded: the work was stopped"  # and will not be written
         try:
-            return encode_video(read(), self._decoder, self._encoder, self._sampling, self._crops)
+            return encode_video(
+                read(), self._decoder, self._encoder, self._sampling, self._crops, self._output
+            )
         except DecodeError as error:
             return error.reason
 
 
 def encode_video(
-    source: Source, decoder: Decoder, encoder: Encoder, sampling: Sampling, crops: int = 1
+    source: Source,
+    decoder: Decoder,
+    encoder: Encoder,
+    sampling: Sampling,
+    crops: int = 1,
+    output: FrameOutput | None = None,
 ) -> EncodedVideo:
     """Decode the frames that `sampling` chooses, crop, and encode them.
 
     The one path from video to embeddings: extraction and prediction both use it. Views are ordered
-    crop-major, then clip. Raises `DecodeError`.
+    crop-major, then clip. `output` makes something else than embeddings of the frames. Raises
+    `DecodeError`.
     """
+    output = output or PooledEmbeddings(encoder)
 
     def choose(found: VideoInfo) -> IntArray:
         height, width = resized_size(
@@ -124,15 +143,14 @@ def encode_video(
     indices = sampling.indices(info.num_frames)
     clips, per_clip = indices.shape
     batches = [
-        encoder.encode_pixels(encoder.preprocessing.crops(part, crops).flatten(0, 1)).reshape(
-            crops, len(part), -1
-        )
+        output(part, crops)
         for part in np.split(frames, range(ENCODE_BATCH, len(frames), ENCODE_BATCH))
     ]
-    features = torch.cat(batches, dim=1).reshape(crops * clips, per_clip, -1)
+    joined = torch.cat(batches, dim=1)
+    features = joined.reshape(crops * clips, per_clip, *joined.shape[2:])
     return EncodedVideo(
         info,
-        features.float().cpu().numpy(),
+        features.cpu().numpy(),
         np.tile(indices, (crops, 1)),
         np.tile(seconds.reshape(clips, per_clip), (crops, 1)),
     )

@@ -39,12 +39,16 @@ def make_partition(
     """Random content fixed by (seed, tar); the positions in `failed` are failed samples."""
     rng = np.random.default_rng((seed, tar))
     shape = (rows, schema.views, schema.frames)
-    features = rng.standard_normal((*shape, schema.dim)).astype(np.float16)
+    if schema.dtype == np.uint8:
+        features = rng.integers(0, 256, (*shape, *schema.item), np.uint8)
+    else:
+        features = rng.standard_normal((*shape, *schema.item)).astype(np.float16)
     frame_index = rng.integers(0, 300, shape).astype(np.int32)
     pts = rng.random(shape)
     status = np.ones(rows, np.uint8)
     bad = list(failed)
-    features[bad], frame_index[bad], pts[bad], status[bad] = np.nan, -1, np.nan, 2
+    frame_index[bad], pts[bad], status[bad] = -1, np.nan, 2
+    features[bad] = schema.missing
     return Partition(
         key=[f"tar{tar}/clip {i} é" for i in range(rows)],
         label=rng.integers(0, len(CLASS_NAMES), rows).astype(np.int32),
@@ -82,7 +86,7 @@ def init_store_at(
     """The same in a folder or at a URL."""
     return writer_maker(place)(
         schema,
-        make_provenance(schema.dim, **provenance),
+        make_provenance(schema.dim, **{"tier": schema.tier, **provenance}),
         tars=[
             {"file": f"toy-{i:06d}.tar", "rows": n, "bytes": 1000 + i, "sha256": f"{i:064x}"}
             for i, n in enumerate(rows)

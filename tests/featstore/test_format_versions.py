@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from sample_stores import make_store
 from tiny_stores import content
 
 from featstore import StoreWriter, UserError, open_store, verify
@@ -44,6 +45,16 @@ def test_a_store_of_an_earlier_release_holds_what_it_held(name: str, tmp_path: P
     report = verify(path, deep=True)
     assert (report.ok, report.partitions) == (True, 2)
     assert StoreWriter.open(path).pending() == []
+
+
+def test_a_new_store_of_embeddings_has_the_metadata_of_the_oldest(tmp_path: Path) -> None:
+    """What came later is only said where it is not the usual."""
+    make_store(tmp_path / "v1.zarr", rows=(3, 2), capacity=3, row_shape=(1, 2, 4))
+
+    def nodes(store: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(store)): p.read_bytes() for p in store.rglob("zarr.json")}
+
+    assert nodes(tmp_path / "v1.zarr") == nodes(STORES / "v1.zarr")
 
 
 def test_plain_zarr_reads_the_oldest_store() -> None:

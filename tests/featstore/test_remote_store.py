@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Timer
 
@@ -18,7 +19,15 @@ from remote_driver import ROWS, SCHEMA, fill, partition
 from s3_server import FailingProxy
 from sample_stores import init_store_at, make_partition, make_store
 
-from featstore import Store, UserError, WorkError, open_store, verify
+from featstore import (
+    Store,
+    StoreSchema,
+    UserError,
+    WorkError,
+    Workspace,
+    open_store,
+    verify,
+)
 from featstore.converting import convert
 from featstore.objects import ObjectFolder
 from featstore.places import open_rows, writer_of
@@ -415,3 +424,24 @@ def test_a_copied_store_of_int8_features(url: str, tmp_path: Path) -> None:
     remote, local = open_remote(url), open_store(copied)
     assert remote.complete
     assert remote.features(remote.rows).tobytes() == local.features(local.rows).tobytes()
+
+
+def test_frames_go_up_and_come_down(bucket: str, tmp_path: Path) -> None:
+    url = f"{bucket}/features/toy/frames.zarr"
+    schema = StoreSchema.create(2, 6, 1, 4, 16, tier="frames", item=(8, 10, 3))
+    writer = init_store_at(url, schema, (6, 2))
+    partitions = [make_partition(schema, tar, n, failed=[1]) for tar, n in enumerate((6, 2))]
+    with writer.claim():
+        for tar, made in enumerate(partitions):
+            with writer.feature_rows(tar) as rows:
+                for i in np.flatnonzero(made.status == 1).tolist():
+                    rows.put(i, np.asarray(made.features)[i])
+                writer.write_partition(tar, replace(made, features=rows))
+    assert writer.pending() == []
+    with pytest.raises(UserError, match="holds frames, not the embeddings"):
+        Workspace(tmp_path).choose_store("toy", name=url)
+    assert not list((tmp_path / "cache").glob("stores/*"))
+    store = open_store(url)
+    found = store.features(store.rows)
+    assert np.array_equal(found, np.concatenate([np.asarray(p.features) for p in partitions]))
+    assert verify(store.path, deep=True).ok

@@ -311,7 +311,7 @@ def test_bytes_needed_is_what_the_store_takes(request_for: Request, encoder: Enc
     plan = ExtractionPlan(request)
     extract(request, encoder=encoder)
     taken = sum(file.stat().st_size for file in request.store_path.rglob("*") if file.is_file())
-    needed = plan.bytes_needed(plan.mine, encoder.dim)
+    needed = plan.bytes_needed(plan.mine, plan.schema(encoder.dim))
     assert taken * 0.8 < needed < taken * 1.25
 
 

@@ -522,7 +522,9 @@ def test_a_whole_extraction_through_the_pool(
     pools = []
 
     def gpu_pool_instead(*args: Any) -> DaliVideoPool:
-        pools.append(DaliVideoPool(*args, pixels=decode, capabilities=HOPPER, sizes=DecoderSizes()))
+        pools.append(
+            DaliVideoPool(*args[:5], pixels=decode, capabilities=HOPPER, sizes=DecoderSizes())
+        )
         return pools[0]
 
     monkeypatch.setattr(video_pool, "ThreadVideoPool", gpu_pool_instead)
