@@ -50,10 +50,6 @@ class FeatureFiles:
         self._commits = commits
         self._key_of = key_of
         self._map = self._reserved() if mapped and self._schema.mappable else None
-        if not self._schema.mappable:
-            log.info(
-                "%s: features are %s, decoded as they are read", files.store, self._schema.storage
-            )
         self._coded: dict[int, CodedShard] = {}  # by partition
         self._lock = threading.Lock()
         self._checksums: dict[int, Checksums] = {}  # by partition, of its rows

@@ -15,7 +15,7 @@ from featstore.exchange import new_folder
 from featstore.int8 import scale_of
 from featstore.partitions import SourceStore, claimed_source
 from featstore.progress import ProgressSink, no_progress
-from featstore.reader import open_store
+from featstore.reader import Store
 from featstore.schema import STATUS_OK, FloatArray, HalfArray, RowArray
 from featstore.writer import StoreWriter
 
@@ -123,7 +123,7 @@ def _cost(
     source: SourceStore, folder: Path, progress: ProgressSink, steps: int
 ) -> tuple[tuple[float, float], tuple[Agreement, ...]]:
     """Mean and largest cosine error over frames, and the agreement per prompt set."""
-    rounded = open_store(folder)
+    rounded = Store(folder)
     texts = source.texts()
     total, largest, frames, rows = 0.0, 0.0, 0, 0
     counts = {name: np.zeros(3) for name in texts}  # agree, right in float16, right in int8

@@ -6,6 +6,7 @@ array row `tar * capacity + position`; per-sample lists are aligned with `Store.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,8 @@ from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import FeatureArray, RowArray, StoreSchema
 
+log = logging.getLogger(__name__)
+
 # What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30
 
@@ -39,7 +42,10 @@ def open_store(path: str | Path, *, mapped: bool = True) -> Store:
         from featstore.remote_store import open_remote  # which needs this module
 
         return open_remote(path, mapped=mapped)
-    return Store(Path(path), mapped=mapped)
+    store = Store(Path(path), mapped=mapped)
+    if not store.schema.mappable:
+        log.info("%s: features are %s, decoded as they are read", path, store.schema.storage)
+    return store
 
 
 class Store:
