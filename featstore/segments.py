@@ -91,10 +91,11 @@ class SegmentSampler:
 
         Numpy works along long rows; along eight numbers at a time it takes four times as long.
         """
-        if count != self._tiles[0]:
+        tiles = self._tiles  # threads may draw for batches of other sizes
+        if count != tiles[0]:
             lowest = np.tile(self._lowest[self._drawn], count)
-            self._tiles = count, np.tile(self._sizes, count), lowest
-        return self._tiles[1:]
+            tiles = self._tiles = count, np.tile(self._sizes, count), lowest
+        return tiles[1:]
 
     def draw_by_numpy(
         self, seeds: Sequence[Sequence[int]], count: int
