@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import done
 from media import make_video
 
 from pipeline.encoder_sources import build_model, save_open_clip_folder
@@ -67,3 +68,16 @@ def make_clips(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
                 make_clip(folder / split / name / f"{split}{i} {name}.mp4", number)
                 number += 1
     return folder
+
+
+def packed_workspace(folder: Path, tars: int, per_tar: int) -> Path:
+    """A workspace with the data set "clips" of that many tars, and the encoder "tiny" in it."""
+    root = folder / "root"
+    for number in range(tars * per_tar):
+        make_clip(folder / f"videos/{'ab'[number % 2]}/{number}.mp4", number)
+    done(
+        *("pack", "--dataset", "clips", "--videos", folder / "videos"),
+        *("--samples-per-shard", str(per_tar), "--root", root),
+    )
+    make_encoder(root / "encoders/tiny")
+    return root

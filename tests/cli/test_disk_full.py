@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from command_line import done, refused
+from store_files import store_files
 from tiny_world import make_clips, make_encoder
 
 from featstore import open_store, verify
@@ -42,15 +43,7 @@ def expected(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     root = tmp_path_factory.mktemp("undisturbed") / "root"
     shutil.copytree(world, root)
     done(*EXTRACT, "--root", root)
-    return contents(store_of(root))
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(store)): file.read_bytes()
-        for file in sorted(store.rglob("*"))
-        if file.is_file() and "commit" not in file.parts  # they hold the time
-    }
+    return store_files(store_of(root))
 
 
 def store_of(root: Path) -> Path:
@@ -81,7 +74,7 @@ def test_files_that_may_not_grow(world: Path, tmp_path: Path, expected: dict[str
     assert verify(store_of(root), deep=True).ok
     assert not list(open_store(store_of(root)).partitions())
     done(*EXTRACT, "--root", root)
-    assert contents(store_of(root)) == expected
+    assert store_files(store_of(root)) == expected
 
 
 @pytest.fixture
@@ -112,4 +105,4 @@ def test_a_disk_that_is_filled_by_others_in_the_middle(
     assert verify(store.path, deep=True).ok
     others.unlink()
     done(*EXTRACT, "--root", root)
-    assert contents(store_of(root)) == expected
+    assert store_files(store_of(root)) == expected

@@ -19,7 +19,7 @@ import pytest
 from command_line import done
 from processes import Commands, Running, command_starter
 from store_files import committed, ray_workers, store_files
-from tiny_world import make_clip, make_encoder
+from tiny_world import packed_workspace
 
 TARS, PER_TAR = 20, 3
 STORE = Path("features/clips/tiny--uniform-4.zarr")
@@ -35,15 +35,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with clips in many tars, and an encoder in it."""
-    folder = tmp_path_factory.mktemp("packed")
-    for number in range(TARS * PER_TAR):
-        make_clip(folder / f"videos/{'ab'[number % 2]}/{number}.mp4", number)
-    done(
-        *("pack", "--dataset", "clips", "--videos", folder / "videos"),
-        *("--samples-per-shard", str(PER_TAR), "--root", folder / "root"),
-    )
-    make_encoder(folder / "root/encoders/tiny")
-    return folder / "root"
+    return packed_workspace(tmp_path_factory.mktemp("packed"), TARS, PER_TAR)
 
 
 def extract(root: Path) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import pytest
 from command_line import done, mote, refused
 from processes import Commands, Running, command_starter
 from store_files import committed, store_files
-from tiny_world import make_clip, make_encoder
+from tiny_world import packed_workspace
 
 from featstore import open_store, verify
 from pipeline import extraction_plan
@@ -31,15 +31,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    for number in range(TARS * PER_TAR):
-        make_clip(folder / f"videos/{'ab'[number % 2]}/{number}.mp4", number)
-    done(
-        *("pack", "--dataset", "clips", "--videos", folder / "videos"),
-        *("--samples-per-shard", str(PER_TAR), "--root", folder / "root"),
-    )
-    make_encoder(folder / "root/encoders/tiny")
-    return folder / "root"
+    return packed_workspace(tmp_path_factory.mktemp("packed"), TARS, PER_TAR)
 
 
 @pytest.fixture

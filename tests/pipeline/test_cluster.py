@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 from command_line import done, mote, refused
 from store_files import committed, ray_workers, store_files
-from tiny_world import make_clip, make_encoder
+from tiny_world import make_encoder, packed_workspace
 
 from featstore import StoreWriter
 from featstore.errors import UserError, WorkError
@@ -61,15 +61,7 @@ def ray_cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("packed")
-    for number in range(TARS * PER_TAR):
-        make_clip(folder / f"videos/{'ab'[number % 2]}/{number}.mp4", number)
-    done(
-        *("pack", "--dataset", "clips", "--videos", folder / "videos"),
-        *("--samples-per-shard", str(PER_TAR), "--root", folder / "root"),
-    )
-    make_encoder(folder / "root/encoders/tiny")
-    return folder / "root"
+    return packed_workspace(tmp_path_factory.mktemp("packed"), TARS, PER_TAR)
 
 
 @pytest.fixture

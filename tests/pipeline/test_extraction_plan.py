@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from store_files import store_files
 from tiny_world import make_clips, make_encoder
 
 from featstore import StoreWriter, UserError, WorkError, open_store, verify
@@ -112,14 +113,6 @@ def test_the_environments_share(environment: dict[str, str], expected: str | Non
     assert Share.parse("all", environment) is None
 
 
-def contents(store: Path) -> dict[str, bytes]:
-    return {
-        str(file.relative_to(store)): file.read_bytes()
-        for file in sorted(store.rglob("*"))
-        if file.is_file() and "commit" not in file.parts  # they hold the time
-    }
-
-
 def test_shares_of_processes_fill_one_store(
     request_for: Request, encoder: Encoder, tmp_path: Path
 ) -> None:
@@ -139,7 +132,7 @@ def test_shares_of_processes_fill_one_store(
     tars = open_store(whole.store_path).schema.tars
     assert summaries[0].partitions_done + summaries[1].partitions_done == tars
     assert {summaries[k].partition for k in (0, 1)} == {"0/2", "1/2"}
-    assert contents(tmp_path / "store.zarr") == contents(whole.store_path)
+    assert store_files(tmp_path / "store.zarr") == store_files(whole.store_path)
 
 
 def test_one_share_leaves_the_rest_to_others(request_for: Request, encoder: Encoder) -> None:
