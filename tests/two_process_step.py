@@ -1,11 +1,13 @@
-"""One training step by two processes: `python two_process_step.py RANK FOLDER`, for RANK 0 and 1.
+"""One training step by two processes: `python two_process_step.py FOLDER`.
 
 Rank 0 writes `NAME.pt` for every case to FOLDER: the gradients, and what evaluation gives after.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -46,10 +48,14 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def main(rank: int, folder: Path) -> None:
+def run(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=60),
     )
     frames, labels = clips()
     for name, (first, options) in CASES.items():
@@ -71,5 +77,16 @@ def main(rank: int, folder: Path) -> None:
     distributed.destroy_process_group()
 
 
+def main(folder: Path) -> int:
+    # Forks of a process that has imported torch and computed nothing.
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run, args=(rank, folder), daemon=True) for rank in range(WORLD)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    return int(any(process.exitcode for process in ranks))
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1])))

@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 class EndToEndModel(nn.Module):
     """An image tower of open_clip and a head, trained together; class texts are given and fixed.
 
-    `image_tower` is taken over: it becomes float32, and trainable by `train`, however it was
-    loaded, so that the `Encoder` it came from must not encode any more. It stays in evaluation
-    mode in training too: a vision transformer computes the same in both modes (patch dropout apart,
-    which the released code does not use), and a ResNet's batch statistics would otherwise depend
-    on how a batch is shared out over processes.
+    `image_tower` is taken over, not copied: it becomes float32, and trainable by `train`, however
+    it was loaded; the `Encoder` it came from is good for texts only from then on. Load it in fp32,
+    and move the model to its device as a whole.
+
+    The tower stays in evaluation mode in training too: a vision transformer computes the same in
+    both modes (patch dropout apart, which the released code does not use), and a ResNet's batch
+    statistics would depend on how a batch is shared out over processes.
 
     `logit_scale` is CLIP's multiplier as a number, or its parameter, the natural logarithm, as a
     tensor. `train` is "tower" (everything), "head" (tower frozen; head and logit scale trained) or
