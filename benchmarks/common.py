@@ -257,6 +257,11 @@ def vit_b16_folder() -> Path:
     return _random_clip("ViT-B-16-quickgelu", None)
 
 
+def vit_b32_folder() -> Path:
+    """A ViT-B/32 with random weights in open_clip's folder format."""
+    return _random_clip("ViT-B-32-quickgelu", None)
+
+
 def tiny_clip_folder() -> Path:
     """A CLIP that costs nearly nothing, with random weights, for measurements of the rest."""
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32}
