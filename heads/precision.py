@@ -11,6 +11,8 @@ import torch
 from featstore.errors import UserError
 
 Precision = Literal["auto", "fp32", "bf16"]
+TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
+"""Of end-to-end training: float16 as well, with a gradient scaler."""
 SMALLEST_WIDTH_FOR_BF16 = 256
 """Narrower heads stay in float32 on a CPU: they take seconds or minutes, and their results do
 not depend on whether the CPU has bfloat16 products (which would halve the time even at 64)."""
@@ -38,18 +40,49 @@ def resolve_precision(precision: Precision, dim: int, device: torch.device) -> s
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if _gpu_multiplies_bf16() else "fp32"
     wide = dim >= SMALLEST_WIDTH_FOR_BF16
     return "bf16" if wide and _cpu_multiplies_bf16() else "fp32"
 
 
+def resolve_training_precision(precision: str, device: torch.device) -> str:
+    """ "fp32", "bf16" or "fp16" for end-to-end training; "auto" takes what the device has.
+
+    That is bf16 on a GPU with bfloat16, fp16 on an older one, as the released code, and fp32 on a
+    CPU, where most have no bfloat16 products. Raises UserError for an unknown precision.
+    """
+    if precision not in get_args(TrainingPrecision):
+        raise UserError(
+            f"precision {precision!r} is unknown: choose {', '.join(get_args(TrainingPrecision))}"
+        )
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if _gpu_multiplies_bf16() else "fp16"
+
+
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """The context a pass runs in; weights stay float32 in both."""
-    enabled = precision == "bf16"
+    """The context a pass runs in; weights stay float32 in all of them."""
     context: AbstractContextManager[None] = torch.autocast(
-        device.type, dtype=torch.bfloat16, enabled=enabled
+        device.type,
+        dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
+        enabled=precision != "fp32",
     )
     return context
+
+
+def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """The scaler that keeps small gradients from vanishing in float16; idle in other precisions.
+
+    Scale the loss, step and update through it in every precision: one loop serves all. It skips a
+    step whose gradients are not finite and lowers its scale, which starts at 65536.
+    """
+    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+
+def _gpu_multiplies_bf16() -> bool:
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu_multiplies_bf16() -> bool:

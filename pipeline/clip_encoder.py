@@ -25,7 +25,14 @@ from pipeline.encoder_sources import LoadedClip, load_clip, save_open_clip_folde
 from pipeline.preprocessing import FrameInput, Preprocessing
 from pipeline.prompts import sentences
 
-__all__ = ["Encoder", "Precision", "cpu_has_bf16", "load_encoder", "save_open_clip_folder"]
+__all__ = [
+    "Encoder",
+    "Precision",
+    "cpu_has_bf16",
+    "image_embeddings",
+    "load_encoder",
+    "save_open_clip_folder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +114,7 @@ class Encoder:
         self.image_tower(pixels.to(self.device, PRECISIONS[self.precision]))
 
     def _encode_batch(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        output = self.image_tower(pixels.to(self.device, dtype))
-        # CoCa's tower also gives its tokens.
-        embeddings: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return embeddings.float()
+        return image_embeddings(self.image_tower, pixels.to(self.device, dtype)).float()
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """int64 [n,L] token ids. Raises UserError for a sentence the model cannot take."""
@@ -250,6 +254,14 @@ class Encoder:
             end = time.perf_counter() if on_gpu else time.process_time()
             seconds.append(max(end - start, 1e-9))
         return min(seconds), output
+
+
+def image_embeddings(image_tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """What an image tower of open_clip makes of preprocessed images [N,3,s,s]: [N,D]."""
+    output = image_tower(pixels)
+    # CoCa's tower also gives its tokens.
+    embeddings: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return embeddings
 
 
 def load_encoder(

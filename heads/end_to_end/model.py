@@ -1,0 +1,251 @@
+"""Image tower, temporal head and logit scale as one trainable model: pixels in, cosines out.
+
+B = batch (views), T = frames, s = input size of the tower, D = embedding width, C = classes.
+
+Source: MoTE (Zhu et al., NeurIPS 2024) and its released code. Weights stay float32; cosines and
+losses are float32 under autocast as well, where the released code rounds cosines to half precision.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from featstore.errors import UserError
+from heads.config import RoutingDraw
+from heads.end_to_end.parts import checkpoint_gradients, freeze_all_but
+from heads.losses import LossTerms, mote_loss
+from heads.model import TemporalHead
+from pipeline.clip_encoder import image_embeddings
+
+logger = logging.getLogger(__name__)
+
+
+class EndToEndModel(nn.Module):
+    """An image tower of open_clip and a head, trained together; class texts are given and fixed.
+
+    `image_tower` is taken over: it becomes float32, and trainable by `train`, however it was
+    loaded, so that the `Encoder` it came from must not encode any more. It stays in evaluation
+    mode in training too: a vision transformer computes the same in both modes (patch dropout apart,
+    which the released code does not use), and a ResNet's batch statistics would otherwise depend
+    on how a batch is shared out over processes.
+
+    `logit_scale` is CLIP's multiplier as a number, or its parameter, the natural logarithm, as a
+    tensor. `train` is "tower" (everything), "head" (tower frozen; head and logit scale trained) or
+    "tower-last-N" (`heads.end_to_end.parts`). `checkpointing` trades time for memory in the tower.
+
+    Raises UserError when tower and head have different widths, and for a `train` or
+    `checkpointing` that the tower cannot have.
+
+    Attributes: `image_tower`, `head`, `logit_scale` (parameter, natural logarithm), `trained` (what
+    `train` was). An optimiser is `build_optimizer(model.head, model.tower_parameters(), config)`.
+    """
+
+    def __init__(
+        self,
+        image_tower: nn.Module,
+        head: TemporalHead,
+        logit_scale: float | Tensor,
+        *,
+        train: str = "tower",
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        freeze_all_but(image_tower, train)
+        self.trained = train
+        self.image_tower = _in_float32(image_tower)
+        self.head = head.requires_grad_(True)
+        self.logit_scale = nn.Parameter(_log_scale(logit_scale))
+        self._tower_trains = any(p.requires_grad for p in image_tower.parameters())
+        self._size = _input_size(image_tower)
+        if self._size is not None:
+            width = _output_width(image_tower, self._size)
+            if width != head.config.dim:
+                raise UserError(
+                    f"the image tower gives embeddings of width {width}, the head takes "
+                    f"{head.config.dim}: use a head made for this encoder"
+                )
+        if checkpointing and self._tower_trains:
+            checkpoint_gradients(image_tower)
+        self.train(head.training)
+
+    def train(self, mode: bool = True) -> EndToEndModel:
+        """Switch the head's mode; the tower stays in evaluation mode."""
+        super().train(mode)
+        self.image_tower.eval()
+        return self
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Preprocessed frames floating [B,T,3,s,s] -> embeddings [B,T,D], not normalised.
+
+        Their dtype is autocast's where it is on, else float32. A frozen tower keeps no gradients.
+        Raises ValueError for another shape or dtype.
+        """
+        self._check_frames(frames)
+        images = frames.flatten(0, 1).to(self.logit_scale.dtype)
+        with torch.set_grad_enabled(self._tower_trains and torch.is_grad_enabled()):
+            features = image_embeddings(self.image_tower, images)
+        return features.view(*frames.shape[:2], -1)
+
+    def training_loss(
+        self,
+        frames: Tensor,
+        labels: Tensor,
+        class_embeddings: Tensor,
+        draw: RoutingDraw,
+        subsets: Tensor | None = None,
+        *,
+        expert_weight: float = 1.0,
+        merged_weight: float = 0.5,
+        feature_weight: float = 0.1,
+    ) -> LossTerms:
+        """Losses of one batch, means over its samples (`heads.losses.mote_loss`).
+
+        `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B], best on the CPU, where they
+        are checked without waiting for a GPU; `class_embeddings` [C,D]; `draw` and `subsets` as
+        `TemporalHead.training_pass` takes them. Tower and head run under the caller's autocast,
+        the losses outside it. The features are not detached in the feature loss.
+        Raises ValueError for wrong shapes or labels, UserError for more frames than positions.
+        """
+        self._check_frames(frames)
+        if labels.shape != frames.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be int64 [{frames.shape[0]}], one per clip, not {labels.dtype} "
+                f"{list(labels.shape)}"
+            )
+        classes = class_embeddings.shape[0]
+        lowest, highest = (int(v) for v in labels.aminmax())
+        if lowest < 0 or highest >= classes:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"label {wrong} is none of the {classes} classes, 0 to {classes - 1}")
+        features = self.encode(frames)
+        passes = self.head.training_pass(features, class_embeddings, draw, subsets)
+        with torch.autocast(features.device.type, enabled=False):
+            return mote_loss(
+                passes,
+                features,
+                labels.to(features.device, non_blocking=True),
+                self.logit_scale.exp(),
+                expert_weight=expert_weight,
+                merged_weight=merged_weight,
+                feature_weight=feature_weight,
+            )
+
+    def forward(self, frames: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
+        """Cosines [B,C] of preprocessed `frames` [B,T,3,s,s] with `class_embeddings` [C,D].
+
+        The evaluation pass of the head (`TemporalHead.forward`); every view is a sample. Switch the
+        model to evaluation and gradients off around it. Errors as in `training_loss`.
+        """
+        self._check_frames(frames)
+        cosines: Tensor = self.head(self.encode(frames), class_embeddings, modulate)
+        return cosines
+
+    def tower_parameters(self) -> list[nn.Parameter]:
+        """Group 0 of `build_optimizer`: the tower's trained parameters and the logit scale."""
+        return [*(p for p in self.image_tower.parameters() if p.requires_grad), self.logit_scale]
+
+    def _check_frames(self, frames: Tensor) -> None:
+        size = "s,s" if self._size is None else f"{self._size[0]},{self._size[1]}"
+        fits = frames.ndim == 5 and 0 not in frames.shape and frames.shape[2] == 3
+        if not fits or (self._size is not None and tuple(frames.shape[3:]) != self._size):
+            raise ValueError(f"frames must be [B,T,3,{size}], not {list(frames.shape)}")
+        if not frames.is_floating_point():
+            raise ValueError(f"frames are {frames.dtype}: they must be preprocessed, floating")
+        config = self.head.config
+        if config.kind != "mean" and frames.shape[1] > config.positions:
+            raise UserError(
+                f"{frames.shape[1]} frames per view are more than the head's {config.positions} "
+                "positions: choose fewer frames"
+            )
+
+
+class TrainingStep(nn.Module):
+    """`EndToEndModel.training_loss` as a module's forward, for DistributedDataParallel and FSDP2.
+
+    Both hook into `forward`, which is the evaluation pass of the model itself.
+    """
+
+    def __init__(
+        self,
+        model: EndToEndModel,
+        *,
+        expert_weight: float = 1.0,
+        merged_weight: float = 0.5,
+        feature_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_weights = {
+            "expert_weight": expert_weight,
+            "merged_weight": merged_weight,
+            "feature_weight": feature_weight,
+        }
+
+    def forward(
+        self,
+        frames: Tensor,
+        labels: Tensor,
+        class_embeddings: Tensor,
+        draw: RoutingDraw,
+        subsets: Tensor | None = None,
+        weight: float = 1.0,
+    ) -> LossTerms:
+        """The losses of this process's part of a batch, each times `weight`.
+
+        Processes average gradients, so n samples of N over W processes weigh n * W / N for the
+        gradient of the mean over all N. A part without samples (`frames` [0,T,3,s,s]) computes a
+        black clip with weight 0: every process takes part in every exchange of gradients.
+        """
+        if frames.shape[0] == 0:
+            weight = 0.0
+            frames = frames.new_zeros(1, *frames.shape[1:])
+            labels = labels.new_zeros(1)
+            subsets = None if subsets is None else subsets.new_zeros(1)
+        terms = self.model.training_loss(
+            frames, labels, class_embeddings, draw, subsets, **self.loss_weights
+        )
+        # A term that is off leaves its parameters out of the graph; the exchange waits for all.
+        total = terms.total + 0.0 * self.model.logit_scale
+        return LossTerms(*(weight * term for term in (total, *terms[1:])))
+
+
+def _in_float32(image_tower: nn.Module) -> nn.Module:
+    dtypes = {p.dtype for p in image_tower.parameters()} - {torch.float32, torch.float64}
+    if dtypes:
+        logger.warning(
+            "the image tower was loaded in %s and is trained in float32 from those rounded "
+            "weights: load it with precision fp32",
+            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        )
+    return image_tower.float()
+
+
+def _log_scale(logit_scale: float | Tensor) -> Tensor:
+    """The parameter's value [] float32, from a multiplier (number) or a logarithm (tensor)."""
+    if isinstance(logit_scale, Tensor):
+        if logit_scale.numel() != 1:
+            raise ValueError(f"the logit scale must be one number, not {list(logit_scale.shape)}")
+        return logit_scale.detach().to("cpu", torch.float32, copy=True).reshape(())
+    if not (math.isfinite(logit_scale) and logit_scale > 0):
+        raise UserError(f"logit scale {logit_scale} is not a multiplier: it must be positive")
+    return torch.tensor(math.log(logit_scale))
+
+
+def _input_size(image_tower: nn.Module) -> tuple[int, int] | None:
+    size = getattr(image_tower, "image_size", None)  # every tower of open_clip has one
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else cast(tuple[int, int], tuple(size))
+
+
+@torch.no_grad()
+def _output_width(image_tower: nn.Module, size: tuple[int, int]) -> int:
+    """D as the tower gives it: towers do not all say it, and a changed one may say it wrongly."""
+    parameter = next(image_tower.parameters())
+    blank = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
+    return image_embeddings(image_tower.eval(), blank).shape[-1]
