@@ -61,7 +61,7 @@ class TrainConfig:
     """Weight of the merged pass's cross-entropy."""
     feature_weight: float = 0.1
     """Weight of the distance between the merged pass's features and the encoder's."""
-    precision: Precision = "auto"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "frames", "accumulation", "lr_refresh"):

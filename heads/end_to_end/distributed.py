@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from featstore.errors import UserError, WorkError, one_line
+from heads.end_to_end.model import TrainingStep
+from heads.end_to_end.parts import trained_blocks
 from heads.precision import resolve_device
 
 log = logging.getLogger(__name__)
@@ -37,12 +39,6 @@ ViT-L/14 304 million."""
 
 _CONTACT = re.compile(r"gloo|nccl|connection|peer|socket|timed out|timeout|broken pipe", re.I)
 Result = TypeVar("Result")
-
-
-class AgreedError(Exception):
-    """Mixed into an error that every process raises; only one of them need print it."""
-
-    speaks: bool
 
 
 @dataclass(frozen=True)
@@ -207,45 +203,36 @@ def sharded(ranks: Ranks, shard: str, tower: nn.Module) -> bool:
     return shard == "fsdp" or sum(p.numel() for p in tower.parameters()) >= SHARDED_FROM
 
 
-def spread(
-    module: nn.Module,
-    ranks: Ranks,
-    *,
-    blocks: Iterable[nn.Module] | None,
-    scalars: Iterable[nn.Parameter] = (),
-    all_used: bool = True,
-) -> nn.Module:
-    """`module`, whose forward every process calls equally often, made to average gradients.
+def spread(step: TrainingStep, ranks: Ranks, shard: bool) -> nn.Module:
+    """`step`, whose forward every process calls equally often, made to average gradients.
 
-    `blocks` None: whole copies (DistributedDataParallel). Given: FSDP2, which splits each of the
-    blocks and what is left; it takes no scalar parameters, so those of `scalars` stay whole and
-    their gradients are averaged as they come. `all_used`: every step gives every trained parameter
-    a gradient.
+    Whole copies (DistributedDataParallel), or with `shard` FSDP2: each block of the tower and each
+    layer of the head is put together only while it computes, and so is the rest. Optimisers must
+    be built afterwards.
     """
     if ranks.alone:
-        return module
-    if blocks is None:
+        return step
+    if not shard:
         return nn.parallel.DistributedDataParallel(
-            module,
+            step,
             device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
             broadcast_buffers=False,
-            gradient_as_bucket_view=False,
-            find_unused_parameters=not all_used,
         )
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    model = step.model
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    for block in blocks:
+    head_blocks = [] if model.head.transformer is None else list(model.head.transformer.blocks)
+    for block in [*trained_blocks(model.image_tower), *head_blocks]:
         fully_shard(block, mesh=mesh)
-    whole = set(scalars)
-    fully_shard(module, mesh=mesh, ignored_params=whole)
-    for parameter in whole:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(
-                functools.partial(_average_gradient, world_size=ranks.world_size)
-            )
-    return module
+    fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
+    register_fsdp_forward_method(model, "training_loss")
+    # FSDP2 takes no scalars.
+    model.logit_scale.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        functools.partial(_average_gradient, world_size=ranks.world_size)
+    )
+    return step
 
 
 def _average_gradient(parameter: Tensor, world_size: int) -> None:
@@ -265,7 +252,7 @@ def gradients_shared(module: nn.Module, now: bool) -> Iterator[None]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor on the CPU, that of a sharded one put together; all processes must ask."""
+    """All of a tensor, on the CPU; a sharded one is put together, for which all must ask."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
