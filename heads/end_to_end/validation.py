@@ -1,0 +1,110 @@
+"""The close-set protocol on videos: what `extract` and `eval` would measure, without a store.
+
+B = videos of a batch, T = frames, s = input size, C = classes. One clip per video, centre crop,
+float32; the counts are exact for any number of processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heads.end_to_end.distributed import Ranks
+from heads.end_to_end.model import EndToEndModel
+from heads.scoring import TOP_K, fuse_views, ranks as places
+from pipeline.clip_loader import ClipFailure
+from pipeline.packed import Dataset
+from pipeline.training_clips import EvaluationClips
+
+SPLITS = ("val", "test")
+"""The split that is evaluated on: the first of these that the data set has, as `eval --closeset`."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Counts over all processes."""
+
+    split: str
+    n_listed: int
+    n_evaluated: int
+    top1: float
+    """Per cent of the evaluated videos."""
+    top5: float | None
+    """None with fewer than five classes."""
+    failed: tuple[ClipFailure, ...]
+    """Of this process."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What the run's records hold."""
+        return {
+            "split": self.split,
+            "n_listed": self.n_listed,
+            "n_evaluated": self.n_evaluated,
+            "n_failed": self.n_listed - self.n_evaluated,
+            "top1": self.top1,
+            "top5": self.top5,
+        }
+
+
+def validation_split(dataset: Dataset) -> str | None:
+    """The split to evaluate on; None where the data set has none with videos."""
+    return next((s for s in SPLITS if len(dataset.keys_by_split.get(s, ()))), None)
+
+
+@torch.no_grad()
+def validate(
+    model: EndToEndModel,
+    clips: EvaluationClips,
+    class_embeddings: Tensor,
+    *,
+    split: str,
+    ranks: Ranks,
+    batch_size: int,
+    frames: int,
+    modulate: bool,
+    in_step: bool,
+) -> Validation | None:
+    """Accuracy of `model` on `clips`; None when none of them can be decoded.
+
+    `class_embeddings` [C,D] on the model's device, in the order of labels. `in_step`: every process
+    must run the model equally often, those without videos left on a black clip.
+    """
+    training = model.training
+    model.eval()
+    size = model.image_tower.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    black = torch.zeros(1, frames, 3, int(height), int(width), device=ranks.device)
+    counts = torch.zeros(3, dtype=torch.int64)  # evaluated, right, right among five
+    failed: list[ClipFailure] = []
+    passes = 0
+    for batch in clips.batches():
+        failed += batch.failed
+        if not len(batch.keys):
+            continue
+        passes += 1
+        pixels = batch.frames[:, 0].to(ranks.device, non_blocking=True)
+        cosines = model(pixels, class_embeddings, modulate)
+        scores = fuse_views(cosines.cpu()[:, None])
+        place = places(scores, batch.labels)
+        counts += torch.stack(
+            [torch.tensor(len(place)), (place < 1).sum(), (place < TOP_K).sum()]
+        )
+    if in_step:
+        own = -(-len(range(0, clips.n_listed, ranks.world_size)) // batch_size)  # of the first rank
+        for _ in range(own - passes):
+            model(black, class_embeddings, modulate)
+    model.train(training)
+    evaluated, top1, top5 = ranks.summed(counts).tolist()
+    if not evaluated:
+        return None
+    return Validation(
+        split=split,
+        n_listed=clips.n_listed,
+        n_evaluated=evaluated,
+        top1=100.0 * top1 / evaluated,
+        top5=100.0 * top5 / evaluated if class_embeddings.shape[0] >= TOP_K else None,
+        failed=tuple(failed),
+    )
