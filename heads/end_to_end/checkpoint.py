@@ -10,7 +10,6 @@ Random draws need no state: they depend on seed, epoch, step and position only.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +36,8 @@ class Position:
     """Batches done of the epoch that is under way."""
     sums: list[float] = field(default_factory=lambda: [0.0] * 4)
     """Of the epoch's losses (total, expert, merged, feature) over its samples."""
+    pending: int = 0
+    """Samples whose gradients are kept for an optimiser step that is not complete."""
     samples: int = 0
     """Samples trained on in the epoch."""
     failed: int = 0
@@ -170,8 +171,3 @@ def _require_format(path: Path, card: dict[str, Any]) -> None:
             f"{path} has format {card.get('format')!r}, this version writes "
             f"{FINETUNE_STATE_FORMAT}: finish the run with the version that began it"
         )
-
-
-def finite(value: float) -> float | None:
-    """`value` where JSON can write it."""
-    return value if math.isfinite(value) else None

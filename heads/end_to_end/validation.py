@@ -14,13 +14,14 @@ from torch import Tensor
 
 from heads.end_to_end.distributed import Ranks
 from heads.end_to_end.model import EndToEndModel
-from heads.scoring import TOP_K, fuse_views, ranks as places
+from heads.scoring import TOP_K, fuse_views
+from heads.scoring import ranks as places
 from pipeline.clip_loader import ClipFailure
 from pipeline.packed import Dataset
 from pipeline.training_clips import EvaluationClips
 
 SPLITS = ("val", "test")
-"""The split that is evaluated on: the first of these that the data set has, as `eval --closeset`."""
+"""The first of these that the data set has is evaluated on, as by `eval --closeset`."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,6 @@ class Validation:
     """Per cent of the evaluated videos."""
     top5: float | None
     """None with fewer than five classes."""
-    failed: tuple[ClipFailure, ...]
-    """Of this process."""
 
     def to_json(self) -> dict[str, Any]:
         """What the run's records hold."""
@@ -63,20 +62,17 @@ def validate(
     split: str,
     ranks: Ranks,
     batch_size: int,
-    frames: int,
+    shape: tuple[int, ...],
     modulate: bool,
     in_step: bool,
-) -> Validation | None:
-    """Accuracy of `model` on `clips`; None when none of them can be decoded.
+) -> tuple[Validation | None, list[ClipFailure]]:
+    """Accuracy of `model` on `clips`, None when none of them can be decoded; failures of this rank.
 
     `class_embeddings` [C,D] on the model's device, in the order of labels. `in_step`: every process
-    must run the model equally often, those without videos left on a black clip.
+    must run the model equally often, those without videos left on a black clip of `shape`.
     """
     training = model.training
     model.eval()
-    size = model.image_tower.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    black = torch.zeros(1, frames, 3, int(height), int(width), device=ranks.device)
     counts = torch.zeros(3, dtype=torch.int64)  # evaluated, right, right among five
     failed: list[ClipFailure] = []
     passes = 0
@@ -89,22 +85,21 @@ def validate(
         cosines = model(pixels, class_embeddings, modulate)
         scores = fuse_views(cosines.cpu()[:, None])
         place = places(scores, batch.labels)
-        counts += torch.stack(
-            [torch.tensor(len(place)), (place < 1).sum(), (place < TOP_K).sum()]
-        )
+        counts += torch.stack([torch.tensor(len(place)), (place < 1).sum(), (place < TOP_K).sum()])
     if in_step:
-        own = -(-len(range(0, clips.n_listed, ranks.world_size)) // batch_size)  # of the first rank
-        for _ in range(own - passes):
+        most = -(-len(range(0, clips.n_listed, ranks.world_size)) // batch_size)  # the first rank's
+        black = torch.zeros(1, *shape, device=ranks.device)
+        for _ in range(most - passes):
             model(black, class_embeddings, modulate)
     model.train(training)
     evaluated, top1, top5 = ranks.summed(counts).tolist()
     if not evaluated:
-        return None
-    return Validation(
+        return None, failed
+    found = Validation(
         split=split,
         n_listed=clips.n_listed,
         n_evaluated=evaluated,
         top1=100.0 * top1 / evaluated,
         top5=100.0 * top5 / evaluated if class_embeddings.shape[0] >= TOP_K else None,
-        failed=tuple(failed),
     )
+    return found, failed
