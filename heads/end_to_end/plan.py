@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from featstore.errors import UserError
 from heads.checkpoints import head_fingerprint, load_head
 from heads.config import HeadConfig, HeadOrigin
-from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.distributed import Ranks, sharded
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.validation import validation_split
 from heads.evaluation import check_encoder
+from heads.finetune_config import FinetuneConfig
 from heads.imported_run import require_class_names
 from heads.model import TemporalHead, build_head
 from heads.precision import resolve_training_precision

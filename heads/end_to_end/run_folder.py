@@ -19,7 +19,7 @@ from typing import Any, Final
 from featstore.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.errors import UserError, WorkError
 from heads.checkpoints import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
-from heads.end_to_end.config import FinetuneConfig
+from heads.finetune_config import FinetuneConfig
 from heads.training import setting_differences
 
 log = logging.getLogger(__name__)

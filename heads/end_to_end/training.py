@@ -27,9 +27,9 @@ from featstore.errors import UserError, WorkError, one_line
 from featstore.progress import ProgressSink
 from heads.config import RoutingDraw
 from heads.end_to_end.checkpoint import Position, all_finite, save_state
-from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.distributed import Ranks, agreed, gradients_shared, spread
 from heads.end_to_end.model import EndToEndModel, TrainingStep
+from heads.finetune_config import FinetuneConfig
 from heads.losses import LossTerms
 from heads.optimisation import build_optimizer, data_subsets, draw_generator, learning_rates
 from heads.precision import autocast, scaler
