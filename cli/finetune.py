@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -191,69 +192,59 @@ def finetune(
 
     Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
     """
-    from heads.end_to_end.distributed import joined, left
+    from heads.end_to_end.distributed import contact, joined, left
     from heads.end_to_end.plan import FinetuneRequest
     from heads.recipes import FINETUNE_RECIPE, load_recipe
 
     ranks = joined(options.known_device(device))
     _hush_others(ranks)
     try:
-        with ranks.agreeing():
-            workspace = options.workspace(root)
-            run = name or f"{dataset}-finetuned"
-            if run == options.MEAN_HEAD:
-                raise UserError(
-                    f"--name {run}: --head {run} means no head in other commands; use another name"
+        with contact(ranks):
+            with ranks.agreeing():
+                workspace = options.workspace(root)
+                run = name or f"{dataset}-finetuned"
+                if run == options.MEAN_HEAD:
+                    raise UserError(f"--name {run}: --head {run} means no head; use another name")
+                settings = load_recipe(recipe or FINETUNE_RECIPE)
+                request = FinetuneRequest(
+                    dataset_dir=workspace.dataset_dir(dataset),
+                    run_dir=workspace.run_dir(run),
+                    encoder_dir=workspace.encoder_dir(run),
+                    encoders_dir=workspace.root / "encoders",
+                    config=settings.finetune_config(
+                        epochs=epochs,
+                        warmup_epochs=warmup_epochs,
+                        batch_size=batch_size,
+                        accumulation=accumulation,
+                        lr=lr,
+                        weight_decay=weight_decay,
+                        frames=frames,
+                        seed=seed,
+                        precision=precision,
+                        train=train,
+                        checkpointing=checkpointing,
+                        draws=draws,
+                        evaluate_every=evaluate_every,
+                        save=save,
+                        blend=blend,
+                        shard=shard,
+                        augment=augment,
+                    ),
+                    head=lambda dim: settings.head_config(dim, layers=layers, experts=experts),
+                    encoder=encoder or (None if from_head else options.DEFAULT_ENCODER),
+                    from_head=None if from_head is None else workspace.run_dir(from_head),
+                    split=split,
+                    eval_split=eval_split,
+                    prompt_set=prompts,
+                    resume=resume,
+                    decoder=decoder,
+                    workers=workers,
+                    checkpoint_every=checkpoint_every,
                 )
-            settings = load_recipe(recipe or FINETUNE_RECIPE)
-            request = FinetuneRequest(
-                dataset_dir=workspace.dataset_dir(dataset),
-                run_dir=workspace.run_dir(run),
-                encoder_dir=workspace.encoder_dir(run),
-                encoders_dir=workspace.root / "encoders",
-                config=settings.finetune_config(
-                    epochs=epochs,
-                    warmup_epochs=warmup_epochs,
-                    batch_size=batch_size,
-                    accumulation=accumulation,
-                    lr=lr,
-                    weight_decay=weight_decay,
-                    frames=frames,
-                    seed=seed,
-                    precision=precision,
-                    train=train,
-                    checkpointing=checkpointing,
-                    draws=draws,
-                    evaluate_every=evaluate_every,
-                    save=save,
-                    blend=blend,
-                    shard=shard,
-                    augment=augment,
-                ),
-                head=lambda dim: settings.head_config(dim, layers=layers, experts=experts),
-                encoder=encoder or (None if from_head else options.DEFAULT_ENCODER),
-                from_head=None if from_head is None else workspace.run_dir(from_head),
-                split=split,
-                eval_split=eval_split,
-                prompt_set=prompts,
-                resume=resume,
-                decoder=decoder,
-                workers=workers,
-                checkpoint_every=checkpoint_every,
-            )
-        summary = _train(request, ranks)
-    except (UserError, WorkError) as error:
-        if getattr(error, "speaks", True):
-            raise
-        # Another process says it.
-        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-    except KeyboardInterrupt:
-        if ranks.alone:
-            raise
-        raise WorkError(
-            f"rank {ranks.rank} of {ranks.world_size} was told to stop (another one ended, or the "
-            "job): the same command with --resume goes on"
-        ) from None
+            summary = _train(request, ranks)
+    except BaseException as error:
+        _say(error, ranks)
+        raise
     left(ranks)
     if ranks.first:
         _print_summary(summary, json)
@@ -276,6 +267,22 @@ def _train(request: FinetuneRequest, ranks: Ranks) -> FinetuneSummary:
         return run(request, ranks, sink)
     with progress_of("finetune", "steps") as sink:
         return run(request, ranks, sink)
+
+
+def _say(error: BaseException, ranks: Ranks) -> None:
+    """Raise what this process should end with in place of `error`, if not that."""
+    if ranks.alone:
+        return
+    # Whoever started the processes stops them all when one ends: they are ending already.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if isinstance(error, KeyboardInterrupt):
+        raise WorkError(
+            f"rank {ranks.rank} of {ranks.world_size} was told to stop (another one ended, or the "
+            "job): the same command with --resume goes on"
+        ) from None
+    if isinstance(error, UserError | WorkError) and not getattr(error, "speaks", True):
+        # Another process says it.
+        raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 
 def _hush_others(ranks: Ranks) -> None:

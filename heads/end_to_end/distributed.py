@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -213,11 +214,14 @@ def spread(step: TrainingStep, ranks: Ranks, shard: bool) -> nn.Module:
     if ranks.alone:
         return step
     if not shard:
-        return nn.parallel.DistributedDataParallel(
-            step,
-            device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-            broadcast_buffers=False,
-        )
+        with warnings.catch_warnings():
+            # Its newer name is not there in all versions that fit.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers.*", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                step,
+                device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+                broadcast_buffers=False,
+            )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 

@@ -21,12 +21,12 @@ from featstore.progress import ProgressSink, no_progress
 from heads.checkpoints import HEAD_FILE, STATE_FILE, load_head, open_tensors
 from heads.end_to_end.checkpoint import BEST_FILE, restore_best, restore_state, save_best
 from heads.end_to_end.distributed import Ranks, agreed, contact
-from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
 from heads.end_to_end.publishing import publish
 from heads.end_to_end.run_folder import open_run, read_failed_clips, write_failed_clips
 from heads.end_to_end.training import Finetuner
 from heads.end_to_end.validation import validate
+from heads.finetune_config import FinetuneConfig
 from heads.imported_run import TOWER_FILE
 from heads.scoring import can_modulate
 from heads.training import LOCK_FILE, read_metrics, write_metrics
@@ -119,8 +119,8 @@ def finetune(
             return _run(request, plan, ranks, progress)
     except torch.OutOfMemoryError as error:
         raise WorkError(
-            f"rank {ranks.rank}: the GPU's memory is not enough: lower --batch-size (and raise "
-            "--accumulation), or add --checkpointing or --shard fsdp"
+            f"rank {ranks.rank} of {ranks.world_size}: the GPU's memory is not enough: lower "
+            "--batch-size (and raise --accumulation), or add --checkpointing or --shard fsdp"
         ) from error
 
 
@@ -136,14 +136,8 @@ def _run(
         log.info("run %s is finished already: nothing to train", run_dir.name)
         steps = config.epochs * plan.clips.steps_per_epoch
         return ranks.only_first(lambda: _summary(request, plan, ranks, steps))
-    model = EndToEndModel(
-        plan.image_tower,
-        plan.head,
-        plan.logit_scale,
-        train=config.train,
-        checkpointing=config.checkpointing,
-    ).to(ranks.device)
-    _describe(plan, request, model, ranks)
+    model = plan.model
+    _describe(plan, config, ranks)
     classes = model.head.training_class_embeddings.clone()
     finetuner = Finetuner(
         model,
@@ -259,7 +253,7 @@ def _summary(
     return FinetuneSummary(
         run=run_dir.name,
         dataset=plan.dataset.name,
-        head=plan.head.config.kind,
+        head=plan.model.head.config.kind,
         encoder=plan.encoder,
         trained=config.train,
         epochs=len(metrics),
@@ -292,9 +286,9 @@ def _summary(
     )
 
 
-def _describe(plan: Plan, request: FinetuneRequest, model: EndToEndModel, ranks: Ranks) -> None:
+def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
     """Say once what will be done."""
-    config, clips = request.config, plan.clips
+    clips, model = plan.clips, plan.model
     if config.batch_size * ranks.world_size > clips.n_listed:
         log.warning(
             "a batch of %d is more than the %d training videos: every epoch is one smaller batch",

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featstore.errors import UserError
 from heads.checkpoints import head_fingerprint, load_head
 from heads.config import HeadConfig, HeadOrigin
 from heads.end_to_end.distributed import Ranks, sharded
+from heads.end_to_end.model import EndToEndModel
+from heads.end_to_end.parts import trained_blocks
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.validation import validation_split
 from heads.evaluation import check_encoder
@@ -70,12 +72,10 @@ class Plan:
     """What was found out before the first step, the same on all processes."""
 
     dataset: Dataset
-    image_tower: nn.Module
+    model: EndToEndModel
+    """On this process's device."""
     encoder: str
     encoder_fingerprint: str
-    head: TemporalHead
-    logit_scale: Tensor
-    """[] natural logarithm."""
     origin: HeadOrigin
     """Of the head to be published, but for the encoder."""
     clip_shape: tuple[int, ...]
@@ -184,22 +184,39 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "precision": precision,
         "device": ranks.device.type,
     }
-    shard = sharded(ranks, config.shard, encoder.image_tower)
-    return Plan(
-        dataset,
+    model = EndToEndModel(
         encoder.image_tower,
-        spec,
-        encoder.fingerprint,
         head,
         logit_scale,
-        origin,
-        (config.frames, 3, *encoder.preprocessing.size),
-        clips,
-        evaluation,
-        eval_split,
-        settings,
-        precision,
-        shard,
+        train=config.train,
+        checkpointing=config.checkpointing,
+    )
+    shard = sharded(ranks, config.shard, encoder.image_tower)
+    if shard:
+        trained_blocks(encoder.image_tower)  # UserError where it has none
+    if config.accumulation > clips.steps_per_epoch:
+        raise UserError(
+            f"accumulation {config.accumulation} is more than the {clips.steps_per_epoch} batches "
+            "of an epoch: lower the accumulation or the batch size"
+        )
+    if head.config.kind == "transformer" and not config.expert_weight:
+        raise UserError(
+            "expert_weight is 0, and a plain transformer has no other loss: choose another weight "
+            "or a head of kind mote"
+        )
+    return Plan(
+        dataset=dataset,
+        model=model.to(ranks.device),
+        encoder=spec,
+        encoder_fingerprint=encoder.fingerprint,
+        origin=origin,
+        clip_shape=(config.frames, 3, *encoder.preprocessing.size),
+        clips=clips,
+        evaluation=evaluation,
+        eval_split=eval_split,
+        settings=settings,
+        precision=precision,
+        shard=shard,
     )
 
 

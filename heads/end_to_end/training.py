@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from featstore.durable import write_json
-from featstore.errors import UserError, WorkError, one_line
+from featstore.errors import WorkError, one_line
 from featstore.progress import ProgressSink
 from heads.config import RoutingDraw
 from heads.end_to_end.checkpoint import Position, all_finite, save_state
@@ -80,18 +80,8 @@ class Finetuner:
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
-        """Spread the model, build optimiser and schedule; UserError where they cannot be."""
+        """Spread the model, build optimiser and schedule."""
         config, steps = self.config, self.clips.steps_per_epoch
-        if config.accumulation > steps:
-            raise UserError(
-                f"accumulation {config.accumulation} is more than the {steps} batches of an "
-                "epoch: lower the accumulation or the batch size"
-            )
-        if self.model.head.config.kind == "transformer" and not config.expert_weight:
-            raise UserError(
-                "expert_weight is 0, and a plain transformer has no other loss: choose another "
-                "weight or --head mote"
-            )
         step = TrainingStep(
             self.model,
             expert_weight=config.expert_weight,
@@ -338,6 +328,6 @@ def _optimizer(model: EndToEndModel, config: FinetuneConfig, shard: bool) -> tor
     optimizer = build_optimizer(model.head, model.tower_parameters(), config)
     group = optimizer.param_groups[0]
     if shard and len(group["params"]) > 1:
-        group["params"].remove(model.logit_scale)
+        group["params"] = [p for p in group["params"] if p is not model.logit_scale]
         optimizer.add_param_group({**group, "params": [model.logit_scale]})
     return optimizer
