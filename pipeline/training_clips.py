@@ -33,7 +33,10 @@ from pipeline.clip_order import (
 )
 from pipeline.decoding import decoder_named
 from pipeline.decoding.contract import Decoder, Frames
+from pipeline.decoding.dali import wants_dali
+from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.machine import usable_cores
+from pipeline.nvdec_decoder import NvdecDecoder
 from pipeline.packed import Dataset
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import Sampling
@@ -87,7 +90,8 @@ class ClipStream:
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._tars = np.array([clip.tar for clip in self._clips], np.int64)
         self._tars_together = tars_together
-        decoder = _decoder(decoder, device)
+        device = torch.device(device)
+        decoder, workers = _decoder(decoder, device, workers or usable_cores())
         self.decoder_name = decoder.name
         self.n_listed = len(self._clips)
         self.steps_per_epoch = steps_per_epoch(self.n_listed, batch_size, world_size)
@@ -101,8 +105,8 @@ class ClipStream:
             resized=resized_for_training(size[0]) if augment else size,
             shape=(frames, 3, *size),
             batch_size=batch_size,
-            workers=workers or usable_cores(),
-            pinned=torch.device(device).type == "cuda",
+            workers=workers,
+            pinned=device.type == "cuda",
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[ClipBatch, None, None]:
@@ -163,7 +167,8 @@ class EvaluationClips:
         self._sampling = Sampling("uniform" if clips == 1 else "clips", frames, clips)
         self._preprocessing, self._crops = preprocessing, crops
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
-        decoder = _decoder(decoder, device)
+        device = torch.device(device)
+        decoder, workers = _decoder(decoder, device, workers or usable_cores())
         self.decoder_name = decoder.name
         self.n_listed = len(self._clips)
         self._shape = (crops * clips, frames, 3, *preprocessing.size)
@@ -176,8 +181,8 @@ class EvaluationClips:
             resized=preprocessing.size,
             shape=self._shape,
             batch_size=batch_size,
-            workers=workers or usable_cores(),
-            pinned=torch.device(device).type == "cuda",
+            workers=workers,
+            pinned=device.type == "cuda",
         )
 
     def batches(self) -> Generator[ClipBatch, None, None]:
@@ -192,8 +197,17 @@ class EvaluationClips:
         return self._preprocessing.crop_pixels(frames, self._crops).reshape(self._shape)
 
 
-def _decoder(decoder: str | Decoder, device: str | torch.device) -> Decoder:
-    return decoder_named(decoder) if isinstance(decoder, str) else decoder
+def _decoder(decoder: str | Decoder, device: torch.device, workers: int) -> tuple[Decoder, int]:
+    """The decoder, and how many threads are to use it."""
+    if isinstance(decoder, str):
+        if wants_dali(decoder, str(device)):
+            decoder = NvdecDecoder(PyAVDecoder(), device, threads=max(workers, 4))
+        else:
+            decoder = decoder_named(decoder)
+    if isinstance(decoder, NvdecDecoder):
+        # Most of them wait: one batch is being decoded, the next one collected.
+        workers = max(workers, 2 * decoder.batch_videos)
+    return decoder, workers
 
 
 def _require_rank(batch_size: int, rank: int, world_size: int) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from heads.config import TEMPERATURES, HeadConfig, RoutingDraw, routing_prior
+from heads.end_to_end import EndToEndModel
 from heads.evaluation import half_class_accuracy
 from heads.experts import ExpertFeedForward, temperature_weights
-from heads.losses import mote_loss
 from heads.modulation import modulation
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.text_classifier import class_cosines, video_embeddings
@@ -263,70 +263,79 @@ def _moved(trainer: Trainer, data: Mapping[str, Any], prefix: str) -> float:
     return largest_error(trainer.parameters(), expected, lambda name, value: trainer.config.lr)
 
 
-def check_fullmodel(file: Path) -> Iterator[Check]:
-    """The whole model through the authors' loop: image tower and head train together."""
+def whole_model(file: Path) -> tuple[dict[str, Any], EndToEndModel]:
+    """`fullmodel_step_*` with its gradients, and the model that it starts from."""
     data = dict(np.load(file))
-    config = golden_recipe(json.loads(str(data["solver_json"])))
-    entries = {f"param/{name}": value for name, value in golden_entries(data, "head0/").items()}
+    gradients = file.with_name(file.name.replace("_step_", "_grad_"))
+    if gradients.exists():  # where the file is kept in two parts
+        data |= np.load(gradients)
     for weights in _clips_of(file):
-        encoder = load_encoder(weights)
+        encoder = load_encoder(weights, precision="fp32")
         names = {f"visual.{n}" for n, _ in encoder.image_tower.named_parameters()} | {"logit_scale"}
         if names == {str(n) for n in data["video_keys"]} and encoder.dim == data["text"].shape[1]:
             break
     else:
         raise FileNotFoundError(f"{file.name} needs the clip_*_openai_state.pt it was made with")
-    batches, batch, frames = data["frames"].shape[:3]
-    layers, experts = (
-        data["experts"].shape[1],
-        len({n.split(".")[5] for n in entries if "fc_up" in n}),
-    )
-    shape = {"layers": layers, "num_experts": experts}
-    width = encoder.model_config["text_cfg"]["width"]
-    head = golden_head(
-        {name: np.asarray(v) for name, v in entries.items()}
-        | {**shape, "n_heads": max(1, width // 64)},
-        torch.float32,
-    ).train()
-    tower = encoder.image_tower.float().requires_grad_(True)
-    scale = torch.nn.Parameter(torch.tensor(float(np.log(encoder.logit_scale))))
-    named = {f"visual.{name}": p for name, p in tower.named_parameters()} | {"logit_scale": scale}
-    optimizer = build_optimizer(head, named.values(), config)
-    everything = named | dict(head.named_parameters())
+    start = golden_entries(data, "head0/")
+    shape = {
+        "layers": data["experts"].shape[1],
+        "num_experts": len({n.split(".")[5] for n in start if "fc_up" in n}),
+        "n_heads": max(1, encoder.model_config["text_cfg"]["width"] // 64),
+    }
+    entries = {f"param/{name}": value.numpy() for name, value in start.items()}
+    head = golden_head(entries | shape, torch.float32).train()
+    return data, EndToEndModel(encoder.image_tower, head, encoder.logit_scale)
+
+
+def our_parameters(model: EndToEndModel) -> dict[str, torch.nn.Parameter]:
+    """All parameters, by the names that `our_tensor` looks for."""
+    return {
+        name.replace("image_tower.", "visual.").removeprefix("head."): parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+def check_fullmodel(file: Path) -> Iterator[Check]:
+    """Image tower, head and logit scale trained together from pixels for a few steps."""
+    data, model = whole_model(file)
+    config = golden_recipe(json.loads(str(data["solver_json"])))
+    optimizer = build_optimizer(model.head, model.tower_parameters(), config)
     rates = learning_rates(config, int(data["iters_per_epoch"]))[int(data["epoch"])]
-    text = tensor(data["text"])
+    parameters = our_parameters(model)
+    frames, labels, text = (tensor(data[name]) for name in ("frames", "labels", "text"))
+    with torch.no_grad():
+        passes = model.head.training_pass(model.encode(frames[0]), text, golden_draw(data, 0))
+    yield Check("cosines f32", worst(passes.expert_cosines, data["logits0"]), 1e-5)
+    merged = worst(tensor(passes.merged_cosines), data["logits_reg0"])
+    yield Check("cosines of the merged pass f32", merged, 1e-5)
+    yield Check("learning rates", worst(tensor(rates[: len(frames)]), data["lrs"]), 1e-12)
+    bases = dict(zip(("clip", "head"), data["lrs"][0].tolist(), strict=True))
     losses, squares = 0.0, 0.0
-    for i in range(batches):
-        features = tower(tensor(data["frames"][i]).flatten(0, 1)).view(batch, frames, -1)
-        passes = head.training_pass(features, text, golden_draw(data, i))
-        terms = mote_loss(passes, features, tensor(data["labels"][i]), scale.exp())
-        losses = max(losses, abs(terms.total.item() - data["loss"][i]))
-        squares = max(squares, abs(terms.feature.item() - data["mse"][i]))
+    for i, batch in enumerate(frames):
+        terms = model.training_loss(batch, labels[i], text, golden_draw(data, i))
+        losses = max(losses, abs(terms.total.item() - float(data["loss"][i])))
+        squares = max(squares, abs(terms.feature.item() - float(data["mse"][i])))
         terms.total.backward()
         if i == 0:
-            cosines = worst(passes.expert_cosines, data["logits0"])
-            merged = worst(tensor(passes.merged_cosines.detach()), data["logits_reg0"])
-            gradients = {n: p.grad for n, p in everything.items() if p.grad is not None}
-            gradient = largest_error(gradients, golden_entries(data, "grad/"), own_maximum)
+            yield Check("gradients f32", gradient_error(model, data), 5e-6)
         for group, rate in zip(optimizer.param_groups, rates[i], strict=True):
             group["lr"] = float(rate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if i == 0:
-            bases = {"clip": float(data["lrs"][0][0]), "head": float(data["lrs"][0][1])}
-            after = largest_error(
-                everything,
-                {
-                    name: value
-                    for name, value in golden_entries(data, "after1/").items()
-                    if name not in data["no_grad_names"]
-                },
-                lambda name, value, bases=bases: bases[name.split(".")[0]],
-            )
+            expected = golden_entries(data, "after1/")
+            for name in data["no_grad_names"]:
+                expected.pop(str(name), None)
+            after = largest_error(parameters, expected, lambda n, _: bases[n.split(".")[0]])
+            yield Check("parameters after one step, in units of the group's lr f32", after, 0.01)
     yield Check("loss f32", losses, 1e-4)
     yield Check("mse f32", squares, 1e-4)
-    yield Check("cosines f32", max(cosines, merged), 1e-5)
-    yield Check("gradients f32", gradient, 5e-6)
-    yield Check("parameters after one step, in units of the group's lr f32", after, 0.01)
+
+
+def gradient_error(model: EndToEndModel, data: Mapping[str, Any]) -> float:
+    """Of every gradient of the first step, in units of the tensor's largest."""
+    gradients = {n: p.grad for n, p in our_parameters(model).items() if p.grad is not None}
+    return largest_error(gradients, golden_entries(data, "grad/"), own_maximum)
 
 
 def _clips_of(file: Path) -> list[Path]:
@@ -526,7 +535,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     "ffn_*.npz": check_ffn,
     "head_*.npz": check_head,
     "trainstep_*.npz": check_trainstep,
-    "fullmodel_*.npz": check_fullmodel,
+    "fullmodel_step_*.npz": check_fullmodel,
     "lr_schedules*.npz": check_lr_schedules,
     "get_logits*.npz": check_get_logits,
     "frame_indices*.json": check_frame_indices,

@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 class EndToEndModel(nn.Module):
     """An image tower of open_clip and a head, trained together; class texts are given and fixed.
 
-    `image_tower` is taken over: it becomes float32, and trainable by `train`, however it was
-    loaded, so that the `Encoder` it came from must not encode any more. It stays in evaluation
-    mode in training too: a vision transformer computes the same in both modes (patch dropout apart,
-    which the released code does not use), and a ResNet's batch statistics would otherwise depend
-    on how a batch is shared out over processes.
+    `image_tower` is taken over, not copied: it becomes float32, and trainable by `train`, however
+    it was loaded; the `Encoder` it came from is good for texts only from then on. Load it in fp32,
+    and move the model to its device as a whole.
+
+    The tower stays in evaluation mode in training too: a vision transformer computes the same in
+    both modes (patch dropout apart, which the released code does not use), and a ResNet's batch
+    statistics would depend on how a batch is shared out over processes.
 
     `logit_scale` is CLIP's multiplier as a number, or its parameter, the natural logarithm, as a
     tensor. `train` is "tower" (everything), "head" (tower frozen; head and logit scale trained) or
@@ -125,15 +127,18 @@ class EndToEndModel(nn.Module):
         features = self.encode(frames)
         passes = self.head.training_pass(features, class_embeddings, draw, subsets)
         with torch.autocast(features.device.type, enabled=False):
-            return mote_loss(
+            scale = self.logit_scale.reshape(())
+            terms = mote_loss(
                 passes,
                 features,
                 labels.to(features.device, non_blocking=True),
-                self.logit_scale.exp(),
+                scale.exp(),
                 expert_weight=expert_weight,
                 merged_weight=merged_weight,
                 feature_weight=feature_weight,
             )
+            # With the feature loss alone it would have no gradient, for which DDP waits.
+            return terms._replace(total=terms.total + 0.0 * scale)
 
     def forward(self, frames: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
         """Cosines [B,C] of preprocessed `frames` [B,T,3,s,s] with `class_embeddings` [C,D].
@@ -165,9 +170,12 @@ class EndToEndModel(nn.Module):
 
 
 class TrainingStep(nn.Module):
-    """`EndToEndModel.training_loss` as a module's forward, for DistributedDataParallel and FSDP2.
+    """`EndToEndModel.training_loss`, weighted, as the forward of a module, for several processes.
 
-    Both hook into `forward`, which is the evaluation pass of the model itself.
+    DistributedDataParallel wraps it, because it hooks into `forward`, which is the evaluation pass
+    of the model itself. With FSDP2 the model is sharded, so that both passes work, and
+    `register_fsdp_forward_method(model, "training_loss")` called; FSDP2 takes no scalars, so that
+    `model.logit_scale` becomes a parameter of shape [1] before.
     """
 
     def __init__(
@@ -209,9 +217,7 @@ class TrainingStep(nn.Module):
         terms = self.model.training_loss(
             frames, labels, class_embeddings, draw, subsets, **self.loss_weights
         )
-        # A term that is off leaves its parameters out of the graph; the exchange waits for all.
-        total = terms.total + 0.0 * self.model.logit_scale
-        return LossTerms(*(weight * term for term in (total, *terms[1:])))
+        return LossTerms(*(weight * term for term in terms))
 
 
 def _in_float32(image_tower: nn.Module) -> nn.Module:
