@@ -18,6 +18,7 @@ from cli import (
     evaluate,
     export,
     extract,
+    finetune,
     import_checkpoint,
     inspect_path,
     pack,
@@ -53,6 +54,7 @@ app.command("demo")(demo.demo)
 app.command("pack")(pack.pack)
 app.command("extract")(extract.extract)
 app.command("train-head")(train_head.train_head)
+app.command("finetune")(finetune.finetune)
 app.command("eval")(evaluate.evaluate)
 app.command("predict")(predict.predict)
 app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
@@ -73,7 +75,7 @@ def main() -> None:
     if code == EXIT_INTERRUPTED:
         fail(
             "interrupted: what was finished is kept; the same command goes on from there "
-            "(train-head with --resume)"
+            "(train-head and finetune with --resume)"
         )
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()

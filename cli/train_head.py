@@ -18,8 +18,8 @@ def train_head(
         typer.Option(
             "--recipe",
             metavar="NAME|FILE",
-            help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo) "
-            "or from a TOML file; options given beside it win.",
+            help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo, "
+            "end-to-end) or from a TOML file; options given beside it win.",
         ),
     ] = None,
     head: Annotated[

@@ -44,12 +44,18 @@ def make_folder(folder: Path) -> None:
 @contextmanager
 def durable_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears as `path` only when the block ends without an error."""
+    with durable_path(path) as partial, open(partial, "wb") as file:
+        yield file
+
+
+@contextmanager
+def durable_path(path: Path) -> Iterator[Path]:
+    """Where to write a file that appears as `path` only when the block ends without an error."""
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with open(partial, "rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
+from safetensors.torch import save_file
 from torch import Tensor
 
-from featstore.durable import write_bytes
+from featstore.durable import durable_path
 from featstore.errors import UserError, WorkError, one_line
 from heads.config import HeadConfig, HeadOrigin
 from heads.model import TemporalHead
@@ -84,28 +85,37 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, A
     """Write tensors and a JSON `card` as one safetensors file, complete or not at all."""
     text = json.dumps(card, ensure_ascii=False, allow_nan=False)
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_bytes(path, to_bytes(contiguous, metadata={_METADATA_KEY: text}))
+    with durable_path(path) as partial:
+        save_file(contiguous, partial, metadata={_METADATA_KEY: text})
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and card that `save_tensors` wrote; errors as `load_head`."""
+    with open_tensors(path) as (names, tensor, card):
+        return {name: tensor(name) for name in names}, card
+
+
+@contextmanager
+def open_tensors(
+    path: Path,
+) -> Iterator[tuple[list[str], Callable[[str], Tensor], dict[str, Any]]]:
+    """Names, a function that reads one tensor, and the card; errors as `load_head`."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
+            try:
+                card = json.loads((file.metadata() or {})[_METADATA_KEY])
+            except (KeyError, ValueError):
+                card = None
+            if not isinstance(card, dict):
+                raise UserError(
+                    f"{path} is a safetensors file that mote did not write: import it first"
+                )
+            yield list(file.keys()), file.get_tensor, card
     except SafetensorError as error:
         raise WorkError(
             f"{path} is not a complete safetensors file ({one_line(error, 120)}): copy it again "
             "or train again"
         ) from error
-    try:
-        card = json.loads(metadata[_METADATA_KEY])
-    except (KeyError, ValueError):
-        card = None
-    if not isinstance(card, dict):
-        raise UserError(f"{path} is a safetensors file that mote did not write: import it first")
-    return tensors, card
 
 
 def _training_classes(tensors: Mapping[str, Tensor]) -> int:

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, get_args
+from typing import Any, ClassVar, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ class TrainConfig:
     Raises UserError when a value is out of range.
     """
 
+    PRECISIONS: ClassVar[tuple[str, ...]] = get_args(Precision)
+
     epochs: int = 30
     warmup_epochs: float = 5.0
     """Linear warm-up; one as long as the whole run or longer counts as a sixth of the run."""
@@ -59,7 +61,7 @@ class TrainConfig:
     """Weight of the merged pass's cross-entropy."""
     feature_weight: float = 0.1
     """Weight of the distance between the merged pass's features and the encoder's."""
-    precision: Precision = "auto"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "frames", "accumulation", "lr_refresh"):
@@ -77,8 +79,11 @@ class TrainConfig:
             object.__setattr__(self, field.name, float(value))
         if not self.expert_weight + self.merged_weight + self.feature_weight:
             raise UserError("all three loss weights are 0: there is nothing to train")
-        if self.precision not in get_args(Precision):
-            raise UserError(f"precision {self.precision!r} is unknown: choose auto, fp32 or bf16")
+        if self.precision not in self.PRECISIONS:
+            raise UserError(
+                f"precision {self.precision!r} is unknown: choose one of "
+                f"{', '.join(self.PRECISIONS)}"
+            )
 
     @property
     def warmup(self) -> float:

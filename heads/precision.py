@@ -29,7 +29,7 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_precision(precision: Precision, dim: int, device: torch.device) -> str:
+def resolve_precision(precision: str, dim: int, device: torch.device) -> str:
     """ "fp32" or "bf16" for a head of width `dim`; "auto" takes bf16 only where it helps.
 
     That is: a GPU with bfloat16, or a CPU with AVX512-BF16 or AMX and a width of at least 256.

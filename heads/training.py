@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ def train_head(
         _open_run(run_dir, settings, resume)
         if (run_dir / HEAD_FILE).is_file():
             log.info("run %s is finished already: nothing to train", run_dir.name)
-            metrics = _read_metrics(run_dir)
+            metrics = read_metrics(run_dir)
             return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
 
         model = build_head(
@@ -178,7 +178,7 @@ def train_head(
         if head.kind == "mean":
             log.info("a mean of frames has nothing to train")
             metrics, resumed_from = [], 0
-            _write_metrics(run_dir, metrics)
+            write_metrics(run_dir, metrics)
         else:
             loader = _loader(store, usable, training, where, holding)
             metrics, resumed_from = _train(model, loader, training, run_dir, where, progress)
@@ -243,8 +243,8 @@ def _train(
         # The state carries the records, so the two cannot disagree after a kill between them.
         card = {"format": STATE_FORMAT, "metrics": metrics}
         save_tensors(state_file, trainer.state(), card)
-        _write_metrics(run_dir, metrics)
-    _write_metrics(run_dir, metrics)
+        write_metrics(run_dir, metrics)
+    write_metrics(run_dir, metrics)
     return metrics, resumed_from
 
 
@@ -337,18 +337,27 @@ def _open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
         begun = json.loads(config_file.read_text())
     except ValueError as error:
         raise WorkError(f"{config_file} is not JSON: delete the run and train again") from error
-    asked = _flat(settings)
-    had = _flat(_completed(begun))
-    differences = [
-        f"{name} is {_short(had.get(name))} in the run, asked for {_short(asked.get(name))}"
-        for name in sorted(asked.keys() | had.keys())
-        if name not in _INFORMATIVE and asked.get(name) != had.get(name)
-    ]
+    differences = setting_differences(_completed(begun), settings, _INFORMATIVE)
     if differences:
         raise UserError(
             f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
             "use the same ones or another --name"
         )
+
+
+def setting_differences(
+    begun: Mapping[str, Any], settings: Mapping[str, Any], informative: Collection[str]
+) -> list[str]:
+    """What differs between the settings a run was begun with and those asked for, in words.
+
+    Names are "table.field"; those in `informative` may differ.
+    """
+    had, asked = _flat(begun), _flat(settings)
+    return [
+        f"{name} is {_short(had.get(name))} in the run, asked for {_short(asked.get(name))}"
+        for name in sorted(asked.keys() | had.keys())
+        if name not in informative and asked.get(name) != had.get(name)
+    ]
 
 
 def _completed(settings: Any) -> Any:
@@ -375,12 +384,14 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 
-def _write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
+def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
+    """Write the records of a run's epochs, a line each."""
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
     write_bytes(run_dir / METRICS_FILE, lines.encode())
 
 
-def _read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a finished run's epochs."""
     try:
         return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
     except (OSError, ValueError):

@@ -76,10 +76,15 @@ def crop_size(
     return part[::-1] if turned else part
 
 
+def resized_for_training(size: int) -> tuple[int, int]:
+    """The square whose side the short side of a picture gets, for a tower of input `size`."""
+    short = SHORT_SIDE if size == SHORT_SIDE_OF else size
+    return short, short
+
+
 def resized_clip(frames: FrameInput, size: int) -> torch.Tensor:
     """uint8 [T,H,W,3] -> uint8 [T,3,h,w], the short side as a tower of input `size` wants it."""
-    short = SHORT_SIDE if size == SHORT_SIDE_OF else size
-    return Preprocessing(size=(short, short)).resize(as_images(frames))
+    return Preprocessing(size=resized_for_training(size)).resize(as_images(frames))
 
 
 def augmented_pixels(resized: torch.Tensor, size: int, draw: AugmentationDraw) -> torch.Tensor:
@@ -101,6 +106,14 @@ def augmented_pixels(resized: torch.Tensor, size: int, draw: AugmentationDraw) -
     return _grey(part) if draw.grey else part
 
 
+def training_pixels(frames: FrameInput, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """uint8 frames [T,H,W,3] of a clip -> uint8 [T,3,size,size], augmented and not normalised."""
+    resized = resized_clip(frames, size)
+    height, width = resized.shape[-2:]
+    draw = AugmentationDraw.sample(width, height, size, rng)
+    return augmented_pixels(resized, size, draw)
+
+
 def training_clip(
     frames: FrameInput,
     size: int,
@@ -111,10 +124,7 @@ def training_clip(
 
     `preprocessing` gives mean and standard deviation; CLIP's by default.
     """
-    resized = resized_clip(frames, size)
-    height, width = resized.shape[-2:]
-    draw = AugmentationDraw.sample(width, height, size, rng)
-    return (preprocessing or Preprocessing()).normalise(augmented_pixels(resized, size, draw))
+    return (preprocessing or Preprocessing()).normalise(training_pixels(frames, size, rng))
 
 
 def _grey(pixels: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from featstore.errors import WorkError, one_line
+from pipeline.chosen_frames import decode_chosen
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding.contract import DecodeError, Decoder, VideoInfo
 from pipeline.decoding.dali import DECODER_NAME, Clip, DaliPixels
@@ -30,26 +31,25 @@ from pipeline.decoding.nvdec_rule import (
     DecoderSizes,
     NvdecCapabilities,
     NvdecSurvey,
-    nvdec_refusal,
     survey_video,
 )
 from pipeline.gpu_buckets import Buckets
 from pipeline.gpu_encoder import BatchEncoder, RunningBatch
+from pipeline.nvdec_stage import (
+    BATCH_BYTES,
+    BATCH_VIDEOS,
+    OPEN_SIZES,
+    PROCESS_SIZES,
+    NvdecStage,
+)
 from pipeline.sampling import Sampling
 from pipeline.tar_rows import EncodedVideo
 
 logger = logging.getLogger(__name__)
 
-# None of these has been tuned on a GPU yet (benchmarks/gpu_extract.py is there for it).
-BATCH_VIDEOS = 16
-BATCH_BYTES = 1 << 30  # decoded frames and pixels of one batch, on the GPU
-OPEN_SIZES = 24  # picture sizes that wait for a full batch; DALI keeps 100 decoders
+# Neither has been tuned on a GPU yet (benchmarks/gpu_extract.py is there for it).
 DECODED_AHEAD = 2  # batches that wait for the encoder
 WINDOW_BATCHES = 6
-# So many batches in a row of which nothing came out, and everything goes to PyAV.
-GIVE_UP_AFTER = 3
-
-PROCESS_SIZES = DecoderSizes()  # DALI's decoders live as long as the process
 
 
 class PixelSource(Protocol):
@@ -110,13 +110,19 @@ class DaliVideoPool:
         self._encoder = encoder
         self._sampling = sampling
         self._crops = crops
-        self._survey = survey
-        self._sizes = sizes
         self._batch_videos = batch_videos
         self._batches = BatchEncoder(encoder)
         device = encoder.device.index or 0
-        self._capabilities = capabilities or NvdecCapabilities.of(
+        capabilities = capabilities or NvdecCapabilities.of(
             torch.cuda.get_device_capability(device)
+        )
+        height, width = encoder.preprocessing.size
+        self._stage = NvdecStage(
+            capabilities,
+            pixels_per_frame=crops * 3 * height * width * 4,
+            batch_bytes=BATCH_BYTES,
+            survey=survey,
+            sizes=sizes,
         )
         self._pixels = pixels or DaliPixels(
             encoder.preprocessing,
@@ -135,8 +141,6 @@ class DaliVideoPool:
         self._by_nvdec: deque[list[_Decoded]] = deque()
         self._by_pyav: deque[_Decoded] = deque()
         self._counts: Counter[str] = Counter()
-        self._fruitless = 0
-        self._given_up: str | None = None
         self._stopping = False
         self._broken: WorkError | None = None
         self._readers = ThreadPoolExecutor(
@@ -200,9 +204,7 @@ class DaliVideoPool:
             if refusal is None:
                 video.data = video.read()
                 refusal = self._plan(video)
-            if refusal is None:
-                self._to_bucket(video)
-            else:
+            if refusal is not None:
                 self._decode_by_pyav(video, refusal)
         except BaseException as error:
             self._deliver(video, error)
@@ -212,67 +214,35 @@ class DaliVideoPool:
                 self._changed.notify_all()
 
     def _plan(self, video: _Video) -> str | None:
-        """Choose frames; returns why PyAV must decode the video, None for NVDEC."""
-        if self._given_up is not None:
-            return self._given_up
-        try:
-            survey = self._survey(video.data)
-        except DecodeError:
-            return "cannot be surveyed"  # PyAV has the last word, and the reason
-        except Exception as error:
-            logger.exception("unexpected error of the survey: %s", one_line(error))
-            return "cannot be surveyed"
-        refusal = nvdec_refusal(survey.facts, self._capabilities)
-        if refusal is not None:
-            return refusal
-        assert survey.info is not None
-        assert survey.seconds is not None
-        video.info = survey.info
-        video.indices = self._sampling.indices(survey.info.num_frames)
-        video.seconds = survey.seconds[video.indices]
-        # Repeated frames are decoded and encoded once: for NVDEC each repeat is a jump back.
-        frames, places = np.unique(video.indices, return_inverse=True)
-        video.places = places.reshape(-1)
-        facts = survey.facts
-        video.clip = Clip(
-            np.frombuffer(video.data, np.uint8), frames, facts.height, facts.width, facts.codec
-        )
-        if self._cost(video.clip) > BATCH_BYTES:
-            return "too many or too large frames for the GPU's memory"
+        """Choose frames; returns why PyAV must decode the video, None when it waits for NVDEC."""
+        plan = self._stage.plan(video.data, lambda found: self._sampling.indices(found.num_frames))
+        if isinstance(plan, str):
+            return plan
+        video.info, video.indices, video.seconds = plan.info, plan.indices, plan.seconds
+        video.places, video.clip = plan.places, plan.clip
         with self._changed:
-            return self._sizes.refusal(facts)
-
-    def _cost(self, clip: Clip) -> int:
-        """Bytes of the decoded frames and the pixels of a clip."""
-        height, width = self._encoder.preprocessing.size
-        pixels = self._crops * height * width * 4
-        return len(clip.frames) * 3 * (clip.height * clip.width + pixels)
-
-    def _to_bucket(self, video: _Video) -> None:
-        clip = video.clip
-        assert clip is not None
-        with self._changed:
-            self._buckets.add((clip.codec, clip.width, clip.height), video, self._cost(clip))
+            self._buckets.add(plan.clip.size_key, video, plan.cost)
+        return None
 
     def _decode_by_pyav(self, video: _Video, refusal: str) -> None:
         data, video.data, video.clip = video.data, b"", None
+        preprocessing = self._encoder.preprocessing
         try:
-            info, frames, seconds = self._decoder.decode_with_info(
-                data, lambda found: self._sampling.indices(found.num_frames).reshape(-1)
+            info, frames, seconds = decode_chosen(
+                data,
+                self._decoder,
+                lambda found: self._sampling.indices(found.num_frames).reshape(-1),
+                preprocessing.size,
+                preprocessing.resize_mode,
             )
         except DecodeError as error:
             self._deliver(video, error.reason)
-            return
-        except Exception as error:
-            # One file must not stop hundreds of thousands; it is recorded, not passed over.
-            logger.exception("unexpected error of the decoder: %s", one_line(error))
-            self._deliver(video, one_line(f"{type(error).__name__}: {error}"))
             return
         video.info = info
         video.indices = self._sampling.indices(info.num_frames)
         video.seconds = seconds.reshape(video.indices.shape)
         video.places = np.arange(video.indices.size)
-        pixels = self._encoder.preprocessing.crop_pixels(frames, self._crops)
+        pixels = preprocessing.crop_pixels(frames, self._crops)
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopping or len(self._by_pyav) < 2 * self._batch_videos
@@ -304,34 +274,17 @@ class DaliVideoPool:
 
     def _decode(self, batch: list[_Video]) -> None:
         """Decode a batch, else its videos one by one, else hand them to PyAV."""
-        decoded: list[_Decoded] = []
-        try:
-            if self._given_up is None:
-                decoded = self._checked(batch)
-        except Exception as error:
-            logger.debug("a batch of %d failed: %s", len(batch), one_line(error))
-            for video in batch if len(batch) > 1 else []:
-                try:
-                    decoded += self._checked([video])
-                except Exception as cause:
-                    logger.info("NVDEC failed at a video (%s): PyAV decodes it", one_line(cause))
+        decoded = self._stage.attempt(batch, self._checked)
         failed = [video for video in batch if video.clip is not None]
         with self._changed:
             for video in failed if not self._stopping else []:
-                self._to_readers(video, self._given_up or "NVDEC failed")
+                self._to_readers(video, self._stage.given_up or "NVDEC failed")
             if decoded:
                 self._counts["NVDEC"] += len(decoded)
                 self._by_nvdec.append(decoded)
-            self._fruitless = 0 if decoded else self._fruitless + 1
-            if self._fruitless >= GIVE_UP_AFTER and self._given_up is None:
-                self._given_up = "NVDEC failed again and again"
-                logger.warning(
-                    "the GPU's decoder failed at %d batches in a row: PyAV decodes the rest",
-                    GIVE_UP_AFTER,
-                )
             self._changed.notify_all()
 
-    def _checked(self, batch: list[_Video]) -> list[_Decoded]:
+    def _checked(self, batch: Sequence[_Video]) -> list[_Decoded]:
         """The batch with its pixels. Raises RuntimeError when they are not what was asked for."""
         clips = [video.clip for video in batch if video.clip is not None]
         pixels = self._pixels(clips)

@@ -122,11 +122,12 @@ class Preprocessing:
                 "the whole picture: use 1 crop"
             )
 
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 [...,3,h,w] -> float32 (pixels / 255 - mean) / std."""
+    def normalise(self, pixels: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [...,3,h,w] -> float32 (pixels / 255 - mean) / std, in `out` if that is given."""
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
-        return pixels.float().div_(255).sub_(mean).div_(std)
+        values = pixels.float() if out is None else out.copy_(pixels)
+        return values.div_(255).sub_(mean).div_(std)
 
     def crops(self, frames: FrameInput, crops: int = 1) -> torch.Tensor:
         """uint8 frames [T,H,W,3] (array or tensor) -> float32 [crops,T,3,h,w], normalised."""

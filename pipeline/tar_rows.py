@@ -66,7 +66,7 @@ class TarRows:
         self.archive: OpenTar = self._resources.enter_context(open_tar(path, shard.bytes))
         self.samples = self.archive.samples
         try:
-            _require_packed(self.archive, dataset, shard)
+            require_packed(self.archive, dataset, shard)
         except DamagedTar:
             self.close()
             raise
@@ -155,7 +155,7 @@ class TarRows:
         self._resources.close()
 
 
-def _require_packed(archive: OpenTar, dataset: Dataset, shard: Shard) -> None:
+def require_packed(archive: OpenTar, dataset: Dataset, shard: Shard) -> None:
     """Raise `DamagedTar` unless the tar's samples are those that `dataset.json` speaks of."""
     found = len(archive.samples)
     if found != shard.samples:

@@ -55,28 +55,16 @@ class OpenTar:
 
     def read(self, sample: TarSample) -> bytes:
         """The original bytes of the video. Raises `DamagedTar` when the tar ends before them."""
-        data = self._bytes(sample.offset, sample.size)
-        while len(data) < sample.size:  # one read gives at most 2 GiB
-            more = self._bytes(sample.offset + len(data), sample.size - len(data))
-            if not more:
-                raise DamagedTar.of(self.path, f"is damaged: it ends inside {sample.key!r}")
-            data += more
-        return data
+        return _video(self.path, self._descriptor, sample.key, sample.offset, sample.size)
 
     def require(self, sha256: str) -> None:
         """Read the whole file; raises `DamagedTar` when its hash is another."""
         digest, offset = hashlib.sha256(), 0
-        while block := self._bytes(offset, HASH_BLOCK_BYTES):
+        while block := _bytes(self.path, self._descriptor, offset, HASH_BLOCK_BYTES):
             digest.update(block)
             offset += len(block)
         if digest.hexdigest() != sha256:
             raise DamagedTar.of(self.path, "is damaged: its sha256 is not that of what was packed")
-
-    def _bytes(self, offset: int, size: int) -> bytes:
-        try:
-            return os.pread(self._descriptor, size, offset)
-        except OSError as error:
-            raise DamagedTar.of(self.path, f"cannot be read ({error.strerror})") from error
 
 
 @contextmanager
@@ -85,17 +73,47 @@ def open_tar(path: Path, size: int | None = None) -> Iterator[OpenTar]:
 
     Raises `DamagedTar` naming the tar when it is missing, has another size or is damaged.
     """
-    try:
-        file = open(path, "rb")  # noqa: SIM115 (closed below; errors of the body are not ours)
-    except FileNotFoundError as error:
-        raise DamagedTar.of(path, "is missing") from error
-    except OSError as error:
-        raise DamagedTar.of(path, f"cannot be read ({error.strerror})") from error
+    file = _opened(path)
     with file:
         found = os.fstat(file.fileno()).st_size
         if size is not None and found != size:
             raise DamagedTar.of(path, f"is damaged: it has {found} bytes, {size} were packed")
         yield OpenTar(path, file.fileno(), _index(path, file))
+
+
+def read_video(path: Path, key: str, offset: int, size: int) -> bytes:
+    """The bytes of one video of a tar whose index is known, without keeping the tar open.
+
+    Raises `DamagedTar` when the tar is missing, cannot be read or ends before them.
+    """
+    with _opened(path) as file:
+        return _video(path, file.fileno(), key, offset, size)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError as error:
+        raise DamagedTar.of(path, "is missing") from error
+    except OSError as error:
+        raise DamagedTar.of(path, f"cannot be read ({error.strerror})") from error
+
+
+def _video(path: Path, descriptor: int, key: str, offset: int, size: int) -> bytes:
+    data = _bytes(path, descriptor, offset, size)
+    while len(data) < size:  # one read gives at most 2 GiB
+        more = _bytes(path, descriptor, offset + len(data), size - len(data))
+        if not more:
+            raise DamagedTar.of(path, f"is damaged: it ends inside {key!r}")
+        data += more
+    return data
+
+
+def _bytes(path: Path, descriptor: int, offset: int, size: int) -> bytes:
+    try:
+        return os.pread(descriptor, size, offset)
+    except OSError as error:
+        raise DamagedTar.of(path, f"cannot be read ({error.strerror})") from error
 
 
 def _index(path: Path, file: BinaryIO) -> list[TarSample]:

@@ -10,7 +10,6 @@ Letters: V views (one clip in one crop each, crop-major then clip), F frames of 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
@@ -19,25 +18,18 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from featstore.errors import one_line
-from featstore.segments import IntArray
+from pipeline.chosen_frames import decode_chosen
 from pipeline.clip_encoder import Encoder
-from pipeline.decoding.contract import DecodeError, Decoder, Source, VideoInfo
+from pipeline.decoding.contract import DecodeError, Decoder, Source
 from pipeline.frame_outputs import FrameOutput, PooledEmbeddings
-from pipeline.preprocessing import resized_size
 from pipeline.sampling import Sampling
 from pipeline.tar_rows import EncodedVideo
-
-logger = logging.getLogger(__name__)
 
 # Larger batches are not faster on a core (measured 8 to 64 frames), only larger in memory.
 ENCODE_BATCH = 16
 # Videos handed out per worker: keeps workers busy while a partition is written, and bounds memory
 # by workers instead of by data.
 LOOKAHEAD = 3
-# Of one frame after its short side has the encoder's size: a strip of 8192x2 pixels would become a
-# picture of 600 MB.
-MAX_RESIZED_PIXELS = 1 << 22
 
 
 class VideoPool(Protocol):
@@ -121,25 +113,14 @@ def encode_video(
     """
     output = output or PooledEmbeddings(encoder)
 
-    def choose(found: VideoInfo) -> IntArray:
-        height, width = resized_size(
-            found.height, found.width, encoder.preprocessing.size, encoder.preprocessing.resize_mode
-        )
-        if height * width > MAX_RESIZED_PIXELS:
-            raise DecodeError(
-                f"frames of {found.width}x{found.height} pixels would be resized to "
-                f"{width}x{height}, more than the limit of {MAX_RESIZED_PIXELS} pixels"
-            )
-        return sampling.indices(found.num_frames).reshape(-1)
-
-    try:
-        info, frames, seconds = decoder.decode_with_info(source, choose)
-    except DecodeError:
-        raise
-    except Exception as error:
-        # One file must not stop hundreds of thousands; it is recorded, not passed over.
-        logger.exception("unexpected error of the decoder: %s", one_line(error))
-        raise DecodeError(one_line(f"{type(error).__name__}: {error}")) from error
+    preprocessing = encoder.preprocessing
+    info, frames, seconds = decode_chosen(
+        source,
+        decoder,
+        lambda found: sampling.indices(found.num_frames).reshape(-1),
+        preprocessing.size,
+        preprocessing.resize_mode,
+    )
     indices = sampling.indices(info.num_frames)
     clips, per_clip = indices.shape
     batches = [

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 DEADLINE_S = 120
 
@@ -27,11 +28,16 @@ class Commands:
     at_work: set[int] = field(default_factory=set)  # pids
     codes: dict[int, int] = field(default_factory=dict)  # by pid: negative for a signal
 
-    def start(self, *arguments: str | Path) -> Running:
-        """Start `mote-cli ARGUMENTS`; others may be at work."""
+    def start(self, *arguments: str | Path, environment: dict[str, str] | None = None) -> Running:
+        """Start `mote-cli ARGUMENTS`, with more of an environment; others may be at work."""
         self.started += 1
         out, err = (self.folder / f"{self.started}.{name}" for name in ("out", "err"))
-        line = {"arguments": list(map(str, arguments)), "out": str(out), "err": str(err)}
+        line = {
+            "arguments": list(map(str, arguments)),
+            "out": str(out),
+            "err": str(err),
+            "environment": environment or {},
+        }
         assert self.driver.stdin is not None
         self.driver.stdin.write(json.dumps(line) + "\n")
         self.driver.stdin.flush()
@@ -101,6 +107,11 @@ class Running:
     def words(self) -> str:
         """What it wrote to stderr so far."""
         return self.err.read_text() if self.err.exists() else ""
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object that it printed."""
+        return json.loads(self.out.read_text())
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Recipes: a head and its training as a TOML file that a user can read, copy and pass.
 
-A file has the tables `[head]` (fields of `HeadConfig`, without `dim`, which is the store's) and
-`[training]` (fields of `TrainConfig`); what it leaves out has the default of the field. The
-comment it begins with says the command, the source, the published figure and what was run.
+A file has the tables `[head]` (fields of `HeadConfig`, without `dim`, which is the encoder's),
+`[training]` (fields of `TrainConfig`) and `[finetune]` (fields of `FinetuneConfig`: what is other
+or more when the tower trains as well). What it leaves out has the default of the field. The comment
+it begins with says the command, the source, the published figure and what was run.
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ from typing import Any, Final
 
 from featstore.errors import UserError, one_line
 from heads.config import HeadConfig
+from heads.finetune_config import FinetuneConfig
 from heads.optimisation import TrainConfig
 
 DEFAULT_RECIPE: Final = "frozen-store"
+FINETUNE_RECIPE: Final = "end-to-end"
+"""The default of `mote-cli finetune`."""
 _SUFFIX: Final = ".toml"
 _TABLES: Final = {
     "head": {field.name for field in fields(HeadConfig)} - {"dim"},
     "training": {field.name for field in fields(TrainConfig)},
+    "finetune": {field.name for field in fields(FinetuneConfig)},
 }
 
 
@@ -33,6 +38,7 @@ class Recipe:
     name: str
     head: Mapping[str, Any]
     training: Mapping[str, Any]
+    finetune: Mapping[str, Any]
 
     def head_config(self, dim: int, **overrides: Any) -> HeadConfig:
         """The head for embeddings of width `dim`; UserError when a value is out of range."""
@@ -41,6 +47,10 @@ class Recipe:
     def train_config(self, **overrides: Any) -> TrainConfig:
         """The training; UserError when a value is out of range."""
         return TrainConfig(**(dict(self.training) | _given(overrides)))
+
+    def finetune_config(self, **overrides: Any) -> FinetuneConfig:
+        """The training of tower and head; UserError when a value is out of range."""
+        return FinetuneConfig(**(dict(self.training) | dict(self.finetune) | _given(overrides)))
 
 
 def recipe_names() -> list[str]:
@@ -76,10 +86,13 @@ def load_recipe(name: str | Path) -> Recipe:
         if not isinstance(found, dict):
             raise UserError(f"recipe {name}: {table} is {found!r}, not a table [{table}]")
         _refuse_unknown(str(name), set(found) - known, sorted(known), f"keys in [{table}]")
-    recipe = Recipe(path.stem if own else str(name), tables["head"], tables["training"])
+    recipe = Recipe(
+        path.stem if own else str(name), tables["head"], tables["training"], tables["finetune"]
+    )
     try:
         recipe.head_config(_ANY_DIM, attention_heads=0)
         recipe.train_config()
+        recipe.finetune_config()
     except UserError as error:
         raise UserError(f"recipe {name}: {error}") from error
     return recipe

@@ -51,6 +51,11 @@ class Clip:
     width: int
     codec: str = ""
 
+    @property
+    def size_key(self) -> tuple[str, int, int]:
+        """Clips that agree in this are decoded together: a decoder is made for codec and size."""
+        return self.codec, self.width, self.height
+
 
 def dali_problem() -> str | None:
     """Why DALI cannot decode on this machine, in words that an error can end with; None if it can.
@@ -266,3 +271,43 @@ class DaliPixels:
             top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
             return -left, -top
         return crop_corners(*size, target, self._corners)[number]
+
+
+class DaliFrames:
+    """Batches of clips to decoded frames in memory. One thread at a time may use it.
+
+    As `DaliPixels` without its resizing: the frames go on to the CPU's augmentation, which is
+    exact, and cross the bus as bytes.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        threads: int,
+        device_id: int | None,
+        decode: Decode = nvdec_decode,
+        rank: int = 1,
+    ) -> None:
+        dali = importlib.import_module("nvidia.dali")
+        fn = importlib.import_module("nvidia.dali.fn")
+        types = importlib.import_module("nvidia.dali.types")
+        cuda: Any = torch.cuda  # the streams' annotations are incomplete
+        self._stream = cuda.Stream(device_id) if device_id is not None else None
+        self._graph = dali.Pipeline(
+            batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1
+        )
+        with self._graph:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=rank)
+            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+            self._graph.set_outputs(decode(encoded, frames))
+        self._graph.build()
+
+    def __call__(self, clips: Sequence[Clip]) -> list[npt.NDArray[np.uint8]]:
+        """RGB uint8 [F,H,W,3] of each clip, in memory of its own. Raises as `DaliPixels`."""
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            (output,) = self._graph.run(
+                encoded=[clip.data for clip in clips],
+                frames=[clip.frames.astype(np.int32) for clip in clips],
+            )
+            return [from_dlpack(output[i]).to("cpu", copy=True).numpy() for i in range(len(clips))]

@@ -1,6 +1,6 @@
 """Runs `mote-cli` in processes of its own that start at once; used by tests/processes.py.
 
-Reads one JSON line per command, {"arguments", "out", "err"}, answers {"pid"} when it has started
+Reads one JSON line per command, {"arguments", "out", "err", "environment"}, answers {"pid"} when it has started
 and {"pid", "code"} when it has ended (negative: the signal). Loading torch takes seconds, so it
 happens here, once, and every command is a fork of this process.
 """
@@ -16,13 +16,15 @@ import av  # noqa: F401
 import open_clip  # noqa: F401
 import torch
 
+import heads.end_to_end.finetuning  # noqa: F401
 import heads.training  # noqa: F401
 import pipeline.extraction
 import pipeline.packing  # noqa: F401
 from cli.main import main
 
 
-def run(arguments: list[str], out: str, err: str) -> None:
+def run(arguments: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(path, flags, 0o644), descriptor)

@@ -21,7 +21,7 @@ from heads import HeadConfig, TrainConfig, load_head
 from heads.optimisation import AUTHORS_LR_REFRESH, learning_rates
 from heads.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
 
-NAMES = ["demo", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
+NAMES = ["demo", "end-to-end", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
 
 
 def write(path: Path, text: str) -> Path:
@@ -45,6 +45,7 @@ def test_each_says_command_source_figure_and_what_was_run(name: str) -> None:
     assert recipe.name == name
     tables = tomllib.loads(text)
     assert (recipe.head, recipe.training) == (tables["head"], tables["training"])
+    assert recipe.finetune == tables.get("finetune", {})
 
 
 def test_the_default_is_the_default_of_every_field() -> None:
@@ -71,6 +72,9 @@ def test_the_papers_recipes() -> None:
         "batch_size": 144,
         "logit_scale_lr_ratio": 0.06,
     }
+    assert base.finetune_config().batch_size * 3 == training.batch_size  # the authors' 3 GPUs
+    assert large.finetune_config().batch_size * 3 == other.batch_size
+    assert base.finetune_config().draws == large.finetune_config().draws == "per-rank"
     rates = learning_rates(training, 1250)
     assert (rates[0, :9] == 0).all()  # the quirk of refreshing every tenth iteration
     assert (rates[0, 9:18] > 0).all()
@@ -125,7 +129,7 @@ def test_faults_are_named_in_one_line(tmp_path: Path, text: str, message: str) -
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no recipe 'paper': choose one of demo, frozen-store"):
+    with pytest.raises(UserError, match="no recipe 'paper': choose one of demo, end-to-end, frozen-store"):
         load_recipe("paper")
     with pytest.raises(UserError, match="cannot be read: No such file"):
         load_recipe(tmp_path / "mine.toml")
@@ -167,6 +171,7 @@ def test_the_command_takes_a_recipe_and_options_win(tmp_path: Path) -> None:
 
 
 def test_help_names_every_recipe() -> None:
-    result = CliRunner().invoke(app, ["train-head", "--help"], env={"COLUMNS": "200"})
-    text = re.sub(r"[│\s]+", " ", result.output)
-    assert all(name in text for name in NAMES)
+    for command in ("train-head", "finetune"):
+        result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        text = re.sub(r"[│\s]+", " ", result.output)
+        assert all(name in text for name in NAMES if name != "frozen-store" or command[0] == "t")

@@ -34,7 +34,8 @@ from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction import extract
 from pipeline.extraction_plan import ExtractionRequest
 from pipeline.gpu_buckets import Buckets
-from pipeline.gpu_pool import DECODED_AHEAD, GIVE_UP_AFTER, DaliVideoPool
+from pipeline.gpu_pool import DECODED_AHEAD, DaliVideoPool
+from pipeline.nvdec_stage import GIVE_UP_AFTER
 from pipeline.packing import pack
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import parse_sampling

@@ -1,0 +1,283 @@
+"""What a fine-tuning will do: request, data, encoder and head, checked before the first step."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+
+from featstore.errors import UserError
+from heads.checkpoints import head_fingerprint, load_head
+from heads.config import HeadConfig, HeadOrigin
+from heads.end_to_end.distributed import Ranks, sharded
+from heads.end_to_end.model import EndToEndModel
+from heads.end_to_end.parts import trained_blocks
+from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
+from heads.end_to_end.validation import validation_split
+from heads.evaluation import check_encoder
+from heads.finetune_config import FinetuneConfig
+from heads.imported_run import require_class_names
+from heads.model import TemporalHead, build_head
+from heads.precision import resolve_training_precision
+from pipeline.clip_encoder import Encoder, load_encoder
+from pipeline.encoder_files import lasting_spec
+from pipeline.machine import usable_cores
+from pipeline.packed import Dataset, load_dataset
+from pipeline.training_clips import ClipStream, EvaluationClips
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PROMPTS: Final = "mote28"
+TRAIN_SPLIT: Final = "train"
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """What to fine-tune on what, and where the results go."""
+
+    dataset_dir: Path
+    run_dir: Path
+    encoder_dir: Path
+    """Where the tuned encoder is published; its name is the run's."""
+    encoders_dir: Path
+    config: FinetuneConfig
+    head: Callable[[int], HeadConfig]
+    """The new head for embeddings of a width; not asked with `from_head`."""
+    encoder: str | None = None
+    """Spec of the CLIP to begin with; None: the one `from_head` was trained on."""
+    from_head: Path | None = None
+    """Run whose head to begin with; the same as `run_dir` for a second stage in one folder."""
+    split: str | None = None
+    """None: "train", or all videos of a data set without splits."""
+    eval_split: str | None = None
+    """None: "val", else "test", else no evaluation."""
+    prompt_set: str | None = None
+    """None: that of `from_head`, else "mote28"."""
+    resume: bool = False
+    decoder: str = "auto"
+    workers: int | None = None
+    """Decode threads of this process; None: its share of the machine's cores."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints inside an epoch; None: every ten minutes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found out before the first step, the same on all processes."""
+
+    dataset: Dataset
+    model: EndToEndModel
+    """On this process's device."""
+    encoder: str
+    encoder_fingerprint: str
+    origin: HeadOrigin
+    """Of the head to be published, but for the encoder."""
+    clip_shape: tuple[int, ...]
+    """T, 3, height and width of the pixels of a clip."""
+    clips: ClipStream
+    evaluation: EvaluationClips | None
+    eval_split: str | None
+    settings: dict[str, Any]
+    precision: str
+    shard: bool
+
+
+def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
+    """Load and check everything; may fail on some processes only."""
+    config = request.config
+    dataset = load_dataset(request.dataset_dir)
+    split = _training_split(dataset, request.split)
+    eval_split = _evaluation_split(dataset, request, split)
+    begun = None
+    if request.from_head is not None:
+        begun = load_head(starting_head(request.run_dir, request.from_head))
+    spec = request.encoder
+    if spec is None:
+        if begun is None or begun.origin is None:
+            raise UserError("name the CLIP to begin with: --encoder SPEC")
+        spec = begun.origin.encoder
+    spec = lasting_spec(spec)
+    encoder = load_encoder(spec, "fp32", str(ranks.device), request.encoders_dir)
+    prompt_set = request.prompt_set
+    if prompt_set is None:
+        known = begun is not None and begun.origin is not None
+        prompt_set = begun.origin.prompt_set if known else DEFAULT_PROMPTS  # type: ignore[union-attr]
+    # The text tower is the same everywhere; what it gives may differ in the last bit.
+    classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()
+    if begun is None:
+        head = build_head(
+            request.head(encoder.dim),
+            classes,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+        logit_scale = cast(Tensor, encoder.model.logit_scale).detach().float().cpu()
+    else:
+        head = _continued(begun, encoder, spec, dataset, classes)
+        logit_scale = begun.logit_scale.clone()
+    if head.config.kind != "mean" and config.frames > head.config.positions:
+        raise UserError(
+            f"{config.frames} frames per clip are more than the head's {head.config.positions} "
+            "positions: choose fewer with --frames"
+        )
+    shared: dict[str, Any] = {
+        "frames": config.frames,
+        "preprocessing": encoder.preprocessing,
+        "batch_size": config.batch_size,
+        "decoder": request.decoder,
+        "device": ranks.device,
+        "workers": request.workers or _cores_of_this_process(),
+        "rank": ranks.rank,
+        "world_size": ranks.world_size,
+    }
+    clips = ClipStream(
+        dataset,
+        request.dataset_dir,
+        split=split,
+        seed=config.seed,
+        augment=config.augment,
+        **shared,
+    )
+    evaluation = None
+    if eval_split is not None and config.evaluate_every:
+        evaluation = EvaluationClips(dataset, request.dataset_dir, split=eval_split, **shared)
+    precision = resolve_training_precision(config.precision, ranks.device)
+    origin = HeadOrigin(
+        dataset=dataset.name,
+        dataset_fingerprint=dataset.fingerprint,
+        encoder=spec,
+        encoder_fingerprint=encoder.fingerprint,
+        encoder_precision=precision,
+        sampling=f"uniform:{config.frames}",
+        crops=1,
+        preprocessing=encoder.preprocessing.to_json(),
+        prompt_set=prompt_set,
+        class_names=dataset.class_names,
+        frames=config.frames,
+    )
+    settings = {
+        "format": RUN_FORMAT,
+        "mode": MODE,
+        "head": head.config.to_json(),
+        "training": config.to_json(),
+        "data": {
+            **origin.to_json(),
+            "split": split,
+            "eval_split": eval_split,
+            "n_listed": clips.n_listed,
+            "order": clips.digest,
+            "decoder": clips.decoder_name,
+        },
+        "batch": {
+            "videos_per_step": config.batch_size * ranks.world_size,
+            "processes": ranks.world_size,
+        },
+        "from_head": {
+            "run": None if request.from_head is None else request.from_head.name,
+            "fingerprint": None if begun is None else head_fingerprint(begun),
+        },
+        "precision": precision,
+        "device": ranks.device.type,
+    }
+    model = EndToEndModel(
+        encoder.image_tower,
+        head,
+        logit_scale,
+        train=config.train,
+        checkpointing=config.checkpointing,
+    )
+    shard = sharded(ranks, config.shard, encoder.image_tower)
+    if shard:
+        trained_blocks(encoder.image_tower)  # UserError where it has none
+    if config.accumulation > clips.steps_per_epoch:
+        raise UserError(
+            f"accumulation {config.accumulation} is more than the {clips.steps_per_epoch} batches "
+            "of an epoch: lower the accumulation or the batch size"
+        )
+    if head.config.kind == "transformer" and not config.expert_weight:
+        raise UserError(
+            "expert_weight is 0, and a plain transformer has no other loss: choose another weight "
+            "or a head of kind mote"
+        )
+    return Plan(
+        dataset=dataset,
+        model=model.to(ranks.device),
+        encoder=spec,
+        encoder_fingerprint=encoder.fingerprint,
+        origin=origin,
+        clip_shape=(config.frames, 3, *encoder.preprocessing.size),
+        clips=clips,
+        evaluation=evaluation,
+        eval_split=eval_split,
+        settings=settings,
+        precision=precision,
+        shard=shard,
+    )
+
+
+def _training_split(dataset: Dataset, asked: str | None) -> str | None:
+    if asked is not None or not dataset.split_names:
+        return asked
+    if TRAIN_SPLIT in dataset.split_names:
+        return TRAIN_SPLIT
+    raise UserError(
+        f"data set {dataset.name} has no split {TRAIN_SPLIT!r} (it has "
+        f"{', '.join(dataset.split_names)}): name the one to train on with --split"
+    )
+
+
+def _evaluation_split(dataset: Dataset, request: FinetuneRequest, split: str | None) -> str | None:
+    chosen = request.eval_split or validation_split(dataset)
+    if chosen is not None and chosen == split:
+        raise UserError(
+            f"split {chosen} cannot be both trained and evaluated on: choose --split and "
+            "--eval-split"
+        )
+    if chosen is None and request.config.save == "best":
+        raise UserError(
+            f"--save best needs an evaluation, and data set {dataset.name} has no split val or "
+            "test: name one with --eval-split, or use --save last"
+        )
+    if chosen is None and request.config.evaluate_every:
+        log.info("data set %s has no split val or test: nothing is evaluated", dataset.name)
+    return chosen
+
+
+def _continued(
+    begun: TemporalHead, encoder: Encoder, spec: str, dataset: Dataset, classes: Tensor
+) -> TemporalHead:
+    """A head to go on with, its classes in the data set's order; UserError where it does not fit.
+
+    `classes` [C,D] are the data set's.
+    """
+    if begun.config.dim != encoder.dim:
+        raise UserError(
+            f"the head takes embeddings of width {begun.config.dim}, the encoder {spec} gives "
+            f"{encoder.dim}: begin with the encoder the head was trained on"
+        )
+    if begun.origin is not None:
+        check_encoder(begun.origin, spec, encoder.fingerprint)
+    names = None if begun.origin is None else begun.origin.class_names
+    if names is None:
+        require_class_names(begun, dataset.class_names, classes)
+    elif set(names) != set(dataset.class_names):
+        raise UserError(
+            f"the head was trained on {len(names)} classes that are not the "
+            f"{len(dataset.class_names)} of {dataset.name}: begin with a head of this data set, or "
+            "without one"
+        )
+    head = TemporalHead(begun.config, len(dataset.class_names))
+    state = begun.state_dict() | {"training_class_embeddings": classes}
+    head.load_state_dict({name: value.clone() for name, value in state.items()})
+    return head
+
+
+def _cores_of_this_process() -> int:
+    """Cores over the processes that the launcher started on this machine."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, usable_cores() // max(1, int(local) if local.isdigit() else 1))

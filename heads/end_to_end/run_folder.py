@@ -1,0 +1,163 @@
+"""The folder of a fine-tuning: what it was begun with, and the stage that came before it.
+
+`heads/RUN` holds config.json, metrics.jsonl, failures.csv and state/ while it trains; then
+tower.safetensors and, last, head.safetensors. A run that continues a head of the same name keeps
+that first stage, with everything measured of it, in `heads/RUN/frozen`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from featstore.durable import link_or_copy, sync_folder, write_bytes, write_json
+from featstore.errors import UserError, WorkError
+from heads.checkpoints import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
+from heads.finetune_config import FinetuneConfig
+from heads.training import setting_differences
+
+log = logging.getLogger(__name__)
+
+MODE: Final = "finetune"
+RUN_FORMAT: Final = 1
+FROZEN: Final = "frozen"
+FAILURES_FILE: Final = "failures.csv"
+_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, "report.html")
+
+# Names of the same weights may differ between machines; how the batch is spread over processes
+# changes sums in their last bits only.
+_INFORMATIVE: Final = frozenset(
+    {"data.encoder", "from_head.run", "batch.processes", "training.batch_size", "training.shard"}
+)
+
+
+def is_finetuning(run_dir: Path) -> bool:
+    """Whether the run in `run_dir` was begun by this mode; WorkError for a damaged config.json."""
+    settings = _begun(run_dir)
+    return settings is not None and settings.get("mode") == MODE
+
+
+def starting_head(run_dir: Path, from_head: Path) -> Path:
+    """Folder of the head to begin with: that of `from_head`, kept aside if it is `run_dir`."""
+    if from_head != run_dir or (is_finetuning(run_dir) is False and _has_head(run_dir)):
+        return from_head
+    kept = run_dir / FROZEN
+    if not _has_head(kept):
+        raise UserError(
+            f"run {run_dir.name} has no head of a first stage: train one with `mote-cli train-head "
+            f"--name {run_dir.name}`, or leave --from-head out"
+        )
+    return kept
+
+
+def open_run(
+    run_dir: Path, encoder_dir: Path, settings: Mapping[str, Any], *, resume: bool, continues: bool
+) -> None:
+    """Begin or continue the run; `continues` says that it begins with the head of this name.
+
+    UserError where the run or an encoder of its name exists, and for other settings than those it
+    was begun with, naming them.
+    """
+    begun = _begun(run_dir)
+    if begun is not None and begun.get("mode") == MODE:
+        if not resume:
+            raise UserError(
+                f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
+                "--name for another one"
+            )
+        _require_same(run_dir, begun, settings)
+        return
+    if encoder_dir.exists():
+        raise UserError(
+            f"{encoder_dir} exists already, and the tuned tower goes there: choose another --name"
+        )
+    if continues:
+        _keep_first_stage(run_dir)
+    elif begun is not None or _has_head(run_dir):
+        raise UserError(
+            f"run {run_dir.name} in {run_dir.parent} is a head that was trained or imported: begin "
+            f"with it by --from-head {run_dir.name}, or choose another --name"
+        )
+    elif resume:
+        log.info("there is no run %s to continue: starting it", run_dir.name)
+    write_json(run_dir / CONFIG_FILE, dict(settings))
+
+
+def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write failures.csv: every video that failed, with the epoch it first did, from 1."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["key", "split", "first_epoch", "reason"])
+    for key, failure in sorted(failures.items()):
+        table.writerow([key, failure["split"], failure["epoch"], failure["reason"]])
+    write_bytes(run_dir / FAILURES_FILE, text.getvalue().encode())
+
+
+def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of failures.csv; none where there is no such file."""
+    try:
+        text = (run_dir / FAILURES_FILE).read_text()
+    except FileNotFoundError:
+        return []
+    return [dict(line) for line in csv.DictReader(io.StringIO(text, newline=""))]
+
+
+def _has_head(run_dir: Path) -> bool:
+    return (run_dir / HEAD_FILE).is_file()
+
+
+def _begun(run_dir: Path) -> dict[str, Any] | None:
+    """config.json of the run; None where there is none."""
+    file = run_dir / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise WorkError(f"{file} is not JSON: delete the run and train again") from error
+    if not isinstance(value, dict):
+        raise WorkError(f"{file} is not an object: delete the run and train again")
+    return value
+
+
+def _require_same(run_dir: Path, begun: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    had = begun | {"training": FinetuneConfig.from_json(begun.get("training", {})).to_json()}
+    per_rank = settings["training"]["draws"] == "per-rank"
+    differences = setting_differences(
+        had, settings, _INFORMATIVE - ({"batch.processes"} if per_rank else set())
+    )
+    if differences:
+        raise UserError(
+            f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
+            "use the same ones or another --name"
+        )
+
+
+def _keep_first_stage(run_dir: Path) -> None:
+    """Move a head and its records to `frozen/`; done again from any point it was stopped at.
+
+    They are complete in one of the two places at every moment, and the folder never looks like a
+    finished fine-tuning: its new config.json is written after the old head is gone.
+    """
+    kept = run_dir / FROZEN
+    if _has_head(run_dir):
+        staging = run_dir / f".{FROZEN}"
+        shutil.rmtree(staging, ignore_errors=True)
+        results = [path for path in sorted((run_dir / "eval").rglob("*")) if path.is_file()]
+        others = [run_dir / name for name in (HEAD_FILE, CONFIG_FILE, *_STAGE_FILES)]
+        for file in [*others, *results]:
+            if file.is_file():
+                link_or_copy(file, staging / file.relative_to(run_dir))
+        shutil.rmtree(kept, ignore_errors=True)  # of a move that was stopped
+        staging.rename(kept)
+        sync_folder(run_dir)
+    for name in (HEAD_FILE, *_STAGE_FILES):
+        (run_dir / name).unlink(missing_ok=True)
+    shutil.rmtree(run_dir / "eval", ignore_errors=True)
+    sync_folder(run_dir)

@@ -1,0 +1,57 @@
+"""Chosen frames of one video: the step from bytes to pixels that extraction and training share.
+
+T frames asked for, H, W height and width of the picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import one_line
+from featstore.segments import IntArray
+from pipeline.decoding.contract import DecodeError, Decoder, Frames, Source, VideoInfo
+from pipeline.preprocessing import resized_size
+
+logger = logging.getLogger(__name__)
+
+# Of one frame after its short side has the encoder's size: a strip of 8192x2 pixels would become a
+# picture of 600 MB.
+MAX_RESIZED_PIXELS = 1 << 22
+
+
+def decode_chosen(
+    source: Source,
+    decoder: Decoder,
+    choose: Callable[[VideoInfo], IntArray],
+    size: tuple[int, int],
+    resize_mode: Literal["shortest", "squash", "longest"] = "shortest",
+) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
+    """(info, RGB uint8 [T,H,W,3], seconds float64 [T]) of the frames int64 [T] that `choose` gives.
+
+    `size` and `resize_mode` say how the frames will be resized, see `Preprocessing`. `choose` is as
+    in `Decoder.decode_with_info`. Raises `DecodeError`, also for frames that would become too large
+    and for whatever the decoder raises: one video is at fault then, and the others go on.
+    """
+
+    def checked(found: VideoInfo) -> IntArray:
+        height, width = resized_size(found.height, found.width, size, resize_mode)
+        if height * width > MAX_RESIZED_PIXELS:
+            raise DecodeError(
+                f"frames of {found.width}x{found.height} pixels would be resized to "
+                f"{width}x{height}, more than the limit of {MAX_RESIZED_PIXELS} pixels"
+            )
+        return choose(found)
+
+    try:
+        return decoder.decode_with_info(source, checked)
+    except DecodeError:
+        raise
+    except Exception as error:
+        # One file must not stop hundreds of thousands; it is recorded, not passed over.
+        logger.exception("unexpected error of the decoder: %s", one_line(error))
+        raise DecodeError(one_line(f"{type(error).__name__}: {error}")) from error

@@ -1,0 +1,208 @@
+"""`mote-cli finetune` as several real processes, and what happens when one of them dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import done
+from processes import DEADLINE_S, Commands, Running, command_starter
+from tuning import difference, files_of, finetune, start_ranks, tuning_workspace
+
+TOLERANCE = 1e-5  # of weights that several steps of AdamW moved by up to 3e-3, in float32
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    with command_starter(tmp_path_factory.mktemp("output")) as commands:
+        yield commands
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuning_workspace(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture
+def root(packed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(packed, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def ended(running: list[Running]) -> list[int]:
+    return [process.end() for process in running]
+
+
+def require_equal(root: Path, one: str, other: str) -> None:
+    a, b = files_of(root, one), files_of(root, other)
+    assert difference(a["tower"], b["tower"]) < TOLERANCE
+    assert difference(a["head"], b["head"]) < TOLERANCE
+    for mine, theirs in zip(a["metrics"], b["metrics"], strict=True):
+        for name in ("loss", "expert_loss", "merged_loss", "feature_loss", "logit_scale"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5)
+        assert mine["evaluation"] == theirs["evaluation"]
+        assert mine["samples"] == theirs["samples"]
+
+
+@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+def test_two_processes_are_one_with_twice_the_batch(
+    commands: Commands, root: Path, shard: str
+) -> None:
+    """5 videos per process: the second batch has 2, one for each."""
+    more = ("--accumulation", "2", "--epochs", "3")
+    alone = commands.start(*finetune(root, "one", *more, batch_size=10))
+    assert alone.end() == 0, alone.words
+    running = start_ranks(
+        commands, 2, *finetune(root, "two", *more, "--shard", shard, batch_size=5)
+    )
+    assert ended(running) == [0, 0], running[0].words + running[1].words
+    summary = running[0].json
+    assert summary["videos_per_step"] == 10
+    assert summary["processes"] == 2
+    assert summary["sharded"] == (shard == "fsdp")
+    assert running[1].out.read_text() == ""
+    assert "error" not in running[1].words
+    require_equal(root, "one", "two")
+
+
+def damage(root: Path, keys: set[str]) -> None:
+    """Overwrite the middle of some packed videos; their places and sizes stay."""
+    import tarfile
+
+    for tar in sorted((root / "datasets/clips/shards").glob("*.tar")):
+        with tarfile.open(tar) as archive:
+            members = [m for m in archive if m.name.endswith(".mp4")]
+        with open(tar, "r+b") as file:
+            for member in members:
+                if member.name.removesuffix(".mp4") in keys:
+                    file.seek(member.offset_data + 40)
+                    file.write(b"\xff" * (member.size - 80))
+
+
+def keys_of(root: Path, split: str) -> list[str]:
+    dataset = json.loads((root / "datasets/clips/dataset.json").read_text())
+    return sorted(dataset["splits"][split])
+
+
+def test_bad_videos_weigh_the_same_wherever_they_are(commands: Commands, root: Path) -> None:
+    """Some batches of a process have no good video at all: it takes part with weight zero."""
+    damage(root, set(keys_of(root, "train")[:5]) | set(keys_of(root, "val")[:2]))
+    allowed = ("--max-failures", "0.5")
+    alone = commands.start(*finetune(root, "one", *allowed, batch_size=2))
+    assert alone.end() == 0, alone.words
+    running = start_ranks(commands, 2, *finetune(root, "two", *allowed, batch_size=1))
+    assert ended(running) == [0, 0], running[0].words + running[1].words
+    for summary in (alone.json, running[0].json):
+        assert (summary["n_listed"], summary["n_failed"]) == (12, 5)
+        assert (summary["n_evaluated"], summary["n_evaluated_failed"]) == (6, 2)
+    require_equal(root, "one", "two")
+    assert files_of(root, "one")["failures"] == files_of(root, "two")["failures"]
+    again = start_ranks(commands, 2, *finetune(root, "three", batch_size=1))
+    assert ended(again) == [1, 1]
+    assert again[0].words.count("error: 7 of 18 videos failed") == 1
+    assert "error" not in again[1].words
+
+
+def test_draws_of_each_process_differ(commands: Commands, root: Path) -> None:
+    running = start_ranks(commands, 2, *finetune(root, "two", "--draws", "per-rank", batch_size=2))
+    assert ended(running) == [0, 0], running[0].words
+    shared = start_ranks(commands, 2, *finetune(root, "one", batch_size=2))
+    assert ended(shared) == [0, 0], shared[0].words
+    assert difference(files_of(root, "one")["head"], files_of(root, "two")["head"]) > TOLERANCE
+    other = finetune(root, "two", "--draws", "per-rank", "--resume", batch_size=4)
+    refused = commands.start(*other)
+    assert refused.end() == 2
+    assert "batch.processes is 2 in the run, asked for 1" in refused.words
+
+
+def test_a_process_that_dies_ends_the_run_everywhere_and_it_resumes(
+    commands: Commands, root: Path
+) -> None:
+    command = finetune(root, "r", "--epochs", "12", "--checkpoint-every", "1", batch_size=1)
+    state = root / "heads/r/state/last.safetensors"
+    running = start_ranks(commands, 2, *command)
+    running[1].until(state.exists)
+    assert running[1].kill() == -signal.SIGKILL
+    assert running[0].end() == 1
+    (line,) = [line for line in running[0].words.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: rank 0 of 2 lost the others (")
+    assert line.endswith("the same command with --resume goes on")
+    assert "Traceback" not in running[0].words
+    assert not (root / "heads/r/head.safetensors").exists()
+    # The order is a global one: one process with the same global batch may go on.
+    refused = commands.start(*command, "--resume")
+    assert refused.end() == 2
+    assert "batch.videos_per_step is 2 in the run, asked for 1" in refused.words
+    alone = commands.start(*command, "--resume", "--batch-size", "2")
+    assert alone.end() == 0, alone.words
+    assert 0 < alone.json["resumed_from"] < 72
+    whole = commands.start(*finetune(root, "whole", "--epochs", "12", batch_size=2))
+    assert whole.end() == 0, whole.words
+    mine, theirs = files_of(root, "r"), files_of(root, "whole")
+    assert [m["evaluation"] for m in mine["metrics"]] == [
+        m["evaluation"] for m in theirs["metrics"]
+    ]
+    assert mine["metrics"][-1]["loss"] == pytest.approx(theirs["metrics"][-1]["loss"], rel=1e-3)
+
+
+def test_a_mistake_is_told_once(commands: Commands, root: Path) -> None:
+    running = start_ranks(commands, 2, *finetune(root, "r", "--train", "tower-last-9"))
+    assert ended(running) == [2, 2]
+    words = running[0].words + running[1].words
+    assert words.count("error:") == 1
+    assert "tower-last-9: the image tower has 2 blocks" in words
+    assert not (root / "heads/r/config.json").exists()
+
+
+def test_a_loss_that_is_no_number_ends_all_and_names_the_videos(
+    commands: Commands, root: Path
+) -> None:
+    more = ("--lr", "1e30", "--warmup-epochs", "0", "--checkpoint-every", "1")
+    running = start_ranks(commands, 2, *finetune(root, "r", *more, batch_size=2))
+    assert ended(running) == [1, 1]
+    words = running[0].words + running[1].words
+    assert words.count("error:") == 1, words
+    noted = json.loads((root / "heads/r/state/not-finite.json").read_text())
+    assert noted["epoch"] == 1
+    assert len(noted["keys"]) == 4  # of both processes
+    assert all(key in words for key in noted["keys"])
+
+
+@pytest.mark.timeout(120)
+def test_torchrun_starts_and_stops_the_processes(root: Path) -> None:
+    """The documented command; torchrun's own agent ends the others when one is killed."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
+    command = finetune(root, "r", "--epochs", "200", "--checkpoint-every", "1", batch_size=1)
+    log = root / "log"
+    with log.open("w") as file:
+        running = subprocess.Popen(
+            [*torchrun, "cli.main", *command],
+            stdout=file,
+            stderr=file,
+            cwd=Path(__file__).parent.parent.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        waiting = Running(Commands(running, root), running.pid, log, log)
+        waiting.until((root / "heads/r/state/last.safetensors").exists)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        of_rank = {
+            pid: dict(
+                part.partition("=")[::2]
+                for part in Path(f"/proc/{pid}/environ").read_text().split("\0")
+            ).get("RANK")
+            for pid in children
+        }
+        (victim,) = [pid for pid, rank in of_rank.items() if rank == "1"]
+        os.kill(int(victim), signal.SIGKILL)
+        assert running.wait(DEADLINE_S) == 1
+    lines = [line for line in log.read_text().splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: rank 0 of 2 ")
+    assert lines[0].endswith("the same command with --resume goes on")
