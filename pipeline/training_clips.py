@@ -92,7 +92,7 @@ class ClipStream:
         self._tars_together = tars_together
         device = torch.device(device)
         decoder, workers = _decoder(decoder, device, workers or usable_cores())
-        self.decoder_name = decoder.name
+        self._decoder, self.decoder_name = decoder, decoder.name
         self.n_listed = len(self._clips)
         self.steps_per_epoch = steps_per_epoch(self.n_listed, batch_size, world_size)
         self.digest = list_digest(self._clips)
@@ -124,6 +124,10 @@ class ClipStream:
             partial(self._choose, epoch),
             partial(self._pixels, epoch),
         )
+
+    def decoded_by(self) -> list[str]:
+        """One line per decoder and reason of the videos so far, where NVDEC and PyAV share them."""
+        return self._decoder.report() if isinstance(self._decoder, NvdecDecoder) else []
 
     def _choose(self, epoch: int, clip: ListedClip, num_frames: int) -> IntArray:
         return training_frames(num_frames, self._frames, self._seed, epoch, clip.position)
