@@ -112,7 +112,8 @@ class ClipStream:
     def epoch(self, epoch: int, start: int = 0) -> Generator[ClipBatch, None, None]:
         """This rank's part of the epoch's global batches from number `start` on.
 
-        The batches are those that come after `start` of the epoch from its beginning, bit for bit.
+        The batches are those that come after `start` of the epoch from its beginning, bit for bit
+        (with NVDEC but for videos of sizes that it and PyAV share out as they come).
         `frames` of a batch are float32 [n,T,3,s,s]. Close the iterator to end its threads early
         (`contextlib.closing`); they decode nothing more than the clips that they are at.
         """
