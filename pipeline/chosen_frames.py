@@ -19,23 +19,21 @@ from pipeline.preprocessing import resized_size
 
 logger = logging.getLogger(__name__)
 
+ResizeMode = Literal["shortest", "squash", "longest"]
+
 # Of one frame after its short side has the encoder's size: a strip of 8192x2 pixels would become a
 # picture of 600 MB.
 MAX_RESIZED_PIXELS = 1 << 22
 
 
-def decode_chosen(
-    source: Source,
-    decoder: Decoder,
+def within_limit(
     choose: Callable[[VideoInfo], IntArray],
     size: tuple[int, int],
-    resize_mode: Literal["shortest", "squash", "longest"] = "shortest",
-) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
-    """(info, RGB uint8 [T,H,W,3], seconds float64 [T]) of the frames int64 [T] that `choose` gives.
+    resize_mode: ResizeMode = "shortest",
+) -> Callable[[VideoInfo], IntArray]:
+    """`choose`, after a `DecodeError` for frames that would become too large when resized.
 
-    `size` and `resize_mode` say how the frames will be resized, see `Preprocessing`. `choose` is as
-    in `Decoder.decode_with_info`. Raises `DecodeError`, also for frames that would become too large
-    and for whatever the decoder raises: one video is at fault then, and the others go on.
+    `size` and `resize_mode` say how they will be resized, see `Preprocessing`.
     """
 
     def checked(found: VideoInfo) -> IntArray:
@@ -47,8 +45,24 @@ def decode_chosen(
             )
         return choose(found)
 
+    return checked
+
+
+def decode_chosen(
+    source: Source,
+    decoder: Decoder,
+    choose: Callable[[VideoInfo], IntArray],
+    size: tuple[int, int],
+    resize_mode: ResizeMode = "shortest",
+) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
+    """(info, RGB uint8 [T,H,W,3], seconds float64 [T]) of the frames int64 [T] that `choose` gives.
+
+    `size` and `resize_mode` are as in `within_limit`, `choose` as in `Decoder.decode_with_info`.
+    Raises `DecodeError`, also for frames that would become too large and for whatever the decoder
+    raises: one video is at fault then, and the others go on.
+    """
     try:
-        return decoder.decode_with_info(source, checked)
+        return decoder.decode_with_info(source, within_limit(choose, size, resize_mode))
     except DecodeError:
         raise
     except Exception as error:

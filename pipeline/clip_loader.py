@@ -293,8 +293,14 @@ def worker_threads(count: int) -> ThreadPoolExecutor:
         torch.get_num_threads()  # asking makes it this thread's own
         everybody.wait()
 
-    for _ in range(count):
-        threads.submit(begin)
-    everybody.wait()
-    torch.set_num_threads(before)
+    try:
+        for _ in range(count):
+            threads.submit(begin)
+        everybody.wait()
+    except BaseException:
+        everybody.abort()
+        threads.shutdown(wait=True, cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(before)
     return threads

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from featstore.errors import WorkError, one_line
-from pipeline.chosen_frames import decode_chosen
+from pipeline.chosen_frames import decode_chosen, within_limit
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding.contract import DecodeError, Decoder, VideoInfo
 from pipeline.decoding.dali import DECODER_NAME, Clip, DaliPixels
@@ -215,7 +215,16 @@ class DaliVideoPool:
 
     def _plan(self, video: _Video) -> str | None:
         """Choose frames; returns why PyAV must decode the video, None when it waits for NVDEC."""
-        plan = self._stage.plan(video.data, lambda found: self._sampling.indices(found.num_frames))
+        preprocessing = self._encoder.preprocessing
+        choose = within_limit(
+            lambda found: self._sampling.indices(found.num_frames),
+            preprocessing.size,
+            preprocessing.resize_mode,
+        )
+        try:
+            plan = self._stage.plan(video.data, choose)
+        except DecodeError:
+            return "cannot be used"  # PyAV has the last word, and the reason
         if isinstance(plan, str):
             return plan
         video.info, video.indices, video.seconds = plan.info, plan.indices, plan.seconds

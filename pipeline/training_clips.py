@@ -92,7 +92,7 @@ class ClipStream:
         self._tars_together = tars_together
         device = torch.device(device)
         decoder, workers = _decoder(decoder, device, workers or usable_cores())
-        self.decoder_name = decoder.name
+        self._decoder, self.decoder_name = decoder, decoder.name
         self.n_listed = len(self._clips)
         self.steps_per_epoch = steps_per_epoch(self.n_listed, batch_size, world_size)
         self.digest = list_digest(self._clips)
@@ -112,7 +112,8 @@ class ClipStream:
     def epoch(self, epoch: int, start: int = 0) -> Generator[ClipBatch, None, None]:
         """This rank's part of the epoch's global batches from number `start` on.
 
-        The batches are those that come after `start` of the epoch from its beginning, bit for bit.
+        The batches are those that come after `start` of the epoch from its beginning, bit for bit
+        (with NVDEC but for videos of sizes that it and PyAV share out as they come).
         `frames` of a batch are float32 [n,T,3,s,s]. Close the iterator to end its threads early
         (`contextlib.closing`); they decode nothing more than the clips that they are at.
         """
@@ -124,6 +125,10 @@ class ClipStream:
             partial(self._choose, epoch),
             partial(self._pixels, epoch),
         )
+
+    def decoded_by(self) -> list[str]:
+        """One line per decoder and reason of the videos so far, where NVDEC and PyAV share them."""
+        return self._decoder.report() if isinstance(self._decoder, NvdecDecoder) else []
 
     def _choose(self, epoch: int, clip: ListedClip, num_frames: int) -> IntArray:
         return training_frames(num_frames, self._frames, self._seed, epoch, clip.position)

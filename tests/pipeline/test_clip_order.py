@@ -258,6 +258,12 @@ def test_overlapping_splits_share_tars(tmp_path: Path) -> None:
         clips = listed_clips(dataset, folder, split)
         assert [clip.key for clip in clips] == sorted(dataset.keys_by_split[split])
         assert len(clips) == 4
+    before = listed_clips(dataset, folder, "train2")
+    gone = before[0].tar
+    dataset.shard_path(dataset.shards[gone]).unlink()
+    after = listed_clips(dataset, folder, "train2")
+    assert [(clip.key, clip.tar) for clip in after] == [(clip.key, clip.tar) for clip in before]
+    assert [bool(clip.reason) for clip in after] == [clip.tar == gone for clip in before]
 
 
 def test_the_order_needs_no_torch() -> None:

@@ -7,6 +7,7 @@ Everything here is skipped without a GPU that DALI can use. What the rule in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pipeline.decoding.dali import Clip, DaliPixels, dali_problem
 from pipeline.decoding.nvdec_rule import NvdecCapabilities, nvdec_refusal, survey_video
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.gpu_pool import DaliVideoPool
+from pipeline.nvdec_decoder import NvdecDecoder
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import parse_sampling
 from pipeline.tar_rows import EncodedVideo
@@ -128,6 +130,21 @@ def test_a_damaged_video_never_shows_another_ones_frames(decode: Decode, seed: i
         return  # noticed
     for frame in got:
         assert np.abs(seen - frame.astype(int)).mean(axis=(1, 2, 3)).min() > 2
+
+
+def test_the_decoder_of_training_agrees_with_the_cpu_path() -> None:
+    sizes = [(320, 240), (340, 256), (480, 270), (256, 320)]
+    videos = [
+        make_video(frames=20 + n, first=40 * n, width=sizes[n % 4][0], height=sizes[n % 4][1])
+        for n in range(40)
+    ]
+    decoder = NvdecDecoder(PyAVDecoder(), torch.device("cuda"), batch_videos=8)
+    asked = [2, 5, 5, 17]
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda video: decoder.decode(video, asked), videos))
+    assert "40 videos decoded by NVDEC" in decoder.report()
+    for got, video in zip(found, videos, strict=True):
+        assert_same_frames(got, PyAVDecoder().decode(video, asked))
 
 
 def test_the_pool_agrees_with_the_cpu_path(tmp_path: Path) -> None:

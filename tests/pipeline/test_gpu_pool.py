@@ -25,7 +25,7 @@ from tiny_world import make_clips, make_encoder
 
 from featstore import open_store
 from featstore.errors import WorkError
-from pipeline import gpu_pool, video_pool
+from pipeline import chosen_frames, gpu_pool, video_pool
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.dali import Clip, DaliPixels, import_problem
@@ -171,6 +171,18 @@ def test_a_file_that_cannot_be_read_gets_pyavs_reason(make_pool: PoolMaker, data
     futures = submit(make_pool(), SMALL[0], data, SMALL[1])
     assert results(futures)[1] == error.value.reason
     assert_same(results(futures)[2], on_cpu(SMALL[1]))
+
+
+def test_frames_that_would_become_too_large_fail_on_either_path(
+    make_pool: PoolMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chosen_frames, "MAX_RESIZED_PIXELS", 16 * 20)
+    videos = [SMALL[0], make_video(frames=12, rotation=90), make_video(width=64, height=64)]
+    large, turned, square = results(submit(make_pool(), *videos))
+    limit = "more than the limit of 320 pixels"
+    assert large == f"frames of 96x64 pixels would be resized to 24x16, {limit}"
+    assert turned == f"frames of 64x96 pixels would be resized to 16x24, {limit}"
+    assert_same(square, on_cpu(videos[2]))
 
 
 def test_what_reading_raises_the_future_raises(make_pool: PoolMaker) -> None:

@@ -196,6 +196,11 @@ def test_the_stream_is_the_same_with_either_decoder(
         assert torch.equal(got.frames, want.frames)
         assert (got.keys, got.failed) == (want.keys, want.failed)
     assert sum(stage.batches) == 6
+    assert on_gpu.decoded_by() == [
+        "6 videos decoded by NVDEC",
+        "1 videos decoded by pyav (cannot be surveyed)",
+    ]
+    assert on_cpu.decoded_by() == []
 
 
 @pytest.mark.skipif(import_problem() is not None, reason=f"DALI cannot be used: {import_problem()}")
