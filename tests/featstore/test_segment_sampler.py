@@ -46,7 +46,7 @@ def chi_square(values: np.ndarray, size: int) -> float:
     expected = len(values) / size
     freedom = size - 1
     squares = float(((counts - expected) ** 2).sum()) / expected
-    return (squares - freedom) / (2 * freedom) ** 0.5
+    return float((squares - freedom) / np.sqrt(2 * freedom))
 
 
 @pytest.mark.parametrize(
