@@ -52,11 +52,12 @@ RESIDENT_SHARE: Final = 0.6
 # Beyond it the page cache cannot hold the files, and single random reads would wait for the disk.
 MAPPED_SHARE: Final = 0.9
 
-# First words of the random streams of an epoch; step k of it draws from stream _STEPS + k.
+# What the random streams of an epoch are for; the draws have one per rank.
 _ORDER: Final = 0
-_STEPS: Final = 1
-# Steps whose draws are made together: a call of numpy costs as much as a hundred numbers.
-_GROUP: Final = 16
+_DRAWS: Final = 1
+# Frames drawn together, for several batches if they are small. Gathering a few batches puts
+# everything else out of the caches, and drawing starts four times slower then; this is a megabyte.
+_TOGETHER: Final = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,8 @@ class Batch:
 
 
 # Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, views [n] or
-# None, frames [n, T] and B, and gives n / B times float16 [B, T, D].
+# None, frames [n, T] and B, and gives float16 [B, T, D], the last one of what remains of n. It may
+# write to the frames.
 Clips = Callable[[int, RowArray | None, RowArray, int], Iterator[Tensor]]
 
 
@@ -226,6 +228,8 @@ class FeatureLoader:
             )
         self._rows = np.asarray(rows, np.int64)
         self._sampler = SegmentSampler(self._views, stored, frames)
+        if isinstance(features, Tensor) and self._device.type == "cpu":
+            self._memory = BatchMemory(features.numpy().dtype)
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         self.batch_size = batch_size
@@ -249,25 +253,19 @@ class FeatureLoader:
                 order = rng.permutation(self._count)[self._rank :: self._world_size]
                 clips = self._clips_of(order)
             # Put into order and cut once, so that a step takes what is its.
-            labels = torch.split(
-                self._labels[torch.from_numpy(order).to(self._device)], self.batch_size
-            )
+            ordered = torch.from_numpy(order).to(self._device)
+            labels = torch.split(self._labels.index_select(0, ordered), self.batch_size)
             rows = torch.split(torch.from_numpy(self._rows[order]), self.batch_size)
-            for steps, count in self._drawn_together(start, len(order)):
-                rank = (self._rank,) if self._rank else ()
-                seeds = [(self._seed, epoch, _STEPS + step, *rank) for step in steps]
-                views, frames = self._sampler.draw(seeds, count)
-                gathered = clips(steps.start * self.batch_size, views, frames, count)
-                for step, features in zip(steps, gathered, strict=True):
-                    yield Batch(features, labels[step], rows[step])
-
-    def _drawn_together(self, start: int, samples: int) -> Iterator[tuple[range, int]]:
-        """Steps from `start` on in groups, and how many samples each step of the group has."""
-        whole, rest = divmod(samples, self.batch_size)
-        for first in range(start, whole, _GROUP):
-            yield range(first, min(first + _GROUP, whole)), self.batch_size
-        if rest and start <= whole:
-            yield range(whole, whole + 1), rest
+            stream = (self._seed, epoch, _DRAWS, self._rank)
+            together = max(1, _TOGETHER // (self.batch_size * self.frames))
+            for step in range(start, len(labels), together):
+                first = step * self.batch_size
+                count = min(together * self.batch_size, len(order) - first)
+                drawn = self._sampler.draw(stream, first, count)
+                gathered = clips(first, *drawn, self.batch_size)
+                steps = slice(step, step + together)
+                for batch in zip(gathered, labels[steps], rows[steps], strict=True):
+                    yield Batch(*batch)
 
     def _clips_of(self, order: RowArray) -> Clips:
         """What gathers the samples of `order`."""
@@ -288,22 +286,23 @@ class FeatureLoader:
         assert isinstance(self._features, Tensor)
         dim = math.prod(item)
         flat = self._features.reshape(-1, dim)
-        memory = BatchMemory(str(flat.dtype).removeprefix("torch."))
-        begins = order[:, None] * (self._views * stored)
+        begins = order * (self._views * stored)
 
         def from_memory(
             first: int, views: RowArray | None, frames: RowArray, count: int
         ) -> Iterator[Tensor]:
-            index = frames + begins[first : first + len(frames)]
+            begin = begins[first : first + len(frames)]
             if views is not None:
-                index += views[:, None] * stored
-            indices = torch.from_numpy(index.reshape(-1)).to(self._device)
+                begin = begin + views * stored
+            frames += begin[:, None]
+            indices = torch.from_numpy(frames.reshape(-1)).to(self._device)
             for part in torch.split(indices, count * self.frames):
-                if flat.is_cuda:
-                    picked = flat.index_select(0, part)
+                if self._device.type != "cpu":
+                    yield flat.index_select(0, part).view(-1, self.frames, *item)
                 else:
-                    picked = memory.take(len(part), dim)
-                    torch.index_select(flat, 0, part, out=picked)
-                yield picked.view(count, self.frames, *item)
+                    samples = len(part) // self.frames
+                    batch, out = self._memory.take(samples, self.frames, item)
+                    torch.index_select(flat, 0, part, out=out)
+                    yield batch
 
         return from_memory

@@ -9,11 +9,15 @@ The formulas are those of the MoTE reference (Zhu et al., NeurIPS 2024), zero-ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+
+# Numbers that are computed at once, which stay in a core's nearest cache.
+_AT_ONCE: Final = 2**13
 
 
 def segment_positions(n: int, segments: int) -> IntArray:
@@ -41,86 +45,58 @@ def segment_ranges(n: int, segments: int) -> tuple[IntArray, IntArray]:
 
 
 class SegmentSampler:
-    """Draws a view of each sample and a frame of each segment, for several batches at once.
+    """Draws a view of each sample and a frame of each of its segments, for many samples at once.
 
-    The draws of a batch are those of numpy's `default_rng(seed)`: `integers(0, views, count)`, then
-    `integers` of every segment's range for one sample after another (Lemire's method on 32-bit
-    halves, ACM TOMACS 2019). Numpy itself goes number by number when the ranges differ.
+    A stream is the 64-bit words of numpy's PCG64 from the seed that names it, and each of its
+    samples has a place of its own there: any range of them is drawn without the ones before it,
+    and however it is cut, a sample gets the same.
+
+    A number below n is a random 32-bit one times n, divided by 2**32: Lemire's method (ACM TOMACS
+    2019) without its rejections, which would move all that comes after them. The chance of each
+    value is within 2**-32 of 1 / n.
     """
 
     def __init__(self, views: int, stored: int, frames: int) -> None:
         """Samples of `views` views of `stored` frames, `frames` of which are drawn."""
-        self._views = views
-        self._lowest, self._highest = segment_ranges(stored, frames)
-        sizes = self._highest - self._lowest + 1
-        self._drawn = np.flatnonzero(sizes > 1)  # a segment of one frame takes no random number
-        self._sizes = sizes[self._drawn].astype(np.uint32)
-        self._tiles = (0, self._sizes[:0], self._lowest[:0])
+        self._views, self._frames = views, frames
+        lowest, highest = segment_ranges(stored, frames)
+        # A sample's words hold the 32-bit numbers of its frames, then that of its view.
+        self._words = -(-(frames + (views > 1)) // 2)
+        # Numpy works along long rows: along the eight of a sample it takes four times as long.
+        self._at_once = max(1, _AT_ONCE // frames)
+        self._lowest = np.tile(lowest, self._at_once)
+        self._sizes = np.tile((highest - lowest + 1).astype(np.uint32), self._at_once)
 
-    def draw(self, seeds: Sequence[Sequence[int]], count: int) -> tuple[IntArray | None, IntArray]:
-        """Batches of `count` samples, one per seed, one after another; n = seeds * count.
+    def draw(
+        self, stream: Sequence[int], first: int, count: int
+    ) -> tuple[IntArray | None, IntArray]:
+        """Samples first, first + 1, ... of `stream`, which is named by whole numbers >= 0.
 
-        Returns the view of each sample, int64 [n], None where there is one only, and its frames,
-        int64 [n, T].
+        Returns the view of each sample, int64 [count], None where there is one only, and its
+        frames, int64 [count, T], which are the caller's to write to.
         """
-        of_views = count if self._views > 1 else 0
-        needed = of_views + count * len(self._drawn)
-        raw = np.empty((len(seeds), (needed + 1) // 2), "<u8")
-        for target, seed in zip(raw, seeds, strict=True):
-            target[:] = np.random.PCG64(seed).random_raw(len(target))
-        halves = raw.view("<u4")
-        sizes, lowest = self._tiled(count)
-        frames, unbiased = _scaled(halves[:, of_views:needed], sizes)
-        views = None
-        if of_views:
-            views, sure = _scaled(halves[:, :of_views].reshape(-1), np.uint32(self._views))
-            unbiased = unbiased and sure
-        if not unbiased:
-            return self.draw_by_numpy(seeds, count)
-        frames += lowest
-        rows, segments = len(seeds) * count, len(self._lowest)
-        drawn = frames.reshape(rows, len(self._drawn))
-        if len(self._drawn) == segments:
-            return views, drawn
-        frames = np.tile(self._lowest, (rows, 1))
-        frames[:, self._drawn] = drawn
+        bits = np.random.PCG64(stream)
+        bits.advance(first * self._words)
+        views = np.empty(count, np.int64) if self._views > 1 else None
+        frames = np.empty((count, self._frames), np.int64)
+        for at in range(0, count, self._at_once):
+            part = frames[at : at + self._at_once].reshape(-1)
+            words = bits.random_raw(len(part) // self._frames * self._words)
+            halves = words.astype("<u8", copy=False).view("<u4").reshape(-1, 2 * self._words)
+            of_frames = np.ascontiguousarray(halves[:, : self._frames]).reshape(-1)
+            drawn = _below(self._sizes[: len(part)], of_frames)
+            np.add(drawn, self._lowest[: len(part)], out=part)
+            if views is not None:
+                of_views = halves[:, self._frames]
+                views[at : at + self._at_once] = _below(np.uint32(self._views), of_views)
         return views, frames
 
-    def _tiled(self, count: int) -> tuple[npt.NDArray[np.uint32], IntArray]:
-        """Size and lowest frame of the drawn segments, once per sample: [count * drawn] each.
 
-        Numpy works along long rows; along eight numbers at a time it takes four times as long.
-        """
-        tiles = self._tiles  # threads may draw for batches of other sizes
-        if count != tiles[0]:
-            lowest = np.tile(self._lowest[self._drawn], count)
-            tiles = self._tiles = count, np.tile(self._sizes, count), lowest
-        return tiles[1:]
-
-    def draw_by_numpy(
-        self, seeds: Sequence[Sequence[int]], count: int
-    ) -> tuple[IntArray | None, IntArray]:
-        """The same, drawn by numpy."""
-        views, frames = [], []
-        for seed in seeds:
-            rng = np.random.default_rng(seed)
-            views.append(rng.integers(0, self._views, count))
-            shape = (count, len(self._lowest))
-            frames.append(rng.integers(self._lowest, self._highest, shape, endpoint=True))
-        return (np.concatenate(views) if self._views > 1 else None), np.concatenate(frames)
-
-
-def _scaled(
-    halves: npt.NDArray[np.uint32], sizes: npt.NDArray[np.uint32] | np.uint32
-) -> tuple[IntArray, bool]:
-    """Random 32-bit numbers as numbers below `sizes`, and whether all are sure to be unbiased.
-
-    If not (one batch in 500,000), a number may have to be drawn again.
-    """
+def _below(sizes: npt.NDArray[np.uint32] | np.uint32, halves: npt.NDArray[np.uint32]) -> IntArray:
+    """Random 32-bit numbers as numbers below `sizes`."""
     products = np.multiply(halves, sizes, dtype=np.uint64)
-    unbiased = not (products.astype(np.uint32) < sizes).any()
     products >>= np.uint64(32)
-    return products.view(np.int64), unbiased
+    return products.view(np.int64)
 
 
 def _require_positive(n: int, segments: int) -> None:

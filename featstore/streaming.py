@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,23 +37,34 @@ class BatchMemory:
     """Memory for batches, used again once nobody holds the batch that was in it.
 
     A fresh piece of a few megabytes for every batch may come from the system page by page, which
-    takes half as long as gathering the batch.
+    takes half as long as gathering the batch. Threads may take from one memory.
     """
 
     def __init__(self, dtype: npt.DTypeLike = np.float16) -> None:
         self._dtype = np.dtype(dtype)
-        self._arrays: list[FeatureArray] = []
+        self._pieces: deque[tuple[FeatureArray, Tensor]] = deque()  # the one longest in use first
 
-    def take(self, rows: int, width: int) -> Tensor:
-        """A tensor [rows, width] with any content."""
-        for array in self._arrays:
-            # Held by the list, the loop and the call: not by a tensor, which would be a fourth.
-            if array.shape == (rows, width) and sys.getrefcount(array) <= 3:
-                return torch.from_numpy(array)
-        fresh: FeatureArray = np.empty((rows, width), self._dtype)
-        if len(self._arrays) < 4:  # somebody who keeps batches does not make us keep them
-            self._arrays.append(fresh)
-        return torch.from_numpy(fresh)
+    def take(self, count: int, clip: int, item: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """A batch [B, T, *item] with any content, and the same as [B * T, D] to write to."""
+        shape = (count, clip, *item)
+        for _ in range(len(self._pieces)):
+            try:
+                piece = self._pieces.popleft()  # no other thread sees it until it is put back
+            except IndexError:
+                break
+            array = piece[0]
+            # Held by the piece, here and by the call: not by a batch, which would be a fourth.
+            free = array.shape == shape and sys.getrefcount(array) <= 3
+            batch = torch.from_numpy(array) if free else None
+            self._pieces.append(piece)
+            if batch is not None:
+                return batch, piece[1]
+        fresh: FeatureArray = np.empty((count * clip, math.prod(item)), self._dtype)
+        piece = fresh.reshape(shape), torch.from_numpy(fresh)
+        batch = torch.from_numpy(piece[0])
+        if len(self._pieces) < 4:  # somebody who keeps batches does not make us keep them
+            self._pieces.append(piece)
+        return batch, piece[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,18 +143,19 @@ class ShuffledBlocks:
     def clips(
         self, first: int, views: RowArray | None, frames: RowArray, count: int
     ) -> Iterator[Tensor]:
-        """Samples first, first + 1, ... of the order in batches of `count`: [B, T, D] each.
+        """Samples first, first + 1, ... of the order in batches of `count`, the last of the rest.
 
-        `views` [n] (None: the only one), `frames` [n, T]. Parts are asked for in order; the first
-        may be any. Errors as `Store.read_into`.
+        Gives [B, T, D] each. `views` [n] (None: the only one), `frames` [n, T]. Parts are asked for
+        in order; the first may be any. Errors as `Store.read_into`.
         """
         stored, item = self._store.schema.frames, self._store.schema.item
         within = frames if views is None else frames + views[:, None] * stored
         clip = frames.shape[1]
         for begin in range(0, len(frames), count):
-            out = self._outputs.take(count * clip, math.prod(item))
-            self._gather(first + begin, within[begin : begin + count], out)
-            yield out.view(count, clip, *item)
+            part = within[begin : begin + count]
+            batch, out = self._outputs.take(len(part), clip, item)
+            self._gather(first + begin, part, out)
+            yield batch
 
     def _gather(self, first: int, within: RowArray, out: Tensor) -> None:
         """Fill `out` [B * T, D] with frames `within` [B, T] the rows of samples first, ..."""

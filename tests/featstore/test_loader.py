@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sample_stores import make_store
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from featstore.loader import (
     resident,
 )
 from featstore.segments import SegmentSampler, segment_ranges
+from featstore.streaming import BatchMemory
 
 
 @pytest.fixture
@@ -124,19 +124,53 @@ def test_each_frame_comes_from_its_segment_of_one_view(store: Store) -> None:
 
 
 def test_gather_equals_a_per_sample_reference(store: Store) -> None:
-    loader = loader_of(store, False)
+    """Word by word: two halves a word, four frames and a view a sample, so three words each."""
     order = np.random.default_rng((3, 5, 0)).permutation(19)
+    words = np.random.PCG64((3, 5, 1, 0)).random_raw(19 * 3).tolist()
+    lowest, highest = (edges.tolist() for edges in segment_ranges(9, 4))
     rows = store.rows[::-1]
-    for step, batch in enumerate(loader.epoch(5)):
-        samples = order[step * 5 : step * 5 + 5]
-        rng = np.random.default_rng((3, 5, 1 + step))
-        views = rng.integers(0, 3, len(samples))
-        lowest, highest = segment_ranges(9, 4)
-        frames = rng.integers(lowest, highest, (len(samples), 4), endpoint=True)
-        for i, sample in enumerate(samples):
-            for t in range(4):
-                expected = store.features([rows[sample]])[0, views[i], frames[i, t]]
-                np.testing.assert_array_equal(batch.features[i, t].numpy(), expected)
+    batches = list(loader_of(store, False).epoch(5))
+    clips = torch.cat([batch.features for batch in batches])
+    for i, sample in enumerate(order):
+        halves = [half for word in words[3 * i : 3 * i + 3] for half in (word % 2**32, word >> 32)]
+        view = halves[4] * 3 >> 32
+        for t in range(4):
+            frame = lowest[t] + (halves[t] * (highest[t] - lowest[t] + 1) >> 32)
+            expected = store.features([rows[sample]])[0, view, frame]
+            np.testing.assert_array_equal(clips[i, t].numpy(), expected)
+
+
+def test_the_size_of_groups_and_batches_changes_no_draw(store: Store) -> None:
+    """Batches drawn together or one by one, of five samples or two: the same clips in turn."""
+    whole = list(loader_of(store, False).epoch(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featstore.loader._TOGETHER", 1)
+        patch.setattr("featstore.segments._AT_ONCE", 9)
+        single = list(loader_of(store, False).epoch(1))
+        small = loader_of(store, True)
+        small.batch_size = 2
+        pairs = list(small.epoch(1))
+    assert all(same(a, b) for a, b in zip(whole, single, strict=True))
+    of_whole, of_pairs = (torch.cat([b.features for b in batches]) for batches in (whole, pairs))
+    assert torch.equal(of_whole, of_pairs)
+
+
+def test_ranks_draw_apart() -> None:
+    """Each rank has a stream of its own: the same places of two ranks rarely agree."""
+    features = torch.arange(64.0).expand(400, 1, 64).unsqueeze(-1).contiguous().half()
+    drawn = []
+    for rank in range(2):
+        loader = FeatureLoader(
+            features,
+            np.zeros(400, np.int64),
+            batch_size=200,
+            frames=4,
+            seed=0,
+            rank=rank,
+            world_size=2,
+        )
+        drawn.append(next(loader.epoch(0)).features)
+    assert (drawn[0] == drawn[1]).float().mean() < 0.12  # by chance 1/16 or 1/17
 
 
 def test_all_frames_of_a_segment_and_all_views_occur(store: Store) -> None:
@@ -229,7 +263,7 @@ def test_streamed_batches_hold_what_they_say(store: Store) -> None:
     loader = loader_of(store, "streamed")
     sampler = SegmentSampler(3, 9, 4)
     for step, batch in enumerate(loader.epoch(2)):
-        views, frames = sampler.draw([(3, 2, 1 + step)], len(batch.rows))
+        views, frames = sampler.draw((3, 2, 1, 0), step * 5, len(batch.rows))
         assert views is not None
         expected = store.clips(batch.rows.numpy(), views, frames)
         np.testing.assert_array_equal(batch.features.numpy(), expected)
@@ -279,28 +313,28 @@ def test_damage_in_streamed_and_mapped_files_is_an_error(store: Store) -> None:
             list(loader.epoch(0))
 
 
-@given(
-    views=st.integers(1, 4),
-    stored=st.integers(1, 40),
-    frames=st.integers(1, 12),
-    count=st.integers(1, 9),
-    seed=st.integers(0, 2**40),
-    steps=st.integers(1, 4),
-)
-def test_draws_are_those_of_numpy(
-    views: int, stored: int, frames: int, count: int, seed: int, steps: int
-) -> None:
-    sampler = SegmentSampler(views, stored, frames)
-    seeds = [(seed, 3, step) for step in range(steps)]
-    ours, theirs = sampler.draw(seeds, count), sampler.draw_by_numpy(seeds, count)
-    np.testing.assert_array_equal(ours[1], theirs[1])
-    assert (ours[0] is None) == (theirs[0] is None) == (views == 1)
-    if ours[0] is not None and theirs[0] is not None:
-        np.testing.assert_array_equal(ours[0], theirs[0])
-
-
 def test_memory_of_batches_is_used_again_only_when_free(store: Store) -> None:
     loader = loader_of(store, "resident")
     kept = list(loader.epoch(0))
     again = [batch.features.clone() for batch in loader.epoch(0)]
     assert all(torch.equal(a.features, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_threads_share_the_memory_of_batches() -> None:
+    """Four threads take from one memory and write their own number: no batch is given twice."""
+    memory = BatchMemory()
+
+    def work(number: int) -> bool:
+        held = None
+        for step in range(300):
+            batch, rows = memory.take(2, 3, (4,))
+            rows.fill_(number * 300 + step)
+            if held is not None and not bool((held == number * 300 + step - 1).all()):
+                return False
+            held = batch
+            if not bool((batch == number * 300 + step).all()):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
