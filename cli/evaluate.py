@@ -93,8 +93,8 @@ def evaluate(
             views=views,
             modulate=modulate,
             prompt_set=prompts,
-            fusion=fusion,  # type: ignore[arg-type]  # evaluate_store checks it
-            precision=precision,  # type: ignore[arg-type]  # evaluate_store checks it
+            fusion=fusion,  # evaluate_store checks it
+            precision=precision,  # evaluate_store checks it
             device=options.device(device),
             progress=progress,
         )

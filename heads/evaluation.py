@@ -60,9 +60,9 @@ def evaluate_store(
 ) -> EvalResult:
     """Accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
 
-    `protocol` is one of `heads.protocols` or its name, `tests` its test sets (`build_test_sets`). The
-    score settings are those of `Scoring.of_head`; `fusion` defaults to the protocol's. `options`
-    and errors are those of `evaluate_many`.
+    `protocol` is one of `heads.protocols` or its name, `tests` its test sets (`build_test_sets`).
+    The score settings are those of `Scoring.of_head`; `fusion` defaults to the protocol's.
+    `options` and errors are those of `evaluate_many`.
     """
     config = HeadConfig(kind="mean", dim=store.provenance.dim) if head is None else head.config
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
@@ -222,6 +222,7 @@ def _record(
         "epoch": facts.epoch,
         "epoch_choice": facts.epoch_choice,
         "trained_on": origin.dataset or None if origin is not None else None,
+        "n_trained_on": facts.n_trained_on,
         "source": protocol.source,
         "test_list": protocol.test_list,
         "published_counts": agreeing,

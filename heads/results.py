@@ -81,6 +81,8 @@ class RunFacts:
     """ "corrected" or "as-published" for data sets whose published names are known to be wrong."""
     prompt_templates: tuple[str, ...] | None = None
     """The sentences of the prompt set, with {} for the class name."""
+    n_trained_on: int | None = None
+    """Tested videos that are training videos of the head."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class EvalResult:
     epoch_choice: str | None
     trained_on: str | None
     """Data set the head was trained on; None where it is not known."""
+    n_trained_on: int | None
+    """Listed videos that are training videos of the head; None where that is not known."""
     source: str
     """Publications the protocol comes from."""
     test_list: str
