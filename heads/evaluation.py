@@ -340,9 +340,10 @@ def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     mode = preprocessing.get("resize_mode", "shortest")
     known = isinstance(height, int) and isinstance(width, int)
+    small, large = sorted((int(height), int(width))) if known else ("unknown", "unknown")  # type: ignore[arg-type]
     how = {
-        "shortest": f"short side to {min(height, width) if known else 'unknown'}",
-        "longest": f"long side to {max(height, width) if known else 'unknown'}, padded",
+        "shortest": f"short side to {small}",
+        "longest": f"long side to {large}, padded",
         "squash": f"to {height}x{width}",
     }.get(mode, str(mode))
     cut = {1: "centre", 3: "3 along the long side"}.get(crops, f"{crops} crops")
