@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,10 @@ from cli import options
 from cli.output import percent, print_json, print_table, progress_of, results
 from featstore.durable import write_json
 from featstore.workspace import Workspace
+
+if TYPE_CHECKING:
+    from featstore import Store
+    from heads.model import TemporalHead
 
 PROMPTS = "name"  # the demo's small CLIP learned from captions, not from prompt sentences
 SAMPLING = "uniform:16"
@@ -33,6 +38,7 @@ ROWS = (
     _Scored("mote", False),
     _Scored("mote", True),
 )
+FINETUNED_ROWS = (_Scored("mote-finetuned", False), _Scored("mote-finetuned", True))
 
 
 def demo(
@@ -40,6 +46,16 @@ def demo(
     seeds: Annotated[
         int, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds: mean, spread.")
     ] = 1,
+    finetune: Annotated[
+        int,
+        typer.Option(
+            "--finetune",
+            metavar="EPOCHS",
+            min=0,
+            help="Then also fine-tune the CLIP's tower with MoTE's head for so many epochs, half a "
+            "minute each.",
+        ),
+    ] = 0,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -55,8 +71,9 @@ def demo(
 
     started = time.perf_counter()
     workspace = options.workspace(root)
-    runs = [run_world(workspace, seed + n) for n in range(seeds)]
-    rows = [_summary(row, [run[n] for run in runs]) for n, row in enumerate(ROWS)]
+    runs = [run_world(workspace, seed + n, finetune) for n in range(seeds)]
+    scored = ROWS + (FINETUNED_ROWS if finetune else ())
+    rows = [_summary(row, [run[n] for run in runs]) for n, row in enumerate(scored)]
     folder = workspace.root / "demo"
     figure = folder / "tradeoff.png"
     tradeoff_plot(rows, figure)
@@ -66,6 +83,7 @@ def demo(
         "peak_rss_mb": round(peak_rss_mb()),
         "seed": seed,
         "seeds": seeds,
+        "finetune_epochs": finetune,
         "figure": str(figure),
     }
     write_json(folder / "demo.json", report)
@@ -94,62 +112,41 @@ def demo(
     results.print("  mote-cli pack --dataset my-clips --videos DIR", markup=False)
 
 
-def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
-    """Make, pack, extract, train and evaluate the world of one seed; measures per row of `ROWS`.
+def run_world(workspace: Workspace, seed: int, finetune: int = 0) -> list[dict[str, float]]:
+    """Make, pack, extract, train and evaluate the world of one seed; measures row by row.
 
-    What an earlier run of the same seed finished is not done again.
+    Rows are `ROWS`, with `finetune` epochs of end-to-end training `FINETUNED_ROWS` too. What an
+    earlier run of the same seed finished is not done again.
     """
-    from featstore import open_store
     from heads.checkpoints import load_head
     from heads.config import HeadKind
-    from heads.evaluation import closeset_splits, evaluate_store, zeroshot_splits
-    from heads.model import TemporalHead
     from heads.recipes import load_recipe
     from heads.training import train_head, training_rows
     from pipeline.demo_clip import ENCODER_NAME, make_encoder_folder
     from pipeline.demo_world import draw_world, write_world
-    from pipeline.extraction import extract
-    from pipeline.extraction_plan import ExtractionRequest
     from pipeline.packing import pack
-    from pipeline.sampling import parse_sampling
 
-    sampling = parse_sampling(SAMPLING)
     make_encoder_folder(workspace.encoder_dir(ENCODER_NAME))
     with progress_of(f"make videos (seed {seed})", "videos") as progress:
         folders = write_world(
             draw_world(seed), workspace.root / "demo" / f"videos-{seed}", progress=progress
         )
-    stores = {}
+    names = {kind: f"demo-{kind}-{seed}" for kind in ("known", "new")}
     for kind, videos in (("known", folders.known), ("new", folders.new)):
-        name = f"demo-{kind}-{seed}"
         with progress_of(f"pack {kind}", "videos") as progress:
-            pack(videos, name, workspace.dataset_dir(name), progress=progress)
-        path = workspace.store_path(name, encoder=ENCODER_NAME, sampling=sampling.text)
-        with progress_of(f"extract {kind}", "videos") as progress:
-            extract(
-                ExtractionRequest(
-                    dataset_dir=workspace.dataset_dir(name),
-                    store_path=path,
-                    encoder=ENCODER_NAME,
-                    sampling=sampling,
-                    encoders_dir=workspace.root / "encoders",
-                    precision="fp32",
-                    prompt_sets=(PROMPTS,),
-                ),
-                progress=progress,
-            )
-        stores[kind] = open_store(path)
+            pack(videos, names[kind], workspace.dataset_dir(names[kind]), progress=progress)
+    stores = {kind: _extracted(workspace, name, ENCODER_NAME) for kind, name in names.items()}
 
     heads: dict[str, TemporalHead | None] = {"mean": None}
     recipe = load_recipe(RECIPE)
     trained: tuple[HeadKind, ...] = ("transformer", "mote")
-    for kind in trained:
-        run_dir = workspace.run_dir(f"demo-{kind}-{seed}")
-        with progress_of(f"train {kind}", "steps") as progress:
+    for head in trained:
+        run_dir = workspace.run_dir(f"demo-{head}-{seed}")
+        with progress_of(f"train {head}", "steps") as progress:
             train_head(
                 stores["known"],
                 run_dir,
-                recipe.head_config(stores["known"].provenance.dim, kind=kind),
+                recipe.head_config(stores["known"].provenance.dim, kind=head),
                 recipe.train_config(seed=seed),
                 rows=training_rows(stores["known"], "train"),
                 prompt_set=PROMPTS,
@@ -157,34 +154,97 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
                 device="cpu",
                 progress=progress,
             )
-        heads[kind] = load_head(run_dir)
-
-    measured = []
-    for row in ROWS:
-        top1 = {}
-        for protocol, kind, choose in (
-            ("closeset", "known", closeset_splits),
-            ("zeroshot", "new", zeroshot_splits),
-        ):
-            top1[protocol] = evaluate_store(
-                stores[kind],
-                heads[row.head],
-                protocol=protocol,
-                dataset=stores[kind].provenance.dataset,
-                splits=choose(stores[kind]),
-                head_name=row.head,
-                modulate=row.modulated,
-                device="cpu",
-            ).top1
-        close, zero = top1["closeset"], top1["zeroshot"]
-        measured.append(
-            {
-                "closeset_top1": close,
-                "zeroshot_top1": zero,
-                "harmonic_mean": statistics.harmonic_mean([close, zero]),
-            }
-        )
+        heads[head] = load_head(run_dir)
+    measured = [_measured(stores, heads[row.head], row) for row in ROWS]
+    if finetune:
+        tuned = _finetuned(workspace, names["known"], seed, finetune)
+        stores = {kind: _extracted(workspace, name, tuned) for kind, name in names.items()}
+        heads["mote-finetuned"] = load_head(workspace.run_dir(tuned))
+        measured += [_measured(stores, heads[row.head], row) for row in FINETUNED_ROWS]
     return measured
+
+
+def _extracted(workspace: Workspace, dataset: str, encoder: str) -> Store:
+    """The data set's store by an encoder of the workspace."""
+    from featstore import open_store
+    from pipeline.extraction import extract
+    from pipeline.extraction_plan import ExtractionRequest
+    from pipeline.sampling import parse_sampling
+
+    sampling = parse_sampling(SAMPLING)
+    path = workspace.store_path(dataset, encoder=encoder, sampling=sampling.text)
+    with progress_of(f"extract {dataset}", "videos") as progress:
+        extract(
+            ExtractionRequest(
+                dataset_dir=workspace.dataset_dir(dataset),
+                store_path=path,
+                encoder=encoder,
+                sampling=sampling,
+                encoders_dir=workspace.root / "encoders",
+                precision="fp32",
+                prompt_sets=(PROMPTS,),
+            ),
+            progress=progress,
+        )
+    return open_store(path)
+
+
+def _finetuned(workspace: Workspace, dataset: str, seed: int, epochs: int) -> str:
+    """Train the tower with the head that the frozen store gave; the name of run and encoder."""
+    from heads.end_to_end.distributed import Ranks
+    from heads.end_to_end.finetuning import finetune
+    from heads.end_to_end.plan import FinetuneRequest
+    from heads.recipes import load_recipe
+
+    recipe = load_recipe(RECIPE)
+    name = f"demo-finetuned-{seed}-{epochs}"
+    run_dir = workspace.run_dir(name)
+    with progress_of(f"finetune {dataset}", "steps") as progress:
+        finetune(
+            FinetuneRequest(
+                dataset_dir=workspace.dataset_dir(dataset),
+                run_dir=run_dir,
+                encoder_dir=workspace.encoder_dir(name),
+                encoders_dir=workspace.root / "encoders",
+                config=recipe.finetune_config(seed=seed, epochs=epochs),
+                head=recipe.head_config,
+                from_head=workspace.run_dir(f"demo-mote-{seed}"),
+                resume=run_dir.exists(),
+            ),
+            Ranks(),
+            progress,
+        )
+    return name
+
+
+def _measured(
+    stores: Mapping[str, Store], head: TemporalHead | None, row: _Scored
+) -> dict[str, float]:
+    """Close-set accuracy on the known classes, zero-shot accuracy on the new ones."""
+    from heads.evaluation import evaluate_store
+    from heads.protocols import closeset_tests, zeroshot_tests
+
+    top1 = {}
+    for protocol, kind, choose in (
+        ("closeset", "known", closeset_tests),
+        ("zeroshot", "new", zeroshot_tests),
+    ):
+        top1[protocol] = evaluate_store(
+            stores[kind],
+            head,
+            protocol=protocol,
+            dataset=stores[kind].provenance.dataset,
+            tests=choose(stores[kind]),
+            head_name=row.head,
+            modulate=row.modulated,
+            device="cpu",
+        ).top1
+    close, zero = top1["closeset"], top1["zeroshot"]
+    return {
+        "closeset_top1": close,
+        "zeroshot_top1": zero,
+        "harmonic_mean": statistics.harmonic_mean([close, zero]),
+    }
 
 
 def _summary(row: _Scored, runs: list[dict[str, float]]) -> dict[str, Any]:

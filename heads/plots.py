@@ -13,7 +13,12 @@ from matplotlib.figure import Figure
 from featstore.durable import write_bytes
 from featstore.errors import UserError
 
-_NAMES = {"mean": "CLIP mean of frames", "transformer": "temporal transformer", "mote": "MoTE"}
+_NAMES = {
+    "mean": "CLIP mean of frames",
+    "transformer": "temporal transformer",
+    "mote": "MoTE",
+    "mote-finetuned": "MoTE, fine-tuned tower",
+}
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
 

@@ -16,7 +16,7 @@ import av  # noqa: F401
 import open_clip  # noqa: F401
 import torch
 
-import heads.end_to_end.finetuning  # noqa: F401
+import heads.end_to_end.finetuning
 import heads.training  # noqa: F401
 import pipeline.extraction
 import pipeline.packing  # noqa: F401

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import done
 from processes import DEADLINE_S, Commands, Running, command_starter
 from tuning import difference, files_of, finetune, start_ranks, tuning_workspace
 
