@@ -20,8 +20,8 @@ from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.parts import trained_blocks
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.validation import validation_split
-from heads.evaluation import check_encoder
 from heads.finetune_config import FinetuneConfig
+from heads.fitting import check_encoder
 from heads.imported_run import require_class_names
 from heads.model import TemporalHead, build_head
 from heads.precision import resolve_training_precision
