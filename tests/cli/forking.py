@@ -1,8 +1,8 @@
 """Runs `mote-cli` in processes of its own that start at once; used by tests/processes.py.
 
-Reads one JSON line per command, {"arguments", "out", "err", "environment"}, answers {"pid"} when it has started
-and {"pid", "code"} when it has ended (negative: the signal). Loading torch takes seconds, so it
-happens here, once, and every command is a fork of this process.
+Reads one JSON line per command, {"arguments", "out", "err", "environment"}, answers {"pid"} when it
+has started and {"pid", "code"} when it has ended (negative: the signal). Loading torch takes
+seconds, so it happens here, once, and every command is a fork of this process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import av  # noqa: F401
 import open_clip  # noqa: F401
 import torch
 
-import heads.end_to_end.finetuning  # noqa: F401
+import heads.end_to_end.finetuning
 import heads.training  # noqa: F401
 import pipeline.extraction
 import pipeline.packing  # noqa: F401
