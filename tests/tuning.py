@@ -32,6 +32,7 @@ def tuning_workspace(folder: Path) -> Path:
 def finetune(root: Path, name: str, *more: str | Path, batch_size: int = 4) -> tuple[str, ...]:
     """The command; `more` comes last and wins."""
     command = ("finetune", "--dataset", "clips", "--encoder", "tiny", "--name", name)
+    command += ("--prompts", "name")
     shape = ("--epochs", "2", "--frames", "2", "--layers", "1", "--experts", "2", "--lr", "1e-3")
     size = ("--batch-size", str(batch_size), "--root", str(root), "--json")
     return (*command, *shape, *size, *map(str, more))

@@ -97,6 +97,7 @@ class Finetuner:
         self._saved = (self.position.step, time.monotonic())
         self._changed = False  # since the state was written
         self._said = 0.0
+        self._moment = time.perf_counter()  # when the step under way began
 
     def restored(self, position: Position) -> None:
         """Continue from `position`, to which the weights belong."""
@@ -117,16 +118,12 @@ class Finetuner:
             RoutingDraw.sample(head, draws)
         self.model.train()
         with closing(self.clips.epoch(position.epoch, position.step)) as batches:
-            moment = time.perf_counter()
+            self._moment = time.perf_counter()
             for batch in batches:
                 due = self._step(batch, RoutingDraw.sample(head, draws))
-                position.waited += batch.waited
-                now = time.perf_counter()
-                position.seconds += now - moment
-                moment = now
                 if due and position.step < steps:
                     self.save()
-                    moment = time.perf_counter()
+                    self._moment = time.perf_counter()  # it does not count as training
         self._look()
         if not position.samples:
             reasons = self.merged_failures()
@@ -168,6 +165,10 @@ class Finetuner:
         position.step = number
         position.samples += good
         position.failed += failed
+        position.waited += batch.waited
+        now = time.perf_counter()
+        position.seconds += now - self._moment
+        self._moment = now
         if len(self._unseen) >= LOOK_EVERY[ranks.device.type]:
             self._look()
         return bool(due) and complete

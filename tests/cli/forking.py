@@ -1,8 +1,8 @@
 """Runs `mote-cli` in processes of its own that start at once; used by tests/processes.py.
 
-Reads one JSON line per command, {"arguments", "out", "err", "environment"}, answers {"pid"} when it has started
-and {"pid", "code"} when it has ended (negative: the signal). Loading torch takes seconds, so it
-happens here, once, and every command is a fork of this process.
+Reads one JSON line per command, {"arguments", "out", "err", "environment"}, answers {"pid"} when it
+has started and {"pid", "code"} when it has ended (negative: the signal). Loading torch takes
+seconds, so it happens here, once, and every command is a fork of this process.
 """
 
 from __future__ import annotations
