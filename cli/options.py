@@ -64,7 +64,26 @@ StoreName = Annotated[
 PromptSet = Annotated[
     str | None,
     typer.Option(
-        "--prompts", metavar="SET", help="Sentences for class names; default: as trained."
+        "--prompts",
+        metavar="SET|FILE",
+        help="Sentences for class names: a prompt set of the store, or the file it was made of; "
+        "default: as trained.",
+    ),
+]
+Descriptions = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--descriptions",
+        metavar="FILE.json",
+        help='Sentences of each class, {"class name": ["...", ...]} (docs/text.md).',
+    ),
+]
+PromptSetName = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-set-name",
+        metavar="NAME",
+        help="Name of the prompt set in a file; default: the file's, without its suffix.",
     ),
 ]
 Encoder = Annotated[
