@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from cli import (
+    compare,
     demo,
     doctor,
     evaluate,
@@ -23,6 +24,7 @@ from cli import (
     pack,
     predict,
     store,
+    tradeoff,
     train_head,
     verify,
 )
@@ -54,6 +56,8 @@ app.command("pack")(pack.pack)
 app.command("extract")(extract.extract)
 app.command("train-head")(train_head.train_head)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("tradeoff")(tradeoff.tradeoff)
 app.command("predict")(predict.predict)
 app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
 app.command("export")(export.export)
