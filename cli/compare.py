@@ -30,7 +30,7 @@ def compare(
         str | None,
         typer.Argument(
             metavar="[B]",
-            help="The other; of a run its newest on A's data set. May be left out with --published.",
+            help="The other; of a run its newest on A's data set. Not needed with --published.",
         ),
     ] = None,
     published: Annotated[
@@ -188,9 +188,9 @@ def _print(comparison: Comparison) -> None:
                 for n in comparison.numbers
             ],
         )
-    for who, names in (("A", comparison.only_a), ("B", comparison.only_b)):
-        if names:
-            results.print(f"only {who} has {', '.join(names)}", markup=False)
+    for who, only in (("A", comparison.only_a), ("B", comparison.only_b)):
+        if only:
+            results.print(f"only {who} has {', '.join(only)}", markup=False)
     for pair in comparison.paired:
         line = _GAINS.format(only_a=pair.only_a, only_b=pair.only_b, p=pair.p)
         results.print(f"{pair.split}, {pair.n} videos: {line}", markup=False)
