@@ -2,13 +2,13 @@
 
 n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
 
-A run folder holds config.json (written first), state/last.safetensors (after every epoch),
-metrics.jsonl (one line per epoch) and head.safetensors (written last: a run with it is finished).
+A run folder holds config.json (written first), training-keys.json (`heads.leaks`),
+state/last.safetensors (after every epoch), metrics.jsonl (one line per epoch) and head.safetensors
+(written last: a run with it is finished).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -38,6 +38,7 @@ from heads.checkpoints import (
     save_tensors,
 )
 from heads.config import HeadConfig, HeadOrigin
+from heads.leaks import rows_hash, write_training_keys
 from heads.model import TemporalHead, build_head
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.precision import resolve_device, resolve_precision
@@ -154,7 +155,7 @@ def train_head(
             **origin.to_json(),
             "n_listed": len(listed),
             "n_trained": len(usable),
-            "rows_hash": hashlib.sha256(usable.tobytes()).hexdigest()[:16],
+            "rows_hash": rows_hash(usable),
             "prompts_hash": text.sentences_hash,
             **({"order": BLOCK_ORDER} if holding == "streamed" else {}),
         },
@@ -168,6 +169,8 @@ def train_head(
             metrics = _read_metrics(run_dir)
             return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
 
+        keys = (store.keys[at] for at in store.positions(usable).tolist())
+        write_training_keys(run_dir, store.provenance.dataset, keys)
         model = build_head(
             head,
             torch.from_numpy(text.embeddings),
