@@ -92,7 +92,7 @@ def evaluate(
             head_name=run_dir.name,
             views=views,
             modulate=modulate,
-            prompt_set=prompts,
+            prompt_set=options.prompt_set(store, prompts),
             fusion=fusion,  # evaluate_store checks it
             precision=precision,  # evaluate_store checks it
             device=options.device(device),

@@ -205,7 +205,9 @@ def extract(
         decoder=decoder,
         strict="auto" if strict_decode is None else "always" if strict_decode else "never",
         prompt_sets=prompt_sets_from(
-            prompts or ([] if descriptions else ["mote28"]), descriptions or [], prompt_set_name
+            prompts or ([] if descriptions else [options.DEFAULT_PROMPTS]),
+            descriptions or [],
+            prompt_set_name,
         ),
         workers=workers,
         max_failures=max_failures,

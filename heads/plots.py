@@ -27,9 +27,9 @@ def tradeoff_plot(
     """Close-set against zero-shot top-1, one point per head and setting, written as PNG or SVG.
 
     Each row holds `head`, `modulated`, `closeset_top1` and `zeroshot_top1` (percent); `closeset`
-    and `zeroshot` say what those are of. Rows with the same head share a colour, hollow markers are modulated ones, and an arrow leads from a head
-    to its modulated self. Grey lines join points of equal harmonic mean. Raises UserError when
-    there is no row or the suffix is another.
+    and `zeroshot` say what those are of. Rows with the same head share a colour, hollow markers
+    are modulated ones, and an arrow leads from a head to its modulated self. Grey lines join points
+    of equal harmonic mean. Raises UserError when there is no row or the suffix is another.
     """
     kind = path.suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError
+from heads.protocols import PROTOCOLS, known_dataset
 
 PUBLISHED_FILE: Final = Path(__file__).with_name("published.toml")
 
@@ -32,6 +33,7 @@ COMPARED: Final = (
     "prompts",
     "fusion",
 )
+TRADEOFF: Final = "tradeoff"  # composite scores: no protocol of one test
 UNKNOWN: Final = "unknown"
 _VIEWS = re.compile(r"[1-9]\d?x[1-9]\d?")
 _VIT = re.compile(r"vit[-_]?(b|l|h|g)[-_/]?(14|16|32)(?!\d)")
@@ -182,7 +184,7 @@ def architecture(encoder: str) -> str | None:
 def _ours(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
     """The compared fields of a result; None where its file does not say."""
     return {
-        "dataset": result.get("dataset"),
+        "dataset": known_dataset(str(result.get("dataset", ""))),
         "protocol": result.get("protocol_name"),
         "shots": result.get("shots"),
         "backbone": backbone or architecture(str(result.get("encoder", ""))),
@@ -216,6 +218,8 @@ def _figure(value: dict[str, Any], where: str) -> Published:
             raise UserError(f"{where}: {name} is {entry!r}, not a {allowed[-1].__name__}")
     numbers = [value["value"], *(value[name] for name in ("top5", "std") if name in value)]
     rules = {
+        "protocol must be one of `mote-cli protocols list`, or tradeoff": value["protocol"]
+        in (*PROTOCOLS, TRADEOFF),
         f"sure must be one of {', '.join(SURE)}": value["sure"] in SURE,
         f"measure must be one of {', '.join(MEASURES)}": value.get("measure", "top1") in MEASURES,
         "accuracies are per cent, above 0 and up to 100": all(0 < n <= 100 for n in numbers),

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 
 from featstore.errors import UserError
 from heads.comparing import Difference, SavedResult, differences, saved_results
+from heads.protocols import PROTOCOLS, known_dataset
 
 Role = Literal["closeset", "zeroshot"]
 
@@ -192,7 +193,9 @@ def _row(
 
 
 def _is(result: SavedResult, role: Role, name: str) -> bool:
-    return result.role == role and name in (result.dataset, result.protocol_name)
+    if result.protocol_name == name:  # one that is named may be half-class too
+        return (result.role == "closeset") == (role == "closeset")
+    return result.role == role and known_dataset(name) == known_dataset(result.dataset)
 
 
 def _default_closeset(found: Mapping[str, Sequence[SavedResult]]) -> str:
@@ -223,7 +226,7 @@ def _missing(row: TradeoffRow, closeset: str, zeroshot: Sequence[str]) -> list[s
     off = "" if row.modulated or row.head == "mean" else " --no-modulate"
     return [
         f"{row.head} has no {role} result on {name}: `mote-cli eval "
-        f"{'--protocol' if '-' in name else f'--{role}'} {name} --head {row.head}{off}`"
+        f"{'--protocol' if name in PROTOCOLS else f'--{role}'} {name} --head {row.head}{off}`"
         for role, name, result in wanted
         if result is None
     ]

@@ -162,6 +162,19 @@ def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSe
     return named_prompt_set(prompts)
 
 
+def trained_prompt_set(name: str, templates: tuple[str, ...]) -> PromptSet:
+    """The prompt set a head was trained with, from what it says of it.
+
+    Raises UserError for one whose sentences it does not say: every class had its own.
+    """
+    if not templates and name not in PROMPT_SETS:
+        raise UserError(
+            f"the head was trained with sentences of each class (prompt set {name!r}), which new "
+            "classes do not have: name a prompt set or a template file with --prompts"
+        )
+    return PromptSet(name, templates or PROMPT_SETS[name])
+
+
 def prompt_sets_of(prompts: Sequence[str | PromptSet]) -> tuple[PromptSet, ...]:
     """The prompt sets meant, each once; UserError as `as_prompt_set`, and for two of one name."""
     found: dict[str, PromptSet] = {}
