@@ -19,6 +19,8 @@ from heads.outcomes import Paired, paired_outcomes
 RESULT_LIMIT: Final = 64 * 2**20  # bytes; a result of 700 classes is some kilobytes
 EVAL_FOLDER: Final = "eval"
 
+ALL_SETS: Final = "mean of all test sets"
+
 Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
 
 # Fields by group, and whether a difference makes two numbers incomparable: then they do not
@@ -210,6 +212,11 @@ class Comparison:
         }
 
 
+def not_compared() -> frozenset[str]:
+    """Fields of results that say nothing about how the numbers came about, and the numbers."""
+    return _NO_FIELDS
+
+
 def read_result(path: Path) -> SavedResult:
     """Read a result file of `eval`, of any version; UserError when it is none."""
     try:
@@ -291,15 +298,16 @@ def differences(a: SavedResult, b: SavedResult) -> list[Difference]:
 def compare(a: SavedResult, b: SavedResult) -> Comparison:
     """What two results differ in, and then their numbers.
 
-    Numbers are compared on test sets of the same name, and the mean where both have several.
+    Numbers are compared on test sets of the same name, and the means over all test sets where
+    there are several or they have other names.
     """
     one, other = a.splits, b.splits
     numbers = []
     for name in one.keys() & other.keys():
         numbers += _numbers(name, one[name], other[name], ("top1", "top5"))
     numbers.sort(key=lambda number: (list(one).index(number.split), number.measure))
-    if len(one) > 1 and len(other) > 1:
-        numbers += _numbers("mean of the sets", a.values, b.values, ("top1", "top5"))
+    if one.keys() != other.keys() or len(one) > 1:
+        numbers += _numbers(ALL_SETS, a.values, b.values, ("top1", "top5"))
     same_list = a.field("list_hash") == b.field("list_hash") and a.field("list_hash")[0]
     return Comparison(
         a=a.path,
