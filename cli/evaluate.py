@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from cli import options
-from cli.output import percent, print_json, print_table, progress_of, results
+from cli import options, sweep
+from cli.compare import print_published, published_beside
+from cli.output import percent, print_json, print_table, progress_of, results, warn
 from featstore.errors import UserError
+from featstore.reader import Store
+from featstore.workspace import Workspace
+
+if TYPE_CHECKING:
+    from heads.model import TemporalHead
+    from heads.protocol_types import Protocol, TestSet
+    from heads.results import EvalResult
+
+KINDS: Final = {
+    "--closeset": "closeset",
+    "--zeroshot": "zeroshot",
+}
+EVALUATION_SPLITS: Final = ("val", "test")
 
 
 def evaluate(
@@ -18,6 +35,20 @@ def evaluate(
     ] = None,
     zeroshot: Annotated[
         str | None, typer.Option("--zeroshot", metavar="NAME", help="Data set with new classes.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            "--protocol",
+            metavar="PROTOCOL",
+            help="A protocol by its name: `mote-cli protocols list`.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset", metavar="NAME", help="Data set of --protocol; default: the protocol's own."
+        ),
     ] = None,
     head: options.Head = None,
     split: options.Split = None,
@@ -29,15 +60,64 @@ def evaluate(
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,
+    modulation_neighbours: Annotated[
+        str | None,
+        typer.Option(
+            "--modulation-neighbours",
+            metavar="K",
+            help="Classes modulation compares on either side; default: the head's, 5 as published.",
+        ),
+    ] = None,
+    modulation_temperature: Annotated[
+        str | None,
+        typer.Option(
+            "--modulation-temperature",
+            metavar="T",
+            help="The larger, the less the head is held back, none: not at all; default: the "
+            "head's, 0.05 as published.",
+        ),
+    ] = None,
+    ensemble: Annotated[
+        float | None,
+        typer.Option(
+            "--ensemble",
+            metavar="WEIGHT",
+            min=0.0,
+            max=1.0,
+            help="Add CLIP's own cosines per frame with this weight; 0.5 as DiST in zero-shot.",
+        ),
+    ] = None,
+    clip_store: Annotated[
+        str | None,
+        typer.Option(
+            "--clip-store",
+            metavar="NAME",
+            help="Store of the same data set with CLIP's own features, for --ensemble with a head "
+            "whose tower was tuned.",
+        ),
+    ] = None,
     fusion: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--fusion",
-            metavar="softmax|cosine|features",
-            help="How views become one score: mean of softmax (as published), of cosines, or "
-            "of features.",
+            metavar="softmax|cosine|features|all",
+            help="How views become one score: mean of softmax, of cosines, or of features; "
+            "default: the protocol's.",
         ),
-    ] = "softmax",
+    ] = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="NAME=V,V,...",
+            help="Many settings from one pass: modulation-temperature, modulation-neighbours, "
+            "ensemble, fusion; or blend, over imported towers. May be repeated.",
+        ),
+    ] = None,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Measure although tested videos are training videos."),
+    ] = False,
     precision: Annotated[
         str,
         typer.Option(
@@ -53,59 +133,222 @@ def evaluate(
     """Evaluate a head on a store: top-1, top-5, and how many videos were listed and failed.
 
     --closeset takes the val (or test) split, --zeroshot all videos, or the mean over the official
-    test lists of HMDB51 and UCF101. The result is kept as JSON beside the head.
+    test lists of HMDB51 and UCF101; --protocol any protocol by its name. The result is kept as
+    JSON beside the head, with accuracy per class and confusion. torchrun shares the work.
 
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
-    from heads.evaluation import evaluate_store
     from heads.fitting import count_views
-    from heads.protocols import closeset_tests, zeroshot_tests
+    from heads.process_group import process_group
+    from heads.protocols import protocol_named
+
+    named = None if protocol is None else protocol_named(protocol)
+    given = {"--closeset": closeset, "--zeroshot": zeroshot, "--protocol": protocol}
+    chosen = [option for option, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise UserError(
+            "eval takes exactly one of --closeset NAME, --zeroshot NAME and --protocol PROTOCOL"
+        )
+    if dataset is not None and named is None:
+        raise UserError(f"--dataset goes with --protocol: {chosen[0]} names the data set itself")
+    dataset = dataset or (named.dataset if named is not None else given[chosen[0]])
+    if dataset is None:
+        raise UserError(f"protocol {protocol} takes any data set: name one with --dataset")
+    if views is None and named is not None and named.kind == "closeset" and named.views:
+        (views,) = named.views
+    if views is not None:
+        count_views(views)  # a UserError before anything is read
+    swept = sweep.parse_sweeps(sweeps or [])
+    fused = sweep.value_of(sweep.FUSION, fusion)
+    if isinstance(fused, list):
+        if sweep.FUSION in swept:
+            raise UserError("--fusion all and --sweep fusion contradict each other: give one")
+        swept[sweep.FUSION] = fused
+        fused = None
+    request = _Request(
+        workspace=options.workspace(root),
+        dataset=dataset,
+        kind=named.kind if named is not None else KINDS[chosen[0]],
+        protocol=named,
+        split=split,
+        views=views,
+        sampling=sampling,
+        prompts=prompts,
+        fixed={
+            "modulate": modulate,
+            "neighbours": sweep.value_of(sweep.NEIGHBOURS, modulation_neighbours),
+            "temperature": sweep.value_of(sweep.TEMPERATURE, modulation_temperature),
+            "ensemble": ensemble,
+            "fusion": fused,
+        },
+        swept=swept,
+        clip_store=clip_store,
+        allow_overlap=allow_overlap,
+        precision=precision,
+        device=options.device(device),
+    )
+    with process_group() as rank:
+        if rank:
+            logging.disable()  # the first process says it
+        model, run_dir = options.head(request.workspace, head)
+        measured, missing = request.measure(model, run_dir, store_name)
+        if rank == 0:
+            _report(request.workspace, measured, missing, bool(swept), json)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for, apart from the head and the store, which a sweep of blends changes."""
+
+    workspace: Workspace
+    dataset: str
+    kind: str
+    protocol: Protocol | None
+    split: str | None
+    views: str | None
+    sampling: str | None
+    prompts: str | None
+    fixed: dict[str, Any]
+    swept: sweep.Values
+    clip_store: str | None
+    allow_overlap: bool
+    precision: str
+    device: str
+
+    def measure(
+        self, model: TemporalHead | None, run_dir: Path, store_name: str | None
+    ) -> tuple[list[tuple[EvalResult, Path]], list[dict[str, Any]]]:
+        """(results with their run folders, blends that could not be measured and why)."""
+        shares = self.swept.get(sweep.BLEND)
+        if shares is None:
+            return self._measure_run(model, run_dir, store_name), []
+        if store_name is not None:
+            raise UserError("--sweep blend takes the store of every tower: leave --store out")
+        found, missing = [], []
+        for blended in sweep.blended_runs(self.workspace, run_dir, shares, self.dataset):
+            reason = "there is no head with this share"
+            if blended.run_dir is not None:
+                own, _ = options.head(self.workspace, blended.run_dir.name)
+                try:
+                    store = self._store(own, None)
+                except UserError as error:
+                    reason = str(error)
+                else:
+                    found += self._measure_run(own, blended.run_dir, store.path.name)
+                    continue
+            missing.append({"blend": blended.share, "reason": reason, "remedy": blended.remedy})
+        if not found:
+            raise UserError(
+                f"no store of {self.dataset} was made with one of these blends: "
+                f"{missing[0]['reason']}; make one with {missing[0]['remedy']}"
+            )
+        return found, missing
+
+    def _measure_run(
+        self, model: TemporalHead | None, run_dir: Path, store_name: str | None
+    ) -> list[tuple[EvalResult, Path]]:
+        from heads.evaluation import evaluate_many
+        from heads.fitting import mean_head, views_of
+        from heads.leaks import require_no_leak
+        from heads.protocols import usual_protocol
+        from heads.results import run_facts
+
+        store = self._store(model, store_name)
+        protocol = self.protocol or usual_protocol(
+            self.kind,  # type: ignore[arg-type]  # one of KINDS
+            self.dataset,
+            split=self.split,
+            views=views_of(store),
+            split_names=store.split_names,
+        )
+        tests = self._tests(protocol, store)
+        overlap = None
+        if model is not None:
+            overlap = require_no_leak(store, tests, run_dir, allow=self.allow_overlap)
+        scorer = model or mean_head(store.provenance.dim)
+        scorings = sweep.settings(scorer.config, self.fixed, self.swept, protocol.fusion)
+        with progress_of("eval", "videos") as progress:
+            measured = evaluate_many(
+                store,
+                model,
+                scorings,
+                protocol=protocol,
+                dataset=self.dataset,
+                tests=tests,
+                head_name=run_dir.name,
+                views=self.views,
+                prompt_set=options.prompt_set(store, self.prompts),
+                clip_store=self._clip_store(),
+                facts=run_facts(run_dir, n_trained_on=overlap),
+                device=self.device,
+                precision=self.precision,  # type: ignore[arg-type]  # it is checked there
+                progress=progress,
+            )
+        return [(result, run_dir) for result in measured]
+
+    def _store(self, model: TemporalHead | None, name: str | None) -> Store:
+        from heads.fitting import count_views
+
+        origin = None if model is None else model.origin
+        split = self.split
+        if self.kind == "closeset":
+            split = split or self.workspace.default_split(self.dataset, EVALUATION_SPLITS)
+        return self.workspace.choose_store(
+            self.dataset,
+            split=split,
+            views=None if self.views is None else count_views(self.views),
+            encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
+            sampling=self.sampling,
+            name=name,
+            encoder=None if origin is None else origin.encoder,
+        )
+
+    def _tests(self, protocol: Protocol, store: Store) -> tuple[TestSet, ...]:
+        from heads.protocols import build_test_sets
+
+        if protocol.lists == "given":
+            raise UserError(f"protocol {protocol.name} is not run by this command yet")
+        return build_test_sets(protocol, store, self.split)
+
+    def _clip_store(self) -> Store | None:
+        if self.clip_store is None:
+            return None
+        if self.fixed["ensemble"] is None and sweep.ENSEMBLE not in self.swept:
+            raise UserError("--clip-store is for --ensemble WEIGHT or --sweep ensemble=...")
+        return self.workspace.choose_store(self.dataset, name=self.clip_store)
+
+
+def _report(
+    workspace: Workspace,
+    measured: list[tuple[EvalResult, Path]],
+    missing: list[dict[str, Any]],
+    is_sweep: bool,
+    json: bool,
+) -> None:
+    """Keep the results, and print them."""
     from heads.results import save_result
 
-    if (closeset is None) == (zeroshot is None):
-        raise UserError("eval takes exactly one of --closeset NAME and --zeroshot NAME")
-    protocol = "closeset" if closeset is not None else "zeroshot"
-    dataset = closeset if closeset is not None else zeroshot
-    assert dataset is not None
-    workspace = options.workspace(root)
-    model, run_dir = options.head(workspace, head)
-    origin = None if model is None else model.origin
-    if protocol == "closeset":
-        split = split or workspace.default_split(dataset, ("val", "test"))
-    store = workspace.choose_store(
-        dataset,
-        split=split,
-        views=None if views is None else count_views(views),
-        encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
-        sampling=sampling,
-        name=store_name,
-        encoder=None if origin is None else origin.encoder,
-    )
-    choose = closeset_tests if protocol == "closeset" else zeroshot_tests
-    with progress_of("eval", "videos") as progress:
-        result = evaluate_store(
-            store,
-            model,
-            protocol=protocol,
-            dataset=dataset,
-            tests=choose(store, split),
-            head_name=run_dir.name,
-            views=views,
-            modulate=modulate,
-            prompt_set=options.prompt_set(store, prompts),
-            fusion=fusion,  # evaluate_store checks it
-            precision=precision,  # evaluate_store checks it
-            device=options.device(device),
-            progress=progress,
-        )
-    file = save_result(result, run_dir)
+    rows = [{**r.to_json(), "file": str(save_result(r, run_dir))} for r, run_dir in measured]
+    for gap in missing:
+        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}; {gap['remedy']}")
+    result = measured[0][0]
+    beside = published_beside(workspace, rows[0])
     if json:
-        print_json({**result.to_json(), "file": str(file)})
+        shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
+        alone = {**rows[0], "published": beside["published"], "nearest": beside["nearest"]}
+        print_json({**shared, "rows": rows, "missing": missing} if is_sweep else alone)
+        return
+    title = (
+        f"{result.protocol_name} on {result.dataset}, head {result.head}"
+        f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
+        f"{result.n_classes} classes, prompts {result.prompt_set}"
+    )
+    if is_sweep:
+        _print_sweep(title, [result for result, _ in measured])
+        results.print(f"kept under {Path(rows[0]['file']).parent}", markup=False)
         return
     print_table(
-        f"{protocol} on {dataset}, head {result.head}"
-        f"{' with modulation' if result.modulate else ''}, views {result.views}, "
-        f"{result.n_classes} classes, prompts {result.prompt_set}",
+        title,
         ["split", "listed", "evaluated", "failed", "top-1 %", "top-5 %"],
         [
             [
@@ -121,4 +364,35 @@ def evaluate(
     )
     if len(result.per_split) > 1:
         results.print(f"mean top-1 {result.mean:.2f}, population std {result.std:.2f}")
-    results.print(f"kept as {file}", markup=False)
+    for note in result.notes:
+        results.print(f"not as published: {note}", markup=False)
+    results.print(f"kept as {rows[0]['file']}", markup=False)
+    if beside["published"] or beside["nearest"]:
+        print_published(beside)
+
+
+def _print_sweep(title: str, measured: list[EvalResult]) -> None:
+    """One line per setting; columns of what does not differ are left out."""
+    columns: dict[str, list[Any]] = {
+        "blend": [r.blend for r in measured],
+        "neighbours": [r.modulation_neighbours for r in measured],
+        "temperature": [r.modulation_temperature for r in measured],
+        "ensemble": [r.ensemble for r in measured],
+        "fusion": [r.fusion for r in measured],
+    }
+    varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    rows = [
+        [
+            *("-" if v is None else v if isinstance(v, str) else f"{v:g}" for v in shown),
+            str(r.n_evaluated),
+            f"{r.top1:.2f}",
+            "-" if len(r.per_split) < 2 else f"{r.std:.2f}",
+            "-" if r.top5 is None else f"{r.top5:.2f}",
+        ]
+        for r, shown in zip(
+            measured,
+            zip(*varied.values(), strict=True) if varied else [()] * len(measured),
+            strict=True,
+        )
+    ]
+    print_table(title, [*varied, "videos", "top-1 %", "std", "top-5 %"], rows)

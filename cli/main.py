@@ -23,6 +23,7 @@ from cli import (
     inspect_path,
     pack,
     predict,
+    protocols,
     store,
     tradeoff,
     train_head,
@@ -58,6 +59,7 @@ app.command("train-head")(train_head.train_head)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("tradeoff")(tradeoff.tradeoff)
+app.add_typer(protocols.app, name="protocols")
 app.command("predict")(predict.predict)
 app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
 app.command("export")(export.export)

@@ -88,7 +88,7 @@ _NONE_IS_KNOWN: Final = frozenset(
 # The numbers themselves, and what says nothing about how they came about.
 _NO_FIELDS: Final = frozenset(
     {"top1", "top5", "per_split", "mean", "std", "mean_top5", "std_top5", "result_format", "file"}
-    | {"source", "published_counts", "count_notes"}
+    | {"source", "published_counts", "count_notes", "notes", "published", "nearest"}
 )
 _UNKNOWN: Final = "unknown"
 

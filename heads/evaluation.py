@@ -197,6 +197,8 @@ def _record(
         for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
     )
     agreeing, notes = _counts(protocol, store, measured)
+    if protocol.views and views_of(store) not in protocol.views:
+        notes.append(f"{views_of(store)} views, published with {', '.join(protocol.views)}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
     templates = facts.prompt_templates or getattr(text, "templates", None)
@@ -226,14 +228,14 @@ def _record(
         "source": protocol.source,
         "test_list": protocol.test_list,
         "published_counts": agreeing,
-        "count_notes": notes,
+        "notes": notes,
         "list_hash": _hash(measured.listed_keys(np.arange(len(measured.listed)))),
         "class_names_hash": _hash(text.names),
         "class_list_hash": _hash(
             text.names[label] for labels in _distinct(tested.values()) for label in labels
         ),
         "class_names_source": facts.class_names_source or f"data set {provenance.dataset}",
-        "label_map": facts.label_map,
+        "label_map": facts.label_map or getattr(provenance, "label_map", None) or None,
         "prompts_hash": text.sentences_hash,
         "dataset_fingerprint": provenance.dataset_fingerprint,
         "store": store.path.name,
@@ -242,6 +244,7 @@ def _record(
         "quantised": provenance.quantised,
         "decoder": provenance.decoder,
         "class_names": text.names,
+        "protocol_fusion": protocol.fusion,
     }
 
 
@@ -273,8 +276,14 @@ def _result(
     results = [result for result, _ in parts]
     top1 = [result.top1 for result in results]
     top5 = [result.top5 for result in results if result.top5 is not None]
+    usual = record["protocol_fusion"]
+    notes = list(record["notes"])
+    if scoring.fusion != usual:
+        notes.append(f"views are fused by {scoring.fusion}, published with {usual}")
+    shared = {name: record[name] for name in record if name not in ("notes", "protocol_fusion")}
     return EvalResult(
-        **record,
+        **shared,
+        notes=notes,
         top1=float(np.mean(top1)),
         top5=float(np.mean(top5)) if top5 else None,
         per_split=tuple(results),

@@ -111,6 +111,11 @@ def published_figures(path: Path = PUBLISHED_FILE) -> tuple[Published, ...]:
     return tuple(found)
 
 
+def published_of(protocol: str) -> list[Published]:
+    """The figures of a protocol, whatever they were measured with, by its name."""
+    return [figure for figure in published_figures() if figure.protocol == protocol]
+
+
 def comparable(result: Mapping[str, Any], backbone: str | None = None) -> list[Published]:
     """Published figures with the protocol of a result (`EvalResult.to_json()`, or a result file).
 

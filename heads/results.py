@@ -153,8 +153,8 @@ class EvalResult:
     test_list: str
     published_counts: list[str]
     """Sources whose published counts of videos are the ones listed here."""
-    count_notes: list[str]
-    """Lists whose count is nobody's published one; empty also where none is published."""
+    notes: list[str]
+    """In what this is not the protocol as published: counts of videos, views, fusion."""
     list_hash: str
     """Hash of the keys listed, in the store's order."""
     class_names_hash: str

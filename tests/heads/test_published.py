@@ -16,6 +16,7 @@ from heads.published import (
     count_note,
     nearest,
     published_figures,
+    published_of,
 )
 
 OURS: dict[str, Any] = {"splits": (50.0, 51.0, 52.0)}
@@ -98,6 +99,16 @@ def test_an_architecture_that_is_named_wins() -> None:
     assert architecture("ViT-L-14-quickgelu/dfn2b") == "ViT-L/14"
     assert architecture("/some/where/vit_b_32") == "ViT-B/32"
     assert architecture("RN50/openai") is None
+
+
+def test_the_figures_of_a_protocol() -> None:
+    assert {(f.backbone, f.value) for f in published_of("ssv2-closeset-3x1")} == {
+        ("ViT-B/16", 68.7),
+        ("ViT-B/16", 70.2),
+        ("ViT-B/16", 70.9),
+        ("ViT-L/14", 73.1),
+    }
+    assert published_of("halfclass") == []
 
 
 def test_a_data_set_nobody_published() -> None:
