@@ -21,7 +21,7 @@ from pipeline.encoder_files import local_architecture
 
 
 def evaluated(own: World, kind: str, *options: str) -> Any:
-    return done("eval", f"--{kind}", "clips", "--root", own.root, *options)
+    return done("eval", f"--{kind}", "clips", "--split", "val", "--root", own.root, *options)
 
 
 def test_two_runs_are_compared(own: World) -> None:
@@ -168,7 +168,7 @@ def test_a_head_is_not_tested_on_a_set_of_the_same_name(own: World, tmp_path: Pa
     shutil.rmtree(own.store / "class_text" / "mine")
     file.write_text("a film of {}\n")
     done("store", "add-texts", own.store, "--prompts", file, *place)
-    error = refused(2, "eval", "--zeroshot", "clips", "--head", "own", *place)
+    error = refused(2, "eval", "--zeroshot", "clips", "--split", "val", "--head", "own", *place)
     assert "has other sentences ('a film of {}', ...) than the one of that name" in error
 
 
