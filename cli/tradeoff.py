@@ -91,7 +91,7 @@ def tradeoff(
     _print(table)
     for line in table.mixed:
         warn(f"not of one protocol: {line}")
-    for line in table.missing:
+    for line in (*table.unknown, *table.missing):
         warn(line)
     results.print(f"plot {figure}", markup=False)
 

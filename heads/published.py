@@ -1,8 +1,8 @@
 """Published figures, and which of them stand for the same protocol as a result of ours.
 
 The figures are data (`published.toml`). One is printed beside ours only where its protocol, data
-set, views, frames, backbone, prompts and fusion are known and the same; everything else is at most
-near, and what makes it differ is said.
+set, views, frames, backbone, prompts and fusion are known and the same, and its number of videos is
+ours or unknown; everything else is at most near, and what makes it differ is said.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def comparable(result: Mapping[str, Any], backbone: str | None = None) -> list[P
     """Published figures with the protocol of a result (`EvalResult.to_json()`, or a result file).
 
     `backbone` is the architecture of its image tower, "ViT-B/16", by default read from the
-    encoder's name. Two further things are for whoever prints them: see `count_note` and `note`.
+    encoder's name. Whoever prints them prints `count_note` and their `note` as well.
     """
     return [f for f in published_figures() if not differs(f, result, backbone)]
 
@@ -148,7 +148,8 @@ def nearest(result: Mapping[str, Any], backbone: str | None = None, limit: int =
 def differs(figure: Published, result: Mapping[str, Any], backbone: str | None = None) -> list[str]:
     """What keeps a figure from standing beside a result, a phrase per field; empty for nothing.
 
-    A field that one of the two does not know is a difference: it is not known to agree.
+    A field that one of the two does not know is a difference: it is not known to agree. Only the
+    number of videos listed may be unknown of a publication, which `count_note` says.
     """
     ours = _ours(result, backbone)
     phrases = []
@@ -164,17 +165,20 @@ def differs(figure: Published, result: Mapping[str, Any], backbone: str | None =
             phrases.append(f"{name}: published {theirs or UNKNOWN}, ours {own or UNKNOWN}")
         elif theirs != own:
             phrases.append(f"{name}: published {theirs}, ours {own}")
+    listed = [part.get("n_listed") for part in result.get("per_split", [])]
+    if figure.n is not None and list(figure.n) != listed:
+        phrases.append(f"n: published {_counts(list(figure.n))}, ours {_counts(listed)}")
     return phrases
 
 
 def count_note(figure: Published, result: Mapping[str, Any]) -> str:
-    """How the numbers of videos compare: "n equal", "n differs (...)" or that one is unknown."""
-    ours = [part.get("n_evaluated") for part in result.get("per_split", [])]
-    if figure.n is None:
-        return f"published n unknown, ours {_counts(ours)}"
-    if list(figure.n) == ours:
-        return f"n equal ({_counts(ours)})"
-    return f"n differs (published {_counts(list(figure.n))}, ours {_counts(ours)})"
+    """The numbers of videos in words: both lists', or that the published one is unknown."""
+    parts = result.get("per_split", [])
+    listed, evaluated = ([part.get(name) for part in parts] for name in ("n_listed", "n_evaluated"))
+    said = f"{_counts(listed)} listed" + (
+        "" if listed == evaluated else f", {_counts(evaluated)} evaluated"
+    )
+    return f"{said}; published: " + ("unknown" if figure.n is None else _counts(list(figure.n)))
 
 
 def architecture(encoder: str) -> str | None:

@@ -7,6 +7,7 @@ computed from unrounded accuracies; whoever prints rounds once.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from featstore.errors import UserError
-from heads.comparing import Difference, SavedResult, differences, saved_results
+from heads.comparing import SavedResult, differences, saved_results
 from heads.protocols import PROTOCOLS, known_dataset
 
 Role = Literal["closeset", "zeroshot"]
@@ -23,8 +24,6 @@ PAPER_CLOSESET: Final = "k400"
 PAPER_ZEROSHOT: Final = ("ucf101", "hmdb51", "k600")
 # What one head must have in common over its columns: else they are not of one model.
 _OF_ONE_HEAD: Final = ("head_fingerprint", "encoder_fingerprint", "blend", "ensemble")
-# What may differ between heads in one column: it is what the table compares.
-_OF_THE_HEAD: Final = ("with what", "arithmetic")
 
 
 def harmonic_mean(accuracies: Sequence[float]) -> float:
@@ -111,6 +110,8 @@ class Tradeoff:
     """A line per result that is not there, with the command that makes it."""
     mixed: tuple[str, ...]
     """A line per protocol field in which heads differ in one column, where that was allowed."""
+    unknown: tuple[str, ...]
+    """A line per column whose results do not all say how they came about."""
 
     def to_json(self) -> dict[str, Any]:
         """The table as strict JSON values."""
@@ -120,6 +121,7 @@ class Tradeoff:
             "rows": [row.to_json() for row in self.rows],
             "missing": list(self.missing),
             "mixed": list(self.mixed),
+            "unknown": list(self.unknown),
         }
 
 
@@ -160,13 +162,13 @@ def collect(
             if missing
             else "there is no head with results: train one and evaluate it with mote-cli eval"
         )
-    mixed = _mixed(complete)
+    mixed, unsure = _mixed(complete)
     if mixed and not allow_mixed:
         raise UserError(
             f"the results are not of one protocol: {'; '.join(mixed)}: evaluate the heads alike, "
             "name those that were, or show them together with --allow-mixed"
         )
-    return Tradeoff(close, zero, tuple(rows), tuple(missing), tuple(mixed))
+    return Tradeoff(close, zero, tuple(rows), tuple(missing), tuple(mixed), tuple(unsure))
 
 
 def _newest(results: Sequence[SavedResult]) -> list[SavedResult]:
@@ -247,23 +249,22 @@ def _require_one_head(row: TradeoffRow) -> None:
                 )
 
 
-def _mixed(rows: Sequence[TradeoffRow]) -> list[str]:
-    """Protocol fields that differ between the first row and another, column by column."""
-    lines: dict[str, None] = {}
-    for row in rows[1:]:
-        columns = zip((rows[0].closeset, *rows[0].zeroshot), (row.closeset, *row.zeroshot),
-                      strict=True)  # fmt: skip
-        for one, other in columns:
+def _mixed(rows: Sequence[TradeoffRow]) -> tuple[list[str], list[str]]:
+    """(lines for fields that differ between heads in one column, for those that one lacks)."""
+    mixed: dict[str, None] = {}
+    unsure: dict[str, dict[str, None]] = {}
+    for row, other in itertools.combinations(rows, 2):
+        columns = zip((row.closeset, *row.zeroshot), (other.closeset, *other.zeroshot), strict=True)
+        for one, two in columns:
             assert one is not None
-            assert other is not None
-            for difference in differences(one, other):
-                if _matters(difference):
-                    lines[
-                        f"on {one.dataset}, {difference.name} is {difference.of_a} for "
-                        f"{rows[0].head} and {difference.of_b} for {row.head}"
+            assert two is not None
+            for found in differences(one, two):
+                if found.decisive and found.unknown:
+                    unsure.setdefault(one.dataset, {})[found.name] = None
+                elif found.decisive:
+                    mixed[
+                        f"on {one.dataset}, {found.name} is {found.of_a} for {row.head} and "
+                        f"{found.of_b} for {other.head}"
                     ] = None
-    return list(lines)
-
-
-def _matters(difference: Difference) -> bool:
-    return difference.decisive and not difference.unknown and difference.group not in _OF_THE_HEAD
+    lines = [f"on {name}, not every result says {', '.join(of)}" for name, of in unsure.items()]
+    return list(mixed), lines

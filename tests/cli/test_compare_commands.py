@@ -64,7 +64,7 @@ def test_published_figures_stand_beside_a_result(tmp_path: Path) -> None:
     assert found["nearest"] == []
     text = mote("compare", file, "--published", "--root", tmp_path).out
     assert "MoTE ViT-B/16" in text
-    assert "n differs" in text
+    assert "1,530 listed, 1,528" in text
     other = write_result(tmp_path / "o.json", views="1x1", encoder="mine")
     text = mote("compare", other, "--published", "--root", tmp_path).out
     assert "no published figure has this protocol; nearest differ in:" in text

@@ -148,9 +148,14 @@ def test_other_protocols_are_not_mixed_silently(tmp_path: Path) -> None:
     table = collect(runs, allow_mixed=True)
     assert table.mixed == ("on hmdb51, views is 3x1 for a and 1x1 for b",)
     assert len(table.rows) == 2
+    zeroshot(runs[1], "hmdb51", 57.0, time=10, epoch_choice="best on the test set")
+    with pytest.raises(UserError, match="epoch_choice is last for a and best on the test set"):
+        collect(runs)
     # What a head is of may differ: that is what the table compares.
-    zeroshot(runs[1], "hmdb51", 57.0, time=10, encoder="x", precision="bf16")
-    assert collect(runs).mixed == ()
+    zeroshot(runs[1], "hmdb51", 57.0, time=11, encoder="x", precision="bf16")
+    assert collect(runs).mixed == collect(runs).unknown == ()
+    zeroshot(runs[1], "hmdb51", 57.0, time=12, sampler=None)
+    assert collect(runs).unknown == ("on hmdb51, not every result says sampler",)
 
 
 def test_a_row_is_of_one_model(tmp_path: Path) -> None:
