@@ -7,6 +7,7 @@ result files (docs/comparing.md); a field that a file lacks is unknown, and unkn
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +16,8 @@ from typing import Any, Final, Literal
 
 from featstore.errors import UserError
 from heads.outcomes import Paired, paired_outcomes
+
+log = logging.getLogger(__name__)
 
 RESULT_LIMIT: Final = 64 * 2**20  # bytes; a result of 700 classes is some kilobytes
 EVAL_FOLDER: Final = "eval"
@@ -256,8 +259,14 @@ def _is_number(value: Any) -> bool:
 
 
 def saved_results(run_dir: Path) -> list[SavedResult]:
-    """The results kept under a run's `eval/`; UserError when a JSON file there is none."""
-    return [read_result(path) for path in sorted((run_dir / EVAL_FOLDER).glob("*.json"))]
+    """The results kept under a run's `eval/`; other JSON files there are passed over, and logged."""
+    found = []
+    for path in sorted((run_dir / EVAL_FOLDER).glob("*.json")):
+        try:
+            found.append(read_result(path))
+        except UserError as error:
+            log.warning("passed over: %s", error)
+    return found
 
 
 def newest_result(run_dir: Path, like: SavedResult | None = None) -> SavedResult:

@@ -119,7 +119,8 @@ def published_of(protocol: str) -> list[Published]:
 def comparable(result: Mapping[str, Any], backbone: str | None = None) -> list[Published]:
     """Published figures with the protocol of a result (`EvalResult.to_json()`, or a result file).
 
-    `backbone` is the architecture of its image tower, "ViT-B/16", by default read from the
+    Of few-shot results the mapping holds `shots` as well, and `measure` where its number is not a
+    top-1. `backbone` is the architecture of its image tower, "ViT-B/16", by default read from the
     encoder's name. Whoever prints them prints `count_note` and their `note` as well.
     """
     return [f for f in published_figures() if not differs(f, result, backbone)]
@@ -201,7 +202,7 @@ def _ours(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
         "frames": result.get("frames"),
         "prompts": result.get("prompt_set"),
         "fusion": result.get("fusion"),
-        "measure": "harmonic mean" if result.get("protocol") == "base-to-novel" else "top1",
+        "measure": result.get("measure", "top1"),
     }
 
 

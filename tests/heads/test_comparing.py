@@ -169,6 +169,7 @@ def test_the_newest_result_of_a_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     old = write_result(run / "eval" / "z.json", time=1)
     new = write_result(run / "eval" / "a.json", time=2, dataset="ucf101")
+    (run / "eval" / "summary.json").write_text("{}")  # no result
     assert newest_result(run).path == new
     assert newest_result(run, read_result(old)).path == old
     with pytest.raises(UserError, match="has no results: run `mote-cli eval"):

@@ -121,6 +121,22 @@ def test_a_data_set_nobody_published() -> None:
     assert nearest(ours) == []
 
 
+def test_a_mean_over_seeds_is_no_single_result() -> None:
+    ours = result(
+        dataset="hmdb51",
+        protocol="base-to-novel",
+        protocol_name="hmdb51-base-to-novel",
+        prompt_set="video",
+    )
+    assert comparable(ours, "ViCLIP-B/16") == []
+    near = nearest(ours | {"measure": "harmonic mean"}, "ViCLIP-B/16")
+    assert near[0].figure.value == 66.3
+    assert near[0].differs[:2] == (
+        "views: published unknown, ours 3x1",
+        "fusion: published unknown, ours softmax",
+    )
+
+
 def test_one_view_has_no_fusion_and_shots_must_agree() -> None:
     ours = result(
         dataset="hmdb51",
