@@ -288,10 +288,13 @@ def add_texts(
     Example: `mote-cli store add-texts my-store --prompts video`
     """
     from pipeline.descriptions import prompt_sets_from
+    from pipeline.prompts import prompt_sets_of
     from pipeline.store_growth import add_texts as run
 
     path = options.store_path(root, store)
-    prompt_sets = prompt_sets_from(prompts or [], descriptions or [], prompt_set_name)
+    prompt_sets = prompt_sets_of(
+        prompt_sets_from(prompts or [], descriptions or [], prompt_set_name)
+    )
     if not prompt_sets:
         raise UserError("add-texts needs --prompts SET|FILE.txt or --descriptions FILE.json")
     added = {

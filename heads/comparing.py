@@ -259,7 +259,7 @@ def _is_number(value: Any) -> bool:
 
 
 def saved_results(run_dir: Path) -> list[SavedResult]:
-    """The results kept under a run's `eval/`; other JSON files there are passed over, and logged."""
+    """The results kept under a run's `eval/`; other JSON files there are passed over, logged."""
     found = []
     for path in sorted((run_dir / EVAL_FOLDER).glob("*.json")):
         try:

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from featstore.errors import UserError, one_line
 from pipeline.prompts import (
-    PROMPT_SETS,
     TEMPLATES_SUFFIX,
     PromptSet,
-    as_prompt_set,
-    prompt_sets_of,
+    is_template_file,
     read_limited,
     read_templates,
     require_length,
@@ -62,23 +60,21 @@ def read_descriptions(
 
 def prompt_sets_from(
     prompts: Sequence[str], descriptions: Sequence[Path], name: str | None = None
-) -> tuple[PromptSet, ...]:
-    """The prompt sets of what a user named: sets and template files, and files of descriptions.
+) -> tuple[str | PromptSet, ...]:
+    """What a user named: sets by name, which stay names, template files, files of descriptions.
 
-    `name` is for the one that comes from a file. Raises UserError as the readers, when two have
-    one name, and for a name that could be that of several files or of none.
+    `name` is for the one that comes from a file. Raises UserError as the readers, and for a name
+    that could be that of several files or of none.
     """
-    files = [*(text for text in prompts if text not in PROMPT_SETS), *map(str, descriptions)]
+    files = [*filter(is_template_file, prompts), *map(str, descriptions)]
     if name is not None and len(files) != 1:
         raise UserError(
             f"--prompt-set-name {name!r} names the set of one file, and {len(files)} are given: "
             "name one file, or leave it out"
         )
-    return prompt_sets_of(
-        [
-            *(as_prompt_set(text, None if text in PROMPT_SETS else name) for text in prompts),
-            *(read_descriptions(path, name) for path in descriptions),
-        ]
+    return (
+        *(read_templates(Path(t), name) if is_template_file(t) else t for t in prompts),
+        *(read_descriptions(path, name) for path in descriptions),
     )
 
 

@@ -155,11 +155,16 @@ def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSe
         if name not in (None, prompts):
             raise UserError(f"prompt set {prompts!r} has its own name: leave {name!r} out")
         return named_prompt_set(prompts)
-    if prompts.lower().endswith(TEMPLATES_SUFFIX):
+    if is_template_file(prompts):
         return read_templates(Path(prompts), name)
     if prompts.lower().endswith(".json"):
         raise UserError(f"{prompts} is no template file: descriptions go with --descriptions FILE")
     return named_prompt_set(prompts)
+
+
+def is_template_file(text: str) -> bool:
+    """Whether `text` names a template file rather than a prompt set."""
+    return text not in PROMPT_SETS and text.lower().endswith(TEMPLATES_SUFFIX)
 
 
 def trained_prompt_set(name: str, templates: tuple[str, ...]) -> PromptSet:

@@ -14,6 +14,8 @@ from result_files import write_result
 from tiny_world import SHORT_TRAINING, WORDS, World, make_encoder
 
 from featstore import open_store
+from featstore.metadata import read_metadata
+from featstore.repair import repair_command
 from featstore.verify import verify
 from heads import load_head
 from heads.outcomes import write_outcomes
@@ -212,6 +214,10 @@ def test_extract_keeps_what_it_was_given(own: World, tmp_path: Path) -> None:
         store.class_text("own").embeddings, store.class_text("name").embeddings
     )
     assert done(*words)["partitions_done"] == 0
+    # The command that repairs a store names a set it has, whose file may be gone.
+    command = repair_command(store.path, read_metadata(store.path))
+    assert "--prompts mine" in command
+    assert done(*command.split()[1:], "--precision", "fp32")["partitions_done"] == 0
 
 
 def test_class_texts_of_another_encoder_are_refused(own: World) -> None:

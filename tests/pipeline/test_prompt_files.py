@@ -20,6 +20,7 @@ from pipeline.prompts import (
     PROMPT_SETS,
     PromptSet,
     as_prompt_set,
+    prompt_sets_of,
     read_templates,
     trained_prompt_set,
 )
@@ -86,9 +87,10 @@ def test_names_of_sets(tmp_path: Path) -> None:
     deep = tmp_path / "deep"
     deep.mkdir()
     other = text_file(deep, "a {}\n", "one.txt")
-    assert [p.name for p in prompt_sets_from(["video", str(one), str(one)], [])] == ["video", "one"]
+    found = prompt_sets_of(prompt_sets_from(["video", str(one), str(one)], []))
+    assert [prompts.name for prompts in found] == ["video", "one"]
     with pytest.raises(UserError, match="two prompt sets have the name 'one'"):
-        prompt_sets_from([str(one), str(other)], [])
+        prompt_sets_of(prompt_sets_from([str(one), str(other)], []))
 
 
 DESCRIPTIONS = {
