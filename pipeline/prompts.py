@@ -40,7 +40,7 @@ TEMPLATES_SUFFIX: Final = ".txt"
 # CLIP reads 77 tokens; limits that no such file comes near stop one that is something else.
 MAX_SENTENCE: Final = 1000
 MAX_TEMPLATES: Final = 1000
-TEMPLATES_LIMIT: Final = 2**20
+TEMPLATES_LIMIT: Final = 2**17  # bytes; the store keeps templates in 1 MiB of JSON
 _NAMED = 3  # how many of many an error names
 
 

@@ -152,9 +152,10 @@ def _longer(store: Store, prompt_set: str, dataset: Dataset, tower: Encoder) -> 
     prompts = PromptSet(prompt_set, held.templates or PROMPT_SETS.get(prompt_set, ()))
     if not prompts.templates:
         raise UserError(
-            f"{store.path} has class texts {prompt_set!r} with sentences for each class that it "
-            "does not keep, so those of new classes cannot be made: extract the data set as a new "
-            "store"
+            f"{store.path} has class texts {prompt_set!r} with sentences of each class that it "
+            "does not keep, so those of new classes cannot be made: remove its folder "
+            f"class_text/{prompt_set}, add the tars, and make the class texts again with "
+            "`mote-cli store add-texts --descriptions`"
         )
     made = class_text(tower, dataset.class_names, prompts)
     rows = np.concatenate([held.embeddings, made.embeddings[len(held.names) :]])

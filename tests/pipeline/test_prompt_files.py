@@ -62,7 +62,7 @@ def test_a_template_file(tmp_path: Path) -> None:
         ("{}\na {}\n{}\n", "line 3: '{}' is line 1 again"),
         ("{}" + "x" * MAX_SENTENCE, "line 1: a sentence has 1002 characters"),
         (b"\xff{}\n", "is not UTF-8"),
-        ("{} x\n" * 300_000, "has more than 1048576 bytes"),
+        ("{} x\n" * 300_000, "has more than 131072 bytes"),
         ("".join(f"{{}} {i}\n" for i in range(1001)), "has 1001 sentences"),
     ],
 )
