@@ -330,7 +330,8 @@ def _report(
 
     rows = [{**r.to_json(), "file": str(save_result(r, run_dir))} for r, run_dir in measured]
     for gap in missing:
-        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}; {gap['remedy']}")
+        remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
+        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}{remedy}")
     result = measured[0][0]
     beside = published_beside(workspace, rows[0])
     if json:
