@@ -80,7 +80,11 @@ def tradeoff(
     )
     figure = out or workspace.root / FIGURE
     tradeoff_plot(
-        [row.to_json() for row in table.rows if row.complete],
+        [
+            {**row.to_json(), "head": " ".join((row.head, *row.setting.changes))}
+            for row in table.rows
+            if row.complete
+        ],
         figure,
         closeset=f"{table.closeset} close-set",
         zeroshot=_zeroshot_title(table),
@@ -107,13 +111,13 @@ def _print(table: Tradeoff) -> None:
     print_table(
         f"Close-set {table.closeset} against zero-shot {', '.join(table.zeroshot)}: top-1 in "
         "per cent",
-        ["head", "modulation", table.closeset, *table.zeroshot]
+        ["head", "modulation, settings", table.closeset, *table.zeroshot]
         + (["harmonic mean"] if several else [])
         + ["trade-off"],
         [
             [
                 row.head,
-                "on" if row.modulated else "off",
+                row.setting.text,
                 _shown(row.closeset_top1),
                 *(_shown(None if result is None else result.top1) for result in row.zeroshot),
                 *([_shown(row.zeroshot_top1)] if several else []),

@@ -23,7 +23,13 @@ Role = Literal["closeset", "zeroshot"]
 PAPER_CLOSESET: Final = "k400"
 PAPER_ZEROSHOT: Final = ("ucf101", "hmdb51", "k600")
 # What one head must have in common over its columns: else they are not of one model.
-_OF_ONE_HEAD: Final = ("head_fingerprint", "encoder_fingerprint", "blend", "ensemble")
+_OF_ONE_HEAD: Final = ("head_fingerprint", "encoder_fingerprint", "blend")
+# Settings of the score that a sweep varies, with their usual values (MoTE's).
+_USUAL: Final[Mapping[str, Any]] = {
+    "modulation_neighbours": 5,
+    "modulation_temperature": 0.05,
+    "ensemble": None,
+}
 
 
 def harmonic_mean(accuracies: Sequence[float]) -> float:
@@ -44,15 +50,58 @@ def tradeoff_score(closeset: float, zeroshot: Sequence[float]) -> float:
     return harmonic_mean([closeset, harmonic_mean(zeroshot)])
 
 
+@dataclass(frozen=True, order=True)
+class Setting:
+    """How scores were made of a head's features; a head has a row for each."""
+
+    modulated: bool
+    changes: tuple[str, ...]
+    """What is not as usual, "temperature 0.1": sweeps leave such results."""
+
+    @classmethod
+    def of(cls, result: SavedResult) -> Setting:
+        """That of a result; what its file does not say was not to be chosen when it was written."""
+        changes = [
+            f"{name.removeprefix('modulation_')} {result.values[name]:g}"
+            for name, usual in _USUAL.items()
+            if result.values.get(name) not in (None, usual)
+        ]
+        known = PROTOCOLS.get(result.protocol_name or result.role)
+        fusion = result.values.get("fusion")
+        if known is not None and fusion != known.fusion:
+            changes.append(f"fusion {fusion}")
+        return cls(result.modulated, tuple(changes))
+
+    @property
+    def text(self) -> str:
+        """ "on", "off", "on, temperature 0.1"."""
+        return ", ".join(("on" if self.modulated else "off", *self.changes))
+
+    @property
+    def options(self) -> str:
+        """What `mote-cli eval` takes for it, with a space before."""
+        own = "" if self.modulated else " --no-modulate"
+        names = {"neighbours": "modulation-neighbours", "temperature": "modulation-temperature"}
+        for change in self.changes:
+            name, value = change.split()
+            own += f" --{names.get(name, name)} {value}"
+        return own
+
+
 @dataclass(frozen=True)
 class TradeoffRow:
-    """One head, with or without modulation; percent, unrounded, None where a result is missing."""
+    """One head in one setting; percent, unrounded, None where a result is missing."""
 
     head: str
-    modulated: bool
+    setting: Setting
     closeset: SavedResult | None
     zeroshot: tuple[SavedResult | None, ...]
     """In the order of the zero-shot sets asked for."""
+
+    @property
+    def modulated(self) -> bool:
+        """Whether the head was modulated."""
+        return self.setting.modulated
 
     @property
     def complete(self) -> bool:
@@ -91,6 +140,7 @@ class TradeoffRow:
         return {
             "head": self.head,
             "modulated": self.modulated,
+            "setting": self.setting.text,
             "closeset_top1": self.closeset_top1,
             "closeset_file": None if self.closeset is None else str(self.closeset.path),
             "zeroshot": found,
@@ -132,7 +182,7 @@ def collect(
     zeroshot: Sequence[str] = (),
     allow_mixed: bool = False,
 ) -> Tradeoff:
-    """The newest results under `eval/` of the run folders, one row per head and modulation.
+    """The newest results under `eval/` of the run folders, one row per head and setting.
 
     `closeset` and `zeroshot` name data sets or protocols (docs/protocols.md); by default those of
     the paper where there are results on them, else every data set with results. Raises UserError
@@ -148,9 +198,11 @@ def collect(
     rows: list[TradeoffRow] = []
     missing: list[str] = []
     for head, results in found.items():
-        settings = sorted({result.modulated for result in results}) or [False]
-        made = [_row(head, modulated, results, close, zero) for modulated in settings]
-        for row in [row for row in made if row.begun] or made[-1:]:
+        settings = sorted({Setting.of(result) for result in results}) or [Setting(False, ())]
+        made = [_row(head, setting, results, close, zero) for setting in settings]
+        # A sweep leaves settings that were measured on one set only, and nobody asked for more.
+        begun = [row for row in made if row.begun and (row.complete or not row.setting.changes)]
+        for row in begun or made[-1:]:
             if row.complete:
                 _require_one_head(row)
             rows.append(row)
@@ -177,18 +229,18 @@ def _newest(results: Sequence[SavedResult]) -> list[SavedResult]:
 
 def _row(
     head: str,
-    modulated: bool,
+    setting: Setting,
     results: Sequence[SavedResult],
     closeset: str,
     zeroshot: Sequence[str],
 ) -> TradeoffRow:
     def newest(role: Role, name: str) -> SavedResult | None:
-        fitting = (r for r in results if r.modulated == modulated and _is(r, role, name))
+        fitting = (r for r in results if Setting.of(r) == setting and _is(r, role, name))
         return next(fitting, None)
 
     return TradeoffRow(
         head,
-        modulated,
+        setting,
         newest("closeset", closeset),
         tuple(newest("zeroshot", name) for name in zeroshot),
     )
@@ -225,10 +277,10 @@ def _missing(row: TradeoffRow, closeset: str, zeroshot: Sequence[str]) -> list[s
     wanted += [
         ("zeroshot", name, result) for name, result in zip(zeroshot, row.zeroshot, strict=True)
     ]
-    off = "" if row.modulated or row.head == "mean" else " --no-modulate"
+    chosen = "" if row.head == "mean" else row.setting.options
     return [
         f"{row.head} has no {role} result on {name}: `mote-cli eval "
-        f"{'--protocol' if name in PROTOCOLS else f'--{role}'} {name} --head {row.head}{off}`"
+        f"{'--protocol' if name in PROTOCOLS else f'--{role}'} {name} --head {row.head}{chosen}`"
         for role, name, result in wanted
         if result is None
     ]

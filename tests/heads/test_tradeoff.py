@@ -120,6 +120,24 @@ def test_the_newest_result_counts_and_modulation_is_a_row(tmp_path: Path) -> Non
     assert off.closeset_top1 == 79.0
 
 
+def test_sweeps_leave_no_gaps_and_are_not_mixed_in(tmp_path: Path) -> None:
+    run = whole(tmp_path / "b16", 83.0, 83.4, 55.8, 70.2)
+    zeroshot(run, "hmdb51", 58.0, time=7, ensemble=0.5)
+    zeroshot(run, "hmdb51", 57.0, time=8, modulation_temperature=0.1)
+    zeroshot(run, "hmdb51", 56.0, time=9, fusion="features")
+    table = collect([run])
+    (row,) = table.rows
+    assert (row.setting.text, row.zeroshot[1].top1 if row.zeroshot[1] else 0) == ("on", 55.8)
+    assert table.missing == ()
+    for name in ("ucf101", "k600"):
+        zeroshot(run, name, 80.0, time=7, ensemble=0.5)
+    closeset(run, 84.0, time=7, ensemble=0.5)
+    plain, mixed = collect([run]).rows
+    assert (plain.setting.text, mixed.setting.text) == ("on", "on, ensemble 0.5")
+    assert mixed.setting.options == " --ensemble 0.5"
+    assert mixed.to_json()["setting"] == "on, ensemble 0.5"
+
+
 def test_what_is_missing_comes_with_its_command(tmp_path: Path) -> None:
     run = whole(tmp_path / "b16", 83.0, 83.4, 55.8, 70.2)
     closeset(tmp_path / "part", 80.0)
