@@ -9,7 +9,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.class_folders import has_class_folders, read_class_folders
-from pipeline.annotations.class_names import natural_class_name
+from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_class_name
 from pipeline.annotations.hmdb51 import is_hmdb51, read_hmdb51
 from pipeline.annotations.kinetics import is_kinetics, read_kinetics
 from pipeline.annotations.label_names import is_name_file
@@ -108,6 +108,7 @@ def read_listing(
     class_names_file: Path | None = None,
     *,
     leave_out: Path | None = None,
+    naming: Naming = USUAL_NAMING,
 ) -> Listing:
     """All videos of a data set: from annotations, or from class folders.
 
@@ -115,7 +116,8 @@ def read_listing(
     a known name without `annotations`, the official files are looked for in and beside the videos
     folder; where there are none, class folders are taken as they are and that is noted.
     `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
-    rows and the share of files found are logged.
+    rows and the share of files found are logged. `naming` says what becomes of a file of class
+    names that contradicts the videos.
     Raises UserError when there is nothing to read or what is there contradicts itself.
     """
     known = KNOWN_DATASETS.get(name.lower())
@@ -124,7 +126,7 @@ def read_listing(
         raise UserError(f"file of class names {str(class_names_file)!r} does not exist")
     found = _official_files(known.format, videos_dir) if known and annotations is None else []
     if annotations is not None:
-        listing = _read_annotations(annotations, folder, class_names_file)
+        listing = _read_annotations(annotations, folder, class_names_file, naming)
     elif known and found:
         _refuse_class_names(class_names_file, known.title)
         logger.info("annotations found in %s", found[0].parent)
@@ -143,6 +145,11 @@ def read_listing(
                 f"are packed as they are; name {known.files} with --annotations for the official "
                 "splits"
             )
+    if naming.label_map == "as-published" and not listing.label_map:
+        listing.notes.append(
+            "--label-map as-published changes nothing here: no file of class names contradicts "
+            "the videos"
+        )
     if not listing.records:
         example = listing.missing[0]
         raise UserError(
@@ -155,7 +162,9 @@ def read_listing(
     return listing
 
 
-def _read_annotations(path: Path, folder: VideoFolder, class_names_file: Path | None) -> Listing:
+def _read_annotations(
+    path: Path, folder: VideoFolder, class_names_file: Path | None, naming: Naming
+) -> Listing:
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -178,7 +187,7 @@ def _read_annotations(path: Path, folder: VideoFolder, class_names_file: Path | 
             return official.read(own, folder)
     if path.is_dir():
         files = [file for file in files if _may_be_list(file)]
-    return read_lists(files, folder, class_names_file)
+    return read_lists(files, folder, class_names_file, naming.label_map)
 
 
 def _refuse_class_names(class_names_file: Path | None, where: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable
+from pipeline.annotations.class_names import LabelMap, comparable
 from pipeline.annotations.label_names import (
     correct_names,
     is_name_file,
@@ -77,9 +77,15 @@ class ListRow:
 
 
 def read_lists(
-    files: Sequence[Path], folder: VideoFolder, class_names_file: Path | None = None
+    files: Sequence[Path],
+    folder: VideoFolder,
+    class_names_file: Path | None = None,
+    label_map: LabelMap = "corrected",
 ) -> Listing:
     """All rows of the lists; integer labels get names from a file or from consistent folders.
+
+    A file of names that exchanges some against the videos is corrected, or kept `label_map`
+    "as-published"; the listing says which.
 
     Raises UserError for a line without a label, a table of unknown shape, a number that the file
     of names does not hold, and numbers and names mixed as labels.
@@ -94,7 +100,7 @@ def read_lists(
     rows = [row for path in lists for row in read_list(path, folder)]
     found = [folder.find_listed(row.path, row.splits[0] if row.splits else None) for row in rows]
     paths = [path for path, _ in found]
-    names, order = _label_names(rows, paths, class_names_file, folder, builder)
+    names, order = _label_names(rows, paths, class_names_file, folder, builder, label_map)
     for row, (path, reason) in zip(rows, found, strict=True):
         listed = normal_path(row.path, folder.root)
         name = path if path is not None and listed.startswith(("/", "../")) else listed
@@ -238,6 +244,7 @@ def _label_names(
     class_names_file: Path | None,
     folder: VideoFolder,
     builder: ListingBuilder,
+    label_map: LabelMap,
 ) -> tuple[dict[str, str], list[str] | None]:
     """The raw class name of every label text, and the class order (None: sorted by name)."""
     labels = sorted({row.label for row in rows})
@@ -271,7 +278,7 @@ def _label_names(
                 f"label {absent[0]} has no name in {str(class_names_file)!r}, which holds "
                 f"{min(names)} to {max(names)}: name the file that belongs to the list"
             )
-        names = correct_names(names, evidence, builder.note)
+        names, builder.label_map = correct_names(names, evidence, builder.note, label_map)
     else:
         names = names_from_folders(evidence)
         if names is None:
