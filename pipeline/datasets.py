@@ -16,6 +16,7 @@ from pipeline.annotations.label_names import is_name_file
 from pipeline.annotations.lists import LIST_SUFFIXES, read_lists
 from pipeline.annotations.records import Listing
 from pipeline.annotations.ssv2 import is_ssv2, read_ssv2
+from pipeline.annotations.text_files import list_files
 from pipeline.annotations.ucf101 import is_ucf101, read_ucf101
 from pipeline.annotations.video_folder import VideoFolder
 
@@ -168,11 +169,11 @@ def _read_annotations(
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = _files_in(path)
+        files = list_files(path)
         # An unpacked archive may keep its files one or two folders further down.
         deeper = (below for below in sorted(path.rglob("*")) if below.is_dir())
         while not _recognised(files) and (below := next(deeper, None)) is not None:
-            files = _files_in(below)
+            files = list_files(below)
         if not _recognised(files):
             raise UserError(
                 f"no annotation files of a known format in {str(path)!r}: it needs CSV, TSV, text "
@@ -209,22 +210,11 @@ def _recognised(files: Sequence[Path]) -> bool:
     )
 
 
-def _files_in(folder: Path) -> list[Path]:
-    try:
-        return sorted(
-            path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-        )
-    except OSError as error:
-        raise UserError(
-            f"cannot read folder {str(folder)!r}: {error.strerror}; make it readable"
-        ) from error
-
-
 def _official_files(official: _Format, videos_dir: Path) -> list[Path]:
     """The official annotation files in the usual places in, beside and above the videos folder."""
     for place in _usual_places(official, videos_dir):
         if place.is_dir():
-            files = [path for path in _files_in(place) if official.recognises(path)]
+            files = [path for path in list_files(place) if official.recognises(path)]
             if files:
                 return files
     return []

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable
@@ -115,7 +116,14 @@ def read_lists(
     return builder.build(order)
 
 
-def read_list(path: Path, folder: VideoFolder) -> list[ListRow]:
+class Finder(Protocol):
+    """What finds a listed video: a folder of videos, or the keys of a data set."""
+
+    def find_listed(self, listed: str, split: str | None = None) -> tuple[str | None, str]:
+        """The video that a list's entry means, or (None, why not)."""
+
+
+def read_list(path: Path, folder: Finder) -> list[ListRow]:
     """The rows of one list, with the separator under which most of its files are found."""
     lines = read_lines(path)
     if not lines:
@@ -160,9 +168,7 @@ def _refuse_uneven(path: Path) -> None:
         )
 
 
-def _split_at_spaces(
-    lines: Sequence[tuple[int, str]], folder: VideoFolder
-) -> list[list[str]] | None:
+def _split_at_spaces(lines: Sequence[tuple[int, str]], folder: Finder) -> list[list[str]] | None:
     """`path label` or `path frames label` lines; a path may hold spaces, so may a label's name."""
     table = []
     for _, text in lines:
