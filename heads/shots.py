@@ -72,6 +72,64 @@ def draw_shots(
     return ShotDraw(np.array(sorted(chosen), np.int64), short)
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """What of a store a head is trained on; as `heads.training.train_head` takes it.
+
+    `words` say it for records and `suffix` for the names of runs.
+    """
+
+    rows: RowArray
+    classes: RowArray | None
+    words: str
+    suffix: str
+    repeats: int
+
+
+def choose_training_set(
+    store: Store,
+    rows: npt.ArrayLike,
+    *,
+    split: str | None,
+    shots: int | None = None,
+    draw_seed: int = 1,
+    half: str = "all",
+    repeat: str = "1",
+) -> TrainingSet:
+    """Of array rows `rows`, those of all classes or one half of them, all or `shots` per class.
+
+    `half` is "all", "base" or "novel" (`frequency_halves` of `rows`); `repeat` a number or "full".
+    UserError for other words.
+    """
+    if half not in ("all", "base", "novel"):
+        raise UserError(f"classes {half!r} are unknown: choose all, base or novel")
+    full = np.unique(np.asarray(rows, np.int64))
+    classes = None
+    words = [split or "all videos"]
+    if half != "all":
+        labels = store.labels[store.positions(full)]
+        classes = frequency_halves(labels, store.class_names)[half == "novel"]
+        full = rows_of_classes(store, full, classes)
+    chosen = full
+    if shots is not None:
+        chosen = draw_shots(store, full, shots, draw_seed, classes).rows
+        words.append(f"{shots} videos per class (draw {draw_seed})")
+    if half != "all":
+        words.append(f"the {len(classes if classes is not None else ())} {half} classes")
+    repeats = repeat_factor(len(full), len(chosen)) if repeat == "full" else _whole(repeat)
+    if repeats > 1:
+        words.append(f"repeated {repeats} times")
+    suffix = "" if half == "all" else f"-{half}"
+    suffix += "" if shots is None else f"-k{shots}-s{draw_seed}"
+    return TrainingSet(chosen, classes, ", ".join(words), suffix, repeats)
+
+
+def _whole(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise UserError(f"repeat {text!r} is not understood: give a number from 1 up, or full")
+    return int(text)
+
+
 def frequency_halves(
     labels: npt.ArrayLike, class_names: Sequence[str]
 ) -> tuple[RowArray, RowArray]:
@@ -121,11 +179,6 @@ def require_no_leak(
         )
     log.warning("%s: the result is no test of new videos", words)
     return len(both)
-
-
-def harmonic_mean(values: Sequence[float]) -> float:
-    """Harmonic mean of values from 0 up; 0 when one is 0."""
-    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
 def _place(seed: int, key: str) -> tuple[bytes, str]:
