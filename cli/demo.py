@@ -102,8 +102,9 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
     from featstore import open_store
     from heads.checkpoints import load_head
     from heads.config import HeadKind
-    from heads.evaluation import closeset_splits, evaluate_store, zeroshot_splits
+    from heads.evaluation import evaluate_store
     from heads.model import TemporalHead
+    from heads.protocols import closeset_tests, zeroshot_tests
     from heads.recipes import load_recipe
     from heads.training import train_head, training_rows
     from pipeline.demo_clip import ENCODER_NAME, make_encoder_folder
@@ -163,15 +164,15 @@ def run_world(workspace: Workspace, seed: int) -> list[dict[str, float]]:
     for row in ROWS:
         top1 = {}
         for protocol, kind, choose in (
-            ("closeset", "known", closeset_splits),
-            ("zeroshot", "new", zeroshot_splits),
+            ("closeset", "known", closeset_tests),
+            ("zeroshot", "new", zeroshot_tests),
         ):
             top1[protocol] = evaluate_store(
                 stores[kind],
                 heads[row.head],
                 protocol=protocol,
                 dataset=stores[kind].provenance.dataset,
-                splits=choose(stores[kind]),
+                tests=choose(stores[kind]),
                 head_name=row.head,
                 modulate=row.modulated,
                 device="cpu",

@@ -57,13 +57,10 @@ def evaluate(
 
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
-    from heads.evaluation import (
-        closeset_splits,
-        count_views,
-        evaluate_store,
-        save_result,
-        zeroshot_splits,
-    )
+    from heads.evaluation import evaluate_store
+    from heads.fitting import count_views
+    from heads.protocols import closeset_tests, zeroshot_tests
+    from heads.results import save_result
 
     if (closeset is None) == (zeroshot is None):
         raise UserError("eval takes exactly one of --closeset NAME and --zeroshot NAME")
@@ -84,14 +81,14 @@ def evaluate(
         name=store_name,
         encoder=None if origin is None else origin.encoder,
     )
-    choose = closeset_splits if protocol == "closeset" else zeroshot_splits
+    choose = closeset_tests if protocol == "closeset" else zeroshot_tests
     with progress_of("eval", "videos") as progress:
         result = evaluate_store(
             store,
             model,
             protocol=protocol,
             dataset=dataset,
-            splits=choose(store, split),
+            tests=choose(store, split),
             head_name=run_dir.name,
             views=views,
             modulate=modulate,

@@ -45,7 +45,7 @@ def export(
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
     from heads.checkpoints import describe_run
-    from heads.evaluation import check_encoder
+    from heads.fitting import check_encoder
     from heads.imported_run import imported_tower
     from heads.official import save_official_checkpoint
     from heads.portable import save_merged_head, save_onnx

@@ -49,7 +49,8 @@ def predict(
     """
     import torch
 
-    from heads.evaluation import can_modulate, check_encoder, mean_head, predict_scores
+    from heads.fitting import check_encoder, mean_head
+    from heads.scoring import can_modulate, predict_scores
     from pipeline.clip_encoder import load_encoder
     from pipeline.decoding import decoder_named
     from pipeline.decoding.contract import DecodeError

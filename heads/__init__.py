@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heads.checkpoints import load_head, save_head
 from heads.config import HeadConfig, HeadOrigin, RoutingDraw
-from heads.evaluation import EvalResult, evaluate_store, predict_scores
+from heads.evaluation import evaluate_many, evaluate_store
 from heads.losses import LossTerms, mote_loss
 from heads.model import TemporalHead, TrainingPass, build_head
 from heads.official import (
@@ -13,6 +13,9 @@ from heads.official import (
     official_checkpoint,
     save_official_checkpoint,
 )
+from heads.protocols import PROTOCOLS, Protocol, TestSet, build_test_sets
+from heads.results import EvalResult, RunFacts, save_result
+from heads.scoring import Scoring, predict_scores
 from heads.training import TrainConfig, TrainSummary, train_head
 
 __all__ = [
@@ -21,12 +24,19 @@ __all__ = [
     "HeadOrigin",
     "ImportedCheckpoint",
     "LossTerms",
+    "PROTOCOLS",
+    "Protocol",
     "RoutingDraw",
+    "RunFacts",
+    "Scoring",
     "TemporalHead",
+    "TestSet",
     "TrainConfig",
     "TrainSummary",
     "TrainingPass",
     "build_head",
+    "build_test_sets",
+    "evaluate_many",
     "evaluate_store",
     "import_official_checkpoint",
     "load_head",
@@ -35,5 +45,6 @@ __all__ = [
     "predict_scores",
     "save_head",
     "save_official_checkpoint",
+    "save_result",
     "train_head",
 ]

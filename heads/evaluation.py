@@ -7,289 +7,138 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch.nn import functional
 
-from featstore.durable import write_json
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.records import ClassText
-from featstore.schema import STATUS_OK, RowArray
+from featstore.schema import STATUS_OK
 from featstore.segments import segment_positions
 from heads.checkpoints import head_fingerprint
-from heads.config import HeadConfig, HeadOrigin
-from heads.model import TemporalHead, build_head
-from heads.modulation import require_neighbours
-from heads.precision import Precision, autocast, resolve_device, resolve_precision
-from heads.scoring import (
-    BATCH_FRAMES,
-    TOP_K,
-    Fusion,
-    HalfClassResult,
-    can_modulate,
-    fuse_views,
-    fused,
-    half_class_accuracy,
-    predict_scores,
-    ranks,
-    topk,
-    view_cosines,
-    view_features,
+from heads.config import HeadConfig
+from heads.fitting import (
+    check_candidates,
+    check_class_text,
+    check_complete,
+    check_fits,
+    default_prompt_set,
+    knows_classes,
+    mean_head,
+    views_of,
 )
-from heads.text_classifier import SAME_CLASS, class_cosines
-
-__all__ = [
-    "EvalResult",
-    "Fusion",
-    "HalfClassResult",
-    "SplitResult",
-    "can_modulate",
-    "check_encoder",
-    "check_fits",
-    "closeset_splits",
-    "count_views",
-    "evaluate_store",
-    "fuse_views",
-    "half_class_accuracy",
-    "mean_head",
-    "predict_scores",
-    "save_result",
-    "topk",
-    "view_cosines",
-    "view_features",
-    "views_of",
-    "zeroshot_splits",
-]
+from heads.measuring import ClipFeatures, Measurement
+from heads.model import TemporalHead
+from heads.precision import Precision, resolve_device, resolve_precision
+from heads.protocol_types import LabelIds, TestSet
+from heads.protocols import Protocol, count_notes, listed_rows, protocol_named
+from heads.results import EvalResult, RunFacts, SplitDetail, SplitResult
+from heads.scoring import TOP_K, Fusion, Scoring
 
 log = logging.getLogger(__name__)
 
-ALL_ROWS = "all"
-_NUMBERED_TEST = re.compile(r"test\d+")
-
-
-@dataclass(frozen=True)
-class SplitResult:
-    """Accuracy in percent over the samples of one split that could be evaluated."""
-
-    split: str
-    n_listed: int
-    n_evaluated: int
-    n_failed: int
-    top1: float
-    top5: float | None
-    """None with fewer than five classes."""
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """One evaluation, with what is needed to compare it with another.
-
-    Over several splits, `top1` and `top5` are means of the splits' and the counts are of distinct
-    samples. `mean` and `std` (population) are of the splits' top-1.
-    """
-
-    protocol: str
-    dataset: str
-    head: str
-    n_listed: int
-    n_evaluated: int
-    n_failed: int
-    top1: float
-    top5: float | None
-    views: str
-    """Clips x crops, for example "4x3"."""
-    sampling: str
-    """Sampling of the store, for example "clips:8x4"."""
-    frames: int
-    """T, frames per view the head was given."""
-    prompt_set: str
-    encoder: str
-    encoder_fingerprint: str
-    per_split: tuple[SplitResult, ...]
-    mean: float
-    std: float
-    mean_top5: float | None
-    std_top5: float | None
-    kind: str
-    modulate: bool
-    fusion: str
-    n_classes: int
-    n_classes_trained: int | None
-    """Tested classes whose name the head was trained on; None when that is not known."""
-    head_fingerprint: str
-    list_hash: str
-    """Hash of the keys listed, in the store's order."""
-    class_names_hash: str
-    prompts_hash: str
-    dataset_fingerprint: str
-    preprocessing: dict[str, Any]
-    encoder_precision: str
-    decoder: str
-    device: str
-    precision: str
-    """Arithmetic of the head: "fp32" or "bf16"."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
-        return {**asdict(self), "per_split": [asdict(split) for split in self.per_split]}
-
-
-def closeset_splits(store: Store, split: str | None = None) -> dict[str, RowArray]:
-    """Rows of the split a close-set evaluation uses: the one named, else "val", else "test".
-
-    Raises UserError when there is none of that name, or neither val nor test.
-    """
-    if split is not None:
-        return {split: store.split(split)}
-    for name in ("val", "test"):
-        if name in store.split_names:
-            return {name: store.split(name)}
-    if not store.split_names:
-        raise UserError(
-            f"{store.path.name} has no splits: pack the videos under train/ and val/, or evaluate "
-            "all of them with --zeroshot"
-        )
-    raise UserError(
-        f"{store.path.name} has neither a val nor a test split (it has "
-        f"{', '.join(store.split_names)}): name one with --split"
-    )
-
-
-def zeroshot_splits(store: Store, split: str | None = None) -> dict[str, RowArray]:
-    """Rows of the splits a zero-shot evaluation uses.
-
-    The one named; else test1, test2, ... of data sets with several official test lists (HMDB51,
-    UCF101: the number reported is their mean); else all rows.
-    """
-    if split is not None:
-        return {split: store.split(split)}
-    numbered = sorted(name for name in store.split_names if _NUMBERED_TEST.fullmatch(name))
-    if len(numbered) > 1:
-        return {name: store.split(name) for name in numbered}
-    return {ALL_ROWS: store.rows}
-
-
-def views_of(store: Store) -> str:
-    """The store's views as "clips x crops" text, for example "4x3"."""
-    crops = store.provenance.crops
-    return f"{store.schema.views // crops}x{crops}"
-
-
-def count_views(text: str) -> int:
-    """Number of views of "clips x crops" text: "4x3" is 12. Raises UserError for other text."""
-    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
-    if match is None:
-        raise UserError(f"views {text!r} are not understood: write CLIPSxCROPS, for example 4x3")
-    return int(match[1]) * int(match[2])
-
-
-def save_result(result: EvalResult, run_dir: Path) -> Path:
-    """Keep a result under `run_dir/eval`, one file per measurement; measuring again replaces it."""
-    parts = [result.protocol, result.dataset, *(part.split for part in result.per_split)]
-    parts += [result.views, result.sampling.replace(":", ""), result.prompt_set, result.fusion]
-    parts += ["modulated" if result.modulate else "plain"]
-    path = run_dir / "eval" / f"{'--'.join(parts)}.json"
-    write_json(path, result.to_json())
-    return path
-
-
-def check_fits(head: TemporalHead, store: Store) -> None:
-    """Raise UserError when `head` was trained on features of another encoder than the store's."""
-    provenance = store.provenance
-    if head.config.dim != provenance.dim:
-        raise UserError(
-            f"the head takes embeddings of width {head.config.dim} and {store.path.name} holds "
-            f"{provenance.dim} ({provenance.encoder}): extract with the head's encoder"
-        )
-    if head.origin is not None:
-        check_encoder(head.origin, provenance.encoder, provenance.encoder_fingerprint)
-
-
-def check_encoder(origin: HeadOrigin, encoder: str, fingerprint: str) -> None:
-    """Raise UserError when features of `encoder` are not those the head was trained on."""
-    if origin.encoder_fingerprint != fingerprint:
-        raise UserError(
-            f"the head was trained on features of {origin.encoder} (weights "
-            f"{origin.encoder_fingerprint[:12]}), these come from {encoder} (weights "
-            f"{fingerprint[:12]}): use the head's encoder"
-        )
-
-
-def mean_head(dim: int, logit_scale: float = 100.0) -> TemporalHead:
-    """The head without parameters: a video is the mean of its frames, as CLIP would have it."""
-    return build_head(HeadConfig(kind="mean", dim=dim), logit_scale=logit_scale)
+NO_FILE: Final = "no such file"
+"""How the reason of a listed video begins whose file was not there when it was packed."""
 
 
 def evaluate_store(
     store: Store,
     head: TemporalHead | None,
     *,
-    protocol: str,
+    protocol: Protocol | str,
     dataset: str,
-    splits: Mapping[str, npt.ArrayLike],
+    tests: Sequence[TestSet],
+    fusion: Fusion | None = None,
+    modulate: bool = True,
+    modulation_neighbours: int | None = None,
+    modulation_temperature: float | None = None,
+    ensemble: float | None = None,
+    **options: Any,
+) -> EvalResult:
+    """Accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
+
+    `protocol` is one of `heads.protocols` or its name, `tests` its test sets (`build_test_sets`). The
+    score settings are those of `Scoring.of_head`; `fusion` defaults to the protocol's. `options`
+    and errors are those of `evaluate_many`.
+    """
+    config = HeadConfig(kind="mean", dim=store.provenance.dim) if head is None else head.config
+    named = protocol_named(protocol) if isinstance(protocol, str) else protocol
+    scoring = Scoring.of_head(
+        config,
+        fusion=fusion or named.fusion,
+        modulate=modulate,
+        neighbours=modulation_neighbours,
+        temperature=modulation_temperature,
+        ensemble=ensemble,
+    )
+    (result,) = evaluate_many(
+        store, head, [scoring], protocol=named, dataset=dataset, tests=tests, **options
+    )
+    return result
+
+
+def evaluate_many(
+    store: Store,
+    head: TemporalHead | None,
+    scorings: Sequence[Scoring],
+    *,
+    protocol: Protocol | str,
+    dataset: str,
+    tests: Sequence[TestSet],
     head_name: str = "mean",
     views: str | None = None,
-    modulate: bool = True,
     prompt_set: str | None = None,
-    fusion: Fusion = "softmax",
     frames: int | None = None,
+    clip_store: Store | None = None,
+    facts: RunFacts | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     progress: ProgressSink = no_progress,
-) -> EvalResult:
-    """Accuracy of `head` (None: CLIP's mean of frames) on array rows of `store`.
+) -> list[EvalResult]:
+    """One result per entry of `scorings`, all from one pass of the head over the store.
 
-    `splits`: array rows by split name (`closeset_splits`, `zeroshot_splits`). Every listed row
-    counts once per split: evaluated, or failed in extraction. Rows shared by splits are computed
-    once. All of the store's views are fused; `views` ("4x3") only checks that they are as expected.
-    `prompt_set` defaults to the head's, else to the store's only one. `frames` defaults to what
-    the head was trained with, else to all stored ones; fewer than stored are taken at even steps.
+    Every listed row counts once per test set: evaluated, or failed in extraction. Rows shared by
+    test sets are computed once. All of the store's views are fused; `views` ("4x3") only checks
+    that they are as expected. `prompt_set` defaults to the head's, else to the store's only one.
+    `frames` defaults to what the head was trained with, else to all stored ones; fewer than stored
+    are taken at even steps. `clip_store` holds raw CLIP features of the same keys and views: an
+    ensemble takes CLIP's part from it (default: from `store` itself). `facts` go into the record.
     The head runs in `precision`, by default in bfloat16 where that is much faster (wide heads on
     processors that multiply it); means over frames, cosines and scores are float32 in any case.
 
+    In a process group (`torch.distributed`) every process evaluates each world-th row and all of
+    them return the same results: no row is repeated, and the counts are those of one process.
+
     Raises UserError when head and store do not fit, the views are others, a close-set head knows
-    other classes, modulation has fewer than five classes, or no row can be evaluated; WorkError
-    when the store is not complete or a score is not finite.
+    other classes, a video's class is no candidate, modulation has fewer classes than it compares,
+    or no row can be evaluated; WorkError when a store is not complete or a score is not finite.
     """
-    store.require_embeddings()
-    if not store.complete:
-        raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+    named = protocol_named(protocol) if isinstance(protocol, str) else protocol
+    check_complete(store)
     if views is not None and views != views_of(store):
         raise UserError(
             f"{store.path.name} has {views_of(store)} views, {views} were asked for: choose or "
             "extract a store with those"
         )
+    if not tests:
+        raise UserError(f"no split of {store.path.name} was chosen: name one with --split")
     where = resolve_device(device)
     provenance = store.provenance
     arithmetic = resolve_precision(precision, provenance.dim, where)
     model = head or mean_head(provenance.dim, provenance.logit_scale)
     check_fits(model, store)
-    if prompt_set is None:
-        prompt_set = _default_prompt_set(store, model)
+    prompt_set = prompt_set or default_prompt_set(store, model)
     text = store.class_text(prompt_set)
-    names = None if model.origin is None else model.origin.class_names
-    trained = None if names is None else set(names)
-    if protocol == "closeset" and not _knows_classes(model, text):
+    check_class_text(model, text, prompt_set)
+    if named.kind == "closeset" and not knows_classes(model, text):
         raise UserError(
             f"{head_name} was trained on {model.training_class_embeddings.shape[0]} classes that "
             f"are not the {len(text.names)} of {dataset}: evaluate it with --zeroshot {dataset}"
         )
-    modulate = modulate and model.config.modulates
-    if modulate:
-        require_neighbours(
-            len(text.names),
-            model.training_class_embeddings.shape[0],
-            model.config.modulation_neighbours,
-        )
+    check_candidates(tests, scorings, text, model)
 
     stored = store.schema.frames
     wanted = frames or (model.origin.frames if model.origin is not None else stored)
@@ -297,122 +146,202 @@ def evaluate_store(
         log.warning("%d frames asked for, %d are stored: using those", wanted, stored)
     used = min(wanted, stored)
     chosen = segment_positions(stored, used) if used < stored else None
-
-    by_split = {name: np.unique(np.asarray(rows, np.int64)) for name, rows in splits.items()}
-    listed = np.unique(np.concatenate([*by_split.values(), np.zeros(0, np.int64)]))
-    place = np.full(len(listed), -1, np.int64)  # -1: failed in extraction
-    positions = store.positions(listed) if len(listed) else listed
-    usable = np.flatnonzero(store.status[positions] == STATUS_OK)
-    class_embeddings = torch.from_numpy(text.embeddings).to(where)
-    model = model.to(where).eval()
-    step = max(1, BATCH_FRAMES // (store.schema.views * used))
-    for start in range(0, len(usable), step):
-        part = usable[start : start + step]
-        features = torch.from_numpy(store.features(listed[part], chosen)).float()
-        labels = torch.from_numpy(store.labels[positions[part]].astype(np.int64)).to(where)
-        with torch.no_grad():
-            with autocast(arithmetic, where):
-                embeddings = view_features(model, features, class_embeddings, modulate)
-            scores = fused(embeddings, class_embeddings, fusion)
-        finite = scores.isfinite().all(1).cpu().numpy()
-        if not finite.all():
-            key = store.keys[int(positions[part[~finite][0]])]
-            raise WorkError(f"scores of sample {key} are not finite: check head and features")
-        place[part] = ranks(scores, labels).cpu().numpy()
-        progress(start + len(part), len(usable))
-
-    top5_counts = len(text.names) >= TOP_K
-    results = [
-        _split_result(name, place[np.searchsorted(listed, rows)], top5_counts)
-        for name, rows in by_split.items()
+    measured = Measurement(store, tests)
+    clip = None
+    if clip_store is not None and any(scoring.ensemble is not None for scoring in scorings):
+        clip = ClipFeatures(clip_store, store, prompt_set, chosen, where)
+        measured.leave_out(clip.failed(measured.listed_keys(np.arange(len(measured.listed)))))
+    measured.run(
+        model.to(where).eval(),
+        scorings,
+        text,
+        frames=chosen,
+        precision=arithmetic,
+        clip=clip,
+        progress=progress,
+    )
+    record = _record(store, model, named, measured, text, facts or RunFacts())
+    record |= {
+        "dataset": dataset,
+        "head": head_name,
+        "frames": used,
+        "prompt_set": prompt_set,
+        "device": where.type,
+        "precision": arithmetic,
+    }
+    return [
+        _result(measured, number, scoring, record, None if clip is None else clip.store.path.name)
+        for number, scoring in enumerate(scorings)
     ]
-    if not results:
-        raise UserError(f"no split of {store.path.name} was chosen: name one with --split")
+
+
+def _record(
+    store: Store,
+    head: TemporalHead,
+    protocol: Protocol,
+    measured: Measurement,
+    text: ClassText,
+    facts: RunFacts,
+) -> dict[str, Any]:
+    """The fields of a result that all settings share."""
+    provenance = store.provenance
+    tested = {
+        t.name: range(len(text.names)) if t.classes is None else t.classes.tolist()
+        for t in measured.tests
+    }
+    names = {text.names[label] for labels in tested.values() for label in labels}
+    origin = head.origin
+    trained = None if origin is None or origin.class_names is None else set(origin.class_names)
+    missing = sum(
+        store.reasons[at].startswith(NO_FILE)
+        for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
+    )
+    agreeing, notes = _counts(protocol, store, measured)
+    for note in notes:
+        log.warning("%s: %s", protocol.name, note)
+    templates = facts.prompt_templates or getattr(text, "templates", None)
+    return {
+        "protocol": protocol.kind,
+        "protocol_name": protocol.name,
+        "n_listed": len(measured.listed),
+        "n_found": len(measured.listed) - missing,
+        "n_evaluated": len(measured.usable),
+        "n_failed": len(measured.listed) - len(measured.usable),
+        "views": views_of(store),
+        "sampling": provenance.sampling,
+        "sampler": provenance.sampling.partition(":")[0],
+        **pixels_text(provenance.preprocessing, provenance.crops),
+        "prompt_templates": list(templates) if templates else None,
+        "encoder": provenance.encoder,
+        "encoder_fingerprint": provenance.encoder_fingerprint,
+        "kind": head.config.kind,
+        "n_classes": max(len(labels) for labels in tested.values()),
+        "n_classes_trained": None if trained is None else len(trained & names),
+        "head_fingerprint": head_fingerprint(head),
+        "blend": facts.blend,
+        "epoch": facts.epoch,
+        "epoch_choice": facts.epoch_choice,
+        "trained_on": origin.dataset or None if origin is not None else None,
+        "source": protocol.source,
+        "test_list": protocol.test_list,
+        "published_counts": agreeing,
+        "count_notes": notes,
+        "list_hash": _hash(measured.listed_keys(np.arange(len(measured.listed)))),
+        "class_names_hash": _hash(text.names),
+        "class_list_hash": _hash(
+            text.names[label] for labels in _distinct(tested.values()) for label in labels
+        ),
+        "class_names_source": facts.class_names_source or f"data set {provenance.dataset}",
+        "label_map": facts.label_map,
+        "prompts_hash": text.sentences_hash,
+        "dataset_fingerprint": provenance.dataset_fingerprint,
+        "store": store.path.name,
+        "preprocessing": dict(provenance.preprocessing),
+        "encoder_precision": provenance.precision,
+        "quantised": provenance.quantised,
+        "decoder": provenance.decoder,
+        "class_names": text.names,
+    }
+
+
+def _counts(protocol: Protocol, store: Store, measured: Measurement) -> tuple[list[str], list[str]]:
+    """Whose published counts the tested lists have; for half-class those of the list drawn from."""
+    if protocol.kind == "halfclass":
+        listed = {name: len(rows) for name, rows in listed_rows(protocol, store).items()}
+    else:
+        listed = {
+            test.name: len(members)
+            for test, members in zip(measured.tests, measured.members, strict=True)
+        }
+    return count_notes(protocol, listed)
+
+
+def _result(
+    measured: Measurement,
+    number: int,
+    scoring: Scoring,
+    record: Mapping[str, Any],
+    clip_store: str | None,
+) -> EvalResult:
+    """What one setting came to."""
+    classes = len(record["class_names"])
+    parts = [
+        _split(measured, number, t, np.arange(classes) if test.classes is None else test.classes)
+        for t, test in enumerate(measured.tests)
+    ]
+    results = [result for result, _ in parts]
     top1 = [result.top1 for result in results]
     top5 = [result.top5 for result in results if result.top5 is not None]
     return EvalResult(
-        protocol=protocol,
-        dataset=dataset,
-        head=head_name,
-        n_listed=len(listed),
-        n_evaluated=len(usable),
-        n_failed=len(listed) - len(usable),
+        **record,
         top1=float(np.mean(top1)),
         top5=float(np.mean(top5)) if top5 else None,
-        views=views_of(store),
-        sampling=provenance.sampling,
-        frames=used,
-        prompt_set=prompt_set,
-        encoder=provenance.encoder,
-        encoder_fingerprint=provenance.encoder_fingerprint,
         per_split=tuple(results),
         mean=float(np.mean(top1)),
         std=float(np.std(top1)),
         mean_top5=float(np.mean(top5)) if top5 else None,
         std_top5=float(np.std(top5)) if top5 else None,
-        kind=model.config.kind,
-        modulate=modulate,
-        fusion=fusion,
-        n_classes=len(text.names),
-        n_classes_trained=None if trained is None else len(trained & set(text.names)),
-        head_fingerprint=head_fingerprint(model),
-        list_hash=_hash(store.keys[position] for position in positions.tolist()),
-        class_names_hash=_hash(text.names),
-        prompts_hash=text.sentences_hash,
-        dataset_fingerprint=provenance.dataset_fingerprint,
-        preprocessing=dict(provenance.preprocessing),
-        encoder_precision=provenance.precision,
-        decoder=provenance.decoder,
-        device=where.type,
-        precision=arithmetic,
+        modulate=scoring.modulate,
+        modulation_neighbours=scoring.neighbours if scoring.modulate else None,
+        modulation_temperature=scoring.temperature if scoring.modulate else None,
+        fusion=scoring.fusion,
+        ensemble=scoring.ensemble,
+        clip_store=clip_store if scoring.ensemble is not None else None,
+        details=tuple(detail for _, detail in parts),
     )
 
 
-def _knows_classes(head: TemporalHead, text: ClassText) -> bool:
-    """Whether the tested classes are those the head was trained on, in whatever order.
-
-    Told by their names; by their embeddings for a head that has only those.
-    """
-    if head.origin is None:
-        return True
-    if head.origin.class_names is not None:
-        return set(head.origin.class_names) == set(text.names)
-    trained = head.training_class_embeddings.cpu()
-    if trained.shape != text.embeddings.shape:
-        return False
-    tested = functional.normalize(torch.from_numpy(text.embeddings), dim=-1)
-    best, place = class_cosines(tested, trained).max(1)
-    return bool((best >= SAME_CLASS).all()) and len(set(place.tolist())) == len(place)
-
-
-def _split_result(name: str, place: npt.NDArray[np.int64], top5_counts: bool) -> SplitResult:
-    """Counts and accuracy of one split from the places of its true classes (-1: failed)."""
-    evaluated = place[place >= 0]
-    if len(evaluated) == 0:
+def _split(
+    measured: Measurement, number: int, t: int, classes: LabelIds
+) -> tuple[SplitResult, SplitDetail]:
+    """Counts and accuracy of one test set under one setting."""
+    name, members = measured.tests[t].name, measured.members[t]
+    places = measured.places[number][t]
+    done = np.isin(members, measured.usable)
+    if not done.any():
         raise UserError(
-            f"split {name} lists {len(place)} samples and none of them was extracted: "
+            f"split {name} lists {len(places)} samples and none of them was extracted: "
             "choose another split, or see the reasons with mote-cli inspect"
         )
-    return SplitResult(
+    evaluated = places[done]
+    assert (evaluated >= 0).all(), "every usable sample has a place"
+    result = SplitResult(
         split=name,
-        n_listed=len(place),
+        n_listed=len(places),
         n_evaluated=len(evaluated),
-        n_failed=len(place) - len(evaluated),
+        n_failed=len(places) - len(evaluated),
         top1=100.0 * float(np.mean(evaluated < 1)),
-        top5=100.0 * float(np.mean(evaluated < TOP_K)) if top5_counts else None,
+        top5=100.0 * float(np.mean(evaluated < TOP_K)) if len(classes) >= TOP_K else None,
+        n_classes=len(classes),
     )
+    detail = SplitDetail(
+        split=name,
+        classes=classes,
+        labels=measured.labels[members][done],
+        predicted=measured.predicted[number][t][done],
+        places=evaluated,
+    )
+    return result, detail
 
 
-def _default_prompt_set(store: Store, head: TemporalHead) -> str:
-    if head.origin is not None:
-        return head.origin.prompt_set
-    known = store.prompt_sets
-    if len(known) != 1:
-        raise UserError(
-            f"{store.path.name} has class texts for {', '.join(known) or 'no prompt set'}: "
-            "name one prompt set"
-        )
-    return known[0]
+def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
+    """`resize` and `crop` of a result, in words, from a store's preprocessing."""
+    size = preprocessing.get("size")
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    mode = preprocessing.get("resize_mode", "shortest")
+    how = {
+        "shortest": f"short side to {min(height, width) if height and width else 'unknown'}",
+        "longest": f"long side to {max(height, width) if height and width else 'unknown'}, padded",
+        "squash": f"to {height}x{width}",
+    }.get(mode, str(mode))
+    cut = {1: "centre", 3: "3 along the long side"}.get(crops, f"{crops} crops")
+    interpolation = preprocessing.get("interpolation", "unknown interpolation")
+    return {"resize": f"{how}, {interpolation}", "crop": f"{height}x{width} {cut}"}
+
+
+def _distinct(lists: Iterable[Iterable[int]]) -> list[tuple[int, ...]]:
+    """Lists of labels without repetition, in order: one list tested thrice is one class list."""
+    return list(dict.fromkeys(tuple(labels) for labels in lists))
 
 
 def _hash(lines: Iterable[str]) -> str:

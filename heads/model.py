@@ -87,10 +87,9 @@ class TemporalHead(nn.Module):
 
     def aggregate(self, features: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """Frame features after the head, [B,T,D] -> [B,T,D]; with class embeddings, modulated."""
-        features = self._checked(features, "features", 3)
-        if self.transformer is None:
+        features, hidden = self.temporal(features)
+        if hidden is None:
             return features
-        hidden: Tensor = self.transformer(features)[0]
         if class_embeddings is None or not self.config.modulates:
             return hidden + features
         class_embeddings = self._checked(class_embeddings, "class embeddings", 2)
@@ -102,6 +101,15 @@ class TemporalHead(nn.Module):
             self.config.modulation_temperature,
         ).scale
         return scale[:, None, None] * hidden + features
+
+    def temporal(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(`features` [B,T,D] in the head's dtype, the transformer's output of them, [B,T,D]).
+
+        The output is that of the merged pass, before modulation and skip; None for kind "mean".
+        Raises UserError as `forward`.
+        """
+        features = self._checked(features, "features", 3)
+        return features, None if self.transformer is None else self.transformer(features)[0]
 
     def training_pass(
         self,

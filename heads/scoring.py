@@ -1,4 +1,4 @@
-"""From views to scores to accuracy: fusing views, ranking classes, half-class evaluation.
+"""From views to scores to accuracy: fusing views, modulating, ranking classes.
 
 N = videos, V = views, T = frames, D = embedding width, C = classes.
 """
@@ -6,19 +6,21 @@ N = videos, V = views, T = frames, D = embedding width, C = classes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from featstore.errors import UserError
+from heads.config import HeadConfig
 from heads.model import TemporalHead
+from heads.modulation import NEIGHBOURS, TEMPERATURE, modulation
 from heads.text_classifier import class_cosines
+from heads.view_summaries import ViewSummaries, summarise
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +29,161 @@ Fusion = Literal["softmax", "cosine", "features"]
 cosines, or cosines of the mean video feature (Text4Vis)."""
 
 TOP_K = 5
-HALF_CLASS_SPLITS = 10
-BATCH_FRAMES = 4096  # frames per forward pass: large enough for the cores, small in memory
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the summaries of views become scores of a video."""
+
+    fusion: Fusion = "softmax"
+    modulate: bool = True
+    neighbours: int = NEIGHBOURS
+    """K of modulation, classes compared on either side."""
+    temperature: float = TEMPERATURE
+    """Of modulation's exponential: the larger, the less the head is held back."""
+    ensemble: float | None = None
+    """Weight w of CLIP: scores come from (1 - w) * head + w * CLIP, both cosines; None for the
+    head alone. DiST (Qing et al., ICCV 2023) tests zero-shot with 0.5."""
+
+    def __post_init__(self) -> None:
+        if self.fusion not in get_args(Fusion):
+            raise UserError(
+                f"fusion {self.fusion!r} is unknown: choose one of {', '.join(get_args(Fusion))}"
+            )
+        if self.ensemble is not None and not 0 <= self.ensemble <= 1:
+            raise UserError(
+                f"ensemble weight {self.ensemble:g} is not a share: 0 is the head alone, 1 CLIP "
+                "alone, 0.5 as DiST"
+            )
+        if self.modulate and not (self.neighbours >= 1 and 0 < self.temperature < math.inf):
+            raise UserError(
+                f"modulation with {self.neighbours} neighbours and temperature "
+                f"{self.temperature:g} is none: give at least 1 and a number above 0"
+            )
+
+    @classmethod
+    def of_head(
+        cls,
+        config: HeadConfig,
+        *,
+        fusion: Fusion = "softmax",
+        modulate: bool = True,
+        neighbours: int | None = None,
+        temperature: float | None = None,
+        ensemble: float | None = None,
+    ) -> Scoring:
+        """Settings of a head, with what is given instead of its own; 0 turns modulation off."""
+        k = config.modulation_neighbours if neighbours is None else neighbours
+        t = config.modulation_temperature if temperature is None else temperature
+        on = modulate and config.kind != "mean" and k != 0 and t != 0
+        return cls(fusion, on, k, t, ensemble)
+
+
+class BlockScores:
+    """Scores of the N videos of one block under any settings, with what they share kept.
+
+    `class_embeddings` [C,D] are all classes of the store, `training_class_embeddings` [S,D] those
+    modulation compares with. `clip` are the summaries CLIP's part of an ensemble comes from, where
+    the head's own features are those of a tuned tower, and `clip_class_embeddings` [C,D] its texts.
+    """
+
+    def __init__(
+        self,
+        summaries: ViewSummaries,
+        class_embeddings: Tensor,
+        training_class_embeddings: Tensor,
+        clip: ViewSummaries | None = None,
+        clip_class_embeddings: Tensor | None = None,
+    ) -> None:
+        self.summaries = summaries
+        self.classes = class_embeddings
+        self.training_classes = training_class_embeddings
+        self._clip = clip or summaries
+        self._clip_classes = class_embeddings if clip is None else clip_class_embeddings
+        self._kept: dict[object, Tensor] = {}
+
+    def scores(
+        self,
+        scoring: Scoring,
+        videos: Tensor | slice = slice(None),
+        candidates: Tensor | None = None,
+        modulate_with_all: bool = False,
+    ) -> Tensor:
+        """Scores [n, candidates] float64 of `videos` (int64 [n]) among `candidates` (None: all).
+
+        Modulation looks for neighbours among the candidates, or among all classes.
+        """
+        neighbours_of = None if modulate_with_all else candidates
+        weight = scoring.ensemble or 0.0
+        columns = slice(None) if candidates is None else candidates
+        if scoring.fusion == "features":
+            cosines = self._feature_cosines(scoring, neighbours_of)
+            if weight:
+                clip = self._clip_cosines().double().mean(1)
+                cosines = (1 - weight) * cosines + weight * clip
+            return cosines[videos][:, columns]
+        cosines = self._cosines(scoring, neighbours_of)
+        if weight:
+            cosines = (1 - weight) * cosines + weight * self._clip_cosines()
+        return fuse_views(cosines[videos][..., columns], scoring.fusion)
+
+    def _cosines(self, scoring: Scoring, tested: Tensor | None) -> Tensor:
+        """[N,V,C] cosines of the head's video features of views."""
+
+        def compute() -> Tensor:
+            units = functional.normalize(self.video_features(scoring, tested), dim=-1)
+            return class_cosines(units, self.classes)
+
+        return self._once(("views", *self._modulation_key(scoring, tested)), compute)
+
+    def _feature_cosines(self, scoring: Scoring, tested: Tensor | None) -> Tensor:
+        """[N,C] float64 cosines of the mean video feature of the views."""
+
+        def compute() -> Tensor:
+            mean = self.video_features(scoring, tested).double().mean(1)
+            return class_cosines(functional.normalize(mean, dim=-1), self.classes)
+
+        return self._once(("mean", *self._modulation_key(scoring, tested)), compute)
+
+    def video_features(self, scoring: Scoring, tested: Tensor | None = None) -> Tensor:
+        """Video features of views [N,V,D], not normalised; `tested` as `candidates` above."""
+        scale = None
+        if scoring.modulate and self.summaries.hidden is not None:
+            key = ("near", _list_key(tested), scoring.neighbours)
+            near = self._once(key, lambda: self._similarity(tested, scoring.neighbours))
+            scale = torch.exp(-(1 - near) / scoring.temperature)
+        return self.summaries.video_features(scale)
+
+    def _similarity(self, tested: Tensor | None, neighbours: int) -> Tensor:
+        """[N,V] `Modulation.similarity`, which no temperature changes."""
+        features = self.summaries.features
+        found = modulation(
+            features.flatten(0, 1)[:, None],
+            self.classes if tested is None else self.classes[tested],
+            self.training_classes,
+            neighbours,
+        )
+        return found.similarity.view(features.shape[:2])
+
+    def _clip_cosines(self) -> Tensor:
+        """[N,V,C] mean over frames of CLIP's cosines."""
+        assert self._clip_classes is not None
+        classes = self._clip_classes
+        return self._once("clip", lambda: class_cosines(self._clip.units, classes))
+
+    def _modulation_key(self, scoring: Scoring, tested: Tensor | None) -> tuple[object, ...]:
+        if not scoring.modulate or self.summaries.hidden is None:
+            return ()
+        return (_list_key(tested), scoring.neighbours, scoring.temperature)
+
+    def _once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+
+def _list_key(classes: Tensor | None) -> tuple[int, ...] | None:
+    return None if classes is None else tuple(classes.tolist())
 
 
 @torch.no_grad()
@@ -36,14 +191,10 @@ def view_features(
     head: TemporalHead, features: Tensor, class_embeddings: Tensor, modulate: bool = True
 ) -> Tensor:
     """Video feature of every view, [N,V,T,D] -> [N,V,D], not normalised, on the head's device."""
-    videos, views, frames, _ = features.shape
-    classes = class_embeddings.to(head.logit_scale.device)
-    flat = features.flatten(0, 1)
-    parts = [
-        head.aggregate(part.to(classes.device), classes if modulate else None).mean(1)
-        for part in torch.split(flat, max(1, BATCH_FRAMES // frames))
-    ]
-    return torch.cat(parts).view(videos, views, -1)
+    scoring = Scoring.of_head(head.config, modulate=modulate)
+    summaries = summarise(head, features)
+    classes = class_embeddings.to(summaries.features)
+    return BlockScores(summaries, classes, head.training_class_embeddings).video_features(scoring)
 
 
 def view_cosines(
@@ -67,17 +218,9 @@ def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:
         return cosines.double().softmax(-1).mean(1)
     if how == "cosine":
         return cosines.double().mean(1)
-    raise ValueError(f"cosines cannot be fused by {how!r}: it needs the features, use `fused`")
-
-
-def fused(views: Tensor, class_embeddings: Tensor, how: Fusion = "softmax") -> Tensor:
-    """Scores [N,C] float64 from video features of views [N,V,D] and class embeddings [C,D]."""
-    if how not in get_args(Fusion):
-        raise UserError(f"fusion {how!r} is unknown: choose one of {', '.join(get_args(Fusion))}")
-    if how == "features":
-        embedding = functional.normalize(views.double().mean(1), dim=-1)
-        return class_cosines(embedding, class_embeddings)
-    return fuse_views(class_cosines(functional.normalize(views, dim=-1), class_embeddings), how)
+    raise ValueError(
+        f"cosines cannot be fused by {how!r}: it needs the features, use `BlockScores`"
+    )
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
@@ -100,61 +243,6 @@ def topk(scores: Tensor, labels: Tensor, k: int) -> float | None:
 def percent(hits: Tensor) -> float:
     """Share of true values in percent."""
     return 100.0 * float(hits.double().mean())
-
-
-@dataclass(frozen=True)
-class HalfClassResult:
-    """Accuracy in percent on ten random halves of the classes; std is the population's."""
-
-    split_top1: tuple[float, ...]
-    split_top5: tuple[float, ...]
-    mean_top1: float
-    std_top1: float
-    mean_top5: float
-    std_top5: float
-    full_top1: float
-    full_top5: float
-
-
-def half_class_accuracy(
-    view_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor | npt.NDArray[np.integer]
-) -> HalfClassResult:
-    """The half-class protocol of Text4Vis, BIKE and MoTE.
-
-    `view_embeddings` [N,V,D], `class_embeddings` [C,D], `labels` [N]. For s = 0..9 NumPy's legacy
-    generator seeded with s permutes the classes; videos of the first C // 2 are kept, and the
-    candidates are the classes that occur among them. Scores are mean cosines over views.
-    Raises UserError when a half has fewer than five classes with videos.
-    """
-    truth = torch.as_tensor(labels).to(torch.int64).cpu()
-    embeddings = functional.normalize(view_embeddings.cpu().double(), dim=-1)
-    scores = fuse_views(class_cosines(embeddings, class_embeddings.cpu()), "cosine")
-    classes = class_embeddings.shape[0]
-    top1, top5 = [], []
-    for seed in range(HALF_CLASS_SPLITS):
-        # the protocol is defined by this generator
-        half = np.random.RandomState(seed).permutation(classes)[: classes // 2]
-        kept = torch.isin(truth, torch.from_numpy(half))
-        candidates, local = torch.unique(truth[kept], return_inverse=True)
-        if len(candidates) < TOP_K:
-            raise UserError(
-                f"half-class split {seed} has videos of {len(candidates)} classes: the protocol "
-                f"needs at least {TOP_K} for its top-5; use a larger data set"
-            )
-        place = ranks(scores[kept][:, candidates], local)
-        top1.append(percent(place < 1))
-        top5.append(percent(place < TOP_K))
-    place = ranks(scores, truth)
-    return HalfClassResult(
-        split_top1=tuple(top1),
-        split_top5=tuple(top5),
-        mean_top1=float(np.mean(top1)),
-        std_top1=float(np.std(top1)),
-        mean_top5=float(np.mean(top5)),
-        std_top5=float(np.std(top5)),
-        full_top1=percent(place < 1),
-        full_top5=percent(place < TOP_K),
-    )
 
 
 def can_modulate(head: TemporalHead, named: int) -> bool:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from heads.config import TEMPERATURES, HeadConfig, RoutingDraw, routing_prior
-from heads.evaluation import half_class_accuracy
 from heads.experts import ExpertFeedForward, temperature_weights
+from heads.half_class import half_class_accuracy
 from heads.losses import mote_loss
 from heads.modulation import modulation
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates

@@ -21,6 +21,7 @@ from heads import (
     HeadConfig,
     RoutingDraw,
     TemporalHead,
+    TestSet,
     TrainConfig,
     build_head,
     evaluate_store,
@@ -405,7 +406,12 @@ def test_modulation_off_is_off_everywhere(tmp_path: Path) -> None:
         assert torch.equal(head(FEATURES, few, modulate=True), head(FEATURES, few, modulate=False))
     store = action_store(tmp_path / "toy.zarr")
     result = evaluate_store(
-        store, head, protocol="zeroshot", dataset="toy", splits={"all": store.rows}, device="cpu"
+        store,
+        head,
+        protocol="zeroshot",
+        dataset="toy",
+        tests=[TestSet("all", store.rows)],
+        device="cpu",
     )
     assert not result.modulate
 

@@ -15,27 +15,29 @@ from hypothesis import strategies as st
 
 from featstore import Store, UserError
 from heads import HeadConfig, TemporalHead, TrainConfig, build_head, load_head, train_head
-from heads.evaluation import (
-    EvalResult,
-    closeset_splits,
-    evaluate_store,
+from heads.evaluation import evaluate_store
+from heads.fitting import views_of
+from heads.half_class import half_class_accuracy
+from heads.plots import tradeoff_plot
+from heads.protocols import TestSet, closeset_tests, zeroshot_tests
+from heads.results import EvalResult
+from heads.scoring import (
+    BlockScores,
+    Scoring,
     fuse_views,
-    half_class_accuracy,
     predict_scores,
+    ranks,
     topk,
     view_cosines,
-    views_of,
-    zeroshot_splits,
 )
-from heads.plots import tradeoff_plot
-from heads.scoring import fused, ranks
+from heads.view_summaries import ViewSummaries
 
 
 def evaluate(store: Store, head: TemporalHead | None, **changes: Any) -> EvalResult:
     arguments: dict[str, Any] = {
         "protocol": "zeroshot",
         "dataset": "toy",
-        "splits": zeroshot_splits(store),
+        "tests": zeroshot_tests(store),
         "device": "cpu",
     }
     return evaluate_store(store, head, **(arguments | changes))
@@ -82,15 +84,21 @@ def test_views_are_fused_as_named() -> None:
     views = torch.randn(3, 4, 8)
     classes = torch.randn(6, 8)
     cosines = torch.nn.functional.cosine_similarity(views[:, :, None], classes, dim=-1)
+    block = BlockScores(ViewSummaries(None, views, views), classes, classes)
+
+    def scores(fusion: Any) -> torch.Tensor:
+        return block.scores(Scoring(fusion, modulate=False))
+
     softmax = cosines.double().softmax(-1).mean(1)
-    torch.testing.assert_close(fused(views, classes, "softmax"), softmax, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores("softmax"), softmax, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores("cosine"), cosines.double().mean(1), atol=1e-6, rtol=0)
     assert torch.equal(fuse_views(cosines, "cosine"), cosines.double().mean(1))
     mean = torch.nn.functional.cosine_similarity(
         views.mean(1)[:, None].double(), classes.double(), dim=-1
     )
-    torch.testing.assert_close(fused(views, classes, "features"), mean, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores("features"), mean, atol=1e-6, rtol=0)
     with pytest.raises(UserError, match="fusion 'sum'"):
-        fused(views, classes, "sum")  # type: ignore[arg-type]
+        scores("sum")
 
 
 def test_views_are_scored_one_by_one(tmp_path: Path) -> None:
@@ -125,6 +133,7 @@ def test_counts_and_accuracy(tmp_path: Path) -> None:
             "n_failed": 2,
             "top1": 100.0,
             "top5": 100.0,
+            "n_classes": 8,
         }
     ]
 
@@ -145,30 +154,30 @@ def test_accuracy_is_what_one_counts_by_hand(tmp_path: Path) -> None:
 def test_numbered_test_lists_are_averaged_and_rows_counted_once(tmp_path: Path) -> None:
     names = ("train1", "test1", "test2", "test3")
     store = action_store(tmp_path / "toy.zarr", split_names=names, noise=4.0)
-    splits = zeroshot_splits(store)
-    assert list(splits) == ["test1", "test2", "test3"]
-    splits["test3"] = np.concatenate([splits["test3"], splits["test1"][:4]])  # they may overlap
-    result = evaluate(store, None, splits=splits)
+    tests = list(zeroshot_tests(store))
+    assert [test.name for test in tests] == ["test1", "test2", "test3"]
+    more = np.concatenate([tests[2].rows, tests[0].rows[:4]])  # they may overlap
+    result = evaluate(store, None, tests=[*tests[:2], TestSet("test3", more)])
     assert [split.n_listed for split in result.per_split] == [10, 10, 14]
     assert result.n_listed == 30
     top1 = [split.top1 for split in result.per_split]
     assert len(set(top1)) > 1
     assert result.top1 == result.mean == pytest.approx(np.mean(top1))
     assert result.std == pytest.approx(np.std(top1))
-    assert list(zeroshot_splits(store, "test2")) == ["test2"]
+    assert [test.name for test in zeroshot_tests(store, "test2")] == ["test2"]
 
 
 def test_closeset_takes_val_then_test(tmp_path: Path) -> None:
     a = action_store(tmp_path / "a.zarr", split_names=("train", "val", "test"))
-    assert list(closeset_splits(a)) == ["val"]
+    assert [test.name for test in closeset_tests(a)] == ["val"]
     b = action_store(tmp_path / "b.zarr", split_names=("train", "test"))
-    assert list(closeset_splits(b)) == ["test"]
-    assert list(closeset_splits(b, "train")) == ["train"]
+    assert [test.name for test in closeset_tests(b)] == ["test"]
+    assert [test.name for test in closeset_tests(b, "train")] == ["train"]
     c = action_store(tmp_path / "c.zarr", split_names=("everything",))
     with pytest.raises(UserError, match=r"has everything.*--split"):
-        closeset_splits(c)
+        closeset_tests(c)
     with pytest.raises(UserError, match="choose one of train, test"):
-        closeset_splits(b, "val")
+        closeset_tests(b, "val")
 
 
 def trained(store: Store, run: Path) -> TemporalHead:
@@ -187,7 +196,7 @@ def trained(store: Store, run: Path) -> TemporalHead:
 def test_a_trained_head_uses_its_own_frames_and_prompts(tmp_path: Path) -> None:
     store = action_store(tmp_path / "toy.zarr", noise=3.0)
     head = trained(store, tmp_path / "run")
-    result = evaluate(store, head, protocol="closeset", splits=closeset_splits(store))
+    result = evaluate(store, head, protocol="closeset", tests=closeset_tests(store))
     assert result.frames == 4
     assert result.prompt_set == "mote28"
     assert result.modulate
@@ -217,7 +226,7 @@ def test_head_and_store_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1x1 views, 4x3 were asked for"):
         evaluate(store, head, views="4x3")
     with pytest.raises(UserError, match="none of them was extracted"):
-        evaluate(store, head, splits={"broken": [3]})
+        evaluate(store, head, tests=[TestSet("broken", np.array([3]))])
     with pytest.raises(UserError, match="prompt set 'video'"):
         evaluate(store, head, prompt_set="video")
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from action_store import action_store
 
-import heads.evaluation
+import heads.view_summaries
 from featstore import Store, UserError
-from heads import EvalResult, HeadConfig, TemporalHead, build_head, evaluate_store
+from heads import EvalResult, HeadConfig, TemporalHead, TestSet, build_head, evaluate_store
 from heads.experts import ExpertFeedForward, quick_gelu
+from heads.scoring import BlockScores
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def evaluate(store: Store, head: TemporalHead, **options: Any) -> EvalResult:
         head,
         protocol="zeroshot",
         dataset="toy",
-        splits={"all": store.rows},
+        tests=[TestSet("all", store.rows)],
         device="cpu",
         **options,
     )
@@ -60,7 +61,7 @@ def test_experts_are_merged_once_for_a_whole_evaluation(
 
     monkeypatch.setattr(ExpertFeedForward, "combine", counted)
     monkeypatch.setattr(ExpertFeedForward, "forward", seen)
-    monkeypatch.setattr(heads.evaluation, "BATCH_FRAMES", 64)  # several batches
+    monkeypatch.setattr(heads.view_summaries, "BATCH_FRAMES", 64)  # several batches
     evaluate(store, lively_head(store), precision=precision)
     assert len(merges) == 2  # once for each layer
     assert len(passes) >= 8
@@ -68,14 +69,14 @@ def test_experts_are_merged_once_for_a_whole_evaluation(
 
 def test_the_precision_is_used_and_recorded(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     scores: dict[str, list[torch.Tensor]] = {"fp32": [], "bf16": []}
-    fused = heads.evaluation.fused
+    compute = BlockScores.scores
     for precision, kept in scores.items():
 
         def keep(*arguments: Any, kept: list[torch.Tensor] = kept) -> torch.Tensor:
-            kept.append(fused(*arguments))
+            kept.append(compute(*arguments))
             return kept[-1]
 
-        monkeypatch.setattr(heads.evaluation, "fused", keep)
+        monkeypatch.setattr(BlockScores, "scores", keep)
         result = evaluate(store, lively_head(store), precision=precision)
         assert result.precision == result.to_json()["precision"] == precision
     exact, low = (torch.cat(scores[name]) for name in ("fp32", "bf16"))
