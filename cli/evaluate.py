@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cli import evaluate_trained as trained
+from cli import evaluate_unseen as unseen
 from cli import options
 from cli.output import percent, print_json, print_table, progress_of, results
 from featstore.errors import UserError
+
+if TYPE_CHECKING:
+    from heads.protocol_types import Kind, Protocol
 
 
 def evaluate(
@@ -19,6 +25,8 @@ def evaluate(
     zeroshot: Annotated[
         str | None, typer.Option("--zeroshot", metavar="NAME", help="Data set with new classes.")
     ] = None,
+    fewshot: trained.FewShot = None,
+    base_to_novel: trained.BaseToNovel = None,
     head: options.Head = None,
     split: options.Split = None,
     views: Annotated[
@@ -46,6 +54,22 @@ def evaluate(
             help="Arithmetic of the head; auto takes bf16 for wide heads where it is faster.",
         ),
     ] = "auto",
+    shots: trained.Shots = None,
+    draw_seeds: trained.DrawSeeds = None,
+    lists_from: trained.ListsFrom = None,
+    label_map: trained.LabelMapOption = "corrected",
+    train_store: trained.TrainStore = None,
+    recipe: trained.Recipe = None,
+    epochs: trained.Epochs = None,
+    batch_size: trained.BatchSize = None,
+    lr: trained.LearningRate = None,
+    repeat: trained.Repeat = "full",
+    name: trained.RunName = None,
+    best_epoch: trained.BestEpoch = True,
+    allow_leak: trained.AllowLeak = False,
+    k600_source: unseen.K600Source = None,
+    class_lists: unseen.ClassLists = None,
+    k400_names: unseen.K400Names = None,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -59,36 +83,103 @@ def evaluate(
     """
     from heads.evaluation import evaluate_store
     from heads.fitting import count_views
-    from heads.protocols import closeset_tests, zeroshot_tests
-    from heads.results import save_result
+    from heads.label_maps import named_as
+    from heads.protocols import closeset_tests, known_dataset, usual_protocol, zeroshot_tests
+    from heads.results import run_facts, save_result
 
-    if (closeset is None) == (zeroshot is None):
-        raise UserError("eval takes exactly one of --closeset NAME and --zeroshot NAME")
-    protocol = "closeset" if closeset is not None else "zeroshot"
-    dataset = closeset if closeset is not None else zeroshot
-    assert dataset is not None
+    asked = {
+        kind: given
+        for kind, given in (
+            ("closeset", closeset),
+            ("zeroshot", zeroshot),
+            ("fewshot", fewshot),
+            ("base-to-novel", base_to_novel),
+        )
+        if given is not None
+    }
+    if len(asked) != 1:
+        raise UserError(
+            "eval takes exactly one of --closeset NAME, --zeroshot NAME, --fewshot NAME and "
+            "--base-to-novel NAME"
+        )
+    ((protocol, dataset),) = asked.items()
     workspace = options.workspace(root)
+    if protocol in ("fewshot", "base-to-novel"):
+        kind: Kind = "fewshot" if fewshot is not None else "base-to-novel"
+        trained.evaluate_trained(
+            trained.TrainedRequest(
+                protocol=usual_protocol(kind, dataset, split=split),
+                dataset=dataset,
+                head=head,
+                split=split,
+                views=views,
+                sampling=sampling,
+                store_name=store_name,
+                prompts=prompts,
+                modulate=modulate,
+                fusion=fusion,
+                precision=precision,
+                device=device,
+                shots=shots,
+                draw_seeds=draw_seeds,
+                lists_from=lists_from,
+                label_map=label_map,
+                train_store=train_store,
+                recipe=recipe,
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                repeat=repeat,
+                name=name,
+                best_epoch=best_epoch,
+                allow_leak=allow_leak,
+            ),
+            workspace,
+            json,
+        )
+        return
     model, run_dir = options.head(workspace, head)
     origin = None if model is None else model.origin
     if protocol == "closeset":
         split = split or workspace.default_split(dataset, ("val", "test"))
-    store = workspace.choose_store(
-        dataset,
-        split=split,
-        views=None if views is None else count_views(views),
-        encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
-        sampling=sampling,
-        name=store_name,
-        encoder=None if origin is None else origin.encoder,
-    )
-    choose = closeset_tests if protocol == "closeset" else zeroshot_tests
+    named: Protocol | str = protocol
+    facts = run_facts(run_dir)
+    if protocol == "zeroshot" and split is None and known_dataset(dataset) == "k600":
+        named = usual_protocol("zeroshot", dataset)
+        found = unseen.unseen_tests(
+            workspace,
+            dataset,
+            origin,
+            source=k600_source,
+            class_lists=class_lists,
+            k400_names=k400_names,
+            views=None if views is None else count_views(views),
+            sampling=sampling,
+            store_name=store_name,
+        )
+        store, tests = found.store, found.tests
+        facts = replace(facts, class_names_source=found.source)
+    else:
+        store = workspace.choose_store(
+            dataset,
+            split=split,
+            views=None if views is None else count_views(views),
+            encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
+            sampling=sampling,
+            name=store_name,
+            encoder=None if origin is None else origin.encoder,
+        )
+        store = named_as(store, known_dataset(dataset), label_map)
+        choose = closeset_tests if protocol == "closeset" else zeroshot_tests
+        tests = choose(store, split)
     with progress_of("eval", "videos") as progress:
         result = evaluate_store(
             store,
             model,
-            protocol=protocol,
+            protocol=named,
             dataset=dataset,
-            tests=choose(store, split),
+            tests=tests,
+            facts=facts,
             head_name=run_dir.name,
             views=views,
             modulate=modulate,

@@ -99,7 +99,7 @@ def train_head(
 
     Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
     """
-    from heads.evaluation import check_fits
+    from heads.fitting import check_fits
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.shots import choose_training_set
     from heads.training import train_head as run

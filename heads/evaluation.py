@@ -222,6 +222,7 @@ def _record(
         "epoch": facts.epoch,
         "epoch_choice": facts.epoch_choice,
         "trained_on": origin.dataset or None if origin is not None else None,
+        "training_videos": origin.trained_on or None if origin is not None else None,
         "source": protocol.source,
         "test_list": protocol.test_list,
         "published_counts": agreeing,
@@ -232,7 +233,7 @@ def _record(
             text.names[label] for labels in _distinct(tested.values()) for label in labels
         ),
         "class_names_source": facts.class_names_source or f"data set {provenance.dataset}",
-        "label_map": facts.label_map,
+        "label_map": facts.label_map or provenance.label_map or None,
         "prompts_hash": text.sentences_hash,
         "dataset_fingerprint": provenance.dataset_fingerprint,
         "store": store.path.name,

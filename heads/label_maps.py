@@ -47,6 +47,26 @@ def known_exchange(dataset: str, class_names: Sequence[str]) -> dict[int, int]:
     return {**dict(pairs), **{b: a for a, b in pairs}}
 
 
+def check_label_map(label_map: str) -> None:
+    """UserError for a word that is no label map."""
+    if label_map not in (CORRECTED, AS_PUBLISHED):
+        raise UserError(
+            f"--label-map {label_map!r} is unknown: choose {CORRECTED} or {AS_PUBLISHED}"
+        )
+
+
+def named_as(store: Store, dataset: str, label_map: str) -> Store:
+    """`store` with the names that `label_map`, "corrected" or "as-published", asks for.
+
+    A store that was packed with published names has them already. UserError for another word, and
+    as `known_exchange`.
+    """
+    check_label_map(label_map)
+    if label_map == CORRECTED or store.provenance.label_map == AS_PUBLISHED:
+        return store
+    return with_exchanged_names(store, known_exchange(dataset, store.class_names))
+
+
 def with_exchanged_names(store: Store, exchange: Mapping[int, int]) -> Store:
     """`store` with the name and the texts of label `exchange[x]` for label x; rows as they are."""
     return _Renamed(store, exchange) if exchange else store

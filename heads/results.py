@@ -144,6 +144,8 @@ class EvalResult:
     epoch_choice: str | None
     trained_on: str | None
     """Data set the head was trained on; None where it is not known."""
+    training_videos: str | None
+    """Which of its videos, in words; None where it is not known."""
     source: str
     """Publications the protocol comes from."""
     test_list: str

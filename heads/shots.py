@@ -32,6 +32,8 @@ class ShotDraw:
     rows: RowArray
     short: Mapping[str, int]
     """Name of each class that has fewer videos, 0 included, with how many it has."""
+    words: str
+    """What was drawn, for records."""
 
 
 def draw_shots(
@@ -69,7 +71,9 @@ def draw_shots(
             "%d classes have fewer than %d training videos, all of which are taken: %s",
             *(len(short), shots, shown([f"{name} ({count})" for name, count in short.items()])),
         )
-    return ShotDraw(np.array(sorted(chosen), np.int64), short)
+    fewer = f"; {len(short)} classes have fewer" if short else ""
+    words = f"{shots} videos per class (draw {seed}{fewer})"
+    return ShotDraw(np.array(sorted(chosen), np.int64), short, words)
 
 
 @dataclass(frozen=True)
@@ -112,22 +116,17 @@ def choose_training_set(
         full = rows_of_classes(store, full, classes)
     chosen = full
     if shots is not None:
-        chosen = draw_shots(store, full, shots, draw_seed, classes).rows
-        words.append(f"{shots} videos per class (draw {draw_seed})")
+        draw = draw_shots(store, full, shots, draw_seed, classes)
+        chosen = draw.rows
+        words.append(draw.words)
     if half != "all":
         words.append(f"the {len(classes if classes is not None else ())} {half} classes")
-    repeats = repeat_factor(len(full), len(chosen)) if repeat == "full" else _whole(repeat)
+    repeats = repeats_of(repeat, len(full), len(chosen))
     if repeats > 1:
         words.append(f"repeated {repeats} times")
     suffix = "" if half == "all" else f"-{half}"
     suffix += "" if shots is None else f"-k{shots}-s{draw_seed}"
     return TrainingSet(chosen, classes, ", ".join(words), suffix, repeats)
-
-
-def _whole(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(f"repeat {text!r} is not understood: give a number from 1 up, or full")
-    return int(text)
 
 
 def frequency_halves(
@@ -154,9 +153,17 @@ def rows_of_classes(store: Store, rows: npt.ArrayLike, classes: npt.ArrayLike) -
     return found
 
 
-def repeat_factor(full: int, chosen: int) -> int:
-    """How often a chosen set is repeated to be about as large as the full one (Text4Vis, MoTE)."""
-    return max(1, full // max(chosen, 1))
+def repeats_of(repeat: str, full: int, chosen: int) -> int:
+    """How often an epoch has every chosen video: a number, or "full" for as many as all.
+
+    "full" repeats the set to about the size of the full one, as MoTE and Text4Vis do: full
+    // chosen times. UserError for other words.
+    """
+    if repeat == "full":
+        return max(1, full // max(chosen, 1))
+    if not repeat.isdigit() or int(repeat) < 1:
+        raise UserError(f"repeat {repeat!r} is not understood: give a number from 1 up, or full")
+    return int(repeat)
 
 
 def require_no_leak(

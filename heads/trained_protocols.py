@@ -18,7 +18,7 @@ from typing import Any, Final
 from featstore.durable import write_json
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
-from heads.checkpoints import METRICS_FILE, load_head, save_head
+from heads.checkpoints import CONFIG_FILE, METRICS_FILE, load_head, save_head
 from heads.config import HeadConfig
 from heads.model import TemporalHead
 from heads.optimisation import TrainConfig
@@ -38,6 +38,11 @@ TEST_TOP1: Final = "test_top1"
 SHOTS: Final = (2, 4, 8, 16)
 NOVEL_SHOTS: Final = 16
 DRAW_SEEDS: Final = (1, 2, 3)
+EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11}
+EPOCHS_OF: Final = {("fewshot", "ssv2"): 2}
+"""Epochs where neither a recipe nor a user says otherwise: MoTE's for few-shot, of a set that is
+repeated to the size of the full one; ViFi-CLIP's for base-to-novel, which it takes of the shots
+once. Here they are repeated as well: a new head learns nothing in thirty steps."""
 
 Evaluate = Callable[[TemporalHead, Sequence[TestSet], RunFacts, str], EvalResult]
 """Tests a head on test sets; told what is known of its run, and the name of the run."""
@@ -109,7 +114,7 @@ def train_and_test(
         initial=initial,
         after_epoch=watch,
         prompt_set=prompt_set,
-        resume=True,
+        resume=(run.run_dir / CONFIG_FILE).is_file(),
         device=device,
         progress=progress,
     )

@@ -94,7 +94,7 @@ def hmdb51(folder: Path) -> Tree:
         for i, stem in enumerate(stems):
             clip(tree.videos / name / f"{stem}.avi", number)
             number += 1
-            roles = ["112200"[(i + split) % 6] for split in range(3)]
+            roles = ["111220"[(i + split) % 6] for split in range(3)]
             roles = ["0" if i == 5 else role for role in roles]  # one is in no split at all
             kinds = {"1": "train", "2": "test", "0": ""}
             used = [f"{kinds[role]}{split}" for split, role in enumerate(roles, 1) if role != "0"]

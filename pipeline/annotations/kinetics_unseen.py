@@ -48,7 +48,7 @@ OWN_DRAW: Final = "own draw (not comparable with published numbers)"
 
 @dataclass(frozen=True)
 class UnseenClasses:
-    """Label ids of Kinetics-600: all unseen ones, and those tested in each split.
+    """Label ids of Kinetics-600: all unseen ones, and those tested in split1, split2, ...
 
     `source` says where the splits come from: file names, or `OWN_DRAW`. `notes` are sentences the
     user should read: every count that is not the published one.
@@ -107,14 +107,15 @@ def unseen_classes(
         )
         return UnseenClasses(unseen, splits, OWN_DRAW, tuple(notes))
     files = _class_lists(lists)
-    splits = {path.stem: _read_split(path, k600_names, unseen) for path in files}
-    if len(splits) < len(files):
-        raise UserError("two class lists have the same file name: give them different ones")
+    splits = {
+        f"split{number}": _read_split(path, k600_names, unseen)
+        for number, path in enumerate(files, 1)
+    }
     if len(splits) != SPLITS:
         notes.append(f"{len(splits)} class lists are given; {SPLITS} are published")
     notes += [
-        f"class list {name} has {len(labels)} classes; the published ones have {TEST_CLASSES}"
-        for name, labels in splits.items()
+        f"class list {path.name} has {len(labels)} classes; the published ones {TEST_CLASSES}"
+        for path, labels in zip(files, splits.values(), strict=True)
         if len(labels) != TEST_CLASSES
     ]
     source = "lists " + ", ".join(path.name for path in files)
