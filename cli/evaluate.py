@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from cli import evaluate_trained as trained
 from cli import evaluate_unseen as unseen
-from cli import options
-from cli.output import percent, print_json, print_table, progress_of, results
+from cli import options, sweep
+from cli.output import percent, print_json, print_table, progress_of, results, warn
 from featstore.errors import UserError
+from featstore.reader import Store
+from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
-    from heads.protocol_types import Kind, Protocol
+    from heads.model import TemporalHead
+    from heads.protocol_types import Kind, Protocol, TestSet
+    from heads.results import EvalResult
+
+KINDS: Final[dict[str, Kind]] = {
+    "--closeset": "closeset",
+    "--zeroshot": "zeroshot",
+    "--fewshot": "fewshot",
+    "--base-to-novel": "base-to-novel",
+}
+EVALUATION_SPLITS: Final = ("val", "test")
 
 
 def evaluate(
@@ -27,6 +41,20 @@ def evaluate(
     ] = None,
     fewshot: trained.FewShot = None,
     base_to_novel: trained.BaseToNovel = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            "--protocol",
+            metavar="PROTOCOL",
+            help="A protocol by its name: `mote-cli protocols list`.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset", metavar="NAME", help="Data set of --protocol; default: the protocol's own."
+        ),
+    ] = None,
     head: options.Head = None,
     split: options.Split = None,
     views: Annotated[
@@ -37,27 +65,71 @@ def evaluate(
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,
+    modulation_neighbours: Annotated[
+        str | None,
+        typer.Option(
+            "--modulation-neighbours",
+            metavar="K",
+            help="Classes modulation compares on either side; default: the head's, 5 as published.",
+        ),
+    ] = None,
+    modulation_temperature: Annotated[
+        str | None,
+        typer.Option(
+            "--modulation-temperature",
+            metavar="T",
+            help="The larger, the less the head is held back, none: not at all; default: the "
+            "head's, 0.05 as published.",
+        ),
+    ] = None,
+    ensemble: Annotated[
+        float | None,
+        typer.Option(
+            "--ensemble",
+            metavar="WEIGHT",
+            min=0.0,
+            max=1.0,
+            help="Add CLIP's own cosines per frame with this weight; 0.5 as DiST in zero-shot.",
+        ),
+    ] = None,
+    clip_store: Annotated[
+        str | None,
+        typer.Option(
+            "--clip-store",
+            metavar="NAME",
+            help="Store of the same data set with CLIP's own features, for --ensemble with a head "
+            "whose tower was tuned.",
+        ),
+    ] = None,
     fusion: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--fusion",
-            metavar="softmax|cosine|features",
-            help="How views become one score: mean of softmax (as published), of cosines, or "
-            "of features.",
+            metavar="softmax|cosine|features|all",
+            help="How views become one score: mean of softmax, of cosines, or of features; "
+            "default: the protocol's.",
         ),
-    ] = "softmax",
-    precision: Annotated[
-        str,
+    ] = None,
+    sweeps: Annotated[
+        list[str] | None,
         typer.Option(
-            "--precision",
-            metavar="auto|fp32|bf16",
-            help="Arithmetic of the head; auto takes bf16 for wide heads where it is faster.",
+            "--sweep",
+            metavar="NAME=V,V,...",
+            help="Many settings from one pass: modulation-temperature, modulation-neighbours, "
+            "ensemble, fusion; or blend, over imported towers. May be repeated.",
         ),
-    ] = "auto",
+    ] = None,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Measure although tested videos are training videos."),
+    ] = False,
+    label_map: trained.LabelMapOption = "corrected",
+    k600_source: unseen.K600Source = None,
+    class_lists: unseen.ClassLists = None,
+    k400_names: unseen.K400Names = None,
     shots: trained.Shots = None,
     draw_seeds: trained.DrawSeeds = None,
     lists_from: trained.ListsFrom = None,
-    label_map: trained.LabelMapOption = "corrected",
     train_store: trained.TrainStore = None,
     recipe: trained.Recipe = None,
     epochs: trained.Epochs = None,
@@ -66,10 +138,14 @@ def evaluate(
     repeat: trained.Repeat = "full",
     name: trained.RunName = None,
     best_epoch: trained.BestEpoch = True,
-    allow_leak: trained.AllowLeak = False,
-    k600_source: unseen.K600Source = None,
-    class_lists: unseen.ClassLists = None,
-    k400_names: unseen.K400Names = None,
+    precision: Annotated[
+        str,
+        typer.Option(
+            "--precision",
+            metavar="auto|fp32|bf16",
+            help="Arithmetic of the head; auto takes bf16 for wide heads where it is faster.",
+        ),
+    ] = "auto",
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -77,126 +153,250 @@ def evaluate(
     """Evaluate a head on a store: top-1, top-5, and how many videos were listed and failed.
 
     --closeset takes the val (or test) split, --zeroshot all videos, or the mean over the official
-    test lists of HMDB51 and UCF101. The result is kept as JSON beside the head.
+    test lists of HMDB51 and UCF101; --protocol any protocol by its name. The result is kept as
+    JSON beside the head, with accuracy per class and confusion. torchrun shares the work.
+    --fewshot and --base-to-novel train heads first, from the weights of --head where it is given.
 
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
-    from heads.evaluation import evaluate_store
     from heads.fitting import count_views
-    from heads.label_maps import named_as
-    from heads.protocols import closeset_tests, known_dataset, usual_protocol, zeroshot_tests
-    from heads.results import run_facts, save_result
+    from heads.process_group import process_group
+    from heads.protocols import protocol_named
 
-    asked = {
-        kind: given
-        for kind, given in (
-            ("closeset", closeset),
-            ("zeroshot", zeroshot),
-            ("fewshot", fewshot),
-            ("base-to-novel", base_to_novel),
-        )
-        if given is not None
+    named = None if protocol is None else protocol_named(protocol)
+    given = {
+        "--closeset": closeset,
+        "--zeroshot": zeroshot,
+        "--fewshot": fewshot,
+        "--base-to-novel": base_to_novel,
+        "--protocol": protocol,
     }
-    if len(asked) != 1:
+    chosen = [option for option, value in given.items() if value is not None]
+    if len(chosen) != 1:
         raise UserError(
-            "eval takes exactly one of --closeset NAME, --zeroshot NAME, --fewshot NAME and "
-            "--base-to-novel NAME"
+            "eval takes exactly one of --closeset NAME, --zeroshot NAME, --fewshot NAME, "
+            "--base-to-novel NAME and --protocol PROTOCOL"
         )
-    ((protocol, dataset),) = asked.items()
-    workspace = options.workspace(root)
-    if protocol in ("fewshot", "base-to-novel"):
-        kind: Kind = "fewshot" if fewshot is not None else "base-to-novel"
-        trained.evaluate_trained(
-            trained.TrainedRequest(
-                protocol=usual_protocol(kind, dataset, split=split),
-                dataset=dataset,
-                head=head,
-                split=split,
-                views=views,
-                sampling=sampling,
-                store_name=store_name,
-                prompts=prompts,
-                modulate=modulate,
-                fusion=fusion,
-                precision=precision,
-                device=device,
-                shots=shots,
-                draw_seeds=draw_seeds,
-                lists_from=lists_from,
-                label_map=label_map,
-                train_store=train_store,
-                recipe=recipe,
-                epochs=epochs,
-                batch_size=batch_size,
-                lr=lr,
-                repeat=repeat,
-                name=name,
-                best_epoch=best_epoch,
-                allow_leak=allow_leak,
-            ),
-            workspace,
-            json,
+    if dataset is not None and named is None:
+        raise UserError(f"--dataset goes with --protocol: {chosen[0]} names the data set itself")
+    dataset = dataset or (named.dataset if named is not None else given[chosen[0]])
+    if dataset is None:
+        raise UserError(f"protocol {protocol} takes any data set: name one with --dataset")
+    if views is None and named is not None and named.kind == "closeset" and named.views:
+        (views,) = named.views
+    if views is not None:
+        count_views(views)  # a UserError before anything is read
+    swept = sweep.parse_sweeps(sweeps or [])
+    fused = sweep.value_of(sweep.FUSION, fusion)
+    if isinstance(fused, list):
+        if sweep.FUSION in swept:
+            raise UserError("--fusion all and --sweep fusion contradict each other: give one")
+        swept[sweep.FUSION] = fused
+        fused = None
+    kind = named.kind if named is not None else KINDS[chosen[0]]
+    if kind in trained.KINDS and swept:
+        raise UserError(f"--sweep goes with heads that are there: {kind} trains its own")
+    request = Request(
+        workspace=options.workspace(root),
+        dataset=dataset,
+        kind=kind,
+        protocol=named,
+        split=split,
+        views=views,
+        sampling=sampling,
+        prompts=prompts,
+        fixed={
+            "modulate": modulate,
+            "neighbours": sweep.value_of(sweep.NEIGHBOURS, modulation_neighbours),
+            "temperature": sweep.value_of(sweep.TEMPERATURE, modulation_temperature),
+            "ensemble": ensemble,
+            "fusion": fused,
+        },
+        swept=swept,
+        clip_store=clip_store,
+        allow_overlap=allow_overlap,
+        label_map=label_map,
+        unseen=unseen.UnseenChoice(k600_source, tuple(class_lists or ()), k400_names),
+        precision=precision,
+        device=options.device(device),
+    )
+    if kind in trained.KINDS:
+        training = trained.Training(
+            *(shots, draw_seeds, lists_from, train_store, recipe, epochs, batch_size, lr, repeat),
+            *(name, best_epoch),
         )
+        trained.evaluate_trained(request, training, head, store_name, json)
         return
-    model, run_dir = options.head(workspace, head)
-    origin = None if model is None else model.origin
-    if protocol == "closeset":
-        split = split or workspace.default_split(dataset, ("val", "test"))
-    named: Protocol | str = protocol
-    facts = run_facts(run_dir)
-    if protocol == "zeroshot" and split is None and known_dataset(dataset) == "k600":
-        named = usual_protocol("zeroshot", dataset)
-        found = unseen.unseen_tests(
-            workspace,
-            dataset,
-            origin,
-            source=k600_source,
-            class_lists=class_lists,
-            k400_names=k400_names,
-            views=None if views is None else count_views(views),
-            sampling=sampling,
-            store_name=store_name,
+    with process_group() as rank:
+        if rank:
+            logging.disable()  # the first process says it
+        model, run_dir = options.head(request.workspace, head)
+        measured, missing = request.measure(model, run_dir, store_name)
+        if rank == 0:
+            _report(measured, missing, bool(swept), json)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for, apart from the head and the store, which a sweep of blends changes."""
+
+    workspace: Workspace
+    dataset: str
+    kind: Kind
+    protocol: Protocol | None
+    split: str | None
+    views: str | None
+    sampling: str | None
+    prompts: str | None
+    fixed: dict[str, Any]
+    swept: sweep.Values
+    clip_store: str | None
+    allow_overlap: bool
+    label_map: str
+    unseen: unseen.UnseenChoice
+    precision: str
+    device: str
+
+    def measure(
+        self, model: TemporalHead | None, run_dir: Path, store_name: str | None
+    ) -> tuple[list[tuple[EvalResult, Path]], list[dict[str, Any]]]:
+        """(results with their run folders, blends that could not be measured and why)."""
+        shares = self.swept.get(sweep.BLEND)
+        if shares is None:
+            return self._measure_run(model, run_dir, store_name), []
+        if store_name is not None:
+            raise UserError("--sweep blend takes the store of every tower: leave --store out")
+        found, missing = [], []
+        for blended in sweep.blended_runs(self.workspace, run_dir, shares, self.dataset):
+            reason = "there is no head with this share"
+            if blended.run_dir is not None:
+                own, _ = options.head(self.workspace, blended.run_dir.name)
+                try:
+                    store = self._store(own, None)
+                except UserError as error:
+                    reason = str(error)
+                else:
+                    found += self._measure_run(own, blended.run_dir, store.path.name)
+                    continue
+            missing.append({"blend": blended.share, "reason": reason, "remedy": blended.remedy})
+        if not found:
+            raise UserError(
+                f"no store of {self.dataset} was made with one of these blends: "
+                f"{missing[0]['reason']}; make one with {missing[0]['remedy']}"
+            )
+        return found, missing
+
+    def _measure_run(
+        self, model: TemporalHead | None, run_dir: Path, store_name: str | None
+    ) -> list[tuple[EvalResult, Path]]:
+        from heads.evaluation import evaluate_many
+        from heads.fitting import mean_head, views_of
+        from heads.leaks import require_no_leak
+        from heads.protocols import usual_protocol
+        from heads.results import run_facts
+
+        store = self._store(model, store_name)
+        protocol = self.protocol or usual_protocol(
+            self.kind,
+            self.dataset,
+            split=self.split,
+            views=views_of(store),
+            split_names=store.split_names,
         )
-        store, tests = found.store, found.tests
-        facts = replace(facts, class_names_source=found.source)
-    else:
-        store = workspace.choose_store(
-            dataset,
+        tests, names_from = self._tests(protocol, store, model)
+        overlap = None
+        if model is not None:
+            overlap = require_no_leak(store, tests, run_dir, allow=self.allow_overlap)
+        scorer = model or mean_head(store.provenance.dim)
+        scorings = sweep.settings(scorer.config, self.fixed, self.swept, protocol.fusion)
+        with progress_of("eval", "videos") as progress:
+            measured = evaluate_many(
+                store,
+                model,
+                scorings,
+                protocol=protocol,
+                dataset=self.dataset,
+                tests=tests,
+                head_name=run_dir.name,
+                views=self.views,
+                prompt_set=self.prompts,
+                clip_store=self._clip_store(),
+                facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
+                device=self.device,
+                precision=self.precision,  # type: ignore[arg-type]  # it is checked there
+                progress=progress,
+            )
+        return [(result, run_dir) for result in measured]
+
+    def _store(self, model: TemporalHead | None, name: str | None) -> Store:
+        from heads.fitting import count_views
+        from heads.label_maps import named_as
+        from heads.protocols import known_dataset, usual_protocol
+
+        origin = None if model is None else model.origin
+        split = self.split
+        named = self.protocol or usual_protocol(self.kind, self.dataset, split=split)
+        if named.lists == "given":
+            split = self.unseen.split(self.workspace, self.dataset)
+        if self.kind == "closeset":
+            split = split or self.workspace.default_split(self.dataset, EVALUATION_SPLITS)
+        store = self.workspace.choose_store(
+            self.dataset,
             split=split,
-            views=None if views is None else count_views(views),
+            views=None if self.views is None else count_views(self.views),
             encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
-            sampling=sampling,
-            name=store_name,
+            sampling=self.sampling,
+            name=name,
             encoder=None if origin is None else origin.encoder,
         )
-        store = named_as(store, known_dataset(dataset), label_map)
-        choose = closeset_tests if protocol == "closeset" else zeroshot_tests
-        tests = choose(store, split)
-    with progress_of("eval", "videos") as progress:
-        result = evaluate_store(
-            store,
-            model,
-            protocol=named,
-            dataset=dataset,
-            tests=tests,
-            facts=facts,
-            head_name=run_dir.name,
-            views=views,
-            modulate=modulate,
-            prompt_set=prompts,
-            fusion=fusion,  # type: ignore[arg-type]  # evaluate_store checks it
-            precision=precision,  # type: ignore[arg-type]  # evaluate_store checks it
-            device=options.device(device),
-            progress=progress,
-        )
-    file = save_result(result, run_dir)
+        return named_as(store, known_dataset(self.dataset), self.label_map)
+
+    def _tests(
+        self, protocol: Protocol, store: Store, model: TemporalHead | None
+    ) -> tuple[tuple[TestSet, ...], str | None]:
+        """The test sets, and where their class names are from where it is not the data set."""
+        from heads.protocols import build_test_sets
+
+        if protocol.lists == "given":
+            return self.unseen.tests(self.workspace, store, model)
+        return build_test_sets(protocol, store, self.split), None
+
+    def _clip_store(self) -> Store | None:
+        if self.clip_store is None:
+            return None
+        if self.fixed["ensemble"] is None and sweep.ENSEMBLE not in self.swept:
+            raise UserError("--clip-store is for --ensemble WEIGHT or --sweep ensemble=...")
+        return self.workspace.choose_store(self.dataset, name=self.clip_store)
+
+
+def _report(
+    measured: list[tuple[EvalResult, Path]],
+    missing: list[dict[str, Any]],
+    is_sweep: bool,
+    json: bool,
+) -> None:
+    """Keep the results, and print them."""
+    from heads.results import save_result
+
+    rows = [{**r.to_json(), "file": str(save_result(r, run_dir))} for r, run_dir in measured]
+    for gap in missing:
+        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}; {gap['remedy']}")
+    result = measured[0][0]
     if json:
-        print_json({**result.to_json(), "file": str(file)})
+        shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
+        print_json({**shared, "rows": rows, "missing": missing} if is_sweep else rows[0])
+        return
+    title = (
+        f"{result.protocol_name} on {result.dataset}, head {result.head}"
+        f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
+        f"{result.n_classes} classes, prompts {result.prompt_set}"
+    )
+    if is_sweep:
+        _print_sweep(title, [result for result, _ in measured])
+        results.print(f"kept under {Path(rows[0]['file']).parent}", markup=False)
         return
     print_table(
-        f"{protocol} on {dataset}, head {result.head}"
-        f"{' with modulation' if result.modulate else ''}, views {result.views}, "
-        f"{result.n_classes} classes, prompts {result.prompt_set}",
+        title,
         ["split", "listed", "evaluated", "failed", "top-1 %", "top-5 %"],
         [
             [
@@ -212,4 +412,33 @@ def evaluate(
     )
     if len(result.per_split) > 1:
         results.print(f"mean top-1 {result.mean:.2f}, population std {result.std:.2f}")
-    results.print(f"kept as {file}", markup=False)
+    for note in result.notes:
+        results.print(f"not as published: {note}", markup=False)
+    results.print(f"kept as {rows[0]['file']}", markup=False)
+
+
+def _print_sweep(title: str, measured: list[EvalResult]) -> None:
+    """One line per setting; columns of what does not differ are left out."""
+    columns: dict[str, list[Any]] = {
+        "blend": [r.blend for r in measured],
+        "neighbours": [r.modulation_neighbours for r in measured],
+        "temperature": [r.modulation_temperature for r in measured],
+        "ensemble": [r.ensemble for r in measured],
+        "fusion": [r.fusion for r in measured],
+    }
+    varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    rows = [
+        [
+            *("-" if v is None else v if isinstance(v, str) else f"{v:g}" for v in shown),
+            str(r.n_evaluated),
+            f"{r.top1:.2f}",
+            "-" if len(r.per_split) < 2 else f"{r.std:.2f}",
+            "-" if r.top5 is None else f"{r.top5:.2f}",
+        ]
+        for r, shown in zip(
+            measured,
+            zip(*varied.values(), strict=True) if varied else [()] * len(measured),
+            strict=True,
+        )
+    ]
+    print_table(title, [*varied, "videos", "top-1 %", "std", "top-5 %"], rows)

@@ -14,10 +14,10 @@ from cli.output import percent, print_json, print_table, progress_of, results
 from featstore.durable import write_json
 from featstore.errors import UserError
 from featstore.reader import Store
-from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
-    from heads.protocol_types import Protocol
+    from cli.evaluate import Request
+    from heads.config import HeadOrigin
     from heads.shot_plans import GivenList
     from heads.trained_protocols import ShotOutcome
 
@@ -93,32 +93,16 @@ BestEpoch = Annotated[
         help="Test every epoch too, and report the best one separately.",
     ),
 ]
-AllowLeak = Annotated[
-    bool,
-    typer.Option("--allow-leak", help="Test videos that are trained on, with a warning."),
-]
+KINDS = ("fewshot", "base-to-novel")
 
 
 @dataclass(frozen=True)
-class TrainedRequest:
-    """What was asked for; the fields are options of `eval` of the same names."""
+class Training:
+    """How the heads are trained; the fields are options of `eval`."""
 
-    protocol: Protocol
-    dataset: str
-    head: str | None
-    split: str | None
-    views: str | None
-    sampling: str | None
-    store_name: str | None
-    prompts: str | None
-    modulate: bool
-    fusion: str
-    precision: str
-    device: str
     shots: str | None
     draw_seeds: str | None
     lists_from: Path | None
-    label_map: str
     train_store: str | None
     recipe: str | None
     epochs: int | None
@@ -127,19 +111,17 @@ class TrainedRequest:
     repeat: str
     name: str | None
     best_epoch: bool
-    allow_leak: bool
-
-    @property
-    def few(self) -> bool:
-        """Whether it is a few-shot protocol."""
-        return self.protocol.kind == "fewshot"
 
 
-def evaluate_trained(ask: TrainedRequest, workspace: Workspace, json: bool) -> None:
+def evaluate_trained(
+    ask: Request, how: Training, head: str | None, store_name: str | None, json: bool
+) -> None:
     """Run the protocol: a training per number of shots or seed, continued where it stopped."""
     from heads.evaluation import evaluate_store
     from heads.fitting import check_fits
     from heads.label_maps import check_label_map
+    from heads.leaks import require_no_leak
+    from heads.protocols import known_dataset, usual_protocol
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.results import save_result
     from heads.shot_plans import ShotPlan
@@ -153,66 +135,68 @@ def evaluate_trained(ask: TrainedRequest, workspace: Workspace, json: bool) -> N
     )
 
     check_label_map(ask.label_map)
-    known = ask.protocol.dataset or ask.dataset
-    kind = ask.protocol.kind
-    initial, head_dir = (None, None) if ask.head is None else options.head(workspace, ask.head)
-    train, test, splits = _stores(ask, workspace, None if initial is None else initial.origin)
-    recipe = load_recipe(ask.recipe or DEFAULT_RECIPE)
-    epochs = EPOCHS_OF.get((kind, known), EPOCHS[kind]) if ask.recipe is None else None
+    few = ask.kind == "fewshot"
+    protocol = ask.protocol or usual_protocol(ask.kind, ask.dataset, split=ask.split)
+    known = known_dataset(ask.dataset)
+    initial, head_dir = (None, None) if head is None else options.head(ask.workspace, head)
+    train, test, splits = _stores(ask, how, store_name, None if initial is None else initial.origin)
+    recipe = load_recipe(how.recipe or DEFAULT_RECIPE)
+    epochs = EPOCHS_OF.get((ask.kind, known), EPOCHS[ask.kind]) if how.recipe is None else None
     training = recipe.train_config(
-        epochs=ask.epochs or epochs, batch_size=ask.batch_size, lr=ask.lr
+        epochs=how.epochs or epochs, batch_size=how.batch_size, lr=how.lr
     )
     if initial is not None:
         check_fits(initial, train)
         shape = initial.config
     else:
-        mean = ask.head == options.MEAN_HEAD
+        mean = head == options.MEAN_HEAD
         shape = recipe.head_config(train.provenance.dim, kind="mean" if mean else None)
-    shots = numbers("--shots", ask.shots, SHOTS if ask.few else (NOVEL_SHOTS,))
-    draws = numbers("--draw-seeds", ask.draw_seeds, (1,) if ask.few else DRAW_SEEDS)
-    if len(draws if ask.few else shots) > 1:
+    shots = numbers("--shots", how.shots, SHOTS if few else (NOVEL_SHOTS,))
+    draws = numbers("--draw-seeds", how.draw_seeds, (1,) if few else DRAW_SEEDS)
+    if len(draws if few else shots) > 1:
         raise UserError(
             "few-shot has one draw seed for all numbers of shots, base-to-novel one number of "
             "shots for all seeds: run the command once for each"
         )
-    given, label_map = _lists(ask, known, train, shots if ask.few else draws)
-    if ask.label_map == "as-published" or label_map:
-        train, test, label_map = _named(ask, known, train, test, label_map)
-    prefix = ask.name or (
+    given, label_map = _lists(ask, how, train, shots if few else draws)
+    train, test, label_map = _named(ask, how, train, test, label_map)
+    prefix = how.name or (
         f"{ask.dataset}-{shape.kind}"
         if head_dir is None or initial is None
         else f"{head_dir.name}-{ask.dataset}"
     )
-    prefix += "-as-published" if ask.label_map == "as-published" and not ask.name else ""
+    prefix += "-as-published" if label_map == "as-published" and not how.name else ""
     plan = ShotPlan(
         *(train, test, *splits),
-        run_dir=lambda suffix: workspace.run_dir(prefix + suffix),
-        repeat=ask.repeat,
-        allow_leak=ask.allow_leak,
+        run_dir=lambda suffix: ask.workspace.run_dir(prefix + suffix),
+        repeat=how.repeat,
+        allow_overlap=ask.allow_overlap,
     )
     runs = (
-        plan.fewshot(shots, draws[0], given)
-        if ask.few
-        else plan.base_to_novel(shots[0], draws, given)
+        plan.fewshot(shots, draws[0], given) if few else plan.base_to_novel(shots[0], draws, given)
     )
+    if initial is not None and head_dir is not None:
+        require_no_leak(test, runs[0].tests, head_dir, allow=ask.allow_overlap)
     prompt_set = ask.prompts or train.prompt_sets[0]
-    device = options.device(ask.device)
 
-    def evaluate(head: Any, tests: Any, facts: Any, name: str) -> Any:
+    def evaluate(tested: Any, tests: Any, facts: Any, name: str) -> Any:
         return evaluate_store(
             test,
-            head,
-            protocol=ask.protocol,
+            tested,
+            protocol=protocol,
             dataset=ask.dataset,
             tests=tests,
+            modulate=ask.fixed["modulate"],
+            modulation_neighbours=ask.fixed["neighbours"],
+            modulation_temperature=ask.fixed["temperature"],
+            ensemble=ask.fixed["ensemble"],
+            fusion=ask.fixed["fusion"],
             head_name=name,
             views=ask.views,
-            modulate=ask.modulate,
             prompt_set=prompt_set,
-            fusion=ask.fusion,  # type: ignore[arg-type]  # evaluate_store checks it
-            precision=ask.precision,
             facts=replace(facts, label_map=label_map or None),
-            device=device,
+            precision=ask.precision,
+            device=ask.device,
         )
 
     outcomes = []
@@ -227,22 +211,23 @@ def evaluate_trained(ask: TrainedRequest, workspace: Workspace, json: bool) -> N
                 prompt_set=prompt_set,
                 evaluate=evaluate,
                 initial=initial,
-                best_epoch=ask.best_epoch,
-                device=device,
+                initial_run=head_dir,
+                best_epoch=how.best_epoch,
+                device=ask.device,
                 progress=progress,
             )
         found = [outcome.last] if outcome.best is None else [outcome.last, outcome.best]
         files += [str(save_result(result, run.run_dir)) for result in found]
         outcomes.append(outcome)
     value = {
-        "protocol": kind,
-        "protocol_name": ask.protocol.name,
+        "protocol": ask.kind,
+        "protocol_name": protocol.name,
         "dataset": ask.dataset,
-        "head": ask.head if initial is not None or ask.head else shape.kind,
+        "head": head or shape.kind,
         "runs": [outcome.to_json() for outcome in outcomes],
         "files": files,
     }
-    if ask.few:
+    if few:
         _print_fewshot(value, outcomes, json)
     else:
         _print_base_to_novel(value, outcomes, runs[0].run_dir, json)
@@ -259,45 +244,48 @@ def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int,
 
 
 def _stores(
-    ask: TrainedRequest, workspace: Workspace, origin: Any
+    ask: Request, how: Training, store_name: str | None, origin: HeadOrigin | None
 ) -> tuple[Store, Store, tuple[str, str]]:
     """The store to train from, the one to test, and their splits."""
     from heads.fitting import count_views
 
-    train_split = workspace.default_split(ask.dataset, ("train1", "train"))
-    test_split = ask.split or workspace.default_split(ask.dataset, ("test1", "val", "test"))
+    train_split = ask.workspace.default_split(ask.dataset, ("train1", "train"))
+    test_split = ask.split or ask.workspace.default_split(ask.dataset, ("test1", "val", "test"))
     if train_split is None or test_split is None:
         lacking = "training" if train_split is None else "test"
         raise UserError(
             f"no store of {ask.dataset} has a {lacking} split: pack the data set with its "
             f"annotations and extract its videos (`mote-cli extract --dataset {ask.dataset}`)"
         )
-    encoder = {
-        "encoder_fingerprint": None if origin is None else origin.encoder_fingerprint,
-        "encoder": None if origin is None else origin.encoder,
-    }
-    test = workspace.choose_store(
+    fingerprint = None if origin is None else origin.encoder_fingerprint
+    encoder = None if origin is None else origin.encoder
+    test = ask.workspace.choose_store(
         ask.dataset,
         split=test_split,
         views=None if ask.views is None else count_views(ask.views),
+        encoder_fingerprint=fingerprint,
         sampling=ask.sampling,
-        name=ask.store_name,
-        **encoder,
+        name=store_name,
+        encoder=encoder,
     )
-    name = ask.train_store
+    name = how.train_store
     if name is None and train_split in test.split_names and len(test.split(train_split)):
-        name = ask.store_name  # the store that was named has both
-    return (
-        workspace.choose_store(ask.dataset, split=train_split, name=name, **encoder),
-        test,
-        (train_split, test_split),
+        name = store_name  # the store that was named has both
+    train = ask.workspace.choose_store(
+        ask.dataset,
+        split=train_split,
+        encoder_fingerprint=fingerprint,
+        name=name,
+        encoder=encoder,
     )
+    return train, test, (train_split, test_split)
 
 
 def _lists(
-    ask: TrainedRequest, known: str, train: Store, wanted: Sequence[int]
+    ask: Request, how: Training, train: Store, wanted: Sequence[int]
 ) -> tuple[Mapping[int, GivenList] | None, Any]:
     """Published lists by number of shots or seed, and the exchange of names they come with."""
+    from heads.protocols import known_dataset
     from heads.shot_plans import GivenList
     from pipeline.annotations.key_index import KeyIndex
     from pipeline.annotations.published_lists import (
@@ -306,13 +294,14 @@ def _lists(
         read_published_list,
     )
 
-    if ask.lists_from is None:
+    if how.lists_from is None:
         return None, ""
-    repository = ListRepository(ask.lists_from, known)
+    few = ask.kind == "fewshot"
+    repository = ListRepository(how.lists_from, known_dataset(ask.dataset))
     index = KeyIndex(train.keys)
-    files = {n: repository.shots(n) if ask.few else repository.seed(n) for n in wanted}
+    files = {n: repository.shots(n) if few else repository.seed(n) for n in wanted}
     lists = {number: read_published_list(path, index) for number, path in files.items()}
-    names = repository.names("" if ask.few else "base")
+    names = repository.names("" if few else "base")
     exchange, done = label_exchange(
         [(listed, names) for listed in lists.values()],
         dict(zip(train.keys, map(int, train.labels), strict=True)),
@@ -320,22 +309,25 @@ def _lists(
         ask.label_map,  # type: ignore[arg-type]  # checked by the caller
     )
     given = {
-        number: GivenList(str(listed.path.relative_to(ask.lists_from)), listed.keys)
+        number: GivenList(str(listed.path.relative_to(how.lists_from)), listed.keys)
         for number, listed in lists.items()
     }
     return given, exchange or done
 
 
 def _named(
-    ask: TrainedRequest, known: str, train: Store, test: Store, label_map: Any
+    ask: Request, how: Training, train: Store, test: Store, label_map: Any
 ) -> tuple[Store, Store, str]:
     """The stores with names as the label map has them, and what results say of it."""
     from heads.label_maps import AS_PUBLISHED, named_as, with_exchanged_names
+    from heads.protocols import known_dataset
 
     if ask.label_map != AS_PUBLISHED:
         return train, test, str(label_map)
-    if ask.lists_from is None:
-        train, test = (named_as(store, known, ask.label_map) for store in (train, test))
+    if how.lists_from is None:
+        train, test = (
+            named_as(store, known_dataset(ask.dataset), ask.label_map) for store in (train, test)
+        )
     else:
         train, test = (with_exchanged_names(store, label_map or {}) for store in (train, test))
     return train, test, test.provenance.label_map

@@ -16,7 +16,10 @@ from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.config import HeadOrigin
+    from heads.model import TemporalHead
     from heads.protocol_types import TestSet
+
+_SPLITS = ("test", "val")
 
 K600Source = Annotated[
     str | None,
@@ -47,75 +50,67 @@ K400Names = Annotated[
 
 
 @dataclass(frozen=True)
-class UnseenTests:
-    """The store, its test sets, and where names, classes and videos come from, in words."""
+class UnseenChoice:
+    """What was asked for; the fields are options of `eval`."""
 
-    store: Store
-    tests: tuple[TestSet, ...]
-    source: str
+    source: str | None
+    class_lists: tuple[Path, ...]
+    k400_names: Path | None
 
-
-def unseen_tests(
-    workspace: Workspace,
-    dataset: str,
-    origin: HeadOrigin | None,
-    *,
-    source: str | None,
-    class_lists: list[Path] | None,
-    k400_names: Path | None,
-    views: int | None = None,
-    sampling: str | None = None,
-    store_name: str | None = None,
-) -> UnseenTests:
-    """Three test sets of unseen classes, each among its own classes; counts are told."""
-    from heads.protocol_types import TestSet
-    from heads.shots import rows_of_classes
-    from pipeline.annotations.key_index import KeyIndex
-    from pipeline.annotations.kinetics_unseen import unseen_classes
-    from pipeline.annotations.published_lists import read_keys
-
-    split = source or workspace.default_split(dataset, ("test", "val"))
-    listed = split is not None and split not in ("test", "val")
-    if split is None:
-        raise UserError(
-            f"no store of {dataset} has a test or val split: extract one, or name a list of its "
-            "videos with --k600-source"
-        )
-    store = workspace.choose_store(
-        dataset,
-        split=None if listed else split,
-        views=views,
-        encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
-        encoder=None if origin is None else origin.encoder,
-        sampling=sampling,
-        name=store_name,
-    )
-    names, names_from = _k400_names(workspace, origin, k400_names)
-    chosen = unseen_classes(store.class_names, names, class_lists or ())
-    for note in chosen.notes:
-        warn(note)
-    if listed:
-        keys = read_keys(Path(split), KeyIndex(store.keys)).keys
-        rows = np.array(sorted(store.row(key) for key in keys), np.int64)
-    else:
-        rows = store.split(split)
-    tests = []
-    for name, labels in chosen.splits.items():
-        classes = np.array(labels, np.int64)
-        of_classes = rows_of_classes(store, rows, classes)
-        if not len(of_classes):
+    def split(self, workspace: Workspace, dataset: str) -> str | None:
+        """The split that is tested; None for a list of videos. UserError when there is none."""
+        if self.source is not None and self.source not in _SPLITS:
+            return None
+        split = self.source or workspace.default_split(dataset, _SPLITS)
+        if split is None:
             raise UserError(
-                f"none of the {len(rows)} videos of {split} is of a class of {name}: name another "
-                "--k600-source"
+                f"no store of {dataset} has a test or val split: extract one, or name a list of "
+                "its videos with --k600-source"
             )
-        tests.append(TestSet(name, of_classes, classes))
-    videos = f"list {Path(split).name}" if listed else f"split {split}"
-    return UnseenTests(
-        store,
-        tuple(tests),
-        f"{len(chosen.unseen)} unseen classes (Kinetics-400 names: {names_from}); splits: "
-        f"{chosen.source}; videos: {videos}",
-    )
+        return split
+
+    def tests(
+        self, workspace: Workspace, store: Store, head: TemporalHead | None
+    ) -> tuple[tuple[TestSet, ...], str]:
+        """Test sets of unseen classes, each among its own, and where all of it is from, in words.
+
+        Counts that are not the published ones are told.
+        """
+        from heads.protocol_types import TestSet
+        from heads.shots import rows_of_classes
+        from pipeline.annotations.key_index import KeyIndex
+        from pipeline.annotations.kinetics_unseen import unseen_classes
+        from pipeline.annotations.published_lists import read_keys
+
+        names, names_from = _k400_names(
+            workspace, None if head is None else head.origin, self.k400_names
+        )
+        chosen = unseen_classes(store.class_names, names, self.class_lists)
+        for note in chosen.notes:
+            warn(note)
+        split = self.split(workspace, store.path.parent.name)
+        if split is None:
+            path = Path(str(self.source))
+            keys = read_keys(path, KeyIndex(store.keys)).keys
+            rows = np.array(sorted(store.row(key) for key in keys), np.int64)
+            videos = f"list {path.name}"
+        else:
+            rows = store.split(split)
+            videos = f"split {split}"
+        tests = []
+        for name, labels in chosen.splits.items():
+            classes = np.array(labels, np.int64)
+            of_classes = rows_of_classes(store, rows, classes)
+            if not len(of_classes):
+                raise UserError(
+                    f"none of the {len(rows)} videos of {videos} is of a class of {name}: name "
+                    "another --k600-source"
+                )
+            tests.append(TestSet(name, of_classes, classes))
+        return tuple(tests), (
+            f"{len(chosen.unseen)} unseen classes (Kinetics-400 names: {names_from}); splits: "
+            f"{chosen.source}; videos: {videos}"
+        )
 
 
 def _k400_names(

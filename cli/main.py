@@ -22,6 +22,7 @@ from cli import (
     inspect_path,
     pack,
     predict,
+    protocols,
     store,
     train_head,
     verify,
@@ -54,6 +55,7 @@ app.command("pack")(pack.pack)
 app.command("extract")(extract.extract)
 app.command("train-head")(train_head.train_head)
 app.command("eval")(evaluate.evaluate)
+app.add_typer(protocols.app, name="protocols")
 app.command("predict")(predict.predict)
 app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
 app.command("export")(export.export)

@@ -124,13 +124,13 @@ def train_head(
     chosen = workspace.choose_dataset(dataset)
     split = split or workspace.default_split(chosen, ("train",))
     store = workspace.choose_store(chosen, split=split, sampling=sampling, name=store_name)
-    initial = None
+    initial, initial_run = None, None
     if from_head is not None:
         if (head, layers, experts) != (None, None, None):
             raise UserError(
                 "--from-head brings its own shape: leave --head, --layers and --experts out"
             )
-        initial, _ = options.head(workspace, from_head)
+        initial, initial_run = options.head(workspace, from_head)
         if initial is None:
             raise UserError("--from-head mean: the mean of frames has no weights to start from")
         check_fits(initial, store)
@@ -159,6 +159,7 @@ def train_head(
             trained_on=chosen_set.words,
             repeats=chosen_set.repeats,
             initial=initial,
+            initial_run=initial_run,
             prompt_set=prompts or store.prompt_sets[0],
             resume=resume,
             device=options.device(device),

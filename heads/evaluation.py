@@ -60,9 +60,9 @@ def evaluate_store(
 ) -> EvalResult:
     """Accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
 
-    `protocol` is one of `heads.protocols` or its name, `tests` its test sets (`build_test_sets`). The
-    score settings are those of `Scoring.of_head`; `fusion` defaults to the protocol's. `options`
-    and errors are those of `evaluate_many`.
+    `protocol` is one of `heads.protocols` or its name, `tests` its test sets (`build_test_sets`).
+    The score settings are those of `Scoring.of_head`; `fusion` defaults to the protocol's.
+    `options` and errors are those of `evaluate_many`.
     """
     config = HeadConfig(kind="mean", dim=store.provenance.dim) if head is None else head.config
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
@@ -197,6 +197,8 @@ def _record(
         for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
     )
     agreeing, notes = _counts(protocol, store, measured)
+    if protocol.views and views_of(store) not in protocol.views:
+        notes.append(f"{views_of(store)} views, published with {', '.join(protocol.views)}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
     templates = facts.prompt_templates or getattr(text, "templates", None)
@@ -223,10 +225,11 @@ def _record(
         "epoch_choice": facts.epoch_choice,
         "trained_on": origin.dataset or None if origin is not None else None,
         "training_videos": origin.trained_on or None if origin is not None else None,
+        "n_trained_on": facts.n_trained_on,
         "source": protocol.source,
         "test_list": protocol.test_list,
         "published_counts": agreeing,
-        "count_notes": notes,
+        "notes": notes,
         "list_hash": _hash(measured.listed_keys(np.arange(len(measured.listed)))),
         "class_names_hash": _hash(text.names),
         "class_list_hash": _hash(
@@ -242,6 +245,7 @@ def _record(
         "quantised": provenance.quantised,
         "decoder": provenance.decoder,
         "class_names": text.names,
+        "protocol_fusion": protocol.fusion,
     }
 
 
@@ -273,8 +277,14 @@ def _result(
     results = [result for result, _ in parts]
     top1 = [result.top1 for result in results]
     top5 = [result.top5 for result in results if result.top5 is not None]
+    usual = record["protocol_fusion"]
+    notes = list(record["notes"])
+    if scoring.fusion != usual:
+        notes.append(f"views are fused by {scoring.fusion}, published with {usual}")
+    shared = {name: record[name] for name in record if name not in ("notes", "protocol_fusion")}
     return EvalResult(
-        **record,
+        **shared,
+        notes=notes,
         top1=float(np.mean(top1)),
         top5=float(np.mean(top5)) if top5 else None,
         per_split=tuple(results),

@@ -101,8 +101,8 @@ def check_class_text(head: TemporalHead, text: ClassText, prompt_set: str) -> No
         raise UserError(
             f"the class text of {text.names[shared[worst]]!r} in prompt set {prompt_set} is not "
             f"the one the head was trained with (cosine {float(cosines[worst]):.4f}): other "
-            "sentences or another text tower made it; make the class texts again with the head's, or choose "
-            "another set with --prompts"
+            "sentences or another text tower made it; make the class texts again with the head's, "
+            "or choose another set with --prompts"
         )
 
 

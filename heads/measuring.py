@@ -204,7 +204,7 @@ class ClipFeatures:
     def failed(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
         """[n] whether extraction failed; UserError for a key the store does not have."""
         rows = np.array([self.store.row(key) for key in keys], np.int64)
-        return self.store.status[self.store.positions(rows)] != STATUS_OK
+        return np.asarray(self.store.status[self.store.positions(rows)] != STATUS_OK)
 
     def summaries(self, keys: Sequence[str]) -> ViewSummaries:
         """Summaries [n,V,D] without a head."""

@@ -94,8 +94,8 @@ _HALFCLASS = Protocol(
         _PADDING,
         _REPLACED,
         "Modulation looks for its neighbours among all classes, not the half, as released.",
-        f"{OPEN_VCLIP} and {FROSTER} draw with Python's generator, seeded once, and keep at most "
-        "100 videos of a class: their half-class numbers cannot be compared with these.",
+        f"{OPEN_VCLIP} and {FROSTER} draw with Python's generator, seeded once with 2023, from "
+        "lists of their own (HMDB51: 100 videos of a class): not comparable with these.",
     ),
 )
 

@@ -81,6 +81,8 @@ class RunFacts:
     """ "corrected" or "as-published" for data sets whose published names are known to be wrong."""
     prompt_templates: tuple[str, ...] | None = None
     """The sentences of the prompt set, with {} for the class name."""
+    n_trained_on: int | None = None
+    """Tested videos that are training videos of the head."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,15 @@ class EvalResult:
     """Data set the head was trained on; None where it is not known."""
     training_videos: str | None
     """Which of its videos, in words; None where it is not known."""
+    n_trained_on: int | None
+    """Listed videos that are training videos of the head; None where that is not known."""
     source: str
     """Publications the protocol comes from."""
     test_list: str
     published_counts: list[str]
     """Sources whose published counts of videos are the ones listed here."""
-    count_notes: list[str]
-    """Lists whose count is nobody's published one; empty also where none is published."""
+    notes: list[str]
+    """In what this is not the protocol as published: counts of videos, views, fusion."""
     list_hash: str
     """Hash of the keys listed, in the store's order."""
     class_names_hash: str

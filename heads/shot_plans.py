@@ -52,7 +52,7 @@ class ShotPlan:
     test_split: str
     run_dir: Callable[[str], Path]
     repeat: str = "full"
-    allow_leak: bool = False
+    allow_overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.train.class_names != self.test.class_names:
@@ -144,7 +144,7 @@ class ShotPlan:
         self, train: TrainingSet, tests: tuple[TestSet, ...], shots: int, draw: int
     ) -> ShotRun:
         tested = np.concatenate([test.rows for test in tests])
-        require_no_leak(self.train, train.rows, self.test, tested, allow=self.allow_leak)
+        require_no_leak(self.train, train.rows, self.test, tested, allow=self.allow_overlap)
         return ShotRun(self.run_dir(train.suffix), shots, draw, train, tests)
 
     def _given(self, listed: GivenList, classes: RowArray | None, suffix: str) -> TrainingSet:

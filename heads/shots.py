@@ -182,7 +182,7 @@ def require_no_leak(
     if not allow:
         raise UserError(
             f"{words}: the test would be of what was learned; correct the lists, or pass "
-            "--allow-leak to measure it all the same"
+            "--allow-overlap to measure it all the same"
         )
     log.warning("%s: the result is no test of new videos", words)
     return len(both)

@@ -2,13 +2,13 @@
 
 n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
 
-A run folder holds config.json (written first), state/last.safetensors (after every epoch),
-metrics.jsonl (one line per epoch) and head.safetensors (written last: a run with it is finished).
+A run folder holds config.json (written first), training-keys.json (`heads.leaks`),
+state/last.safetensors (after every epoch), metrics.jsonl (one line per epoch) and head.safetensors
+(written last: a run with it is finished).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -39,6 +39,7 @@ from heads.checkpoints import (
     save_tensors,
 )
 from heads.config import HeadConfig, HeadOrigin
+from heads.leaks import read_training_keys, rows_hash, write_training_keys
 from heads.model import TemporalHead, build_head
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.precision import resolve_device, resolve_precision
@@ -109,6 +110,7 @@ def train_head(
     trained_on: str = "",
     repeats: int = 1,
     initial: TemporalHead | None = None,
+    initial_run: Path | None = None,
     after_epoch: AfterEpoch | None = None,
     resume: bool = False,
     device: str = "auto",
@@ -119,7 +121,8 @@ def train_head(
     `classes` are the label ids to train on, by default all: they are renumbered in this order, and
     the head knows the texts of no others. `trained_on` says in words what rows and classes are.
     An epoch has every row `repeats` times. `initial` gives the weights to start from, its
-    configuration must be `head`. `after_epoch` is called with the head and the number of epochs
+    configuration must be `head`; `initial_run` is its folder, whose training videos count as this
+    run's. `after_epoch` is called with the head and the number of epochs
     done; what it returns joins the epoch's record in metrics.jsonl.
 
     Rows whose extraction failed are left out, counted and logged. Features stay in memory when
@@ -186,7 +189,7 @@ def train_head(
             **origin.to_json(),
             "n_listed": len(listed),
             "n_trained": len(usable),
-            "rows_hash": hashlib.sha256(usable.tobytes()).hexdigest()[:16],
+            "rows_hash": rows_hash(usable),
             "prompts_hash": text.sentences_hash,
             **({"order": BLOCK_ORDER} if holding == "streamed" else {}),
             **({"repeats": repeats} if repeats > 1 else {}),
@@ -201,6 +204,10 @@ def train_head(
             metrics = _read_metrics(run_dir)
             return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
 
+        keys = (store.keys[at] for at in store.positions(usable).tolist())
+        write_training_keys(run_dir, store.provenance.dataset, keys)
+        for dataset, seen in (read_training_keys(initial_run) or {}).items() if initial_run else ():
+            write_training_keys(run_dir, dataset, seen)
         model = build_head(
             head,
             torch.from_numpy(text.embeddings),

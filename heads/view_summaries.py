@@ -65,7 +65,7 @@ def summarise(head: TemporalHead, features: Tensor) -> ViewSummaries:
             )
         )
     joined = [
-        None if column[0] is None else torch.cat(column).view(videos, views, -1)  # type: ignore[arg-type]
+        None if column[0] is None else torch.cat(column).view(videos, views, -1)
         for column in zip(*parts, strict=True)
     ]
     mean, units = joined[1:]
