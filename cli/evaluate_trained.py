@@ -194,14 +194,16 @@ def evaluate_trained(
             head_name=name,
             views=ask.views,
             prompt_set=prompt_set,
-            facts=replace(facts, label_map=label_map or None),
+            facts=replace(facts, label_map=label_map or None, n_trained_on=overlaps.get(name)),
             precision=ask.precision,
             device=ask.device,
         )
 
+    overlaps: dict[str, int] = {}
     outcomes = []
     files = []
     for run in runs:
+        overlaps[run.run_dir.name] = run.overlap
         with progress_of(f"train {run.run_dir.name}", "steps") as progress:
             outcome = train_and_test(
                 run,

@@ -144,8 +144,10 @@ class ShotPlan:
         self, train: TrainingSet, tests: tuple[TestSet, ...], shots: int, draw: int
     ) -> ShotRun:
         tested = np.concatenate([test.rows for test in tests])
-        require_no_leak(self.train, train.rows, self.test, tested, allow=self.allow_overlap)
-        return ShotRun(self.run_dir(train.suffix), shots, draw, train, tests)
+        overlap = require_no_leak(
+            self.train, train.rows, self.test, tested, allow=self.allow_overlap
+        )
+        return ShotRun(self.run_dir(train.suffix), shots, draw, train, tests, overlap)
 
     def _given(self, listed: GivenList, classes: RowArray | None, suffix: str) -> TrainingSet:
         rows = np.array(sorted(self.train.row(key) for key in listed.keys), np.int64)

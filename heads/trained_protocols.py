@@ -58,6 +58,8 @@ class ShotRun:
     """Seed of the draw, or number of the published list."""
     train: TrainingSet
     tests: tuple[TestSet, ...]
+    overlap: int = 0
+    """Tested videos that are trained on."""
 
 
 @dataclass(frozen=True)

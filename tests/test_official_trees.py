@@ -6,8 +6,8 @@ import posixpath
 from pathlib import Path
 
 import pytest
-from command_line import done
-from official_trees import TREES, one_hot_store
+from command_line import done, refused
+from official_trees import TREES, UCF101_RAW, one_hot_store, ucf101
 
 from featstore.workspace import Workspace
 from pipeline.annotations import name_from_key
@@ -35,3 +35,20 @@ def test_a_tree_is_packed_as_it_is_meant(name: str, tmp_path: Path) -> None:
         if key not in failed
     }
     assert classes == tree.truth
+
+
+def test_class_names_as_the_data_set_spells_them(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    tree = ucf101(tmp_path / "ucf101")
+    done(*tree.pack, "--class-names-as", "raw", "--root", root)
+    dataset = load_dataset(Workspace(root).dataset_dir("ucf101"))
+    assert dataset.class_names == dataset.raw_class_names == UCF101_RAW
+    again = done(*tree.pack, "--class-names-as", "raw", "--root", root)
+    assert again["shards_written"] == 0
+    assert "names_as was raw, is words" in refused(2, *tree.pack, "--root", root)
+    assert "choose words or raw" in refused(
+        2, *tree.pack, "--class-names-as", "nice", "--root", root
+    )
+    assert "choose corrected or as-published" in refused(
+        2, *tree.pack, "--label-map", "wrong", "--root", root
+    )

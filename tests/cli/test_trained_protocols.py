@@ -358,6 +358,7 @@ def test_wrong_input_of_few_shot(packed: dict[str, tuple[Tree, Path]], tmp_path:
     assert "1 videos are trained on and tested" in refused(2, *given)
     leaky = mote(*given, "--allow-overlap", "--json")
     assert leaky.json["runs"][0]["n_trained"] == 5
+    assert leaky.json["runs"][0]["last"]["n_trained_on"] == 1
     assert "no test of new videos" in leaky.err
     nowhere = next(
         stem for stem in tree.truth if not any(stem in names for names in tree.splits.values())
