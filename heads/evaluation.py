@@ -340,14 +340,18 @@ def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
     size = preprocessing.get("size")
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     mode = preprocessing.get("resize_mode", "shortest")
+    known = isinstance(height, int) and isinstance(width, int)
     how = {
-        "shortest": f"short side to {min(height, width) if height and width else 'unknown'}",
-        "longest": f"long side to {max(height, width) if height and width else 'unknown'}, padded",
+        "shortest": f"short side to {min(height, width) if known else 'unknown'}",
+        "longest": f"long side to {max(height, width) if known else 'unknown'}, padded",
         "squash": f"to {height}x{width}",
     }.get(mode, str(mode))
     cut = {1: "centre", 3: "3 along the long side"}.get(crops, f"{crops} crops")
     interpolation = preprocessing.get("interpolation", "unknown interpolation")
-    return {"resize": f"{how}, {interpolation}", "crop": f"{height}x{width} {cut}"}
+    return {
+        "resize": f"{how}, {interpolation}",
+        "crop": f"{height}x{width} {cut}" if known else "unknown",
+    }
 
 
 def _distinct(lists: Iterable[Iterable[int]]) -> list[tuple[int, ...]]:

@@ -24,6 +24,7 @@ from heads.checkpoints import CONFIG_FILE
 from heads.protocol_types import LabelIds
 
 RESULT_FORMAT: Final = 2
+NAMED_SPLITS: Final = 3  # in a file's name; a hash in it stands for all of them
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ class EvalResult:
         if self.dataset != self.protocol_name.partition("-")[0]:
             parts.append(self.dataset)
         if self.protocol_name in ("closeset", "zeroshot"):
-            parts += [part.split for part in self.per_split]
+            parts += [part.split for part in self.per_split[:NAMED_SPLITS]]
         parts += [self.views, self.sampling.replace(":", ""), self.prompt_set, self.fusion]
         parts += ["modulated" if self.modulate else "plain"]
         if self.ensemble is not None:

@@ -1,0 +1,121 @@
+"""Training videos among the tested ones are found, named and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from action_store import action_store
+
+from featstore import Store, UserError, WorkError
+from heads import HeadConfig, TestSet, TrainConfig, train_head
+from heads.leaks import (
+    KEYS_FILE,
+    read_training_keys,
+    require_no_leak,
+    trained_videos,
+    write_training_keys,
+)
+
+
+def train(store: Store, run: Path, kind: str = "mote") -> None:
+    train_head(
+        *(store, run, HeadConfig(kind=kind, dim=16, layers=1, experts=2)),  # type: ignore[arg-type]
+        TrainConfig(epochs=1, batch_size=16, frames=4),
+        rows=store.split("train"),
+        prompt_set="mote28",
+        device="cpu",
+    )
+
+
+def everything(store: Store) -> list[TestSet]:
+    return [TestSet("all", store.rows)]
+
+
+def test_training_videos_are_recorded_and_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = action_store(tmp_path / "toy.zarr", failed=(2, 3))
+    run = tmp_path / "run"
+    train(store, run)
+    assert read_training_keys(run) == {
+        "toy": frozenset(f"clip{i:03d}" for i in range(0, 40, 2) if i != 2)
+    }
+    with pytest.raises(UserError) as refused:
+        require_no_leak(store, everything(store), run)
+    assert str(refused.value).startswith(
+        "19 of 40 tested videos are training videos of run (clip000, clip004, clip006 and 16 more)"
+    )
+    assert "--allow-overlap" in str(refused.value)
+    assert require_no_leak(store, everything(store), run, allow=True) == 19
+    assert "19 of 40 tested videos" in caplog.text
+    assert require_no_leak(store, [TestSet("val", store.split("val"))], run) == 0
+
+
+def test_the_same_key_of_another_data_set_is_another_video(tmp_path: Path) -> None:
+    store = action_store(tmp_path / "toy.zarr")
+    write_training_keys(tmp_path, "other", store.keys)
+    assert require_no_leak(store, everything(store), tmp_path) == 0
+
+
+def test_clips_of_kinetics_are_the_same_in_every_data_set(tmp_path: Path) -> None:
+    """Kinetics-400's validation videos are training videos of Kinetics-700."""
+    store = action_store(tmp_path / "toy.zarr")
+    store.keys[5:7] = ["val/running/-aB_cdefghi_000010_000020", "x/ABCDEFGHIJK_000001_000011"]
+    write_training_keys(tmp_path, "k700", ["train/jogging/-aB_cdefghi_000010_000019"])
+    with pytest.raises(UserError, match="1 of 40 tested videos are training videos"):
+        require_no_leak(store, everything(store), tmp_path)
+
+
+def test_keys_of_an_earlier_training_stay(tmp_path: Path) -> None:
+    write_training_keys(tmp_path, "a", ["x", "y"])
+    write_training_keys(tmp_path, "b", ["x"])
+    write_training_keys(tmp_path, "a", ["z", "x"])
+    known = read_training_keys(tmp_path)
+    assert known == {"a": frozenset("xyz"), "b": frozenset("x")}
+
+
+def test_a_run_without_keys_is_told_by_its_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = action_store(tmp_path / "toy.zarr")
+    run = tmp_path / "run"
+    train(store, run)
+    (run / KEYS_FILE).unlink()
+    found = trained_videos(store, store.rows, run)
+    assert found is not None
+    assert found.tolist() == store.split("train").tolist()
+    other = action_store(tmp_path / "b.zarr", dataset_fingerprint="other")
+    assert require_no_leak(other, everything(other), run) is None
+    assert "is not known" in caplog.text
+
+
+def test_a_mean_has_seen_nothing(tmp_path: Path) -> None:
+    store = action_store(tmp_path / "toy.zarr")
+    train(store, tmp_path / "run", "mean")
+    assert require_no_leak(store, everything(store), tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}'])
+def test_damaged_keys_are_said(tmp_path: Path, text: str) -> None:
+    (tmp_path / KEYS_FILE).write_text(text)
+    with pytest.raises(WorkError, match=r"training-keys\.json is damaged"):
+        read_training_keys(tmp_path)
+
+
+def test_resuming_keeps_the_same_keys(tmp_path: Path) -> None:
+    store = action_store(tmp_path / "toy.zarr")
+    train(store, tmp_path / "run")
+    before = json.loads((tmp_path / "run" / KEYS_FILE).read_text())
+    (tmp_path / "run" / "head.safetensors").unlink()
+    train_head(
+        *(store, tmp_path / "run", HeadConfig(dim=16, layers=1, experts=2)),
+        TrainConfig(epochs=1, batch_size=16, frames=4),
+        rows=np.flip(store.split("train")),
+        prompt_set="mote28",
+        resume=True,
+        device="cpu",
+    )
+    assert json.loads((tmp_path / "run" / KEYS_FILE).read_text()) == before
