@@ -220,13 +220,15 @@ def evaluate(
         precision=precision,
         device=options.device(device),
     )
+    training = trained.Training(
+        *(shots, draw_seeds, lists_from, train_store, recipe, epochs, batch_size, lr, repeat),
+        *(name, best_epoch),
+    )
     if kind in trained.KINDS:
-        training = trained.Training(
-            *(shots, draw_seeds, lists_from, train_store, recipe, epochs, batch_size, lr, repeat),
-            *(name, best_epoch),
-        )
+        request.unseen.require_unused(kind)
         trained.evaluate_trained(request, training, head, store_name, json)
         return
+    training.require_unused(kind)
     with process_group() as rank:
         if rank:
             logging.disable()  # the first process says it
@@ -320,7 +322,7 @@ class Request:
                 head_name=run_dir.name,
                 views=self.views,
                 prompt_set=self.prompts,
-                clip_store=self._clip_store(),
+                clip_store=self.chosen_clip_store(),
                 facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
                 device=self.device,
                 precision=self.precision,  # type: ignore[arg-type]  # it is checked there
@@ -359,9 +361,11 @@ class Request:
 
         if protocol.lists == "given":
             return self.unseen.tests(self.workspace, store, model)
+        self.unseen.require_unused(protocol.name)
         return build_test_sets(protocol, store, self.split), None
 
-    def _clip_store(self) -> Store | None:
+    def chosen_clip_store(self) -> Store | None:
+        """The store of CLIP's own features; UserError where nothing would take them."""
         if self.clip_store is None:
             return None
         if self.fixed["ensemble"] is None and sweep.ENSEMBLE not in self.swept:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,6 +112,20 @@ class Training:
     name: str | None
     best_epoch: bool
 
+    def require_unused(self, kind: str) -> None:
+        """UserError when something was asked for that a protocol of `kind` does not look at."""
+        usual = {"repeat": "full", "best_epoch": True}
+        given = [
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(self)
+            if getattr(self, field.name) != usual.get(field.name)
+        ]
+        if given:
+            raise UserError(
+                f"{', '.join(given)} go with --fewshot and --base-to-novel, which train heads; "
+                f"{kind} tests one that is there: leave them out"
+            )
+
 
 def evaluate_trained(
     ask: Request, how: Training, head: str | None, store_name: str | None, json: bool
@@ -178,6 +192,7 @@ def evaluate_trained(
     if initial is not None and head_dir is not None:
         require_no_leak(test, runs[0].tests, head_dir, allow=ask.allow_overlap)
     prompt_set = ask.prompts or train.prompt_sets[0]
+    clip_store = ask.chosen_clip_store()
 
     def evaluate(tested: Any, tests: Any, facts: Any, name: str) -> Any:
         return evaluate_store(
@@ -193,6 +208,7 @@ def evaluate_trained(
             fusion=ask.fixed["fusion"],
             head_name=name,
             views=ask.views,
+            clip_store=clip_store,
             prompt_set=prompt_set,
             facts=replace(facts, label_map=label_map or None, n_trained_on=overlaps.get(name)),
             precision=ask.precision,

@@ -57,6 +57,19 @@ class UnseenChoice:
     class_lists: tuple[Path, ...]
     k400_names: Path | None
 
+    def require_unused(self, protocol: str) -> None:
+        """UserError when something was asked for that `protocol` does not look at."""
+        given = {
+            "--k600-source": self.source,
+            "--class-lists": self.class_lists or None,
+            "--k400-names": self.k400_names,
+        }
+        options = [option for option, value in given.items() if value is not None]
+        if options:
+            raise UserError(
+                f"{', '.join(options)} go with --zeroshot k600, not with {protocol}: leave them out"
+            )
+
     def split(self, workspace: Workspace, dataset: str) -> str | None:
         """The split that is tested; None for a list of videos. UserError when there is none."""
         if self.source is not None and self.source not in _SPLITS:
@@ -134,5 +147,6 @@ def _k400_names(
         return list(of_head), f"the head's, trained on {origin.dataset}"
     raise UserError(
         "which classes are new depends on the names of Kinetics-400: name a file with "
-        "--k400-names, pack k400, or test a head that was trained on it"
+        "--k400-names, pack k400, or test a head that was trained on it; --protocol zeroshot "
+        "--dataset k600 tests all its classes"
     )

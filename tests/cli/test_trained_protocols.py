@@ -376,6 +376,11 @@ def test_wrong_input_of_few_shot(packed: dict[str, tuple[Tree, Path]], tmp_path:
     assert "--shots '2,x'" in refused(2, *few, "--shots", "2,x")
     assert "corrected or as-published" in refused(2, *few, "--label-map", "wrong")
     assert "exactly one of --closeset" in refused(2, *few, "--zeroshot", "hmdb51")
+    unused = (*few, "--k600-source", "val")
+    assert "--k600-source go with --zeroshot k600, not with fewshot" in refused(2, *unused)
+    other = ("eval", "--zeroshot", "hmdb51", "--head", "mean", "--root", root)
+    assert "--shots go with --fewshot" in refused(2, *other, "--shots", "2")
+    assert "--class-lists go with --zeroshot k600" in refused(2, *other, "--class-lists", clone)
     names = clone / "names.csv"
     names.write_text("id,name\n" + "".join(f"{i},class {i}\n" for i in range(6)))
     listed(train)

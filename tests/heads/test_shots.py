@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore import Store, UserError
-from heads import HeadConfig, TrainConfig, TrainSummary, load_head, train_head
+from heads import HeadConfig, TemporalHead, TrainConfig, TrainSummary, load_head, train_head
+from heads.evaluation import evaluate_store
 from heads.leaks import read_training_keys
+from heads.protocol_types import TestSet
+from heads.results import EvalResult, RunFacts
 from heads.shot_plans import GivenList, ShotPlan
 from heads.shots import (
     choose_training_set,
@@ -24,6 +29,7 @@ from heads.shots import (
     require_no_leak,
     rows_of_classes,
 )
+from heads.trained_protocols import BEST_HEAD, ShotOutcome, train_and_test
 
 HEAD = HeadConfig(dim=16, layers=1, experts=2)
 RECIPE = TrainConfig(epochs=3, warmup_epochs=0, lr=1e-3, batch_size=4, frames=4, seed=5)
@@ -244,3 +250,46 @@ def test_plans(tmp_path: Path, store: Store) -> None:
     )
     with pytest.raises(UserError, match="have other class lists"):
         ShotPlan(store, renamed, "train", "val", run_dir=Path)
+
+
+def test_the_best_epoch_outlives_an_interruption(tmp_path: Path, store: Store) -> None:
+    accuracy = {1: 40.0, 2: 60.0, 3: 60.0}
+    calls: list[int | None] = []
+    stop_at: set[int] = set()
+
+    def evaluate(
+        head: TemporalHead, tests: Sequence[TestSet], facts: RunFacts, name: str
+    ) -> EvalResult:
+        result = evaluate_store(
+            store, head, protocol="fewshot", dataset="toy", tests=tests, head_name=name, facts=facts
+        )
+        calls.append(facts.epoch)
+        if len(calls) in stop_at:
+            raise KeyboardInterrupt
+        return replace(result, top1=accuracy[facts.epoch or 0])
+
+    def outcome(name: str) -> ShotOutcome:
+        plan = ShotPlan(store, store, "train", "val", run_dir=lambda end: tmp_path / f"{name}{end}")
+        (run,) = plan.fewshot([2], 1)
+        return train_and_test(
+            run, store, HEAD, RECIPE, prompt_set="mote28", evaluate=evaluate, device="cpu"
+        )
+
+    whole = outcome("whole")
+    assert calls == [1, 2, 3, 3, 2]
+    assert (whole.last.epoch, whole.last.epoch_choice) == (3, "last")
+    assert whole.best is not None
+    assert (whole.best.epoch, whole.best.epoch_choice) == (2, "best on the test set")
+    assert whole.best.head_fingerprint != whole.last.head_fingerprint
+    calls.clear()
+    stop_at.update((2, 4))  # while epoch 2 is tested, and again in epoch 3
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            outcome("broken")
+    broken = outcome("broken")
+    assert calls[:5] == [1, 2, 2, 3, 3]
+    assert broken.best is not None
+    assert broken.best.head_fingerprint == whole.best.head_fingerprint
+    assert broken.last.head_fingerprint == whole.last.head_fingerprint
+    files = [(tmp_path / f"{n}-k2-s1" / BEST_HEAD).read_bytes() for n in ("whole", "broken")]
+    assert files[0] == files[1]
