@@ -101,7 +101,7 @@ def train_head(
             shape,
             training,
             rows=training_rows(store, split),
-            prompt_set=prompts or store.prompt_sets[0],
+            prompt_set=options.prompt_set(store, prompts) or store.prompt_sets[0],
             resume=resume,
             device=options.device(device),
             progress=progress,

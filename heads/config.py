@@ -284,15 +284,24 @@ class HeadOrigin:
     """[C] training classes, in the order of `training_class_embeddings`; None when not known."""
     frames: int
     """T, frames per view it was trained with."""
+    prompt_templates: tuple[str, ...] = ()
+    """Sentences of the prompt set, with {} for the class name; empty where every class had its
+    own or they are not known."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as strict JSON values."""
         names = None if self.class_names is None else list(self.class_names)
-        return {**asdict(self), "class_names": names}
+        return {
+            **asdict(self),
+            "class_names": names,
+            "prompt_templates": list(self.prompt_templates),
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HeadOrigin:
         """The inverse of `to_json`."""
         known = known_fields(cls, value, "head origin")
         names = known["class_names"]
-        return cls(**{**known, "class_names": None if names is None else tuple(names)})
+        known["class_names"] = None if names is None else tuple(names)
+        known["prompt_templates"] = tuple(known.get("prompt_templates", ()))
+        return cls(**known)

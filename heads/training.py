@@ -26,6 +26,7 @@ from featstore.loader import FeatureLoader, Holding, choose_holding, load_featur
 from featstore.locking import exclusive
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
+from featstore.records import ClassText
 from featstore.schema import STATUS_OK, RowArray
 from heads.checkpoints import (
     CONFIG_FILE,
@@ -145,7 +146,7 @@ def train_head(
             "evaluate with --no-modulate",
             *(head.modulation_neighbours, store.provenance.dataset, len(text.names)),
         )
-    origin = _origin(store, prompt_set, training.frames, text.names)
+    origin = _origin(store, prompt_set, training.frames, text)
     holding = _holding(run_dir, len(usable) * store.schema.row_bytes)
     settings = {
         "format": RUN_FORMAT,
@@ -300,7 +301,7 @@ def _loader(
     )
 
 
-def _origin(store: Store, prompt_set: str, frames: int, names: tuple[str, ...]) -> HeadOrigin:
+def _origin(store: Store, prompt_set: str, frames: int, text: ClassText) -> HeadOrigin:
     provenance = store.provenance
     return HeadOrigin(
         dataset=provenance.dataset,
@@ -312,13 +313,14 @@ def _origin(store: Store, prompt_set: str, frames: int, names: tuple[str, ...]) 
         crops=provenance.crops,
         preprocessing=dict(provenance.preprocessing),
         prompt_set=prompt_set,
-        class_names=names,
+        class_names=text.names,
         frames=frames,
+        prompt_templates=text.templates,
     )
 
 
-# Names of the same weights or places may differ between machines.
-_INFORMATIVE = frozenset({"data.encoder"})
+# Names of the same weights or places may differ between machines; templates are in prompts_hash.
+_INFORMATIVE = frozenset({"data.encoder", "data.prompt_templates"})
 
 
 def _open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
