@@ -14,61 +14,13 @@ import common
 import numpy as np
 import torch
 
-from featstore import ClassText, Partition, Provenance, Store, StoreSchema, StoreWriter, open_store
+from featstore import Store
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head, mote_loss, train_head
 from heads.precision import autocast, resolve_device, resolve_precision
 from heads.training import build_optimizer
 
 DIM, FRAMES, STORED_FRAMES, BATCH, CLASSES = 512, 8, 16, 192, 400  # ViT-B/16 on Kinetics-400
-TAR_ROWS = 256
 KINDS = ("mote", "transformer")
-
-
-def random_store(samples: int) -> Store:
-    """A store of random features, as one extracted with `uniform:16` would be."""
-    rng = np.random.default_rng(0)
-    path = common.fresh(common.WORK / "train") / "random.zarr"
-    tars = samples // TAR_ROWS
-    names = [f"class {i}" for i in range(CLASSES)]
-    text = rng.normal(size=(CLASSES, DIM)).astype(np.float32)
-    text /= np.linalg.norm(text, axis=1, keepdims=True)
-    writer = StoreWriter.init(
-        path,
-        StoreSchema.create(tars, TAR_ROWS, 1, STORED_FRAMES, DIM),
-        Provenance(
-            "random", "0" * 64, DIM, 100.0, "fp32", f"uniform:{STORED_FRAMES}", 1, {}, "none"
-        ),
-        tars=[
-            {"file": f"{i:06d}.tar", "rows": TAR_ROWS, "bytes": 1, "sha256": "0" * 64}
-            for i in range(tars)
-        ],
-        class_names=names,
-        raw_class_names=names,
-        split_names=["train"],
-        class_texts={"name": ClassText(tuple(names), text, "0" * 64)},
-    )
-    index = np.broadcast_to(np.arange(STORED_FRAMES, dtype=np.int32), (TAR_ROWS, 1, STORED_FRAMES))
-    with writer.claim():
-        for tar in range(tars):
-            shape = (TAR_ROWS, 1, STORED_FRAMES, DIM)
-            writer.write_partition(
-                tar,
-                Partition(
-                    key=[f"{tar}-{i}" for i in range(TAR_ROWS)],
-                    label=rng.integers(0, CLASSES, TAR_ROWS).astype(np.int32),
-                    num_frames=np.full(TAR_ROWS, STORED_FRAMES, np.int32),
-                    fps=np.full(TAR_ROWS, 25, np.float32),
-                    status=np.ones(TAR_ROWS, np.uint8),
-                    splits=np.ones(TAR_ROWS, np.uint32),
-                    container_frames=np.full(TAR_ROWS, STORED_FRAMES, np.int32),
-                    damaged_packets=np.zeros(TAR_ROWS, np.int32),
-                    reason=[""] * TAR_ROWS,
-                    frame_index=index.copy(),
-                    pts=index.astype(np.float64) / 25,
-                    features=rng.normal(size=shape).astype(np.float16),
-                ),
-            )
-    return open_store(path)
 
 
 def bare_loop(head: HeadConfig, training: TrainConfig, steps: int, device: str) -> float:
@@ -124,7 +76,8 @@ def main() -> None:
     where = common.machine()
     if chosen.device == "cuda":
         where["name"] += f", {torch.cuda.get_device_name()}"
-    store = random_store(chosen.samples)
+    tars = chosen.samples // common.TAR_ROWS
+    store = common.random_store("train", tars, classes=CLASSES, dim=DIM, frames=STORED_FRAMES)
     training = TrainConfig(epochs=chosen.epochs, batch_size=BATCH, frames=FRAMES)
     precision = resolve_precision(training.precision, DIM, resolve_device(chosen.device))
     steps = chosen.epochs * chosen.samples // BATCH

@@ -25,6 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 WORK = RESULTS / "work"
 PACKAGES = ("mote-video", "torch", "torchvision", "open_clip_torch", "av", "zarr", "numpy")
 
+TAR_ROWS = 256  # samples of a tar
+
 WIDTH, HEIGHT, SECONDS = 340, 256, 10  # the size Kinetics copies are usually kept at
 RECIPE = 1  # change it with the recipe of the clips, so that old ones are not taken for new ones
 # Grey levels of noise: with it a clip takes about the bytes (0.6 MB) and the decoding time of a
@@ -119,6 +121,69 @@ def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
+
+
+def random_store(
+    name: str,
+    tars: int,
+    *,
+    classes: int,
+    dim: int,
+    frames: int,
+    views: int = 1,
+    split: str = "train",
+) -> Any:
+    """A store of `tars` x 256 rows of random features; labels, class texts and one split too.
+
+    Features lie near their class's text, so that accuracies are neither none nor all.
+    """
+    import numpy as np
+
+    from featstore import ClassText, Partition, Provenance, StoreSchema, StoreWriter, open_store
+
+    rng = np.random.default_rng(0)
+    path = fresh(WORK / name) / "random.zarr"
+    names = [f"class {i}" for i in range(classes)]
+    text = rng.normal(size=(classes, dim)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    sampling = f"uniform:{frames}" if views == 1 else f"clips:{frames}x{views}"
+    writer = StoreWriter.init(
+        path,
+        StoreSchema.create(tars, TAR_ROWS, views, frames, dim),
+        Provenance("random", "0" * 64, dim, 100.0, "fp32", sampling, 1, {}, "none"),
+        tars=[
+            {"file": f"{i:06d}.tar", "rows": TAR_ROWS, "bytes": 1, "sha256": "0" * 64}
+            for i in range(tars)
+        ],
+        class_names=names,
+        raw_class_names=names,
+        split_names=[split],
+        class_texts={"name": ClassText(tuple(names), text, "0" * 64)},
+    )
+    shape = (TAR_ROWS, views, frames)
+    index = np.broadcast_to(np.arange(frames, dtype=np.int32), shape)
+    with writer.claim():
+        for tar in range(tars):
+            labels = rng.integers(0, classes, TAR_ROWS).astype(np.int32)
+            features = rng.normal(size=(*shape, dim)) + 4 * text[labels][:, None, None]
+            writer.write_partition(
+                tar,
+                Partition(
+                    key=[f"{tar}-{i}" for i in range(TAR_ROWS)],
+                    label=labels,
+                    num_frames=np.full(TAR_ROWS, frames, np.int32),
+                    fps=np.full(TAR_ROWS, 25, np.float32),
+                    status=np.ones(TAR_ROWS, np.uint8),
+                    splits=np.ones(TAR_ROWS, np.uint32),
+                    container_frames=np.full(TAR_ROWS, frames, np.int32),
+                    damaged_packets=np.zeros(TAR_ROWS, np.int32),
+                    reason=[""] * TAR_ROWS,
+                    frame_index=index.copy(),
+                    pts=index.astype(np.float64) / 25,
+                    features=features.astype(np.float16),
+                ),
+            )
+    return open_store(path)
 
 
 def class_folders(target: Path, clips: Sequence[Path], videos: int, classes: int) -> Path:

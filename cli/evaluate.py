@@ -12,6 +12,7 @@ import typer
 from cli import evaluate_trained as trained
 from cli import evaluate_unseen as unseen
 from cli import options, sweep
+from cli.compare import print_published, published_beside
 from cli.output import percent, print_json, print_table, progress_of, results, warn
 from featstore.errors import UserError
 from featstore.reader import Store
@@ -235,7 +236,7 @@ def evaluate(
         model, run_dir = options.head(request.workspace, head)
         measured, missing = request.measure(model, run_dir, store_name)
         if rank == 0:
-            _report(measured, missing, bool(swept), json)
+            _report(request.workspace, measured, missing, bool(swept), json)
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ class Request:
                 tests=tests,
                 head_name=run_dir.name,
                 views=self.views,
-                prompt_set=self.prompts,
+                prompt_set=options.prompt_set(store, self.prompts),
                 clip_store=self.chosen_clip_store(),
                 facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
                 device=self.device,
@@ -374,6 +375,7 @@ class Request:
 
 
 def _report(
+    workspace: Workspace,
     measured: list[tuple[EvalResult, Path]],
     missing: list[dict[str, Any]],
     is_sweep: bool,
@@ -384,11 +386,14 @@ def _report(
 
     rows = [{**r.to_json(), "file": str(save_result(r, run_dir))} for r, run_dir in measured]
     for gap in missing:
-        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}; {gap['remedy']}")
+        remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
+        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}{remedy}")
     result = measured[0][0]
+    beside = published_beside(workspace, rows[0])
     if json:
         shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
-        print_json({**shared, "rows": rows, "missing": missing} if is_sweep else rows[0])
+        alone = {**rows[0], "published": beside["published"], "nearest": beside["nearest"]}
+        print_json({**shared, "rows": rows, "missing": missing} if is_sweep else alone)
         return
     title = (
         f"{result.protocol_name} on {result.dataset}, head {result.head}"
@@ -419,6 +424,8 @@ def _report(
     for note in result.notes:
         results.print(f"not as published: {note}", markup=False)
     results.print(f"kept as {rows[0]['file']}", markup=False)
+    if beside["published"] or beside["nearest"]:
+        print_published(beside)
 
 
 def _print_sweep(title: str, measured: list[EvalResult]) -> None:

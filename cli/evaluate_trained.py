@@ -191,7 +191,7 @@ def evaluate_trained(
     )
     if initial is not None and head_dir is not None:
         require_no_leak(test, runs[0].tests, head_dir, allow=ask.allow_overlap)
-    prompt_set = ask.prompts or train.prompt_sets[0]
+    prompt_set = options.prompt_set(train, ask.prompts) or train.prompt_sets[0]
     clip_store = ask.chosen_clip_store()
 
     def evaluate(tested: Any, tests: Any, facts: Any, name: str) -> Any:

@@ -51,10 +51,13 @@ def extract(
         list[str] | None,
         typer.Option(
             "--prompts",
-            metavar="SET",
-            help="Sentences for class names: mote28 (default), name, video. May be repeated.",
+            metavar="SET|FILE.txt",
+            help="Sentences for class names: mote28 (default), name, video, or a file with one "
+            "sentence per line and {} for the class name. May be repeated.",
         ),
     ] = None,
+    descriptions: options.Descriptions = None,
+    prompt_set_name: options.PromptSetName = None,
     precision: options.Precision = "auto",
     device: options.Device = "auto",
     decoder: Annotated[
@@ -162,6 +165,7 @@ def extract(
     """
     # Nothing here imports torch: a finished store is recognised without it.
     from featstore.tiers import Tier
+    from pipeline.descriptions import prompt_sets_from
     from pipeline.encoder_files import encoder_label
     from pipeline.extraction import extract as run
     from pipeline.extraction_plan import ExtractionRequest, Share
@@ -200,7 +204,11 @@ def extract(
         device=options.known_device(device),
         decoder=decoder,
         strict="auto" if strict_decode is None else "always" if strict_decode else "never",
-        prompt_sets=tuple(prompts or ["mote28"]),
+        prompt_sets=prompt_sets_from(
+            prompts or ([] if descriptions else [options.DEFAULT_PROMPTS]),
+            descriptions or [],
+            prompt_set_name,
+        ),
         workers=workers,
         max_failures=max_failures,
         share=Share.parse(partition),

@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from cli import (
+    compare,
     demo,
     doctor,
     evaluate,
@@ -24,6 +25,7 @@ from cli import (
     predict,
     protocols,
     store,
+    tradeoff,
     train_head,
     verify,
 )
@@ -55,6 +57,8 @@ app.command("pack")(pack.pack)
 app.command("extract")(extract.extract)
 app.command("train-head")(train_head.train_head)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(compare.compare)
+app.command("tradeoff")(tradeoff.tradeoff)
 app.add_typer(protocols.app, name="protocols")
 app.command("predict")(predict.predict)
 app.command("import-checkpoint")(import_checkpoint.import_checkpoint)

@@ -13,6 +13,7 @@ from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX, Workspace
 
 if TYPE_CHECKING:
+    from featstore.reader import Store
     from heads.model import TemporalHead
 
 DEFAULT_ROOT = Path("mote-data")
@@ -64,7 +65,26 @@ StoreName = Annotated[
 PromptSet = Annotated[
     str | None,
     typer.Option(
-        "--prompts", metavar="SET", help="Sentences for class names; default: as trained."
+        "--prompts",
+        metavar="SET|FILE",
+        help="Sentences for class names: a prompt set's name, or the file it comes from; default: "
+        "as trained.",
+    ),
+]
+Descriptions = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--descriptions",
+        metavar="FILE.json",
+        help='Sentences of each class, {"class name": ["...", ...]} (docs/text.md).',
+    ),
+]
+PromptSetName = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt-set-name",
+        metavar="NAME",
+        help="Name of the prompt set in a file; default: the file's, without its suffix.",
     ),
 ]
 Encoder = Annotated[
@@ -113,6 +133,7 @@ Modulate = Annotated[
     ),
 ]
 
+DEFAULT_PROMPTS = "mote28"
 DEFAULT_ENCODER = "ViT-B-16/openai"
 DEFAULT_MAX_FAILURES = 0.05
 MEAN_HEAD = "mean"
@@ -183,6 +204,13 @@ def head(
         return None, place.run_dir(MEAN_HEAD)
     run_dir = place.choose_run(name)
     return load_head(run_dir), run_dir
+
+
+def prompt_set(store: Store, text: str | None) -> str | None:
+    """Name of the store's prompt set that --prompts means; `UserError` as `held_prompt_set`."""
+    from pipeline.descriptions import held_prompt_set
+
+    return None if text is None else held_prompt_set(store, text)
 
 
 def class_list(text: str) -> list[str]:

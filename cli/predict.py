@@ -54,6 +54,7 @@ def predict(
     from pipeline.clip_encoder import load_encoder
     from pipeline.decoding import decoder_named
     from pipeline.decoding.contract import DecodeError
+    from pipeline.prompts import as_prompt_set, trained_prompt_set
     from pipeline.sampling import parse_sampling
     from pipeline.video_pool import encode_video
 
@@ -79,7 +80,10 @@ def predict(
         raise UserError(f"head {run_dir.name}: {error}; name its encoder with --encoder") from error
     if origin is not None:
         check_encoder(origin, spec, clip.fingerprint)
-    prompt_set = prompts or ("mote28" if origin is None else origin.prompt_set)
+    if prompts is not None or origin is None:
+        prompt_set = as_prompt_set(prompts or options.DEFAULT_PROMPTS)
+    else:
+        prompt_set = trained_prompt_set(origin.prompt_set, origin.prompt_templates)
     embeddings = clip.class_embeddings(names, prompt_set)
     scorer = model or mean_head(clip.dim, clip.logit_scale)
     modulate = modulate and can_modulate(scorer, len(names))

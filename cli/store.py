@@ -9,6 +9,7 @@ import typer
 
 from cli import options
 from cli.output import print_facts, print_json, print_table, progress_of
+from featstore.errors import UserError
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -267,9 +268,16 @@ def quantize(
 def add_texts(
     store: StorePath,
     prompts: Annotated[
-        str,
-        typer.Option("--prompts", metavar="SET", help="Sentences for class names: see `extract`."),
-    ],
+        list[str] | None,
+        typer.Option(
+            "--prompts",
+            metavar="SET|FILE.txt",
+            help="Sentences for class names: mote28, name, video, or a file with one sentence per "
+            "line and {} for the class name. May be repeated.",
+        ),
+    ] = None,
+    descriptions: options.Descriptions = None,
+    prompt_set_name: options.PromptSetName = None,
     encoder: TextEncoder = None,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
@@ -279,22 +287,34 @@ def add_texts(
 
     Example: `mote-cli store add-texts my-store --prompts video`
     """
+    from pipeline.descriptions import prompt_sets_from
+    from pipeline.prompts import prompt_sets_of
     from pipeline.store_growth import add_texts as run
 
     path = options.store_path(root, store)
-    added = run(
-        path,
-        prompts,
-        encoder=encoder,
-        encoders_dir=options.workspace(root).root / "encoders",
-        device=options.known_device(device),
+    prompt_sets = prompt_sets_of(
+        prompt_sets_from(prompts or [], descriptions or [], prompt_set_name)
     )
-    summary: dict[str, Any] = {"store": str(path), "prompts": prompts, "added": added}
+    if not prompt_sets:
+        raise UserError("add-texts needs --prompts SET|FILE.txt or --descriptions FILE.json")
+    added = {
+        prompt_set.name: run(
+            path,
+            prompt_set,
+            encoder=encoder,
+            encoders_dir=options.workspace(root).root / "encoders",
+            device=options.known_device(device),
+        )
+        for prompt_set in prompt_sets
+    }
+    names = list(added)
     if json:
-        print_json(summary)
+        summary: dict[str, Any] = {"store": str(path), "prompts": ", ".join(names)}
+        print_json({**summary, "added": any(added.values()), "prompt_sets": added})
     else:
-        state = "added" if added else "were there already"
-        print_facts({"store": path, "class texts": f"{prompts} {state}"})
+        state = {True: "added", False: "were there already"}
+        states = ", ".join(f"{name} {state[new]}" for name, new in added.items())
+        print_facts({"store": path, "class texts": states})
 
 
 def _sizes(before: int, after: int) -> str:

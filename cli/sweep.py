@@ -118,15 +118,17 @@ def blended_runs(
             for run, other in others.items()
             if other is not None and other["id"] == facts["id"] and other["blend"] == share
         ]
-        name = f"{run_dir.name}-blend{round(100 * share):d}"
-        found.append(
-            BlendedRun(
-                share,
-                same[0] if same else None,
+        if same:
+            weights = others[same[0]]
+            assert weights is not None
+            remedy = f"`mote-cli extract --dataset {dataset} --encoder {weights['encoder']}`"
+        else:
+            name = f"{run_dir.name}-blend{round(100 * share):d}"
+            remedy = (
                 f"`mote-cli import-checkpoint {facts['file'] or 'FILE'} --name {name} --blend "
-                f"{share:g}`, then `mote-cli extract --dataset {dataset} --encoder {name}`",
+                f"{share:g}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
             )
-        )
+        found.append(BlendedRun(share, same[0] if same else None, remedy))
     return found
 
 
@@ -140,7 +142,12 @@ def _weights(run_dir: Path) -> dict[str, Any] | None:
         facts = value.get(origin)
         if isinstance(facts, dict) and facts.get("blend") is not None:
             identity = facts.get("sha256") or facts.get("run") or run_dir.name
-            return {"id": identity, "blend": facts["blend"], "file": facts.get("file")}
+            return {
+                "id": identity,
+                "blend": facts["blend"],
+                "file": facts.get("file"),
+                "encoder": value.get("data", {}).get("encoder") or run_dir.name,
+            }
     return None
 
 

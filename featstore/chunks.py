@@ -20,8 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.checksums import crc32c as crc32c  # also for those who write chunks
-from featstore.errors import WorkError
+from featstore.errors import UserError, WorkError
 from featstore.metadata import StoreMetadata, class_text_node, inside, without_links
+from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import (
     CLASS_TEXT_GROUP,
@@ -170,12 +171,23 @@ class ChunkFiles:
 
 
 def read_class_text(
-    store: Path, prompt_set: str, dim: int, class_names: Sequence[str]
+    store: Path, prompt_set: str, provenance: Provenance, class_names: Sequence[str]
 ) -> ClassText:
-    """The class texts of one prompt set, of the store's classes; UserError for metadata that does
-    not fit the format, WorkError for a damaged chunk or other class names."""
-    spec, names, digest = class_text_node(store, prompt_set, dim)
-    if names != tuple(class_names):
+    """The class texts of one prompt set, of the store's classes and its encoder.
+
+    UserError for metadata that does not fit the format or texts of another encoder, WorkError for
+    a damaged chunk or other class names.
+    """
+    node = class_text_node(store, prompt_set, provenance.dim)
+    spec = node.spec
+    if node.encoder_fingerprint not in ("", provenance.encoder_fingerprint):
+        raise UserError(
+            f"class texts {prompt_set!r} of {store} were made with the text tower of another "
+            f"encoder (weights {node.encoder_fingerprint[:16]}) than its features "
+            f"({provenance.encoder}, weights {provenance.encoder_fingerprint[:16]}): remove "
+            f"{CLASS_TEXT_GROUP}/{prompt_set} and make them with `mote-cli store add-texts`"
+        )
+    if node.names != tuple(class_names):
         raise WorkError(
             f"class texts {prompt_set!r} of {store}: their class names are not those of the store; "
             "make the store again with `mote-cli extract`"
@@ -187,7 +199,11 @@ def read_class_text(
         if len(body) != limit - CRC_BYTES:
             raise ValueError(f"has {len(body) + CRC_BYTES} bytes, not {limit}")
         embeddings = np.frombuffer(body, spec.numpy_dtype).astype(np.float32).reshape(spec.shape)
-        return ClassText(names, embeddings, digest)
+        return ClassText(
+            *(node.names, embeddings, node.sentences_hash),
+            templates=node.templates,
+            encoder_fingerprint=node.encoder_fingerprint,
+        )
     except ValueError as error:
         raise WorkError(
             f"class texts {prompt_set!r} of {store}: chunk {error}; make the store again with "

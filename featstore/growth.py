@@ -112,13 +112,20 @@ def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
     """Add the class texts of a prompt set; False when the store holds the same ones already.
 
     They are written beside the store and put into it by one rename. Raises UserError when they are
-    of other classes, another size, or other sentences than those of that name, WorkError while a
-    process writes to the store.
+    of other classes, another size, another encoder, or other sentences than those of that name,
+    WorkError while a process writes to the store.
     """
     check_prompt_set(prompt_set)
     _require_folder(path)
     with claimed_source(path) as source:
         schema, names = source.metadata.schema, source.metadata.class_names
+        made = source.metadata.provenance
+        if text.encoder_fingerprint not in ("", made.encoder_fingerprint):
+            raise UserError(
+                f"class texts {prompt_set!r} were made with another encoder (weights "
+                f"{text.encoder_fingerprint[:16]}) than {path}, which has {made.encoder} (weights "
+                f"{made.encoder_fingerprint[:16]}): compute them with that one"
+            )
         if text.names != names or text.embeddings.shape[1] != schema.dim:
             raise UserError(
                 f"class texts {prompt_set!r} are of {len(text.names)} classes with "
@@ -128,7 +135,7 @@ def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
         if prompt_set in prompt_set_names(path):
             held = source.store.class_text(prompt_set)
             if held.sentences_hash == text.sentences_hash:
-                return False
+                return False  # reading it has refused texts of another encoder
             raise UserError(
                 f"{path} has class texts {prompt_set!r} of other sentences: give the new ones "
                 "another name"

@@ -242,7 +242,13 @@ def _joined(prompt_set: str, texts: Sequence[ClassText], classes: tuple[str, ...
     joined = (
         hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     )
-    return ClassText(classes, np.stack([rows[name] for name in classes]), joined)
+    templates = {text.templates for text in texts}
+    return ClassText(
+        *(classes, np.stack([rows[name] for name in classes]), joined),
+        templates=templates.pop() if len(templates) == 1 else (),
+        # The stores have one encoder, and reading has refused texts of another.
+        encoder_fingerprint=min(text.encoder_fingerprint for text in texts),
+    )
 
 
 def _united_schema(sources: Sequence[SourceStore]) -> StoreSchema:

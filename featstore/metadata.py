@@ -239,18 +239,33 @@ def prompt_set_names(store: Path) -> list[str]:
     return [name for name in names if _PROMPT_SET.fullmatch(name)]
 
 
-def class_text_node(store: Path, name: str, dim: int) -> tuple[ArraySpec, tuple[str, ...], str]:
-    """Check `class_text/<name>`; returns its specification, class names and sentences' hash."""
+@dataclass(frozen=True)
+class ClassTextNode:
+    """The metadata of `class_text/<name>`; the fields are those of `ClassText`."""
+
+    spec: ArraySpec
+    names: tuple[str, ...]
+    sentences_hash: str
+    templates: tuple[str, ...]
+    encoder_fingerprint: str
+
+
+def class_text_node(store: Path, name: str, dim: int) -> ClassTextNode:
+    """Read and check the metadata of `class_text/<name>`; UserError where it does not fit."""
     key = f"{CLASS_TEXT_GROUP}/{check_prompt_set(name)}"
     node = read_node(store, f"{key}/zarr.json", ARRAY_METADATA_LIMIT)
     attributes = node.get("attributes")
-    names = attributes.get("class_names") if isinstance(attributes, dict) else None
-    digest = attributes.get("sentences_hash") if isinstance(attributes, dict) else None
+    attributes = attributes if isinstance(attributes, dict) else {}
+    names, digest = attributes.get("class_names"), attributes.get("sentences_hash")
     if not _is_texts(names) or not names or not isinstance(digest, str):
         raise UserError(f"{key} of {store} lacks its class names: the store is damaged")
+    # Stores written before these two were recorded lack them.
+    templates, encoder = attributes.get("templates", []), attributes.get("encoder_fingerprint", "")
+    if not _is_texts(templates) or not isinstance(encoder, str):
+        raise UserError(f"{key} of {store} does not say how it was made: the store is damaged")
     spec = class_text_spec(len(names), dim)
     check_array(store, key, spec)
-    return spec, tuple(names), digest
+    return ClassTextNode(spec, tuple(names), digest, tuple(templates), encoder)
 
 
 def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:

@@ -238,9 +238,10 @@ class Store:
         if prompt_set not in known:
             raise UserError(
                 f"{self.path} has no class texts for prompt set {prompt_set!r}: it has "
-                f"{', '.join(known) or 'none'}"
+                f"{', '.join(known) or 'none'}; add them with "
+                "`mote-cli store add-texts`"
             )
-        return read_class_text(self.path, prompt_set, self.schema.dim, self._metadata.class_names)
+        return read_class_text(self.path, prompt_set, self.provenance, self._metadata.class_names)
 
     def frame_index(self, rows: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """Indices of the encoded frames in their videos, int32 [n, V, F]; -1 where failed."""

@@ -25,12 +25,17 @@ class ClassText:
     """Text embeddings of the classes under one prompt set.
 
     `embeddings` float32 [C, D], rows of length 1 in the order of `names`; `sentences_hash` names
-    the sentences they were computed from. ValueError when the shapes or lengths are wrong.
+    the sentences they were computed from. `templates` are the sentences with "{}" for the class
+    name, empty where every class has sentences of its own or it was not recorded;
+    `encoder_fingerprint` that of the encoder whose text tower made them, "" where it was not
+    recorded. ValueError when the shapes or lengths are wrong.
     """
 
     names: tuple[str, ...]
     embeddings: FloatArray
     sentences_hash: str
+    templates: tuple[str, ...] = ()
+    encoder_fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:

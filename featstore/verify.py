@@ -103,7 +103,7 @@ def verify(
         progress(tar + 1, metadata.schema.tars, damaged=len(damaged))
     for prompt_set in prompt_set_names(path):
         try:
-            read_class_text(path, prompt_set, metadata.schema.dim, metadata.class_names)
+            read_class_text(path, prompt_set, metadata.provenance, metadata.class_names)
         except (WorkError, UserError) as error:
             damaged.append(Damage(f"{CLASS_TEXT_GROUP}/{prompt_set}", one_line(error)))
     return Report(

@@ -373,7 +373,14 @@ def write_skeleton(
 
 def write_class_text(folder: Path, text: ClassText) -> None:
     """Make the array of one prompt set's class texts, a new folder."""
-    attributes = {"class_names": list(text.names), "sentences_hash": text.sentences_hash}
+    attributes: dict[str, Any] = {
+        "class_names": list(text.names),
+        "sentences_hash": text.sentences_hash,
+    }
+    if text.templates:
+        attributes["templates"] = list(text.templates)
+    if text.encoder_fingerprint:
+        attributes["encoder_fingerprint"] = text.encoder_fingerprint
     spec = class_text_spec(*text.embeddings.shape)
     _write_node(folder, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
     _open(folder.parent, folder.name)[:] = text.embeddings

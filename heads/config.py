@@ -287,6 +287,9 @@ class HeadOrigin:
     """[C] training classes, in the order of `training_class_embeddings`; None when not known."""
     frames: int
     """T, frames per view it was trained with."""
+    prompt_templates: tuple[str, ...] = ()
+    """Sentences of the prompt set, with {} for the class name; empty where every class had its
+    own or they are not known."""
     trained_on: str = ""
     """Which videos of the data set, in words: "train1, 16 videos per class (draw 1)"; "" where
     nothing is known."""
@@ -298,7 +301,11 @@ class HeadOrigin:
     def to_json(self) -> dict[str, Any]:
         """The fields as strict JSON values; later ones only where they say something."""
         names = None if self.class_names is None else list(self.class_names)
-        value = {**asdict(self), "class_names": names}
+        value = {
+            **asdict(self),
+            "class_names": names,
+            "prompt_templates": list(self.prompt_templates),
+        }
         return {k: v for k, v in value.items() if v or k not in _LATER_ORIGIN}
 
     @classmethod
@@ -306,4 +313,6 @@ class HeadOrigin:
         """The inverse of `to_json`."""
         known = known_fields(cls, value, "head origin")
         names = known["class_names"]
-        return cls(**{**known, "class_names": None if names is None else tuple(names)})
+        known["class_names"] = None if names is None else tuple(names)
+        known["prompt_templates"] = tuple(known.get("prompt_templates", ()))
+        return cls(**known)

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 NO_FILE: Final = "no such file"
 """How the reason of a listed video begins whose file was not there when it was packed."""
+NAMED: Final = 3  # videos a note names
 
 
 def evaluate_store(
@@ -199,6 +200,10 @@ def _record(
     agreeing, notes = _counts(protocol, store, measured)
     if protocol.views and views_of(store) not in protocol.views:
         notes.append(f"{views_of(store)} views, published with {', '.join(protocol.views)}")
+    outside = _in_no_split(store, measured)
+    if outside:
+        named = ", ".join(outside[:NAMED]) + (", ..." if len(outside) > NAMED else "")
+        notes.append(f"{len(outside)} of {len(store)} videos are in no split: {named}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
     templates = facts.prompt_templates or getattr(text, "templates", None)
@@ -247,6 +252,15 @@ def _record(
         "class_names": text.names,
         "protocol_fusion": protocol.fusion,
     }
+
+
+def _in_no_split(store: Store, measured: Measurement) -> list[str]:
+    """Keys of the videos that no split lists and that are not tested either."""
+    if not store.split_names:
+        return []
+    seen = [measured.listed, *(store.split(name) for name in store.split_names)]
+    outside = np.flatnonzero(~np.isin(store.rows, np.concatenate(seen)))
+    return [store.keys[at] for at in outside.tolist()]
 
 
 def _counts(protocol: Protocol, store: Store, measured: Measurement) -> tuple[list[str], list[str]]:
@@ -341,9 +355,10 @@ def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     mode = preprocessing.get("resize_mode", "shortest")
     known = isinstance(height, int) and isinstance(width, int)
+    small, large = sorted((int(height), int(width))) if known else ("unknown", "unknown")  # type: ignore[arg-type]
     how = {
-        "shortest": f"short side to {min(height, width) if known else 'unknown'}",
-        "longest": f"long side to {max(height, width) if known else 'unknown'}, padded",
+        "shortest": f"short side to {small}",
+        "longest": f"long side to {large}, padded",
         "squash": f"to {height}x{width}",
     }.get(mode, str(mode))
     cut = {1: "centre", 3: "3 along the long side"}.get(crops, f"{crops} crops")

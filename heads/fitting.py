@@ -78,7 +78,8 @@ def check_class_text(head: TemporalHead, text: ClassText, prompt_set: str) -> No
     """Raise UserError when class texts differ from those the head was trained with.
 
     Told by the classes both know: the same name under the same prompt set must have the same
-    embedding, or other sentences or another text tower made it. Another prompt set is noted.
+    embedding, or other sentences or another text tower made it; and by the templates, where both
+    say them. Another prompt set is noted.
     """
     origin = head.origin
     if origin is None:
@@ -89,6 +90,13 @@ def check_class_text(head: TemporalHead, text: ClassText, prompt_set: str) -> No
             *(origin.prompt_set, prompt_set),
         )
         return
+    if origin.prompt_templates and text.templates not in ((), origin.prompt_templates):
+        raise UserError(
+            f"prompt set {prompt_set} of the store has other sentences ({text.templates[0]!r}, "
+            "...) than the one of that name the head was trained with "
+            f"({origin.prompt_templates[0]!r}, ...): add the head's to the store under another "
+            "name and choose it with --prompts"
+        )
     trained = {name: at for at, name in enumerate(origin.class_names or ())}
     shared = [at for at, name in enumerate(text.names) if name in trained]
     if not shared or len(trained) != head.training_class_embeddings.shape[0]:

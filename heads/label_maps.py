@@ -95,8 +95,8 @@ class _Renamed(Store):
 
     def class_text(self, prompt_set: str) -> ClassText:
         text = super().class_text(prompt_set)
-        return ClassText(
-            tuple(text.names[label] for label in self._order),
-            text.embeddings[self._order],
-            text.sentences_hash,
+        return replace(
+            text,
+            names=tuple(text.names[label] for label in self._order),
+            embeddings=text.embeddings[self._order],
         )

@@ -17,13 +17,19 @@ _NAMES = {"mean": "CLIP mean of frames", "transformer": "temporal transformer", 
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
 
-def tradeoff_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def tradeoff_plot(
+    rows: Sequence[Mapping[str, Any]],
+    path: Path,
+    *,
+    closeset: str = "close-set",
+    zeroshot: str = "zero-shot",
+) -> None:
     """Close-set against zero-shot top-1, one point per head and setting, written as PNG or SVG.
 
-    Each row holds `head`, `modulated`, `closeset_top1` and `zeroshot_top1` (percent); rows with
-    the same head share a colour, hollow markers are modulated ones, and an arrow leads from a head
-    to its modulated self. Grey lines join points of equal harmonic mean. Raises UserError when
-    there is no row or the suffix is another.
+    Each row holds `head`, `modulated`, `closeset_top1` and `zeroshot_top1` (percent); `closeset`
+    and `zeroshot` say what those are of. Rows with the same head share a colour, hollow markers
+    are modulated ones, and an arrow leads from a head to its modulated self. Grey lines join points
+    of equal harmonic mean. Raises UserError when there is no row or the suffix is another.
     """
     kind = path.suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):
@@ -55,8 +61,8 @@ def tradeoff_plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 7, "shrinkB": 7}
             axes.annotate("", points[True], points[False], arrowprops=arrow)
     _frame(axes, rows)
-    axes.set_xlabel("close-set top-1 (%)")
-    axes.set_ylabel("zero-shot top-1 (%)")
+    axes.set_xlabel(f"{closeset} top-1 (%)")
+    axes.set_ylabel(f"{zeroshot} top-1 (%)")
     axes.set_title("grey: equal harmonic mean", fontsize="small", color="0.5", loc="right")
     axes.legend(fontsize="small", framealpha=0.9)
     buffer = io.BytesIO()

@@ -157,7 +157,8 @@ class EvalResult:
     published_counts: list[str]
     """Sources whose published counts of videos are the ones listed here."""
     notes: list[str]
-    """In what this is not the protocol as published: counts of videos, views, fusion."""
+    """In what this is not the protocol as published (counts of videos, views, fusion), and
+    videos of the store that no split lists."""
     list_hash: str
     """Hash of the keys listed, in the store's order."""
     class_names_hash: str

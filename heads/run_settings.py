@@ -16,8 +16,9 @@ from heads.optimisation import TrainConfig
 
 log = logging.getLogger(__name__)
 
-# Names of the same weights or places may differ between machines, and words say what hashes pin.
-_INFORMATIVE = frozenset({"data.encoder", "data.trained_on"})
+# Names of the same weights or places may differ between machines, and words and
+# templates say what hashes pin.
+_INFORMATIVE = frozenset({"data.encoder", "data.trained_on", "data.prompt_templates"})
 
 
 def open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:

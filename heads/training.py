@@ -26,6 +26,7 @@ from featstore.loader import FeatureLoader, Holding, choose_holding, load_featur
 from featstore.locking import exclusive
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
+from featstore.records import ClassText
 from featstore.schema import STATUS_OK, RowArray
 from heads.checkpoints import (
     CONFIG_FILE,
@@ -174,7 +175,7 @@ def train_head(
             *(head.modulation_neighbours, store.provenance.dataset, len(text.names)),
         )
     origin = replace(
-        _origin(store, prompt_set, training.frames, text.names),
+        _origin(store, prompt_set, training.frames, text),
         trained_on=trained_on,
         initial_head="" if initial is None else head_fingerprint(initial),
     )
@@ -351,7 +352,7 @@ def _loader(
     )
 
 
-def _origin(store: Store, prompt_set: str, frames: int, names: tuple[str, ...]) -> HeadOrigin:
+def _origin(store: Store, prompt_set: str, frames: int, text: ClassText) -> HeadOrigin:
     provenance = store.provenance
     return HeadOrigin(
         dataset=provenance.dataset,
@@ -363,9 +364,10 @@ def _origin(store: Store, prompt_set: str, frames: int, names: tuple[str, ...]) 
         crops=provenance.crops,
         preprocessing=dict(provenance.preprocessing),
         prompt_set=prompt_set,
-        class_names=names,
+        class_names=text.names,
         frames=frames,
         label_map=provenance.label_map,
+        prompt_templates=text.templates,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,8 @@ def subset_text(text: ClassText, classes: npt.ArrayLike | None) -> ClassText:
     if classes is None:
         return text
     ids = _checked(classes, len(text.names))
-    return ClassText(
-        tuple(text.names[label] for label in ids), text.embeddings[ids], text.sentences_hash
+    return replace(
+        text, names=tuple(text.names[label] for label in ids), embeddings=text.embeddings[ids]
     )
 
 

@@ -23,7 +23,7 @@ from featstore.errors import UserError, one_line
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoder_sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.preprocessing import FrameInput, Preprocessing
-from pipeline.prompts import sentences
+from pipeline.prompts import PromptSet, as_prompt_set
 
 __all__ = ["Encoder", "Precision", "cpu_has_bf16", "load_encoder", "save_open_clip_folder"]
 
@@ -178,15 +178,18 @@ class Encoder:
     def class_embeddings(
         self,
         class_names: Sequence[str],
-        prompt_set: str,
+        prompt_set: str | PromptSet,
         progress: ProgressSink = no_progress,
     ) -> torch.Tensor:
         """Unit class features float32 [C,D], in the order of `class_names`.
 
         Every sentence is encoded and normalised; the mean over a class's sentences is normalised
-        again (MoTE, Zhu et al., NeurIPS 2024).
+        again (MoTE, Zhu et al., NeurIPS 2024). Classes may have different numbers of sentences.
+        Raises UserError as `as_prompt_set` and `tokenize`.
         """
-        texts = [text for name in class_names for text in sentences(prompt_set, name)]
+        prompts = as_prompt_set(prompt_set)
+        per_class = [prompts.sentences(name) for name in class_names]
+        texts = [text for lines in per_class for text in lines]
         if not texts:
             return torch.zeros(0, self.dim, device=self.device)
         tokens = self.tokenize(texts)
@@ -197,8 +200,9 @@ class Encoder:
             chosen = order[start : start + SENTENCES_PER_BATCH]
             embeddings[chosen] = self.encode_tokens(tokens[chosen])
             progress(start + len(chosen), len(order))
-        per_prompt = F.normalize(embeddings, dim=-1).view(len(class_names), -1, self.dim)
-        return F.normalize(per_prompt.mean(dim=1), dim=-1)
+        unit, counts = F.normalize(embeddings, dim=-1), [len(lines) for lines in per_class]
+        of_classes = torch.split(unit, counts)
+        return F.normalize(torch.stack([lines.mean(dim=0) for lines in of_classes]), dim=-1)
 
     def _choose_precision(self, wanted: str) -> Precision:
         if wanted in PRECISIONS:

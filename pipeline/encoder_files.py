@@ -10,6 +10,8 @@ from typing import Any
 from featstore.durable import write_json
 
 CONFIG_FILE = "open_clip_config.json"
+# Layers and width of the towers that papers name (Dosovitskiy et al., ICLR 2021).
+_SIZES = {(12, 768): "B", (24, 1024): "L", (32, 1280): "H"}
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
@@ -33,6 +35,24 @@ def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
     if encoders_dir is not None and is_plain_name(spec) and (encoders_dir / spec).is_dir():
         return encoders_dir / spec
     return None
+
+
+def local_architecture(spec: str, encoders_dir: Path | None) -> str | None:
+    """The architecture of an encoder's folder, "ViT-B/16", from its configuration.
+
+    None where there is no such folder, or its tower is none of the usual ones.
+    """
+    place = local_encoder(spec, encoders_dir)
+    if place is None or not place.is_dir():
+        return None
+    try:
+        config = json.loads((place / CONFIG_FILE).read_bytes())
+        vision = config["model_cfg"]["vision_cfg"]
+        size = _SIZES.get((vision["layers"], vision["width"]))
+        patch = int(vision["patch_size"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return None if size is None else f"ViT-{size}/{patch}"
 
 
 def is_plain_name(spec: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
 import shlex
@@ -26,7 +25,7 @@ from pipeline.extraction_plan import (
     summary_of,
 )
 from pipeline.pool_choice import decoder_for, open_pool
-from pipeline.prompts import sentences
+from pipeline.prompts import PromptSet
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
@@ -209,14 +208,17 @@ def require_same(plan: ExtractionPlan, writer: AnyWriter, provenance: Provenance
     store = plan.request.store_path
     place = shlex.quote(str(store))
     local = not isinstance(store, str)  # the store commands take folders, no URLs
-    missing = sorted(set(plan.request.prompt_sets) - set(writer.prompt_sets))
+    held = set(writer.prompt_sets)
+    missing = [prompts for prompts in plan.prompt_sets if prompts.name not in held]
     if missing and not differences and local:
         raise UserError(
-            f"{store} has no class texts of prompt set {missing[0]!r}: run `mote-cli store "
-            f"add-texts {place} --prompts {missing[0]}`, which touches no features"
+            f"{store} has no class texts of prompt set {missing[0].name!r}: run `mote-cli store "
+            f"add-texts {place} {missing[0].option}`, which touches no features"
         )
     if missing:
-        differences.append(f"prompt sets: store lacks {', '.join(missing)}")
+        lacking = ", ".join(sorted(prompts.name for prompts in missing))
+        differences.append(f"prompt sets: store lacks {lacking}")
+    plan.require_same_sentences()
     if differences:
         remedy = "ask for what it holds, or remove it to extract anew"
         if local and all(phrase.startswith("dataset_fingerprint") for phrase in differences):
@@ -279,17 +281,18 @@ def _init(
         raw_class_names=dataset.raw_class_names,
         split_names=dataset.split_names,
         class_texts={
-            name: class_text(encoder, dataset.class_names, name)
-            for name in plan.request.prompt_sets
+            prompts.name: class_text(encoder, dataset.class_names, prompts)
+            for prompts in plan.prompt_sets
         },
     )
 
 
-def class_text(encoder: Encoder, names: tuple[str, ...], prompt_set: str) -> ClassText:
+def class_text(encoder: Encoder, names: tuple[str, ...], prompts: PromptSet) -> ClassText:
     """Class texts of a prompt set as a store holds them."""
-    text = "\n".join(line for name in names for line in sentences(prompt_set, name))
     return ClassText(
         names,
-        encoder.class_embeddings(names, prompt_set).cpu().numpy(),
-        hashlib.sha256(text.encode()).hexdigest(),
+        encoder.class_embeddings(names, prompts).cpu().numpy(),
+        prompts.hash(names),
+        templates=prompts.templates,
+        encoder_fingerprint=encoder.fingerprint,
     )

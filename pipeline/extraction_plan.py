@@ -25,7 +25,7 @@ from featstore.tiers import Tier
 from pipeline.decoding.contract import Strictness
 from pipeline.encoder_files import remembered_fingerprint, signature
 from pipeline.packed import Dataset, Shard, load_dataset
-from pipeline.prompts import sentences
+from pipeline.prompts import PROMPT_SETS, PromptSet, prompt_sets_of
 from pipeline.remote_tars import RemoteTars, remote_dataset
 from pipeline.sampling import Sampling
 from pipeline.tar_source import LocalTars, TarSource
@@ -120,7 +120,7 @@ class ExtractionRequest:
     device: str = "cpu"
     decoder: str = "auto"
     strict: Strictness = "auto"
-    prompt_sets: tuple[str, ...] = ("mote28",)
+    prompt_sets: tuple[str | PromptSet, ...] = ("mote28",)  # names, template files, or sets
     workers: int | None = None  # None: one per core this process may use
     max_failures: float = 0.05
     share: Share | None = None  # None: all tars
@@ -167,8 +167,9 @@ class ExtractionPlan:
 
     def __init__(self, request: ExtractionRequest) -> None:
         """Read what is on disk; raises UserError and `WorkError` for what cannot be done."""
-        for prompt_set in request.prompt_sets:
-            sentences(prompt_set, "anything")  # an unknown one is told before the work begins
+        self.writer: AnyWriter | None = writer_of(request.store_path)
+        # An unknown or wrong one is told before the work begins.
+        self.prompt_sets = prompt_sets_of([self._meant(p) for p in request.prompt_sets])
         self.request = request
         self._scratch: ScratchFolder | None = None
         if isinstance(request.dataset_dir, str):
@@ -176,8 +177,9 @@ class ExtractionPlan:
             self.dataset = remote_dataset(request.dataset_dir, self._scratch.path)
         else:
             self.dataset = load_dataset(request.dataset_dir)
+        for prompts in self.prompt_sets:
+            prompts.require_classes(self.dataset.class_names)
         self.shards = shards_of(self.dataset, request.split)
-        self.writer: AnyWriter | None = writer_of(request.store_path)
 
     def tar_source(self) -> TarSource:
         """A new source of the data set's tars."""
@@ -274,8 +276,25 @@ class ExtractionPlan:
             and request.tier.text == made.tier
             and self.dataset.name == made.dataset
             and self.dataset.fingerprint == made.dataset_fingerprint
-            and not set(request.prompt_sets) - set(self.writer.prompt_sets)
+            and not {prompts.name for prompts in self.prompt_sets} - set(self.writer.prompt_sets)
+            and self.require_same_sentences()
         )
+
+    def _meant(self, prompts: str | PromptSet) -> str | PromptSet:
+        """`prompts`, or a set of the store by its name: its sentences are not needed again."""
+        if isinstance(prompts, str) and prompts not in PROMPT_SETS and self.writer is not None:
+            return PromptSet(prompts) if prompts in self.writer.prompt_sets else prompts
+        return prompts
+
+    def require_same_sentences(self) -> bool:
+        """Raise UserError when the store has a prompt set of that name with other sentences."""
+        assert self.writer is not None
+        held = set(self.writer.prompt_sets)
+        for prompts in self.prompt_sets:
+            # Those that come with the program do not change.
+            if prompts.source and prompts.name in held:
+                prompts.require_held(open_rows(self.request.store_path))
+        return True
 
     def _with_failures(self) -> set[int]:
         """Done tars with a video that failed in extraction (not one that was never packed)."""

@@ -1,8 +1,21 @@
-"""Sentences that stand for a class in the text tower."""
+"""Sentences that stand for a class in the text tower: templates, or a class's own sentences."""
 
 from __future__ import annotations
 
-from featstore.errors import UserError
+import difflib
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from featstore.errors import UserError, one_line
+from featstore.metadata import check_prompt_set
+
+if TYPE_CHECKING:
+    from featstore.reader import Store
 
 # Templates of the MoTE reference (Zhu et al., NeurIPS 2024), in its order and with its spelling
 # ("a example"): an average over them is what the published class features are.
@@ -23,14 +36,236 @@ PROMPT_SETS: dict[str, tuple[str, ...]] = {
     "video": ("a video of {}",),
 }
 
+TEMPLATES_SUFFIX: Final = ".txt"
+# CLIP reads 77 tokens; limits that no such file comes near stop one that is something else.
+MAX_SENTENCE: Final = 1000
+MAX_TEMPLATES: Final = 1000
+TEMPLATES_LIMIT: Final = 2**17  # bytes; the store keeps templates in 1 MiB of JSON
+_NAMED = 3  # how many of many an error names
 
-def sentences(prompt_set: str, class_name: str) -> list[str]:
-    """The sentences of one class, one per template, with `class_name` put in verbatim.
 
-    Raises UserError for an unknown prompt set or an empty class name.
+@dataclass(frozen=True)
+class PromptSet:
+    """Which sentences stand for a class, under one name.
+
+    `templates` with "{}" for the class name, the same for every class; or `descriptions`, the
+    sentences of each class by its name. One of the two is empty. `source` is the file they came
+    from, for messages.
     """
-    if prompt_set not in PROMPT_SETS:
-        raise UserError(f"unknown prompt set {prompt_set!r}: use one of {', '.join(PROMPT_SETS)}")
-    if not class_name.strip():
-        raise UserError("a class name is empty: give every class a name")
-    return [template.replace("{}", class_name) for template in PROMPT_SETS[prompt_set]]
+
+    name: str
+    templates: tuple[str, ...] = ()
+    descriptions: Mapping[str, tuple[str, ...]] | None = None
+    source: str = ""
+
+    def sentences(self, class_name: str) -> list[str]:
+        """The sentences of one class, with `class_name` put into templates verbatim.
+
+        Raises UserError for an empty class name or one that has no descriptions.
+        """
+        if not class_name.strip():
+            raise UserError("a class name is empty: give every class a name")
+        if self.descriptions is None:
+            return [template.replace("{}", class_name) for template in self.templates]
+        if class_name not in self.descriptions:
+            raise UserError(
+                f"{self.source or self.name} has no sentences for class {class_name!r}: add some"
+            )
+        return list(self.descriptions[class_name])
+
+    def hash(self, class_names: Sequence[str]) -> str:
+        """sha256 of the sentences of these classes, in their order."""
+        if self.descriptions is None:
+            text = "\n".join(line for name in class_names for line in self.sentences(name))
+        else:  # which sentence is whose must count
+            text = json.dumps([self.sentences(name) for name in class_names])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def option(self) -> str:
+        """How `extract` and `store add-texts` are asked for this set."""
+        if not self.source:
+            return f"--prompts {self.name}"
+        kind = "--prompts" if self.descriptions is None else "--descriptions"
+        own = Path(self.source).stem != self.name
+        words = [kind, self.source, *(["--prompt-set-name", self.name] if own else [])]
+        return shlex.join(words)
+
+    def require_held(self, store: Store) -> None:
+        """Raise UserError when the store's class texts of this name are of other sentences."""
+        held = store.class_text(self.name)
+        if held.templates and self.templates:  # the hash of a merged store's texts is another
+            same = held.templates == self.templates
+        else:
+            same = held.sentences_hash == self.hash(held.names)
+        if not same:
+            raise UserError(
+                f"{store.path} has class texts {self.name!r} that were made from other sentences "
+                f"than those of {self.source or 'this program'}: add these under another name, "
+                "with --prompt-set-name"
+            )
+
+    def require_classes(self, class_names: Sequence[str]) -> None:
+        """Raise UserError unless descriptions are of these classes, all of them and no others."""
+        if self.descriptions is None:
+            return
+        missing = [name for name in class_names if name not in self.descriptions]
+        unknown = [name for name in self.descriptions if name not in set(class_names)]
+        if not missing and not unknown:
+            return
+        if all(name.isascii() and name.isdigit() for name in self.descriptions):
+            raise UserError(
+                f"{self.source}: its keys are numbers, and which class has which number differs "
+                "between lists (published files swap HMDB51's kick with kick ball and sword with "
+                "sword exercise): write the class's name as the key, for example "
+                f'{{"{class_names[0]}": [...]}}'
+            )
+        parts = []
+        if missing:
+            parts.append(f"it lacks {_some(missing)}, {len(missing)} of {len(class_names)} classes")
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], missing, n=1)
+            meant = f" (is the first one {close[0]!r}?)" if close else ""
+            parts.append(f"it has {_some(unknown)}, which are no classes of the data set{meant}")
+        raise UserError(
+            f"{self.source}: {'; '.join(parts)}: every class needs its sentences under its name, "
+            "as `mote-cli inspect` lists them"
+        )
+
+
+def named_prompt_set(name: str) -> PromptSet:
+    """The prompt set that comes with the program under this name; UserError when there is none."""
+    if name not in PROMPT_SETS:
+        raise UserError(
+            f"unknown prompt set {name!r}: use one of {', '.join(PROMPT_SETS)}, or a file "
+            f"FILE{TEMPLATES_SUFFIX} with one sentence per line and {{}} for the class name"
+        )
+    return PromptSet(name, PROMPT_SETS[name])
+
+
+def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSet:
+    """A prompt set from what a user writes: a set's name, or the path of a template file.
+
+    `name` is for the set of a file, by default the file's without its suffix. Raises UserError
+    for an unknown set and for a file that is none.
+    """
+    if isinstance(prompts, PromptSet):
+        return prompts
+    if prompts in PROMPT_SETS:
+        if name not in (None, prompts):
+            raise UserError(f"prompt set {prompts!r} has its own name: leave {name!r} out")
+        return named_prompt_set(prompts)
+    if is_template_file(prompts):
+        return read_templates(Path(prompts), name)
+    if prompts.lower().endswith(".json"):
+        raise UserError(f"{prompts} is no template file: descriptions go with --descriptions FILE")
+    return named_prompt_set(prompts)
+
+
+def is_template_file(text: str) -> bool:
+    """Whether `text` names a template file rather than a prompt set."""
+    return text not in PROMPT_SETS and text.lower().endswith(TEMPLATES_SUFFIX)
+
+
+def trained_prompt_set(name: str, templates: tuple[str, ...]) -> PromptSet:
+    """The prompt set a head was trained with, from what it says of it.
+
+    Raises UserError for one whose sentences it does not say: every class had its own.
+    """
+    if not templates and name not in PROMPT_SETS:
+        raise UserError(
+            f"the head was trained with sentences of each class (prompt set {name!r}), which new "
+            "classes do not have: name a prompt set or a template file with --prompts"
+        )
+    return PromptSet(name, templates or PROMPT_SETS[name])
+
+
+def prompt_sets_of(prompts: Sequence[str | PromptSet]) -> tuple[PromptSet, ...]:
+    """The prompt sets meant, each once; UserError as `as_prompt_set`, and for two of one name."""
+    found: dict[str, PromptSet] = {}
+    for prompt_set in map(as_prompt_set, prompts):
+        if found.setdefault(prompt_set.name, prompt_set) != prompt_set:
+            raise UserError(
+                f"two prompt sets have the name {prompt_set.name!r}: name one with "
+                "--prompt-set-name"
+            )
+    return tuple(found.values())
+
+
+def sentences(prompts: str | PromptSet, class_name: str) -> list[str]:
+    """The sentences of one class in a prompt set; UserError as `as_prompt_set`."""
+    return as_prompt_set(prompts).sentences(class_name)
+
+
+def read_templates(path: Path, name: str | None = None) -> PromptSet:
+    """The prompt set of a template file: one sentence per line with "{}" for the class name.
+
+    Blank lines and lines that begin with "#" are left out. Raises UserError, with the line, for a
+    file that cannot be read or is not such a list, and for a name that is taken.
+    """
+    lines = read_limited(path, TEMPLATES_LIMIT).splitlines()
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    templates: dict[str, int] = {}
+    for number, line in numbered:
+        if not line or line.startswith("#"):
+            continue
+        where = f"{path} line {number}"
+        if line.count("{}") != 1:
+            raise UserError(
+                f"{where}: {one_line(line, 80)!r} must have {{}} once, where the class name goes"
+            )
+        require_length(line, where)
+        if line in templates:
+            raise UserError(
+                f"{where}: {one_line(line, 80)!r} is line {templates[line]} again: leave one out"
+            )
+        templates[line] = number
+    if not 1 <= len(templates) <= MAX_TEMPLATES:
+        raise UserError(
+            f"{path} has {len(templates)} sentences: write 1 to {MAX_TEMPLATES}, one per line, "
+            "with {} for the class name"
+        )
+    return PromptSet(set_name(path, name), tuple(templates), source=str(path))
+
+
+def set_name(path: Path, name: str | None) -> str:
+    """The name of the set in a file; UserError when it cannot be one or is a built-in set's."""
+    chosen = path.stem if name is None else name
+    if chosen in PROMPT_SETS:
+        raise UserError(
+            f"{chosen!r} is the name of a prompt set that comes with the program: give the "
+            f"sentences of {path} another one with --prompt-set-name"
+        )
+    try:
+        return check_prompt_set(chosen)
+    except UserError as error:
+        raise UserError(f"{error}; --prompt-set-name gives {path} another") from error
+
+
+def read_limited(path: Path, limit: int) -> str:
+    """A UTF-8 text file of at most `limit` bytes; UserError when it is no such file."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name a text file") from error
+    if len(raw) > limit:
+        raise UserError(f"{path} has more than {limit} bytes: it is no file of sentences")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
+
+
+def require_length(sentence: str, where: str) -> None:
+    """Raise UserError for a sentence no text tower could take; its tokeniser counts exactly."""
+    if len(sentence) > MAX_SENTENCE:
+        raise UserError(
+            f"{where}: a sentence has {len(sentence)} characters, at most {MAX_SENTENCE} are read "
+            f"(CLIP takes 77 tokens): shorten {one_line(sentence, 40)!r}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(one_line(name, 60)) for name in names[:_NAMED])
+    return f"{shown}, ..." if len(names) > _NAMED else shown

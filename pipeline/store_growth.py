@@ -17,7 +17,7 @@ from featstore.growth import add_tars as grow
 from featstore.workspace import STORE_SUFFIX
 from pipeline.extraction import class_text
 from pipeline.packed import Dataset, Shard, load_dataset
-from pipeline.prompts import PROMPT_SETS, sentences
+from pipeline.prompts import PROMPT_SETS, PromptSet, as_prompt_set
 
 if TYPE_CHECKING:  # an encoder brings torch along, and mere tars need none
     from pipeline.clip_encoder import Encoder
@@ -69,7 +69,7 @@ def add_tars(
 
 def add_texts(
     store_path: Path,
-    prompt_set: str,
+    prompts: str | PromptSet,
     *,
     encoder: str | None = None,
     encoders_dir: Path | None = None,
@@ -77,15 +77,20 @@ def add_texts(
 ) -> bool:
     """Add the class texts of a prompt set to a store; False when it holds them already.
 
-    Raises UserError for an unknown set or another encoder than the store's, errors of
-    `load_encoder`, and WorkError while a process writes to the store.
+    `prompts`: a set's name, a template file, or a set that was read. Raises UserError for an
+    unknown set, one that lacks classes of the store, has other sentences than the store's of that
+    name, or another encoder than the store's, errors of `load_encoder`, and WorkError while a
+    process writes to the store.
     """
-    sentences(prompt_set, "anything")  # an unknown one is told before the encoder is loaded
+    wanted = as_prompt_set(prompts)  # what is wrong is told before the encoder is loaded
     recover(store_path)
     store = open_store(store_path)
+    wanted.require_classes(store.class_names)
+    if wanted.name in store.prompt_sets:
+        wanted.require_held(store)
     tower = _encoder(store, encoder, encoders_dir, device)
     names = tuple(store.class_names)
-    return add_class_text(store_path, prompt_set, class_text(tower, names, prompt_set))
+    return add_class_text(store_path, wanted.name, class_text(tower, names, wanted))
 
 
 def _continued(store: Store, dataset: Dataset) -> list[Shard]:
@@ -143,12 +148,15 @@ def _encoder(store: Store, spec: str | None, encoders_dir: Path | None, device: 
 
 def _longer(store: Store, prompt_set: str, dataset: Dataset, tower: Encoder) -> ClassText:
     """Class texts of the data set's classes; rows that the store has stay as they are."""
-    if prompt_set not in PROMPT_SETS:
-        raise UserError(
-            f"{store.path} has class texts {prompt_set!r}, whose sentences this program does not "
-            "know: extract the data set as a new store"
-        )
     held = store.class_text(prompt_set)
-    made = class_text(tower, dataset.class_names, prompt_set)
+    prompts = PromptSet(prompt_set, held.templates or PROMPT_SETS.get(prompt_set, ()))
+    if not prompts.templates:
+        raise UserError(
+            f"{store.path} has class texts {prompt_set!r} with sentences of each class that it "
+            "does not keep, so those of new classes cannot be made: remove its folder "
+            f"class_text/{prompt_set}, add the tars, and make the class texts again with "
+            "`mote-cli store add-texts --descriptions`"
+        )
+    made = class_text(tower, dataset.class_names, prompts)
     rows = np.concatenate([held.embeddings, made.embeddings[len(held.names) :]])
     return replace(made, embeddings=rows)

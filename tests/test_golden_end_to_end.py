@@ -154,6 +154,13 @@ def test_the_commands_give_the_published_accuracies(
             embeddings = view_features(head, torch.from_numpy(features).float(), text)
         half = half_class_accuracy(embeddings, text, torch.from_numpy(labels))
         assert worst(np.array(half.split_top1), expected["split_top1"]) <= 1e-4
+        drawn = done(
+            *("eval", "--protocol", "halfclass", "--dataset", f"golden-{which}", "--head", "tiny"),
+            *("--sampling", sampling, "--precision", "fp32", *place),
+        )
+        for measure in ("top1", "top5"):
+            got = np.array([part[measure] for part in drawn["per_split"]])
+            assert worst(got, expected[f"split_{measure}"]) <= 1e-4
 
 
 def test_the_imported_tower_is_the_one_eval_and_predict_take(

@@ -84,6 +84,10 @@ def test_a_new_class_gets_its_text_from_the_stores_encoder(
     parts: tuple[Path, Path], inputs: tuple[Path, Path]
 ) -> None:
     root, folder = parts
+    templates = folder.with_name("mine.txt")
+    templates.write_text("a clip of {}\n")
+    done("store", "add-texts", the_store(root), "--prompts", templates)
+    templates.unlink()  # the store keeps them
     before = open_store(the_store(root)).class_text("mote28")
     shutil.copytree(inputs[0] / "val", folder / "val")
     for i in range(2):
@@ -97,7 +101,29 @@ def test_a_new_class_gets_its_text_from_the_stores_encoder(
     assert store.class_names[-1] == "zoom in"
     text = store.class_text("mote28")
     np.testing.assert_array_equal(text.embeddings[:-1], before.embeddings)
+    assert text.templates == before.templates
+    assert store.class_text("mine").templates == ("a clip of {}",)
+    assert store.class_text("mine").names == text.names
     assert verify(store.path, deep=True).ok
+
+
+def test_descriptions_do_not_stretch_to_new_classes(
+    parts: tuple[Path, Path], inputs: tuple[Path, Path]
+) -> None:
+    root, folder = parts
+    names = open_store(the_store(root)).class_names
+    file = folder.with_name("own.json")
+    file.write_text(json.dumps({name: [name] for name in names}))
+    done("store", "add-texts", the_store(root), "--descriptions", file)
+    for i in range(2):
+        (folder / "val" / "zoom in").mkdir(parents=True, exist_ok=True)
+        make_clip(folder / "val" / "zoom in" / f"z{i}.mp4", 40 + i)
+    pack_again(root, folder)
+    words = ("store", "add-tars", the_store(root), "--dataset", root / "datasets" / "clips")
+    error = refused(2, *words)
+    assert "class texts 'own' with sentences of each class that it does not keep" in error
+    shutil.rmtree(the_store(root) / "class_text" / "own")
+    assert done(*words)["classes_added"] == 1
 
 
 def test_what_does_not_continue_the_store(

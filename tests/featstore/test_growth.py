@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,17 @@ def test_class_texts_that_do_not_fit(store: Path) -> None:
     with pytest.raises(UserError, match="are of 2 classes with 16 numbers"):
         add_class_text(store, "video", unit_text(CLASS_NAMES[:2]))
     assert open_store(store).prompt_sets == ["mote28"]
+
+
+def test_class_texts_say_how_they_were_made(store: Path) -> None:
+    made = open_store(store).provenance.encoder_fingerprint
+    text = replace(other_text(), templates=("a {}", "{}"), encoder_fingerprint=made)
+    assert add_class_text(store, "mine", text)
+    held = open_store(store).class_text("mine")
+    assert (held.templates, held.encoder_fingerprint) == (("a {}", "{}"), made)
+    assert (open_store(store).class_text("mote28").templates) == ()  # as earlier stores have it
+    with pytest.raises(UserError, match="were made with another encoder"):
+        add_class_text(store, "yours", replace(text, encoder_fingerprint="f" * 64))
 
 
 # merge
