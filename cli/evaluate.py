@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from cli import evaluate_trained as trained
+from cli import evaluate_unseen as unseen
 from cli import options, sweep
 from cli.compare import print_published, published_beside
 from cli.output import percent, print_json, print_table, progress_of, results, warn
@@ -18,12 +20,14 @@ from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.model import TemporalHead
-    from heads.protocol_types import Protocol, TestSet
+    from heads.protocol_types import Kind, Protocol, TestSet
     from heads.results import EvalResult
 
-KINDS: Final = {
+KINDS: Final[dict[str, Kind]] = {
     "--closeset": "closeset",
     "--zeroshot": "zeroshot",
+    "--fewshot": "fewshot",
+    "--base-to-novel": "base-to-novel",
 }
 EVALUATION_SPLITS: Final = ("val", "test")
 
@@ -36,6 +40,8 @@ def evaluate(
     zeroshot: Annotated[
         str | None, typer.Option("--zeroshot", metavar="NAME", help="Data set with new classes.")
     ] = None,
+    fewshot: trained.FewShot = None,
+    base_to_novel: trained.BaseToNovel = None,
     protocol: Annotated[
         str | None,
         typer.Option(
@@ -118,6 +124,21 @@ def evaluate(
         bool,
         typer.Option("--allow-overlap", help="Measure although tested videos are training videos."),
     ] = False,
+    label_map: trained.LabelMapOption = "corrected",
+    k600_source: unseen.K600Source = None,
+    class_lists: unseen.ClassLists = None,
+    k400_names: unseen.K400Names = None,
+    shots: trained.Shots = None,
+    draw_seeds: trained.DrawSeeds = None,
+    lists_from: trained.ListsFrom = None,
+    train_store: trained.TrainStore = None,
+    recipe: trained.Recipe = None,
+    epochs: trained.Epochs = None,
+    batch_size: trained.BatchSize = None,
+    lr: trained.LearningRate = None,
+    repeat: trained.Repeat = "full",
+    name: trained.RunName = None,
+    best_epoch: trained.BestEpoch = True,
     precision: Annotated[
         str,
         typer.Option(
@@ -135,6 +156,7 @@ def evaluate(
     --closeset takes the val (or test) split, --zeroshot all videos, or the mean over the official
     test lists of HMDB51 and UCF101; --protocol any protocol by its name. The result is kept as
     JSON beside the head, with accuracy per class and confusion. torchrun shares the work.
+    --fewshot and --base-to-novel train heads first, from the weights of --head where it is given.
 
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
@@ -143,11 +165,18 @@ def evaluate(
     from heads.protocols import protocol_named
 
     named = None if protocol is None else protocol_named(protocol)
-    given = {"--closeset": closeset, "--zeroshot": zeroshot, "--protocol": protocol}
+    given = {
+        "--closeset": closeset,
+        "--zeroshot": zeroshot,
+        "--fewshot": fewshot,
+        "--base-to-novel": base_to_novel,
+        "--protocol": protocol,
+    }
     chosen = [option for option, value in given.items() if value is not None]
     if len(chosen) != 1:
         raise UserError(
-            "eval takes exactly one of --closeset NAME, --zeroshot NAME and --protocol PROTOCOL"
+            "eval takes exactly one of --closeset NAME, --zeroshot NAME, --fewshot NAME, "
+            "--base-to-novel NAME and --protocol PROTOCOL"
         )
     if dataset is not None and named is None:
         raise UserError(f"--dataset goes with --protocol: {chosen[0]} names the data set itself")
@@ -165,10 +194,13 @@ def evaluate(
             raise UserError("--fusion all and --sweep fusion contradict each other: give one")
         swept[sweep.FUSION] = fused
         fused = None
-    request = _Request(
+    kind = named.kind if named is not None else KINDS[chosen[0]]
+    if kind in trained.KINDS and swept:
+        raise UserError(f"--sweep goes with heads that are there: {kind} trains its own")
+    request = Request(
         workspace=options.workspace(root),
         dataset=dataset,
-        kind=named.kind if named is not None else KINDS[chosen[0]],
+        kind=kind,
         protocol=named,
         split=split,
         views=views,
@@ -184,9 +216,20 @@ def evaluate(
         swept=swept,
         clip_store=clip_store,
         allow_overlap=allow_overlap,
+        label_map=label_map,
+        unseen=unseen.UnseenChoice(k600_source, tuple(class_lists or ()), k400_names),
         precision=precision,
         device=options.device(device),
     )
+    training = trained.Training(
+        *(shots, draw_seeds, lists_from, train_store, recipe, epochs, batch_size, lr, repeat),
+        *(name, best_epoch),
+    )
+    if kind in trained.KINDS:
+        request.unseen.require_unused(kind)
+        trained.evaluate_trained(request, training, head, store_name, json)
+        return
+    training.require_unused(kind)
     with process_group() as rank:
         if rank:
             logging.disable()  # the first process says it
@@ -197,12 +240,12 @@ def evaluate(
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
     """What was asked for, apart from the head and the store, which a sweep of blends changes."""
 
     workspace: Workspace
     dataset: str
-    kind: str
+    kind: Kind
     protocol: Protocol | None
     split: str | None
     views: str | None
@@ -212,6 +255,8 @@ class _Request:
     swept: sweep.Values
     clip_store: str | None
     allow_overlap: bool
+    label_map: str
+    unseen: unseen.UnseenChoice
     precision: str
     device: str
 
@@ -255,13 +300,13 @@ class _Request:
 
         store = self._store(model, store_name)
         protocol = self.protocol or usual_protocol(
-            self.kind,  # type: ignore[arg-type]  # one of KINDS
+            self.kind,
             self.dataset,
             split=self.split,
             views=views_of(store),
             split_names=store.split_names,
         )
-        tests = self._tests(protocol, store)
+        tests, names_from = self._tests(protocol, store, model)
         overlap = None
         if model is not None:
             overlap = require_no_leak(store, tests, run_dir, allow=self.allow_overlap)
@@ -278,8 +323,8 @@ class _Request:
                 head_name=run_dir.name,
                 views=self.views,
                 prompt_set=options.prompt_set(store, self.prompts),
-                clip_store=self._clip_store(),
-                facts=run_facts(run_dir, n_trained_on=overlap),
+                clip_store=self.chosen_clip_store(),
+                facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
                 device=self.device,
                 precision=self.precision,  # type: ignore[arg-type]  # it is checked there
                 progress=progress,
@@ -288,12 +333,17 @@ class _Request:
 
     def _store(self, model: TemporalHead | None, name: str | None) -> Store:
         from heads.fitting import count_views
+        from heads.label_maps import named_as
+        from heads.protocols import known_dataset, usual_protocol
 
         origin = None if model is None else model.origin
         split = self.split
+        named = self.protocol or usual_protocol(self.kind, self.dataset, split=split)
+        if named.lists == "given":
+            split = self.unseen.split(self.workspace, self.dataset)
         if self.kind == "closeset":
             split = split or self.workspace.default_split(self.dataset, EVALUATION_SPLITS)
-        return self.workspace.choose_store(
+        store = self.workspace.choose_store(
             self.dataset,
             split=split,
             views=None if self.views is None else count_views(self.views),
@@ -302,15 +352,21 @@ class _Request:
             name=name,
             encoder=None if origin is None else origin.encoder,
         )
+        return named_as(store, known_dataset(self.dataset), self.label_map)
 
-    def _tests(self, protocol: Protocol, store: Store) -> tuple[TestSet, ...]:
+    def _tests(
+        self, protocol: Protocol, store: Store, model: TemporalHead | None
+    ) -> tuple[tuple[TestSet, ...], str | None]:
+        """The test sets, and where their class names are from where it is not the data set."""
         from heads.protocols import build_test_sets
 
         if protocol.lists == "given":
-            raise UserError(f"protocol {protocol.name} is not run by this command yet")
-        return build_test_sets(protocol, store, self.split)
+            return self.unseen.tests(self.workspace, store, model)
+        self.unseen.require_unused(protocol.name)
+        return build_test_sets(protocol, store, self.split), None
 
-    def _clip_store(self) -> Store | None:
+    def chosen_clip_store(self) -> Store | None:
+        """The store of CLIP's own features; UserError where nothing would take them."""
         if self.clip_store is None:
             return None
         if self.fixed["ensemble"] is None and sweep.ENSEMBLE not in self.swept:

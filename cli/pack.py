@@ -37,6 +37,23 @@ def pack(
             "--class-names", metavar="FILE", help="CSV `id,name` for lists with numbers as labels."
         ),
     ] = None,
+    label_map: Annotated[
+        str,
+        typer.Option(
+            "--label-map",
+            metavar="corrected|as-published",
+            help="A file of class names that exchanges some against what the videos are called "
+            "(X-CLIP's for HMDB51): put right, or kept for comparison.",
+        ),
+    ] = "corrected",
+    class_names_as: Annotated[
+        str,
+        typer.Option(
+            "--class-names-as",
+            metavar="words|raw",
+            help="Natural words (`ApplyEyeMakeup`: apply eye makeup), or the data set's spelling.",
+        ),
+    ] = "words",
     samples_per_shard: Annotated[
         int,
         typer.Option(
@@ -62,8 +79,11 @@ def pack(
 
     Example: `mote-cli pack --dataset my-clips --videos ~/videos`
     """
+    from pipeline.annotations.class_names import Naming
     from pipeline.packing import pack as run
 
+    # Naming checks its words, which are the user's.
+    naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
     with progress_of("pack", "videos") as progress:
         summary = run(
             videos,
@@ -75,6 +95,7 @@ def pack(
             seed=seed,
             max_failures=max_failures,
             append=append,
+            naming=naming,
             progress=progress,
         )
     if json:

@@ -56,6 +56,35 @@ def train_head(
         typer.Option("--precision", metavar="auto|fp32|bf16", help="Arithmetic of training."),
     ] = None,
     device: options.Device = "auto",
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots", metavar="K", min=1, help="Train on K videos of each class, drawn by key."
+        ),
+    ] = None,
+    draw_seed: Annotated[
+        int, typer.Option("--draw-seed", metavar="S", min=0, help="Which draw of --shots.")
+    ] = 1,
+    classes: Annotated[
+        str,
+        typer.Option(
+            "--classes",
+            metavar="all|base|novel",
+            help="Train on all classes, or on the half with more (base) or fewer training videos.",
+        ),
+    ] = "all",
+    repeat: Annotated[
+        str,
+        typer.Option(
+            "--repeat",
+            metavar="N|full",
+            help="Have every video N times in an epoch; full: until they are as many as all.",
+        ),
+    ] = "1",
+    from_head: Annotated[
+        str | None,
+        typer.Option("--from-head", metavar="RUN", help="Start from this head's weights."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
     ] = False,
@@ -70,7 +99,9 @@ def train_head(
 
     Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
     """
+    from heads.fitting import check_fits
     from heads.recipes import DEFAULT_RECIPE, load_recipe
+    from heads.shots import choose_training_set
     from heads.training import train_head as run
     from heads.training import training_rows
 
@@ -93,14 +124,42 @@ def train_head(
     chosen = workspace.choose_dataset(dataset)
     split = split or workspace.default_split(chosen, ("train",))
     store = workspace.choose_store(chosen, split=split, sampling=sampling, name=store_name)
-    shape = settings.head_config(store.provenance.dim, kind=head, layers=layers, experts=experts)
+    initial, initial_run = None, None
+    if from_head is not None:
+        if (head, layers, experts) != (None, None, None):
+            raise UserError(
+                "--from-head brings its own shape: leave --head, --layers and --experts out"
+            )
+        initial, initial_run = options.head(workspace, from_head)
+        if initial is None:
+            raise UserError("--from-head mean: the mean of frames has no weights to start from")
+        check_fits(initial, store)
+        shape = initial.config
+    else:
+        shape = settings.head_config(
+            store.provenance.dim, kind=head, layers=layers, experts=experts
+        )
+    chosen_set = choose_training_set(
+        store,
+        training_rows(store, split),
+        split=split,
+        shots=shots,
+        draw_seed=draw_seed,
+        half=classes,
+        repeat=repeat,
+    )
     with progress_of("train", "steps") as progress:
         summary = run(
             store,
-            workspace.run_dir(name or f"{chosen}-{shape.kind}"),
+            workspace.run_dir(name or f"{chosen}{chosen_set.suffix}-{shape.kind}"),
             shape,
             training,
-            rows=training_rows(store, split),
+            rows=chosen_set.rows,
+            classes=chosen_set.classes,
+            trained_on=chosen_set.words,
+            repeats=chosen_set.repeats,
+            initial=initial,
+            initial_run=initial_run,
             prompt_set=options.prompt_set(store, prompts) or store.prompt_sets[0],
             resume=resume,
             device=options.device(device),
@@ -112,7 +171,8 @@ def train_head(
     print_facts(
         {
             "run": f"{summary.run} in {summary.path}",
-            "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}",
+            "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
+            + (f" ({summary.trained_on})" if summary.trained_on else ""),
             "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
             "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
             "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",

@@ -190,7 +190,10 @@ class FeatureLoader:
     and the ranks' numbers of batches by one; what synchronises the ranks at every step has to stop
     at the smallest number (`len` of each rank) or join uneven inputs (torch's `Join`).
 
-    ValueError when a rank has no sample or a size is not positive.
+    With `repeats` R an epoch has every sample R times, in one shuffled order.
+
+    ValueError when a rank has no sample, a size is not positive, or streamed features are to be
+    repeated.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class FeatureLoader:
         rows: RowArray | None = None,
         rank: int = 0,
         world_size: int = 1,
+        repeats: int = 1,
     ) -> None:
         """`features` float16 [N, V, F, D]; `labels` whole numbers [N]; `rows` array rows [N]."""
         if len(features.shape) < 4 or features.shape[0] == 0 or batch_size < 1 or seed < 0:
@@ -215,6 +219,8 @@ class FeatureLoader:
         self._item = tuple(item)
         if len(labels) != count or (rows is not None and len(rows) != count):
             raise ValueError(f"{count} samples need as many labels and rows")
+        if repeats < 1 or (repeats > 1 and isinstance(features, StreamedFeatures)):
+            raise ValueError(f"{repeats} repeats: at least 1, and streamed features have no more")
         if not 0 <= rank < world_size <= count:
             raise ValueError(f"rank {rank} of {world_size} with {count} samples: each needs one")
         self._features = features
@@ -232,16 +238,17 @@ class FeatureLoader:
             self._memory = BatchMemory(features.numpy().dtype)
         self._seed = seed
         self._rank, self._world_size = rank, world_size
+        self._repeats = repeats
         self.batch_size = batch_size
         self.frames = frames
 
     def __len__(self) -> int:
         """Batches per epoch of this rank; the last one may be smaller."""
-        mine = len(range(self._rank, self._count, self._world_size))
+        mine = len(range(self._rank, self._count * self._repeats, self._world_size))
         return -(-mine // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `start` on; every sample once per epoch."""
+        """The batches of one epoch from step `start` on; every sample `repeats` times."""
         rng = np.random.default_rng((self._seed, epoch, _ORDER))
         clips: Clips
         with ExitStack() as resources:
@@ -250,7 +257,8 @@ class FeatureLoader:
                 resources.callback(blocks.close)
                 order, clips = blocks.order, blocks.clips
             else:
-                order = rng.permutation(self._count)[self._rank :: self._world_size]
+                order = rng.permutation(self._count * self._repeats) % self._count
+                order = order[self._rank :: self._world_size]
                 clips = self._clips_of(order)
             # Put into order and cut once, so that a step takes what is its.
             ordered = torch.from_numpy(order).to(self._device)

@@ -261,6 +261,9 @@ def routing_prior(experts: int) -> torch.Tensor:
     return torch.arange(1, experts + 1, dtype=torch.float32).softmax(0)
 
 
+_LATER_ORIGIN = frozenset({"trained_on", "initial_head", "label_map"})
+
+
 @dataclass(frozen=True)
 class HeadOrigin:
     """What a head was trained on: everything needed to use it on the right features.
@@ -287,15 +290,23 @@ class HeadOrigin:
     prompt_templates: tuple[str, ...] = ()
     """Sentences of the prompt set, with {} for the class name; empty where every class had its
     own or they are not known."""
+    trained_on: str = ""
+    """Which videos of the data set, in words: "train1, 16 videos per class (draw 1)"; "" where
+    nothing is known."""
+    initial_head: str = ""
+    """Fingerprint of the head whose weights it started from, "" for a new one."""
+    label_map: str = ""
+    """As `featstore.Provenance.label_map`."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
+        """The fields as strict JSON values; later ones only where they say something."""
         names = None if self.class_names is None else list(self.class_names)
-        return {
+        value = {
             **asdict(self),
             "class_names": names,
             "prompt_templates": list(self.prompt_templates),
         }
+        return {k: v for k, v in value.items() if v or k not in _LATER_ORIGIN}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> HeadOrigin:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 NO_FILE: Final = "no such file"
 """How the reason of a listed video begins whose file was not there when it was packed."""
+NAMED: Final = 3  # videos a note names
 
 
 def evaluate_store(
@@ -199,6 +200,10 @@ def _record(
     agreeing, notes = _counts(protocol, store, measured)
     if protocol.views and views_of(store) not in protocol.views:
         notes.append(f"{views_of(store)} views, published with {', '.join(protocol.views)}")
+    outside = _in_no_split(store, measured)
+    if outside:
+        named = ", ".join(outside[:NAMED]) + (", ..." if len(outside) > NAMED else "")
+        notes.append(f"{len(outside)} of {len(store)} videos are in no split: {named}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
     templates = facts.prompt_templates or getattr(text, "templates", None)
@@ -224,6 +229,7 @@ def _record(
         "epoch": facts.epoch,
         "epoch_choice": facts.epoch_choice,
         "trained_on": origin.dataset or None if origin is not None else None,
+        "training_videos": origin.trained_on or None if origin is not None else None,
         "n_trained_on": facts.n_trained_on,
         "source": protocol.source,
         "test_list": protocol.test_list,
@@ -235,7 +241,7 @@ def _record(
             text.names[label] for labels in _distinct(tested.values()) for label in labels
         ),
         "class_names_source": facts.class_names_source or f"data set {provenance.dataset}",
-        "label_map": facts.label_map or getattr(provenance, "label_map", None) or None,
+        "label_map": facts.label_map or provenance.label_map or None,
         "prompts_hash": text.sentences_hash,
         "dataset_fingerprint": provenance.dataset_fingerprint,
         "store": store.path.name,
@@ -246,6 +252,15 @@ def _record(
         "class_names": text.names,
         "protocol_fusion": protocol.fusion,
     }
+
+
+def _in_no_split(store: Store, measured: Measurement) -> list[str]:
+    """Keys of the videos that no split lists and that are not tested either."""
+    if not store.split_names:
+        return []
+    seen = [measured.listed, *(store.split(name) for name in store.split_names)]
+    outside = np.flatnonzero(~np.isin(store.rows, np.concatenate(seen)))
+    return [store.keys[at] for at in outside.tolist()]
 
 
 def _counts(protocol: Protocol, store: Store, measured: Measurement) -> tuple[list[str], list[str]]:

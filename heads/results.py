@@ -147,6 +147,8 @@ class EvalResult:
     epoch_choice: str | None
     trained_on: str | None
     """Data set the head was trained on; None where it is not known."""
+    training_videos: str | None
+    """Which of its videos, in words; None where it is not known."""
     n_trained_on: int | None
     """Listed videos that are training videos of the head; None where that is not known."""
     source: str
@@ -155,7 +157,8 @@ class EvalResult:
     published_counts: list[str]
     """Sources whose published counts of videos are the ones listed here."""
     notes: list[str]
-    """In what this is not the protocol as published: counts of videos, views, fusion."""
+    """In what this is not the protocol as published (counts of videos, views, fusion), and
+    videos of the store that no split lists."""
     list_hash: str
     """Hash of the keys listed, in the store's order."""
     class_names_hash: str

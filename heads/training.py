@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featstore.durable import write_bytes, write_json
+from featstore.durable import write_bytes
 from featstore.errors import UserError, WorkError
 from featstore.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.locking import exclusive
@@ -34,15 +34,23 @@ from heads.checkpoints import (
     METRICS_FILE,
     STATE_FILE,
     STATE_FORMAT,
+    head_fingerprint,
     load_tensors,
     save_head,
     save_tensors,
 )
 from heads.config import HeadConfig, HeadOrigin
-from heads.leaks import rows_hash, write_training_keys
+from heads.leaks import read_training_keys, rows_hash, write_training_keys
 from heads.model import TemporalHead, build_head
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.precision import resolve_device, resolve_precision
+from heads.run_settings import open_run
+from heads.training_subsets import (
+    renumbered,
+    start_from,
+    subset_text,
+    warn_of_classes_without_videos,
+)
 
 __all__ = [
     "TrainConfig",
@@ -55,6 +63,9 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+AfterEpoch = Callable[[TemporalHead, int], Mapping[str, float]]
+"""Called after every epoch with the head as it is and the number of epochs done."""
 
 RUN_FORMAT = 1
 LOCK_FILE = "state/lock"
@@ -80,6 +91,8 @@ class TrainSummary:
     resumed_from: int
     """Epochs this call found done; equal to `epochs` when the run had finished before."""
     path: str
+    trained_on: str = ""
+    """Which videos, in words; "" where the caller did not say."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as strict JSON values."""
@@ -94,11 +107,24 @@ def train_head(
     *,
     rows: npt.ArrayLike,
     prompt_set: str,
+    classes: npt.ArrayLike | None = None,
+    trained_on: str = "",
+    repeats: int = 1,
+    initial: TemporalHead | None = None,
+    initial_run: Path | None = None,
+    after_epoch: AfterEpoch | None = None,
     resume: bool = False,
     device: str = "auto",
     progress: ProgressSink = no_progress,
 ) -> TrainSummary:
     """Train a head on array rows `rows` of `store` and leave it in `run_dir`.
+
+    `classes` are the label ids to train on, by default all: they are renumbered in this order, and
+    the head knows the texts of no others. `trained_on` says in words what rows and classes are.
+    An epoch has every row `repeats` times. `initial` gives the weights to start from, its
+    configuration must be `head`; `initial_run` is its folder, whose training videos count as this
+    run's. `after_epoch` is called with the head and the number of epochs
+    done; what it returns joins the epoch's record in metrics.jsonl.
 
     Rows whose extraction failed are left out, counted and logged. Features stay in memory when
     they fit. The same seed on the same machine gives the same bits, also through `resume`, which
@@ -106,7 +132,7 @@ def train_head(
     fewer frames per view than `training.frames` is used with all it has.
 
     `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
-    Raises UserError when the head or the rows do not fit the store, when the run exists and
+    Raises UserError when head, rows or classes do not fit the store, when the run exists and
     `resume` is off, or when it was begun with other settings (named in the message); WorkError
     when another process trains the run, the store is not complete, the loss stops being a number
     (the last good state is kept) or a saved state is damaged.
@@ -139,15 +165,23 @@ def train_head(
             "%d of %d training samples failed in extraction and are left out",
             *(len(listed) - len(usable), len(listed)),
         )
-    text = store.class_text(prompt_set)
+    text = subset_text(store.class_text(prompt_set), classes)
+    labels = renumbered(store, usable, classes)
+    warn_of_classes_without_videos(text.names, labels)
     if head.modulates and len(text.names) < head.modulation_neighbours:
         log.warning(
             "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "
             "evaluate with --no-modulate",
             *(head.modulation_neighbours, store.provenance.dataset, len(text.names)),
         )
-    origin = _origin(store, prompt_set, training.frames, text)
+    origin = replace(
+        _origin(store, prompt_set, training.frames, text),
+        trained_on=trained_on,
+        initial_head="" if initial is None else head_fingerprint(initial),
+    )
     holding = _holding(run_dir, len(usable) * store.schema.row_bytes)
+    if holding == "streamed" and repeats > 1:
+        holding = "mapped"  # single reads; a set that is repeated is a small one
     settings = {
         "format": RUN_FORMAT,
         "head": head.to_json(),
@@ -159,12 +193,13 @@ def train_head(
             "rows_hash": rows_hash(usable),
             "prompts_hash": text.sentences_hash,
             **({"order": BLOCK_ORDER} if holding == "streamed" else {}),
+            **({"repeats": repeats} if repeats > 1 else {}),
         },
         "precision": resolve_precision(training.precision, head.dim, where),
         "device": where.type,
     }
     with exclusive(run_dir / LOCK_FILE, f"training {run_dir}"):
-        _open_run(run_dir, settings, resume)
+        open_run(run_dir, settings, resume)
         if (run_dir / HEAD_FILE).is_file():
             log.info("run %s is finished already: nothing to train", run_dir.name)
             metrics = read_metrics(run_dir)
@@ -172,20 +207,26 @@ def train_head(
 
         keys = (store.keys[at] for at in store.positions(usable).tolist())
         write_training_keys(run_dir, store.provenance.dataset, keys)
+        for dataset, seen in (read_training_keys(initial_run) or {}).items() if initial_run else ():
+            write_training_keys(run_dir, dataset, seen)
         model = build_head(
             head,
             torch.from_numpy(text.embeddings),
             logit_scale=store.provenance.logit_scale,
             generator=torch.Generator().manual_seed(training.seed),
         )
+        if initial is not None:
+            start_from(model, initial)
         model.origin = origin
         if head.kind == "mean":
             log.info("a mean of frames has nothing to train")
             metrics, resumed_from = [], 0
             write_metrics(run_dir, metrics)
         else:
-            loader = _loader(store, usable, training, where, holding)
-            metrics, resumed_from = _train(model, loader, training, run_dir, where, progress)
+            loader = _loader(store, usable, labels, training, where, holding, repeats)
+            metrics, resumed_from = _train(
+                model, loader, training, run_dir, where, progress, after_epoch
+            )
         save_head(model.to("cpu"), run_dir / HEAD_FILE)
         return _summary(run_dir, settings, metrics, resumed_from)
 
@@ -213,6 +254,7 @@ def _train(
     run_dir: Path,
     device: torch.device,
     progress: ProgressSink,
+    after_epoch: AfterEpoch | None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Run the epochs that are not done yet; returns all epochs' records and how many were done."""
     trainer = Trainer(model, training, len(loader), device=device)
@@ -243,7 +285,9 @@ def _train(
                 samples_per_second=round(rate, 1),
             )
 
-        metrics.append(trainer.run_epoch(loader.epoch(trainer.epoch), report))
+        record = trainer.run_epoch(loader.epoch(trainer.epoch), report)
+        measured = after_epoch(model, trainer.epoch) if after_epoch is not None else {}
+        metrics.append({**record, **measured})
         # The state carries the records, so the two cannot disagree after a kill between them.
         card = {"format": STATE_FORMAT, "metrics": metrics}
         save_tensors(state_file, trainer.state(), card)
@@ -284,7 +328,13 @@ def _holding(run_dir: Path, nbytes: int) -> Holding:
 
 
 def _loader(
-    store: Store, rows: RowArray, training: TrainConfig, device: torch.device, holding: Holding
+    store: Store,
+    rows: RowArray,
+    labels: RowArray,
+    training: TrainConfig,
+    device: torch.device,
+    holding: Holding,
+    repeats: int,
 ) -> FeatureLoader:
     features = load_features(store, rows, holding=holding)
     if device.type == "cuda" and isinstance(features, torch.Tensor):
@@ -293,11 +343,12 @@ def _loader(
             features = features.to(device)
     return FeatureLoader(
         features,
-        store.labels[store.positions(rows)],
+        labels,
         batch_size=training.batch_size,
         frames=training.frames,
         seed=training.seed,
         rows=rows,
+        repeats=repeats,
     )
 
 
@@ -315,78 +366,9 @@ def _origin(store: Store, prompt_set: str, frames: int, text: ClassText) -> Head
         prompt_set=prompt_set,
         class_names=text.names,
         frames=frames,
+        label_map=provenance.label_map,
         prompt_templates=text.templates,
     )
-
-
-# Names of the same weights or places may differ between machines; templates are in prompts_hash.
-_INFORMATIVE = frozenset({"data.encoder", "data.prompt_templates"})
-
-
-def _open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Begin or continue the run: `config.json` says what it is; UserError where it may not."""
-    config_file = run_dir / CONFIG_FILE
-    if not config_file.is_file():
-        if (run_dir / HEAD_FILE).is_file():
-            raise UserError(f"{run_dir} holds a head that was not trained here: choose --name")
-        if resume:
-            log.info("there is no run %s to continue: starting it", run_dir.name)
-        write_json(config_file, settings)
-        return
-    if not resume:
-        raise UserError(
-            f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
-            "--name for another one"
-        )
-    try:
-        begun = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise WorkError(f"{config_file} is not JSON: delete the run and train again") from error
-    differences = setting_differences(_completed(begun), settings, _INFORMATIVE)
-    if differences:
-        raise UserError(
-            f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
-            "use the same ones or another --name"
-        )
-
-
-def setting_differences(
-    begun: Mapping[str, Any], settings: Mapping[str, Any], informative: Collection[str]
-) -> list[str]:
-    """What differs between the settings a run was begun with and those asked for, in words.
-
-    Names are "table.field"; those in `informative` may differ.
-    """
-    had, asked = _flat(begun), _flat(settings)
-    return [
-        f"{name} is {_short(had.get(name))} in the run, asked for {_short(asked.get(name))}"
-        for name in sorted(asked.keys() | had.keys())
-        if name not in informative and asked.get(name) != had.get(name)
-    ]
-
-
-def _completed(settings: Any) -> Any:
-    """Settings with the fields that this version knows and that of the run did not."""
-    return settings | {
-        "head": HeadConfig.from_json(settings.get("head", {})).to_json(),
-        "training": TrainConfig.from_json(settings.get("training", {})).to_json(),
-    }
-
-
-def _flat(settings: Any) -> dict[str, Any]:
-    """{"training": {"lr": 1}} -> {"training.lr": 1}, two levels deep, through JSON."""
-    flat: dict[str, Any] = {}
-    for name, value in json.loads(json.dumps(settings)).items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": entry for inner, entry in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
@@ -424,4 +406,5 @@ def _summary(
         samples_per_second=samples / seconds if seconds else None,
         resumed_from=resumed_from,
         path=str(run_dir),
+        trained_on=data.get("trained_on", ""),
     )

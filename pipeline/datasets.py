@@ -9,13 +9,14 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.class_folders import has_class_folders, read_class_folders
-from pipeline.annotations.class_names import natural_class_name
+from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_class_name
 from pipeline.annotations.hmdb51 import is_hmdb51, read_hmdb51
 from pipeline.annotations.kinetics import is_kinetics, read_kinetics
 from pipeline.annotations.label_names import is_name_file
 from pipeline.annotations.lists import LIST_SUFFIXES, read_lists
 from pipeline.annotations.records import Listing
 from pipeline.annotations.ssv2 import is_ssv2, read_ssv2
+from pipeline.annotations.text_files import list_files
 from pipeline.annotations.ucf101 import is_ucf101, read_ucf101
 from pipeline.annotations.video_folder import VideoFolder
 
@@ -108,6 +109,7 @@ def read_listing(
     class_names_file: Path | None = None,
     *,
     leave_out: Path | None = None,
+    naming: Naming = USUAL_NAMING,
 ) -> Listing:
     """All videos of a data set: from annotations, or from class folders.
 
@@ -115,7 +117,8 @@ def read_listing(
     a known name without `annotations`, the official files are looked for in and beside the videos
     folder; where there are none, class folders are taken as they are and that is noted.
     `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
-    rows and the share of files found are logged.
+    rows and the share of files found are logged. `naming` says what becomes of a file of class
+    names that contradicts the videos.
     Raises UserError when there is nothing to read or what is there contradicts itself.
     """
     known = KNOWN_DATASETS.get(name.lower())
@@ -124,7 +127,7 @@ def read_listing(
         raise UserError(f"file of class names {str(class_names_file)!r} does not exist")
     found = _official_files(known.format, videos_dir) if known and annotations is None else []
     if annotations is not None:
-        listing = _read_annotations(annotations, folder, class_names_file)
+        listing = _read_annotations(annotations, folder, class_names_file, naming)
     elif known and found:
         _refuse_class_names(class_names_file, known.title)
         logger.info("annotations found in %s", found[0].parent)
@@ -143,6 +146,11 @@ def read_listing(
                 f"are packed as they are; name {known.files} with --annotations for the official "
                 "splits"
             )
+    if naming.label_map == "as-published" and not listing.label_map:
+        listing.notes.append(
+            "--label-map as-published changes nothing here: no file of class names contradicts "
+            "the videos"
+        )
     if not listing.records:
         example = listing.missing[0]
         raise UserError(
@@ -155,15 +163,17 @@ def read_listing(
     return listing
 
 
-def _read_annotations(path: Path, folder: VideoFolder, class_names_file: Path | None) -> Listing:
+def _read_annotations(
+    path: Path, folder: VideoFolder, class_names_file: Path | None, naming: Naming
+) -> Listing:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = _files_in(path)
+        files = list_files(path)
         # An unpacked archive may keep its files one or two folders further down.
         deeper = (below for below in sorted(path.rglob("*")) if below.is_dir())
         while not _recognised(files) and (below := next(deeper, None)) is not None:
-            files = _files_in(below)
+            files = list_files(below)
         if not _recognised(files):
             raise UserError(
                 f"no annotation files of a known format in {str(path)!r}: it needs CSV, TSV, text "
@@ -178,7 +188,7 @@ def _read_annotations(path: Path, folder: VideoFolder, class_names_file: Path | 
             return official.read(own, folder)
     if path.is_dir():
         files = [file for file in files if _may_be_list(file)]
-    return read_lists(files, folder, class_names_file)
+    return read_lists(files, folder, class_names_file, naming.label_map)
 
 
 def _refuse_class_names(class_names_file: Path | None, where: str) -> None:
@@ -200,22 +210,11 @@ def _recognised(files: Sequence[Path]) -> bool:
     )
 
 
-def _files_in(folder: Path) -> list[Path]:
-    try:
-        return sorted(
-            path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-        )
-    except OSError as error:
-        raise UserError(
-            f"cannot read folder {str(folder)!r}: {error.strerror}; make it readable"
-        ) from error
-
-
 def _official_files(official: _Format, videos_dir: Path) -> list[Path]:
     """The official annotation files in the usual places in, beside and above the videos folder."""
     for place in _usual_places(official, videos_dir):
         if place.is_dir():
-            files = [path for path in _files_in(place) if official.recognises(path)]
+            files = [path for path in list_files(place) if official.recognises(path)]
             if files:
                 return files
     return []

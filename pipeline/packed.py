@@ -68,7 +68,7 @@ class Dataset:
 
     `keys_by_split` holds the keys of every split, failed videos included. `splits_disjoint` says
     that tars are made per split. `fingerprint` changes with any byte of any tar, with labels,
-    splits and failures.
+    splits and failures. `label_map` as `Listing.label_map`.
     """
 
     folder: Path
@@ -80,6 +80,7 @@ class Dataset:
     shards: tuple[Shard, ...]
     keys_by_split: Mapping[str, Sequence[str]]
     fingerprint: str = ""
+    label_map: str = ""
     _splits_by_key: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +143,8 @@ class Dataset:
                 for shard in self.shards
             ],
             "splits": {split: list(self.keys_by_split[split]) for split in self.split_names},
+            # Only where there is something to say, so that other data sets keep their fingerprint.
+            **({"label_map": self.label_map} if self.label_map else {}),
         }
 
 
@@ -229,6 +232,7 @@ def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
             str(split): tuple(map(str, keys)) for split, keys in value["splits"].items()
         },
         fingerprint=str(value["fingerprint"]),
+        label_map=str(value.get("label_map", "")),
     )
 
 

@@ -26,7 +26,7 @@ from webdataset import TarWriter
 from featstore.durable import durable_file, sweep_partials
 from featstore.errors import UserError, WorkError, one_line
 from featstore.progress import ProgressSink, no_progress
-from pipeline.annotations import natural_class_name
+from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.video_folder import extension
 from pipeline.datasets import read_listing
 from pipeline.decoding.contract import DecodeError
@@ -127,6 +127,7 @@ def pack(
     workers: int | None = None,
     max_failures: float = 0.05,
     append: bool = False,
+    naming: Naming = USUAL_NAMING,
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue, or find it finished.
@@ -134,7 +135,7 @@ def pack(
     Files that are missing, unreadable or undecodable are listed in `failures.csv` and in
     `dataset.json` and are in no tar; a share above `max_failures` sets `too_many_failures`.
     `append` takes videos, classes and splits that the data set did not have when it was packed
-    into new tars, and leaves the earlier ones as they are.
+    into new tars, and leaves the earlier ones as they are. `naming` is about class names.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
@@ -142,9 +143,18 @@ def pack(
     """
     began = time.monotonic()
     _check_arguments(name, samples_per_shard, workers, max_failures)
-    plan, notes = _planned(
-        name, videos_dir, dataset_dir, annotations, class_names_file, samples_per_shard, seed
+    listing = read_listing(
+        *(name, videos_dir, annotations, class_names_file), leave_out=dataset_dir, naming=naming
     )
+    plan = make_plan(
+        *(listing, videos_dir),
+        name=name,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        naming=naming,
+    )
+    notes = list(listing.notes)
+    del listing  # as large as the plan
     try:
         with packing_lock(dataset_dir):
             packing = _Packing(plan, videos_dir, dataset_dir)
@@ -192,7 +202,6 @@ class _Packing:
         self._videos_dir = videos_dir
         self._dataset_dir = dataset_dir
         self._records_dir = dataset_dir / RECORDS_FOLDER
-        self._natural = tuple(natural_class_name(raw) for raw in plan.class_names)
         # Damage inside a file is for extraction to judge (--strict-decode): packing counts frames
         # and leaves out what gives none.
         self._decoder = PyAVDecoder("never")
@@ -218,7 +227,6 @@ class _Packing:
         earlier = read_plan(path)
         if append or earlier.last_batch:
             self.plan = continued(earlier, self.plan)
-            self._natural = tuple(natural_class_name(raw) for raw in self.plan.class_names)
         for shard in earlier.shards:
             record = read_record(self._record_path(shard), shard)
             if record is not None:
@@ -283,7 +291,7 @@ class _Packing:
                 for split in video.splits:
                     keys[split].append(video.key)
                 if outcome.reason:
-                    words = self._natural[video.label]
+                    words = self.plan.words[video.label]
                     failed.append(
                         FailedSample(video.key, video.label, words, video.splits, outcome.reason)
                     )
@@ -303,12 +311,13 @@ class _Packing:
         dataset = Dataset(
             folder=self._dataset_dir,
             name=self.plan.name,
-            class_names=self._natural,
+            class_names=self.plan.words,
             raw_class_names=self.plan.class_names,
             split_names=self.plan.split_names,
             splits_disjoint=self.plan.splits_disjoint,
             shards=tuple(shards),
             keys_by_split={split: tuple(sorted(group)) for split, group in keys.items()},
+            label_map=self.plan.label_map,
         )
         failures.sort(key=lambda video: video.key)
         if self._is_written(dataset):
@@ -347,7 +356,7 @@ class _Packing:
             info = self._decoder.probe(data)
             sidecar = {
                 "key": video.key,
-                "class_name": self._natural[video.label],
+                "class_name": self.plan.words[video.label],
                 "raw_class_name": self.plan.class_names[video.label],
                 "label": video.label,
                 "num_frames": info.num_frames,
@@ -427,21 +436,6 @@ def _in_order(
             yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
-
-
-def _planned(
-    name: str,
-    videos_dir: Path,
-    dataset_dir: Path,
-    annotations: Path | None,
-    class_names_file: Path | None,
-    samples_per_shard: int,
-    seed: int,
-) -> tuple[Plan, list[str]]:
-    """The plan and the notes of the listing, which is not kept: it is as large as the plan."""
-    listing = read_listing(name, videos_dir, annotations, class_names_file, leave_out=dataset_dir)
-    plan = make_plan(listing, videos_dir, name=name, samples_per_shard=samples_per_shard, seed=seed)
-    return plan, list(listing.notes)
 
 
 def _has_size(path: Path, size: int) -> bool:

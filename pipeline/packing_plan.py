@@ -11,6 +11,7 @@ import json
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from featstore.durable import write_json
 from featstore.errors import UserError, WorkError, one_line
 from pipeline.annotations import Listing, key_from_name
+from pipeline.annotations.class_names import USUAL_NAMING, NamesAs, Naming
 
 PLAN_VERSION = 1
 
@@ -61,6 +63,13 @@ class Plan:
     split_names: tuple[str, ...]
     splits_disjoint: bool
     shards: tuple[PlannedShard, ...] = field(repr=False)
+    label_map: str = ""
+    names_as: NamesAs = "words"
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The class names that sentences are made from."""
+        return Naming(names_as=self.names_as).names(self.class_names)
 
     def videos(self) -> Iterator[PlannedVideo]:
         """All videos, tar by tar."""
@@ -84,6 +93,8 @@ class Plan:
                 "class_names": list(self.class_names),
                 "split_names": list(self.split_names),
                 "splits_disjoint": self.splits_disjoint,
+                "label_map": self.label_map,
+                "names_as": self.names_as,
                 "videos": [
                     [v.key, v.path, v.label, list(v.splits), v.size, v.mtime_ns, v.reason, v.batch]
                     for v in self.videos()
@@ -94,7 +105,13 @@ class Plan:
 
 
 def make_plan(
-    listing: Listing, videos_dir: Path, *, name: str, samples_per_shard: int, seed: int
+    listing: Listing,
+    videos_dir: Path,
+    *,
+    name: str,
+    samples_per_shard: int,
+    seed: int,
+    naming: Naming = USUAL_NAMING,
 ) -> Plan:
     """Order the videos by a hash of seed and key and cut them into tars, per split if disjoint.
 
@@ -131,6 +148,8 @@ def make_plan(
         class_names=listing.class_names,
         split_names=listing.split_names,
         splits_disjoint=disjoint,
+        label_map=listing.label_map,
+        names_as=naming.names_as,
     )
 
 
@@ -143,6 +162,8 @@ def plan_from_videos(
     class_names: Sequence[str],
     split_names: Sequence[str],
     splits_disjoint: bool,
+    label_map: str = "",
+    names_as: NamesAs = "words",
 ) -> Plan:
     """The plan that these videos and options give, in whatever order the videos come.
 
@@ -174,6 +195,8 @@ def plan_from_videos(
         split_names=tuple(split_names),
         splits_disjoint=splits_disjoint,
         shards=tuple(shards),
+        label_map=label_map,
+        names_as=names_as,
     )
 
 
@@ -197,6 +220,8 @@ def read_plan(path: Path) -> Plan:
             class_names=value["class_names"],
             split_names=value["split_names"],
             splits_disjoint=value["splits_disjoint"],
+            label_map=value.get("label_map", ""),
+            names_as=value.get("names_as", "words"),
         )
     except UserError:
         raise
@@ -232,6 +257,8 @@ def continued(old: Plan, new: Plan) -> Plan:
         class_names=classes,
         split_names=splits,
         splits_disjoint=new.splits_disjoint,
+        label_map=new.label_map,
+        names_as=new.names_as,
     )
 
 
@@ -246,8 +273,8 @@ def differences(
     not: a copied file has another time and the same content.
     """
     phrases = [
-        f"{option} was {getattr(old, option)}, is {getattr(new, option)}"
-        for option in ("name", "samples_per_shard", "seed")
+        f"{option} was {_shown(getattr(old, option))}, is {_shown(getattr(new, option))}"
+        for option in ("name", "samples_per_shard", "seed", "label_map", "names_as")
         if getattr(old, option) != getattr(new, option)
     ]
     if may_grow and old.splits_disjoint != new.splits_disjoint:
@@ -294,6 +321,10 @@ def _kind_of_change(
     if old.mtime_ns != new.mtime_ns and changed_content(new.key):
         return "with other content"
     return ""
+
+
+def _shown(value: object) -> object:
+    return "none" if value == "" else value
 
 
 def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from featstore.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.errors import UserError, WorkError
 from heads.checkpoints import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
 from heads.finetune_config import FinetuneConfig
-from heads.training import setting_differences
+from heads.run_settings import setting_differences
 
 log = logging.getLogger(__name__)
 

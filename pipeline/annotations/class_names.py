@@ -3,10 +3,42 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from featstore.errors import UserError
+
+LabelMap = Literal["corrected", "as-published"]
+"""What is done with a file of class names that contradicts the videos it names."""
+NamesAs = Literal["words", "raw"]
+"""Class names as natural words, or as the data set spells them."""
 
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 _CAMEL_CASE = re.compile(r"(?=.*[a-z])[A-Z][A-Za-z0-9]*")
 _HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+
+
+@dataclass(frozen=True)
+class Naming:
+    """Choices about class names; UserError for a word that is none of them."""
+
+    label_map: LabelMap = "corrected"
+    names_as: NamesAs = "words"
+
+    def __post_init__(self) -> None:
+        for option, value, choices in (
+            ("--label-map", self.label_map, get_args(LabelMap)),
+            ("--class-names-as", self.names_as, get_args(NamesAs)),
+        ):
+            if value not in choices:
+                raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(choices)}")
+
+    def names(self, raw: tuple[str, ...]) -> tuple[str, ...]:
+        """The class names that sentences are made from, for raw ones."""
+        return raw if self.names_as == "raw" else tuple(map(natural_class_name, raw))
+
+
+USUAL_NAMING: Final = Naming()
 
 
 def natural_class_name(raw: str) -> str:

@@ -178,7 +178,7 @@ class _ClipIndex:
         self.several = 0
         self.example = ""
         for path in folder.files:
-            self._by_clip.setdefault(_id_and_start(_stem(path)), []).append(path)
+            self._by_clip.setdefault(id_and_start(_stem(path)), []).append(path)
 
     def find(self, clip: _Clip) -> str | None:
         candidates = self._by_clip.get((clip.youtube_id, clip.start)) or self._by_clip.get(
@@ -213,7 +213,7 @@ def _stem(path: str) -> str:
     return path_stem(path).rpartition("/")[2]
 
 
-def _id_and_start(stem: str) -> tuple[str, int | None]:
+def id_and_start(stem: str) -> tuple[str, int | None]:
     """The id and the start in seconds that a file's name holds.
 
     The first 11 characters are the id, whatever they look like; shorter or longer ids need the

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable, natural_class_name
+from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
 from pipeline.annotations.records import split_from_folder
 from pipeline.annotations.text_files import header, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import path_stem
@@ -87,13 +87,13 @@ def names_from_folders(evidence: Sequence[Evidence]) -> dict[int, str] | None:
     return names if consistent and len(set(names.values())) == len(names) else None
 
 
-def correct_names(
+def exchanged_names(
     names: dict[int, str], evidence: Sequence[Evidence], note: Callable[[str], None]
-) -> dict[int, str]:
-    """`names` with exchanged ones put right, where the files' own names say so.
+) -> dict[int, int]:
+    """The labels whose names are exchanged against the files, with the label of the right name.
 
     X-CLIP's HMDB51 label file, and what inherits it, exchanges "kick" with "kick ball" and
-    "sword" with "sword exercise". A correction is made only where files of the labels concerned
+    "sword" with "sword exercise". An exchange is one only where files of the labels concerned
     speak for one another's names; any other contradiction is noted and left.
     """
     by_form = {_form(name): label for label, name in names.items()}
@@ -110,21 +110,41 @@ def correct_names(
         spoken, count = counter.most_common(1)[0]
         if spoken != label and count >= _AGREEMENT * counter.total():
             moved[label] = spoken
-    if not moved:
-        return names
-    if set(moved) != set(moved.values()):
+    if moved and set(moved) != set(moved.values()):
         label, spoken = next(iter(moved.items()))
         note(
             f"label {label} is called {names[label]!r} but its files look like {names[spoken]!r}: "
             "check the file of class names"
         )
-        return names
+        return {}
+    return moved
+
+
+def correct_names(
+    names: dict[int, str],
+    evidence: Sequence[Evidence],
+    note: Callable[[str], None],
+    label_map: LabelMap = "corrected",
+) -> tuple[dict[int, str], str]:
+    """`names` with exchanged ones put right, and what was done: `label_map`, or "" for nothing.
+
+    With "as-published" they are left as they are, for comparison with numbers that were made so.
+    Either way a note counts the videos concerned.
+    """
+    moved = exchanged_names(names, evidence, note)
+    if not moved:
+        return names, ""
+    videos = sum(label in moved for label, _, _ in evidence)
     listed_names = ", ".join(repr(names[label]) for label in sorted(moved))
-    note(
-        f"the file of class names exchanges {listed_names} against what the files are called: "
-        "corrected"
+    exchange = (
+        f"the file of class names exchanges {listed_names} against what the files are called, "
+        f"which concerns {videos} of {len(evidence)} videos"
     )
-    return {label: names[moved.get(label, label)] for label in names}
+    if label_map == "as-published":
+        note(f"{exchange}: kept as published, so these videos carry a wrong name")
+        return names, label_map
+    note(f"{exchange}: corrected (--label-map as-published keeps them)")
+    return {label: names[moved.get(label, label)] for label in names}, "corrected"
 
 
 def _spoken_label(

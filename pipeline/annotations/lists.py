@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable
+from pipeline.annotations.class_names import LabelMap, comparable
 from pipeline.annotations.label_names import (
     correct_names,
     is_name_file,
@@ -77,9 +78,15 @@ class ListRow:
 
 
 def read_lists(
-    files: Sequence[Path], folder: VideoFolder, class_names_file: Path | None = None
+    files: Sequence[Path],
+    folder: VideoFolder,
+    class_names_file: Path | None = None,
+    label_map: LabelMap = "corrected",
 ) -> Listing:
     """All rows of the lists; integer labels get names from a file or from consistent folders.
+
+    A file of names that exchanges some against the videos is corrected, or kept `label_map`
+    "as-published"; the listing says which.
 
     Raises UserError for a line without a label, a table of unknown shape, a number that the file
     of names does not hold, and numbers and names mixed as labels.
@@ -94,7 +101,7 @@ def read_lists(
     rows = [row for path in lists for row in read_list(path, folder)]
     found = [folder.find_listed(row.path, row.splits[0] if row.splits else None) for row in rows]
     paths = [path for path, _ in found]
-    names, order = _label_names(rows, paths, class_names_file, folder, builder)
+    names, order = _label_names(rows, paths, class_names_file, folder, builder, label_map)
     for row, (path, reason) in zip(rows, found, strict=True):
         listed = normal_path(row.path, folder.root)
         name = path if path is not None and listed.startswith(("/", "../")) else listed
@@ -109,7 +116,14 @@ def read_lists(
     return builder.build(order)
 
 
-def read_list(path: Path, folder: VideoFolder) -> list[ListRow]:
+class Finder(Protocol):
+    """What finds a listed video: a folder of videos, or the keys of a data set."""
+
+    def find_listed(self, listed: str, split: str | None = None) -> tuple[str | None, str]:
+        """The video that a list's entry means, or (None, why not)."""
+
+
+def read_list(path: Path, folder: Finder) -> list[ListRow]:
     """The rows of one list, with the separator under which most of its files are found."""
     lines = read_lines(path)
     if not lines:
@@ -154,9 +168,7 @@ def _refuse_uneven(path: Path) -> None:
         )
 
 
-def _split_at_spaces(
-    lines: Sequence[tuple[int, str]], folder: VideoFolder
-) -> list[list[str]] | None:
+def _split_at_spaces(lines: Sequence[tuple[int, str]], folder: Finder) -> list[list[str]] | None:
     """`path label` or `path frames label` lines; a path may hold spaces, so may a label's name."""
     table = []
     for _, text in lines:
@@ -238,6 +250,7 @@ def _label_names(
     class_names_file: Path | None,
     folder: VideoFolder,
     builder: ListingBuilder,
+    label_map: LabelMap,
 ) -> tuple[dict[str, str], list[str] | None]:
     """The raw class name of every label text, and the class order (None: sorted by name)."""
     labels = sorted({row.label for row in rows})
@@ -271,7 +284,7 @@ def _label_names(
                 f"label {absent[0]} has no name in {str(class_names_file)!r}, which holds "
                 f"{min(names)} to {max(names)}: name the file that belongs to the list"
             )
-        names = correct_names(names, evidence, builder.note)
+        names, builder.label_map = correct_names(names, evidence, builder.note, label_map)
     else:
         names = names_from_folders(evidence)
         if names is None:

@@ -65,7 +65,8 @@ class Listing:
 
     `class_names` are raw names in label order; `split_names` in their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
-    sentences the user should read.
+    sentences the user should read. `label_map` says what was done with a file of class names that
+    exchanges names against the videos: "corrected", "as-published", or "" where none does.
     """
 
     records: list[VideoRecord]
@@ -74,6 +75,7 @@ class Listing:
     missing: list[MissingVideo] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     overlapping_splits: bool = False
+    label_map: str = ""
 
     @property
     def videos(self) -> int:
@@ -153,6 +155,8 @@ class ListingBuilder:
         self._key_of_path: dict[str, str] = {}
         self._repeated = 0
         self._notes: list[str] = []
+        self.label_map = ""
+        """As `Listing.label_map`."""
 
     def note(self, sentence: str) -> None:
         """Keep a sentence that the user should read."""
@@ -233,6 +237,7 @@ class ListingBuilder:
             missing=missing,
             notes=self._notes,
             overlapping_splits=overlapping_splits,
+            label_map=self.label_map,
         )
 
 

@@ -54,6 +54,18 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def list_files(folder: Path) -> list[Path]:
+    """The files directly in a folder, sorted, without hidden ones; UserError when unreadable."""
+    try:
+        return sorted(
+            path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+        )
+    except OSError as error:
+        raise UserError(
+            f"cannot read folder {str(folder)!r}: {error.strerror}; make it readable"
+        ) from error
+
+
 def opening(path: Path, size: int = 65536) -> str:
     """The first characters of a file, to tell its format; empty when it cannot be read."""
     try:

@@ -338,3 +338,21 @@ def test_threads_share_the_memory_of_batches() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+def test_repeats_give_every_sample_as_often() -> None:
+    features = torch.arange(5, dtype=torch.float16).reshape(5, 1, 1, 1).expand(5, 1, 4, 2)
+    arguments = {"batch_size": 4, "frames": 2, "seed": 3}
+    loader = FeatureLoader(features, np.arange(5), repeats=3, **arguments)
+    batches = list(loader.epoch(0))
+    assert len(batches) == len(loader) == 4
+    labels = torch.cat([batch.labels for batch in batches])
+    assert torch.bincount(labels).tolist() == [3] * 5
+    values = torch.cat([batch.features[:, 0, 0] for batch in batches])
+    assert values.tolist() == labels.tolist()
+    once = FeatureLoader(features, np.arange(5), **arguments)
+    same = FeatureLoader(features, np.arange(5), repeats=1, **arguments)
+    for a, b in zip(once.epoch(1), same.epoch(1), strict=True):
+        assert torch.equal(a.labels, b.labels)
+    with pytest.raises(ValueError, match="0 repeats"):
+        FeatureLoader(features, np.arange(5), repeats=0, **arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_candidates_of_a_test_set(tmp_path: Path) -> None:
 )
 def test_a_class_list_must_match(tmp_path: Path, classes: list[int], message: str) -> None:
     store = action_store(tmp_path / "toy.zarr")
-    with pytest.raises((UserError, IndexError), match=message):
+    with pytest.raises(UserError, match=message):
         evaluate(store, "zeroshot", tests=[TestSet("some", store.rows, np.array(classes))])
 
 
@@ -236,3 +237,14 @@ def test_closeset_takes_the_split_of_any_views(tmp_path: Path) -> None:
     result = evaluate(store, "closeset", tests=closeset_tests(store))
     assert (result.views, result.protocol_name, result.n_found) == ("2x3", "closeset", 20)
     assert "3 along the long side" in result.crop
+
+
+def test_videos_in_no_split_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = action_store(tmp_path / "toy.zarr", split_names=("train", "val", "spare"))
+    result = evaluate(store, "closeset", tests=closeset_tests(store))
+    assert result.notes == []
+    store._metadata = replace(store._metadata, split_names=("train", "val"))
+    result = evaluate(store, "closeset", tests=closeset_tests(store))
+    assert result.notes == ["13 of 40 videos are in no split: clip002, clip005, clip008, ..."]
+    assert "13 of 40 videos are in no split" in caplog.text
+    assert evaluate(store, "zeroshot", tests=zeroshot_tests(store)).notes == []

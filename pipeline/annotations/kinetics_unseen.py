@@ -1,0 +1,175 @@
+"""The classes of Kinetics-600 that Kinetics-400 does not have, and the splits they are tested in.
+
+Source: Chen and Huang, Elaborative Rehearsal for Zero-Shot Action Recognition, ICCV 2021: of the
+232 new names 12 are old classes under another name, which leaves 220; three random splits of 60
+validation and 160 test classes. The published splits are files of names or numbers that a user
+has; splits drawn here are other ones, and numbers from the two cannot be compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import comparable, natural_class_name
+from pipeline.annotations.label_names import read_names
+from pipeline.annotations.text_files import list_files
+
+log = logging.getLogger(__name__)
+
+RENAMED: Final = (
+    "changing wheel (not on bike)",
+    "cooking sausages (not on barbeque)",
+    "dyeing hair",
+    "hugging (not baby)",
+    "inflating balloons",
+    "making the bed",
+    "opening bottle (not wine)",
+    "passing american football (not in game)",
+    "person collecting garbage",
+    "throwing ball (not baseball or American football)",
+    "tying necktie",
+    "waking up",
+)
+"""Kinetics-600 names of classes that Kinetics-400 has under another name."""
+
+NEW_NAMES: Final = 232
+UNSEEN: Final = 220
+SPLITS: Final = 3
+TEST_CLASSES: Final = 160
+
+OWN_DRAW: Final = "own draw (not comparable with published numbers)"
+
+
+@dataclass(frozen=True)
+class UnseenClasses:
+    """Label ids of Kinetics-600: all unseen ones, and those tested in split1, split2, ...
+
+    `source` says where the splits come from: file names, or `OWN_DRAW`. `notes` are sentences the
+    user should read: every count that is not the published one.
+    """
+
+    unseen: tuple[int, ...]
+    splits: Mapping[str, tuple[int, ...]]
+    source: str
+    notes: tuple[str, ...]
+
+
+def unseen_labels(k600_names: Sequence[str], k400_names: Sequence[str]) -> tuple[int, ...]:
+    """Labels of the names that Kinetics-400 does not have, the renamed ones left out, ascending.
+
+    Names are compared in lower case, without quotes, with spaces for underscores. UserError when
+    none is left, or when the two lists share no name at all.
+    """
+    known = {_form(name) for name in k400_names}
+    renamed = {_form(name) for name in RENAMED}
+    forms = [_form(name) for name in k600_names]
+    if not known.intersection(forms):
+        example = next(iter(k400_names), "")
+        raise UserError(
+            f"none of the {len(known)} names of Kinetics-400 (such as {example!r}) is one of the "
+            f"{len(forms)} names of Kinetics-600: name the right list of classes"
+        )
+    unseen = tuple(
+        label for label, form in enumerate(forms) if form not in known and form not in renamed
+    )
+    if not unseen:
+        raise UserError("Kinetics-600 has no class here that Kinetics-400 lacks: nothing to test")
+    return unseen
+
+
+def unseen_classes(
+    k600_names: Sequence[str], k400_names: Sequence[str], lists: Sequence[Path] = ()
+) -> UnseenClasses:
+    """The unseen classes and their test splits: those of `lists` (files or one folder), or drawn.
+
+    Own splits take 160 of 220 classes, or as large a share of fewer, by a hash of split and name.
+    Raises UserError for a list that names a class which is none of Kinetics-600's, and one that
+    is not unseen.
+    """
+    unseen = unseen_labels(k600_names, k400_names)
+    notes = []
+    if len(unseen) != UNSEEN:
+        notes.append(
+            f"{len(unseen)} classes of Kinetics-600 are unseen here; of the full lists {UNSEEN} "
+            f"are ({NEW_NAMES} new names without {len(RENAMED)} renamed ones)"
+        )
+    if not lists:
+        splits = {f"split{number}": _drawn(number, k600_names, unseen) for number in (1, 2, 3)}
+        notes.append(
+            "the three class splits are drawn here by name: name the published lists with "
+            "--class-lists for numbers that can be compared"
+        )
+        return UnseenClasses(unseen, splits, OWN_DRAW, tuple(notes))
+    files = _class_lists(lists)
+    splits = {
+        f"split{number}": _read_split(path, k600_names, unseen)
+        for number, path in enumerate(files, 1)
+    }
+    if len(splits) != SPLITS:
+        notes.append(f"{len(splits)} class lists are given; {SPLITS} are published")
+    notes += [
+        f"class list {path.name} has {len(labels)} classes; the published ones {TEST_CLASSES}"
+        for path, labels in zip(files, splits.values(), strict=True)
+        if len(labels) != TEST_CLASSES
+    ]
+    source = "lists " + ", ".join(path.name for path in files)
+    return UnseenClasses(unseen, splits, source, tuple(notes))
+
+
+def _class_lists(lists: Sequence[Path]) -> list[Path]:
+    files = [
+        file
+        for path in lists
+        for file in (
+            [f for f in list_files(path) if f.suffix.lower() in (".txt", ".csv", ".json")]
+            if path.is_dir()
+            else [path]
+        )
+    ]
+    if not files:
+        raise UserError(f"{str(lists[0])!r} holds no class lists: it needs .txt, .csv or .json")
+    missing = next((path for path in files if not path.is_file()), None)
+    if missing is not None:
+        raise UserError(f"class list {str(missing)!r} does not exist: name a file or a folder")
+    return files
+
+
+def _read_split(path: Path, names: Sequence[str], unseen: Sequence[int]) -> tuple[int, ...]:
+    listed = list(read_names(path).values())
+    by_form = {_form(name): label for label, name in enumerate(names)}
+    numbers = all(name.isdigit() for name in listed)
+    labels = []
+    for name in listed:
+        label = int(name) if numbers else by_form.get(_form(name), -1)
+        if not 0 <= label < len(names):
+            raise UserError(
+                f"{str(path)!r} lists {name!r}, which is none of the {len(names)} classes of the "
+                "Kinetics-600 that is packed: name the list that belongs to it"
+            )
+        labels.append(label)
+    seen = [names[label] for label in labels if label not in set(unseen)]
+    if seen:
+        raise UserError(
+            f"{str(path)!r} lists {len(seen)} classes that Kinetics-400 has (such as {seen[0]!r}): "
+            "zero-shot takes classes that were not trained on; correct the list"
+        )
+    return tuple(sorted(labels))
+
+
+def _drawn(number: int, names: Sequence[str], unseen: Sequence[int]) -> tuple[int, ...]:
+    def place(label: int) -> tuple[bytes, int]:
+        text = f"k600-unseen/{number}/{_form(names[label])}".encode()
+        return hashlib.blake2b(text, digest_size=16).digest(), label
+
+    count = max(1, round(len(unseen) * TEST_CLASSES / UNSEEN))
+    return tuple(sorted(sorted(unseen, key=place)[:count]))
+
+
+def _form(name: str) -> str:
+    return comparable(natural_class_name(name))

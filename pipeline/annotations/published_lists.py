@@ -1,0 +1,276 @@
+"""Lists of a published repository, found in a clone of it and matched with packed videos.
+
+Repositories name and order such files in their own ways (X-CLIP, ViFi-CLIP and MSTA write
+`file.avi 0` without class folders, others `class/file.mp4 0`). A file is found by the words of
+its path, a video by its name, and its class is the data set's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
+from pipeline.annotations.key_index import KeyIndex
+from pipeline.annotations.label_names import is_name_file, read_names
+from pipeline.annotations.lists import LIST_SUFFIXES, read_list
+from pipeline.annotations.text_files import read_lines
+
+log = logging.getLogger(__name__)
+
+# Words by which paths in repositories name a data set.
+_WORDS: Final = {
+    "hmdb51": ("hmdb",),
+    "ucf101": ("ucf",),
+    "ssv2": ("ssv2", "sthv2", "something"),
+    "k400": ("k400", "kinetics400", "kinetics-400", "kinetics_400", "kinetics"),
+    "k600": ("k600", "kinetics600", "kinetics-600", "kinetics_600"),
+    "k700": ("k700", "kinetics700", "kinetics-700", "kinetics_700"),
+}
+_SHOWN = 5
+_AGREEMENT = 0.8  # share of a label's videos that must be of one class
+
+Test = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class PublishedList:
+    """A list matched with a data set: the keys found, in the list's order, without repeats.
+
+    `labels` are the list's own, beside `keys`; `missing` are listed videos that were not packed
+    and `repeated` counts further mentions of one.
+    """
+
+    path: Path
+    keys: tuple[str, ...]
+    labels: tuple[str, ...]
+    missing: tuple[str, ...]
+    repeated: int
+
+    @property
+    def listed(self) -> int:
+        """Different videos that the list names."""
+        return len(self.keys) + len(self.missing)
+
+
+class ListRepository:
+    """The lists under a folder that are of one data set.
+
+    UserError when the folder is missing or holds none.
+    """
+
+    def __init__(self, folder: Path, dataset: str) -> None:
+        if not folder.is_dir():
+            raise UserError(f"{str(folder)!r} is not a folder: name a clone of the lists")
+        self.folder = folder
+        self.dataset = dataset
+        files = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+            and path.suffix.lower() in LIST_SUFFIXES | {".json"}
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+        named = {path: _datasets_of(self._place(path)) for path in files}
+        own = [path for path in files if dataset in named[path]]
+        self._files = own or [path for path in files if not named[path]]
+        self._lists = [path for path in self._files if not is_name_file(path)]
+        if not self._lists:
+            raise UserError(
+                f"{str(folder)!r} holds no lists of {dataset}: name the folder of its lists"
+            )
+
+    def shots(self, shots: int) -> Path:
+        """The training list of a few-shot protocol with `shots` videos per class."""
+        number = re.compile(
+            rf"shots?[-_ ]?0*{shots}(?!\d)|(?<!\d)0*{shots}[-_ ]?shots?"
+            rf"|(?<![a-z0-9])k[-_=]?{shots}(?!\d)"
+        )
+        return self._only(
+            f"the {shots} shots of {self.dataset}",
+            lambda place: bool(number.search(place)) and not _base_or_novel(place),
+        )
+
+    def seed(self, seed: int) -> Path:
+        """The training list of base classes for one seed of a base-to-novel protocol."""
+        number = re.compile(rf"(?<![a-z0-9])(?:s|seed)[-_]?0*{seed}(?![0-9a-z])")
+        return self._only(
+            f"the base classes of {self.dataset}, seed {seed}",
+            lambda place: (
+                bool(number.search(place))
+                and not re.search(r"novel|val|test", place.rpartition("/")[2])
+            ),
+        )
+
+    def names(self, half: str = "") -> Path | None:
+        """The file of class names `id,name`, of "base" or "novel" classes or of all of them."""
+        files = [path for path in self._files if is_name_file(path)]
+        fitting = [path for path in files if _half_of(path.stem) == half]
+        if len(fitting) > 1:
+            fitting = [p for p in fitting if "label" in self._place(p)] or fitting
+        return fitting[0] if len(fitting) == 1 else None
+
+    def _only(self, what: str, fits: Test) -> Path:
+        found = [path for path in self._lists if fits(self._place(path))]
+        training = [path for path in found if "train" in path.stem.lower()] or found
+        if len(training) != 1:
+            shown = ", ".join(self._place(path) for path in (training or self._lists)[:_SHOWN])
+            problem = f"{len(training)} lists" if training else "no list"
+            raise UserError(
+                f"{str(self.folder)!r} has {problem} for {what} "
+                f"({'found' if training else 'it holds'} {shown}): name the folder of that one "
+                "list, called for example train_few_shot_2.txt or train_base_s1.txt"
+            )
+        return training[0]
+
+    def _place(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix().lower()
+
+
+def read_published_list(path: Path, index: KeyIndex) -> PublishedList:
+    """The list's videos among the packed ones. UserError when it holds none of them.
+
+    Videos that are not packed are counted and named; one with two labels is an error.
+    """
+    rows = read_list(path, index)
+    labels: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    repeated = 0
+    for row in rows:
+        key, reason = index.find_listed(row.path)
+        if key is None:
+            missing.setdefault(row.path, reason)
+        elif labels.setdefault(key, row.label) != row.label:
+            raise UserError(
+                f"{str(path)!r} gives video {row.path!r} the labels {labels[key]!r} and "
+                f"{row.label!r}: a video has one class; correct the list"
+            )
+        else:
+            repeated += 1
+    repeated -= len(labels)
+    _tell_missing(path, missing, len(labels))
+    return PublishedList(path, tuple(labels), tuple(labels.values()), tuple(missing), repeated)
+
+
+def read_keys(path: Path, index: KeyIndex) -> PublishedList:
+    """A list of keys, file names or YouTube ids, one per line, whatever follows them."""
+    if not path.is_file():
+        raise UserError(f"list {str(path)!r} does not exist: name a file")
+    keys: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    repeated = 0
+    for _, text in read_lines(path):
+        tries = (text, re.split(r"[,\t]", text)[0].strip(), text.rsplit(None, 1)[0])
+        found = [index.find_listed(name) for name in dict.fromkeys(tries) if name]
+        key = next((key for key, _ in found if key is not None), None)
+        if key is None:
+            missing.setdefault(text, found[0][1])
+        else:
+            repeated += key in keys
+            keys[key] = ""
+    _tell_missing(path, missing, len(keys))
+    return PublishedList(path, tuple(keys), tuple(keys.values()), tuple(missing), repeated)
+
+
+def _tell_missing(path: Path, missing: Mapping[str, str], found: int) -> None:
+    listed = found + len(missing)
+    names = ", ".join(repr(name) for name in list(missing)[:_SHOWN])
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    if not found:
+        reason = next(iter(missing.values()), "it is empty")
+        raise UserError(
+            f"none of the {listed} videos of {str(path)!r} is in the data set ({names}{more}: "
+            f"{reason}): name a list of its videos"
+        )
+    if missing:
+        log.warning(
+            "%d of %d videos of %s are not in the data set and are left out: %s%s",
+            *(len(missing), listed, path.name, names, more),
+        )
+
+
+def label_exchange(
+    lists: Sequence[tuple[PublishedList, Path | None]],
+    label_of: Mapping[str, int],
+    class_names: Sequence[str],
+    label_map: LabelMap,
+) -> tuple[dict[int, int], str]:
+    """Where the lists' file of names calls a class by another's name: {label: the other's label}.
+
+    `lists` with the files of names (`id,name`) that number their labels; `label_of` the data set's
+    label by key; `class_names` its names by label. Also what was done, `label_map` or "". With
+    "corrected" the exchange is only told, for the data set's own names are used.
+    Raises UserError when a name of the file is no class of the data set, when a label has no name,
+    and when names to be kept are no exchange.
+    """
+    votes: dict[int, Counter[int]] = defaultdict(Counter)
+    known = {_form(name): label for label, name in enumerate(class_names)}
+    for listed, file in lists:
+        if file is None:
+            if label_map == "as-published":
+                raise UserError(
+                    f"no file of class names (id,name) beside {str(listed.path)!r}: "
+                    "--label-map as-published needs one"
+                )
+            continue
+        names = read_names(file)
+        for key, text in zip(listed.keys, listed.labels, strict=True):
+            name = names.get(int(text)) if text.isdigit() else text
+            if name is None or _form(name) not in known:
+                what = f"label {text} has no name" if name is None else f"{name!r} is no class"
+                raise UserError(
+                    f"{str(file)!r} does not fit {str(listed.path)!r} and the data set: {what}; "
+                    "name the lists of this data set"
+                )
+            votes[label_of[key]][known[_form(name)]] += 1
+    exchange: dict[int, int] = {}
+    for label, counter in votes.items():
+        other, count = counter.most_common(1)[0]
+        if other != label and count >= _AGREEMENT * counter.total():
+            exchange[label] = other
+    if not exchange:
+        if label_map == "as-published":
+            log.warning("--label-map as-published changes nothing: the lists' names are right")
+        return {}, ""
+    videos = sum(votes[label].total() for label in exchange)
+    total = sum(counter.total() for counter in votes.values())
+    names_of = ", ".join(repr(class_names[label]) for label in sorted(exchange))
+    log.warning(
+        "the lists' file of class names exchanges %s, which concerns %d of their %d videos: %s",
+        *(names_of, videos, total),
+        "the data set's own names are used"
+        if label_map == "corrected"
+        else "kept as published, so these classes carry a wrong name",
+    )
+    if label_map == "corrected":
+        return {}, "corrected"
+    if set(exchange) != set(exchange.values()):
+        raise UserError(
+            f"the lists call {names_of} by names that are no exchange among them: "
+            "--label-map as-published cannot be applied"
+        )
+    return exchange, "as-published"
+
+
+def _datasets_of(place: str) -> set[str]:
+    """The data sets whose words a path holds; "kinetics" says nothing beside "kinetics600"."""
+    found = {(word, name) for name, words in _WORDS.items() for word in words if word in place}
+    return {name for word, name in found if not any(word in other != word for other, _ in found)}
+
+
+def _base_or_novel(place: str) -> bool:
+    return re.search(r"(?<![a-z])(?:base|novel|b2n)", place) is not None
+
+
+def _half_of(stem: str) -> str:
+    return next((half for half in ("base", "novel") if half in stem.lower()), "")
+
+
+def _form(name: str) -> str:
+    return comparable(natural_class_name(name))
