@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -132,12 +133,27 @@ def train_and_test(
             log.warning(
                 "%s was trained without testing every epoch: its best epoch is not known", name
             )
-        elif found == summary.epochs:
-            best = evaluate(trained, run.tests, run_facts(run.run_dir, epoch_choice=BEST), name)
         else:
+            is_last = found == summary.epochs
+            chosen = trained if is_last else load_head(run.run_dir / BEST_HEAD)
             facts = run_facts(run.run_dir, epoch=found, epoch_choice=BEST)
-            best = evaluate(load_head(run.run_dir / BEST_HEAD), run.tests, facts, name)
+            with _told_once():
+                best = evaluate(chosen, run.tests, facts, name)
     return ShotOutcome(run, summary, last, best)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What a test says of its lists is the same in every epoch: the last one says it."""
+    loggers = [logging.getLogger(f"heads.{name}") for name in ("evaluation", "fitting", "leaks")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 class _BestEpoch:
@@ -149,7 +165,8 @@ class _BestEpoch:
 
     def __call__(self, head: TemporalHead, epoch: int) -> Mapping[str, float]:
         facts = RunFacts(epoch=epoch, epoch_choice=LAST)
-        top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).top1
+        with _told_once():
+            top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).top1
         best = self._read()
         # An epoch that is done again after a kill finds its own note: equal, and kept.
         if best is None or top1 > best[TEST_TOP1]:

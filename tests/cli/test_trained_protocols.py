@@ -115,8 +115,9 @@ def test_few_shot_counts_and_accuracy(packed: dict[str, tuple[Tree, Path]], tmp_
     assert sorted(p.stat().st_size > 0 for p in (folder / "eval").glob("*.json")) == [True, True]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["test_top1"] for line in lines] == [pytest.approx(run["last"]["top1"])] * 2
-    again = done(*arguments, *training)
-    assert again == learned  # nothing is trained a second time
+    again = mote(*arguments, *training, "--json")
+    assert again.json == learned  # nothing is trained a second time
+    assert again.err.count("published lists have 1,530") == 2  # once for each run
 
 
 def test_few_shot_from_a_head(packed: dict[str, tuple[Tree, Path]], tmp_path: Path) -> None:
