@@ -11,7 +11,14 @@ from torch.nn import functional
 
 from featstore.durable import write_json
 from featstore.errors import UserError
-from heads.checkpoints import CONFIG_FILE, HEAD_FILE, load_tensors, save_head, save_tensors
+from heads.checkpoints import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    load_tensors,
+    open_tensors,
+    save_head,
+    save_tensors,
+)
 from heads.config import HeadOrigin
 from heads.model import TemporalHead
 from heads.official import OfficialCheckpoint
@@ -52,6 +59,16 @@ def imported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
         return None
     tensors, card = load_tensors(file)
     return tensors, int(card["epoch"])
+
+
+def tower_facts(run_dir: Path) -> dict[str, Any] | None:
+    """What stands beside the unblended tower of a run: `epoch`, counted from 0, and where it was
+    trained here `blend` and `epoch_choice`; None for a run without a tower of its own."""
+    file = run_dir / TOWER_FILE
+    if not file.is_file():
+        return None
+    with open_tensors(file) as (_, _, card):
+        return card
 
 
 def imported_origin(

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from featstore.durable import write_bytes, write_json
 from featstore.errors import WorkError
 from heads.checkpoints import CONFIG_FILE
+from heads.imported_run import tower_facts
 from heads.outcomes import write_outcomes
 from heads.protocol_types import LabelIds
 
@@ -78,7 +79,7 @@ class RunFacts:
     """Share of the tuned tower, the rest is CLIP's own."""
     epoch: int | None = None
     epoch_choice: str | None = None
-    """ "last", or "best on the test set"."""
+    """ "last", or "best on" the test set or the split that was evaluated on while training."""
     class_names_source: str | None = None
     """Where class names come from, for example the file of the annotations."""
     label_map: str | None = None
@@ -290,11 +291,14 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
         return RunFacts(**known)
     except ValueError as error:
         raise WorkError(f"{run_dir / CONFIG_FILE} is not JSON: train or import again") from error
-    for origin in ("finetuned", "imported"):
-        facts = settings.get(origin)
-        if isinstance(facts, Mapping):
-            said = {name: facts.get(name) for name in ("blend", "epoch", "epoch_choice")}
-            return RunFacts(**(said | known))
+    facts = settings.get("imported")
+    if isinstance(facts, Mapping):
+        said = {name: facts.get(name) for name in ("blend", "epoch", "epoch_choice")}
+        return RunFacts(**(said | known))
+    tuned = tower_facts(run_dir)
+    if tuned is not None:
+        said = {"blend": tuned.get("blend"), "epoch_choice": tuned.get("epoch_choice")}
+        return RunFacts(**(said | {"epoch": int(tuned["epoch"]) + 1} | known))
     epochs = settings.get("training", {}).get("epochs")
     if settings.get("head", {}).get("kind") == "mean":
         return RunFacts(**known)

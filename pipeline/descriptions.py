@@ -78,6 +78,11 @@ def prompt_sets_from(
     )
 
 
+def is_descriptions_file(text: str) -> bool:
+    """Whether `text` names a file of descriptions rather than a prompt set."""
+    return text.lower().endswith(DESCRIPTIONS_SUFFIX)
+
+
 def held_prompt_set(store: Store, text: str) -> str:
     """The name of the store's prompt set that `text` means: its name, or the file it is made of.
 

@@ -109,6 +109,11 @@ class ClipStream:
             pinned=device.type == "cuda",
         )
 
+    @property
+    def keys(self) -> list[str]:
+        """Keys of the listed clips."""
+        return [clip.key for clip in self._clips]
+
     def epoch(self, epoch: int, start: int = 0) -> Generator[ClipBatch, None, None]:
         """This rank's part of the epoch's global batches from number `start` on.
 

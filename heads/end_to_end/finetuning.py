@@ -23,7 +23,13 @@ from heads.end_to_end.checkpoint import BEST_FILE, restore_best, restore_state, 
 from heads.end_to_end.distributed import Ranks, agreed, contact
 from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
 from heads.end_to_end.publishing import publish
-from heads.end_to_end.run_folder import open_run, read_failed_clips, write_failed_clips
+from heads.end_to_end.run_folder import (
+    open_run,
+    read_failed_clips,
+    record_training_videos,
+    starting_head,
+    write_failed_clips,
+)
 from heads.end_to_end.training import Finetuner
 from heads.end_to_end.validation import validate
 from heads.finetune_config import FinetuneConfig
@@ -161,6 +167,14 @@ def _run(
             "continuing %s in epoch %d after step %d of %d",
             *(run_dir.name, position.epoch + 1, position.step, plan.clips.steps_per_epoch),
         )
+    ranks.only_first(
+        lambda: record_training_videos(
+            run_dir,
+            plan.dataset.name,
+            plan.clips.keys,
+            request.from_head and starting_head(run_dir, request.from_head),
+        )
+    )
     while finetuner.position.epoch < config.epochs:
         finetuner.run_epoch()
         _close_epoch(request, plan, finetuner)
@@ -181,6 +195,7 @@ def _run(
         encoders_dir=request.encoders_dir,
         blend=config.blend,
         epoch=epoch,
+        epoch_choice="last" if config.save == "last" else f"best on {plan.eval_split}",
         ranks=ranks,
     )
     return ranks.only_first(lambda: _summary(request, plan, ranks, resumed_from))

@@ -26,9 +26,11 @@ from heads.imported_run import require_class_names
 from heads.model import TemporalHead, build_head
 from heads.precision import resolve_training_precision
 from pipeline.clip_encoder import Encoder, load_encoder
+from pipeline.descriptions import is_descriptions_file, read_descriptions
 from pipeline.encoder_files import lasting_spec
 from pipeline.machine import usable_cores
 from pipeline.packed import Dataset, load_dataset
+from pipeline.prompts import PromptSet, as_prompt_set, trained_prompt_set
 from pipeline.training_clips import ClipStream, EvaluationClips
 
 log = logging.getLogger(__name__)
@@ -57,8 +59,8 @@ class FinetuneRequest:
     """None: "train", or all videos of a data set without splits."""
     eval_split: str | None = None
     """None: "val", else "test", else no evaluation."""
-    prompt_set: str | None = None
-    """None: that of `from_head`, else "mote28"."""
+    prompt_set: str | PromptSet | None = None
+    """A set's name, a file of templates or of descriptions; None: as `from_head`, else "mote28"."""
     resume: bool = False
     decoder: str = "auto"
     workers: int | None = None
@@ -104,10 +106,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         spec = begun.origin.encoder
     spec = lasting_spec(spec)
     encoder = load_encoder(spec, "fp32", str(ranks.device), request.encoders_dir)
-    prompt_set = request.prompt_set
-    if prompt_set is None:
-        known = begun is not None and begun.origin is not None
-        prompt_set = begun.origin.prompt_set if known else DEFAULT_PROMPTS  # type: ignore[union-attr]
+    prompt_set = _prompt_set(request, begun)
     # The text tower is the same everywhere; what it gives may differ in the last bit.
     classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()
     if begun is None:
@@ -156,9 +155,12 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         sampling=f"uniform:{config.frames}",
         crops=1,
         preprocessing=encoder.preprocessing.to_json(),
-        prompt_set=prompt_set,
+        prompt_set=prompt_set.name,
         class_names=dataset.class_names,
         frames=config.frames,
+        prompt_templates=prompt_set.templates,
+        initial_head="" if begun is None else head_fingerprint(begun),
+        label_map=dataset.label_map,
     )
     settings = {
         "format": RUN_FORMAT,
@@ -171,6 +173,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             "eval_split": eval_split,
             "n_listed": clips.n_listed,
             "order": clips.digest,
+            "prompts_hash": prompt_set.hash(dataset.class_names),
             "decoder": clips.decoder_name,
         },
         "batch": {
@@ -218,6 +221,16 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         precision=precision,
         shard=shard,
     )
+
+
+def _prompt_set(request: FinetuneRequest, begun: TemporalHead | None) -> PromptSet:
+    if isinstance(request.prompt_set, str) and is_descriptions_file(request.prompt_set):
+        return read_descriptions(Path(request.prompt_set))
+    if request.prompt_set is not None:
+        return as_prompt_set(request.prompt_set)
+    if begun is None or begun.origin is None:
+        return as_prompt_set(DEFAULT_PROMPTS)
+    return trained_prompt_set(begun.origin.prompt_set, begun.origin.prompt_templates)
 
 
 def _training_split(dataset: Dataset, asked: str | None) -> str | None:

@@ -40,15 +40,17 @@ def publish(
     encoders_dir: Path,
     blend: float,
     epoch: int,
+    epoch_choice: str,
     ranks: Ranks,
 ) -> str:
     """Write encoder, tower and head; returns the fingerprint of the published encoder.
 
     `encoder` is the spec of the CLIP that the training began with, `encoder_fingerprint` what it
-    was then; `origin` is the head's but for the encoder. `epoch` counts from 1. Every process must
-    come here. The head is written last: encoder and head appear together or, when the writing
-    fails, not at all; after a kill between the two the same call completes them. Raises WorkError
-    when the CLIP has changed since, or another encoder of that name was made.
+    was then; `origin` is the head's but for the encoder. `epoch` counts from 1, `epoch_choice` says
+    how it was chosen. Every process must come here. The head is written last: encoder and head
+    appear together or, when the writing fails, not at all; after a kill between the two the same
+    call completes them. Raises WorkError when the CLIP has changed since, or another encoder of
+    that name was made.
     """
     tower = _whole_state("visual.", model.image_tower.state_dict(), ranks)
     tower["logit_scale"] = whole(model.logit_scale)
@@ -68,7 +70,8 @@ def publish(
         head.load_state_dict(head_state)
         head.logit_scale.copy_(blended["logit_scale"])
         head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=published)
-        save_tensors(run_dir / TOWER_FILE, tower, {"epoch": epoch - 1})
+        facts = {"epoch": epoch - 1, "blend": blend, "epoch_choice": epoch_choice}
+        save_tensors(run_dir / TOWER_FILE, tower, facts)
         with durable_path(run_dir / HEAD_FILE) as head_file:
             save_head(head.eval(), head_file)
             _place_encoder(tuned, encoder_dir, published, encoders_dir.parent)

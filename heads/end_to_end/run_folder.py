@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from featstore.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.errors import UserError, WorkError
 from heads.checkpoints import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
 from heads.finetune_config import FinetuneConfig
+from heads.leaks import KEYS_FILE, read_training_keys, write_training_keys
 from heads.run_settings import setting_differences
 
 log = logging.getLogger(__name__)
@@ -28,12 +29,15 @@ MODE: Final = "finetune"
 RUN_FORMAT: Final = 1
 FROZEN: Final = "frozen"
 FAILURES_FILE: Final = "failures.csv"
-_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, "report.html")
+_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE, "report.html")
 
 # Names of the same weights may differ between machines; how the batch is spread over processes
 # changes sums in their last bits only.
 _INFORMATIVE: Final = frozenset(
-    {"data.encoder", "from_head.run", "batch.processes", "training.batch_size", "training.shard"}
+    {
+        *("data.encoder", "data.prompt_templates", "from_head.run", "batch.processes"),
+        *("training.batch_size", "training.shard"),
+    }
 )
 
 
@@ -87,6 +91,16 @@ def open_run(
     elif resume:
         log.info("there is no run %s to continue: starting it", run_dir.name)
     write_json(run_dir / CONFIG_FILE, dict(settings))
+
+
+def record_training_videos(
+    run_dir: Path, dataset: str, keys: Iterable[str], began_with: Path | None
+) -> None:
+    """Record which videos move the run's weights, those of the run it `began_with` included."""
+    write_training_keys(run_dir, dataset, keys)
+    seen = None if began_with is None else read_training_keys(began_with)
+    for name, earlier in (seen or {}).items():
+        write_training_keys(run_dir, name, earlier)
 
 
 def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]]) -> None:

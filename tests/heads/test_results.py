@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from action_store import ACTIONS, action_store
 
 from featstore import WorkError
 from heads import EvalResult, RunFacts, TestSet, evaluate_store, save_result
+from heads.checkpoints import save_tensors
 from heads.evaluation import pixels_text
+from heads.imported_run import TOWER_FILE
 from heads.outcomes import read_outcomes
 from heads.protocols import zeroshot_tests
 from heads.results import RESULT_FORMAT, SplitDetail, run_facts
@@ -144,9 +147,10 @@ def test_what_a_run_says_of_its_weights(tmp_path: Path) -> None:
     )
     assert facts({"head": {"kind": "mean"}, "training": {"epochs": 30}}) == RunFacts()
     assert facts({"imported": {"blend": 0.99, "epoch": 29}}) == RunFacts(0.99, 29)
-    tuned = {"blend": 0.5, "epoch": 3, "epoch_choice": "best on the test set"}
-    assert facts({"finetuned": tuned}) == RunFacts(0.5, 3, "best on the test set")
-    assert facts({"finetuned": tuned}, epoch=2) == RunFacts(0.5, 2, "best on the test set")
+    tuned = {"blend": 0.5, "epoch": 2, "epoch_choice": "best on val"}  # the file counts from 0
+    save_tensors(tmp_path / TOWER_FILE, {"visual.proj": torch.zeros(1)}, tuned)
+    assert facts({"mode": "finetune"}) == RunFacts(0.5, 3, "best on val")
+    assert facts({"mode": "finetune"}, epoch=2) == RunFacts(0.5, 2, "best on val")
     assert run_facts(tmp_path / "nowhere") == RunFacts()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WorkError, match="not JSON"):
