@@ -39,8 +39,8 @@ def export(
 ) -> None:
     """Write a head as one file for other programs; an existing file is replaced.
 
-    The official format also holds the image tower: that of the imported checkpoint, to the bit,
-    or the encoder the head was trained with.
+    The official format also holds the image tower: that of an imported or fine-tuned run as it was
+    trained, to the bit, or the encoder the head was trained with.
 
     Example: `mote-cli export first --format onnx --out first.onnx`
     """

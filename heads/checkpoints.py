@@ -51,7 +51,7 @@ def load_head(path: str | Path) -> TemporalHead:
     file = path / HEAD_FILE if path.is_dir() else path
     if not file.is_file():
         if (path / CONFIG_FILE).is_file():
-            raise UserError(f"run {path} has no head yet: finish it with train-head --resume")
+            raise UserError(f"run {path} has no head yet: finish it with --resume")
         raise UserError(f"there is no head at {path}: name a run folder or a {HEAD_FILE} file")
     tensors, card = load_tensors(file)
     if card.get("format") != HEAD_FORMAT or "head" not in card:

@@ -25,7 +25,7 @@ from heads.official import OfficialCheckpoint
 from heads.text_classifier import SAME_CLASS, class_cosines
 
 TOWER_FILE: Final = "tower.safetensors"
-"""Beside an imported head: the tower as the checkpoint holds it, before blending."""
+"""Beside an imported or fine-tuned head: the tower as it was trained, before blending."""
 
 
 def save_imported_run(
@@ -53,7 +53,7 @@ def save_imported_run(
 
 
 def imported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
-    """Unblended tower and epoch of an imported run; None for a run that was trained here."""
+    """Unblended tower and epoch (from 0) of a run that has its own; None for a head on a store."""
     file = run_dir / TOWER_FILE
     if not file.is_file():
         return None

@@ -132,19 +132,22 @@ def test_draws_of_each_process_differ(commands: Commands, root: Path) -> None:
     assert "batch.processes is 2 in the run, asked for 1" in refused.words
 
 
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_process_that_dies_ends_the_run_everywhere_and_it_resumes(
-    commands: Commands, root: Path
+    commands: Commands, root: Path, victim: int
 ) -> None:
+    other = 1 - victim
     command = finetune(root, "r", "--epochs", "12", "--checkpoint-every", "1", batch_size=1)
     state = root / "heads/r/state/last.safetensors"
     running = start_ranks(commands, 2, *command)
     running[1].until(state.exists)
-    assert running[1].kill() == -signal.SIGKILL
-    assert running[0].end() == 1
-    (line,) = [line for line in running[0].words.splitlines() if line.startswith("error:")]
-    assert line.startswith("error: rank 0 of 2 lost the others (")
+    assert running[victim].kill() == -signal.SIGKILL
+    assert running[other].end() == 1
+    words = running[other].words
+    (line,) = [line for line in words.splitlines() if line.startswith("error:")]
+    assert line.startswith(f"error: rank {other} of 2 lost the others (")
     assert line.endswith("the same command with --resume goes on")
-    assert "Traceback" not in running[0].words
+    assert "Traceback" not in words
     assert not (root / "heads/r/head.safetensors").exists()
     # The order is a global one: one process with the same global batch may go on.
     refused = commands.start(*command, "--resume")
@@ -156,6 +159,24 @@ def test_a_process_that_dies_ends_the_run_everywhere_and_it_resumes(
     records = files_of(root, "r")["metrics"]
     assert [record["epoch"] for record in records] == list(range(1, 13))
     assert all(record["samples"] == 12 for record in records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+def test_resumed_processes_continue_as_if_uninterrupted(
+    commands: Commands, root: Path, shard: str
+) -> None:
+    more = ("--epochs", "8", "--accumulation", "2", "--checkpoint-every", "1", "--shard", shard)
+    whole = start_ranks(commands, 2, *finetune(root, "whole", *more, batch_size=2))
+    assert ended(whole) == [0, 0], whole[0].words
+    running = start_ranks(commands, 2, *finetune(root, "r", *more, batch_size=2))
+    running[1].until((root / "heads/r/state/last.safetensors").exists)
+    for process in running:
+        assert process.kill() == -signal.SIGKILL
+    running = start_ranks(commands, 2, *finetune(root, "r", *more, "--resume", batch_size=2))
+    assert ended(running) == [0, 0], running[0].words + running[1].words
+    assert 0 < running[0].json["resumed_from"] < 24
+    require_equal(root, "whole", "r")
 
 
 def test_a_mistake_is_told_once(commands: Commands, root: Path) -> None:
