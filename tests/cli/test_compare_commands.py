@@ -36,6 +36,10 @@ def test_two_runs_are_compared(own: World) -> None:
     assert {"head", "kind", "modulate", "head_fingerprint"} <= told
     (top1,) = [n for n in found["numbers"] if n["measure"] == "top1"]
     assert top1["difference"] == pytest.approx(second["top1"] - first["top1"])
+    (pair,) = found["paired"]  # eval keeps the outcome of every video
+    assert pair["n"] == 6
+    points = 100 * (pair["only_b"] - pair["only_a"]) / pair["n"]
+    assert points == pytest.approx(top1["difference"])
     other = evaluated(own, "closeset", "--head", "clips-mote", "--fusion", "features")
     text = mote("compare", first["file"], other["file"], "--root", own.root).out
     differing, verdict = text.index("Different: what was tested"), text.index("not comparable:")
