@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -13,7 +12,15 @@ from cli import evaluate_trained as trained
 from cli import evaluate_unseen as unseen
 from cli import options, sweep
 from cli.compare import print_published, published_beside
-from cli.output import percent, print_json, print_table, progress_of, results, warn
+from cli.output import (
+    leave_it_to_the_first,
+    percent,
+    print_json,
+    print_table,
+    progress_of,
+    results,
+    warn,
+)
 from featstore.errors import UserError
 from featstore.reader import Store
 from featstore.workspace import Workspace
@@ -232,7 +239,7 @@ def evaluate(
     training.require_unused(kind)
     with process_group() as rank:
         if rank:
-            logging.disable()  # the first process says it
+            leave_it_to_the_first()
         model, run_dir = options.head(request.workspace, head)
         measured, missing = request.measure(model, run_dir, store_name)
         if rank == 0:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from featstore.progress import ProgressSink
+from featstore.progress import ProgressSink, no_progress
 
 PACKAGES = ("pipeline", "featstore", "heads", "cli")
 # Without a terminal a line every so often is enough to see that work goes on.
@@ -47,6 +47,16 @@ def log_to_stderr() -> None:
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
         logger.propagate = False
+
+
+_quiet = False
+
+
+def leave_it_to_the_first() -> None:
+    """No notices and no progress: another process of the same command shows them. Errors stay."""
+    global _quiet
+    _quiet = True
+    logging.disable()
 
 
 def fail(message: str) -> None:
@@ -84,7 +94,9 @@ def print_facts(facts: dict[str, Any]) -> None:
 @contextmanager
 def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
     """Show progress of one stage on stderr: a bar on a terminal, plain lines elsewhere."""
-    if messages.is_terminal:
+    if _quiet:
+        yield no_progress
+    elif messages.is_terminal:
         with _bar(what, unit) as sink:
             yield sink
     else:

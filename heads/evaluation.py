@@ -206,7 +206,7 @@ def _record(
         notes.append(f"{len(outside)} of {len(store)} videos are in no split: {named}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
-    templates = facts.prompt_templates or getattr(text, "templates", None)
+    templates = facts.prompt_templates or text.templates
     return {
         "protocol": protocol.kind,
         "protocol_name": protocol.name,
@@ -345,6 +345,7 @@ def _split(
         labels=measured.labels[members][done],
         predicted=measured.predicted[number][t][done],
         places=evaluated,
+        keys=tuple(measured.listed_keys(members[done])),
     )
     return result, detail
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from featstore.durable import write_bytes, write_json
 from featstore.errors import WorkError
 from heads.checkpoints import CONFIG_FILE
+from heads.outcomes import write_outcomes
 from heads.protocol_types import LabelIds
 
 RESULT_FORMAT: Final = 2
@@ -55,6 +56,8 @@ class SplitDetail:
     """[n] the label ids with the best score; ties go to the candidate named first."""
     places: LabelIds
     """[n] place of the true class, 0 = best."""
+    keys: tuple[str, ...]
+    """[n] keys of the videos."""
 
     def confusion(self) -> npt.NDArray[np.int64]:
         """Counts [true class, predicted class] of the candidates, in the order of `classes`."""
@@ -222,18 +225,25 @@ _IDENTITY: Final = (
 def save_result(result: EvalResult, run_dir: Path) -> Path:
     """Keep a result under `run_dir/eval`, one name per measurement; measuring again replaces it.
 
-    Beside the JSON: `.per-class.csv`, accuracy of every class of every test set, and
-    `.confusion.npz` with, per test set NAME, the counts `NAME` [true, predicted] int64, the label
-    ids `NAME_labels` of its classes, and `class_names` of all labels.
+    Beside the JSON: `.per-class.csv`, accuracy of every class of every test set; `.outcomes.csv`,
+    where the true class of every video came (`heads.outcomes`); and `.confusion.npz` with, per test
+    set NAME, the counts `NAME` [true, predicted] int64, the label ids `NAME_labels` of its classes,
+    and `class_names` of all labels.
     """
     folder = run_dir / "eval"
     base = result.file_name
+    file = folder / f"{base}.json"
     if result.details:
         names = result.class_names
         write_bytes(folder / f"{base}.per-class.csv", per_class_csv(result.details, names).encode())
         write_bytes(folder / f"{base}.confusion.npz", confusion_npz(result.details, names))
-    write_json(folder / f"{base}.json", result.to_json())
-    return folder / f"{base}.json"
+        outcomes = {
+            part.split: dict(zip(part.keys, part.places.tolist(), strict=True))
+            for part in result.details
+        }
+        write_outcomes(file, outcomes)
+    write_json(file, result.to_json())
+    return file
 
 
 def per_class_csv(details: Iterable[SplitDetail], class_names: tuple[str, ...]) -> str:

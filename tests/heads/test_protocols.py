@@ -6,11 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from action_store import ACTIONS, action_store
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from featstore import Store, UserError
 from heads import HeadConfig, TestSet, build_head, build_test_sets, evaluate_store
@@ -248,3 +251,61 @@ def test_videos_in_no_split_are_said(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert result.notes == ["13 of 40 videos are in no split: clip002, clip005, clip008, ..."]
     assert "13 of 40 videos are in no split" in caplog.text
     assert evaluate(store, "zeroshot", tests=zeroshot_tests(store)).notes == []
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("noisy") / "toy.zarr"
+    return action_store(path, views=2, noise=6.0, samples=60, failed=(3, 8, 21))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 59), min_size=1),
+            st.none() | st.permutations(range(8)).map(lambda order: order[:6]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from(["softmax", "cosine", "features"]),
+    st.integers(8, 200),
+)
+def test_any_test_sets_give_what_a_plain_loop_counts(
+    noisy: Store, chosen: list[tuple[list[int], list[int] | None]], fusion: Any, block: int
+) -> None:
+    """Lists that overlap, repeat videos and hold failed ones, with any candidates and blocks."""
+    tests = []
+    for number, (places, classes) in enumerate(chosen):
+        rows = noisy.rows[places]
+        candidates = None if classes is None else np.array(classes)
+        if candidates is not None:
+            rows = rows[np.isin(noisy.labels[places], candidates)]
+        if len(set(places) - {3, 8, 21}) and np.any(noisy.status[noisy.positions(rows)] == 1):
+            tests.append(TestSet(f"set{number}", rows, candidates))
+    if not tests:
+        return
+    with mock.patch("heads.view_summaries.BATCH_FRAMES", block):
+        result = evaluate(noisy, "zeroshot", tests=tests, fusion=fusion)
+    for test, part, detail in zip(tests, result.per_split, result.details, strict=True):
+        rows = np.unique(test.rows)
+        classes = np.arange(8) if test.classes is None else test.classes
+        text = noisy.class_text("mote28").embeddings[classes].astype(np.float64)
+        hits, failed = [], 0
+        for row in rows.tolist():
+            if noisy.status[row] != 1:
+                failed += 1
+                continue
+            views = noisy.features([row])[0].astype(np.float64).mean(1)
+            if fusion == "features":
+                views = views.mean(0, keepdims=True)
+            cosine = (views / np.linalg.norm(views, axis=1, keepdims=True)) @ text.T
+            score = np.exp(cosine) / np.exp(cosine).sum(1, keepdims=True)
+            best = (score if fusion == "softmax" else cosine).mean(0).argmax()
+            hits.append(classes[best] == noisy.labels[row])
+        assert (part.n_listed, part.n_failed) == (len(rows), failed)
+        assert part.n_evaluated == len(hits) == len(detail.keys)
+        assert part.top1 == pytest.approx(100 * np.mean(hits))
+    union = {row for test in tests for row in test.rows.tolist()}
+    assert result.n_listed == len(union)

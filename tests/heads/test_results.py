@@ -15,6 +15,7 @@ from action_store import ACTIONS, action_store
 from featstore import WorkError
 from heads import EvalResult, RunFacts, TestSet, evaluate_store, save_result
 from heads.evaluation import pixels_text
+from heads.outcomes import read_outcomes
 from heads.protocols import zeroshot_tests
 from heads.results import RESULT_FORMAT, SplitDetail, run_facts
 
@@ -32,6 +33,11 @@ def result_of(path: Path, **options: Any) -> EvalResult:
     store = action_store(path / "toy.zarr", noise=4.0, split_names=("test1", "test2", "rest"))
     given = {"protocol": "zeroshot", "tests": zeroshot_tests(store), "dataset": "toy"}
     return evaluate_store(store, None, device="cpu", **(given | options))  # type: ignore[arg-type]
+
+
+def part_rows(split: str) -> list[int]:
+    """Rows of a split of `result_of` that did not fail."""
+    return [row for row in range({"test1": 0, "test2": 1}[split], 40, 3) if row != 3]
 
 
 def test_every_field_that_explains_a_number(tmp_path: Path) -> None:
@@ -64,11 +70,16 @@ def test_accuracy_per_class_and_confusion_lie_beside_the_result(tmp_path: Path) 
     file = save_result(result, tmp_path / "run")
     assert json.loads(file.read_text()) == json.loads(json.dumps(result.to_json()))
     beside = sorted(path.name.partition(".")[2] for path in file.parent.iterdir())
-    assert beside == ["confusion.npz", "json", "per-class.csv"]
+    assert beside == ["confusion.npz", "json", "outcomes.csv", "per-class.csv"]
     with file.with_suffix(".per-class.csv").open() as text:
         rows = list(csv.DictReader(text))
     assert [row["class_name"] for row in rows] == [*ACTIONS, *ACTIONS]
+    outcomes = read_outcomes(file)
+    assert outcomes is not None
     for part, detail in zip(result.per_split, result.details, strict=True):
+        places = outcomes[part.split]
+        assert 100 * sum(place == 0 for place in places.values()) / len(places) == part.top1
+        assert places.keys() == {f"clip{row:03d}" for row in part_rows(part.split)}
         own = [row for row in rows if row["split"] == part.split]
         assert sum(int(row["n_evaluated"]) for row in own) == part.n_evaluated
         weighted = [float(row["top1"]) * int(row["n_evaluated"]) for row in own if row["top1"]]
@@ -86,7 +97,7 @@ def test_accuracy_per_class_and_confusion_lie_beside_the_result(tmp_path: Path) 
 def test_confusion_of_candidates_in_any_order() -> None:
     classes = np.array([7, 2, 5])
     detail = SplitDetail(
-        "x", classes, np.array([2, 2, 5]), np.array([7, 2, 5]), np.array([1, 0, 0])
+        "x", classes, np.array([2, 2, 5]), np.array([7, 2, 5]), np.array([1, 0, 0]), ("a", "b", "c")
     )
     assert detail.confusion().tolist() == [[0, 0, 0], [1, 1, 0], [0, 0, 1]]
 
