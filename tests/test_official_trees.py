@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from command_line import done, refused
-from official_trees import TREES, UCF101_RAW, one_hot_store, ucf101
+from official_trees import TREES, UCF101_RAW, ucf101
+from one_hot_stores import one_hot_store
 
 from featstore.workspace import Workspace
 from pipeline.annotations import name_from_key

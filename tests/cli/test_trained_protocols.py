@@ -22,8 +22,8 @@ from official_trees import (
     UCF101,
     Tree,
     hmdb51_lists,
-    one_hot_store,
 )
+from one_hot_stores import one_hot_store
 
 from featstore import open_store
 from heads import load_head
