@@ -35,6 +35,7 @@ FIELDS: Final[dict[str, tuple[Group, bool]]] = {
     "protocol_name": ("what was tested", _DECISIVE),
     "dataset": ("what was tested", _DECISIVE),
     "trained_on": ("what was tested", _DECISIVE),
+    "training_videos": ("what was tested", _DECISIVE),
     "n_trained_on": ("what was tested", _TOLD),
     "test_list": ("what was tested", _TOLD),
     "splits": ("what was tested", _DECISIVE),
