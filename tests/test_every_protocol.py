@@ -309,9 +309,9 @@ def test_a_protocol_by_hand(name: str, place: Place) -> None:
 def test_the_fusions_by_hand(place: Place, tmp_path: Path) -> None:
     """Three views of which one is nearly sure of another class and two are half sure of the right.
 
-    Per view c of the right class is .3 and the sure one has .85 for another: mean cosines are .3 to
-    .283, so `cosine` takes the right class; exp(.3) = 1.35 to (exp(.85) + 2) / 3 = 1.45, so `softmax`
-    does not. `features` does where the two views are longer vectors than the sure one.
+    Every view has cosine .3 with the right class, the sure one .85 with another: mean cosines are
+    .3 to .283, so `cosine` takes the right class; exp(.3) = 1.35 to (exp(.85) + 2) / 3 = 1.45, so
+    `softmax` does not. `features` does where the other two views are longer than the sure one.
     """
     tree, _ = place("k700")
     root = tmp_path / "root"
