@@ -126,10 +126,9 @@ def blended_runs(
             if file is None:
                 file = f"{run_dir.name}.pt"
                 first = f"`mote-cli export {run_dir.name} --format official --out {file}`, then "
-            clip = f" --clip {own.clip}" if own.clip else ""
             remedy = (
-                f"{first}`mote-cli import-checkpoint {file} --name {name} --blend {share:g}{clip}`"
-                f", then `mote-cli extract --dataset {dataset} --encoder {name}`"
+                f"{first}`mote-cli import-checkpoint {file} --name {name} --blend {share:g}"
+                f"{own.options}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
             )
         found.append(BlendedRun(share, same[0] if same else None, remedy))
     return found
@@ -144,8 +143,8 @@ class _Tuned:
     blend: float
     file: str | None
     """Name of the checkpoint it was imported from; None for one that was tuned here."""
-    clip: str | None
-    """The CLIP it is blended with, where that is known."""
+    options: str
+    """What import-checkpoint is told of it, beside the share."""
 
 
 def _tuned(run_dir: Path) -> _Tuned | None:
@@ -157,15 +156,19 @@ def _tuned(run_dir: Path) -> _Tuned | None:
     except (OSError, ValueError, WorkError):
         return None
     imported = value.get("imported")
+    file, options = None, ""
     if isinstance(imported, dict):
         facts, file = imported, str(imported.get("file") or "FILE")
-        clip = imported.get("clip")
-    else:
-        file, clip = None, value.get("data", {}).get("encoder")
+        if imported.get("clip"):
+            options = f" --clip {imported['clip']}"
+    elif facts:
+        told = {"clip": value["data"]["encoder"], "frames": value["data"]["frames"]}
+        told["attention-heads"] = value["head"]["attention_heads"]
+        options = "".join(f" --{name} {given}" for name, given in told.items())
     if facts.get("blend") is None:
         return None
     tower = tower_hash(run_dir) or str(facts.get("sha256") or run_dir.name)
-    return _Tuned(tower, float(facts["blend"]), file, clip)
+    return _Tuned(tower, float(facts["blend"]), file, options)
 
 
 def _values(name: str, word: str) -> Sequence[Any]:

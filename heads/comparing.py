@@ -36,6 +36,7 @@ FIELDS: Final[dict[str, tuple[Group, bool]]] = {
     "dataset": ("what was tested", _DECISIVE),
     "trained_on": ("what was tested", _DECISIVE),
     "shots": ("what was tested", _DECISIVE),
+    "training_videos": ("what was tested", _TOLD),
     "n_trained_on": ("what was tested", _TOLD),
     "test_list": ("what was tested", _TOLD),
     "splits": ("what was tested", _DECISIVE),
