@@ -8,7 +8,11 @@ candidate leaves all candidates at 0: a tie, which the first one wins.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -327,6 +331,39 @@ def test_the_fusions_by_hand(place: Place, tmp_path: Path) -> None:
     swept = done("eval", "--zeroshot", "k700", "--head", "mean", "--fusion", "all", "--root", root)
     right = {row["fusion"]: row["top1"] * 18 / 100 for row in swept["rows"]}
     assert right == pytest.approx({"softmax": 16, "cosine": 18, "features": 17})
+
+
+def test_two_processes_of_the_command_count_as_one(place: Place) -> None:
+    """67 videos do not divide by two, nor do the draws: nothing is padded or repeated."""
+    _, root = place("ucf101")
+    name = "ucf101-halfclass-full"
+    arguments = ["eval", "--protocol", name, "--head", "mean", "--json", "--root", str(root)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", "from cli.main import main; main()", *arguments],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": "0"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    first, second = (process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    assert second == ""
+    assert json.loads(first) == done(*arguments[:-3], "--root", root)
+    counts = [(p["n_listed"], p["n_evaluated"]) for p in json.loads(first)["per_split"]]
+    assert counts == [case[:2] for case in CASES[name].sets.values()]
 
 
 # From real clips: packed, decoded, through a CLIP, evaluated; per data set a protocol.
