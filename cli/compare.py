@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,9 @@ from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.comparing import Comparison, SavedResult
+    from heads.outcomes import Paired
 
+PAIRED_LINES = 3  # more test sets than that are told in one line
 _GAINS = "{only_b} videos only B has right, {only_a} only A: p = {p:.3g} (exact McNemar test)"
 
 
@@ -191,9 +193,27 @@ def _print(comparison: Comparison) -> None:
     for who, only in (("A", comparison.only_a), ("B", comparison.only_b)):
         if only:
             results.print(f"only {who} has {', '.join(only)}", markup=False)
+    if len(comparison.paired) > PAIRED_LINES:
+        results.print(_many(comparison.paired), markup=False)
+        return
     for pair in comparison.paired:
         line = _GAINS.format(only_a=pair.only_a, only_b=pair.only_b, p=pair.p)
         results.print(f"{pair.split}, {pair.n} videos: {line}", markup=False)
+
+
+def _many(pairs: Sequence[Paired]) -> str:
+    """One line for the draws of half-class and the like."""
+
+    def span(values: Sequence[float]) -> str:
+        low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+        return low if low == high else f"{low} to {high}"
+
+    return (
+        f"{len(pairs)} test sets of {span([pair.n for pair in pairs])} videos: "
+        f"{span([pair.only_b for pair in pairs])} videos only B has right, "
+        f"{span([pair.only_a for pair in pairs])} only A: p = {span([pair.p for pair in pairs])} "
+        "(exact McNemar tests, one each; --json has them all)"
+    )
 
 
 def _verdict(comparison: Comparison) -> str:

@@ -11,16 +11,8 @@ import typer
 from cli import evaluate_trained as trained
 from cli import evaluate_unseen as unseen
 from cli import options, sweep
-from cli.compare import print_published, published_beside
-from cli.output import (
-    leave_it_to_the_first,
-    percent,
-    print_json,
-    print_table,
-    progress_of,
-    results,
-    warn,
-)
+from cli.evaluate_report import report
+from cli.output import leave_it_to_the_first, progress_of
 from featstore.errors import UserError
 from featstore.reader import Store
 from featstore.workspace import Workspace
@@ -243,7 +235,7 @@ def evaluate(
         model, run_dir = options.head(request.workspace, head)
         measured, missing = request.measure(model, run_dir, store_name)
         if rank == 0:
-            _report(request.workspace, measured, missing, bool(swept), json)
+            report(request.workspace, measured, missing, bool(swept), json)
 
 
 @dataclass(frozen=True)
@@ -379,84 +371,3 @@ class Request:
         if self.fixed["ensemble"] is None and sweep.ENSEMBLE not in self.swept:
             raise UserError("--clip-store is for --ensemble WEIGHT or --sweep ensemble=...")
         return self.workspace.choose_store(self.dataset, name=self.clip_store)
-
-
-def _report(
-    workspace: Workspace,
-    measured: list[tuple[EvalResult, Path]],
-    missing: list[dict[str, Any]],
-    is_sweep: bool,
-    json: bool,
-) -> None:
-    """Keep the results, and print them."""
-    from heads.results import save_result
-
-    rows = [{**r.to_json(), "file": str(save_result(r, run_dir))} for r, run_dir in measured]
-    for gap in missing:
-        remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
-        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}{remedy}")
-    result = measured[0][0]
-    beside = published_beside(workspace, rows[0])
-    if json:
-        shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
-        alone = {**rows[0], "published": beside["published"], "nearest": beside["nearest"]}
-        print_json({**shared, "rows": rows, "missing": missing} if is_sweep else alone)
-        return
-    title = (
-        f"{result.protocol_name} on {result.dataset}, head {result.head}"
-        f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
-        f"{result.n_classes} classes, prompts {result.prompt_set}"
-    )
-    if is_sweep:
-        _print_sweep(title, [result for result, _ in measured])
-        results.print(f"kept under {Path(rows[0]['file']).parent}", markup=False)
-        return
-    print_table(
-        title,
-        ["split", "listed", "evaluated", "failed", "top-1 %", "top-5 %"],
-        [
-            [
-                part.split,
-                str(part.n_listed),
-                str(part.n_evaluated),
-                str(part.n_failed),
-                percent(part.top1),
-                percent(part.top5),
-            ]
-            for part in result.per_split
-        ],
-    )
-    if len(result.per_split) > 1:
-        results.print(f"mean top-1 {result.mean:.2f}, population std {result.std:.2f}")
-    for note in result.notes:
-        results.print(f"not as published: {note}", markup=False)
-    results.print(f"kept as {rows[0]['file']}", markup=False)
-    if beside["published"] or beside["nearest"]:
-        print_published(beside)
-
-
-def _print_sweep(title: str, measured: list[EvalResult]) -> None:
-    """One line per setting; columns of what does not differ are left out."""
-    columns: dict[str, list[Any]] = {
-        "blend": [r.blend for r in measured],
-        "neighbours": [r.modulation_neighbours for r in measured],
-        "temperature": [r.modulation_temperature for r in measured],
-        "ensemble": [r.ensemble for r in measured],
-        "fusion": [r.fusion for r in measured],
-    }
-    varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
-    rows = [
-        [
-            *("-" if v is None else v if isinstance(v, str) else f"{v:g}" for v in shown),
-            str(r.n_evaluated),
-            f"{r.top1:.2f}",
-            "-" if len(r.per_split) < 2 else f"{r.std:.2f}",
-            "-" if r.top5 is None else f"{r.top5:.2f}",
-        ]
-        for r, shown in zip(
-            measured,
-            zip(*varied.values(), strict=True) if varied else [()] * len(measured),
-            strict=True,
-        )
-    ]
-    print_table(title, [*varied, "videos", "top-1 %", "std", "top-5 %"], rows)

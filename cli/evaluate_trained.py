@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
-from cli.output import percent, print_json, print_table, progress_of, results
-from featstore.durable import write_json
+from cli.evaluate_report import report_base_to_novel, report_fewshot
+from cli.output import progress_of, warn
 from featstore.errors import UserError
 from featstore.reader import Store
 
 if TYPE_CHECKING:
     from cli.evaluate import Request
     from heads.config import HeadOrigin
+    from heads.model import TemporalHead
     from heads.shot_plans import GivenList
-    from heads.trained_protocols import ShotOutcome
+    from heads.trained_protocols import ShotRun
 
 FewShot = Annotated[
     str | None,
@@ -191,7 +192,9 @@ def evaluate_trained(
     )
     if initial is not None and head_dir is not None:
         require_no_leak(test, runs[0].tests, head_dir, allow=ask.allow_overlap)
-    prompt_set = options.prompt_set(train, ask.prompts) or train.prompt_sets[0]
+        if not few:
+            _warn_of_known_classes(initial, test, runs[0])
+    prompt_set = options.training_prompts(train, ask.prompts, initial)
     clip_store = ask.chosen_clip_store()
 
     def evaluate(tested: Any, tests: Any, facts: Any, name: str) -> Any:
@@ -210,16 +213,17 @@ def evaluate_trained(
             views=ask.views,
             clip_store=clip_store,
             prompt_set=prompt_set,
-            facts=replace(facts, label_map=label_map or None, n_trained_on=overlaps.get(name)),
+            facts=replace(facts, label_map=label_map or None, **of_run[name]),
             precision=ask.precision,
             device=ask.device,
         )
 
-    overlaps: dict[str, int] = {}
+    of_run: dict[str, dict[str, int]] = {
+        run.run_dir.name: {"n_trained_on": run.overlap, "shots": run.shots} for run in runs
+    }
     outcomes = []
     files = []
     for run in runs:
-        overlaps[run.run_dir.name] = run.overlap
         with progress_of(f"train {run.run_dir.name}", "steps") as progress:
             outcome = train_and_test(
                 run,
@@ -228,6 +232,7 @@ def evaluate_trained(
                 training,
                 prompt_set=prompt_set,
                 evaluate=evaluate,
+                protocol=protocol.name,
                 initial=initial,
                 initial_run=head_dir,
                 best_epoch=how.best_epoch,
@@ -246,9 +251,9 @@ def evaluate_trained(
         "files": files,
     }
     if few:
-        _print_fewshot(value, outcomes, json)
+        report_fewshot(ask.workspace, value, outcomes, json)
     else:
-        _print_base_to_novel(value, outcomes, runs[0].run_dir, json)
+        report_base_to_novel(ask.workspace, value, outcomes, runs[0].run_dir, json)
 
 
 def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int, ...]:
@@ -295,6 +300,7 @@ def _stores(
         encoder_fingerprint=fingerprint,
         name=name,
         encoder=encoder,
+        option="--train-store",
     )
     return train, test, (train_split, test_split)
 
@@ -351,64 +357,17 @@ def _named(
     return train, test, test.provenance.label_map
 
 
-def _print_fewshot(value: dict[str, Any], outcomes: Sequence[ShotOutcome], json: bool) -> None:
-    if json:
-        print_json(value)
+def _warn_of_known_classes(initial: TemporalHead, test: Store, run: ShotRun) -> None:
+    """Say so when the head a training starts from has seen classes that count as novel."""
+    from heads.training_subsets import shown
+
+    novel = run.tests[1].classes
+    known = None if initial.origin is None else initial.origin.class_names
+    if novel is None or known is None:
         return
-    print_table(
-        f"few-shot on {value['dataset']}, tested on {outcomes[0].last.per_split[0].split} "
-        f"({outcomes[0].last.n_evaluated} videos)",
-        ["shots", "trained on", "top-1 % (last epoch)", "top-5 %", "top-1 % (best epoch on test)"],
-        [
-            [
-                str(outcome.run.shots),
-                f"{outcome.training.n_trained} videos",
-                percent(outcome.last.top1),
-                percent(outcome.last.top5),
-                _best(outcome),
-            ]
-            for outcome in outcomes
-        ],
-    )
-    results.print(f"kept under {Path(value['files'][0]).parents[2]}", markup=False)
-
-
-def _best(outcome: ShotOutcome) -> str:
-    if outcome.best is None:
-        return "-"
-    return f"{percent(outcome.best.top1)} (epoch {outcome.best.epoch})"
-
-
-def _print_base_to_novel(
-    value: dict[str, Any], outcomes: Sequence[ShotOutcome], first: Path, json: bool
-) -> None:
-    from heads.trained_protocols import base_to_novel
-
-    last, best = base_to_novel(outcomes), base_to_novel(outcomes, best=True)
-    assert last is not None
-    value |= last.to_json() | {"best": None if best is None else best.to_json()}
-    write_json(first / "base-to-novel.json", value)
-    if json:
-        print_json({**value, "file": str(first / "base-to-novel.json")})
-        return
-    rows = [
-        [f"draw {seed}", percent(base), percent(novel), ""] for seed, base, novel in last.per_seed
-    ]
-    for title, summary in (("mean (last epoch)", last), ("mean (best epoch on test)", best)):
-        if summary is not None:
-            rows.append(
-                [
-                    title,
-                    f"{summary.base:.2f} +- {summary.base_std:.2f}",
-                    f"{summary.novel:.2f} +- {summary.novel_std:.2f}",
-                    f"{summary.harmonic_mean:.2f}",
-                ]
-            )
-    print_table(
-        f"base to novel on {value['dataset']}", ["", "base top-1 %", "novel top-1 %", "HM"], rows
-    )
-    results.print(
-        f"HM of the means; the mean of the draws' HMs is {last.mean_of_harmonic_means:.2f}. "
-        f"Kept as {first / 'base-to-novel.json'}",
-        markup=False,
-    )
+    seen = [test.class_names[label] for label in novel.tolist() if test.class_names[label] in known]
+    if seen:
+        warn(
+            f"the head this starts from was trained on {len(seen)} of the {len(novel)} novel "
+            f"classes ({shown(seen)}): they are not new to it"
+        )

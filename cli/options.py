@@ -213,6 +213,23 @@ def prompt_set(store: Store, text: str | None) -> str | None:
     return None if text is None else held_prompt_set(store, text)
 
 
+def training_prompts(store: Store, text: str | None, initial: TemporalHead | None) -> str:
+    """Name of the prompt set to train with: the one --prompts means, else that of the head the
+    training starts from, else the default one, else the store's only one.
+
+    `UserError` as `held_prompt_set`, and where a store has several others.
+    """
+    from heads.fitting import default_prompt_set, mean_head
+
+    if text is not None:
+        return prompt_set(store, text) or text
+    if initial is not None and initial.origin is not None:
+        return initial.origin.prompt_set
+    if DEFAULT_PROMPTS in store.prompt_sets:
+        return DEFAULT_PROMPTS
+    return default_prompt_set(store, mean_head(store.provenance.dim))
+
+
 def class_list(text: str) -> list[str]:
     """Class names from "a, b, c"; `UserError` when there is none or one is named twice."""
     names = [name.strip() for name in text.split(",") if name.strip()]

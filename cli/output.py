@@ -26,6 +26,7 @@ from featstore.progress import ProgressSink, no_progress
 PACKAGES = ("pipeline", "featstore", "heads", "cli")
 # Without a terminal a line every so often is enough to see that work goes on.
 PLAIN_INTERVAL_S = 10.0
+WHOLE_NAME = 32
 
 results = Console(highlight=False, soft_wrap=True)
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -75,10 +76,20 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table of text on stdout; columns after the first are right-aligned."""
+    """Print a table of text on stdout; columns after the first are right-aligned.
+
+    Names in the first column stay whole up to `WHOLE_NAME` letters.
+    """
     table = Table(title=title or None, title_justify="left")
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if number else "left",
+            overflow="fold",
+            min_width=min(WHOLE_NAME, max((len(row[0]) for row in rows), default=0))
+            if not number
+            else None,
+        )
     for row in rows:
         table.add_row(*row)
     results.print(table)

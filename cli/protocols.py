@@ -12,6 +12,7 @@ from cli.output import print_facts, print_json, print_table, results
 
 if TYPE_CHECKING:
     from heads.protocol_types import Protocol
+    from heads.published import Published
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -37,15 +38,14 @@ def list_protocols(json: options.Json = False) -> None:
         return
     print_table(
         "",
-        ["protocol", "data set", "tests", "videos", "views", "reported"],
+        ["protocol", "tests", "videos", "views", "fusion"],
         [
             [
                 protocol.name,
-                protocol.dataset or "any",
                 protocol.title,
                 _counts(protocol),
                 ", ".join(protocol.views) or "any",
-                protocol.metric,
+                protocol.fusion,
             ]
             for protocol in protocols
         ],
@@ -62,10 +62,12 @@ def show_protocol(
     Example: `mote-cli protocols show ucf101-zeroshot-3splits`
     """
     from heads.protocols import protocol_named
+    from heads.published import published_of
 
     protocol = protocol_named(name)
+    published = published_of(name)
     if json:
-        print_json(protocol.to_json())
+        print_json({**protocol.to_json(), "published": [figure.to_json() for figure in published]})
         return
     print_facts(
         {
@@ -88,11 +90,32 @@ def show_protocol(
             [f"{_named(e.counts)}: {e.source}" for e in protocol.expected],
         ),
         ("differences from the papers", protocol.differences),
+        ("published figures, in per cent", [_figure(figure) for figure in published]),
     ):
         if lines:
             results.print(heading)
             for line in lines:
                 results.print(f"  - {line}", markup=False)
+
+
+def _figure(figure: Published) -> str:
+    """One line with all that is known of a published figure."""
+    value = f"{figure.value:g}" + ("" if figure.std is None else f" +- {figure.std:g}")
+    measure = "" if figure.measure == "top1" else f"{figure.measure} "
+    told = {
+        "shots": figure.shots,
+        "views": figure.views,
+        "frames": figure.frames,
+        "prompts": figure.prompts,
+        "fusion": figure.fusion,
+        "videos": figure.videos,
+    }
+    known = ", ".join(f"{name} {value}" for name, value in told.items() if value)
+    said = f" ({known})" if known else ""
+    return (
+        f"{figure.method} {figure.backbone}: {measure}{value}{said}; {figure.source} "
+        f"({figure.sure}){f'; {figure.note}' if figure.note else ''}"
+    )
 
 
 def _named(counts: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -100,55 +100,75 @@ def value_of(name: str, text: str | None) -> Any:
 def blended_runs(
     place: Workspace, run_dir: Path, shares: Sequence[float], dataset: str
 ) -> list[BlendedRun]:
-    """The runs of the checkpoint of `run_dir`, one per share of the tuned tower.
+    """The runs of the tuned tower of `run_dir`, one per share of it in the tower that is used.
 
     UserError when that run has no tower of its own.
     """
-    facts = _weights(run_dir)
-    if facts is None:
+    own = _tuned(run_dir)
+    if own is None:
         raise UserError(
             f"{run_dir.name} has no tuned tower to blend with CLIP's: --sweep blend goes with "
             "heads of import-checkpoint or finetune"
         )
-    others = {run: _weights(run) for run in (run_dir, *place.trained_runs())}
+    others = {run: _tuned(run) for run in (run_dir, *place.trained_runs())}
     found = []
     for share in shares:
         same = [
             run
             for run, other in others.items()
-            if other is not None and other["id"] == facts["id"] and other["blend"] == share
+            if other is not None and other.tower == own.tower and other.blend == share
         ]
         if same:
-            weights = others[same[0]]
-            assert weights is not None
-            remedy = f"`mote-cli extract --dataset {dataset} --encoder {weights['encoder']}`"
+            remedy = f"`mote-cli extract --dataset {dataset} --encoder {same[0].name}`"
         else:
             name = f"{run_dir.name}-blend{round(100 * share):d}"
+            file, first = own.file, ""
+            if file is None:
+                file = f"{run_dir.name}.pt"
+                first = f"`mote-cli export {run_dir.name} --format official --out {file}`, then "
             remedy = (
-                f"`mote-cli import-checkpoint {facts['file'] or 'FILE'} --name {name} --blend "
-                f"{share:g}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
+                f"{first}`mote-cli import-checkpoint {file} --name {name} --blend {share:g}"
+                f"{own.options}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
             )
         found.append(BlendedRun(share, same[0] if same else None, remedy))
     return found
 
 
-def _weights(run_dir: Path) -> dict[str, Any] | None:
-    """Identity of the tuned weights of a run and the share they have in its tower."""
+@dataclass(frozen=True)
+class _Tuned:
+    """The tuned tower of a run; its encoder is called as the run is."""
+
+    tower: str
+    """Told by its weights, before blending."""
+    blend: float
+    file: str | None
+    """Name of the checkpoint it was imported from; None for one that was tuned here."""
+    options: str
+    """What import-checkpoint is told of it, beside the share."""
+
+
+def _tuned(run_dir: Path) -> _Tuned | None:
+    from heads.imported_run import tower_facts, tower_hash
+
     try:
         value = json.loads((run_dir / "config.json").read_text())
-    except (OSError, ValueError):
+        facts = tower_facts(run_dir) or {}
+    except (OSError, ValueError, WorkError):
         return None
-    for origin in ("finetuned", "imported"):
-        facts = value.get(origin)
-        if isinstance(facts, dict) and facts.get("blend") is not None:
-            identity = facts.get("sha256") or facts.get("run") or run_dir.name
-            return {
-                "id": identity,
-                "blend": facts["blend"],
-                "file": facts.get("file"),
-                "encoder": value.get("data", {}).get("encoder") or run_dir.name,
-            }
-    return None
+    imported = value.get("imported")
+    file, options = None, ""
+    if isinstance(imported, dict):
+        facts, file = imported, str(imported.get("file") or "FILE")
+        if imported.get("clip"):
+            options = f" --clip {imported['clip']}"
+    elif facts:
+        told = {"clip": value["data"]["encoder"], "frames": value["data"]["frames"]}
+        told["attention-heads"] = value["head"]["attention_heads"]
+        options = "".join(f" --{name} {given}" for name, given in told.items())
+    if facts.get("blend") is None:
+        return None
+    tower = tower_hash(run_dir) or str(facts.get("sha256") or run_dir.name)
+    return _Tuned(tower, float(facts["blend"]), file, options)
 
 
 def _values(name: str, word: str) -> Sequence[Any]:

@@ -61,7 +61,7 @@ def tradeoff(
     Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
     """
     from heads.plots import tradeoff_plot
-    from heads.tradeoff import collect
+    from heads.tradeoff import collect, is_scored
 
     workspace = options.workspace(root)
     known = {path.name: path for path in evaluated_runs(workspace)}
@@ -73,7 +73,9 @@ def tradeoff(
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
     table = collect(
-        [known[name] for name in dict.fromkeys(runs or known)],
+        [known[name] for name in dict.fromkeys(runs)]
+        if runs
+        else [run for run in known.values() if is_scored(run)],
         closeset=closeset,
         zeroshot=names,
         allow_mixed=allow_mixed,

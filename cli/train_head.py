@@ -160,7 +160,7 @@ def train_head(
             repeats=chosen_set.repeats,
             initial=initial,
             initial_run=initial_run,
-            prompt_set=options.prompt_set(store, prompts) or store.prompt_sets[0],
+            prompt_set=options.training_prompts(store, prompts, initial),
             resume=resume,
             device=options.device(device),
             progress=progress,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 
 STORE_SUFFIX: Final = ".zarr"
 HEAD_FILE: Final = "head.safetensors"
+CONFIG_FILE: Final = "config.json"
+PROTOCOL_FIELD: Final = "protocol"
+"""In config.json of a run: the evaluation protocol that it was trained as a part of."""
 
 
 class Workspace:
@@ -56,7 +60,7 @@ class Workspace:
     def runs(self) -> list[Path]:
         """Folders of the runs that hold a config.json, newest first by its time."""
         found = [
-            (p.stat().st_mtime_ns, p.parent) for p in (self.root / "heads").glob("*/config.json")
+            (p.stat().st_mtime_ns, p.parent) for p in (self.root / "heads").glob(f"*/{CONFIG_FILE}")
         ]
         return [folder for _, folder in sorted(found, reverse=True)]
 
@@ -132,11 +136,13 @@ class Workspace:
         sampling: str | None = None,
         name: str | None = None,
         encoder: str | None = None,
+        option: str = "--store",
     ) -> Store:
         """The one store of embeddings of `dataset` that holds the split and was made as asked.
 
         `name` is that of its folder, with or without ".zarr", or its URL. `encoder` is how the
-        command that would make a store should name the encoder.
+        command that would make a store should name the encoder; `option` is the one that gives
+        `name`.
         Raises UserError when none fits (with the command that makes one) or several do (with
         their names), WorkError when the one that fits is damaged or not finished.
         """
@@ -178,12 +184,13 @@ class Workspace:
             raise UserError(
                 f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
                 + _extract_command(dataset, split, sampling, encoder)
+                + ("" if views is None else f" and a --sampling and --crops of {views} views")
             )
         if len(fitting) > 1:
             names = ", ".join(_describe(store) for store in fitting)
             raise UserError(
                 f"{len(fitting)} stores of data set {dataset!r} fit: {names}; say which with "
-                "--store NAME"
+                f"{option} NAME"
             )
         store = fitting[0]
         if not store.complete:
@@ -200,7 +207,9 @@ class Workspace:
     def choose_run(self, name: str | None) -> Path:
         """Folder of the named run, or of the newest one; it holds head.safetensors.
 
-        UserError lists the runs when there is none of that name, or says how to train one.
+        Runs that an evaluation trained as a part of itself (few-shot, base-to-novel) are taken by
+        name only. UserError lists the runs when there is none of that name, or says how to train
+        one.
         """
         trained = self.trained_runs()
         if not trained:
@@ -208,8 +217,14 @@ class Workspace:
                 f"no trained head under {self.root / 'heads'}: run `mote-cli train-head` first"
             )
         if name is None:
-            log.info("head: %s, the newest run", trained[0].name)
-            return trained[0]
+            own = next((run for run in trained if not _is_part_of_protocol(run)), None)
+            if own is None:
+                raise UserError(
+                    f"every head under {self.root / 'heads'} was trained by an evaluation: name "
+                    f"one with --head ({', '.join(run.name for run in trained)})"
+                )
+            log.info("head: %s, the newest run", own.name)
+            return own
         wanted = self.run_dir(name)
         if wanted not in trained:
             known = ", ".join(run.name for run in trained)
@@ -224,6 +239,14 @@ def _checked(name: str, kind: str) -> str:
             "beginning with a letter or digit"
         )
     return name
+
+
+def _is_part_of_protocol(run: Path) -> bool:
+    try:
+        settings = json.loads((run / CONFIG_FILE).read_text())
+    except (OSError, ValueError):
+        return False  # whoever loads it says what is wrong
+    return isinstance(settings, dict) and bool(settings.get(PROTOCOL_FIELD))
 
 
 def _mismatch(

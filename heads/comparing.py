@@ -35,7 +35,8 @@ FIELDS: Final[dict[str, tuple[Group, bool]]] = {
     "protocol_name": ("what was tested", _DECISIVE),
     "dataset": ("what was tested", _DECISIVE),
     "trained_on": ("what was tested", _DECISIVE),
-    "training_videos": ("what was tested", _DECISIVE),
+    "shots": ("what was tested", _DECISIVE),
+    "training_videos": ("what was tested", _TOLD),
     "n_trained_on": ("what was tested", _TOLD),
     "test_list": ("what was tested", _TOLD),
     "splits": ("what was tested", _DECISIVE),
@@ -146,6 +147,8 @@ class SavedResult:
         if name == "splits":
             parts = self.splits.values()
             return True, {str(part["split"]): part.get("n_listed") for part in parts}
+        if name == "shots" and self.role not in ("fewshot", "base-to-novel"):
+            return True, None
         value = self.values.get(name)
         known = name in self.values and (value is not None or name in _NONE_IS_KNOWN)
         return known, value
@@ -345,6 +348,8 @@ def _unequal(name: str, a: Any, b: Any) -> list[tuple[str, str, str]]:
     if a == b:
         return []
     if isinstance(a, dict) and isinstance(b, dict):
+        if name == "splits" and not a.keys() & b.keys():
+            return [(name, _text(", ".join(a)), _text(", ".join(b)))]
         keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
         return [(f"{name} {key}", _text(a.get(key)), _text(b.get(key))) for key in keys]
     return [(name, _text(a), _text(b))]

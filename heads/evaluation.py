@@ -200,6 +200,9 @@ def _record(
     agreeing, notes = _counts(protocol, store, measured)
     if protocol.views and views_of(store) not in protocol.views:
         notes.append(f"{views_of(store)} views, published with {', '.join(protocol.views)}")
+    n_classes = max(len(labels) for labels in tested.values())
+    if protocol.n_classes not in (None, n_classes):
+        notes.append(f"{n_classes} classes, published with {protocol.n_classes}")
     outside = _in_no_split(store, measured)
     if outside:
         named = ", ".join(outside[:NAMED]) + (", ..." if len(outside) > NAMED else "")
@@ -222,7 +225,7 @@ def _record(
         "encoder": provenance.encoder,
         "encoder_fingerprint": provenance.encoder_fingerprint,
         "kind": head.config.kind,
-        "n_classes": max(len(labels) for labels in tested.values()),
+        "n_classes": n_classes,
         "n_classes_trained": None if trained is None else len(trained & names),
         "head_fingerprint": head_fingerprint(head),
         "blend": facts.blend,
@@ -230,6 +233,7 @@ def _record(
         "epoch_choice": facts.epoch_choice,
         "trained_on": origin.dataset or None if origin is not None else None,
         "training_videos": origin.trained_on or None if origin is not None else None,
+        "shots": facts.shots,
         "n_trained_on": facts.n_trained_on,
         "source": protocol.source,
         "test_list": protocol.test_list,

@@ -162,6 +162,6 @@ def default_prompt_set(store: Store, head: TemporalHead) -> str:
     if len(known) != 1:
         raise UserError(
             f"{store.path.name} has class texts for {', '.join(known) or 'no prompt set'}: "
-            "name one prompt set"
+            "name one with --prompts"
         )
     return known[0]

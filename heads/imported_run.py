@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -69,6 +71,21 @@ def tower_facts(run_dir: Path) -> dict[str, Any] | None:
         return None
     with open_tensors(file) as (_, _, card):
         return card
+
+
+def tower_hash(run_dir: Path) -> str | None:
+    """SHA-256 of the tensors of the unblended tower of a run, None for a run without one.
+
+    A tower that was exported and imported again has the same.
+    """
+    found = imported_tower(run_dir)
+    if found is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(found[0].items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def imported_origin(

@@ -119,8 +119,8 @@ def published_of(protocol: str) -> list[Published]:
 def comparable(result: Mapping[str, Any], backbone: str | None = None) -> list[Published]:
     """Published figures with the protocol of a result (`EvalResult.to_json()`, or a result file).
 
-    Of few-shot results the mapping holds `shots` as well, and `measure` where its number is not a
-    top-1. `backbone` is the architecture of its image tower, "ViT-B/16", by default read from the
+    The mapping holds `measure` where its number is not a top-1 ("harmonic mean" of base-to-novel).
+    `backbone` is the architecture of its image tower, "ViT-B/16", by default read from the
     encoder's name. Whoever prints them prints `count_note` and their `note` as well.
     """
     return [f for f in published_figures() if not differs(f, result, backbone)]
@@ -128,6 +128,8 @@ def comparable(result: Mapping[str, Any], backbone: str | None = None) -> list[P
 
 def nearest(result: Mapping[str, Any], backbone: str | None = None, limit: int = 3) -> list[Near]:
     """Figures on the result's data set that differ from it in the fewest fields, at most `limit`.
+
+    Those of its protocol and its number of shots come first.
 
     None where figures are comparable, or the data set has none.
     """
@@ -140,8 +142,10 @@ def nearest(result: Mapping[str, Any], backbone: str | None = None, limit: int =
     if any(not one.differs for one in near):
         return []
 
-    def distance(one: Near) -> tuple[bool, int]:
-        return one.figure.protocol != ours["protocol"], len(one.differs)
+    def distance(one: Near) -> tuple[bool, bool, int]:
+        figure = one.figure
+        other = figure.protocol != ours["protocol"], figure.shots != ours["shots"]
+        return *other, len(one.differs)
 
     return sorted(near, key=distance)[:limit]
 

@@ -88,6 +88,8 @@ class RunFacts:
     """The sentences of the prompt set, with {} for the class name."""
     n_trained_on: int | None = None
     """Tested videos that are training videos of the head."""
+    shots: int | None = None
+    """Training videos per class, of few-shot and base-to-novel."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,8 @@ class EvalResult:
     """Data set the head was trained on; None where it is not known."""
     training_videos: str | None
     """Which of its videos, in words; None where it is not known."""
+    shots: int | None
+    """Videos per class among them, of few-shot and base-to-novel; None elsewhere."""
     n_trained_on: int | None
     """Listed videos that are training videos of the head; None where that is not known."""
     source: str

@@ -8,6 +8,7 @@ computed from unrounded accuracies; whoever prints rounds once.
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from featstore.errors import UserError
+from heads.checkpoints import CONFIG_FILE
 from heads.comparing import SavedResult, differences, saved_results
 from heads.protocols import PROTOCOLS, known_dataset
 
@@ -59,8 +61,11 @@ class Setting:
     """What is not as usual, "temperature 0.1": sweeps leave such results."""
 
     @classmethod
-    def of(cls, result: SavedResult) -> Setting:
-        """That of a result; what its file does not say was not to be chosen when it was written."""
+    def of(cls, result: SavedResult, prompts: str | None = None) -> Setting:
+        """That of a result; what its file does not say was not to be chosen when it was written.
+
+        `prompts` is the head's own prompt set, where it is known.
+        """
         changes = [
             f"{name.removeprefix('modulation_')} {result.values[name]:g}"
             for name, usual in _USUAL.items()
@@ -70,6 +75,8 @@ class Setting:
         fusion = result.values.get("fusion")
         if known is not None and fusion != known.fusion:
             changes.append(f"fusion {fusion}")
+        if prompts is not None and result.values.get("prompt_set") not in (None, prompts):
+            changes.append(f"prompts {result.values['prompt_set']}")
         return cls(result.modulated, tuple(changes))
 
     @property
@@ -190,6 +197,7 @@ def collect(
     results of one row are of different weights, or when no row is complete.
     """
     found = {run.name: _newest(saved_results(run)) for run in runs}
+    prompts = {run.name: own_prompts(run, found[run.name]) for run in runs}
     close = closeset or _default_closeset(found)
     zero = tuple(zeroshot) or _default_zeroshot(found)
     repeated = [name for name in zero if zero.count(name) > 1]
@@ -198,8 +206,13 @@ def collect(
     rows: list[TradeoffRow] = []
     missing: list[str] = []
     for head, results in found.items():
-        settings = sorted({Setting.of(result) for result in results}) or [Setting(False, ())]
-        made = [_row(head, setting, results, close, zero) for setting in settings]
+        by_setting: dict[Setting, list[SavedResult]] = {}
+        for result in results:
+            by_setting.setdefault(Setting.of(result, prompts[head]), []).append(result)
+        made = [
+            _row(head, setting, by_setting.get(setting, []), close, zero)
+            for setting in sorted(by_setting) or [Setting(False, ())]
+        ]
         # A sweep leaves settings that were measured on one set only, and nobody asked for more.
         begun = [row for row in made if row.begun and (row.complete or not row.setting.changes)]
         for row in begun or made[-1:]:
@@ -223,6 +236,23 @@ def collect(
     return Tradeoff(close, zero, tuple(rows), tuple(missing), tuple(mixed), tuple(unsure))
 
 
+def is_scored(run: Path) -> bool:
+    """Whether a run has results that a table may hold: others than of what was trained for them."""
+    return any(result.role not in ("fewshot", "base-to-novel") for result in saved_results(run))
+
+
+def own_prompts(run: Path, results: Sequence[SavedResult]) -> str | None:
+    """The prompt set of a run's training; of a run that does not say, that of most results."""
+    try:
+        own = json.loads((run / CONFIG_FILE).read_text())["data"]["prompt_set"]
+    except (OSError, ValueError, KeyError, TypeError):
+        own = None
+    if isinstance(own, str):
+        return own
+    named = [str(r.values["prompt_set"]) for r in results if r.values.get("prompt_set")]
+    return max(sorted(set(named)), key=named.count, default=None)
+
+
 def _newest(results: Sequence[SavedResult]) -> list[SavedResult]:
     return sorted(results, key=lambda result: result.time_ns, reverse=True)
 
@@ -235,8 +265,7 @@ def _row(
     zeroshot: Sequence[str],
 ) -> TradeoffRow:
     def newest(role: Role, name: str) -> SavedResult | None:
-        fitting = (r for r in results if Setting.of(r) == setting and _is(r, role, name))
-        return next(fitting, None)
+        return next((result for result in results if _is(result, role, name)), None)
 
     return TradeoffRow(
         head,

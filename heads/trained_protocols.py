@@ -93,6 +93,7 @@ def train_and_test(
     *,
     prompt_set: str,
     evaluate: Evaluate,
+    protocol: str = "",
     initial: TemporalHead | None = None,
     initial_run: Path | None = None,
     best_epoch: bool = True,
@@ -102,7 +103,8 @@ def train_and_test(
     """Train `run` from `store`, or continue it, or find it done; then test its last epoch.
 
     With `best_epoch` every epoch is tested, and the head of the best one (mean top-1 of the test
-    sets, the earliest of equal ones) is kept as best-on-test.safetensors.
+    sets, the earliest of equal ones) is kept as best-on-test.safetensors. `protocol` is the name
+    of the evaluation, which the run keeps.
     Errors of `train_head` and of `evaluate`.
     """
     watch = _BestEpoch(run, evaluate) if best_epoch else None
@@ -118,6 +120,7 @@ def train_and_test(
         initial=initial,
         initial_run=initial_run,
         after_epoch=watch,
+        protocol=protocol,
         prompt_set=prompt_set,
         resume=(run.run_dir / CONFIG_FILE).is_file(),
         device=device,

@@ -28,6 +28,7 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.records import ClassText
 from featstore.schema import STATUS_OK, RowArray
+from featstore.workspace import PROTOCOL_FIELD
 from heads.checkpoints import (
     CONFIG_FILE,
     HEAD_FILE,
@@ -113,6 +114,7 @@ def train_head(
     initial: TemporalHead | None = None,
     initial_run: Path | None = None,
     after_epoch: AfterEpoch | None = None,
+    protocol: str = "",
     resume: bool = False,
     device: str = "auto",
     progress: ProgressSink = no_progress,
@@ -124,7 +126,8 @@ def train_head(
     An epoch has every row `repeats` times. `initial` gives the weights to start from, its
     configuration must be `head`; `initial_run` is its folder, whose training videos count as this
     run's. `after_epoch` is called with the head and the number of epochs
-    done; what it returns joins the epoch's record in metrics.jsonl.
+    done; what it returns joins the epoch's record in metrics.jsonl. `protocol` names the evaluation
+    that a run is a part of: such a run is nobody's newest head.
 
     Rows whose extraction failed are left out, counted and logged. Features stay in memory when
     they fit. The same seed on the same machine gives the same bits, also through `resume`, which
@@ -197,6 +200,7 @@ def train_head(
         },
         "precision": resolve_precision(training.precision, head.dim, where),
         "device": where.type,
+        **({PROTOCOL_FIELD: protocol} if protocol else {}),
     }
     with exclusive(run_dir / LOCK_FILE, f"training {run_dir}"):
         open_run(run_dir, settings, resume)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from official_trees import Tree
 from sample_stores import make_provenance
 
@@ -23,6 +24,8 @@ DIM = 32
 FRAMES = 4
 PROMPTS = "mote28"
 
+FeatureArray = npt.NDArray[np.float64]
+
 
 def one_hot_store(
     root: Path,
@@ -31,14 +34,19 @@ def one_hot_store(
     *,
     split: str | None = None,
     failed: frozenset[str] = frozenset(),
-    views: int = 1,
+    clips: int = 1,
+    crops: int = 1,
+    by_hand: Mapping[str, FeatureArray] | None = None,
 ) -> Store:
     """A store of a packed tree under `root`: text c is direction c, a video that of one class.
 
     `taken_for` names the class, in words, that a video points at (default: its own). `split`
     leaves the others' rows out, as `extract --split` does. Rows come tar by tar; names in `failed`
-    failed in extraction, and so did what packing could not read.
+    failed in extraction, and so did what packing could not read. Of more than one view the sampling
+    says so; `by_hand` gives views of videos [views, DIM] that point elsewhere than the others.
     """
+    views = clips * crops
+    sampling = f"uniform:{FRAMES}" if clips == 1 else f"clips:{FRAMES}x{clips}"
     taken_for = taken_for or {}
     workspace = Workspace(root)
     dataset = load_dataset(workspace.dataset_dir(tree.name))
@@ -67,11 +75,13 @@ def one_hot_store(
     features = np.zeros((n, views, FRAMES, DIM))
     for place, (stem, label) in enumerate(zip(stems, labels, strict=True)):
         features[place, ..., names.index(taken_for.get(stem, names[label]))] = 4
+        if by_hand is not None and stem in by_hand:
+            features[place] = by_hand[stem][:, None]
     indices, times, status = np.zeros((n, views, FRAMES), np.int32), np.zeros((n, views, FRAMES)), 1
     statuses = np.full(n, status, np.uint8)
     features[bad], indices[bad], times[bad], statuses[bad] = np.nan, -1, np.nan, 2
     path = workspace.store_path(
-        tree.name, encoder="onehot", sampling=f"uniform:{FRAMES}", split=split
+        tree.name, encoder="onehot", sampling=sampling, crops=crops, split=split
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = StoreWriter.init(
@@ -80,7 +90,8 @@ def one_hot_store(
         make_provenance(
             DIM,
             encoder="onehot",
-            sampling=f"uniform:{FRAMES}",
+            sampling=sampling,
+            crops=crops,
             dataset=tree.name,
             dataset_fingerprint=dataset.fingerprint,
             label_map=dataset.label_map,

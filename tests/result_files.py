@@ -46,6 +46,7 @@ OLD: dict[str, Any] = {
 NEW: dict[str, Any] = {
     "protocol_name": "hmdb51-zeroshot-3splits",
     "trained_on": "k400",
+    "training_videos": "split train",
     "n_trained_on": 240_000,
     "test_list": "official test lists 1, 2 and 3; all classes",
     "n_found": 1530,

@@ -63,6 +63,20 @@ def test_old_files_and_outcomes(tmp_path: Path) -> None:
     assert "test1, 2 videos: 0 videos only B has right, 1 only A: p = 1" in text
 
 
+def test_the_draws_of_half_class_are_told_in_one_line(tmp_path: Path) -> None:
+    files = [write_result(tmp_path / f"{n}.json", splits=(50.0,) * 10) for n in "ab"]
+    for file, place in zip(files, (0, 1), strict=True):
+        sets = {f"test{i}": {"x": place, "y": 0, "z": int(i == 3)} for i in range(1, 11)}
+        write_outcomes(file, sets)
+    text = mote("compare", *files).out
+    line = (
+        "10 test sets of 3 videos: 0 videos only B has right, 1 only A: p = 1 (exact McNemar "
+        "tests, one each; --json has them all)"
+    )
+    assert text.count("McNemar") == text.count(line) == 1
+    assert len(done("compare", *files)["paired"]) == 10
+
+
 def test_published_figures_stand_beside_a_result(tmp_path: Path) -> None:
     file = write_result(tmp_path / "r.json", splits=(50.0, 51.0, 52.0))
     found = done("compare", file, "--published", "--root", tmp_path)

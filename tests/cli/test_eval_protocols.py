@@ -19,6 +19,7 @@ from featstore import Store
 from heads import HeadConfig, HeadOrigin, build_head, save_head
 from heads.leaks import write_training_keys
 from heads.protocols import PROTOCOLS
+from heads.published import published_of
 
 OFFICIAL = ("train1", "test1", "test2", "test3", "rest")
 NAMES = (*ACTIONS, "clap", "dive", "golf", "hug")
@@ -86,12 +87,18 @@ def test_the_protocols_are_listed() -> None:
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_a_protocol_is_shown_from_its_object(name: str) -> None:
     protocol = PROTOCOLS[name]
-    assert done("protocols", "show", name) == json.loads(json.dumps(protocol.to_json()))
+    value = done("protocols", "show", name)
+    figures = [figure.to_json() for figure in published_of(name)]
+    assert value.pop("published") == figures
+    assert value == json.loads(json.dumps(protocol.to_json()))
     text = mote("protocols", "show", name).out
     for part in (protocol.title, protocol.trained_on, protocol.test_list, protocol.source):
         assert part in text
     assert all(difference in text for difference in protocol.differences)
     assert all(expected.source in text for expected in protocol.expected)
+    told = text.partition("published figures, in per cent\n")[2]
+    assert told.count("\n") == len(figures)
+    assert all(f"{figure['value']:g}" in told for figure in figures)
 
 
 def test_an_unknown_protocol() -> None:

@@ -115,9 +115,67 @@ def test_few_shot_counts_and_accuracy(packed: dict[str, tuple[Tree, Path]], tmp_
     assert sorted(p.stat().st_size > 0 for p in (folder / "eval").glob("*.json")) == [True, True]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["test_top1"] for line in lines] == [pytest.approx(run["last"]["top1"])] * 2
+    assert (run["last"]["shots"], learned["runs"][1]["last"]["shots"]) == (2, 4)
+    assert {near["shots"] for near in run["nearest"]} == {2}  # figures on the data set
+    assert all(near["differs"] for near in run["nearest"])
     again = mote(*arguments, *training, "--json")
     assert again.json == learned  # nothing is trained a second time
     assert again.err.count("published lists have 1,530") == 2  # once for each run
+
+
+def test_heads_of_an_evaluation_are_nobodys_newest(
+    packed: dict[str, tuple[Tree, Path]], tmp_path: Path
+) -> None:
+    _, root = workspace(packed, "ssv2", tmp_path)
+    recipe = ("--recipe", tmp_path / "recipe.toml", "--epochs", "1", "--root", root)
+    few = ("eval", "--fewshot", "ssv2", "--shots", "2", *recipe)
+    (run,) = done(*few)["runs"]
+    tested = ("eval", "--closeset", "ssv2", "--no-modulate", "--root", root)
+    error = refused(2, *tested)
+    assert f"was trained by an evaluation: name one with --head ({run['run']})" in error
+    assert done(*tested, "--head", run["run"])["head"] == run["run"]
+    done("train-head", "--dataset", "ssv2", "--name", "mine", *recipe)
+    done(*few, "--draw-seeds", "2")
+    assert done(*tested)["head"] == "mine"
+
+
+def test_novel_classes_that_the_first_head_knows(
+    packed: dict[str, tuple[Tree, Path]], tmp_path: Path
+) -> None:
+    _, root = workspace(packed, "ucf101", tmp_path)
+    place = ("--recipe", tmp_path / "recipe.toml", "--epochs", "1", "--root", root)
+    done("train-head", "--dataset", "ucf101", "--split", "train1", "--name", "all", *place)
+    seen = mote(
+        *("eval", "--base-to-novel", "ucf101", "--head", "all", "--shots", "1", "--no-modulate"),
+        *("--draw-seeds", "1", *place),
+    )
+    assert seen.code == 0, seen.err
+    assert "was trained on 3 of the 3 novel classes ('tai chi', 'wall pushups', 'yo" in seen.err
+
+
+def test_a_training_goes_on_with_the_sentences_of_its_head(
+    packed: dict[str, tuple[Tree, Path]], tmp_path: Path
+) -> None:
+    _, root = workspace(packed, "ssv2", tmp_path)
+    (store,) = (root / "features/ssv2").glob("*.zarr")
+    for name in ("aaa", "zzz"):
+        shutil.copytree(store / "class_text/mote28", store / "class_text" / name)
+    recipe = ("--recipe", tmp_path / "recipe.toml", "--epochs", "1", "--root", root)
+    train = ("train-head", "--dataset", "ssv2", *recipe)
+    done(*train, "--name", "usual")
+    done(*train, "--name", "own", "--prompts", "zzz")
+    done(*train, "--name", "next", "--from-head", "own")
+    few = ("eval", "--fewshot", "ssv2", "--shots", "2", "--head", "own", "--no-modulate", *recipe)
+    assert done(*few)["runs"][0]["last"]["prompt_set"] == "zzz"
+    found = []
+    for name in ("usual", "own", "next"):
+        origin = load_head(root / "heads" / name).origin
+        assert origin is not None
+        found.append(origin.prompt_set)
+    assert found == ["mote28", "zzz", "zzz"]
+    shutil.rmtree(store / "class_text/mote28")
+    error = refused(2, *train, "--name", "other")
+    assert "has class texts for aaa, zzz: name one with --prompts" in error
 
 
 def test_few_shot_from_a_head(packed: dict[str, tuple[Tree, Path]], tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_runs(workspace: Workspace) -> None:
     assert [run.name for run in workspace.runs()] == ["new", "middle", "old", "interrupted"]
     assert workspace.choose_run(None).name == "new"
     assert workspace.choose_run("old") == workspace.run_dir("old")
+    for name in ("new", "middle"):  # trained by an evaluation as a part of itself
+        config = workspace.run_dir(name) / "config.json"
+        times = config.stat()
+        config.write_text('{"protocol": "hmdb51-fewshot"}')
+        os.utime(config, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert workspace.choose_run(None).name == "old"
+    assert workspace.choose_run("new").name == "new"
     for missing in ("interrupted", "none"):
         with pytest.raises(UserError, match=f"head '{missing}' .* choose one of new, middle, old"):
             workspace.choose_run(missing)

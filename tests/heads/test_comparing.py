@@ -131,6 +131,10 @@ def test_several_test_sets(tmp_path: Path) -> None:
     assert top1 == [("test1", 1.0), ("test2", -2.0), ("mean of all test sets", pytest.approx(-5.5))]
     assert (found.only_a, found.only_b) == (("test3",), ())
     assert "splits test3" in [d.name for d in found.differences]
+    draws = [{"split": f"draw{n}", "n_listed": 5, "top1": 50.0} for n in range(10)]
+    found = compared(tmp_path, {}, {"per_split": draws})
+    (splits,) = [d for d in found.differences if d.name.startswith("splits")]
+    assert (splits.of_a, splits.of_b[:12]) == ("test1", "draw0, draw1")
     assert found.to_json()["comparable"] is False
 
 

@@ -109,6 +109,20 @@ def test_the_table_of_two_heads(tmp_path: Path) -> None:
     assert collect(runs, closeset="k400-closeset-4x3").rows == table.rows
 
 
+def test_other_prompts_are_a_row_of_their_own(tmp_path: Path) -> None:
+    """A newer result with other sentences does not replace the one with the head's own."""
+    run = whole(tmp_path / "b16", 80.0, 80.0, 50.0, 60.0)
+    zeroshot(run, "hmdb51", 10.0, time=5, prompt_set="mine")
+    (row,) = collect([run]).rows
+    assert row.zeroshot[1] is not None
+    assert row.zeroshot[1].top1 == 50.0
+    (run / "config.json").write_text('{"data": {"prompt_set": "mine"}}')
+    table = collect([run], zeroshot=["ucf101"])
+    assert [row.setting.text for row in table.rows if row.complete] == ["on, prompts mote28"]
+    whole(run, 70.0, 60.0, 40.0, 50.0, time=9, prompt_set="mine")
+    assert [row.setting.text for row in collect([run]).rows] == ["on", "on, prompts mote28"]
+
+
 def test_the_newest_result_counts_and_modulation_is_a_row(tmp_path: Path) -> None:
     run = whole(tmp_path / "b16", 80.0, 80.0, 50.0, 60.0)
     zeroshot(run, "hmdb51", 55.8, time=5)
