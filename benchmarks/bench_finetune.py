@@ -21,13 +21,13 @@ from typing import Any
 import common
 import numpy as np
 import torch
+
+from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
+from heads.end_to_end import EndToEndModel
 from heads.end_to_end.distributed import Ranks
 from heads.end_to_end.finetuning import finetune
 from heads.end_to_end.plan import FinetuneRequest
 from heads.finetune_config import FinetuneConfig
-
-from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
-from heads.end_to_end import EndToEndModel
 from heads.optimisation import build_optimizer
 from heads.precision import autocast, resolve_device
 from pipeline.clip_encoder import load_encoder
