@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def finetune(root: Path, name: str, *more: str | Path, batch_size: int = 4) -> t
 
 def start_ranks(commands: Commands, count: int, *arguments: str | Path) -> list[Running]:
     """The command as `count` processes of one training, as a launcher would start them."""
+    return start_lines(commands, [arguments] * count)
+
+
+def start_lines(commands: Commands, lines: Sequence[Sequence[str | Path]]) -> list[Running]:
+    """Processes of one training, each with its own command line."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -49,13 +55,13 @@ def start_ranks(commands: Commands, count: int, *arguments: str | Path) -> list[
             environment={
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
+                "WORLD_SIZE": str(len(lines)),
+                "LOCAL_WORLD_SIZE": str(len(lines)),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             },
         )
-        for rank in range(count)
+        for rank, arguments in enumerate(lines)
     ]
 
 

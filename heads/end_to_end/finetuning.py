@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -34,6 +35,7 @@ from heads.end_to_end.training import Finetuner
 from heads.end_to_end.validation import validate
 from heads.finetune_config import FinetuneConfig
 from heads.imported_run import TOWER_FILE
+from heads.run_settings import setting_differences
 from heads.scoring import can_modulate
 from heads.training import LOCK_FILE, read_metrics, write_metrics
 
@@ -111,7 +113,7 @@ def finetune(
         with ExitStack() as held, contact(ranks):
             with ranks.agreeing():
                 plan = make_plan(request, ranks)
-            _require_same_order(plan, ranks)
+            _require_same_plan(plan, ranks)
             ranks.only_first(lambda: held.enter_context(_lock(request)))
             ranks.only_first(
                 lambda: open_run(
@@ -240,12 +242,23 @@ def _close_epoch(request: FinetuneRequest, plan: Plan, finetuner: Finetuner) -> 
     finetuner.next_epoch()
 
 
-def _require_same_order(plan: Plan, ranks: Ranks) -> None:
-    if len(set(ranks.gathered((plan.clips.digest, plan.dataset.fingerprint)))) > 1:
+def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
+    """UserError unless all processes were started alike and see the same data and encoder."""
+    unlike = sorted({n for other in ranks.gathered(plan.settings) for n in _unlike(plan, other)})
+    if unlike:
         raise agreed(
-            UserError("the processes see different data sets: give all of them the same --root"),
+            UserError(
+                f"the processes differ in {', '.join(unlike)}: start all of them with the same "
+                "options and workspace"
+            ),
             ranks.first,
         )
+
+
+def _unlike(plan: Plan, other: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ; a path to the same encoder may."""
+    phrases = setting_differences(other, plan.settings, ("data.encoder",))
+    return [phrase.split()[0] for phrase in phrases]
 
 
 def _summary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,28 @@ def test_the_table_names_the_next_command(small_world: None, tmp_path: Path) -> 
     assert result.code == 0
     assert "mote-cli pack --dataset my-clips --videos DIR" in result.out
     assert "transformer" in result.out
+
+
+def test_fine_tuning_adds_its_rows(small_world: None, tmp_path: Path) -> None:
+    report = done("demo", "--finetune", "1", "--root", tmp_path)
+    assert report["finetune_epochs"] == 1
+    *frozen, plain, modulated = report["rows"]
+    assert [(row["head"], row["modulated"]) for row in (plain, modulated)] == [
+        ("mote-finetuned", False),
+        ("mote-finetuned", True),
+    ]
+    assert frozen == done("demo", "--root", tmp_path)["rows"]
+    tuned = tmp_path / "heads" / "demo-finetuned-0-1"
+    assert json.loads((tuned / "config.json").read_text())["from_head"]["run"] == "demo-mote-0"
+    assert (tmp_path / "encoders" / "demo-finetuned-0-1" / "open_clip_config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fine_tuning_from_the_frozen_head_improves_the_known_classes(tmp_path: Path) -> None:
+    rows = done("demo", "--finetune", "3", "--root", tmp_path)["rows"]
+    frozen, tuned = rows[3], rows[5]
+    assert tuned["closeset_top1"] > frozen["closeset_top1"]
 
 
 @pytest.mark.slow

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 from processes import DEADLINE_S, Commands, Running, command_starter
-from tuning import difference, files_of, finetune, start_ranks, tuning_workspace
+from tuning import (
+    difference,
+    files_of,
+    finetune,
+    start_lines,
+    start_ranks,
+    tuning_workspace,
+)
 
 TOLERANCE = 1e-5  # of weights that several steps of AdamW moved by up to 3e-3, in float32
 
@@ -186,6 +193,15 @@ def test_a_mistake_is_told_once(commands: Commands, root: Path) -> None:
     assert words.count("error:") == 1
     assert "tower-last-9: the image tower has 2 blocks" in words
     assert not (root / "heads/r/config.json").exists()
+
+
+def test_processes_that_were_started_differently(commands: Commands, root: Path) -> None:
+    lines = [finetune(root, "r"), finetune(root, "r", "--lr", "0.5")]
+    running = start_lines(commands, lines)
+    assert ended(running) == [2, 2]
+    words = running[0].words + running[1].words
+    assert words.count("error:") == 1
+    assert "the processes differ in training.lr: start all of them" in words
 
 
 @pytest.mark.slow

@@ -327,7 +327,7 @@ def test_an_error_that_is_no_videos_fault_reaches_the_consumer(
 
 
 INTERRUPTED = """
-import sys, threading
+import os, sys, threading
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from pipeline.packed import load_dataset
@@ -335,7 +335,7 @@ from test_training_clips import Pictures, stream
 
 hang = threading.Event()
 def before(number):
-    print("decoding", flush=True)
+    os.write(1, b"decoding\\n")  # whole, whichever thread writes
     hang.wait(1)
 dataset = load_dataset(Path({folder!r}))
 try:

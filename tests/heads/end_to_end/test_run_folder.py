@@ -184,6 +184,7 @@ def test_publishing_shows_both_or_neither(tmp_path: Path, monkeypatch: pytest.Mo
             encoders_dir=encoders,
             blend=0.9,
             epoch=3,
+            epoch_choice="last",
             ranks=Ranks(),
         )
 
