@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from featstore.errors import UserError
 from heads.checkpoints import CONFIG_FILE
 from heads.comparing import SavedResult, differences, saved_results
 from heads.protocols import PROTOCOLS, known_dataset
+
+log = logging.getLogger(__name__)
 
 Role = Literal["closeset", "zeroshot"]
 
@@ -196,7 +199,7 @@ def collect(
     when a column would mix protocols and `allow_mixed` is off (the fields are named), when
     results of one row are of different weights, or when no row is complete.
     """
-    found = {run.name: _newest(saved_results(run)) for run in runs}
+    found = {run.name: _newest(_of_new_videos(saved_results(run))) for run in runs}
     prompts = {run.name: own_prompts(run, found[run.name]) for run in runs}
     close = closeset or _default_closeset(found)
     zero = tuple(zeroshot) or _default_zeroshot(found)
@@ -234,6 +237,20 @@ def collect(
             "name those that were, or show them together with --allow-mixed"
         )
     return Tradeoff(close, zero, tuple(rows), tuple(missing), tuple(mixed), tuple(unsure))
+
+
+def _of_new_videos(results: Sequence[SavedResult]) -> list[SavedResult]:
+    """Results without those that `eval --allow-overlap` left of training videos; they are told."""
+    fair = []
+    for result in results:
+        seen = result.values.get("n_trained_on")
+        if seen:
+            log.warning(
+                "passed over: %s is of %s videos that its head was trained on", result.path, seen
+            )
+        else:
+            fair.append(result)
+    return fair
 
 
 def is_scored(run: Path) -> bool:

@@ -47,7 +47,7 @@ NEW: dict[str, Any] = {
     "protocol_name": "hmdb51-zeroshot-3splits",
     "trained_on": "k400",
     "training_videos": "split train",
-    "n_trained_on": 240_000,
+    "n_trained_on": 0,
     "test_list": "official test lists 1, 2 and 3; all classes",
     "n_found": 1530,
     "class_names_source": "data set hmdb51",

@@ -222,7 +222,8 @@ def test_other_counts_than_published_are_said(
     store = action_store(tmp_path / "toy.zarr", split_names=OFFICIAL_TESTS)
     result = evaluate(store, "hmdb51-zeroshot-3splits")
     assert result.published_counts == []
-    assert [note.split()[0] for note in result.notes] == ["test1", "test2", "test3", "1x1"]
+    assert [note.split()[0] for note in result.notes] == ["test1", "test2", "test3", "1x1", "8"]
+    assert result.notes[-1] == "8 classes, published with 51"
     assert "test2 lists 10 videos, published lists have 1,530 (official lists)" in caplog.text
 
 

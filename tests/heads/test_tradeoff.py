@@ -123,6 +123,16 @@ def test_other_prompts_are_a_row_of_their_own(tmp_path: Path) -> None:
     assert [row.setting.text for row in collect([run]).rows] == ["on", "on, prompts mote28"]
 
 
+def test_results_of_training_videos_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = whole(tmp_path / "b16", 80.0, 80.0, 50.0, 60.0)
+    closeset(run, 99.0, time=5, n_trained_on=12)
+    (row,) = collect([run]).rows
+    assert row.closeset_top1 == 80.0
+    assert "close5-True.json is of 12 videos that its head was trained on" in caplog.text
+
+
 def test_the_newest_result_counts_and_modulation_is_a_row(tmp_path: Path) -> None:
     run = whole(tmp_path / "b16", 80.0, 80.0, 50.0, 60.0)
     zeroshot(run, "hmdb51", 55.8, time=5)
