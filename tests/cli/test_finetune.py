@@ -54,8 +54,11 @@ def test_the_tuned_tower_and_head_work_everywhere(root: Path, tmp_path: Path) ->
     assert len(predicted["videos"][0]["predictions"]) == 5
     for kind in ("safetensors", "official"):
         assert done("export", "tuned", "--format", kind, "--out", tmp_path / kind, *place)["bytes"]
-    inspected = mote("inspect", root / "heads/tuned")
-    assert inspected.code == 0, inspected.err
+    inspected = done("inspect", root / "heads/tuned")
+    assert (inspected["mode"], inspected["finished"]) == ("finetune", True)
+    assert inspected["top1_by_epoch"]["epoch 2"] == pytest.approx(summary["top1"], abs=0.01)
+    assert inspected["failures"] == []
+    assert inspected["results"]
 
 
 def test_the_encoder_is_blended_and_the_official_export_is_not(root: Path, tmp_path: Path) -> None:
