@@ -174,7 +174,8 @@ def main() -> None:
             [f"MB after {steps} steps", late, early, late / early, MAX_GROWTH],
         ],
     )
-    name = f"ViT-B/32, batch {chosen.batch} x {FRAMES} frames, fp32"
+    tower = "tiny CLIP" if chosen.quick else "ViT-B/32"
+    name = f"{tower}, batch {chosen.batch} x {FRAMES} frames, fp32"
     rows = [
         common.Row(
             f"step of `finetune` from packed videos, {name}",

@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 
 from featstore.errors import UserError, WorkError
+from featstore.loader import available_memory
 from featstore.locking import exclusive
 from featstore.progress import ProgressSink, no_progress
 from heads.checkpoints import HEAD_FILE, STATE_FILE, load_head, open_tensors
@@ -340,3 +341,20 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
         *(plan.precision, ranks.device.type),
     )
+    if ranks.device.type == "cpu" and ranks.first:
+        _warn_of_memory(plan, config)
+
+
+def _warn_of_memory(plan: Plan, config: FinetuneConfig) -> None:
+    """A GPU says that its memory is used up; the system ends a process without a word."""
+    videos = min(config.batch_size, plan.clips.n_listed)
+    needed = plan.model.kept_bytes() * config.frames * videos
+    # Gradients and both moments of AdamW, which are still to come.
+    needed += 3 * sum(4 * p.numel() for p in plan.model.parameters() if p.requires_grad)
+    free = available_memory()
+    if needed > free:
+        log.warning(
+            "a step of %d videos takes about %.0f GB of memory, %.0f GB are free: lower "
+            "--batch-size (and raise --accumulation), or add --checkpointing",
+            *(videos, needed / 1e9, free / 1e9),
+        )

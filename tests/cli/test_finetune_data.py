@@ -105,3 +105,13 @@ def test_what_comes_next_is_said_whole(root: Path) -> None:
     assert done(*evaluate, "--root", root)["top1"] == pytest.approx(
         trained["evaluation"]["top1"], abs=100 / 6 + 1e-6
     )
+
+
+def test_a_batch_that_memory_does_not_hold(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heads.end_to_end.finetuning.available_memory", lambda: 1000)
+    result = mote(*finetune(root, "r", batch_size=10**6))
+    assert result.code == 0, result.err
+    # The batch is no larger than the data.
+    assert "a step of 12 videos takes about 0 GB of memory, 0 GB are free: lower" in result.err
+    monkeypatch.undo()
+    assert "of memory" not in mote(*finetune(root, "s")).err
