@@ -107,7 +107,7 @@ def _run(path: Path) -> dict[str, Any]:
                 if record["evaluation"]
             },
             "clips_per_second": round(records[-1]["clips_per_second"], 2) if records else None,
-            "first_stage": str(path / FROZEN) if (path / FROZEN).is_dir() else None,
+            **({"first_stage": str(path / FROZEN)} if (path / FROZEN).is_dir() else {}),
             "failures": [
                 {"key": failure["key"], "reason": failure["reason"]}
                 for failure in read_failed_clips(path)
