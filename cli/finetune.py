@@ -305,6 +305,10 @@ def _print_summary(summary: FinetuneSummary, json: bool) -> None:
             f"{percent(summary.top1)} % (the best was {percent(summary.best_top1)} after epoch "
             f"{summary.best_epoch})"
         )
+    split, evaluate = "", {}
+    if summary.eval_split is not None:
+        split = f" --split {summary.eval_split}"
+        evaluate = {"then": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"}
     print_facts(
         {
             "run": f"{summary.run} in {summary.path}",
@@ -319,6 +323,8 @@ def _print_summary(summary: FinetuneSummary, json: bool) -> None:
             f"{summary.waiting:.0%} waiting for data ({summary.precision} on {summary.device})",
             "memory": memory,
             **{f"failed: {failure['key']}": failure["reason"] for failure in summary.failures},
-            "next": f"mote-cli extract --dataset {summary.dataset} --encoder {summary.run}",
+            "next": f"mote-cli extract --dataset {summary.dataset}{split} --encoder {summary.run} "
+            f"--sampling uniform:{summary.frames}",
+            **evaluate,
         }
     )

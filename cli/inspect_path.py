@@ -94,7 +94,26 @@ def _store(path: Path) -> dict[str, Any]:
 def _run(path: Path) -> dict[str, Any]:
     from heads.checkpoints import describe_run
 
-    return {"kind": "run", **describe_run(path)}
+    facts = {"kind": "run", **describe_run(path)}
+    if facts.get("mode") == "finetune":
+        from heads.end_to_end.run_folder import FROZEN, read_failed_clips
+        from heads.training import read_metrics
+
+        records = read_metrics(path)
+        facts |= {
+            "top1_by_epoch": {
+                f"epoch {record['epoch']}": round(record["evaluation"]["top1"], 2)
+                for record in records
+                if record["evaluation"]
+            },
+            "clips_per_second": round(records[-1]["clips_per_second"], 2) if records else None,
+            **({"first_stage": str(path / FROZEN)} if (path / FROZEN).is_dir() else {}),
+            "failures": [
+                {"key": failure["key"], "reason": failure["reason"]}
+                for failure in read_failed_clips(path)
+            ],
+        }
+    return facts
 
 
 def _short(value: Any) -> Any:

@@ -136,7 +136,7 @@ def _bar(what: str, unit: str) -> Iterator[ProgressSink]:
                 task,
                 completed=int(done),
                 total=int(total),
-                rate=f"{per_second:.1f}/s" if per_second else "",
+                rate=_speed(per_second),
                 details=_describe(details),
             )
 
@@ -173,12 +173,20 @@ class _PlainLines:
         if now - self.last < PLAIN_INTERVAL_S:
             return
         self.last = now
-        left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
-        more = f", {_describe(details)}" if details else ""
-        messages.print(
-            f"{self.what}: {done:.0f}/{total:.0f} {self.unit}, {rate:.1f}/s{left}{more}",
-            markup=False,
-        )
+        words = [
+            f"{self.what}: {done:.0f}/{total:.0f} {self.unit}",
+            _speed(rate),
+            f"{_duration((total - done) / rate)} left" if rate > 0 else "",
+            _describe(details),
+        ]
+        messages.print(", ".join(filter(None, words)), markup=False)
+
+
+def _speed(rate: float) -> str:
+    """Units per second in words; "" before there is a rate, seconds of each for slow ones."""
+    if rate <= 0:
+        return ""
+    return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
 
 
 def _describe(details: dict[str, float | int | str]) -> str:

@@ -173,6 +173,7 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
         "finished": (run_dir / HEAD_FILE).is_file(),
         "epochs_done": len(epochs),
         "last_loss": epochs[-1]["loss"] if epochs else None,
+        **({"mode": settings["mode"]} if "mode" in settings else {}),
         "head": settings.get("head", {}),
         "training": settings.get("training", {}),
         "data": settings.get("data", {}),

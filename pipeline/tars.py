@@ -31,7 +31,8 @@ class DamagedTar(WorkError):
     @classmethod
     def of(cls, path: Path, what: str) -> DamagedTar:
         """The error for the tar at `path`, with the remedy."""
-        return cls(f"{path} {what}; delete it and run the same `mote-cli pack` command again")
+        delete = "delete it and " if path.exists() else ""
+        return cls(f"{path} {what}; {delete}run the same `mote-cli pack` command again")
 
 
 @dataclass(frozen=True, slots=True)

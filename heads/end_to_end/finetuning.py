@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 
 from featstore.errors import UserError, WorkError
+from featstore.loader import available_memory
 from featstore.locking import exclusive
 from featstore.progress import ProgressSink, no_progress
 from heads.checkpoints import HEAD_FILE, STATE_FILE, load_head, open_tensors
@@ -53,6 +54,10 @@ class FinetuneSummary:
     """The CLIP it began with."""
     trained: str
     epochs: int
+    frames: int
+    """Frames per clip, in training and evaluation."""
+    eval_split: str | None
+    """None without an evaluation."""
     n_listed: int
     n_failed: int
     """Training videos that could not be decoded."""
@@ -96,6 +101,8 @@ class FinetuneSummary:
 
 
 LISTED_FAILURES: Final = 5
+TRAINED: Final = {"head": "head and logit scale"}
+"""Of `--train`, in words; the others with the head."""
 
 
 def finetune(
@@ -285,6 +292,8 @@ def _summary(
         encoder=plan.encoder,
         trained=config.train,
         epochs=len(metrics),
+        frames=config.frames,
+        eval_split=None if plan.evaluation is None else plan.eval_split,
         n_listed=plan.clips.n_listed,
         n_failed=failed["train"],
         n_evaluated=0 if plan.evaluation is None else plan.evaluation.n_listed,
@@ -324,10 +333,28 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(
-        "training %s and head: %.1f of %.1f million parameters, %d videos in %d steps of %d "
+        "training %s: %.1f of %.1f million parameters, %d videos in %d steps of %d "
         "(%d x %d)%s, %s on %s",
-        *(config.train, trained / 1e6, sum(p.numel() for p in model.parameters()) / 1e6),
+        *(TRAINED.get(config.train, f"{config.train} and head"), trained / 1e6),
+        *(sum(p.numel() for p in model.parameters()) / 1e6,),
         *(clips.n_listed, clips.steps_per_epoch, config.batch_size * ranks.world_size),
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
         *(plan.precision, ranks.device.type),
     )
+    if ranks.device.type == "cpu" and ranks.first:
+        _warn_of_memory(plan, config)
+
+
+def _warn_of_memory(plan: Plan, config: FinetuneConfig) -> None:
+    """A GPU says that its memory is used up; the system ends a process without a word."""
+    videos = min(config.batch_size, plan.clips.n_listed)
+    needed = plan.model.kept_bytes() * config.frames * videos
+    # Gradients and both moments of AdamW, which are still to come.
+    needed += 3 * sum(4 * p.numel() for p in plan.model.parameters() if p.requires_grad)
+    free = available_memory()
+    if needed > free:
+        log.warning(
+            "a step of %d videos takes about %.0f GB of memory, %.0f GB are free: lower "
+            "--batch-size (and raise --accumulation), or add --checkpointing",
+            *(videos, needed / 1e9, free / 1e9),
+        )

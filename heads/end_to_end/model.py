@@ -150,6 +150,27 @@ class EndToEndModel(nn.Module):
         cosines: Tensor = self.head(self.encode(frames), class_embeddings, modulate)
         return cosines
 
+    def kept_bytes(self) -> int:
+        """Bytes of activations that the tower keeps of one frame for the backward pass.
+
+        Most of what a step takes beside the weights; 0 for a frozen tower or one of unknown input.
+        """
+        if not self._tower_trains or self._size is None:
+            return 0
+        own = {p.untyped_storage().data_ptr() for p in self.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(value: Tensor) -> Tensor:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return value
+
+        black = torch.zeros(1, 1, 3, *self._size, device=self.logit_scale.device)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            self.encode(black)
+        return sum(kept.values())
+
     def tower_parameters(self) -> list[nn.Parameter]:
         """Group 0 of `build_optimizer`: the tower's trained parameters and the logit scale."""
         return [*(p for p in self.image_tower.parameters() if p.requires_grad), self.logit_scale]

@@ -268,6 +268,7 @@ class Finetuner:
         self._said = now
         position, steps = self.position, self.clips.steps_per_epoch
         seconds = max(position.seconds, 1e-9)
+        failed = {"failed": position.failed} if position.failed else {}
         self.progress(
             position.epoch * steps + position.step,
             self.config.epochs * steps,
@@ -276,6 +277,7 @@ class Finetuner:
             clips_per_second=round(position.samples / seconds, 2),
             waiting=f"{position.waited / seconds:.0%}",
             memory=memory_words(self.ranks.device),
+            **failed,
         )
 
     def record(

@@ -55,8 +55,12 @@ def test_the_tuned_tower_and_head_work_everywhere(root: Path, tmp_path: Path) ->
     assert len(predicted["videos"][0]["predictions"]) == 5
     for kind in ("safetensors", "official"):
         assert done("export", "tuned", "--format", kind, "--out", tmp_path / kind, *place)["bytes"]
-    inspected = mote("inspect", root / "heads/tuned")
-    assert inspected.code == 0, inspected.err
+    inspected = done("inspect", root / "heads/tuned")
+    assert (inspected["mode"], inspected["finished"]) == ("finetune", True)
+    assert inspected["top1_by_epoch"]["epoch 2"] == pytest.approx(summary["top1"], abs=0.01)
+    assert inspected["failures"] == []
+    assert "first_stage" not in inspected
+    assert inspected["results"]
 
 
 def test_a_sweep_of_blends_of_a_tuned_tower(root: Path, tmp_path: Path) -> None:
@@ -183,6 +187,7 @@ def test_a_second_stage_in_the_same_folder(own: World) -> None:
     assert all(torch.equal(v, first[k]) for k, v in load_file(kept / "head.safetensors").items())
     assert {"config.json", "metrics.jsonl", "state", "eval"} <= {p.name for p in kept.iterdir()}
     assert not (root / "heads" / name / "eval").exists()
+    assert done("inspect", root / "heads" / name)["first_stage"] == str(kept)
     tuned = load_head(root / "heads" / name)
     assert tuned.origin is not None
     assert tuned.origin.encoder == name

@@ -55,3 +55,17 @@ def test_without_a_terminal_a_line_now_and_then_with_time_left(
     assert lines[-1].startswith("train: ")
     assert "/1000 steps, 2.0/s, 6m" in lines[-1]
     assert lines[-1].endswith("left, loss 0.5")
+
+
+def test_slow_steps_are_told_in_seconds(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    written = console(monkeypatch, terminal=False)
+    with cli.output.progress_of("finetune", "steps") as progress:
+        for step in range(1, 4):
+            clock[0] += 20.0
+            progress(step, 10, loss=0.5)
+    first, second, third = written.getvalue().splitlines()
+    assert first == "finetune: 1/10 steps, loss 0.5"  # no speed before there is one
+    assert second == "finetune: 2/10 steps, 20.0 s each, 2m40s left, loss 0.5"
+    assert third == "finetune: 3/10 steps, 20.0 s each, 2m20s left, loss 0.5"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -230,14 +231,19 @@ def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_progress_says_speed_waiting_and_memory(tmp_path: Path) -> None:
     said: list[dict[str, Any]] = []
+    began = time.perf_counter()
     tuned = finetuner(
         tmp_path,
-        Clips([batch(0, 4)]),
+        Clips([batch(0, 4, failed=1)]),
         progress=lambda done, total, **details: said.append({"at": (done, total), **details}),
     )
     tuned.run_epoch()
     assert said[0]["at"] == (1, 3)
     assert {"epoch", "loss", "clips_per_second", "waiting", "memory"} <= said[0].keys()
+    assert said[0]["failed"] == 1
+    # The first step counts with the time it took.
+    assert 0 < tuned.position.seconds <= time.perf_counter() - began
+    assert said[0]["clips_per_second"] == round(4 / tuned.position.seconds, 2)
 
 
 def test_the_best_weights_are_those_of_their_epoch(tmp_path: Path) -> None:

@@ -148,3 +148,14 @@ def test_checkpointing_where_there_is_none() -> None:
     with pytest.raises(UserError, match="ModifiedResNet, which cannot checkpoint"):
         tiny_model("resnet", checkpointing=True)
     tiny_model("resnet", train="head", checkpointing=True)  # nothing is kept anyway
+
+
+def test_the_memory_of_a_step_is_foreseen() -> None:
+    """Of one frame; a step of four clips of four frames keeps about sixteen times as much."""
+    foreseen = {
+        train: tiny_model(train=train).kept_bytes() for train in ("tower", "tower-last-1", "head")
+    }
+    assert foreseen["tower"] > foreseen["tower-last-1"] > foreseen["head"] == 0
+    assert tiny_model(checkpointing=True).kept_bytes() < 0.75 * foreseen["tower"]
+    kept = saved_bytes(tiny_model())[2] - saved_bytes(tiny_model(train="head"))[2]
+    assert 0.7 * kept < 16 * foreseen["tower"] < 1.3 * kept
