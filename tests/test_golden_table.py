@@ -46,7 +46,7 @@ def table(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("changed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_command_fails_when_a_number_does(golden: Path, tmp_path: Path, changed: bool) -> None:
     data = dict(np.load(golden / "get_logits.npz"))
     if changed:

@@ -71,7 +71,7 @@ def one(commands: Commands, packed: Path, tmp_path_factory: pytest.TempPathFacto
     return root
 
 
-@pytest.mark.parametrize("shard", ["ddp", "fsdp"])
+@pytest.mark.parametrize("shard", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_are_one_with_twice_the_batch(
     commands: Commands, one: Path, shard: str
 ) -> None:

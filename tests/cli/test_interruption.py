@@ -139,7 +139,10 @@ def long_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("signals", [(signal.SIGINT,), (signal.SIGINT, signal.SIGINT)])
+@pytest.mark.parametrize(
+    "signals",
+    [pytest.param((signal.SIGINT,), marks=pytest.mark.slow), (signal.SIGINT, signal.SIGINT)],
+)
 def test_interrupting_busy_workers(
     commands: Commands,
     long_clips: Path,

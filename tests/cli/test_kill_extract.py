@@ -165,6 +165,7 @@ def test_fifty_kills(
     assert hit["worker"] >= bool(engine) * kills // 5, hit
 
 
+@pytest.mark.slow
 def test_a_second_process_is_told_and_harms_nothing(
     commands: Commands, root: Path, whole: dict[str, bytes]
 ) -> None:

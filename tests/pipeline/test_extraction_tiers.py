@@ -316,6 +316,7 @@ print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_partition(tmp_path: Path) -> None:
     """24 rows of 6 MB in one tar: what is held is what is in the pool."""
     make_encoder(
