@@ -327,7 +327,8 @@ def test_an_error_that_is_no_videos_fault_reaches_the_consumer(
 
 
 INTERRUPTED = """
-import os, sys, threading
+import os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests may ignore Ctrl-C
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from pipeline.packed import load_dataset
