@@ -206,9 +206,9 @@ def batches(bench: Bench, store: Store, rounds: int) -> None:
     sampler = SegmentSampler(1, STORED, FRAMES)
     ready = []
     for number in range(4):
-        order = np.random.default_rng(number).permutation(samples)[:, None] * STORED
-        _, within = sampler.draw((1, 2, number), 0, samples)
-        ready.append(torch.from_numpy((order + within).reshape(-1)).split(BATCH * FRAMES))
+        order = np.random.default_rng(number).permutation(samples) * STORED
+        places = sampler.draw((1, 2, number), 0, samples, order)
+        ready.append(torch.from_numpy(places.reshape(-1)).split(BATCH * FRAMES))
     epochs = itertools.cycle(ready)
     options = {"batch_size": BATCH, "frames": FRAMES, "seed": 0}
     kinds = {

@@ -75,10 +75,10 @@ class Batch:
     rows: Tensor
 
 
-# Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, views [n] or
-# None, frames [n, T] and B, and gives float16 [B, T, D], the last one of what remains of n. It may
-# write to the frames.
-Clips = Callable[[int, RowArray | None, RowArray, int], Iterator[Tensor]]
+# Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, places [n, T] of
+# frames and B, and gives float16 [B, T, D], the last one of what remains of n. Places are counted
+# from each sample's first frame, or, where an epoch has starts, from those.
+Clips = Callable[[int, RowArray, int], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,16 +250,23 @@ class FeatureLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on; every sample `repeats` times."""
         rng = np.random.default_rng((self._seed, epoch, _ORDER))
-        clips: Clips
         with ExitStack() as resources:
+            starts: RowArray | None
+            clips: Clips
             if isinstance(self._features, StreamedFeatures):
                 blocks = self._features.shuffled(rng, self._rank, self._world_size)
                 resources.callback(blocks.close)
-                order, clips = blocks.order, blocks.clips
+                order, starts, clips = blocks.order, blocks.starts, blocks.clips
             else:
-                order = rng.permutation(self._count * self._repeats) % self._count
+                order = rng.permutation(self._count * self._repeats)
+                if self._repeats > 1:
+                    order %= self._count
                 order = order[self._rank :: self._world_size]
-                clips = self._clips_of(order)
+                if isinstance(self._features, MappedFeatures):
+                    starts, clips = None, self._clips_from_files(self._features, order)
+                else:
+                    starts = order * (self._views * self._stored)
+                    clips = self._clips_from_memory(self._features)
             # Put into order and cut once, so that a step takes what is its.
             ordered = torch.from_numpy(order).to(self._device)
             labels = torch.split(self._labels.index_select(0, ordered), self.batch_size)
@@ -268,42 +275,35 @@ class FeatureLoader:
             together = max(1, _TOGETHER // (self.batch_size * self.frames))
             for step in range(start, len(labels), together):
                 first = step * self.batch_size
-                count = min(together * self.batch_size, len(order) - first)
-                drawn = self._sampler.draw(stream, first, count)
-                gathered = clips(first, *drawn, self.batch_size)
+                end = min(first + together * self.batch_size, len(order))
+                begins = None if starts is None else starts[first:end]
+                places = self._sampler.draw(stream, first, end - first, begins)
+                gathered = clips(first, places, self.batch_size)
                 steps = slice(step, step + together)
                 for batch in zip(gathered, labels[steps], rows[steps], strict=True):
                     yield Batch(*batch)
 
-    def _clips_of(self, order: RowArray) -> Clips:
-        """What gathers the samples of `order`."""
-        stored, item = self._stored, self._item
-        if isinstance(self._features, MappedFeatures):
-            store, array_rows = self._features.store, self._features.rows[order]
+    def _clips_from_files(self, features: MappedFeatures, order: RowArray) -> Clips:
+        """What gathers the samples of `order` from mapped files."""
+        array_rows = features.rows[order]
 
-            def from_files(
-                first: int, views: RowArray | None, frames: RowArray, count: int
-            ) -> Iterator[Tensor]:
-                chosen = np.zeros(len(frames), np.int64) if views is None else views
-                rows = array_rows[first : first + len(frames)]
-                for at in range(0, len(frames), count):
-                    part = slice(at, at + count)
-                    yield torch.from_numpy(store.clips(rows[part], chosen[part], frames[part]))
+        def gather(first: int, places: RowArray, count: int) -> Iterator[Tensor]:
+            rows = array_rows[first : first + len(places)]
+            views = places[:, 0] // self._stored
+            frames = places - (views * self._stored)[:, None] if self._views > 1 else places
+            for at in range(0, len(places), count):
+                part = slice(at, at + count)
+                yield torch.from_numpy(features.store.clips(rows[part], views[part], frames[part]))
 
-            return from_files
-        assert isinstance(self._features, Tensor)
-        dim = math.prod(item)
-        flat = self._features.reshape(-1, dim)
-        begins = order * (self._views * stored)
+        return gather
 
-        def from_memory(
-            first: int, views: RowArray | None, frames: RowArray, count: int
-        ) -> Iterator[Tensor]:
-            begin = begins[first : first + len(frames)]
-            if views is not None:
-                begin = begin + views * stored
-            frames += begin[:, None]
-            indices = torch.from_numpy(frames.reshape(-1)).to(self._device)
+    def _clips_from_memory(self, features: Tensor) -> Clips:
+        """What gathers samples from features in memory; places count from their first frame."""
+        item = self._item
+        flat = features.reshape(-1, math.prod(item))
+
+        def gather(first: int, places: RowArray, count: int) -> Iterator[Tensor]:
+            indices = torch.from_numpy(places.reshape(-1)).to(self._device)
             for part in torch.split(indices, count * self.frames):
                 if self._device.type != "cpu":
                     yield flat.index_select(0, part).view(-1, self.frames, *item)
@@ -313,4 +313,4 @@ class FeatureLoader:
                     torch.index_select(flat, 0, part, out=out)
                     yield batch
 
-        return from_memory
+        return gather

@@ -58,7 +58,7 @@ class SegmentSampler:
 
     def __init__(self, views: int, stored: int, frames: int) -> None:
         """Samples of `views` views of `stored` frames, `frames` of which are drawn."""
-        self._views, self._frames = views, frames
+        self._views, self._stored, self._frames = views, stored, frames
         lowest, highest = segment_ranges(stored, frames)
         # A sample's words hold the 32-bit numbers of its frames, then that of its view.
         self._words = -(-(frames + (views > 1)) // 2)
@@ -68,28 +68,32 @@ class SegmentSampler:
         self._sizes = np.tile((highest - lowest + 1).astype(np.uint32), self._at_once)
 
     def draw(
-        self, stream: Sequence[int], first: int, count: int
-    ) -> tuple[IntArray | None, IntArray]:
+        self, stream: Sequence[int], first: int, count: int, starts: IntArray | None = None
+    ) -> IntArray:
         """Samples first, first + 1, ... of `stream`, which is named by whole numbers >= 0.
 
-        Returns the view of each sample, int64 [count], None where there is one only, and its
-        frames, int64 [count, T], which are the caller's to write to.
+        Returns places among the V * F stored frames of a sample, int64 [count, T]: frame f of view
+        v, the same view in all of a sample, is v * F + f. `starts` int64 [count] are added.
         """
         bits = np.random.PCG64(stream)
         bits.advance(first * self._words)
-        views = np.empty(count, np.int64) if self._views > 1 else None
-        frames = np.empty((count, self._frames), np.int64)
+        places = np.empty((count, self._frames), np.int64)
         for at in range(0, count, self._at_once):
-            part = frames[at : at + self._at_once].reshape(-1)
-            words = bits.random_raw(len(part) // self._frames * self._words)
+            part = places[at : at + self._at_once]
+            words = bits.random_raw(len(part) * self._words)
             halves = words.astype("<u8", copy=False).view("<u4").reshape(-1, 2 * self._words)
             of_frames = np.ascontiguousarray(halves[:, : self._frames]).reshape(-1)
-            drawn = _below(self._sizes[: len(part)], of_frames)
-            np.add(drawn, self._lowest[: len(part)], out=part)
-            if views is not None:
-                of_views = halves[:, self._frames]
-                views[at : at + self._at_once] = _below(np.uint32(self._views), of_views)
-        return views, frames
+            drawn = _below(self._sizes[: part.size], of_frames)
+            begins = None if starts is None else starts[at : at + self._at_once]
+            if self._views > 1:
+                views = _below(np.uint32(self._views), halves[:, self._frames]) * self._stored
+                begins = views if begins is None else begins + views
+            # All sums while the numbers are in the nearest cache.
+            out = part.reshape(-1) if begins is None else drawn
+            np.add(drawn, self._lowest[: part.size], out=out)
+            if begins is not None:
+                np.add(drawn.reshape(part.shape), begins[:, None], out=part)
+        return places
 
 
 def _below(sizes: npt.NDArray[np.uint32] | np.uint32, halves: npt.NDArray[np.uint32]) -> IntArray:

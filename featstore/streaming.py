@@ -124,7 +124,8 @@ class StreamedFeatures:
 class ShuffledBlocks:
     """One epoch of one rank: reads pools ahead and gathers clips from them, front to back.
 
-    `order` [n]: which sample comes when.
+    `order` [n]: which sample comes when; `starts` [n]: where its first frame is among those of its
+    pool.
     """
 
     def __init__(self, features: StreamedFeatures, samples: RowArray, places: RowArray) -> None:
@@ -132,7 +133,7 @@ class ShuffledBlocks:
         self._store = features.store
         self._rows = features.rows[samples]
         self._size = features.pool_rows
-        self._places = places
+        self.starts = places * (features.store.schema.views * features.store.schema.frames)
         self.order = samples[np.arange(len(samples)) // self._size * self._size + places]
         self._outputs = BatchMemory(features.store.schema.dtype)
         self._reader = ThreadPoolExecutor(1, "read-ahead")
@@ -140,33 +141,27 @@ class ShuffledBlocks:
         self._coming: dict[int, Future[Tensor]] = {}
         self._pool: tuple[int, Tensor] | None = None
 
-    def clips(
-        self, first: int, views: RowArray | None, frames: RowArray, count: int
-    ) -> Iterator[Tensor]:
+    def clips(self, first: int, places: RowArray, count: int) -> Iterator[Tensor]:
         """Samples first, first + 1, ... of the order in batches of `count`, the last of the rest.
 
-        Gives [B, T, D] each. `views` [n] (None: the only one), `frames` [n, T]. Parts are asked for
-        in order; the first may be any. Errors as `Store.read_into`.
+        Gives [B, T, *item] each, the frames at `places` [n, T] of the samples' pools (see
+        `starts`). Parts are asked for in order; the first may be any. Errors as `Store.read_into`.
         """
-        stored, item = self._store.schema.frames, self._store.schema.item
-        within = frames if views is None else frames + views[:, None] * stored
-        clip = frames.shape[1]
-        for begin in range(0, len(frames), count):
-            part = within[begin : begin + count]
-            batch, out = self._outputs.take(len(part), clip, item)
+        clip = places.shape[1]
+        for begin in range(0, len(places), count):
+            part = places[begin : begin + count]
+            batch, out = self._outputs.take(len(part), clip, self._store.schema.item)
             self._gather(first + begin, part, out)
             yield batch
 
-    def _gather(self, first: int, within: RowArray, out: Tensor) -> None:
-        """Fill `out` [B * T, D] with frames `within` [B, T] the rows of samples first, ..."""
-        per_row = self._store.schema.views * self._store.schema.frames
-        count, clip = within.shape
+    def _gather(self, first: int, places: RowArray, out: Tensor) -> None:
+        """Fill `out` [B * T, D] with the frames at `places` [B, T] of samples first, ..."""
+        count, clip = places.shape
         done = 0
         while done < count:
-            pool, place = divmod(first + done, self._size)
-            taken = min(count - done, self._size - place)
-            rows = self._places[first + done : first + done + taken]
-            index = (rows[:, None] * per_row + within[done : done + taken]).reshape(-1)
+            pool, before = divmod(first + done, self._size)
+            taken = min(count - done, self._size - before)
+            index = places[done : done + taken].reshape(-1)
             target = out[done * clip : (done + taken) * clip]
             torch.index_select(self._flat(pool), 0, torch.from_numpy(index), out=target)
             done += taken

@@ -1,17 +1,14 @@
-"""Shared fixtures; puts this folder on the path, so that tests can import its helpers."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 from s3_server import FailingProxy, S3Server, environment, running_server
 

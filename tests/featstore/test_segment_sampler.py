@@ -22,21 +22,21 @@ def test_draws_are_in_range_and_the_same_however_cut(
     views: int, stored: int, frames: int, first: int, counts: list[int], stream: list[int]
 ) -> None:
     sampler = SegmentSampler(views, stored, frames)
-    chosen, drawn = sampler.draw(stream, first, sum(counts))
+    places = sampler.draw(stream, first, sum(counts))
+    assert places.shape == (sum(counts), frames)
+    assert places.dtype == np.int64
+    chosen, drawn = np.divmod(places, stored)
     lowest, highest = segment_ranges(stored, frames)
-    assert drawn.shape == (sum(counts), frames)
-    assert drawn.dtype == np.int64
     assert ((drawn >= lowest) & (drawn <= highest)).all()
-    assert (chosen is None) == (views == 1)
-    if chosen is not None:
-        assert chosen.shape == (sum(counts),)
-        assert 0 <= chosen.min() <= chosen.max() < views
+    assert 0 <= chosen.min() <= chosen.max() < views
+    assert (chosen == chosen[:, :1]).all(), "all frames of a sample are of one view"
+    starts = np.arange(sum(counts), dtype=np.int64)[::-1] * 1_000_003
     at = 0
     for count in counts:
-        of_views, of_frames = sampler.draw(stream, first + at, count)
-        np.testing.assert_array_equal(of_frames, drawn[at : at + count])
-        if chosen is not None and of_views is not None:
-            np.testing.assert_array_equal(of_views, chosen[at : at + count])
+        part = slice(at, at + count)
+        np.testing.assert_array_equal(sampler.draw(stream, first + at, count), places[part])
+        begun = sampler.draw(stream, first + at, count, starts[part])
+        np.testing.assert_array_equal(begun, places[part] + starts[part, None])
         at += count
 
 
@@ -57,13 +57,12 @@ def test_every_choice_is_equally_likely_and_apart_from_the_others(
 ) -> None:
     """Chi-square of each number, of neighbours in a sample, and of neighbours in the stream."""
     sampler = SegmentSampler(views, stored, frames)
-    chosen, drawn = sampler.draw((0, 1, 2), 0, 100_000)
+    chosen, drawn = np.divmod(sampler.draw((0, 1, 2), 0, 100_000), stored)
     lowest, highest = segment_ranges(stored, frames)
     columns = list((drawn - lowest).T)
     sizes = (highest - lowest + 1).tolist()
-    if chosen is not None:
-        columns.append(chosen)
-        sizes.append(views)
+    columns.append(chosen[:, 0])
+    sizes.append(views)
     for column, size in zip(columns, sizes, strict=True):
         if size > 1:
             assert abs(chi_square(column, size)) < 5
@@ -76,7 +75,7 @@ def test_every_choice_is_equally_likely_and_apart_from_the_others(
 
 def test_streams_differ_in_every_word() -> None:
     sampler = SegmentSampler(1, 64, 4)
-    ours = sampler.draw((0, 1, 1, 0), 0, 500)[1]
+    ours = sampler.draw((0, 1, 1, 0), 0, 500)
     for stream in ((1, 1, 1, 0), (0, 2, 1, 0), (0, 1, 0, 0), (0, 1, 1, 1)):
-        theirs = sampler.draw(stream, 0, 500)[1]
+        theirs = sampler.draw(stream, 0, 500)
         assert (ours == theirs).mean() < 0.12
