@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,16 +101,18 @@ class ChunkFiles:
     def check_shard(self, tar: int, commit: Commit) -> Path:
         """Path of a committed partition's features shard; WorkError unless it has its size."""
         path = self.path("features", tar)
-        size = path.stat().st_size if path.is_file() else None
+        try:
+            found = os.stat(path)
+        except OSError:
+            found = None
+        if found is not None and stat.S_ISREG(found.st_mode):
+            if found.st_size == commit.features_bytes:
+                return path
+            problem = f"has {found.st_size} bytes, {commit.features_bytes} were written"
+        else:
+            problem = "is missing"
         name = self.specs["features"].chunk_key(tar)
-        if size is None:
-            raise self.damaged(tar, f"features shard {name} is missing")
-        if size != commit.features_bytes:
-            raise self.damaged(
-                tar,
-                f"features shard {name} has {size} bytes, {commit.features_bytes} were written",
-            )
-        return path
+        raise self.damaged(tar, f"features shard {name} {problem}")
 
     def numbers(self, array: str, tar: int) -> npt.NDArray[Any]:
         """The partition's chunk of a numeric array, read-only, in the shape of one chunk."""

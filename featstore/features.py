@@ -12,15 +12,15 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cached_property
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from featstore.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
+from featstore.checksums import Checksums, chunk_checksums, crc32c
 from featstore.chunks import ChunkFiles, Commit
 from featstore.coded_shards import CodedShard
 from featstore.errors import WorkError
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+# Shards that are opened together: after the megabytes of one, all that opening the next needs is
+# out of the core's caches. Far below the number of files that a process may have open.
+_OPEN_AT_ONCE: Final = 32
 
 
 class FeatureFiles:
@@ -106,32 +110,33 @@ class FeatureFiles:
         read together. `check` False skips the comparison with the checksums of the rows.
         `progress` counts rows.
         """
-        runs = list(_runs(rows, self._schema.chunk_rows))
+        schema = self._schema
+        # What is decoded is taken chunk by chunk.
+        runs = list(_runs(rows, schema.capacity if schema.mappable else schema.chunk_rows))
         runs.sort(key=lambda run: int(rows[run[0]]))
-        tars = rows[[start for start, _ in runs]] // self._schema.capacity
+        tars = rows[[start for start, _ in runs]] // schema.capacity
         if check:
             self._require_checksums(np.unique(tars))
-        step = max(1, PIECE_BYTES // self._schema.row_bytes)
         done = 0
         edges = [0, *(np.flatnonzero(np.diff(tars)) + 1).tolist(), len(runs)] if runs else []
-        for begin, end in pairwise(edges):
-            tar = int(tars[begin])
-            first_row = tar * self._schema.capacity
-            with self._reading(tar) as read:
-                for start, stop in runs[begin:end]:
-                    checksum = 0
-                    for at in range(start, stop, step):
-                        target = out[at : min(at + step, stop)]
+        for at in range(0, len(edges) - 1, _OPEN_AT_ONCE):
+            with ExitStack() as files:
+                shards = [
+                    (int(tars[begin]), runs[begin:end])
+                    for begin, end in pairwise(edges[at : at + _OPEN_AT_ONCE + 1])
+                ]
+                readers = [files.enter_context(self._reading(tar, check)) for tar, _ in shards]
+                for (tar, runs_of_tar), read in zip(shards, readers, strict=True):
+                    for start, stop in runs_of_tar:
+                        row, target = int(rows[start]), out[start:stop]
                         try:
-                            read(int(rows[at]) - first_row, target)
+                            checksums = read(row - tar * schema.capacity, target)
                         except ValueError as error:
                             raise self._damaged(tar, str(error)) from error
                         if check:
-                            checksum = crc32c(target, checksum)
-                    if check:
-                        self._compare(int(rows[start]), out[start:stop], checksum)
-                    done += stop - start
-            progress(done, len(rows))
+                            self._compare(row, target, checksums)
+                        done += stop - start
+                    progress(done, len(rows))
 
     def _row_starts(self, rows: RowArray) -> RowArray:
         """Where rows begin in the map, in numbers; their chunks are mapped and checked."""
@@ -162,26 +167,34 @@ class FeatureFiles:
                         raise self._damaged(tar, str(error)) from error
             rows = min(chunk_rows, self._commits[tar].rows - number * chunk_rows)
             features = self._map.chunk(chunk, rows)
-            self._compare(chunk * chunk_rows, features, crc32c(features))
+            self._compare(chunk * chunk_rows, features, [crc32c(features)])
             self._checked[chunk] = True
 
-    def _compare(self, first: int, features: FeatureArray, checksum: int) -> None:
-        """WorkError unless rows first, first + 1, ... of one inner chunk are as committed.
+    def _compare(self, first: int, features: FeatureArray, checksums: list[int]) -> None:
+        """WorkError unless rows first, first + 1, ... of one partition are as committed.
 
-        `checksum` is that of `features`.
+        `checksums` are those of the parts of `features` that lie in one inner chunk each.
         """
         tar, position = divmod(first, self._schema.capacity)
-        chunk, within = divmod(first, self._schema.chunk_rows)
-        count, recorded = len(features), self._checksums[tar]
-        whole = min(self._schema.chunk_rows, len(recorded) - position)
-        all_listed = within == 0 and count == whole
-        if all_listed and checksum == int(self._chunk_checksums[chunk]):
-            return
-        for i, expected in enumerate(recorded[position : position + count].tolist()):
+        chunk_rows, listed = self._schema.chunk_rows, self._commits[tar].rows
+        chunk = first // chunk_rows
+        begin, end = position, position + len(features)
+        for checksum, of_chunk in zip(
+            checksums, self._chunk_checksums[chunk : chunk + len(checksums)].tolist(), strict=True
+        ):
+            stop = min((position // chunk_rows + 1) * chunk_rows, end)
+            whole = position % chunk_rows == 0 and (stop % chunk_rows == 0 or stop == listed)
+            if not (whole and checksum == of_chunk):
+                self._compare_rows(tar, position, features[position - begin : stop - begin])
+            position = stop
+
+    def _compare_rows(self, tar: int, position: int, features: FeatureArray) -> None:
+        """As `_compare`, row by row: for parts of chunks, and to say which row is damaged."""
+        recorded = self._checksums[tar][position : position + len(features)].tolist()
+        for i, expected in enumerate(recorded):
             if crc32c(features[i]) != expected:
-                raise self._damaged(
-                    tar, f"features of sample {self._key_of(first + i)!r} fail their checksum"
-                )
+                key = self._key_of(tar * self._schema.capacity + position + i)
+                raise self._damaged(tar, f"features of sample {key!r} fail their checksum")
 
     def _require_checksums(self, tars: npt.NDArray[np.integer]) -> None:
         """Have the checksums of the rows and chunks of these partitions."""
@@ -198,16 +211,21 @@ class FeatureFiles:
             self._checksums[tar] = recorded
 
     @contextmanager
-    def _reading(self, tar: int) -> Iterator[Callable[[int, FeatureArray], None]]:
-        """What reads rows of a partition, by their position in it, from its file or by zarr."""
-        commit = self._commits[tar]
+    def _reading(self, tar: int, check: bool) -> Iterator[Callable[[int, FeatureArray], list[int]]]:
+        """What reads rows of a partition from some position in it, from its file or by zarr.
+
+        It returns, if `check`, the crc32c of the parts that lie in one inner chunk each. Of coded
+        features it reads rows of one chunk.
+        """
+        commit, chunk_rows = self._commits[tar], self._schema.chunk_rows
         if not self._schema.mappable:
             shard = self._coded.get(tar)
             if shard is None:
                 shard = self._coded[tar] = CodedShard(self._files, tar, commit)
 
-            def decoded(position: int, out: FeatureArray) -> None:
+            def decoded(position: int, out: FeatureArray) -> list[int]:
                 out[:] = shard.rows(position, position + len(out))
+                return [crc32c(out)] if check else []
 
             yield decoded
             return
@@ -215,9 +233,12 @@ class FeatureFiles:
         if self._map is None:
             first = tar * self._schema.capacity
 
-            def through_zarr(position: int, out: FeatureArray) -> None:
+            def through_zarr(position: int, out: FeatureArray) -> list[int]:
                 begin = first + position
                 out[:] = self._zarr_features[begin : begin + len(out)]
+                cut = chunk_rows - position % chunk_rows
+                edges = [0, *range(cut, len(out), chunk_rows), len(out)]
+                return [crc32c(out[a:b]) for a, b in pairwise(edges)] if check else []
 
             yield through_zarr
             return
@@ -226,7 +247,7 @@ class FeatureFiles:
         except ValueError as error:
             raise self._damaged(tar, str(error)) from error
         with file:
-            yield file.read
+            yield partial(file.read, check=check)
 
     def _damaged(self, tar: int, what: str) -> WorkError:
         """The error for a partition that is not as committed, or was written anew meanwhile."""
@@ -260,8 +281,8 @@ class FeatureFiles:
         )
 
 
-def _runs(rows: RowArray, chunk_rows: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the parts of `rows` that lie one after another in one inner chunk."""
+def _runs(rows: RowArray, width: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts of `rows` that lie one after another; none crosses k * width."""
     if len(rows):
-        breaks = (np.diff(rows) != 1) | (rows[1:] // chunk_rows != rows[:-1] // chunk_rows)
+        breaks = (np.diff(rows) != 1) | (rows[1:] // width != rows[:-1] // width)
         yield from pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)])

@@ -27,7 +27,7 @@ from torch import Tensor
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.schema import FeatureArray, RowArray
-from featstore.segments import SegmentSampler
+from featstore.segments import Places, SegmentSampler
 from featstore.streaming import BatchMemory, StreamedFeatures
 
 __all__ = [
@@ -60,25 +60,38 @@ _DRAWS: Final = 1
 _TOGETHER: Final = 2**17
 
 
-@dataclass(frozen=True, eq=False)
 class Batch:
     """One training batch.
 
     `features` float16 [B, T, D], raw embeddings as they are stored, on the device of the loader's
     features (what computes with them makes them float32 where it computes: half the bytes travel);
-    `labels` int64 [B] beside them; `rows` int64 [B] on the CPU: array rows if the loader knows
-    them, else positions in its features.
+    `labels` int64 [B] beside them.
     """
 
-    features: Tensor
-    labels: Tensor
-    rows: Tensor
+    __slots__ = ("_array_rows", "_samples", "features", "labels")
+
+    def __init__(
+        self, features: Tensor, labels: Tensor, samples: RowArray, array_rows: RowArray
+    ) -> None:
+        """`samples` [B] says which ones these are of the loader's N, whose rows are given, too."""
+        self.features = features
+        self.labels = labels
+        self._samples = samples
+        self._array_rows = array_rows
+
+    @property
+    def rows(self) -> Tensor:
+        """int64 [B] on the CPU: array rows if the loader knows them, else places in its features.
+
+        Looked up when asked for, which most training never does.
+        """
+        return torch.from_numpy(self._array_rows[self._samples])
 
 
 # Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, places [n, T] of
 # frames and B, and gives float16 [B, T, D], the last one of what remains of n. Places are counted
 # from each sample's first frame, or, where an epoch has starts, from those.
-Clips = Callable[[int, RowArray, int], Iterator[Tensor]]
+Clips = Callable[[int, Places, int], Iterator[Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +264,7 @@ class FeatureLoader:
         """The batches of one epoch from step `start` on; every sample `repeats` times."""
         rng = np.random.default_rng((self._seed, epoch, _ORDER))
         with ExitStack() as resources:
-            starts: RowArray | None
+            starts: Places | None
             clips: Clips
             if isinstance(self._features, StreamedFeatures):
                 blocks = self._features.shuffled(rng, self._rank, self._world_size)
@@ -265,12 +278,15 @@ class FeatureLoader:
                 if isinstance(self._features, MappedFeatures):
                     starts, clips = None, self._clips_from_files(self._features, order)
                 else:
-                    starts = order * (self._views * self._stored)
+                    per_sample = self._views * self._stored
+                    # Half the size where that will do: a megabyte of places is out of the cache.
+                    small = self._count * per_sample < 2**31
+                    starts = order * per_sample
+                    starts = starts.astype(np.int32) if small else starts
                     clips = self._clips_from_memory(self._features)
             # Put into order and cut once, so that a step takes what is its.
             ordered = torch.from_numpy(order).to(self._device)
             labels = torch.split(self._labels.index_select(0, ordered), self.batch_size)
-            rows = torch.split(torch.from_numpy(self._rows[order]), self.batch_size)
             stream = (self._seed, epoch, _DRAWS, self._rank)
             together = max(1, _TOGETHER // (self.batch_size * self.frames))
             for step in range(start, len(labels), together):
@@ -279,15 +295,16 @@ class FeatureLoader:
                 begins = None if starts is None else starts[first:end]
                 places = self._sampler.draw(stream, first, end - first, begins)
                 gathered = clips(first, places, self.batch_size)
-                steps = slice(step, step + together)
-                for batch in zip(gathered, labels[steps], rows[steps], strict=True):
-                    yield Batch(*batch)
+                for batch in gathered:
+                    samples = order[first : first + self.batch_size]
+                    yield Batch(batch, labels[first // self.batch_size], samples, self._rows)
+                    first += self.batch_size
 
     def _clips_from_files(self, features: MappedFeatures, order: RowArray) -> Clips:
         """What gathers the samples of `order` from mapped files."""
         array_rows = features.rows[order]
 
-        def gather(first: int, places: RowArray, count: int) -> Iterator[Tensor]:
+        def gather(first: int, places: Places, count: int) -> Iterator[Tensor]:
             rows = array_rows[first : first + len(places)]
             views = places[:, 0] // self._stored
             frames = places - (views * self._stored)[:, None] if self._views > 1 else places
@@ -302,7 +319,7 @@ class FeatureLoader:
         item = self._item
         flat = features.reshape(-1, math.prod(item))
 
-        def gather(first: int, places: RowArray, count: int) -> Iterator[Tensor]:
+        def gather(first: int, places: Places, count: int) -> Iterator[Tensor]:
             indices = torch.from_numpy(places.reshape(-1)).to(self._device)
             for part in torch.split(indices, count * self.frames):
                 if self._device.type != "cpu":

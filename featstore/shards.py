@@ -14,16 +14,18 @@ import mmap
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from featstore.checksums import crc32c
+from featstore.checksums import PIECE_BYTES, crc32c
 from featstore.schema import CRC_BYTES, FeatureArray, StoreSchema
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Bytes = npt.NDArray[np.uint8]
 
 _ABSENT: Final = 2**64 - 1
 _MAP_FIXED: Final = 0x10  # Linux and macOS; Python's mmap has no name for it
@@ -47,25 +49,41 @@ class ShardFile:
             size = os.fstat(self.descriptor).st_size
             if size != schema.shard_bytes(rows):
                 raise ValueError(f"the features shard has {size} bytes: it was cut or replaced")
-            index = np.empty(schema.index_bytes, np.uint8)
-            self._read(index, size - len(index))
+            index: Bytes = np.empty(schema.index_bytes, np.uint8)
+            self._fill(index, size - len(index))
             self.offsets = _chunk_offsets(index, schema, rows, size - len(index))
         except BaseException:
             self.close()
             raise
 
-    def read(self, first: int, out: FeatureArray) -> None:
-        """Fill `out` [n, V, F, D] with rows first, first + 1, ...; all of one inner chunk.
+    def read(self, first: int, out: FeatureArray, check: bool = False) -> list[int]:
+        """Fill `out` [n, V, F, D] with rows first, first + 1, ...
 
-        ValueError when the file cannot be read.
+        Returns, if `check`, the crc32c of the parts that lie in one inner chunk each. ValueError
+        when the file cannot be read.
         """
+        target = out.reshape(-1).view(np.uint8)
         chunk, row = divmod(first, self._chunk_rows)
-        self._read(out, self.offsets[chunk] + row * self._row_bytes)
+        begin = 0
+        checksums: list[int] = []
+        while begin < len(target):
+            offset = self.offsets[chunk] + row * self._row_bytes
+            end = min(len(target), begin + (self._chunk_rows - row) * self._row_bytes)
+            checksum = 0
+            for at in range(begin, end, PIECE_BYTES):
+                piece = target[at : min(at + PIECE_BYTES, end)]
+                self._fill(piece, offset + at - begin)
+                if check:
+                    checksum = crc32c(piece, checksum)
+            if check:
+                checksums.append(checksum)
+            begin, chunk, row = end, chunk + 1, 0
+        return checksums
 
     def recorded_checksum(self, chunk: int) -> int:
         """The checksum that is stored behind an inner chunk; errors as `read`."""
-        stored = np.empty(CRC_BYTES, np.uint8)
-        self._read(stored, self.offsets[chunk] + self._chunk_rows * self._row_bytes)
+        stored: Bytes = np.empty(CRC_BYTES, np.uint8)
+        self._fill(stored, self.offsets[chunk] + self._chunk_rows * self._row_bytes)
         return int(stored.view("<u4")[0])
 
     def close(self) -> None:
@@ -83,19 +101,16 @@ class ShardFile:
     ) -> None:
         self.close()
 
-    def _read(self, out: npt.NDArray[Any], offset: int) -> None:
-        """Fill a C-contiguous array with the bytes from `offset` on."""
-        missing = memoryview(out)  # type: ignore[arg-type]  # numpy's types do not say so
-        while missing.nbytes:
-            try:
-                got = os.preadv(self.descriptor, [missing], offset)
-            except OSError as error:
-                raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
-            if got == missing.nbytes:
-                return
-            if not got:
-                raise ValueError("the features shard ends too early")
-            missing, offset = missing.cast("B")[got:], offset + got  # 2 GiB is the most at once
+    def _fill(self, out: Bytes, offset: int) -> None:
+        """Fill `out` with the bytes from `offset` on."""
+        try:
+            got = os.preadv(self.descriptor, [out], offset)  # type: ignore[list-item]
+        except OSError as error:
+            raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
+        if not got:
+            raise ValueError("the features shard ends too early")
+        if got < len(out):
+            self._fill(out[got:], offset + got)
 
 
 class ShardMap:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from featstore.reader import Store
 from featstore.schema import FeatureArray, RowArray
+from featstore.segments import Places
 
 POOL_BYTES: Final = 256 * 2**20
 """Memory of streaming: one pool in use and one being read, half of it each."""
@@ -141,7 +142,7 @@ class ShuffledBlocks:
         self._coming: dict[int, Future[Tensor]] = {}
         self._pool: tuple[int, Tensor] | None = None
 
-    def clips(self, first: int, places: RowArray, count: int) -> Iterator[Tensor]:
+    def clips(self, first: int, places: Places, count: int) -> Iterator[Tensor]:
         """Samples first, first + 1, ... of the order in batches of `count`, the last of the rest.
 
         Gives [B, T, *item] each, the frames at `places` [n, T] of the samples' pools (see
@@ -154,7 +155,7 @@ class ShuffledBlocks:
             self._gather(first + begin, part, out)
             yield batch
 
-    def _gather(self, first: int, places: RowArray, out: Tensor) -> None:
+    def _gather(self, first: int, places: Places, out: Tensor) -> None:
         """Fill `out` [B * T, D] with the frames at `places` [B, T] of samples first, ..."""
         count, clip = places.shape
         done = 0

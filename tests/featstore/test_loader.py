@@ -124,18 +124,20 @@ def test_each_frame_comes_from_its_segment_of_one_view(store: Store) -> None:
 
 
 def test_gather_equals_a_per_sample_reference(store: Store) -> None:
-    """Word by word: two halves a word, four frames and a view a sample, so three words each."""
+    """Word by word: four numbers a word, four frames and a view a sample, so two words each."""
     order = np.random.default_rng((3, 5, 0)).permutation(19)
-    words = np.random.PCG64((3, 5, 1, 0)).random_raw(19 * 3).tolist()
+    words = np.random.PCG64((3, 5, 1, 0)).random_raw(19 * 2).tolist()
     lowest, highest = (edges.tolist() for edges in segment_ranges(9, 4))
     rows = store.rows[::-1]
     batches = list(loader_of(store, False).epoch(5))
     clips = torch.cat([batch.features for batch in batches])
     for i, sample in enumerate(order):
-        halves = [half for word in words[3 * i : 3 * i + 3] for half in (word % 2**32, word >> 32)]
-        view = halves[4] * 3 >> 32
+        numbers = [
+            word >> at & 0xFFFF for word in words[2 * i : 2 * i + 2] for at in (0, 16, 32, 48)
+        ]
+        view = numbers[4] * 3 >> 16
         for t in range(4):
-            frame = lowest[t] + (halves[t] * (highest[t] - lowest[t] + 1) >> 32)
+            frame = lowest[t] + (numbers[t] * (highest[t] - lowest[t] + 1) >> 16)
             expected = store.features([rows[sample]])[0, view, frame]
             np.testing.assert_array_equal(clips[i, t].numpy(), expected)
 

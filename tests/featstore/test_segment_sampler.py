@@ -30,13 +30,17 @@ def test_draws_are_in_range_and_the_same_however_cut(
     assert ((drawn >= lowest) & (drawn <= highest)).all()
     assert 0 <= chosen.min() <= chosen.max() < views
     assert (chosen == chosen[:, :1]).all(), "all frames of a sample are of one view"
-    starts = np.arange(sum(counts), dtype=np.int64)[::-1] * 1_000_003
+    starts = np.arange(sum(counts), dtype=np.int64)[::-1] * 1_000_003_000_007
+    small = np.arange(sum(counts), dtype=np.int32)[::-1] * np.int32(stored * views)
     at = 0
     for count in counts:
         part = slice(at, at + count)
         np.testing.assert_array_equal(sampler.draw(stream, first + at, count), places[part])
         begun = sampler.draw(stream, first + at, count, starts[part])
         np.testing.assert_array_equal(begun, places[part] + starts[part, None])
+        begun = sampler.draw(stream, first + at, count, small[part])
+        assert begun.dtype == np.int32
+        np.testing.assert_array_equal(begun, places[part] + small[part, None])
         at += count
 
 
@@ -79,3 +83,12 @@ def test_streams_differ_in_every_word() -> None:
     for stream in ((1, 1, 1, 0), (0, 2, 1, 0), (0, 1, 0, 0), (0, 1, 1, 1)):
         theirs = sampler.draw(stream, 0, 500)
         assert (ours == theirs).mean() < 0.12
+
+
+def test_more_choices_than_its_numbers_have_values_are_refused() -> None:
+    most = 2**16
+    assert SegmentSampler(1, most, 1).draw((0,), 0, 1000).max() > most * 0.9
+    with pytest.raises(ValueError, match="one of 65537"):
+        SegmentSampler(1, most + 1, 1)
+    with pytest.raises(ValueError, match="one of 65537"):
+        SegmentSampler(most + 1, 4, 2)
