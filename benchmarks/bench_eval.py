@@ -30,8 +30,8 @@ from heads import (
     build_test_sets,
     evaluate_many,
 )
+from heads.evaluation.protocols import PROTOCOLS
 from heads.precision import autocast, resolve_precision
-from heads.protocols import PROTOCOLS
 from heads.scoring import Fusion, fuse_views, ranks
 from heads.text_classifier import class_cosines
 

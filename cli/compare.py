@@ -14,8 +14,8 @@ from featstore.errors import UserError
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
-    from heads.comparing import Comparison, SavedResult
-    from heads.outcomes import Paired
+    from heads.evaluation.comparing import Comparison, SavedResult
+    from heads.evaluation.outcomes import Paired
 
 PAIRED_LINES = 3  # more test sets than that are told in one line
 _GAINS = "{only_b} videos only B has right, {only_a} only A: p = {p:.3g} (exact McNemar test)"
@@ -59,7 +59,7 @@ def compare(
 
     Example: `mote-cli compare first second`
     """
-    from heads.comparing import compare as run
+    from heads.evaluation.comparing import compare as run
 
     if b is None and not published:
         raise UserError("compare takes two results, or one with --published")
@@ -82,7 +82,7 @@ def compare(
 
 def saved_result(workspace: Workspace, text: str, like: SavedResult | None = None) -> SavedResult:
     """The result that `text` means: a file, or the newest of a run, by its folder or name."""
-    from heads.comparing import EVAL_FOLDER, newest_result, read_result
+    from heads.evaluation.comparing import EVAL_FOLDER, newest_result, read_result
 
     path = Path(text)
     if path.is_file():
@@ -110,7 +110,7 @@ def published_beside(
 
     JSON-ready: `published`, each with `count_note`; `nearest`, each with what `differs`.
     """
-    from heads.published import comparable, count_note, nearest
+    from heads.evaluation.published import comparable, count_note, nearest
     from pipeline.encoder_files import local_architecture
 
     if backbone is None:
@@ -159,7 +159,7 @@ def print_published(found: Mapping[str, Any]) -> None:
 
 
 def _print(comparison: Comparison) -> None:
-    from heads.comparing import GROUPS
+    from heads.evaluation.comparing import GROUPS
 
     results.print(f"A  {comparison.a}", markup=False)
     results.print(f"B  {comparison.b}", markup=False)

@@ -66,7 +66,7 @@ def demo(
 
     Example: `mote-cli demo`
     """
-    from heads.plots import tradeoff_plot
+    from heads.evaluation.plots import tradeoff_plot
     from pipeline.machine import peak_rss_mb
 
     started = time.perf_counter()
@@ -221,8 +221,8 @@ def _measured(
     stores: Mapping[str, Store], head: TemporalHead | None, row: _Scored
 ) -> dict[str, float]:
     """Close-set accuracy on the known classes, zero-shot accuracy on the new ones."""
-    from heads.evaluation import evaluate_store
-    from heads.protocols import closeset_tests, zeroshot_tests
+    from heads.evaluation.evaluating import evaluate_store
+    from heads.evaluation.protocols import closeset_tests, zeroshot_tests
 
     top1 = {}
     for protocol, kind, choose in (

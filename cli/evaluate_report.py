@@ -12,8 +12,8 @@ from featstore.durable import write_json
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
-    from heads.results import EvalResult
-    from heads.trained_protocols import ShotOutcome
+    from heads.evaluation.results import EvalResult
+    from heads.evaluation.trained_protocols import ShotOutcome
 
 
 def report(
@@ -24,7 +24,7 @@ def report(
     json: bool,
 ) -> None:
     """Keep the results, and print them."""
-    from heads.results import save_result
+    from heads.evaluation.results import save_result
 
     rows = [{**r.to_json(), "file": str(save_result(r, run_dir))} for r, run_dir in measured]
     for gap in missing:
@@ -142,7 +142,7 @@ def report_base_to_novel(
     json: bool,
 ) -> None:
     """Keep the summary beside the first run, and print it."""
-    from heads.trained_protocols import base_to_novel
+    from heads.evaluation.trained_protocols import base_to_novel
 
     last, best = base_to_novel(outcomes), base_to_novel(outcomes, best=True)
     assert last is not None

@@ -11,16 +11,14 @@ import typer
 
 from cli import options
 from cli.evaluate_report import report_base_to_novel, report_fewshot
-from cli.output import progress_of, warn
+from cli.output import progress_of
 from featstore.errors import UserError
 from featstore.reader import Store
 
 if TYPE_CHECKING:
-    from cli.evaluate import Request
+    from cli.evaluate_request import Request
     from heads.config import HeadOrigin
-    from heads.model import TemporalHead
-    from heads.shot_plans import GivenList
-    from heads.trained_protocols import ShotRun
+    from heads.evaluation.shot_plans import GivenList
 
 FewShot = Annotated[
     str | None,
@@ -132,31 +130,28 @@ def evaluate_trained(
     ask: Request, how: Training, head: str | None, store_name: str | None, json: bool
 ) -> None:
     """Run the protocol: a training per number of shots or seed, continued where it stopped."""
-    from heads.evaluation import evaluate_store
-    from heads.fitting import check_fits
-    from heads.label_maps import check_label_map
-    from heads.leaks import require_no_leak
-    from heads.protocols import known_dataset, usual_protocol
-    from heads.recipes import DEFAULT_RECIPE, load_recipe
-    from heads.results import save_result
-    from heads.shot_plans import ShotPlan
-    from heads.trained_protocols import (
+    from heads.evaluation.evaluating import evaluate_store
+    from heads.evaluation.label_maps import check_label_map
+    from heads.evaluation.leaks import require_no_leak, warn_of_known_classes
+    from heads.evaluation.protocols import usual_protocol
+    from heads.evaluation.results import save_result
+    from heads.evaluation.shot_plans import ShotPlan
+    from heads.evaluation.trained_protocols import (
         DRAW_SEEDS,
-        EPOCHS,
-        EPOCHS_OF,
-        NOVEL_SHOTS,
         SHOTS,
         train_and_test,
+        usual_epochs,
     )
+    from heads.fitting import check_fits
+    from heads.recipes import DEFAULT_RECIPE, load_recipe
 
     check_label_map(ask.label_map)
     few = ask.kind == "fewshot"
     protocol = ask.protocol or usual_protocol(ask.kind, ask.dataset, split=ask.split)
-    known = known_dataset(ask.dataset)
     initial, head_dir = (None, None) if head is None else options.head(ask.workspace, head)
     train, test, splits = _stores(ask, how, store_name, None if initial is None else initial.origin)
     recipe = load_recipe(how.recipe or DEFAULT_RECIPE)
-    epochs = EPOCHS_OF.get((ask.kind, known), EPOCHS[ask.kind]) if how.recipe is None else None
+    epochs = usual_epochs(ask.kind, ask.dataset) if how.recipe is None else None
     training = recipe.train_config(
         epochs=how.epochs or epochs, batch_size=how.batch_size, lr=how.lr
     )
@@ -166,8 +161,8 @@ def evaluate_trained(
     else:
         mean = head == options.MEAN_HEAD
         shape = recipe.head_config(train.provenance.dim, kind="mean" if mean else None)
-    shots = numbers("--shots", how.shots, SHOTS if few else (NOVEL_SHOTS,))
-    draws = numbers("--draw-seeds", how.draw_seeds, (1,) if few else DRAW_SEEDS)
+    shots = numbers("--shots", how.shots, SHOTS[ask.kind])
+    draws = numbers("--draw-seeds", how.draw_seeds, DRAW_SEEDS[ask.kind])
     if len(draws if few else shots) > 1:
         raise UserError(
             "few-shot has one draw seed for all numbers of shots, base-to-novel one number of "
@@ -193,7 +188,7 @@ def evaluate_trained(
     if initial is not None and head_dir is not None:
         require_no_leak(test, runs[0].tests, head_dir, allow=ask.allow_overlap)
         if not few:
-            _warn_of_known_classes(initial, test, runs[0])
+            warn_of_known_classes(initial, test, runs[0].tests[1])
     prompt_set = options.training_prompts(train, ask.prompts, initial)
     clip_store = ask.chosen_clip_store()
 
@@ -270,7 +265,7 @@ def _stores(
     ask: Request, how: Training, store_name: str | None, origin: HeadOrigin | None
 ) -> tuple[Store, Store, tuple[str, str]]:
     """The store to train from, the one to test, and their splits."""
-    from heads.fitting import count_views
+    from heads.evaluation.protocols import count_views
 
     train_split = ask.workspace.default_split(ask.dataset, ("train1", "train"))
     test_split = ask.split or ask.workspace.default_split(ask.dataset, ("test1", "val", "test"))
@@ -309,8 +304,8 @@ def _lists(
     ask: Request, how: Training, train: Store, wanted: Sequence[int]
 ) -> tuple[Mapping[int, GivenList] | None, Any]:
     """Published lists by number of shots or seed, and the exchange of names they come with."""
-    from heads.protocols import known_dataset
-    from heads.shot_plans import GivenList
+    from heads.evaluation.protocols import known_dataset
+    from heads.evaluation.shot_plans import GivenList
     from pipeline.annotations.key_index import KeyIndex
     from pipeline.annotations.published_lists import (
         ListRepository,
@@ -343,8 +338,8 @@ def _named(
     ask: Request, how: Training, train: Store, test: Store, label_map: Any
 ) -> tuple[Store, Store, str]:
     """The stores with names as the label map has them, and what results say of it."""
-    from heads.label_maps import AS_PUBLISHED, named_as, with_exchanged_names
-    from heads.protocols import known_dataset
+    from heads.evaluation.label_maps import AS_PUBLISHED, named_as, with_exchanged_names
+    from heads.evaluation.protocols import known_dataset
 
     if ask.label_map != AS_PUBLISHED:
         return train, test, str(label_map)
@@ -355,19 +350,3 @@ def _named(
     else:
         train, test = (with_exchanged_names(store, label_map or {}) for store in (train, test))
     return train, test, test.provenance.label_map
-
-
-def _warn_of_known_classes(initial: TemporalHead, test: Store, run: ShotRun) -> None:
-    """Say so when the head a training starts from has seen classes that count as novel."""
-    from heads.training_subsets import shown
-
-    novel = run.tests[1].classes
-    known = None if initial.origin is None else initial.origin.class_names
-    if novel is None or known is None:
-        return
-    seen = [test.class_names[label] for label in novel.tolist() if test.class_names[label] in known]
-    if seen:
-        warn(
-            f"the head this starts from was trained on {len(seen)} of the {len(novel)} novel "
-            f"classes ({shown(seen)}): they are not new to it"
-        )

@@ -16,8 +16,8 @@ from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.config import HeadOrigin
+    from heads.evaluation.protocol_types import TestSet
     from heads.model import TemporalHead
-    from heads.protocol_types import TestSet
 
 _SPLITS = ("test", "val")
 
@@ -89,7 +89,7 @@ class UnseenChoice:
 
         Counts that are not the published ones are told.
         """
-        from heads.protocol_types import TestSet
+        from heads.evaluation.protocol_types import TestSet
         from heads.shots import rows_of_classes
         from pipeline.annotations.key_index import KeyIndex
         from pipeline.annotations.kinetics_unseen import unseen_classes
@@ -130,7 +130,7 @@ def _k400_names(
     workspace: Workspace, origin: HeadOrigin | None, file: Path | None
 ) -> tuple[list[str], str]:
     """The class names of Kinetics-400 and where they are from."""
-    from heads.protocols import known_dataset
+    from heads.evaluation.protocols import known_dataset
     from pipeline.annotations.label_names import read_names
     from pipeline.packed import load_dataset
 

@@ -11,8 +11,8 @@ from cli import options
 from cli.output import print_facts, print_json, print_table, results
 
 if TYPE_CHECKING:
-    from heads.protocol_types import Protocol
-    from heads.published import Published
+    from heads.evaluation.protocol_types import Protocol
+    from heads.evaluation.published import Published
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -30,7 +30,7 @@ def list_protocols(json: options.Json = False) -> None:
 
     Example: `mote-cli protocols list`
     """
-    from heads.protocols import PROTOCOLS
+    from heads.evaluation.protocols import PROTOCOLS
 
     protocols = list(PROTOCOLS.values())
     if json:
@@ -61,8 +61,8 @@ def show_protocol(
 
     Example: `mote-cli protocols show ucf101-zeroshot-3splits`
     """
-    from heads.protocols import protocol_named
-    from heads.published import published_of
+    from heads.evaluation.protocols import protocol_named
+    from heads.evaluation.published import published_of
 
     protocol = protocol_named(name)
     published = published_of(name)

@@ -13,7 +13,7 @@ from cli.output import print_json, print_table, results, warn
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
-    from heads.tradeoff import Tradeoff
+    from heads.evaluation.tradeoff import Tradeoff
 
 FIGURE = "tradeoff.png"
 
@@ -60,8 +60,8 @@ def tradeoff(
 
     Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
     """
-    from heads.plots import tradeoff_plot
-    from heads.tradeoff import collect, is_scored
+    from heads.evaluation.plots import tradeoff_plot
+    from heads.evaluation.tradeoff import collect, is_scored
 
     workspace = options.workspace(root)
     known = {path.name: path for path in evaluated_runs(workspace)}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from heads.checkpoints import load_head, save_head
 from heads.config import HeadConfig, HeadOrigin, RoutingDraw
-from heads.evaluation import evaluate_many, evaluate_store
+from heads.evaluation.evaluating import evaluate_many, evaluate_store
+from heads.evaluation.protocols import PROTOCOLS, Protocol, TestSet, build_test_sets
+from heads.evaluation.results import EvalResult, RunFacts, save_result
 from heads.losses import LossTerms, mote_loss
 from heads.model import TemporalHead, TrainingPass, build_head
 from heads.official import (
@@ -13,8 +15,6 @@ from heads.official import (
     official_checkpoint,
     save_official_checkpoint,
 )
-from heads.protocols import PROTOCOLS, Protocol, TestSet, build_test_sets
-from heads.results import EvalResult, RunFacts, save_result
 from heads.scoring import Scoring, predict_scores
 from heads.training import TrainConfig, TrainSummary, train_head
 

@@ -1,4 +1,4 @@
-"""Whether a head, a store, its class texts and its test sets belong together.
+"""Whether a head, a store and its class texts belong together.
 
 C = classes, D = embedding width.
 """
@@ -6,10 +6,7 @@ C = classes, D = embedding width.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -18,26 +15,9 @@ from featstore.reader import Store
 from featstore.records import ClassText
 from heads.config import HeadConfig, HeadOrigin
 from heads.model import TemporalHead, build_head
-from heads.modulation import require_neighbours
-from heads.protocol_types import TestSet
-from heads.scoring import Scoring
 from heads.text_classifier import SAME_CLASS, class_cosines
 
 log = logging.getLogger(__name__)
-
-
-def views_of(store: Store) -> str:
-    """The store's views as "clips x crops" text, for example "4x3"."""
-    crops = store.provenance.crops
-    return f"{store.schema.views // crops}x{crops}"
-
-
-def count_views(text: str) -> int:
-    """Number of views of "clips x crops" text: "4x3" is 12. Raises UserError for other text."""
-    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
-    if match is None:
-        raise UserError(f"views {text!r} are not understood: write CLIPSxCROPS, for example 4x3")
-    return int(match[1]) * int(match[2])
 
 
 def check_fits(head: TemporalHead, store: Store) -> None:
@@ -112,29 +92,6 @@ def check_class_text(head: TemporalHead, text: ClassText, prompt_set: str) -> No
             "sentences or another text tower made it; make the class texts again with the head's, "
             "or choose another set with --prompts"
         )
-
-
-def check_candidates(
-    tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: TemporalHead
-) -> None:
-    """Raise UserError for candidates that are no classes of the store or too few to modulate."""
-    names = [test.name for test in tests]
-    if len(set(names)) < len(names):
-        raise ValueError(f"test sets need distinct names, not {names}")
-    for test in tests:
-        wanted = np.arange(len(text.names)) if test.classes is None else test.classes
-        outside = wanted[(wanted < 0) | (wanted >= len(text.names))]
-        if len(outside) or not len(wanted) or len(np.unique(wanted)) < len(wanted):
-            raise UserError(
-                f"the class list of {test.name} does not match the {len(text.names)} classes of "
-                f"the store: {f'label {outside[0]} is none of them' if len(outside) else 'it is '}"
-                f"{'' if len(outside) else 'empty' if not len(wanted) else 'not of distinct ones'}"
-            )
-        tested = len(text.names) if test.modulation_classes == "all" else len(wanted)
-        for scoring in scorings:
-            if scoring.modulate:
-                trained = head.training_class_embeddings.shape[0]
-                require_neighbours(tested, trained, scoring.neighbours)
 
 
 def knows_classes(head: TemporalHead, text: ClassText) -> bool:

@@ -166,27 +166,5 @@ def repeats_of(repeat: str, full: int, chosen: int) -> int:
     return int(repeat)
 
 
-def require_no_leak(
-    train: Store, rows: npt.ArrayLike, test: Store, tested: npt.ArrayLike, *, allow: bool = False
-) -> int:
-    """How many videos, told by their keys, are trained on and tested.
-
-    UserError names them; with `allow` a warning does.
-    """
-    trained = {train.keys[int(place)] for place in train.positions(rows)}
-    keys = [test.keys[int(place)] for place in test.positions(np.unique(np.asarray(tested)))]
-    both = [key for key in keys if key in trained]
-    if not both:
-        return 0
-    words = f"{len(both)} videos are trained on and tested ({shown(both)})"
-    if not allow:
-        raise UserError(
-            f"{words}: the test would be of what was learned; correct the lists, or pass "
-            "--allow-overlap to measure it all the same"
-        )
-    log.warning("%s: the result is no test of new videos", words)
-    return len(both)
-
-
 def _place(seed: int, key: str) -> tuple[bytes, str]:
     return hashlib.blake2b(f"shots/{seed}/{key}".encode(), digest_size=16).digest(), key

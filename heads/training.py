@@ -2,7 +2,7 @@
 
 n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
 
-A run folder holds config.json (written first), training-keys.json (`heads.leaks`),
+A run folder holds config.json (written first), training-keys.json (`heads.training_keys`),
 state/last.safetensors (after every epoch), metrics.jsonl (one line per epoch) and head.safetensors
 (written last: a run with it is finished).
 """
@@ -41,11 +41,11 @@ from heads.checkpoints import (
     save_tensors,
 )
 from heads.config import HeadConfig, HeadOrigin
-from heads.leaks import read_training_keys, rows_hash, write_training_keys
 from heads.model import TemporalHead, build_head
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.precision import resolve_device, resolve_precision
 from heads.run_settings import open_run
+from heads.training_keys import read_training_keys, rows_hash, write_training_keys
 from heads.training_subsets import (
     renumbered,
     start_from,

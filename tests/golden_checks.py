@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from heads.config import TEMPERATURES, HeadConfig, RoutingDraw, routing_prior
 from heads.end_to_end import EndToEndModel
+from heads.evaluation.half_class import half_class_accuracy
 from heads.experts import ExpertFeedForward, temperature_weights
-from heads.half_class import half_class_accuracy
 from heads.modulation import modulation
 from heads.optimisation import TrainConfig, Trainer, build_optimizer, learning_rates
 from heads.text_classifier import class_cosines, video_embeddings

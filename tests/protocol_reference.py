@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from heads.protocols import PROTOCOLS, Protocol
+from heads.evaluation.protocols import PROTOCOLS, Protocol
 
 PAGE = Path(__file__).parent.parent / "docs" / "protocols.md"
 BEGIN = "<!-- made by tests/protocol_reference.py -->"

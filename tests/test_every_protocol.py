@@ -26,7 +26,7 @@ from one_hot_stores import DIM, one_hot_store
 from tiny_world import make_encoder
 
 from featstore import Store, open_store
-from heads.protocols import PROTOCOLS
+from heads.evaluation.protocols import PROTOCOLS
 
 Place = Callable[[str], tuple[Tree, Path]]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from featstore import open_store
 from heads import import_official_checkpoint, load_head
-from heads.half_class import half_class_accuracy
+from heads.evaluation.half_class import half_class_accuracy
 from heads.scoring import fuse_views, topk, view_cosines, view_features
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.pyav import PyAVDecoder

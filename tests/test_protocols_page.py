@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from protocol_reference import BEGIN, PAGE, reference
 
-from heads.protocols import PROTOCOLS
+from heads.evaluation.protocols import PROTOCOLS
 
 
 def test_the_page_is_made_of_the_objects() -> None:

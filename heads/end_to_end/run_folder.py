@@ -20,8 +20,8 @@ from featstore.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.errors import UserError, WorkError
 from heads.checkpoints import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
 from heads.finetune_config import FinetuneConfig
-from heads.leaks import KEYS_FILE, read_training_keys, write_training_keys
 from heads.run_settings import setting_differences
+from heads.training_keys import KEYS_FILE, read_training_keys, write_training_keys
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from featstore.metadata import read_metadata
 from featstore.repair import repair_command
 from featstore.verify import verify
 from heads import load_head
-from heads.outcomes import write_outcomes
+from heads.evaluation.outcomes import write_outcomes
 from pipeline.encoder_files import local_architecture
 
 

@@ -17,9 +17,9 @@ from command_line import done, mote, refused
 
 from featstore import Store
 from heads import HeadConfig, HeadOrigin, build_head, save_head
-from heads.leaks import write_training_keys
-from heads.protocols import PROTOCOLS
-from heads.published import published_of
+from heads.evaluation.protocols import PROTOCOLS
+from heads.evaluation.published import published_of
+from heads.training_keys import write_training_keys
 
 OFFICIAL = ("train1", "test1", "test2", "test3", "rest")
 NAMES = (*ACTIONS, "clap", "dive", "golf", "hug")

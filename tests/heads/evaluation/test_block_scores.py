@@ -34,7 +34,7 @@ from heads import (
     save_head,
     train_head,
 )
-from heads.protocols import zeroshot_tests
+from heads.evaluation.protocols import zeroshot_tests
 from heads.scoring import BlockScores, fuse_views, view_cosines, view_features
 from heads.view_summaries import summarise
 
@@ -230,7 +230,7 @@ import json, sys
 import torch
 from featstore import open_store
 from heads import load_head
-from heads.process_group import process_group
+from heads.evaluation.process_group import process_group
 from test_block_scores import everything
 with process_group() as rank:
     results = everything(open_store(sys.argv[1]), load_head(sys.argv[2]), device="cpu")
@@ -248,12 +248,13 @@ def test_two_processes_count_every_video_once(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     here = Path(__file__).parent
+    tests = here.parents[1]
     environment = {
         **os.environ,
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "PYTHONPATH": os.pathsep.join(map(str, (here.parent.parent, here.parent, here))),
+        "PYTHONPATH": os.pathsep.join(map(str, (tests.parent, tests, here))),
         "OMP_NUM_THREADS": "1",
     }
     arguments = [str(store.path), str(tmp_path / "head.safetensors"), str(tmp_path / "out")]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from featstore import Store, UserError
 from heads import HeadConfig, TestSet, build_head, build_test_sets, evaluate_store
-from heads.half_class import half_class_accuracy
-from heads.protocols import (
+from heads.evaluation.half_class import half_class_accuracy
+from heads.evaluation.protocols import (
     PROTOCOLS,
     Expected,
     closeset_tests,
@@ -29,7 +29,7 @@ from heads.protocols import (
     usual_protocol,
     zeroshot_tests,
 )
-from heads.results import EvalResult
+from heads.evaluation.results import EvalResult
 from heads.scoring import view_features
 
 OFFICIAL_TESTS = ("train1", "test1", "test2", "test3")

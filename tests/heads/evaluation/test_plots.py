@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from heads.plots import tradeoff_plot
+from heads.evaluation.plots import tradeoff_plot
 
 # The colours of the first five heads, as they are drawn.
 COLOURS = [(76, 114, 176), (221, 132, 82), (85, 168, 104), (196, 78, 82), (129, 114, 179)]

@@ -1,62 +1,30 @@
-"""Which videos a run was trained on, so that none of them is tested by mistake."""
+"""Training videos among the tested ones, found so that none of them is tested by mistake."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
-from featstore.durable import write_json
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError
 from featstore.reader import Store
 from featstore.schema import STATUS_OK, RowArray
 from heads.checkpoints import CONFIG_FILE
-from heads.protocol_types import TestSet
+from heads.evaluation.protocol_types import TestSet
+from heads.model import TemporalHead
+from heads.training_keys import read_training_keys, rows_hash
+from heads.training_subsets import shown
 
 log = logging.getLogger(__name__)
 
-KEYS_FILE: Final = "training-keys.json"
-"""In a run folder: {data set: [keys]}, of every video that moved its parameters."""
-
 NAMED: Final = 3  # how many videos an error names
 _KINETICS_CLIP = re.compile(r"([A-Za-z0-9_-]{11}_\d{6})_\d{6}")
-
-
-def rows_hash(rows: RowArray) -> str:
-    """Hash of array rows as config.json of a run has it, 16 hex digits."""
-    return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:16]
-
-
-def write_training_keys(run_dir: Path, dataset: str, keys: Iterable[str]) -> None:
-    """Record in a run folder that it trains on these videos of a data set.
-
-    What was recorded before stays: a head that goes on from another one has seen both.
-    """
-    known = read_training_keys(run_dir) or {}
-    merged = {name: sorted(known[name]) for name in known}
-    merged[dataset] = sorted(set(keys) | known.get(dataset, frozenset()))
-    write_json(run_dir / KEYS_FILE, merged, indent=0)
-
-
-def read_training_keys(run_dir: Path) -> dict[str, frozenset[str]] | None:
-    """Keys by data set that a run was trained on; None where it does not say.
-
-    WorkError when the file is not what `write_training_keys` wrote.
-    """
-    file = run_dir / KEYS_FILE
-    if not file.is_file():
-        return None
-    try:
-        value = json.loads(file.read_text())
-        return {name: frozenset(map(str, keys)) for name, keys in value.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise WorkError(f"{file} is damaged: copy the run again or train again") from error
 
 
 def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | None:
@@ -112,6 +80,43 @@ def require_no_leak(
         )
     log.warning("%s", what)
     return len(found)
+
+
+def require_disjoint(
+    train: Store, rows: npt.ArrayLike, test: Store, tested: npt.ArrayLike, *, allow: bool = False
+) -> int:
+    """How many videos, told by their keys, are trained on and tested.
+
+    UserError names them; with `allow` a warning does.
+    """
+    trained = {train.keys[int(place)] for place in train.positions(rows)}
+    keys = [test.keys[int(place)] for place in test.positions(np.unique(np.asarray(tested)))]
+    both = [key for key in keys if key in trained]
+    if not both:
+        return 0
+    words = f"{len(both)} videos are trained on and tested ({shown(both)})"
+    if not allow:
+        raise UserError(
+            f"{words}: the test would be of what was learned; correct the lists, or pass "
+            "--allow-overlap to measure it all the same"
+        )
+    log.warning("%s: the result is no test of new videos", words)
+    return len(both)
+
+
+def warn_of_known_classes(head: TemporalHead, store: Store, novel: TestSet) -> None:
+    """Say so when a head that a training starts from has seen classes that count as novel."""
+    known = None if head.origin is None else head.origin.class_names
+    if novel.classes is None or known is None:
+        return
+    names = [store.class_names[label] for label in novel.classes.tolist()]
+    seen = [name for name in names if name in known]
+    if seen:
+        log.warning(
+            "the head this starts from was trained on %d of the %d novel classes (%s): they are "
+            "not new to it",
+            *(len(seen), len(names), shown(seen)),
+        )
 
 
 def _rows_by_hash(store: Store, rows: RowArray, data: Mapping[str, Any]) -> RowArray | None:

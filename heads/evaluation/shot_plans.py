@@ -15,17 +15,17 @@ import numpy as np
 from featstore.errors import UserError
 from featstore.reader import Store
 from featstore.schema import RowArray
-from heads.protocol_types import TestSet
+from heads.evaluation.leaks import require_disjoint
+from heads.evaluation.protocol_types import TestSet
+from heads.evaluation.trained_protocols import ShotRun
 from heads.shots import (
     TrainingSet,
     choose_training_set,
     draw_shots,
     frequency_halves,
     repeats_of,
-    require_no_leak,
     rows_of_classes,
 )
-from heads.trained_protocols import ShotRun
 from heads.training_subsets import shown
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class ShotPlan:
         self, train: TrainingSet, tests: tuple[TestSet, ...], shots: int, draw: int
     ) -> ShotRun:
         tested = np.concatenate([test.rows for test in tests])
-        overlap = require_no_leak(
+        overlap = require_disjoint(
             self.train, train.rows, self.test, tested, allow=self.allow_overlap
         )
         return ShotRun(self.run_dir(train.suffix), shots, draw, train, tests, overlap)

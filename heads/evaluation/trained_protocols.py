@@ -21,10 +21,11 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from heads.checkpoints import CONFIG_FILE, METRICS_FILE, load_head, save_head
 from heads.config import HeadConfig
+from heads.evaluation.protocol_types import TestSet
+from heads.evaluation.protocols import known_dataset
+from heads.evaluation.results import EvalResult, RunFacts, run_facts
 from heads.model import TemporalHead
 from heads.optimisation import TrainConfig
-from heads.protocol_types import TestSet
-from heads.results import EvalResult, RunFacts, run_facts
 from heads.shots import TrainingSet
 from heads.training import TrainSummary, train_head
 
@@ -36,17 +37,21 @@ BEST_HEAD: Final = "best-on-test.safetensors"
 BEST_NOTE: Final = "best-on-test.json"
 TEST_TOP1: Final = "test_top1"
 
-SHOTS: Final = (2, 4, 8, 16)
-NOVEL_SHOTS: Final = 16
-DRAW_SEEDS: Final = (1, 2, 3)
-EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11}
-EPOCHS_OF: Final = {("fewshot", "ssv2"): 2}
+SHOTS: Final = {"fewshot": (2, 4, 8, 16), "base-to-novel": (16,)}
+DRAW_SEEDS: Final = {"fewshot": (1,), "base-to-novel": (1, 2, 3)}
+_EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11}
+_EPOCHS_OF: Final = {("fewshot", "ssv2"): 2}
 """Epochs where neither a recipe nor a user says otherwise: MoTE's for few-shot, of a set that is
 repeated to the size of the full one; ViFi-CLIP's for base-to-novel, which it takes of the shots
 once. Here they are repeated as well: a new head learns nothing in thirty steps."""
 
 Evaluate = Callable[[TemporalHead, Sequence[TestSet], RunFacts, str], EvalResult]
 """Tests a head on test sets; told what is known of its run, and the name of the run."""
+
+
+def usual_epochs(kind: str, dataset: str) -> int:
+    """Epochs of a protocol of `kind` on a data set, where neither recipe nor user say."""
+    return _EPOCHS_OF.get((kind, known_dataset(dataset)), _EPOCHS[kind])
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ def train_and_test(
 @contextmanager
 def _told_once() -> Iterator[None]:
     """What a test says of its lists is the same in every epoch: the last one says it."""
-    loggers = [logging.getLogger(f"heads.{name}") for name in ("evaluation", "fitting", "leaks")]
+    loggers = [logging.getLogger(name) for name in ("heads.evaluation", "heads.fitting")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -20,22 +20,20 @@ from featstore.schema import STATUS_OK
 from featstore.segments import segment_positions
 from heads.checkpoints import head_fingerprint
 from heads.config import HeadConfig
+from heads.evaluation.measuring import ClipFeatures, Measurement, check_candidates
+from heads.evaluation.protocol_types import LabelIds, TestSet
+from heads.evaluation.protocols import Protocol, count_notes, listed_rows, protocol_named, views_of
+from heads.evaluation.results import EvalResult, RunFacts, SplitDetail, SplitResult
 from heads.fitting import (
-    check_candidates,
     check_class_text,
     check_complete,
     check_fits,
     default_prompt_set,
     knows_classes,
     mean_head,
-    views_of,
 )
-from heads.measuring import ClipFeatures, Measurement
 from heads.model import TemporalHead
 from heads.precision import Precision, resolve_device, resolve_precision
-from heads.protocol_types import LabelIds, TestSet
-from heads.protocols import Protocol, count_notes, listed_rows, protocol_named
-from heads.results import EvalResult, RunFacts, SplitDetail, SplitResult
 from heads.scoring import TOP_K, Fusion, Scoring
 
 log = logging.getLogger(__name__)
@@ -61,9 +59,9 @@ def evaluate_store(
 ) -> EvalResult:
     """Accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
 
-    `protocol` is one of `heads.protocols` or its name, `tests` its test sets (`build_test_sets`).
-    The score settings are those of `Scoring.of_head`; `fusion` defaults to the protocol's.
-    `options` and errors are those of `evaluate_many`.
+    `protocol` is one of `heads.evaluation.protocols` or its name, `tests` its test sets
+    (`build_test_sets`). The score settings are those of `Scoring.of_head`; `fusion` defaults to
+    the protocol's. `options` and errors are those of `evaluate_many`.
     """
     config = HeadConfig(kind="mean", dim=store.provenance.dim) if head is None else head.config
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from action_store import action_store
 
-from featstore import Store, UserError, WorkError
+from featstore import Store, UserError
 from heads import HeadConfig, TestSet, TrainConfig, train_head
-from heads.leaks import (
-    KEYS_FILE,
-    read_training_keys,
-    require_no_leak,
-    trained_videos,
-    write_training_keys,
-)
+from heads.evaluation.leaks import require_disjoint, require_no_leak, trained_videos
+from heads.training_keys import KEYS_FILE, read_training_keys, write_training_keys
 
 
 def train(store: Store, run: Path, kind: str = "mote") -> None:
@@ -69,14 +62,6 @@ def test_clips_of_kinetics_are_the_same_in_every_data_set(tmp_path: Path) -> Non
         require_no_leak(store, everything(store), tmp_path)
 
 
-def test_keys_of_an_earlier_training_stay(tmp_path: Path) -> None:
-    write_training_keys(tmp_path, "a", ["x", "y"])
-    write_training_keys(tmp_path, "b", ["x"])
-    write_training_keys(tmp_path, "a", ["z", "x"])
-    known = read_training_keys(tmp_path)
-    assert known == {"a": frozenset("xyz"), "b": frozenset("x")}
-
-
 def test_a_run_without_keys_is_told_by_its_rows(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,24 +83,10 @@ def test_a_mean_has_seen_nothing(tmp_path: Path) -> None:
     assert require_no_leak(store, everything(store), tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}'])
-def test_damaged_keys_are_said(tmp_path: Path, text: str) -> None:
-    (tmp_path / KEYS_FILE).write_text(text)
-    with pytest.raises(WorkError, match=r"training-keys\.json is damaged"):
-        read_training_keys(tmp_path)
-
-
-def test_resuming_keeps_the_same_keys(tmp_path: Path) -> None:
-    store = action_store(tmp_path / "toy.zarr")
-    train(store, tmp_path / "run")
-    before = json.loads((tmp_path / "run" / KEYS_FILE).read_text())
-    (tmp_path / "run" / "head.safetensors").unlink()
-    train_head(
-        *(store, tmp_path / "run", HeadConfig(dim=16, layers=1, experts=2)),
-        TrainConfig(epochs=1, batch_size=16, frames=4),
-        rows=np.flip(store.split("train")),
-        prompt_set="mote28",
-        resume=True,
-        device="cpu",
-    )
-    assert json.loads((tmp_path / "run" / KEYS_FILE).read_text()) == before
+def test_videos_trained_on_and_tested_are_told_by_their_keys(tmp_path: Path) -> None:
+    store = action_store(tmp_path / "toy.zarr", samples=48, failed=(0,))
+    other = action_store(tmp_path / "other.zarr", samples=10, split_names=("test",), failed=())
+    assert require_disjoint(store, store.rows[20:30], other, other.rows) == 0
+    with pytest.raises(UserError, match=r"3 videos are trained on and tested \('clip007'"):
+        require_disjoint(store, store.rows[7:30], other, other.rows)
+    assert require_disjoint(store, store.rows[7:9], other, other.rows, allow=True) == 2

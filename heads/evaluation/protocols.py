@@ -9,9 +9,9 @@ from typing import Final
 from featstore.errors import UserError
 from featstore.reader import Store
 from featstore.schema import RowArray
-from heads.half_class import half_class_draws
-from heads.protocol_data import PROTOCOLS
-from heads.protocol_types import Expected, Kind, LabelIds, Lists, Protocol, TestSet
+from heads.evaluation.half_class import half_class_draws
+from heads.evaluation.protocol_data import PROTOCOLS
+from heads.evaluation.protocol_types import Expected, Kind, LabelIds, Lists, Protocol, TestSet
 
 __all__ = [
     "PROTOCOLS",
@@ -27,7 +27,9 @@ __all__ = [
     "known_dataset",
     "protocol_named",
     "build_test_sets",
+    "count_views",
     "usual_protocol",
+    "views_of",
     "zeroshot_tests",
 ]
 
@@ -59,6 +61,20 @@ def known_dataset(name: str) -> str:
 
 
 _DATASETS: Final = {p.dataset for p in PROTOCOLS.values() if p.dataset is not None}
+
+
+def views_of(store: Store) -> str:
+    """The store's views as "clips x crops" text, for example "4x3"."""
+    crops = store.provenance.crops
+    return f"{store.schema.views // crops}x{crops}"
+
+
+def count_views(text: str) -> int:
+    """Number of views of "clips x crops" text: "4x3" is 12. Raises UserError for other text."""
+    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
+    if match is None:
+        raise UserError(f"views {text!r} are not understood: write CLIPSxCROPS, for example 4x3")
+    return int(match[1]) * int(match[2])
 
 
 def usual_protocol(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from result_files import result, write_result
 
 from featstore.errors import UserError
-from heads.comparing import (
+from heads.evaluation.comparing import (
     FIELDS,
     Comparison,
     compare,
@@ -21,8 +21,8 @@ from heads.comparing import (
     not_compared,
     read_result,
 )
-from heads.outcomes import binomial_p, paired, read_outcomes, write_outcomes
-from heads.results import EvalResult
+from heads.evaluation.outcomes import binomial_p, paired, read_outcomes, write_outcomes
+from heads.evaluation.results import EvalResult
 
 
 def compared(folder: Path, a: dict[str, Any], b: dict[str, Any]) -> Comparison:

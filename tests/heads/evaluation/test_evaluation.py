@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from featstore import Store, UserError
 from heads import HeadConfig, TemporalHead, TrainConfig, build_head, load_head, train_head
-from heads.evaluation import evaluate_store
-from heads.fitting import views_of
-from heads.half_class import half_class_accuracy
-from heads.plots import tradeoff_plot
-from heads.protocols import TestSet, closeset_tests, zeroshot_tests
-from heads.results import EvalResult
+from heads.evaluation.evaluating import evaluate_store
+from heads.evaluation.half_class import half_class_accuracy
+from heads.evaluation.plots import tradeoff_plot
+from heads.evaluation.protocols import TestSet, closeset_tests, views_of, zeroshot_tests
+from heads.evaluation.results import EvalResult
 from heads.scoring import (
     BlockScores,
     Scoring,

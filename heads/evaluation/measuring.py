@@ -18,9 +18,10 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.records import ClassText
 from featstore.schema import STATUS_OK, RowArray
+from heads.evaluation.protocol_types import LabelIds, TestSet
 from heads.fitting import check_complete
 from heads.model import TemporalHead
-from heads.protocol_types import LabelIds, TestSet
+from heads.modulation import require_neighbours
 from heads.scoring import BlockScores, Scoring, ranks
 from heads.view_summaries import ViewSummaries, summarise_store
 
@@ -214,6 +215,29 @@ class ClipFeatures:
         )
         units = functional.normalize(features, dim=-1).mean(2)
         return ViewSummaries(None, features.mean(2), units)
+
+
+def check_candidates(
+    tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: TemporalHead
+) -> None:
+    """Raise UserError for candidates that are no classes of the store or too few to modulate."""
+    names = [test.name for test in tests]
+    if len(set(names)) < len(names):
+        raise ValueError(f"test sets need distinct names, not {names}")
+    for test in tests:
+        wanted = np.arange(len(text.names)) if test.classes is None else test.classes
+        outside = wanted[(wanted < 0) | (wanted >= len(text.names))]
+        if len(outside) or not len(wanted) or len(np.unique(wanted)) < len(wanted):
+            raise UserError(
+                f"the class list of {test.name} does not match the {len(text.names)} classes of "
+                f"the store: {f'label {outside[0]} is none of them' if len(outside) else 'it is '}"
+                f"{'' if len(outside) else 'empty' if not len(wanted) else 'not of distinct ones'}"
+            )
+        tested = len(text.names) if test.modulation_classes == "all" else len(wanted)
+        for scoring in scorings:
+            if scoring.modulate:
+                trained = head.training_class_embeddings.shape[0]
+                require_neighbours(tested, trained, scoring.neighbours)
 
 
 def _place_in_group() -> tuple[int, int]:

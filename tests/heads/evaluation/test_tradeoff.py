@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from result_files import write_result
 
 from featstore.errors import UserError
-from heads.published import published_figures
-from heads.tradeoff import collect, harmonic_mean, tradeoff_score
+from heads.evaluation.published import published_figures
+from heads.evaluation.tradeoff import collect, harmonic_mean, tradeoff_score
 
 ZEROSHOT = ("ucf101", "hmdb51", "k600")
 

@@ -9,8 +9,8 @@ import pytest
 from result_files import result
 
 from featstore.errors import UserError
-from heads.protocols import PROTOCOLS
-from heads.published import (
+from heads.evaluation.protocols import PROTOCOLS
+from heads.evaluation.published import (
     architecture,
     comparable,
     count_note,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError
-from heads.protocols import PROTOCOLS, known_dataset
+from heads.evaluation.protocols import PROTOCOLS, known_dataset
 
 PUBLISHED_FILE: Final = Path(__file__).with_name("published.toml")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from featstore.errors import UserError
-from heads.outcomes import Paired, paired_outcomes
+from heads.evaluation.outcomes import Paired, paired_outcomes
 
 log = logging.getLogger(__name__)
 

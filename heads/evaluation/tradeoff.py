@@ -18,8 +18,8 @@ from typing import Any, Final, Literal
 
 from featstore.errors import UserError
 from heads.checkpoints import CONFIG_FILE
-from heads.comparing import SavedResult, differences, saved_results
-from heads.protocols import PROTOCOLS, known_dataset
+from heads.evaluation.comparing import SavedResult, differences, saved_results
+from heads.evaluation.protocols import PROTOCOLS, known_dataset
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
-from heads.protocol_types import Expected, Kind, Protocol
+from heads.evaluation.protocol_types import Expected, Kind, Protocol
 
 MOTE: Final = "MoTE (Zhu et al., NeurIPS 2024)"
 TEXT4VIS: Final = "Text4Vis (Wu et al., AAAI 2023)"

@@ -21,9 +21,9 @@ import numpy.typing as npt
 from featstore.durable import write_bytes, write_json
 from featstore.errors import WorkError
 from heads.checkpoints import CONFIG_FILE
+from heads.evaluation.outcomes import write_outcomes
+from heads.evaluation.protocol_types import LabelIds
 from heads.imported_run import tower_facts
-from heads.outcomes import write_outcomes
-from heads.protocol_types import LabelIds
 
 RESULT_FORMAT: Final = 2
 NAMED_SPLITS: Final = 3  # in a file's name; a hash in it stands for all of them
@@ -231,9 +231,9 @@ def save_result(result: EvalResult, run_dir: Path) -> Path:
     """Keep a result under `run_dir/eval`, one name per measurement; measuring again replaces it.
 
     Beside the JSON: `.per-class.csv`, accuracy of every class of every test set; `.outcomes.csv`,
-    where the true class of every video came (`heads.outcomes`); and `.confusion.npz` with, per test
-    set NAME, the counts `NAME` [true, predicted] int64, the label ids `NAME_labels` of its classes,
-    and `class_names` of all labels.
+    where the true class of every video came (`heads.evaluation.outcomes`); and `.confusion.npz`
+    with, per test set NAME, the counts `NAME` [true, predicted] int64, the label ids `NAME_labels`
+    of its classes, and `class_names` of all labels.
     """
     folder = run_dir / "eval"
     base = result.file_name
