@@ -7,6 +7,7 @@ array row `tar * capacity + position`; per-sample lists are aligned with `Store.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from featstore.chunks import ChunkFiles, Commit, read_class_text
 from featstore.errors import UserError, WorkError
 from featstore.features import FeatureFiles
+from featstore.indices import whole_numbers
 from featstore.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.progress import ProgressSink, no_progress
 from featstore.provenance import Provenance
@@ -42,7 +44,7 @@ def open_store(path: str | Path, *, mapped: bool = True) -> Store:
         from featstore.remote_store import open_remote  # which needs this module
 
         return open_remote(path, mapped=mapped)
-    store = Store(Path(path), mapped=mapped)
+    store = Store(Path(os.path.expanduser(path)), mapped=mapped)
     if not store.schema.mappable:
         log.info("%s: features are %s, decoded as they are read", path, store.schema.storage)
     return store
@@ -57,7 +59,8 @@ class Store:
     """
 
     def __init__(self, path: Path, *, mapped: bool = True) -> None:
-        self.path = path
+        # The same store after a change of folder, and for processes that have another.
+        self.path = path = path.absolute()
         self._mapped = mapped
         self._metadata = read_metadata(path)
         if self.schema.rows > MAX_ROWS:
@@ -93,6 +96,11 @@ class Store:
     def tier(self) -> str:
         """What the features are: "embeddings", "frames" or "tokens:K" (`featstore.tiers`)."""
         return self.schema.tier
+
+    @property
+    def mapped(self) -> bool:
+        """Whether features are memory-mapped, else decoded or read through zarr."""
+        return self._features.mapped
 
     def require_embeddings(self) -> None:
         """UserError unless the features are embeddings, which heads work on."""
@@ -150,13 +158,15 @@ class Store:
 
     @cached_property
     def rows(self) -> RowArray:
-        """Array rows of the listed samples, int64 [len], ascending."""
+        """Array rows of the listed samples, int64 [len], ascending, read-only."""
         capacity = self.schema.capacity
         spans = [
             np.arange(tar * capacity, tar * capacity + self._commits[tar].rows, dtype=np.int64)
             for tar in self.partitions()
         ]
-        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        rows: RowArray = np.concatenate([np.zeros(0, np.int64), *spans])
+        rows.flags.writeable = False
+        return rows
 
     @cached_property
     def keys(self) -> list[str]:
@@ -257,10 +267,12 @@ class Store:
         In a store of another tier its items, [n, V, F', *item]: frames are uint8, zeros where
         failed.
 
-        `rows` are array rows, in any order, repeats allowed; `frames` picks stored frames by
-        index, [F'] for all rows alike or [n, F'] per row; all F when None.
-        Raises UserError for a row that holds no sample, IndexError for a frame that is not
-        stored, WorkError when a row does not agree with its checksum.
+        `rows` are array rows, one or [n], in any order, repeats allowed; `frames` picks stored
+        frames by index: one, [F'] for all rows alike or [n, F'] per row; all F when None. The
+        array is the caller's to change.
+        Raises UserError for a row that holds no sample and for what are no whole numbers (a mask:
+        take `rows[mask]`), IndexError for a frame that is not stored (none is counted from the
+        end), WorkError when a row does not agree with its checksum.
         """
         wanted = self._listed(rows)
         chosen = None if frames is None else self._frame_choice(frames, len(wanted))
@@ -285,9 +297,9 @@ class Store:
         """
         wanted = self._listed(rows)
         chosen = self._frame_choice(frames, len(wanted))
-        view = np.asarray(views, np.int64)
+        view = whole_numbers(views, "views")
         if view.shape != wanted.shape:
-            raise ValueError(f"views are {list(view.shape)}: they must be [{len(wanted)}]")
+            raise UserError(f"views are {list(view.shape)}: they must be [{len(wanted)}]")
         if view.size and not 0 <= view.min() <= view.max() < self.schema.views:
             raise IndexError(f"{self.path} stores views 0 to {self.schema.views - 1}")
         if self._features.mapped:
@@ -311,10 +323,10 @@ class Store:
         """
         wanted = self._listed(rows)
         shape = (len(wanted), *self.schema.row_shape)
-        if (out.shape, out.dtype) != (shape, self.schema.dtype) or not out.flags.c_contiguous:
+        if (out.shape, out.dtype) != (shape, self.schema.dtype) or not out.flags.carray:
             raise ValueError(
                 f"out is {out.dtype} {list(out.shape)}: it must be {self.schema.dtype} "
-                f"{list(shape)}, C-contiguous"
+                f"{list(shape)}, C-contiguous and writeable"
             )
         self._features.read_into(wanted, out, check, progress)
 
@@ -347,7 +359,11 @@ class Store:
 
     def _listed(self, rows: npt.ArrayLike) -> RowArray:
         """`rows` as int64 [n]; UserError when one belongs to no listed sample."""
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        wanted = whole_numbers(rows, "rows")
+        if wanted.ndim != 1:
+            if wanted.ndim > 1:
+                raise UserError(f"rows are {list(wanted.shape)}: they must be [n]")
+            wanted = wanted[None]
         tars, positions = np.divmod(wanted, self.schema.capacity)
         known = (tars >= 0) & (tars < self.schema.tars)
         known[known] = positions[known] < self._limits[tars[known]]
@@ -362,11 +378,11 @@ class Store:
         return self.keys[int(np.searchsorted(self.rows, row))]
 
     def _frame_choice(self, frames: npt.ArrayLike, n: int) -> RowArray:
-        chosen = np.asarray(frames, np.int64)
-        if chosen.ndim == 1:
-            chosen = np.broadcast_to(chosen, (n, len(chosen)))
+        chosen = whole_numbers(frames, "frames")
+        if chosen.ndim < 2:
+            chosen = np.broadcast_to(chosen, (n, chosen.size))
         if chosen.ndim != 2 or len(chosen) != n:
-            raise ValueError(f"frames are {list(chosen.shape)}: they must be [F'] or [{n}, F']")
+            raise UserError(f"frames are {list(chosen.shape)}: they must be [F'] or [{n}, F']")
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.schema.frames:
             raise IndexError(
                 f"{self.path} stores frames 0 to {self.schema.frames - 1} of each view"
