@@ -59,6 +59,8 @@ _DRAWS: Final = 1
 # Frames drawn together, for several batches if they are small. Gathering a few batches puts
 # everything else out of the caches, and drawing starts four times slower then; this is a megabyte.
 _TOGETHER: Final = 2**17
+# Places below it are int32, half the size: a megabyte of them is out of the caches.
+_INT32_PLACES: Final = 2**31
 
 
 class Batch:
@@ -274,8 +276,7 @@ class FeatureLoader:
                     starts, clips = None, self._clips_from_files(self._features, order)
                 else:
                     per_sample = self._views * self._stored
-                    # Half the size where that will do: a megabyte of places is out of the cache.
-                    small = self._count * per_sample < 2**31
+                    small = self._count * per_sample < _INT32_PLACES
                     starts = order * per_sample
                     starts = starts.astype(np.int32) if small else starts
                     clips = self._clips_from_memory(self._features)

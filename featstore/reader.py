@@ -6,8 +6,6 @@ array row `tar * capacity + position`; per-sample lists are aligned with `Store.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -26,28 +24,8 @@ from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import FeatureArray, RowArray, StoreSchema
 
-log = logging.getLogger(__name__)
-
 # What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30
-
-
-def open_store(path: str | Path, *, mapped: bool = True) -> Store:
-    """Open the store at `path` for reading; of one at a URL (s3://...), a mirror on disk.
-
-    Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
-    reads features through zarr instead of memory maps (slower; for file systems that cannot map).
-    Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
-    when the shard of a committed partition is missing or has another size.
-    """
-    if isinstance(path, str) and "://" in path:
-        from featstore.remote_store import open_remote  # which needs this module
-
-        return open_remote(path, mapped=mapped)
-    store = Store(Path(os.path.expanduser(path)), mapped=mapped)
-    if not store.schema.mappable:
-        log.info("%s: features are %s, decoded as they are read", path, store.schema.storage)
-    return store
 
 
 class Store:
