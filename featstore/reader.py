@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -148,12 +148,12 @@ class Store:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Key of every listed sample."""
+        """Key of every listed sample, read-only."""
         return self._texts("key")
 
     @cached_property
     def reasons(self) -> list[str]:
-        """Why a sample failed, "" where it did not."""
+        """Why a sample failed, "" where it did not; read-only."""
         return self._texts("reason")
 
     @cached_property
@@ -378,11 +378,11 @@ class Store:
         return joined
 
     def _texts(self, name: str) -> list[str]:
-        return [
+        return _ListedTexts(
             text
             for tar in self.partitions()
             for text in self._files.texts(name, tar)[: self._commits[tar].rows]
-        ]
+        )
 
     @cached_property
     def _splits(self) -> npt.NDArray[np.uint32]:
@@ -399,6 +399,19 @@ class Store:
     @cached_property
     def _row_by_key(self) -> dict[str, int]:
         return dict(zip(self.keys, self.rows.tolist(), strict=True))
+
+
+class _ListedTexts(list[str]):
+    """A list that all who ask a store for it share, and that none of them can change."""
+
+    def _refused(self, *_: Any, **__: Any) -> Never:
+        raise TypeError("what a store lists is read-only: change a copy, list(...)")
+
+    append = extend = insert = remove = pop = clear = sort = reverse = _refused
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused
+
+    def __reduce__(self) -> tuple[type[list[str]], tuple[tuple[str, ...]]]:
+        return list, (tuple(self),)
 
 
 def _reopen(path: Path, mapped: bool) -> Store:

@@ -6,7 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,22 @@ def test_what_is_given_out_cannot_change_the_store(store: Store) -> None:
     for names in (store.class_names, store.raw_class_names, store.split_names, store.prompt_sets):
         names.clear()
     store.attributes.clear()
+    keys, reasons = list(store.keys), list(store.reasons)
+    for texts in (store.keys, store.reasons):
+        changes: list[Callable[[], object]] = [
+            texts.clear,
+            texts.sort,
+            texts.pop,
+            lambda texts=texts: texts.append("x"),  # type: ignore[misc]
+            lambda texts=texts: texts.__setitem__(0, "x"),  # type: ignore[misc]
+            lambda texts=texts: texts.__iadd__(["x"]),  # type: ignore[misc]
+        ]
+        for change in changes:
+            with pytest.raises(TypeError, match="read-only"):
+                change()
+    copied = pickle.loads(pickle.dumps(store.keys))
+    copied.append("x")  # a copy is anybody's own
+    assert (store.keys, store.reasons, type(copied)) == (keys, reasons, list)
     for name, array in given_out(store):
         np.testing.assert_array_equal(array, before[name], err_msg=name)
     assert {path: path.read_bytes() for path in files} == files
