@@ -8,8 +8,9 @@ features are read.
 from __future__ import annotations
 
 from featstore.errors import UserError, WorkError
+from featstore.places import open_store
 from featstore.provenance import Provenance
-from featstore.reader import Store, open_store
+from featstore.reader import Store
 from featstore.records import ClassText, Partition
 from featstore.schema import STATUS_EMPTY, STATUS_FAILED, STATUS_OK, StoreSchema
 from featstore.verify import Report, verify

@@ -24,6 +24,7 @@ from featstore.checksums import Checksums, chunk_checksums, crc32c
 from featstore.chunks import ChunkFiles, Commit
 from featstore.coded_shards import CodedShard
 from featstore.errors import WorkError
+from featstore.forks import settle_torch
 from featstore.progress import ProgressSink, no_progress
 from featstore.schema import FeatureArray, RowArray
 from featstore.shards import ShardFile, ShardMap
@@ -76,6 +77,7 @@ class FeatureFiles:
         """
         import torch
 
+        settle_torch()
         starts = self._row_starts(rows)
         shape = self._schema.row_shape
         stored, item = shape[1], shape[2:]

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
@@ -24,6 +22,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featstore.forks import settle_torch
+from featstore.free_memory import available_memory
+from featstore.indices import whole_numbers
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.schema import FeatureArray, RowArray
@@ -58,6 +59,8 @@ _DRAWS: Final = 1
 # Frames drawn together, for several batches if they are small. Gathering a few batches puts
 # everything else out of the caches, and drawing starts four times slower then; this is a megabyte.
 _TOGETHER: Final = 2**17
+# Places below it are int32, half the size: a megabyte of them is out of the caches.
+_INT32_PLACES: Final = 2**31
 
 
 class Batch:
@@ -119,7 +122,7 @@ def resident(
     `check` False trusts the bytes on the disk. Raises UserError for a row that holds no sample,
     WorkError when one fails its checksum.
     """
-    wanted = np.atleast_1d(np.asarray(rows, np.int64))
+    wanted = np.atleast_1d(whole_numbers(rows, "rows"))
     # Numpy asks for large pages, torch does not: filling its memory took four times as long.
     loaded: FeatureArray = np.empty((len(wanted), *store.schema.row_shape), store.schema.dtype)
     store.read_into(wanted, loaded, check=check, progress=progress)
@@ -136,9 +139,9 @@ def load_features(
 
     Errors as `resident`; those of features that stay in files when they are read.
     """
-    wanted = np.atleast_1d(np.asarray(rows, np.int64))
+    wanted = np.atleast_1d(whole_numbers(rows, "rows"))
     if holding is None:
-        holding = choose_holding(len(wanted) * store.schema.row_bytes)
+        holding = choose_holding(len(wanted) * store.schema.row_bytes, mappable=store.mapped)
     if holding == "resident":
         return resident(store, wanted, progress)
     if holding == "mapped":
@@ -146,47 +149,35 @@ def load_features(
     return StreamedFeatures(store, wanted)
 
 
-def choose_holding(nbytes: int, available: int | None = None) -> Holding:
+def choose_holding(nbytes: int, available: int | None = None, *, mappable: bool = True) -> Holding:
     """How to hold `nbytes` of features; the choice is logged with its reason.
 
-    `available` is the free memory in bytes, that of this process by default.
+    `available` is the free memory in bytes, that of this process by default. Features that are
+    not `mappable` are decoded, or read through zarr: a random row then costs a whole chunk, so
+    that they are streamed where others are mapped.
     """
     free = available_memory() if available is None else available
     holding: Holding = "streamed"
     if nbytes <= RESIDENT_SHARE * free:
         holding = "resident"
-    elif nbytes <= MAPPED_SHARE * free:
+    elif nbytes <= MAPPED_SHARE * free and mappable:
         holding = "mapped"
+    within = holding != "streamed"
+    share = MAPPED_SHARE if mappable and holding != "resident" else RESIDENT_SHARE
     log.info(
-        "features: %s; %.1f MB %s %d %% of the %.0f MB of memory that is free",
+        "features: %s; %.1f MB %s %d %% of the %.0f MB of memory that is free%s",
         {
             "resident": "held in memory",
             "mapped": "read from memory-mapped files",
             "streamed": "streamed from files, shuffled in blocks",
         }[holding],
         nbytes / 1e6,
-        "exceed" if holding == "streamed" else "are within",
-        round(100 * (RESIDENT_SHARE if holding == "resident" else MAPPED_SHARE)),
+        "are within" if within else "exceed",
+        round(100 * share),
         free / 1e6,
+        "" if mappable or within else ", and the store is not one that is mapped",
     )
     return holding
-
-
-def available_memory() -> int:
-    """Bytes this process may still take: free memory of the machine, less if a cgroup says so."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    # Containers see the machine's memory there and their own limit here (cgroup v2).
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return max(0, min(free, limit - used))
 
 
 class FeatureLoader:
@@ -240,7 +231,7 @@ class FeatureLoader:
         self._count = count
         self._stored = stored
         self._device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-        self._labels = torch.tensor(np.asarray(labels), dtype=torch.int64, device=self._device)
+        self._labels = torch.tensor(whole_numbers(labels, "labels"), device=self._device)
         if rows is None:
             rows = (
                 np.arange(count, dtype=np.int64) if isinstance(features, Tensor) else features.rows
@@ -261,7 +252,13 @@ class FeatureLoader:
         return -(-mine // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `start` on; every sample `repeats` times."""
+        """The batches of one epoch from step `start` on; every sample `repeats` times.
+
+        ValueError, at the first batch, for a negative epoch or step.
+        """
+        if epoch < 0 or start < 0:
+            raise ValueError(f"epoch {epoch}, step {start}: both are counted from 0")
+        settle_torch()
         rng = np.random.default_rng((self._seed, epoch, _ORDER))
         with ExitStack() as resources:
             starts: Places | None
@@ -279,8 +276,7 @@ class FeatureLoader:
                     starts, clips = None, self._clips_from_files(self._features, order)
                 else:
                     per_sample = self._views * self._stored
-                    # Half the size where that will do: a megabyte of places is out of the cache.
-                    small = self._count * per_sample < 2**31
+                    small = self._count * per_sample < _INT32_PLACES
                     starts = order * per_sample
                     starts = starts.astype(np.int32) if small else starts
                     clips = self._clips_from_memory(self._features)

@@ -15,7 +15,8 @@ from featstore.chunks import ChunkFiles
 from featstore.errors import WorkError
 from featstore.exchange import recover, sweep
 from featstore.metadata import StoreMetadata, read_metadata
-from featstore.reader import Store, open_store
+from featstore.places import open_store
+from featstore.reader import Store
 from featstore.records import ClassText, Partition
 from featstore.schema import SMALL_ARRAYS
 from featstore.writer import StoreWriter

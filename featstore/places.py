@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
+from featstore.object_urls import is_url
 from featstore.reader import Store
 from featstore.remote_store import RemoteStoreWriter, open_remote
 from featstore.writer import StoreWriter
 
+log = logging.getLogger(__name__)
+
 StorePlace: TypeAlias = Path | str
 AnyWriter: TypeAlias = StoreWriter | RemoteStoreWriter
+
+
+def open_store(path: str | Path, *, mapped: bool = True) -> Store:
+    """Open the store at `path` for reading; of one at a URL (s3://...), a mirror on disk.
+
+    Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
+    reads features through zarr instead of memory maps (slower; for file systems that cannot map).
+    A `~` at the beginning of the path is the user's folder.
+    Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
+    when the shard of a committed partition is missing or has another size.
+    """
+    if isinstance(path, str) and is_url(path):
+        return open_remote(path, mapped=mapped)
+    store = Store(Path(os.path.expanduser(path)), mapped=mapped)
+    if not store.schema.mappable:
+        log.info("%s: features are %s, decoded as they are read", path, store.schema.storage)
+    return store
 
 
 def writer_of(place: StorePlace) -> AnyWriter | None:

@@ -6,11 +6,10 @@ array row `tar * capacity + position`; per-sample lists are aligned with `Store.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Never
 
 import numpy as np
 import numpy.typing as npt
@@ -18,34 +17,15 @@ import numpy.typing as npt
 from featstore.chunks import ChunkFiles, Commit, read_class_text
 from featstore.errors import UserError, WorkError
 from featstore.features import FeatureFiles
+from featstore.indices import whole_numbers
 from featstore.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.progress import ProgressSink, no_progress
 from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import FeatureArray, RowArray, StoreSchema
 
-log = logging.getLogger(__name__)
-
 # What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30
-
-
-def open_store(path: str | Path, *, mapped: bool = True) -> Store:
-    """Open the store at `path` for reading; of one at a URL (s3://...), a mirror on disk.
-
-    Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
-    reads features through zarr instead of memory maps (slower; for file systems that cannot map).
-    Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
-    when the shard of a committed partition is missing or has another size.
-    """
-    if isinstance(path, str) and "://" in path:
-        from featstore.remote_store import open_remote  # which needs this module
-
-        return open_remote(path, mapped=mapped)
-    store = Store(Path(path), mapped=mapped)
-    if not store.schema.mappable:
-        log.info("%s: features are %s, decoded as they are read", path, store.schema.storage)
-    return store
 
 
 class Store:
@@ -57,7 +37,8 @@ class Store:
     """
 
     def __init__(self, path: Path, *, mapped: bool = True) -> None:
-        self.path = path
+        # The same store after a change of folder, and for processes that have another.
+        self.path = path = path.absolute()
         self._mapped = mapped
         self._metadata = read_metadata(path)
         if self.schema.rows > MAX_ROWS:
@@ -93,6 +74,11 @@ class Store:
     def tier(self) -> str:
         """What the features are: "embeddings", "frames" or "tokens:K" (`featstore.tiers`)."""
         return self.schema.tier
+
+    @property
+    def mapped(self) -> bool:
+        """Whether features are memory-mapped, else decoded or read through zarr."""
+        return self._features.mapped
 
     def require_embeddings(self) -> None:
         """UserError unless the features are embeddings, which heads work on."""
@@ -150,22 +136,24 @@ class Store:
 
     @cached_property
     def rows(self) -> RowArray:
-        """Array rows of the listed samples, int64 [len], ascending."""
+        """Array rows of the listed samples, int64 [len], ascending, read-only."""
         capacity = self.schema.capacity
         spans = [
             np.arange(tar * capacity, tar * capacity + self._commits[tar].rows, dtype=np.int64)
             for tar in self.partitions()
         ]
-        return np.concatenate(spans) if spans else np.zeros(0, np.int64)
+        rows: RowArray = np.concatenate([np.zeros(0, np.int64), *spans])
+        rows.flags.writeable = False
+        return rows
 
     @cached_property
     def keys(self) -> list[str]:
-        """Key of every listed sample."""
+        """Key of every listed sample, read-only."""
         return self._texts("key")
 
     @cached_property
     def reasons(self) -> list[str]:
-        """Why a sample failed, "" where it did not."""
+        """Why a sample failed, "" where it did not; read-only."""
         return self._texts("reason")
 
     @cached_property
@@ -257,10 +245,12 @@ class Store:
         In a store of another tier its items, [n, V, F', *item]: frames are uint8, zeros where
         failed.
 
-        `rows` are array rows, in any order, repeats allowed; `frames` picks stored frames by
-        index, [F'] for all rows alike or [n, F'] per row; all F when None.
-        Raises UserError for a row that holds no sample, IndexError for a frame that is not
-        stored, WorkError when a row does not agree with its checksum.
+        `rows` are array rows, one or [n], in any order, repeats allowed; `frames` picks stored
+        frames by index: one, [F'] for all rows alike or [n, F'] per row; all F when None. The
+        array is the caller's to change.
+        Raises UserError for a row that holds no sample and for what are no whole numbers (a mask:
+        take `rows[mask]`), IndexError for a frame that is not stored (none is counted from the
+        end), WorkError when a row does not agree with its checksum.
         """
         wanted = self._listed(rows)
         chosen = None if frames is None else self._frame_choice(frames, len(wanted))
@@ -285,9 +275,9 @@ class Store:
         """
         wanted = self._listed(rows)
         chosen = self._frame_choice(frames, len(wanted))
-        view = np.asarray(views, np.int64)
+        view = whole_numbers(views, "views")
         if view.shape != wanted.shape:
-            raise ValueError(f"views are {list(view.shape)}: they must be [{len(wanted)}]")
+            raise UserError(f"views are {list(view.shape)}: they must be [{len(wanted)}]")
         if view.size and not 0 <= view.min() <= view.max() < self.schema.views:
             raise IndexError(f"{self.path} stores views 0 to {self.schema.views - 1}")
         if self._features.mapped:
@@ -311,10 +301,10 @@ class Store:
         """
         wanted = self._listed(rows)
         shape = (len(wanted), *self.schema.row_shape)
-        if (out.shape, out.dtype) != (shape, self.schema.dtype) or not out.flags.c_contiguous:
+        if (out.shape, out.dtype) != (shape, self.schema.dtype) or not out.flags.carray:
             raise ValueError(
                 f"out is {out.dtype} {list(out.shape)}: it must be {self.schema.dtype} "
-                f"{list(shape)}, C-contiguous"
+                f"{list(shape)}, C-contiguous and writeable"
             )
         self._features.read_into(wanted, out, check, progress)
 
@@ -347,7 +337,11 @@ class Store:
 
     def _listed(self, rows: npt.ArrayLike) -> RowArray:
         """`rows` as int64 [n]; UserError when one belongs to no listed sample."""
-        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        wanted = whole_numbers(rows, "rows")
+        if wanted.ndim != 1:
+            if wanted.ndim > 1:
+                raise UserError(f"rows are {list(wanted.shape)}: they must be [n]")
+            wanted = wanted[None]
         tars, positions = np.divmod(wanted, self.schema.capacity)
         known = (tars >= 0) & (tars < self.schema.tars)
         known[known] = positions[known] < self._limits[tars[known]]
@@ -362,11 +356,11 @@ class Store:
         return self.keys[int(np.searchsorted(self.rows, row))]
 
     def _frame_choice(self, frames: npt.ArrayLike, n: int) -> RowArray:
-        chosen = np.asarray(frames, np.int64)
-        if chosen.ndim == 1:
-            chosen = np.broadcast_to(chosen, (n, len(chosen)))
+        chosen = whole_numbers(frames, "frames")
+        if chosen.ndim < 2:
+            chosen = np.broadcast_to(chosen, (n, chosen.size))
         if chosen.ndim != 2 or len(chosen) != n:
-            raise ValueError(f"frames are {list(chosen.shape)}: they must be [F'] or [{n}, F']")
+            raise UserError(f"frames are {list(chosen.shape)}: they must be [F'] or [{n}, F']")
         if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.schema.frames:
             raise IndexError(
                 f"{self.path} stores frames 0 to {self.schema.frames - 1} of each view"
@@ -384,11 +378,11 @@ class Store:
         return joined
 
     def _texts(self, name: str) -> list[str]:
-        return [
+        return _ListedTexts(
             text
             for tar in self.partitions()
             for text in self._files.texts(name, tar)[: self._commits[tar].rows]
-        ]
+        )
 
     @cached_property
     def _splits(self) -> npt.NDArray[np.uint32]:
@@ -405,6 +399,19 @@ class Store:
     @cached_property
     def _row_by_key(self) -> dict[str, int]:
         return dict(zip(self.keys, self.rows.tolist(), strict=True))
+
+
+class _ListedTexts(list[str]):
+    """A list that all who ask a store for it share, and that none of them can change."""
+
+    def _refused(self, *_: Any, **__: Any) -> Never:
+        raise TypeError("what a store lists is read-only: change a copy, list(...)")
+
+    append = extend = insert = remove = pop = clear = sort = reverse = _refused
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused
+
+    def __reduce__(self) -> tuple[type[list[str]], tuple[tuple[str, ...]]]:
+        return list, (tuple(self),)
 
 
 def _reopen(path: Path, mapped: bool) -> Store:

@@ -34,6 +34,21 @@ POOL_BYTES: Final = 256 * 2**20
 BLOCK_BYTES: Final = 2 * 2**20
 
 
+def _references() -> int:
+    """What Python counts of an array that only a piece of `BatchMemory` and its caller hold.
+
+    3 in the Python versions so far; 3.14 leaves out what it need not count.
+    """
+    pieces = deque([(np.empty(0), None)])
+    piece = pieces.popleft()
+    array = piece[0]
+    return sys.getrefcount(array)
+
+
+# Of a piece whose batch is gone: a batch that somebody holds is one more.
+_FREE: Final = _references()
+
+
 class BatchMemory:
     """Memory for batches, used again once nobody holds the batch that was in it.
 
@@ -54,8 +69,7 @@ class BatchMemory:
             except IndexError:
                 break
             array = piece[0]
-            # Held by the piece, here and by the call: not by a batch, which would be a fourth.
-            free = array.shape == shape and sys.getrefcount(array) <= 3
+            free = array.shape == shape and sys.getrefcount(array) <= _FREE
             batch = torch.from_numpy(array) if free else None
             self._pieces.append(piece)
             if batch is not None:

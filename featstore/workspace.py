@@ -16,7 +16,8 @@ import numpy as np
 
 from featstore.errors import UserError, WorkError
 from featstore.object_urls import is_url
-from featstore.reader import Store, open_store
+from featstore.places import open_store
+from featstore.reader import Store
 from featstore.tiers import EMBEDDINGS
 
 log = logging.getLogger(__name__)

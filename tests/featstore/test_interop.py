@@ -1,21 +1,38 @@
-"""The code of docs/interop.md runs as it stands and finds what `open_store` finds."""
+"""The code of docs/interop.md runs as it stands and finds what `open_store` finds.
+
+So does that of docs/store-format.md for plain zarr. None of it gives a warning.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib
+import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from sample_stores import init_store, make_partition, make_store
+from torch.utils.data import DataLoader
 
 from featstore import Store, StoreSchema, open_store
 from featstore.exporting import WRITERS, export
 from featstore.quantizing import quantize
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "interop.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
+DOCUMENTS = Path(__file__).parents[2] / "docs"
+
+
+def blocks_of(name: str) -> list[str]:
+    text = (DOCUMENTS / name).read_text()
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+BLOCKS = blocks_of("interop.md")
 # A word of each block that no other has.
 WORDS = ("names = [", "xarray", "dask", "Videos", "int8.zarr", "safe_open", "pyarrow", "csv")
 
@@ -47,7 +64,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def execute(word: str) -> dict[str, Any]:
         names: dict[str, Any] = {"__name__": "block"}
-        exec(compile(block_with(word), str(DOCUMENT), "exec"), names)
+        exec(compile(block_with(word), "interop.md", "exec"), names)
         return names
 
     return execute
@@ -62,6 +79,21 @@ def test_every_block_is_tested() -> None:
     assert {block_with(word) for word in WORDS} == set(BLOCKS)
 
 
+def statements(block: ast.AST) -> int:
+    """Lines that do something, without imports and the heads of classes and functions."""
+    inner = [node for node in ast.walk(block) if isinstance(node, ast.stmt)]
+    heads = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.FunctionDef, ast.With)
+    return sum(not isinstance(node, heads) for node in inner)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_blocks_are_short(word: str) -> None:
+    tree = ast.parse(block_with(word))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    for part in classes or [tree]:
+        assert statements(part) <= 5
+
+
 def test_zarr(run: Any, folder: Path) -> None:
     found = run("names = [")
     store, rows = ok_rows(folder / "store.zarr")
@@ -71,7 +103,6 @@ def test_zarr(run: Any, folder: Path) -> None:
     assert found["names"] == [store.class_names[label] for label in labels]
 
 
-@pytest.mark.filterwarnings("error")
 def test_xarray(run: Any, folder: Path) -> None:
     found = run("xarray")
     store, rows = ok_rows(folder / "store.zarr")
@@ -101,6 +132,43 @@ def test_torch(run: Any, folder: Path) -> None:
         features, label = videos[i]
         assert features.numpy().tobytes() == store.features([row]).tobytes()
         assert label == store.labels[store.positions([row])[0]]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_torch_workers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Workers read what the parent reads, which has touched the maps before; no data travels."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"videos_by_{method}"  # what is pickled needs a module that the workers can import
+    (tmp_path / f"{name}.py").write_text(block_with("Videos"))
+    videos = importlib.import_module(name).Videos("store.zarr", "train")
+    expected = [videos[i] for i in range(len(videos))]
+    assert len(pickle.dumps(videos)) < 1000
+    workers = 2 if method == "fork" else 1  # starting one takes seconds
+    batches = DataLoader(videos, batch_size=3, num_workers=workers, multiprocessing_context=method)
+    found = [(one, int(label)) for many in batches for one, label in zip(*many, strict=True)]
+    assert len(found) == len(expected)
+    for (ours, label), (theirs, other) in zip(found, expected, strict=True):
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes()
+        assert label == other
+
+
+def test_zarr_in_the_format_document(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = blocks_of("store-format.md")
+    monkeypatch.chdir(folder)
+    (named,) = map(Path, re.findall(r'open_group\("(.*?)"', block))
+    named.parent.mkdir(parents=True)
+    shutil.copytree(folder / "store.zarr", named)
+    found: dict[str, Any] = {}
+    exec(compile(block, "store-format.md", "exec"), found)
+    store, rows = ok_rows(folder / "store.zarr")
+    assert found["features"].tobytes() == store.features(rows[:8]).tobytes()
+    np.testing.assert_array_equal(
+        found["in_train"].nonzero()[0], np.intersect1d(rows, store.split("train"))
+    )
+    np.testing.assert_array_equal(found["text"], store.class_text("mote28").embeddings)
 
 
 def test_int8(run: Any, folder: Path) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sample_loaders import HOLDINGS, loader_of, same
 from sample_stores import make_store
-from torch import Tensor
 
 from featstore import Store, WorkError, open_store
+from featstore.converting import convert
 from featstore.loader import (
-    Batch,
     FeatureLoader,
     Holding,
     MappedFeatures,
@@ -32,39 +32,6 @@ from featstore.streaming import BatchMemory
 def store(tmp_path: Path) -> Store:
     make_store(tmp_path / "s.zarr", rows=(8, 8, 3), row_shape=(3, 9, 16), failed=())
     return open_store(tmp_path / "s.zarr")
-
-
-HOLDINGS = ("resident", "mapped", "streamed")
-
-
-def loader_of(
-    store: Store, holding: Holding | bool, seed: int = 3, rank: int = 0, world_size: int = 1
-) -> FeatureLoader:
-    """`holding` True stands for mapped, False for resident; pools of a stream have 6 rows."""
-    rows = store.rows[::-1].copy()
-    features: Tensor | MappedFeatures | StreamedFeatures = resident(store, rows)
-    if holding in ("mapped", True):
-        features = MappedFeatures(store, rows)
-    elif holding == "streamed":
-        features = StreamedFeatures(store, rows, memory=12 * store.schema.row_bytes)
-    return FeatureLoader(
-        features,
-        store.labels[store.positions(rows)],
-        batch_size=5,
-        frames=4,
-        seed=seed,
-        rows=rows,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def same(ours: Batch, theirs: Batch) -> bool:
-    return (
-        torch.equal(ours.features, theirs.features)
-        and torch.equal(ours.labels, theirs.labels)
-        and torch.equal(ours.rows, theirs.rows)
-    )
 
 
 @pytest.mark.parametrize("holding", HOLDINGS)
@@ -224,6 +191,23 @@ def test_choice_by_size_is_logged(
     assert isinstance(load_features(store, store.rows), StreamedFeatures)
     assert "% of the" in caplog.messages[-1]
     assert available_memory() > 2**20
+
+
+def test_what_cannot_be_mapped_is_streamed_instead(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A random row of such a store costs a chunk that is decoded."""
+    convert(store.path, tmp_path / "zstd.zarr", "zstd")
+    size = len(store) * store.schema.row_bytes
+    monkeypatch.setattr("featstore.loader.available_memory", lambda: size * 5 // 4)
+    caplog.set_level(logging.INFO)
+    for other in (open_store(tmp_path / "zstd.zarr"), open_store(store.path, mapped=False)):
+        caplog.clear()
+        assert isinstance(load_features(other, other.rows), StreamedFeatures)
+        assert "exceed 60 % of" in caplog.messages[-1]
+        assert caplog.messages[-1].endswith("the store is not one that is mapped")
+    monkeypatch.setattr("featstore.loader.available_memory", lambda: size * 2)
+    assert isinstance(load_features(other, other.rows), torch.Tensor)
 
 
 def test_sizes_must_fit_together() -> None:

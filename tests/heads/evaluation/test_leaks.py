@@ -56,7 +56,9 @@ def test_the_same_key_of_another_data_set_is_another_video(tmp_path: Path) -> No
 def test_clips_of_kinetics_are_the_same_in_every_data_set(tmp_path: Path) -> None:
     """Kinetics-400's validation videos are training videos of Kinetics-700."""
     store = action_store(tmp_path / "toy.zarr")
-    store.keys[5:7] = ["val/running/-aB_cdefghi_000010_000020", "x/ABCDEFGHIJK_000001_000011"]
+    keys = list(store.keys)
+    keys[5:7] = ["val/running/-aB_cdefghi_000010_000020", "x/ABCDEFGHIJK_000001_000011"]
+    vars(store)["keys"] = keys
     write_training_keys(tmp_path, "k700", ["train/jogging/-aB_cdefghi_000010_000019"])
     with pytest.raises(UserError, match="1 of 40 tested videos are training videos"):
         require_no_leak(store, everything(store), tmp_path)

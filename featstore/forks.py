@@ -1,0 +1,30 @@
+"""What torch needs in a forked process: its parent's threads are not there.
+
+With GNU OpenMP, which torch's wheels bring, a process that is forked after torch used several
+threads waits forever in its first operation that would use several. torch's DataLoader tells its
+workers to use one; reading a store looks like numpy, and nobody would know to do the same.
+"""
+
+from __future__ import annotations
+
+import os
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def settle_torch() -> None:
+    """In a forked process have torch use one thread; once, so that more may be set afterwards."""
+    global _forked
+    if _forked:
+        import torch
+
+        torch.set_num_threads(1)
+        _forked = False
