@@ -93,7 +93,7 @@ Encoder = Annotated[
         "--encoder",
         metavar="SPEC",
         help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
-        "file, or a name under encoders/ of the workspace.",
+        "file, or a name under encoders/ of the workspace (`./NAME` is one here).",
     ),
 ]
 Device = Annotated[

@@ -72,7 +72,7 @@ def _for_workers(request: ExtractionRequest, cluster: Cluster) -> ExtractionRequ
         request,
         dataset_dir=_everywhere(request.dataset_dir),
         store_path=_everywhere(request.store_path),
-        encoder=lasting_spec(request.encoder),
+        encoder=lasting_spec(request.encoder, folder),
         encoders_dir=folder and folder.absolute(),
         device=cluster.device,
         share=None,  # the tars are named

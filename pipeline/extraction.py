@@ -238,7 +238,7 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
 
     request = plan.request
     return Provenance(
-        encoder=lasting_spec(request.encoder),
+        encoder=lasting_spec(request.encoder, request.encoders_dir),
         encoder_fingerprint=encoder.fingerprint,
         dim=encoder.dim,
         logit_scale=encoder.logit_scale,
