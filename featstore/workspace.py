@@ -27,6 +27,7 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 STORE_SUFFIX: Final = ".zarr"
 HEAD_FILE: Final = "head.safetensors"
 CONFIG_FILE: Final = "config.json"
+DATASET_FILE: Final = "dataset.json"
 PROTOCOL_FIELD: Final = "protocol"
 """In config.json of a run: the evaluation protocol that it was trained as a part of."""
 
@@ -55,7 +56,7 @@ class Workspace:
 
     def dataset_names(self) -> list[str]:
         """Names of the data sets that are packed, sorted."""
-        return sorted(p.parent.name for p in (self.root / "datasets").glob("*/dataset.json"))
+        return sorted(p.parent.name for p in (self.root / "datasets").glob(f"*/{DATASET_FILE}"))
 
     def runs(self) -> list[Path]:
         """Folders of the runs that hold a config.json, newest first by its time."""
@@ -179,11 +180,19 @@ class Workspace:
             else:
                 refused.append(f"{path.name} {reason}")
         if not fitting:
+            packed = self._packed_splits(dataset)
+            if split is not None and packed is not None and split not in packed:
+                raise UserError(
+                    f"data set {dataset!r} has no split {split!r}: "
+                    + (f"choose one of {', '.join(packed)}" if packed else "it has none to name")
+                )
             if damaged:
                 raise damaged[0]
+            # Splits that share tars share one store of them all.
+            own_tars = packed is None or packed.get(split or "", False)
             raise UserError(
                 f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
-                + _extract_command(dataset, split, sampling, encoder)
+                + _extract_command(dataset, split if own_tars else None, sampling, encoder)
                 + ("" if views is None else f" and a --sampling and --crops of {views} views")
             )
         if len(fitting) > 1:
@@ -203,6 +212,19 @@ class Workspace:
             log.warning("left out: %s", damage)
         log.info("features of %s: %s", dataset, _describe(store))
         return store
+
+    def _packed_splits(self, dataset: str) -> dict[str, bool] | None:
+        """The splits that dataset.json names, and whether each has tars of its own.
+
+        None where the data set is not here, or its file is not to be read: whoever packs or
+        extracts says what is wrong with it.
+        """
+        try:
+            packed = json.loads((self.dataset_dir(dataset) / DATASET_FILE).read_bytes())
+            own_tars = bool(packed["splits_disjoint"])
+            return {str(name): own_tars for name in packed["split_names"]}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
 
     def choose_run(self, name: str | None) -> Path:
         """Folder of the named run, or of the newest one; it holds head.safetensors.
