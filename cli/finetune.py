@@ -232,7 +232,7 @@ def finetune(
                     ),
                     head=lambda dim: settings.head_config(dim, layers=layers, experts=experts),
                     encoder=encoder or (None if from_head else options.DEFAULT_ENCODER),
-                    from_head=None if from_head is None else workspace.run_dir(from_head),
+                    from_head=None if from_head is None else workspace.head_dir(from_head),
                     split=split,
                     eval_split=eval_split,
                     prompt_set=prompts,
