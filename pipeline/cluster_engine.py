@@ -20,8 +20,8 @@ from featstore.progress import ProgressSink, no_progress
 from pipeline.cluster import Cluster, Sizes, connected, sizes
 from pipeline.cluster_worker import TARS_IN_HAND, Failure, Outcome, Report, TarWorker
 from pipeline.encoder_files import lasting_spec
-from pipeline.extraction import code_versions
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest
+from pipeline.extraction_store import code_versions
 from pipeline.local_engine import Totals
 
 logger = logging.getLogger(__name__)

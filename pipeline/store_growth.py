@@ -14,7 +14,7 @@ from featstore.errors import UserError
 from featstore.exchange import recover
 from featstore.growth import Grown, add_class_text
 from featstore.growth import add_tars as grow
-from pipeline.extraction import class_text
+from pipeline.extraction_store import class_text
 from pipeline.packed import Dataset, Shard, load_dataset
 from pipeline.prompts import PROMPT_SETS, PromptSet, as_prompt_set
 
