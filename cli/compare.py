@@ -11,7 +11,7 @@ import typer
 from cli import options
 from cli.output import print_json, print_table, results
 from featstore.errors import UserError
-from featstore.workspace import Workspace
+from featstore.workspace import FIRST_STAGE, Workspace
 
 if TYPE_CHECKING:
     from heads.evaluation.comparing import Comparison, SavedResult
@@ -89,8 +89,10 @@ def saved_result(workspace: Workspace, text: str, like: SavedResult | None = Non
         return read_result(path)
     if path.is_dir() and (path / EVAL_FOLDER).is_dir():
         return newest_result(path, like)
-    if "/" not in text and (workspace.run_dir(text) / EVAL_FOLDER).is_dir():
-        return newest_result(workspace.run_dir(text), like)
+    if "/" not in text.removesuffix(f"/{FIRST_STAGE}"):
+        run_dir = workspace.head_dir(text)
+        if (run_dir / EVAL_FOLDER).is_dir():
+            return newest_result(run_dir, like)
     known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
     raise UserError(
         f"{text!r} is neither a result file nor a run with results (with results are: {known}): "

@@ -79,8 +79,9 @@ def export(
                 check_encoder(origin, spec, fingerprint(clip.model, clip.model_config))
             found = tower_of(clip), max(0, describe_run(run_dir)["epochs_done"] - 1)
         save_official_checkpoint(out, head, *found)
-    summary = {"run": run_dir.name, "format": format, "file": str(out), "bytes": out.stat().st_size}
+    name = workspace.head_name(run_dir)
+    summary = {"run": name, "format": format, "file": str(out), "bytes": out.stat().st_size}
     if json:
         print_json(summary)
     else:
-        print_facts({"file": f"{out} ({summary['bytes']} bytes)", "head": run_dir.name})
+        print_facts({"file": f"{out} ({summary['bytes']} bytes)", "head": name})

@@ -182,7 +182,7 @@ def extract(
     chosen = parse_sampling(sampling)
     store_path = workspace.store_path(
         dataset,
-        encoder=encoder_label(encoder),
+        encoder=encoder_label(encoder, encoders),
         sampling=chosen.text,
         crops=crops,
         split=split,

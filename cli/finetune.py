@@ -79,8 +79,8 @@ def finetune(
         ),
     ] = None,
     prompts: options.PromptSet = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1)] = None,
-    warmup_epochs: Annotated[float | None, typer.Option("--warmup-epochs", min=0)] = None,
+    epochs: options.Epochs = None,
+    warmup_epochs: options.WarmupEpochs = None,
     batch_size: Annotated[
         int | None,
         typer.Option("--batch-size", min=1, help="Videos per step of each process."),
@@ -93,14 +93,11 @@ def finetune(
         float | None,
         typer.Option("--lr", help="Learning rate of the head; the tower's is a share of it."),
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option("--weight-decay", min=0)] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option("--frames", min=1, help="Frames per video in training and evaluation."),
-    ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
-    experts: Annotated[int | None, typer.Option("--experts", min=1)] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    weight_decay: options.WeightDecay = None,
+    frames: options.TrainedFrames = None,
+    layers: options.Layers = None,
+    experts: options.Experts = None,
+    seed: options.TrainingSeed = None,
     draws: Annotated[
         str | None,
         typer.Option(
@@ -178,9 +175,7 @@ def finetune(
     ] = "auto",
     device: options.Device = "auto",
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
-    ] = False,
+    resume: options.Resume = False,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -232,7 +227,7 @@ def finetune(
                     ),
                     head=lambda dim: settings.head_config(dim, layers=layers, experts=experts),
                     encoder=encoder or (None if from_head else options.DEFAULT_ENCODER),
-                    from_head=None if from_head is None else workspace.run_dir(from_head),
+                    from_head=None if from_head is None else workspace.head_dir(from_head),
                     split=split,
                     eval_split=eval_split,
                     prompt_set=prompts,

@@ -10,6 +10,7 @@ import typer
 from cli import options
 from cli.output import print_facts, print_json
 from featstore.errors import UserError
+from featstore.workspace import FIRST_STAGE
 
 
 def inspect_path(
@@ -96,7 +97,7 @@ def _run(path: Path) -> dict[str, Any]:
 
     facts = {"kind": "run", **describe_run(path)}
     if facts.get("mode") == "finetune":
-        from heads.end_to_end.run_folder import FROZEN, read_failed_clips
+        from heads.end_to_end.run_folder import read_failed_clips
         from heads.training import read_metrics
 
         records = read_metrics(path)
@@ -107,7 +108,7 @@ def _run(path: Path) -> dict[str, Any]:
                 if record["evaluation"]
             },
             "clips_per_second": round(records[-1]["clips_per_second"], 2) if records else None,
-            **({"first_stage": str(path / FROZEN)} if (path / FROZEN).is_dir() else {}),
+            **({"first_stage": str(path / FIRST_STAGE)} if (path / FIRST_STAGE).is_dir() else {}),
             "failures": [
                 {"key": failure["key"], "reason": failure["reason"]}
                 for failure in read_failed_clips(path)

@@ -68,7 +68,7 @@ PromptSet = Annotated[
         "--prompts",
         metavar="SET|FILE",
         help="Sentences for class names: a prompt set's name, or the file it comes from; default: "
-        "as trained.",
+        "the head's, else mote28.",
     ),
 ]
 Descriptions = Annotated[
@@ -93,7 +93,7 @@ Encoder = Annotated[
         "--encoder",
         metavar="SPEC",
         help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
-        "file, or a name under encoders/ of the workspace.",
+        "file, or a name under encoders/ of the workspace (`./NAME` is one here).",
     ),
 ]
 Device = Annotated[
@@ -131,6 +131,35 @@ Modulate = Annotated[
         "--modulate/--no-modulate",
         help="Temporal feature modulation: trust the head less on classes far from its own.",
     ),
+]
+
+# What `train-head` and `finetune` set; what is left out is the recipe's.
+Epochs = Annotated[
+    int | None, typer.Option("--epochs", min=1, help="Passes over the training videos.")
+]
+WarmupEpochs = Annotated[
+    float | None,
+    typer.Option("--warmup-epochs", min=0, help="Epochs until the learning rate is reached."),
+]
+WeightDecay = Annotated[
+    float | None, typer.Option("--weight-decay", min=0, help="AdamW's weight decay.")
+]
+TrainedFrames = Annotated[
+    int | None,
+    typer.Option("--frames", min=1, help="Frames per video in training and evaluation."),
+]
+Layers = Annotated[
+    int | None, typer.Option("--layers", min=1, help="Layers of the temporal transformer.")
+]
+Experts = Annotated[
+    int | None, typer.Option("--experts", min=1, help="Temporal experts of a layer that has them.")
+]
+TrainingSeed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Draws the head's first weights, and all that training draws."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
 ]
 
 DEFAULT_PROMPTS = "mote28"

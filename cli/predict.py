@@ -64,6 +64,7 @@ def predict(
             raise UserError(f"{path} {what}: predict takes video files")
     workspace = options.workspace(root)
     model, run_dir = options.head(workspace, head, or_mean=True)
+    name = workspace.head_name(run_dir)
     origin = None if model is None else model.origin
     own = None if origin is None else origin.class_names
     if classes is None and own is None:
@@ -77,7 +78,7 @@ def predict(
     except UserError as error:
         if encoder is not None or origin is None:
             raise
-        raise UserError(f"head {run_dir.name}: {error}; name its encoder with --encoder") from error
+        raise UserError(f"head {name}: {error}; name its encoder with --encoder") from error
     if origin is not None:
         check_encoder(origin, spec, clip.fingerprint)
     if prompts is not None or origin is None:
@@ -122,12 +123,12 @@ def predict(
             )
             progress(number, len(videos))
     if json:
-        print_json({"head": run_dir.name, "encoder": spec, "videos": answers})
+        print_json({"head": name, "encoder": spec, "videos": answers})
     else:
         for answer in answers:
             if "error" not in answer:
                 print_table(
-                    f"{answer['path']} ({answer['num_frames']} frames, head {run_dir.name})",
+                    f"{answer['path']} ({answer['num_frames']} frames, head {name})",
                     ["class", "score"],
                     [[p["class_name"], f"{p['score']:.3f}"] for p in answer["predictions"]],  # type: ignore[attr-defined]
                 )

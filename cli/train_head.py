@@ -39,18 +39,17 @@ def train_head(
     sampling: options.StoreSampling = None,
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1)] = None,
-    warmup_epochs: Annotated[float | None, typer.Option("--warmup-epochs", min=0)] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1)] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the head.")] = None,
-    weight_decay: Annotated[float | None, typer.Option("--weight-decay", min=0)] = None,
-    frames: Annotated[
-        int | None,
-        typer.Option("--frames", min=1, help="Frames per video in training and evaluation."),
+    epochs: options.Epochs = None,
+    warmup_epochs: options.WarmupEpochs = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Videos per step.")
     ] = None,
-    layers: Annotated[int | None, typer.Option("--layers", min=1)] = None,
-    experts: Annotated[int | None, typer.Option("--experts", min=1)] = None,
-    seed: Annotated[int | None, typer.Option("--seed")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the head.")] = None,
+    weight_decay: options.WeightDecay = None,
+    frames: options.TrainedFrames = None,
+    layers: options.Layers = None,
+    experts: options.Experts = None,
+    seed: options.TrainingSeed = None,
     precision: Annotated[
         str | None,
         typer.Option("--precision", metavar="auto|fp32|bf16", help="Arithmetic of training."),
@@ -85,9 +84,7 @@ def train_head(
         str | None,
         typer.Option("--from-head", metavar="RUN", help="Start from this head's weights."),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
-    ] = False,
+    resume: options.Resume = False,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:

@@ -146,6 +146,7 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
         other.store.provenance,
         dataset=mine.dataset,
         dataset_fingerprint=mine.dataset_fingerprint,
+        split=mine.split,
     )
     differences = [
         phrase.replace("store has", f"{first.path.name} has").replace(
@@ -259,8 +260,10 @@ def _united_schema(sources: Sequence[SourceStore]) -> StoreSchema:
 
 def _united_provenance(made: Sequence[Provenance]) -> Provenance:
     fingerprints: Mapping[str, str] = {p.dataset_fingerprint: p.dataset for p in made}
+    splits = {p.split for p in made}
     return replace(
         made[0],
         dataset="+".join(dict.fromkeys(p.dataset for p in made)),
         dataset_fingerprint=hashlib.sha256("\n".join(fingerprints).encode()).hexdigest(),
+        split=splits.pop() if len(splits) == 1 else "",
     )

@@ -14,7 +14,7 @@ from featstore.tiers import EMBEDDINGS
 # says whether it is the same one. Library versions change without changing the features.
 _INFORMATIVE: Final = frozenset({"encoder", "versions"})
 # Fields that stores written before them lack, with what their absence means.
-_LATER: Final = {"quantised": "", "tier": EMBEDDINGS, "label_map": ""}
+_LATER: Final = {"quantised": "", "tier": EMBEDDINGS, "label_map": "", "split": ""}
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Provenance:
     `strict_decode` says which damage failed a video: "auto", "always" or "never".
     `label_map` says what was done with a published file of class names that contradicts the
     videos: "corrected", "as-published", or "" where none did.
+    `split` is the one whose tars the store was made of, "" when it was made of all.
     `logit_scale` is the multiplier of cosines (already exponentiated, about 100 for CLIP);
     `sampling` the text of the frame choice ("uniform:16"); `dataset_fingerprint` changes when the
     packed tars change; `preprocessing` and `versions` hold JSON values only; `quantised` says how
@@ -48,6 +49,7 @@ class Provenance:
     quantised: str = ""
     tier: str = EMBEDDINGS
     label_map: str = ""
+    split: str = ""
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -59,11 +61,11 @@ class Provenance:
     def to_json(self) -> dict[str, Any]:
         """Strictly JSON-ready dict (no NaN, no tuples that would come back as lists).
 
-        `tier` and `label_map` are there only where they are not the usual ones, so that earlier
-        readers know the rest.
+        `tier`, `label_map` and `split` are there only where they are not the usual ones, so that
+        earlier readers know the rest.
         """
         value: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        for name in ("tier", "label_map"):
+        for name in ("tier", "label_map", "split"):
             if value[name] == _LATER[name]:
                 del value[name]
         return value

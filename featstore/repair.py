@@ -8,7 +8,6 @@ finding holds as long as the partition has that entry: once it is written anew t
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +20,6 @@ from featstore.metadata import StoreMetadata, prompt_set_names
 from featstore.tiers import EMBEDDINGS
 
 NOTE_LIMIT: Final = 16 * 2**20
-_UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")  # as store names are made
 
 
 def note_path(store: Path) -> Path:
@@ -83,17 +81,10 @@ def repair_command(store: Path, metadata: StoreMetadata) -> str:
     words += ["--encoder", made.encoder, "--sampling", made.sampling]
     if made.crops > 1:
         words += ["--crops", str(made.crops)]
-    # A store of one split says so in its name:
-    # <encoder>--<sampling>[--crops3][--<tier>][--<split>].
-    endings = store.name.removesuffix(".zarr").split("--")[2:]
     if made.tier != EMBEDDINGS:
         words += ["--tier", made.tier]
-        tier = _UNSAFE.sub("-", made.tier)
-        endings = endings[endings.index(tier) + 1 :] if tier in endings else endings
-    for split in metadata.split_names:
-        if _UNSAFE.sub("-", split).strip("-.") in endings:
-            words += ["--split", split]
-            break
+    if made.split:
+        words += ["--split", made.split]
     prompt_sets = prompt_set_names(store)
     if prompt_sets and "mote28" not in prompt_sets:
         words += ["--prompts", prompt_sets[0]]

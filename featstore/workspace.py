@@ -28,6 +28,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 STORE_SUFFIX: Final = ".zarr"
 HEAD_FILE: Final = "head.safetensors"
 CONFIG_FILE: Final = "config.json"
+DATASET_FILE: Final = "dataset.json"
+FIRST_STAGE: Final = "frozen"
+"""Folder in a fine-tuning's run that keeps the head it began with, where that had its name."""
 PROTOCOL_FIELD: Final = "protocol"
 """In config.json of a run: the evaluation protocol that it was trained as a part of."""
 
@@ -50,13 +53,25 @@ class Workspace:
         """Folder of one trained head; UserError as `dataset_dir`."""
         return self.root / "heads" / _checked(name, "run")
 
+    def head_dir(self, name: str) -> Path:
+        """Folder of the head that `RUN` or `RUN/frozen`, a fine-tuning's first stage, names.
+
+        UserError as `dataset_dir`.
+        """
+        run, _, stage = name.partition("/")
+        return self.run_dir(run) / stage if stage == FIRST_STAGE else self.run_dir(name)
+
+    def head_name(self, folder: Path) -> str:
+        """The name that `head_dir` gives this folder for."""
+        return folder.relative_to(self.root / "heads").as_posix()
+
     def encoder_dir(self, name: str) -> Path:
         """Folder of an imported or fine-tuned encoder; UserError as `dataset_dir`."""
         return self.root / "encoders" / _checked(name, "encoder")
 
     def dataset_names(self) -> list[str]:
         """Names of the data sets that are packed, sorted."""
-        return sorted(p.parent.name for p in (self.root / "datasets").glob("*/dataset.json"))
+        return sorted(p.parent.name for p in (self.root / "datasets").glob(f"*/{DATASET_FILE}"))
 
     def runs(self) -> list[Path]:
         """Folders of the runs that hold a config.json, newest first by its time."""
@@ -180,11 +195,19 @@ class Workspace:
             else:
                 refused.append(f"{path.name} {reason}")
         if not fitting:
+            packed = self._packed_splits(dataset)
+            if split is not None and packed is not None and split not in packed:
+                raise UserError(
+                    f"data set {dataset!r} has no split {split!r}: "
+                    + (f"choose one of {', '.join(packed)}" if packed else "it has none to name")
+                )
             if damaged:
                 raise damaged[0]
+            # Splits that share tars share one store of them all.
+            own_tars = packed is None or packed.get(split or "", False)
             raise UserError(
                 f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
-                + _extract_command(dataset, split, sampling, encoder)
+                + _extract_command(dataset, split if own_tars else None, sampling, encoder)
                 + ("" if views is None else f" and a --sampling and --crops of {views} views")
             )
         if len(fitting) > 1:
@@ -205,32 +228,52 @@ class Workspace:
         log.info("features of %s: %s", dataset, _describe(store))
         return store
 
-    def choose_run(self, name: str | None) -> Path:
-        """Folder of the named run, or of the newest one; it holds head.safetensors.
+    def _packed_splits(self, dataset: str) -> dict[str, bool] | None:
+        """The splits that dataset.json names, and whether each has tars of its own.
 
-        Runs that an evaluation trained as a part of itself (few-shot, base-to-novel) are taken by
-        name only. UserError lists the runs when there is none of that name, or says how to train
-        one.
+        None where the data set is not here, or its file is not to be read: whoever packs or
+        extracts says what is wrong with it.
         """
+        try:
+            packed = json.loads((self.dataset_dir(dataset) / DATASET_FILE).read_bytes())
+            own_tars = bool(packed["splits_disjoint"])
+            return {str(name): own_tars for name in packed["split_names"]}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+
+    def choose_run(self, name: str | None) -> Path:
+        """Folder of the named head, or of the newest run's; it holds head.safetensors.
+
+        Runs that an evaluation trained as a part of itself (few-shot, base-to-novel) and first
+        stages of fine-tunings (`RUN/frozen`) are taken by name only. UserError lists the runs when
+        there is none of that name, or says how to train one.
+        """
+        wanted = None if name is None else self.head_dir(name)
+        if wanted is not None and (wanted / HEAD_FILE).is_file():
+            return wanted
+        if wanted is not None and (wanted / FIRST_STAGE / HEAD_FILE).is_file():
+            raise UserError(
+                f"run {name} has no head yet: its fine-tuning is not finished (`mote-cli finetune` "
+                f"with --resume goes on); the head it began with is --head {name}/{FIRST_STAGE}"
+            )
         trained = self.trained_runs()
         if not trained:
             raise UserError(
                 f"no trained head under {self.root / 'heads'}: run `mote-cli train-head` first"
             )
-        if name is None:
-            own = next((run for run in trained if not _is_part_of_protocol(run)), None)
-            if own is None:
-                raise UserError(
-                    f"every head under {self.root / 'heads'} was trained by an evaluation: name "
-                    f"one with --head ({', '.join(run.name for run in trained)})"
-                )
-            log.info("head: %s, the newest run", own.name)
-            return own
-        wanted = self.run_dir(name)
-        if wanted not in trained:
+        if name is not None:
             known = ", ".join(run.name for run in trained)
-            raise UserError(f"no trained head {name!r} in {wanted.parent}: choose one of {known}")
-        return wanted
+            raise UserError(
+                f"no trained head {name!r} in {self.root / 'heads'}: choose one of {known}"
+            )
+        own = next((run for run in trained if not _is_part_of_protocol(run)), None)
+        if own is None:
+            raise UserError(
+                f"every head under {self.root / 'heads'} was trained by an evaluation: name "
+                f"one with --head ({', '.join(run.name for run in trained)})"
+            )
+        log.info("head: %s, the newest run", own.name)
+        return own
 
 
 def _checked(name: str, kind: str) -> str:

@@ -20,8 +20,8 @@ from featstore.progress import ProgressSink, no_progress
 from pipeline.cluster import Cluster, Sizes, connected, sizes
 from pipeline.cluster_worker import TARS_IN_HAND, Failure, Outcome, Report, TarWorker
 from pipeline.encoder_files import lasting_spec
-from pipeline.extraction import code_versions
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest
+from pipeline.extraction_store import code_versions
 from pipeline.local_engine import Totals
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def _for_workers(request: ExtractionRequest, cluster: Cluster) -> ExtractionRequ
         request,
         dataset_dir=_everywhere(request.dataset_dir),
         store_path=_everywhere(request.store_path),
-        encoder=lasting_spec(request.encoder),
+        encoder=lasting_spec(request.encoder, folder),
         encoders_dir=folder and folder.absolute(),
         device=cluster.device,
         share=None,  # the tars are named

@@ -19,8 +19,13 @@ from typing import Final
 
 from featstore.errors import UserError, WorkError
 from featstore.places import AnyWriter, writer_of
-from pipeline.extraction import code_versions, load_request_encoder, provenance_of, require_same
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest
+from pipeline.extraction_store import (
+    code_versions,
+    load_request_encoder,
+    provenance_of,
+    require_same,
+)
 from pipeline.local_engine import Totals, run_partitions
 from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.tar_rows import EncodedVideo

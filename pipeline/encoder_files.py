@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from featstore.durable import write_json
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "open_clip_config.json"
 # Layers and width of the towers that papers name (Dosovitskiy et al., ICLR 2021).
@@ -15,26 +20,48 @@ _SIZES = {(12, 768): "B", (24, 1024): "L", (32, 1280): "H"}
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
-def encoder_label(spec: str) -> str:
+def encoder_label(spec: str, encoders_dir: Path | None = None) -> str:
     """Short name of an encoder for a store's file name: its folder's or file's name, or `spec`."""
-    path = Path(spec).expanduser()
-    return path.resolve().name.removesuffix(".pt") if path.exists() else spec
+    place = local_encoder(spec, encoders_dir)
+    if place is None or _workspace_folder(spec, encoders_dir):
+        return spec
+    return place.resolve().name.removesuffix(".pt")
 
 
-def lasting_spec(spec: str) -> str:
+def lasting_spec(spec: str, encoders_dir: Path | None = None) -> str:
     """`spec` as it can be found from any working directory: paths absolute, names as they are."""
-    path = Path(spec).expanduser()
-    return str(path.resolve()) if spec.strip() and path.exists() else spec
+    place = local_encoder(spec, encoders_dir)
+    if place is None or _workspace_folder(spec, encoders_dir):
+        return spec
+    return str(place.resolve())
 
 
 def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
-    """The folder or file that `spec` names; None where it can only be `ARCH/TAG` of open_clip."""
-    path = Path(spec).expanduser()
-    if spec.strip() and (path.is_dir() or path.is_file()):
-        return path
-    if encoders_dir is not None and is_plain_name(spec) and (encoders_dir / spec).is_dir():
-        return encoders_dir / spec
-    return None
+    """The folder or file that `spec` names; None where it can only be `ARCH/TAG` of open_clip.
+
+    A bare name that the workspace has is the workspace's, so that a command means the same from
+    every working directory; a file or folder of that name here is `./NAME`.
+    """
+    path = Path(os.path.expanduser(spec))  # Path.expanduser raises where nobody is of that name
+    here = bool(spec.strip()) and (path.is_dir() or path.is_file())
+    known = _workspace_folder(spec, encoders_dir)
+    if known is None:
+        return path if here else None
+    if here and path.resolve() != known.resolve():
+        _say_taken(spec, known.absolute(), path.absolute())
+    return known
+
+
+def _workspace_folder(spec: str, encoders_dir: Path | None) -> Path | None:
+    """The folder of the workspace's encoder of this bare name; None where it has none."""
+    if encoders_dir is None or not is_plain_name(spec) or not (encoders_dir / spec).is_dir():
+        return None
+    return encoders_dir / spec
+
+
+@cache  # a command looks for its encoder several times
+def _say_taken(spec: str, taken: Path, other: Path) -> None:
+    logger.info("encoder %s: %s, of the workspace; %s would be ./%s", spec, taken, other, spec)
 
 
 def local_architecture(spec: str, encoders_dir: Path | None) -> str | None:
@@ -57,7 +84,7 @@ def local_architecture(spec: str, encoders_dir: Path | None) -> str | None:
 
 def is_plain_name(spec: str) -> bool:
     """Whether `spec` can name a folder in the workspace's `encoders/`."""
-    return bool(re.fullmatch(r"[A-Za-z0-9._-]+", spec)) and not spec.startswith(".")
+    return bool(re.fullmatch(r"[A-Za-z0-9._+-]+", spec)) and not spec.startswith(".")
 
 
 def signature(spec: str, encoders_dir: Path | None) -> dict[str, Any]:

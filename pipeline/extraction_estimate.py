@@ -10,7 +10,6 @@ from typing import Any, Final
 
 from featstore.errors import WorkError
 from featstore.progress import ProgressSink, no_progress
-from pipeline.extraction import load_request_encoder, provenance_of, require_same
 from pipeline.extraction_plan import (
     SPARE_BYTES,
     ExtractionPlan,
@@ -18,6 +17,7 @@ from pipeline.extraction_plan import (
     free_bytes,
     in_bytes,
 )
+from pipeline.extraction_store import load_request_encoder, provenance_of, require_same
 from pipeline.frame_outputs import frame_output
 from pipeline.pool_choice import decoder_for, open_pool
 from pipeline.tar_source import TarSource

@@ -274,6 +274,7 @@ class ExtractionPlan:
             and request.sampling.text == made.sampling
             and request.crops == made.crops
             and request.tier.text == made.tier
+            and (request.split or "") == made.split
             and self.dataset.name == made.dataset
             and self.dataset.fingerprint == made.dataset_fingerprint
             and not {prompts.name for prompts in self.prompt_sets} - set(self.writer.prompt_sets)

@@ -35,13 +35,7 @@ from pipeline.decoding.nvdec_rule import (
 )
 from pipeline.gpu_buckets import Buckets
 from pipeline.gpu_encoder import BatchEncoder, RunningBatch
-from pipeline.nvdec_stage import (
-    BATCH_BYTES,
-    BATCH_VIDEOS,
-    OPEN_SIZES,
-    PROCESS_SIZES,
-    NvdecStage,
-)
+from pipeline.nvdec_stage import BATCH_VIDEOS, PROCESS_SIZES, NvdecStage
 from pipeline.sampling import Sampling
 from pipeline.tar_rows import EncodedVideo
 
@@ -120,7 +114,6 @@ class DaliVideoPool:
         self._stage = NvdecStage(
             capabilities,
             pixels_per_frame=crops * 3 * height * width * 4,
-            batch_bytes=BATCH_BYTES,
             survey=survey,
             sizes=sizes,
         )
@@ -135,9 +128,7 @@ class DaliVideoPool:
         self._changed = Condition()  # guards everything below
         self._unfinished: set[_Video] = set()
         self._reading = 0  # videos with the readers, waiting or at work
-        self._buckets: Buckets[_Video] = Buckets(
-            items=batch_videos, cost=BATCH_BYTES, open_keys=OPEN_SIZES
-        )
+        self._buckets: Buckets[_Video] = self._stage.buckets(batch_videos)
         self._by_nvdec: deque[list[_Decoded]] = deque()
         self._by_pyav: deque[_Decoded] = deque()
         self._counts: Counter[str] = Counter()

@@ -31,14 +31,7 @@ from pipeline.decoding.nvdec_rule import (
     survey_video,
 )
 from pipeline.gpu_buckets import Buckets
-from pipeline.nvdec_stage import (
-    BATCH_BYTES,
-    BATCH_VIDEOS,
-    OPEN_SIZES,
-    PROCESS_SIZES,
-    NvdecPlan,
-    NvdecStage,
-)
+from pipeline.nvdec_stage import BATCH_VIDEOS, PROCESS_SIZES, NvdecPlan, NvdecStage
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +87,7 @@ class NvdecDecoder:
         self._changed = Condition()  # guards everything below
         self._planning = 0  # threads that may soon have a clip
         self._decoding = False
-        self._buckets: Buckets[_Waiting] = Buckets(
-            items=batch_videos, cost=BATCH_BYTES, open_keys=OPEN_SIZES
-        )
+        self._buckets: Buckets[_Waiting] = self._stage.buckets(batch_videos)
         self._counts: Counter[str] = Counter()
 
     def probe(self, source: Source) -> VideoInfo:

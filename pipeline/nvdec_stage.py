@@ -28,6 +28,7 @@ from pipeline.decoding.nvdec_rule import (
     nvdec_refusal,
     survey_video,
 )
+from pipeline.gpu_buckets import Buckets
 
 logger = logging.getLogger(__name__)
 
@@ -68,18 +69,21 @@ class NvdecStage:
         capabilities: NvdecCapabilities,
         *,
         pixels_per_frame: int = 0,
-        batch_bytes: int = BATCH_BYTES,
         survey: Callable[[bytes], NvdecSurvey] = survey_video,
         sizes: DecoderSizes = PROCESS_SIZES,
     ) -> None:
         self.given_up: str | None = None
         self._capabilities = capabilities
         self._pixels_per_frame = pixels_per_frame
-        self._batch_bytes = batch_bytes
+        self._batch_bytes = BATCH_BYTES
         self._survey = survey
         self._sizes = sizes
         self._fruitless = 0
         self._lock = Lock()
+
+    def buckets(self, batch_videos: int) -> Buckets[Item]:
+        """Where what is planned waits for the rest of its batch, one of these for each stage."""
+        return Buckets(items=batch_videos, cost=self._batch_bytes, open_keys=OPEN_SIZES)
 
     def plan(self, data: bytes, choose: Callable[[VideoInfo], IntArray]) -> NvdecPlan | str:
         """Frames for NVDEC, or why PyAV must decode the video. Raises what `choose` raises."""

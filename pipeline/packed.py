@@ -13,8 +13,8 @@ from typing import Any
 
 from featstore.durable import write_bytes, write_json
 from featstore.errors import UserError, WorkError, one_line
+from featstore.workspace import DATASET_FILE as DATASET_FILE
 
-DATASET_FILE = "dataset.json"
 FAILURES_FILE = "failures.csv"
 SHARDS_FOLDER = "shards"
 FORMAT_VERSION = 1

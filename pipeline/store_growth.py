@@ -14,8 +14,7 @@ from featstore.errors import UserError
 from featstore.exchange import recover
 from featstore.growth import Grown, add_class_text
 from featstore.growth import add_tars as grow
-from featstore.workspace import STORE_SUFFIX
-from pipeline.extraction import class_text
+from pipeline.extraction_store import class_text
 from pipeline.packed import Dataset, Shard, load_dataset
 from pipeline.prompts import PROMPT_SETS, PromptSet, as_prompt_set
 
@@ -96,14 +95,8 @@ def add_texts(
 def _continued(store: Store, dataset: Dataset) -> list[Shard]:
     """The data set's tars that belong into the store: all, or those of the split it was made of."""
     files = {tar.file for tar in store.tars}
-    splits = {shard.split for shard in dataset.shards if shard.file in files}
-    others = [s for s in dataset.shards if s.split in splits and s.file not in files]
-    # A store that has every split of a data set takes new ones too; one of `--split` does not.
-    of_one = dataset.splits_disjoint and len(splits) == 1 and None not in splits
-    named = f"--{next(iter(splits), '')}{STORE_SUFFIX}"
-    if of_one and (len(store.split_names) > 1 or store.path.name.endswith(named)):
-        return [s for s in dataset.shards if s.file in files or s in others]
-    return list(dataset.shards)
+    split = store.provenance.split
+    return [s for s in dataset.shards if not split or s.split == split or s.file in files]
 
 
 def _require_same_failures(store: Store, shards: list[Shard]) -> None:

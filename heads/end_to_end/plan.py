@@ -104,7 +104,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         if begun is None or begun.origin is None:
             raise UserError("name the CLIP to begin with: --encoder SPEC")
         spec = begun.origin.encoder
-    spec = lasting_spec(spec)
+    spec = lasting_spec(spec, request.encoders_dir)
     encoder = load_encoder(spec, "fp32", str(ranks.device), request.encoders_dir)
     prompt_set = _prompt_set(request, begun)
     # The text tower is the same everywhere; what it gives may differ in the last bit.

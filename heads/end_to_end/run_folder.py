@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from featstore.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.errors import UserError, WorkError
+from featstore.workspace import FIRST_STAGE
 from heads.checkpoints import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
 from heads.finetune_config import FinetuneConfig
 from heads.run_settings import setting_differences
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 MODE: Final = "finetune"
 RUN_FORMAT: Final = 1
-FROZEN: Final = "frozen"
 FAILURES_FILE: Final = "failures.csv"
 _STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE, "report.html")
 
@@ -51,7 +51,7 @@ def starting_head(run_dir: Path, from_head: Path) -> Path:
     """Folder of the head to begin with: that of `from_head`, kept aside if it is `run_dir`."""
     if from_head != run_dir or (is_finetuning(run_dir) is False and _has_head(run_dir)):
         return from_head
-    kept = run_dir / FROZEN
+    kept = run_dir / FIRST_STAGE
     if not _has_head(kept):
         raise UserError(
             f"run {run_dir.name} has no head of a first stage: train one with `mote-cli train-head "
@@ -159,9 +159,9 @@ def _keep_first_stage(run_dir: Path) -> None:
     They are complete in one of the two places at every moment, and the folder never looks like a
     finished fine-tuning: its new config.json is written after the old head is gone.
     """
-    kept = run_dir / FROZEN
+    kept = run_dir / FIRST_STAGE
     if _has_head(run_dir):
-        staging = run_dir / f".{FROZEN}"
+        staging = run_dir / f".{FIRST_STAGE}"
         shutil.rmtree(staging, ignore_errors=True)
         results = [path for path in sorted((run_dir / "eval").rglob("*")) if path.is_file()]
         others = [run_dir / name for name in (HEAD_FILE, CONFIG_FILE, *_STAGE_FILES)]

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_world import SHORT_TRAINING, World, make_clip, make_encoder
 from tuning import difference, files_of, finetune, same_bits, tuning_workspace
 
+from featstore import WorkError
 from heads import load_head
 from heads.official import OfficialCheckpoint
 from pipeline.clip_encoder import load_encoder
@@ -196,6 +198,38 @@ def test_a_second_stage_in_the_same_folder(own: World) -> None:
     # Another run may begin with the frozen head's successor.
     third = done(*second[:3], "--name", "more", *second[5:-1], name)
     assert third["encoder"].endswith(f"encoders/{name}") or third["encoder"] == name
+
+
+def test_the_first_stage_can_be_named(own: World) -> None:
+    root, name = own.root, "stage"
+    place = ("--root", root)
+    make_encoder(root / "encoders/tiny")
+    shape = ("--dataset", "clips", "--name", name, "--frames", "2", *place)
+    done("train-head", *shape, *SHORT_TRAINING, "--precision", "fp32")
+    closeset = ("eval", "--closeset", "clips", *place, "--head")
+    before, _ = done(*closeset, name), done(*closeset, "clips-mote")
+    second = ("finetune", *shape, "--epochs", "1", "--batch-size", "4", "--from-head", name)
+    with mock.patch("heads.end_to_end.finetuning._run", side_effect=WorkError("stopped")):
+        assert "stopped" in refused(1, *second)
+    clip = next((own.videos / "val" / "run").iterdir())
+    export = ("--format", "safetensors", "--out", root / "head.safetensors", *place)
+    for command in (
+        (*closeset, name),
+        ("predict", clip, *place, "--head", name),
+        ("export", name, *export),
+    ):
+        assert f"--head {name}/frozen" in refused(2, *command)
+    # What the refusal names works, and so it does once the second stage is done.
+    for finished in (False, True):
+        if finished:
+            done(*second, "--resume")
+        result = done(*closeset, f"{name}/frozen")
+        assert result["per_split"] == before["per_split"]
+        predicted = done("predict", clip, *place, "--head", f"{name}/frozen")
+        assert predicted["head"] == f"{name}/frozen"
+        assert done("export", f"{name}/frozen", *export)["run"] == f"{name}/frozen"
+        done("compare", f"{name}/frozen", "clips-mote", *place)
+    assert "no name for a run" in refused(2, *closeset, f"{name}/other")
 
 
 def test_a_data_set_without_splits_is_trained_on_whole(tmp_path: Path) -> None:

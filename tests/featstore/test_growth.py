@@ -237,6 +237,15 @@ def test_two_stores_become_one(store: Path, other: Path, tmp_path: Path) -> None
     assert SourceStore(tmp_path / "c.zarr").shard(2).stat().st_nlink == 2
 
 
+def test_the_split_that_stores_were_made_of(tmp_path: Path) -> None:
+    for name, split in {"a": "train", "b": "train", "c": "val"}.items():
+        make_store(tmp_path / f"{name}.zarr", split=split, dataset=name, dataset_fingerprint=name)
+    for others, split in {"b": "train", "c": ""}.items():
+        paths = [tmp_path / f"{name}.zarr" for name in ("a", others)]
+        merge(paths, tmp_path / f"a{others}.zarr", prefix_keys=True)
+        assert open_store(tmp_path / f"a{others}.zarr").provenance.split == split
+
+
 def test_the_largest_capacity_wins_and_features_stay_equal(store: Path, tmp_path: Path) -> None:
     other = tmp_path / "b.zarr"
     partitions = make_other_store(other, rows=(10, 2), capacity=10)

@@ -13,6 +13,13 @@ def test_json_round_trip_is_exact() -> None:
     assert Provenance.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
+def test_a_split_is_told_only_where_there_is_one() -> None:
+    assert "split" not in make_provenance().to_json()
+    one = make_provenance(split="val")
+    assert Provenance.from_json(one.to_json()) == one
+    assert make_provenance().differences(one) == ["split: store has none, asked for val"]
+
+
 def test_equal_provenance_has_no_differences() -> None:
     assert make_provenance().differences(make_provenance()) == []
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -66,6 +67,34 @@ def test_the_one_that_fits(workspace: Workspace) -> None:
         workspace.choose_store("toy", split="test")
     with pytest.raises(UserError, match="another encoder"):
         workspace.choose_store("toy", encoder_fingerprint="ffff")
+
+
+@pytest.mark.parametrize("own_tars", [True, False])
+def test_a_split_that_the_data_set_lacks(workspace: Workspace, own_tars: bool) -> None:
+    make_store(workspace.features_dir("toy") / "s.zarr")
+    packed = workspace.dataset_dir("toy") / "dataset.json"
+    packed.parent.mkdir(parents=True)
+    names = ["train", "val", "test"]
+    packed.write_text(json.dumps({"split_names": names, "splits_disjoint": own_tars}))
+    with pytest.raises(UserError) as none:
+        workspace.choose_store("toy", split="nope")
+    assert str(none.value) == "data set 'toy' has no split 'nope': choose one of train, val, test"
+    # A split that it has is to be extracted: by itself where it has tars of its own.
+    with pytest.raises(UserError, match="no rows of split 'test'") as known:
+        workspace.choose_store("toy", split="test")
+    assert ("--split test" in str(known.value)) is own_tars
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"split_names": 3}', '{"split_names": [], "splits_disjoint": 0}']
+)
+def test_a_data_set_that_does_not_say_its_splits(workspace: Workspace, content: str) -> None:
+    make_store(workspace.features_dir("toy") / "s.zarr")
+    packed = workspace.dataset_dir("toy") / "dataset.json"
+    packed.parent.mkdir(parents=True)
+    packed.write_text(content)
+    with pytest.raises(UserError, match=r"of split 'nope'|split 'nope': it has none"):
+        workspace.choose_store("toy", split="nope")
 
 
 def test_an_unfinished_store_is_not_used(workspace: Workspace) -> None:

@@ -26,8 +26,9 @@ from pipeline import cluster_engine
 from pipeline.cluster import Cluster, Sizes, connected, sizes
 from pipeline.cluster_engine import run_on_ray
 from pipeline.cluster_worker import TARS_IN_HAND, Failure, Notice, Outcome, Report, TarWorker
-from pipeline.extraction import code_versions, extract
+from pipeline.extraction import extract
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest, Share
+from pipeline.extraction_store import code_versions
 from pipeline.local_engine import Totals
 from pipeline.sampling import parse_sampling
 from pipeline.video_pool import ThreadVideoPool

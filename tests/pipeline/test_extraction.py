@@ -19,13 +19,15 @@ from media import make_video
 from tiny_world import CLASSES, WORDS, make_clip, make_clips, make_encoder
 
 from featstore import Store, StoreWriter, UserError, WorkError, open_store
+from featstore.metadata import read_metadata
+from featstore.repair import repair_command
 from pipeline.annotations import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.encoder_files import encoder_label
 from pipeline.extraction import extract
-from pipeline.extraction_plan import ExtractionRequest, ExtractionSummary
+from pipeline.extraction_plan import ExtractionRequest, ExtractionSummary, Share
 from pipeline.packed import load_dataset
 from pipeline.packing import pack
 from pipeline.sampling import parse_sampling
@@ -222,6 +224,31 @@ def test_only_the_tars_of_one_split(request_for: Request) -> None:
 
 
 # Never mixed
+
+
+@pytest.mark.parametrize("share", [None, "0/2"])
+def test_a_store_of_one_split_takes_no_other(
+    request_for: Request, tmp_path: Path, share: str | None
+) -> None:
+    """Wherever it lies: the tars of two splits have the same numbers."""
+    path = tmp_path / "any name.zarr"
+    begun = request_for(split="val", store_path=path, share=Share.parse(share or "all"))
+    extract(begun)
+    other = replace(begun, share=None)
+    assert "split: store has val, asked for train" in differing(replace(other, split="train"))
+    assert "split: store has val, asked for none" in differing(replace(other, split=None))
+    assert extract(other).rows_ok == 7
+
+
+def test_the_command_that_repairs_a_store_knows_its_split(
+    request_for: Request, encoder_folder: Path, tmp_path: Path
+) -> None:
+    for split in (None, "val"):
+        # As the store of an encoder of this name, and of a split, would be called.
+        path = tmp_path / f"{split}/my--own--val--uniform-4.zarr"
+        extract(request_for(split=split, store_path=path))
+        command = repair_command(path, read_metadata(path))
+        assert ("--split val" in command) is (split == "val")
 
 
 def differing(request: ExtractionRequest) -> str:

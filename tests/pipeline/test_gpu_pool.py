@@ -25,7 +25,7 @@ from tiny_world import make_clips, make_encoder
 
 from featstore import open_store
 from featstore.errors import WorkError
-from pipeline import chosen_frames, gpu_pool, video_pool
+from pipeline import chosen_frames, nvdec_stage, video_pool
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.dali import Clip, DaliPixels, import_problem
@@ -466,7 +466,7 @@ def test_a_future_may_be_cancelled_by_who_asked(make_pool: PoolMaker) -> None:
 def test_too_large_a_clip_goes_to_pyav(
     make_pool: PoolMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_pool, "BATCH_BYTES", 4 * 3 * (96 * 64 + 16 * 16 * 4))
+    monkeypatch.setattr(nvdec_stage, "BATCH_BYTES", 4 * 3 * (96 * 64 + 16 * 16 * 4))
     pool = make_pool()
     large = make_video(frames=8, width=128, height=64, options={"sc_threshold": "0"})
     for got, video in zip(results(submit(pool, SMALL[0], large)), [SMALL[0], large], strict=True):
