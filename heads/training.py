@@ -182,7 +182,7 @@ def train_head(
         trained_on=trained_on,
         initial_head="" if initial is None else head_fingerprint(initial),
     )
-    holding = _holding(run_dir, len(usable) * store.schema.row_bytes)
+    holding = _holding(run_dir, len(usable) * store.schema.row_bytes, store.mapped)
     if holding == "streamed" and repeats > 1:
         holding = "mapped"  # single reads; a set that is repeated is a small one
     settings = {
@@ -308,13 +308,13 @@ BLOCK_ORDER = "blocks"
 """Value of data.order in config.json of a run whose features are streamed."""
 
 
-def _holding(run_dir: Path, nbytes: int) -> Holding:
+def _holding(run_dir: Path, nbytes: int, mappable: bool) -> Holding:
     """How to hold the features; a run that was begun keeps the order it was begun with.
 
     Streamed features come in another order than resident and mapped ones, and how much memory is
     free differs between machines and days.
     """
-    holding = choose_holding(nbytes)
+    holding = choose_holding(nbytes, mappable=mappable)
     config_file = run_dir / CONFIG_FILE
     if not config_file.is_file():
         return holding

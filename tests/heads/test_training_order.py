@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> Store:
 def train(
     store: Store, run: Path, holding: Holding, monkeypatch: pytest.MonkeyPatch, resume: bool = False
 ) -> bytes:
-    monkeypatch.setattr("heads.training.choose_holding", lambda nbytes: holding)
+    monkeypatch.setattr("heads.training.choose_holding", lambda nbytes, mappable: holding)
     monkeypatch.setattr(StreamedFeatures, "pool_rows", 7)  # 19 rows are one pool otherwise
     train_head(
         *(store, run, HEAD, RECIPE),
