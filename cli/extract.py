@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from featstore.errors import UserError
 from featstore.object_urls import is_url
 
 if TYPE_CHECKING:
+    from featstore.tiers import Tier
     from pipeline.cluster import Cluster
     from pipeline.extraction_estimate import Estimate
     from pipeline.extraction_plan import ExtractionSummary
@@ -223,7 +225,7 @@ def extract(
         return
     with progress_of("extract", "videos") as progress:
         summary = run(request, cluster=cluster, progress=progress)
-    _print_summary(summary, json, wanted.pooled)
+    _print_summary(summary, json, _following(summary, wanted, split, store, root))
     raise typer.Exit(
         options.exit_code(
             summary.rows_failed,
@@ -269,7 +271,7 @@ def _cluster(
     return Cluster(address, workers, cpus_per_worker, gpus)
 
 
-def _print_summary(summary: ExtractionSummary, json: bool, for_heads: bool) -> None:
+def _print_summary(summary: ExtractionSummary, json: bool, following: str) -> None:
     if json:
         print_json(summary.to_json())
         return
@@ -290,13 +292,24 @@ def _print_summary(summary: ExtractionSummary, json: bool, for_heads: bool) -> N
             f"{summary.videos_per_second:.2f} videos/s, {summary.frames_per_second:.1f} frames/s "
             f"({summary.precision}, {summary.decoder})"
         )
-    following = f"mote-cli train-head --dataset {summary.dataset}" + (
-        f" --store {summary.store}" if is_url(summary.store) else ""
-    )
-    if not for_heads:
-        following = f"mote-cli inspect {summary.store}"
     failed = {f"failed: {f['key']}": f["reason"] for f in summary.failures}
     print_facts(facts | failed | {"next": following})
+
+
+def _following(
+    summary: ExtractionSummary, tier: Tier, split: str | None, store: str | None, root: str
+) -> str:
+    """The command to type next."""
+    local = store is not None and not is_url(store)  # heads look under --root only
+    if local or not tier.pooled:
+        return f"mote-cli inspect {shlex.quote(summary.store)}"
+    if is_url(summary.store):
+        return f"mote-cli train-head --dataset {summary.dataset} --store {summary.store}"
+    if split in (None, "train"):
+        command = f"mote-cli train-head --dataset {summary.dataset}"
+    else:
+        command = f"mote-cli eval --closeset {summary.dataset} --split {split}"
+    return command + options.same_root(root)
 
 
 def _print_estimate(plan: Estimate, json: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,7 @@ from cli import options
 from cli.output import PACKAGES, percent, print_facts, print_json, progress_of
 from featstore.errors import UserError, WorkError
 from featstore.progress import ProgressSink, no_progress
+from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.end_to_end.distributed import Ranks
@@ -227,7 +229,7 @@ def finetune(
                     ),
                     head=lambda dim: settings.head_config(dim, layers=layers, experts=experts),
                     encoder=encoder or (None if from_head else options.DEFAULT_ENCODER),
-                    from_head=None if from_head is None else workspace.head_dir(from_head),
+                    from_head=_first_stage(workspace, from_head, run),
                     split=split,
                     eval_split=eval_split,
                     prompt_set=prompts,
@@ -242,7 +244,7 @@ def finetune(
         raise
     left(ranks)
     if ranks.first:
-        _print_summary(summary, json)
+        _print_summary(summary, json, options.same_root(root))
     failed = summary.n_failed + summary.n_evaluated_failed
     listed = summary.n_listed + summary.n_evaluated
     if not ranks.first:
@@ -252,6 +254,13 @@ def finetune(
             failed, listed, max_failures, f"{summary.path}/failures.csv has the reasons"
         )
     )
+
+
+def _first_stage(workspace: Workspace, from_head: str | None, run: str) -> Path | None:
+    """Folder of the head to begin with; the run's own may have been put aside already."""
+    if from_head is None:
+        return None
+    return workspace.run_dir(run) if from_head == run else workspace.choose_run(from_head)
 
 
 def _train(request: FinetuneRequest, ranks: Ranks) -> FinetuneSummary:
@@ -287,7 +296,7 @@ def _hush_others(ranks: Ranks) -> None:
             logging.getLogger(package).setLevel(logging.ERROR)
 
 
-def _print_summary(summary: FinetuneSummary, json: bool) -> None:
+def _print_summary(summary: FinetuneSummary, json: bool, same_root: str) -> None:
     if json:
         print_json(summary.to_json())
         return
@@ -303,7 +312,9 @@ def _print_summary(summary: FinetuneSummary, json: bool) -> None:
     split, evaluate = "", {}
     if summary.eval_split is not None:
         split = f" --split {summary.eval_split}"
-        evaluate = {"then": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"}
+        evaluate = {
+            "then": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}{same_root}"
+        }
     print_facts(
         {
             "run": f"{summary.run} in {summary.path}",
@@ -319,7 +330,7 @@ def _print_summary(summary: FinetuneSummary, json: bool) -> None:
             "memory": memory,
             **{f"failed: {failure['key']}": failure["reason"] for failure in summary.failures},
             "next": f"mote-cli extract --dataset {summary.dataset}{split} --encoder {summary.run} "
-            f"--sampling uniform:{summary.frames}",
+            f"--sampling uniform:{summary.frames}{same_root}",
             **evaluate,
         }
     )

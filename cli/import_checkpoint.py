@@ -163,6 +163,7 @@ def import_checkpoint(
             f"{head.config.attention_heads} attention heads, epoch {imported.epoch})",
             "classes": f"{summary['n_classes']}, names "
             + ("checked" if names is not None else "unknown (give them with --class-names)"),
-            "next": f"mote-cli extract --dataset NAME --encoder {name} --sampling clips:{frames}x3",
+            "next": f"mote-cli extract --dataset NAME --encoder {name} --sampling clips:{frames}x3"
+            + options.same_root(root),
         }
     )

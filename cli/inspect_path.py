@@ -12,6 +12,11 @@ from cli.output import print_facts, print_json
 from featstore.errors import UserError
 from featstore.workspace import FIRST_STAGE
 
+WANTED = (
+    "give the folder of one, such as mote-data/datasets/NAME, mote-data/features/NAME/STORE.zarr "
+    "or mote-data/heads/RUN"
+)
+
 
 def inspect_path(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder under the workspace.")],
@@ -28,11 +33,11 @@ def inspect_path(
     elif (path / "config.json").is_file():
         facts = _run(path)
     elif not path.exists():
-        raise UserError(f"{path} does not exist: name a data set, a store or a run")
+        raise UserError(f"{path} does not exist: {WANTED}")
     else:
         raise UserError(
             f"{path} is neither a data set (dataset.json), a store (zarr.json) nor a run "
-            "(config.json)"
+            f"(config.json): {WANTED}"
         )
     if json:
         print_json(facts)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -178,6 +180,13 @@ def workspace(root: Path) -> Workspace:
         if place.exists():
             raise UserError(f"{place} is not a folder: --root takes one, which may be new")
     return Workspace(root)
+
+
+def same_root(root: Path | str) -> str:
+    """What the next command must add to find the same workspace: " --root DIR", or nothing."""
+    if str(root) == os.environ.get("MOTE_ROOT", str(DEFAULT_ROOT)):
+        return ""
+    return f" --root {shlex.quote(str(root))}"
 
 
 def store_path(root: Path, text: str) -> Path:

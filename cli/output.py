@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ PACKAGES = ("pipeline", "featstore", "heads", "cli")
 # Without a terminal a line every so often is enough to see that work goes on.
 PLAIN_INTERVAL_S = 10.0
 WHOLE_NAME = 32
+PLAIN_WIDTH = 200  # of tables without a terminal
 
 results = Console(highlight=False, soft_wrap=True)
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -92,7 +94,10 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         )
     for row in rows:
         table.add_row(*row)
-    results.print(table)
+    if results.is_terminal or "COLUMNS" in os.environ:
+        results.print(table)
+    else:  # a file or another program has no width to fold the words for
+        Console(highlight=False, width=PLAIN_WIDTH).print(table)
 
 
 def print_facts(facts: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def pack(
                 + (f" (see {Path(summary.folder) / 'failures.csv'})" * bool(summary.videos_failed)),
                 "classes": summary.classes,
                 "tars": f"{summary.shards} ({summary.shards_written} written now)",
-                "next": f"mote-cli extract --dataset {summary.dataset}",
+                "next": f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}",
             }
         )
     raise typer.Exit(

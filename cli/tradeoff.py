@@ -69,7 +69,7 @@ def tradeoff(
     if unknown:
         raise UserError(
             f"run {unknown[0]!r} has no results (with results are: {', '.join(known) or 'none'}): "
-            f"`mote-cli eval --head {unknown[0]}` makes them"
+            f"`mote-cli eval --closeset NAME --head {unknown[0]}` makes them"
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
     table = collect(

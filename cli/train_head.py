@@ -173,6 +173,7 @@ def train_head(
             "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
             "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
             "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
-            "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}",
+            "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"
+            + options.same_root(root),
         }
     )

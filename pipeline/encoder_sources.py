@@ -152,7 +152,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read as JSON: {one_line(error, 160)}") from None
+        raise UserError(
+            f"{path} cannot be read as JSON: {one_line(error, 160)}; fetch or write it again"
+        ) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise UserError(f"{path} has no entry 'model_cfg': it is not an open_clip config")
     config.setdefault("preprocess_cfg", {})
@@ -340,7 +342,8 @@ def _unknown_spec(spec: str, encoders_dir: Path | None) -> str:
         else "ARCH/TAG is, for example, ViT-B-16/openai"
     )
     return (
-        f"unknown encoder {spec!r}: it is no folder, no .pt file and no ARCH/TAG of open_clip; "
+        f"unknown encoder {spec!r}: it is no folder, no .pt file, no name under encoders/ of the "
+        "workspace and no ARCH/TAG of open_clip; "
         f"{hint}"
     )
 

@@ -285,7 +285,7 @@ def test_mistakes(root: Path, tmp_path: Path) -> None:
         ),
         "head takes embeddings of width 32": ("--from-head", "wide", "--encoder", str(narrow)),
         "was trained on features of wide": ("--from-head", "wide", "--encoder", "tiny"),
-        "there is no head at": ("--from-head", "nobody"),
+        "no trained head 'nobody'": ("--from-head", "nobody"),
         "has no head of a first stage": ("--name", "x", "--from-head", "x"),
         "split 'test' does not exist": ("--split", "test"),
         "cannot be both trained and evaluated on": ("--split", "val"),
