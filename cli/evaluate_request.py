@@ -102,7 +102,7 @@ class Request:
                 protocol=protocol,
                 dataset=self.dataset,
                 tests=tests,
-                head_name=run_dir.name,
+                head_name=self.workspace.head_name(run_dir),
                 views=self.views,
                 prompt_set=options.prompt_set(store, self.prompts),
                 clip_store=self.chosen_clip_store(),

@@ -225,6 +225,7 @@ def test_the_first_stage_can_be_named(own: World) -> None:
             done(*second, "--resume")
         result = done(*closeset, f"{name}/frozen")
         assert result["per_split"] == before["per_split"]
+        assert result["head"] == f"{name}/frozen"
         predicted = done("predict", clip, *place, "--head", f"{name}/frozen")
         assert predicted["head"] == f"{name}/frozen"
         assert done("export", f"{name}/frozen", *export)["run"] == f"{name}/frozen"
