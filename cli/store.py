@@ -21,11 +21,28 @@ app = typer.Typer(
     ),
 )
 
+# Every option of these commands, each defined once; those that other commands have, too, are in
+# `cli.options`.
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
 ]
+StorePaths = Annotated[
+    list[str],
+    typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
+]
 OutStore = Annotated[
     Path, typer.Option("--out", metavar="STORE", help="Path of the new store; must not exist.")
+]
+OutFolder = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
+]
+Packed = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        metavar="NAME|DIR",
+        help="The store's data set, packed again with more tars: its name or folder.",
+    ),
 ]
 TextEncoder = Annotated[
     str | None,
@@ -35,19 +52,48 @@ TextEncoder = Annotated[
         help="Where the store's encoder is, when it is not found by its recorded name.",
     ),
 ]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompts",
+        metavar="SET|FILE.txt",
+        help="Sentences for class names: mote28, name, video, or a file with one sentence per "
+        "line and {} for the class name. May be repeated.",
+    ),
+]
+PrefixKeys = Annotated[
+    bool, typer.Option("--prefix-keys", help="Put the data set's name before every key.")
+]
+ExportFormat = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="safetensors|parquet|npy",
+        help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
+    ),
+]
+OnlyClasses = Annotated[
+    str | None,
+    typer.Option("--classes", metavar='"A,B"', help="Only videos of these classes."),
+]
+RowsPerFile = Annotated[
+    int | None,
+    typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
+]
+Codec = Annotated[
+    str,
+    typer.Option(
+        "--codec",
+        metavar="none|zstd|lz4",
+        help="none is fastest to read; zstd is smallest, lz4 quicker.",
+    ),
+]
 
 
 @app.command("add-tars")
 def add_tars(
     store: StorePath,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            "--dataset",
-            metavar="NAME|DIR",
-            help="The store's data set, packed again with more tars: its name or folder.",
-        ),
-    ],
+    dataset: Packed,
     encoder: TextEncoder = None,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
@@ -94,15 +140,9 @@ def add_tars(
 
 @app.command("merge")
 def merge(
-    stores: Annotated[
-        list[str],
-        typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
-    ],
+    stores: StorePaths,
     out: OutStore,
-    prefix_keys: Annotated[
-        bool,
-        typer.Option("--prefix-keys", help="Put the data set's name before every key."),
-    ] = False,
+    prefix_keys: PrefixKeys = False,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -136,26 +176,11 @@ def merge(
 @app.command("export")
 def export(
     store: StorePath,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            metavar="safetensors|parquet|npy",
-            help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
-    ],
+    to: ExportFormat,
+    out: OutFolder,
     split: options.Split = None,
-    classes: Annotated[
-        str | None,
-        typer.Option("--classes", metavar='"A,B"', help="Only videos of these classes."),
-    ] = None,
-    rows_per_file: Annotated[
-        int | None,
-        typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
-    ] = None,
+    classes: OnlyClasses = None,
+    rows_per_file: RowsPerFile = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -192,14 +217,7 @@ def export(
 @app.command("convert")
 def convert(
     store: StorePath,
-    codec: Annotated[
-        str,
-        typer.Option(
-            "--codec",
-            metavar="none|zstd|lz4",
-            help="none is fastest to read; zstd is smallest, lz4 quicker.",
-        ),
-    ],
+    codec: Codec,
     out: OutStore,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -267,15 +285,7 @@ def quantize(
 @app.command("add-texts")
 def add_texts(
     store: StorePath,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompts",
-            metavar="SET|FILE.txt",
-            help="Sentences for class names: mote28, name, video, or a file with one sentence per "
-            "line and {} for the class name. May be repeated.",
-        ),
-    ] = None,
+    prompts: Prompts = None,
     descriptions: options.Descriptions = None,
     prompt_set_name: options.PromptSetName = None,
     encoder: TextEncoder = None,

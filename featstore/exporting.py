@@ -28,35 +28,16 @@ import numpy.typing as npt
 from featstore.durable import make_folder, write_bytes, write_json
 from featstore.errors import UserError
 from featstore.exchange import new_folder
+from featstore.exported_rows import Rows, read_rows
 from featstore.partitions import claimed_source
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
-from featstore.schema import STATUS_OK, FeatureArray, RowArray
+from featstore.schema import STATUS_OK, RowArray
 
 EXPORT_FILE: Final = "export.json"
 EXPORT_VERSION: Final = 1
 # A file that other tools load at once, and the most that an export holds in memory.
 TARGET_FILE_BYTES: Final = 256 * 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one file, in the store's order, all of them ok.
-
-    `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `frame_index` int32 [n, V, F];
-    `pts` float64 [n, V, F] seconds; `features` float16 [n, V, F, D], of a tier its items in its
-    type; the rest lists of n.
-    """
-
-    key: list[str]
-    class_name: list[str]
-    splits: list[list[str]]
-    label: npt.NDArray[np.int32]
-    num_frames: npt.NDArray[np.int32]
-    fps: npt.NDArray[np.float32]
-    frame_index: npt.NDArray[np.int32]
-    pts: npt.NDArray[np.float64]
-    features: FeatureArray
 
 
 # A writer gets the folder, the file's number, its rows and the store; it returns its files' names.
@@ -144,24 +125,6 @@ def _write_files(
         files.append(_listed(folder, names, len(part.key)))
         progress(min((number + 1) * step, len(rows)), len(rows))
     return files
-
-
-def read_rows(store: Store, rows: RowArray) -> Rows:
-    """All columns of array rows that are ok."""
-    at = store.positions(rows)
-    members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
-    labels = store.labels[at]
-    return Rows(
-        key=[store.keys[i] for i in at],
-        class_name=[store.class_names[label] for label in labels],
-        splits=[[name for name, of in members.items() if of[i]] for i in range(len(rows))],
-        label=labels,
-        num_frames=store.num_frames[at],
-        fps=store.fps[at],
-        frame_index=store.frame_index(rows),
-        pts=store.pts(rows),
-        features=store.features(rows),
-    )
 
 
 def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> RowArray:
