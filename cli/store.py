@@ -10,6 +10,7 @@ import typer
 from cli import options
 from cli.output import print_facts, print_json, print_table, progress_of
 from featstore.errors import UserError
+from featstore.workspace import STORE_SUFFIX
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -31,7 +32,13 @@ StorePaths = Annotated[
     typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
 ]
 OutStore = Annotated[
-    Path, typer.Option("--out", metavar="STORE", help="Path of the new store; must not exist.")
+    Path,
+    typer.Option(
+        "--out",
+        metavar="STORE",
+        help="Path of the new store; must not exist. `train-head` and `eval` find it under "
+        "features/NAME/ of the workspace, NAME being the `--dataset` that they are given.",
+    ),
 ]
 OutFolder = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
@@ -74,7 +81,11 @@ ExportFormat = Annotated[
 ]
 OnlyClasses = Annotated[
     str | None,
-    typer.Option("--classes", metavar='"A,B"', help="Only videos of these classes."),
+    typer.Option(
+        "--classes",
+        metavar='"A,B"',
+        help="Only videos of these classes; a name with a comma goes in quotes, '\"a, b\",c'.",
+    ),
 ]
 RowsPerFile = Annotated[
     int | None,
@@ -169,6 +180,7 @@ def merge(
             "classes": merged.classes,
             "splits": ", ".join(merged.splits) or "none",
             "class texts": ", ".join(merged.prompt_sets) or "none",
+            "next": _use(out),
         }
     )
 
@@ -191,6 +203,7 @@ def export(
     Example: `mote-cli store export my-store --to safetensors --split val --out my-rows`
     """
     from featstore.exporting import export as run
+    from pipeline.extraction_plan import in_bytes
 
     with progress_of("export", "rows") as progress:
         exported = run(
@@ -209,7 +222,7 @@ def export(
         {
             "folder": exported.folder,
             "rows": f"{exported.rows}, {exported.failed_left_out} failed left out",
-            "files": f"{exported.files} ({_size(exported.bytes)} in all)",
+            "files": f"{exported.files} ({in_bytes(exported.bytes)} in all)",
         }
     )
 
@@ -238,6 +251,7 @@ def convert(
             "store": converted.store,
             "rows": converted.rows,
             "features": _sizes(converted.bytes_before, converted.bytes_after),
+            "next": _use(out),
         }
     )
 
@@ -270,8 +284,12 @@ def quantize(
             "features": _sizes(quantised.bytes_before, quantised.bytes_after),
             "cosine error": f"mean {quantised.cosine_error_mean:.2e}, "
             f"largest {quantised.cosine_error_max:.2e}",
+            **({} if quantised.agreement else {"accuracy": "not measured: no class texts"}),
+            "next": _use(out),
         }
     )
+    if not quantised.agreement:
+        return
     print_table(
         "CLIP, mean of frames",
         ["class texts", "same answer %", "top-1 % float16", "top-1 % int8"],
@@ -328,8 +346,22 @@ def add_texts(
 
 
 def _sizes(before: int, after: int) -> str:
-    return f"{_size(before)} before, {_size(after)} after ({100 * after / max(before, 1):.1f} %)"
+    from pipeline.extraction_plan import in_bytes
+
+    share = f"{100 * after / max(before, 1):.1f} %"
+    return f"{in_bytes(before)} before, {in_bytes(after)} after ({share})"
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+def _use(store: Path) -> str:
+    """What a new store is good for where it lies."""
+    from featstore.metadata import read_metadata
+
+    name = store.absolute().parent.name
+    if store.suffix != STORE_SUFFIX or store.absolute().parents[1].name != "features":
+        return (
+            "train-head and eval take stores at features/NAME/*.zarr of the workspace: move it "
+            "there to use it"
+        )
+    if not read_metadata(store).schema.pooled:
+        return f"mote-cli inspect {store}"
+    return f"mote-cli train-head --dataset {name} --store {store.stem}"

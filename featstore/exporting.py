@@ -14,6 +14,7 @@ Dimension letters: n rows of a file, V views, F frames, D dim.
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -38,6 +39,7 @@ EXPORT_FILE: Final = "export.json"
 EXPORT_VERSION: Final = 1
 # A file that other tools load at once, and the most that an export holds in memory.
 TARGET_FILE_BYTES: Final = 256 * 2**20
+_NAMED: Final = 10  # classes that an error lists
 
 
 # A writer gets the folder, the file's number, its rows and the store; it returns its files' names.
@@ -140,13 +142,23 @@ def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> R
             if known == name
         }
         if not found:
-            raise UserError(
-                f"{store.path} has no class {name!r}: `mote-cli inspect` lists its classes"
-            )
+            raise UserError(f"{store.path} has no class {name!r}: {_nearest(name, store)}")
         labels |= found
     wanted = np.isin(store.labels[store.positions(rows)], sorted(labels))
     chosen: RowArray = rows[wanted]
     return chosen
+
+
+def _nearest(name: str, store: Store) -> str:
+    """Which class may have been meant."""
+    names = {known.lower(): known for known in [*store.raw_class_names, *store.class_names]}
+    meant = difflib.get_close_matches(name.lower(), names, n=3)
+    if meant:
+        return f"did you mean {' or '.join(repr(names[found]) for found in meant)}?"
+    more = len(store.class_names) - _NAMED
+    return f"it has {', '.join(map(repr, store.class_names[:_NAMED]))}" + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def _summary(
@@ -206,10 +218,22 @@ def _safetensors() -> Writer:
             "provenance": store.provenance.to_json(),
         }
         metadata = {name: json.dumps(value) for name, value in texts.items()}
-        write_bytes(folder / name, save(tensors, metadata))
+        write_bytes(folder / name, _in_order(save(tensors, metadata)))
         return [name]
 
     return write
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with the texts in its header sorted.
+
+    The library gives them in another order every time, and an export made again has to have the
+    same sha256.
+    """
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # what follows stays aligned
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(file)[end:]])
 
 
 def _npy() -> Writer:

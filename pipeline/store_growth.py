@@ -112,8 +112,10 @@ def _require_same_failures(store: Store, shards: list[Shard]) -> None:
     done = set(store.partitions())
     for shard in shards:
         tar = place.get(shard.file)
-        if tar is None or tar not in done or shard.rows != store.tars[tar].rows:
+        if tar is None or tar not in done or shard.sha256 != store.tars[tar].sha256:
             continue  # new, still to be extracted, or refused later
+        if shard.rows != store.tars[tar].rows:
+            continue  # refused later
         first = tar * store.schema.capacity + shard.samples
         at = store.positions(np.arange(first, first + len(shard.failed)))
         listed = [(store.keys[i], int(store.labels[i])) for i in at]
