@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from featstore.durable import PARTIAL_SUFFIX, make_folder, sync_folder
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
 from featstore.locking import claimed
 
 log = logging.getLogger(__name__)
@@ -122,13 +122,21 @@ def _previous(target: Path) -> Path:
 def staging(target: Path) -> Iterator[Path]:
     """A path to build something at that belongs to `target`; removed however the block ends.
 
-    What earlier ones left is removed too, so the caller keeps others from `target`.
+    What earlier ones left is removed too, so the caller keeps others from `target`. Raises
+    WorkError when the disk is full.
     """
     sweep(target)
     folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
         make_folder(folder)
         yield folder / "new"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise WorkError(
+            f"no room is left on the disk of {target}, and what was begun there is removed: make "
+            "room and run the same command again"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
