@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -269,8 +270,12 @@ def training_prompts(store: Store, text: str | None, initial: TemporalHead | Non
 
 
 def class_list(text: str) -> list[str]:
-    """Class names from "a, b, c"; `UserError` when there is none or one is named twice."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
+    """Class names from "a, b, c", those that hold a comma in quotes: '"cut, chop", run'.
+
+    `UserError` when there is none or one is named twice.
+    """
+    fields = next(csv.reader([" ".join(text.split())], skipinitialspace=True), [])
+    names = [name.strip() for name in fields if name.strip()]
     if not names:
         raise UserError(f'--classes {text!r} names no class: separate them with commas, "a,b,c"')
     for name in names:

@@ -10,6 +10,7 @@ import typer
 from cli import options
 from cli.output import print_facts, print_json, print_table, progress_of
 from featstore.errors import UserError
+from featstore.workspace import STORE_SUFFIX
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -21,11 +22,34 @@ app = typer.Typer(
     ),
 )
 
+# Every option of these commands, each defined once; those that other commands have, too, are in
+# `cli.options`.
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
 ]
+StorePaths = Annotated[
+    list[str],
+    typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
+]
 OutStore = Annotated[
-    Path, typer.Option("--out", metavar="STORE", help="Path of the new store; must not exist.")
+    Path,
+    typer.Option(
+        "--out",
+        metavar="STORE",
+        help="Path of the new store; must not exist. `train-head` and `eval` find it under "
+        "features/NAME/ of the workspace, NAME being the `--dataset` that they are given.",
+    ),
+]
+OutFolder = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
+]
+Packed = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        metavar="NAME|DIR",
+        help="The store's data set, packed again with more tars: its name or folder.",
+    ),
 ]
 TextEncoder = Annotated[
     str | None,
@@ -35,19 +59,52 @@ TextEncoder = Annotated[
         help="Where the store's encoder is, when it is not found by its recorded name.",
     ),
 ]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompts",
+        metavar="SET|FILE.txt",
+        help="Sentences for class names: mote28, name, video, or a file with one sentence per "
+        "line and {} for the class name. May be repeated.",
+    ),
+]
+PrefixKeys = Annotated[
+    bool, typer.Option("--prefix-keys", help="Put the data set's name before every key.")
+]
+ExportFormat = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="safetensors|parquet|npy",
+        help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
+    ),
+]
+OnlyClasses = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar='"A,B"',
+        help="Only videos of these classes; a name with a comma goes in quotes, '\"a, b\",c'.",
+    ),
+]
+RowsPerFile = Annotated[
+    int | None,
+    typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
+]
+Codec = Annotated[
+    str,
+    typer.Option(
+        "--codec",
+        metavar="none|zstd|lz4",
+        help="none is fastest to read; zstd is smallest, lz4 quicker.",
+    ),
+]
 
 
 @app.command("add-tars")
 def add_tars(
     store: StorePath,
-    dataset: Annotated[
-        str,
-        typer.Option(
-            "--dataset",
-            metavar="NAME|DIR",
-            help="The store's data set, packed again with more tars: its name or folder.",
-        ),
-    ],
+    dataset: Packed,
     encoder: TextEncoder = None,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
@@ -94,15 +151,9 @@ def add_tars(
 
 @app.command("merge")
 def merge(
-    stores: Annotated[
-        list[str],
-        typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
-    ],
+    stores: StorePaths,
     out: OutStore,
-    prefix_keys: Annotated[
-        bool,
-        typer.Option("--prefix-keys", help="Put the data set's name before every key."),
-    ] = False,
+    prefix_keys: PrefixKeys = False,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -129,6 +180,7 @@ def merge(
             "classes": merged.classes,
             "splits": ", ".join(merged.splits) or "none",
             "class texts": ", ".join(merged.prompt_sets) or "none",
+            "next": _use(out),
         }
     )
 
@@ -136,26 +188,11 @@ def merge(
 @app.command("export")
 def export(
     store: StorePath,
-    to: Annotated[
-        str,
-        typer.Option(
-            "--to",
-            metavar="safetensors|parquet|npy",
-            help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
-    ],
+    to: ExportFormat,
+    out: OutFolder,
     split: options.Split = None,
-    classes: Annotated[
-        str | None,
-        typer.Option("--classes", metavar='"A,B"', help="Only videos of these classes."),
-    ] = None,
-    rows_per_file: Annotated[
-        int | None,
-        typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
-    ] = None,
+    classes: OnlyClasses = None,
+    rows_per_file: RowsPerFile = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -166,6 +203,7 @@ def export(
     Example: `mote-cli store export my-store --to safetensors --split val --out my-rows`
     """
     from featstore.exporting import export as run
+    from pipeline.extraction_plan import in_bytes
 
     with progress_of("export", "rows") as progress:
         exported = run(
@@ -184,7 +222,7 @@ def export(
         {
             "folder": exported.folder,
             "rows": f"{exported.rows}, {exported.failed_left_out} failed left out",
-            "files": f"{exported.files} ({_size(exported.bytes)} in all)",
+            "files": f"{exported.files} ({in_bytes(exported.bytes)} in all)",
         }
     )
 
@@ -192,14 +230,7 @@ def export(
 @app.command("convert")
 def convert(
     store: StorePath,
-    codec: Annotated[
-        str,
-        typer.Option(
-            "--codec",
-            metavar="none|zstd|lz4",
-            help="none is fastest to read; zstd is smallest, lz4 quicker.",
-        ),
-    ],
+    codec: Codec,
     out: OutStore,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -220,6 +251,7 @@ def convert(
             "store": converted.store,
             "rows": converted.rows,
             "features": _sizes(converted.bytes_before, converted.bytes_after),
+            "next": _use(out),
         }
     )
 
@@ -252,8 +284,12 @@ def quantize(
             "features": _sizes(quantised.bytes_before, quantised.bytes_after),
             "cosine error": f"mean {quantised.cosine_error_mean:.2e}, "
             f"largest {quantised.cosine_error_max:.2e}",
+            **({} if quantised.agreement else {"accuracy": "not measured: no class texts"}),
+            "next": _use(out),
         }
     )
+    if not quantised.agreement:
+        return
     print_table(
         "CLIP, mean of frames",
         ["class texts", "same answer %", "top-1 % float16", "top-1 % int8"],
@@ -267,15 +303,7 @@ def quantize(
 @app.command("add-texts")
 def add_texts(
     store: StorePath,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompts",
-            metavar="SET|FILE.txt",
-            help="Sentences for class names: mote28, name, video, or a file with one sentence per "
-            "line and {} for the class name. May be repeated.",
-        ),
-    ] = None,
+    prompts: Prompts = None,
     descriptions: options.Descriptions = None,
     prompt_set_name: options.PromptSetName = None,
     encoder: TextEncoder = None,
@@ -318,8 +346,22 @@ def add_texts(
 
 
 def _sizes(before: int, after: int) -> str:
-    return f"{_size(before)} before, {_size(after)} after ({100 * after / max(before, 1):.1f} %)"
+    from pipeline.extraction_plan import in_bytes
+
+    share = f"{100 * after / max(before, 1):.1f} %"
+    return f"{in_bytes(before)} before, {in_bytes(after)} after ({share})"
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"
+def _use(store: Path) -> str:
+    """What a new store is good for where it lies."""
+    from featstore.metadata import read_metadata
+
+    name = store.absolute().parent.name
+    if store.suffix != STORE_SUFFIX or store.absolute().parents[1].name != "features":
+        return (
+            "train-head and eval take stores at features/NAME/*.zarr of the workspace: move it "
+            "there to use it"
+        )
+    if not read_metadata(store).schema.pooled:
+        return f"mote-cli inspect {store}"
+    return f"mote-cli train-head --dataset {name} --store {store.stem}"

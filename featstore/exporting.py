@@ -14,6 +14,7 @@ Dimension letters: n rows of a file, V views, F frames, D dim.
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import io
 import json
@@ -28,35 +29,17 @@ import numpy.typing as npt
 from featstore.durable import make_folder, write_bytes, write_json
 from featstore.errors import UserError
 from featstore.exchange import new_folder
+from featstore.exported_rows import Rows, read_rows
 from featstore.partitions import claimed_source
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
-from featstore.schema import STATUS_OK, FeatureArray, RowArray
+from featstore.schema import STATUS_OK, RowArray
 
 EXPORT_FILE: Final = "export.json"
 EXPORT_VERSION: Final = 1
 # A file that other tools load at once, and the most that an export holds in memory.
 TARGET_FILE_BYTES: Final = 256 * 2**20
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Rows of one file, in the store's order, all of them ok.
-
-    `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `frame_index` int32 [n, V, F];
-    `pts` float64 [n, V, F] seconds; `features` float16 [n, V, F, D], of a tier its items in its
-    type; the rest lists of n.
-    """
-
-    key: list[str]
-    class_name: list[str]
-    splits: list[list[str]]
-    label: npt.NDArray[np.int32]
-    num_frames: npt.NDArray[np.int32]
-    fps: npt.NDArray[np.float32]
-    frame_index: npt.NDArray[np.int32]
-    pts: npt.NDArray[np.float64]
-    features: FeatureArray
+_NAMED: Final = 10  # classes that an error lists
 
 
 # A writer gets the folder, the file's number, its rows and the store; it returns its files' names.
@@ -146,24 +129,6 @@ def _write_files(
     return files
 
 
-def read_rows(store: Store, rows: RowArray) -> Rows:
-    """All columns of array rows that are ok."""
-    at = store.positions(rows)
-    members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
-    labels = store.labels[at]
-    return Rows(
-        key=[store.keys[i] for i in at],
-        class_name=[store.class_names[label] for label in labels],
-        splits=[[name for name, of in members.items() if of[i]] for i in range(len(rows))],
-        label=labels,
-        num_frames=store.num_frames[at],
-        fps=store.fps[at],
-        frame_index=store.frame_index(rows),
-        pts=store.pts(rows),
-        features=store.features(rows),
-    )
-
-
 def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> RowArray:
     rows = store.rows if split is None else store.split(split)
     if classes is None:
@@ -177,13 +142,23 @@ def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> R
             if known == name
         }
         if not found:
-            raise UserError(
-                f"{store.path} has no class {name!r}: `mote-cli inspect` lists its classes"
-            )
+            raise UserError(f"{store.path} has no class {name!r}: {_nearest(name, store)}")
         labels |= found
     wanted = np.isin(store.labels[store.positions(rows)], sorted(labels))
     chosen: RowArray = rows[wanted]
     return chosen
+
+
+def _nearest(name: str, store: Store) -> str:
+    """Which class may have been meant."""
+    names = {known.lower(): known for known in [*store.raw_class_names, *store.class_names]}
+    meant = difflib.get_close_matches(name.lower(), names, n=3)
+    if meant:
+        return f"did you mean {' or '.join(repr(names[found]) for found in meant)}?"
+    more = len(store.class_names) - _NAMED
+    return f"it has {', '.join(map(repr, store.class_names[:_NAMED]))}" + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def _summary(
@@ -243,10 +218,22 @@ def _safetensors() -> Writer:
             "provenance": store.provenance.to_json(),
         }
         metadata = {name: json.dumps(value) for name, value in texts.items()}
-        write_bytes(folder / name, save(tensors, metadata))
+        write_bytes(folder / name, _in_order(save(tensors, metadata)))
         return [name]
 
     return write
+
+
+def _in_order(file: bytes) -> bytes:
+    """A safetensors file with the texts in its header sorted.
+
+    The library gives them in another order every time, and an export made again has to have the
+    same sha256.
+    """
+    end = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # what follows stays aligned
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(file)[end:]])
 
 
 def _npy() -> Writer:

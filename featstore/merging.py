@@ -68,8 +68,9 @@ def merge(
         raise UserError("merge takes two or more different stores: name each once")
     with ExitStack() as stack:
         sources = [stack.enter_context(claimed_source(path)) for path in paths]
-        for source in sources:
+        for source in sources[1:]:
             _require_alike(sources[0], source)
+        for source in sources:
             source.require_complete("merge")
         classes = _united_classes(sources)
         splits = _united_splits(sources)
@@ -148,26 +149,33 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
         dataset_fingerprint=mine.dataset_fingerprint,
         split=mine.split,
     )
+    # Their file names are the same as a rule, so the two are told apart by their order.
     differences = [
-        phrase.replace("store has", f"{first.path.name} has").replace(
-            "asked for", f"{other.path.name} has"
-        )
+        phrase.replace("store has", "the first has").replace("asked for", "the second has")
         for phrase in mine.differences(theirs)
+        if not phrase.startswith("quantised:")
     ]
     one, two = first.metadata.schema, other.metadata.schema
-    for name in ("views", "frames", "dim", "item", "codec"):
+    # Items of two tiers differ anyway.
+    for name in ("views", "frames", "dim", *(("item",) if one.tier == two.tier else ())):
         if getattr(one, name) != getattr(two, name):
             differences.append(
-                f"{name}: {first.path.name} has {getattr(one, name)}, {other.path.name} has "
-                f"{getattr(two, name)}"
+                f"{name}: the first has {getattr(one, name)}, the second has {getattr(two, name)}"
             )
+    remedies = ["extract one of them as the other was"] if differences else []
+    if one.codec != two.codec:
+        differences.append(f"codec: the first has {one.codec}, the second has {two.codec}")
+        remedies.append(f"convert the second with `mote-cli store convert --codec {one.codec}`")
     if one.quantised or two.quantised:
-        differences.append("int8 features have a scale of their own per store")
+        which = {(True, False): "the first is", (False, True): "the second is"}.get(
+            (one.quantised, two.quantised), "both are"
+        )
+        differences.append(f"{which} int8, with a scale of its own")
+        remedies.append("merge the stores that were quantised and quantise that")
     if differences:
         raise UserError(
             f"{first.path} and {other.path} cannot become one store ({'; '.join(differences)}): "
-            "extract one of them as the other was, `mote-cli store convert` for another codec, "
-            "quantise after merging"
+            f"{', and '.join(remedies)}"
         )
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from featstore.errors import UserError
+from featstore.exported_rows import Rows
 from featstore.reader import Store
-
-if TYPE_CHECKING:
-    from featstore.exporting import Rows
 
 try:
     import pyarrow

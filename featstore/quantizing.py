@@ -130,7 +130,8 @@ def _cost(
     for tar, ok, labels in _ok_rows(source):
         before, after = source.store.features(ok), rounded.features(ok)
         one, two = _unit(before), _unit(after)
-        error = 1 - (one * two).sum(-1)
+        # An embedding that is zero, before and after, has not turned.
+        error = np.where((one == two).all(-1), 0, 1 - (one * two).sum(-1))
         total, frames = total + float(error.sum()), frames + error.size
         largest, rows = max(largest, float(error.max(initial=0))), rows + len(before)
         for name, text in texts.items():

@@ -86,9 +86,9 @@ class Estimate:
         """Raise `WorkError` when the store would not fit on the disk."""
         if not self.fits:
             raise WorkError(
-                f"the store will take {in_bytes(self.bytes_needed)} and {self.disk} has "
-                f"{in_bytes(self.bytes_free)} free: make room, or put the workspace (--root) on a "
-                "larger disk"
+                f"the store will take {in_bytes(self.bytes_needed)}, {in_bytes(SPARE_BYTES)} are "
+                f"to stay free, and {self.disk} has {in_bytes(self.bytes_free)}: make room, or put "
+                "the workspace (--root) on a larger disk"
             )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featstore import ClassText, Store, open_store
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
 from featstore.exchange import recover
 from featstore.growth import Grown, add_class_text
 from featstore.growth import add_tars as grow
@@ -39,7 +41,18 @@ def add_tars(
     store or the encoder is another one, WorkError as `featstore.growth.add_tars`.
     """
     recover(store_path)
-    store, dataset = open_store(store_path), load_dataset(dataset_dir)
+    with _undisturbed(store_path):
+        return _add_tars(store_path, load_dataset(dataset_dir), encoder, encoders_dir, device)
+
+
+def _add_tars(
+    store_path: Path,
+    dataset: Dataset,
+    encoder: str | None,
+    encoders_dir: Path | None,
+    device: str,
+) -> Grown:
+    store = open_store(store_path)
     made = store.provenance
     if dataset.name != made.dataset:
         raise UserError(
@@ -83,13 +96,32 @@ def add_texts(
     """
     wanted = as_prompt_set(prompts)  # what is wrong is told before the encoder is loaded
     recover(store_path)
-    store = open_store(store_path)
-    wanted.require_classes(store.class_names)
-    if wanted.name in store.prompt_sets:
-        wanted.require_held(store)
-    tower = _encoder(store, encoder, encoders_dir, device)
-    names = tuple(store.class_names)
-    return add_class_text(store_path, wanted.name, class_text(tower, names, wanted))
+    with _undisturbed(store_path):
+        store = open_store(store_path)
+        wanted.require_classes(store.class_names)
+        if wanted.name in store.prompt_sets:
+            wanted.require_held(store)
+        tower = _encoder(store, encoder, encoders_dir, device)
+        names = tuple(store.class_names)
+        return add_class_text(store_path, wanted.name, class_text(tower, names, wanted))
+
+
+@contextmanager
+def _undisturbed(path: Path) -> Iterator[None]:
+    """Tell what goes wrong because another process put a longer store at `path` as just that."""
+    before = _folder_number(path)
+    try:
+        yield
+    except (UserError, WorkError) as error:
+        if _folder_number(path) == before:
+            raise
+        raise WorkError(
+            f"another process changed {path} in the meantime: run the same command again"
+        ) from error
+
+
+def _folder_number(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
 
 
 def _continued(store: Store, dataset: Dataset) -> list[Shard]:
@@ -105,8 +137,10 @@ def _require_same_failures(store: Store, shards: list[Shard]) -> None:
     done = set(store.partitions())
     for shard in shards:
         tar = place.get(shard.file)
-        if tar is None or tar not in done or shard.rows != store.tars[tar].rows:
+        if tar is None or tar not in done or shard.sha256 != store.tars[tar].sha256:
             continue  # new, still to be extracted, or refused later
+        if shard.rows != store.tars[tar].rows:
+            continue  # refused later
         first = tar * store.schema.capacity + shard.samples
         at = store.positions(np.arange(first, first + len(shard.failed)))
         listed = [(store.keys[i], int(store.labels[i])) for i in at]

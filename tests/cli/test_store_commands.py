@@ -12,8 +12,10 @@ import pytest
 from command_line import done, mote, refused
 from tiny_world import SHORT_TRAINING, World, make_clip
 
-from featstore import StoreWriter, open_store, verify
+from cli.options import class_list
+from featstore import StoreWriter, UserError, open_store, verify
 from featstore.metadata import attributes_checksum
+from pipeline import store_growth
 from pipeline.packed import load_dataset
 
 
@@ -28,10 +30,10 @@ def parts(inputs: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
     return root, folder
 
 
-def pack(root: Path, videos: Path) -> None:
+def pack(root: Path, videos: Path, *more: str) -> None:
     done(
         *("pack", "--dataset", "clips", "--videos", videos, "--samples-per-shard", "4"),
-        *("--root", root),
+        *("--root", root, *more),
     )
 
 
@@ -142,6 +144,59 @@ def test_what_does_not_continue_the_store(
     with StoreWriter.open(store).claim([0]):
         error = refused(1, "store", "add-texts", store, "--prompts", "video", "--root", root)
     assert "is writing partition 0" in error
+
+
+def test_tars_of_other_videos_are_told_as_such(parts: tuple[Path, Path]) -> None:
+    """And not by the videos that could not be packed, of which there are others, too."""
+    root, folder = parts
+    for path in (folder / "train").glob("*/*.mp4"):
+        path.write_bytes(b"no video")
+        break
+    shutil.rmtree(root / "datasets" / "clips")
+    pack(root, folder, "--max-failures", "1")
+    error = refused(
+        2, "store", "add-tars", the_store(root), "--dataset", root / "datasets" / "clips"
+    )
+    assert "was changed: a store grows only by new tars" in error
+
+
+def test_a_store_that_is_exchanged_meanwhile(
+    parts: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, _ = parts
+    store = the_store(root)
+
+    def other_was_faster(*arguments: object) -> None:
+        shutil.copytree(store, store.with_name("longer"))
+        store.rename(store.with_name("gone"))
+        store.with_name("longer").rename(store)
+        raise UserError("class texts are of other classes")
+
+    monkeypatch.setattr(store_growth, "add_class_text", other_was_faster)
+    error = refused(1, "store", "add-texts", store, "--prompts", "video", "--root", root)
+    assert f"another process changed {store} in the meantime" in error
+    monkeypatch.undo()
+    assert done("store", "add-texts", store, "--prompts", "video", "--root", root)["added"]
+
+
+def test_what_a_new_store_is_good_for(own: World, tmp_path: Path) -> None:
+    merging = ("store", "convert", own.store, "--codec", "lz4", "--out")
+    place = own.root / "features" / "both" / "both.zarr"
+    words = mote(*merging, place)
+    assert "next      mote-cli train-head --dataset both --store both" in words.out
+    done("eval", "--closeset", "both", "--head", "mean", "--root", own.root)
+    assert "move it there" in mote(*merging, tmp_path / "far.zarr").out
+    shutil.rmtree(place / "class_text" / "mote28")
+    words = mote("store", "quantize", place, "--out", tmp_path / "half.zarr")
+    assert "accuracy      not measured: no class texts" in words.out
+
+
+def test_a_class_name_may_hold_a_comma() -> None:
+    assert class_list('"cut, chop", run,,wave') == ["cut, chop", "run", "wave"]
+    assert class_list('a \n b,5" disk') == ["a b", '5" disk']
+    for text, message in (("", "names no class"), (' , ""', "names no class"), ("a,a", "twice")):
+        with pytest.raises(UserError, match=message):
+            class_list(text)
 
 
 def test_a_prompt_set_that_is_missing_is_added(own: World) -> None:

@@ -276,8 +276,8 @@ def test_keys_that_both_have_are_named_and_can_be_told_apart(store: Path, tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sampling": "uniform:8"}, "sampling: a.zarr has uniform:4, b.zarr has uniform:8"),
-        ({"encoder_fingerprint": "ffff"}, "encoder: a.zarr has .* b.zarr has"),
+        ({"sampling": "uniform:8"}, "sampling: the first has uniform:4, the second has uniform:8"),
+        ({"encoder_fingerprint": "ffff"}, "encoder: the first has .* the second has"),
     ],
 )
 def test_stores_that_were_made_otherwise(
