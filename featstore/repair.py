@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.bounded import read_bounded
 from featstore.chunks import ChunkFiles
 from featstore.durable import sync_folder, write_json
 from featstore.errors import UserError
@@ -21,6 +22,7 @@ from featstore.metadata import StoreMetadata, prompt_set_names
 from featstore.tiers import EMBEDDINGS
 
 NOTE_LIMIT: Final = 16 * 2**20
+_ENTRY_LIMIT: Final = 256
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")  # as store names are made
 
 
@@ -36,13 +38,15 @@ def noted_damage(files: ChunkFiles) -> dict[int, str]:
     """
     note = note_path(files.store)
     try:
-        with open(note, "rb") as file:
-            raw = file.read(NOTE_LIMIT + 1)
+        raw = read_bounded(note, NOTE_LIMIT)
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{note} cannot be read ({why}): delete it and verify again with --deep"
+        ) from error
     try:
-        if len(raw) > NOTE_LIMIT:
-            raise ValueError(f"more than {NOTE_LIMIT} bytes")
         found: dict[str, dict[str, Any]] = json.loads(raw)["partitions"]
         return {
             int(tar): str(finding["reason"])
@@ -114,6 +118,6 @@ def _shown(root: Path) -> Path:
 def _entry(files: ChunkFiles, tar: int) -> str:
     """The commit entry's bytes as they lie on the disk, in hexadecimal; "" when there is none."""
     try:
-        return files.path("commit", tar).read_bytes()[:256].hex()
-    except OSError:
+        return read_bounded(files.path("commit", tar), _ENTRY_LIMIT).hex()
+    except (OSError, ValueError):  # UserError for a link, too
         return ""
