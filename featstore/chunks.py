@@ -94,6 +94,7 @@ class ChunkFiles:
         self.schema = metadata.schema
         self.specs = metadata.schema.arrays()
         self._recorded: dict[int, dict[str, int]] = {}
+        self._committed: dict[int, bytes] = {}  # the entries that were given out, by partition
 
     @property
     def per_tar(self) -> tuple[str, ...]:
@@ -136,12 +137,11 @@ class ChunkFiles:
         WorkError when the entry is there and damaged.
         """
         try:
-            os.stat(self.path("commit", tar))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise self.damaged(tar, f"commit chunk cannot be read ({error.strerror})") from error
-        values = self.numbers("commit", tar).reshape(-1)
+            values = self.numbers("commit", tar).reshape(-1)
+        except DamagedPartition as error:
+            if isinstance(error.__cause__, _MissingFile):
+                return None
+            raise
         commit = Commit(*(int(value) for value in values))
         expected_rows = self.metadata.tars[tar].rows
         if commit.rows != expected_rows:
@@ -150,6 +150,7 @@ class ChunkFiles:
             )
         if not self.schema.shard_can_have(commit.features_bytes, commit.rows):
             raise self.damaged(tar, "commit entry records a size no shard can have")
+        self._committed[tar] = values.tobytes()
         return commit
 
     def check_shard(self, tar: int, commit: Commit) -> Path:
@@ -201,12 +202,37 @@ class ChunkFiles:
         return decoded
 
     def damaged(self, tar: int, what: str) -> DamagedPartition:
-        """The error for a damaged committed partition, with its remedy."""
+        """The error for a damaged committed partition, with its remedy.
+
+        Another one when the partition is not the one that was committed when it was asked for: a
+        writer is at it, or was.
+        """
+        if self._written_anew(tar):
+            return DamagedPartition(
+                "it was written anew while it was being read",
+                f"partition {tar} of {self.store} was written anew while it was being read: "
+                "open the store again",
+            )
         dataset = self.metadata.provenance.dataset or "NAME"
         return DamagedPartition(
             what,
             f"partition {tar} of {self.store}: {what}; delete {self.store / 'commit' / 'c'}/{tar} "
             f"and run `mote-cli extract --dataset {dataset}` again to redo just this partition",
+        )
+
+    def _written_anew(self, tar: int) -> bool:
+        known = self._committed.get(tar)
+        if known is None:
+            return False
+        try:
+            now = read_bounded(self.path("commit", tar), len(known) + CRC_BYTES)
+        except FileNotFoundError:
+            return True
+        except (OSError, ValueError):
+            return False
+        # One that fails its checksum is damage, not the work of a writer.
+        return now[:-CRC_BYTES] != known and crc32c(now[:-CRC_BYTES]) == int.from_bytes(
+            now[-CRC_BYTES:], "little"
         )
 
     def _checked_bytes(self, array: str, tar: int, limit: int) -> bytes:
@@ -273,6 +299,10 @@ def read_class_text(
         ) from error
 
 
+class _MissingFile(ValueError):
+    """There is no file of this name."""
+
+
 def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
     """Content of a chunk file of at most `limit` bytes, and the checksum it ends with.
 
@@ -280,6 +310,8 @@ def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
     """
     try:
         raw = read_bounded(path, limit)
+    except FileNotFoundError as error:
+        raise _MissingFile("is missing") from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
     if len(raw) <= CRC_BYTES:

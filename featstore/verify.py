@@ -126,7 +126,9 @@ def _check_bytes(
     classes = len(files.metadata.class_names)
     for name in SMALL_ARRAYS:
         if files.specs[name].dtype == "string":
-            files.texts(name, tar)
+            texts = files.texts(name, tar)[: commit.rows]
+            if name == "key" and len(set(texts)) != len(texts):
+                raise files.damaged(tar, "two samples have the same key")
         elif name not in ("status", "checksum"):  # read before and after
             values = files.numbers(name, tar)[: commit.rows]
             if name == "label" and ((values < 0) | (values >= classes)).any():

@@ -372,3 +372,51 @@ def attempt_as_nobody(path: str) -> None:
     os.setgid(65534)
     os.setuid(65534)
     attempt(path)
+
+
+# Beside a writer
+
+
+@pytest.mark.parametrize("storage", ["plain", "zstd"])
+@pytest.mark.parametrize("moment", ["between two files", "afterwards"])
+def test_a_partition_that_is_written_anew_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str, moment: str
+) -> None:
+    """What was open tells to open again, not to delete what the writer has just made."""
+    path = tmp_path / "s.zarr"
+    schema = StoreSchema(
+        2, 4, 1, 2, 4, chunk_rows=2, codec="none" if storage == "plain" else storage
+    )
+    writer = init_store(path, schema, (4, 4))
+    for tar in (0, 1):
+        writer.write_partition(tar, make_partition(schema, tar, 4))
+    readers: list[Callable[[Any], object]] = [
+        lambda store: store.features([4]),
+        lambda store: store.read_into([4], np.empty((1, 1, 2, 4), np.float16)),
+        lambda store: store.labels,
+        lambda store: store.keys,
+        lambda store: store.pts([4]),
+    ]
+    stores = [open_store(path) for _ in readers]
+    for store in stores:
+        store.features([0])
+        assert len(store.status) == 8  # what was committed with it is known now
+    if moment == "between two files":
+        (path / "features/c/1/0/0/0").unlink()
+        shutil.rmtree(path / "commit/c/1")
+        (path / "label/c/1").unlink()
+        (path / "key/c/1").unlink()
+        (path / "pts/c/1/0/0").unlink()
+    else:
+        writer.write_partition(1, make_partition(schema, 1, 4, seed=1))
+    for store, read in zip(stores, readers, strict=True):
+        try:
+            read(store)
+        except WorkError as error:
+            assert "was written anew while it was being read: open the store again" in str(error)
+        else:  # the same in both versions
+            assert moment == "afterwards"
+            assert store.keys == open_store(path).keys
+    if moment == "afterwards":
+        with pytest.raises(WorkError, match="written anew"):
+            stores[0].features([4])
