@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import stat
 import struct
 from collections.abc import Sequence
@@ -130,6 +131,24 @@ class ChunkFiles:
     def path(self, array: str, tar: int) -> Path:
         """Where the chunk file lies; UserError if a symbolic link is on the way."""
         return without_links(self._root, f"{array}/{self.specs[array].chunk_key(tar)}")
+
+    def make_way(self, array: str, tar: int) -> Path:
+        """As `path`, with nothing in the way of a new file there: what is no file is removed.
+
+        A folder or a symbolic link in the place of the file itself goes, a file in the place of a
+        folder too; UserError for a link on the way there, which is never followed.
+        """
+        *folders, _ = parts = self.specs[array].chunk_key(tar).split("/")
+        for depth in range(1, len(folders) + 1):
+            folder = without_links(self._root, "/".join([array, *parts[:depth]]))
+            if folder.exists() and not folder.is_dir():
+                folder.unlink()
+        path = Path(self._root, array, *parts)
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        return path
 
     def commit(self, tar: int) -> Commit | None:
         """The commit entry of a partition, None when it was never committed.

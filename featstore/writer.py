@@ -160,14 +160,15 @@ class StoreWriter:
             if commit is None:
                 return False
             self._files.check_shard(tar, commit)
-        except WorkError as error:
+            whole = all(self._files.path(name, tar).is_file() for name in PER_TAR_ARRAYS)
+        except (WorkError, UserError) as error:  # damage, a symbolic link
             log.warning("%s will be redone: %s", self.path, error)
             return False
         found = noted_damage(self._files).get(tar)
         if found is not None:
             log.warning("%s: partition %d will be redone: %s", self.path, tar, found)
             return False
-        return all(self._files.path(name, tar).is_file() for name in PER_TAR_ARRAYS)
+        return whole
 
     def pending(self) -> list[int]:
         """Numbers of the partitions that are not done."""
@@ -198,8 +199,7 @@ class StoreWriter:
         Raises ValueError when the partition does not fit the tar, OSError when the disk is full.
         """
         self._check_fits(tar, partition)
-        # Asked for all at once: no file is written through a symbolic link.
-        paths = {name: self._files.path(name, tar) for name in self._files.per_tar}
+        paths = {name: self._files.make_way(name, tar) for name in self._files.per_tar}
         began = self._time_after_earlier(tar)
         n = len(partition.key)
         features = partition.features
@@ -214,10 +214,9 @@ class StoreWriter:
                 readable = dequantise(stored, scale)
             checksums = np.array([crc32c(row) for row in readable], np.uint32)
         for name in ("commit", "features"):
-            _remove(paths[name])
-        for path in paths.values():  # a folder in the place of a file, which no rename replaces
-            if path.is_dir():
-                shutil.rmtree(path)
+            if paths[name].exists():
+                paths[name].unlink()
+                sync_folder(paths[name].parent)
         digests = [
             self._put_small(
                 name, tar, checksums if name == "checksum" else getattr(partition, name)
@@ -393,14 +392,6 @@ def write_class_text(folder: Path, text: ClassText) -> None:
     spec = class_text_spec(*text.embeddings.shape)
     _write_node(folder, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
     _open(folder.parent, folder.name)[:] = text.embeddings
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink()
-    except (FileNotFoundError, IsADirectoryError):
-        return
-    sync_folder(path.parent)
 
 
 def _open(folder: Path, name: str) -> zarr.Array[Any]:

@@ -87,12 +87,42 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(store: Path, name: s
         process.kill()
 
 
-@pytest.mark.parametrize("name", ["label/c/1", "features/c/1/0/0/0", "commit/c/1/0"])
-def test_a_folder_in_the_place_of_a_file_is_named_and_redone(store: Path, name: str) -> None:
+def as_folder(path: Path, outside: Path) -> None:
+    path.unlink()
+    path.mkdir()
+    (path / "inside").touch()
+
+
+def as_link(path: Path, outside: Path) -> None:
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def as_pipe(path: Path, outside: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def under_a_file(path: Path, outside: Path) -> None:
+    if path.parent.name == "c":
+        return as_folder(path, outside)  # a file there would hit all partitions
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.touch()
+    return None
+
+
+@pytest.mark.parametrize("name", ["label/c/1", "pts/c/1/0/0", "features/c/1/0/0/0", "commit/c/1/0"])
+@pytest.mark.parametrize(
+    "spoil", [as_folder, as_link, as_pipe, under_a_file], ids=lambda f: f.__name__
+)
+def test_another_thing_in_the_place_of_a_file_is_named_and_redone(
+    store: Path, tmp_path: Path, name: str, spoil: Callable[[Path, Path], None]
+) -> None:
     before = open_store(store).features(np.arange(8, 16))
-    (store / name).unlink()
-    (store / name).mkdir()
-    (store / name / "inside").touch()
+    outside = tmp_path / "outside"
+    spoil(store / name, outside)
+    held = outside.read_bytes() if outside.exists() else b""
     assert [d.partition for d in verify(store).damaged] == [1]
     schema = open_store_schema(store)
     assert StoreWriter.open(store).pending() == [1]
@@ -101,6 +131,7 @@ def test_a_folder_in_the_place_of_a_file_is_named_and_redone(store: Path, name: 
         writer.write_partition(1, make_partition(schema, 1, 8, failed=(1,)))
     assert verify(store, deep=True).ok
     np.testing.assert_array_equal(open_store(store).features(np.arange(8, 16)), before)
+    assert not held or outside.read_bytes() == held, "the link goes, not what it points to"
 
 
 def open_store_schema(store: Path) -> StoreSchema:
