@@ -49,6 +49,10 @@ _CLASS_TEXT_ATTRIBUTES: Final = (
 _PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
+class DamagedMetadata(UserError):
+    """A `zarr.json` of what was a store cannot be used: it is damaged, or was made to harm."""
+
+
 @dataclass(frozen=True)
 class TarEntry:
     """One packed tar that the store covers: file name, listed samples, size in bytes, sha256."""
@@ -187,12 +191,12 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
     try:
         raw = read_bounded(path, limit)
     except OSError as error:
-        raise UserError(
+        raise DamagedMetadata(
             f"{path} cannot be read ({error.strerror}): {store} is not a complete feature store; "
             "make it again with `mote-cli extract`"
         ) from error
     except ValueError as error:
-        raise UserError(
+        raise DamagedMetadata(
             f"{path} {error}: no store of this format needs that; "
             "do not open a store from a source you do not trust"
         ) from error
@@ -201,11 +205,13 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
         if b"\\u" in raw:  # half a surrogate pair is no text and could not be written again
             json.dumps(node, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: the store is damaged, make it again") from error
+        raise DamagedMetadata(
+            f"{path} is not valid JSON: the store is damaged, make it again"
+        ) from error
     if not isinstance(node, dict) or node.get("zarr_format") != 3:
-        raise UserError(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
+        raise DamagedMetadata(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
     if _nested_beyond(node, _DEEPEST):
-        raise UserError(
+        raise DamagedMetadata(
             f"{path} is nested more than {_DEEPEST} levels: no store of this format needs that; "
             "do not open a store from a source you do not trust"
         )
@@ -255,7 +261,7 @@ def check_array(store: Path, name: str, spec: ArraySpec) -> dict[str, Any]:
     found = _comparable(node)
     for field in sorted(expected.keys() | found.keys()):
         if _exact(expected.get(field)) != _exact(found.get(field)):
-            raise UserError(
+            raise DamagedMetadata(
                 f"array {name} of {store}: {field} is {_brief(found.get(field))}, the format has "
                 f"{_brief(expected.get(field))}; make the store again with `mote-cli extract`"
             )
@@ -395,10 +401,10 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     tars = attributes.get("tars")
     sizes = attributes.get("schema")
     if not all(map(_is_texts, texts)) or not isinstance(tars, list) or not isinstance(sizes, dict):
-        raise UserError(f"{store} lacks attributes of the format: make it again")
+        raise DamagedMetadata(f"{store} lacks attributes of the format: make it again")
     provenance = Provenance.from_json(attributes.get("provenance"))
     if attributes.get("checksum") != attributes_checksum(attributes):
-        raise UserError(
+        raise DamagedMetadata(
             f"the attributes of {store} fail their checksum: zarr.json is damaged or was edited by "
             "hand; put a copy of the file back or make the store again with `mote-cli extract`"
         )
@@ -410,7 +416,7 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
             *(tuple(names or ()) for names in texts),
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the attributes of {store} do not fit together: {error}") from error
+        raise DamagedMetadata(f"the attributes of {store} do not fit together: {error}") from error
 
 
 def _exact(value: Any) -> str:

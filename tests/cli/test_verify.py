@@ -87,6 +87,23 @@ def test_a_flipped_bit_is_found_and_the_printed_command_repairs_it(own: World) -
     assert names == {"features/c/2/0/0/0", "commit/c/2/0"}
 
 
+def test_damaged_metadata_is_damage(own: World) -> None:
+    """Exit code 1 and one JSON object, as for partitions; what never was a store is code 2."""
+    for name in ("zarr.json", "label/zarr.json"):
+        raw = (own.store / name).read_bytes()
+        (own.store / name).write_bytes(raw[: len(raw) // 2])
+        report = done("verify", own.store, "--reencode", "1", code=1)
+        assert (report["ok"], report["repair"], report["note"]) == (False, None, None)
+        (found,) = report["damaged"]
+        assert found["partition"] == "metadata"
+        assert f"{own.store / name} is not valid JSON" in found["reason"]
+        assert "is not valid JSON" in mote("verify", own.store).out
+        (own.store / name).write_bytes(raw)
+    assert done("verify", own.store)["ok"] is True
+    (own.store / "zarr.json").unlink()
+    assert "has no zarr.json" in refused(2, "verify", own.store)
+
+
 def test_several_damages_are_all_named(own: World) -> None:
     (own.store / "label/c/0").unlink()
     (own.store / "features/c/1/0/0/0").write_bytes(b"")
