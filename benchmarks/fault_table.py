@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,10 +32,25 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from sample_stores import init_store, make_partition, make_store
+from sample_stores import (
+    init_store,
+    make_class_text,
+    make_partition,
+    make_provenance,
+    make_store,
+)
 
-from featstore import StoreSchema, StoreWriter, UserError, WorkError, open_store, verify
+from featstore import (
+    ClassText,
+    StoreSchema,
+    StoreWriter,
+    UserError,
+    WorkError,
+    open_store,
+    verify,
+)
 from featstore.durable import write_bytes
+from featstore.growth import add_class_text
 from featstore.metadata import attributes_checksum
 
 ROWS = (8, 5, 8)
@@ -45,9 +61,24 @@ TOLD = (UserError, WorkError)
 Answer = dict[str, Any]
 
 
+def started(path: Path, seed: int = 0) -> StoreWriter:
+    """A store without partitions, with the class texts of two prompt sets."""
+    writer = init_store(path, SCHEMA, ROWS)
+    text = make_class_text(SHAPE[-1])
+    other = replace(
+        text,
+        embeddings=text.embeddings[::-1].copy(),
+        sentences_hash=f"seed {seed}",
+        templates=("a video of {}",),
+        encoder_fingerprint=make_provenance().encoder_fingerprint,
+    )
+    add_class_text(path, "other", other)
+    return writer
+
+
 def pristine(path: Path, seed: int = 0) -> Path:
     """A finished store of three partitions with a failed sample each, four inner chunks a shard."""
-    writer = init_store(path, SCHEMA, ROWS)
+    writer = started(path, seed)
     for tar, n in enumerate(ROWS):
         writer.write_partition(tar, make_partition(SCHEMA, tar, n, seed=seed, failed=[1]))
     return path
@@ -61,7 +92,7 @@ def answer(path: Path) -> Answer:
         "names": (store.class_names, store.raw_class_names, store.split_names),
         "provenance": store.provenance,
         "tars": store.tars,
-        "texts": {name: store.class_text(name).embeddings.tolist() for name in store.prompt_sets},
+        "texts": {name: said_of(store.class_text(name)) for name in store.prompt_sets},
         "rows": rows.tolist(),
     }
     per_row: dict[str, Any] = {
@@ -89,6 +120,12 @@ def answer(path: Path) -> Answer:
         for name, values in per_row.items()
     }  # fmt: skip
     return told
+
+
+def said_of(text: ClassText) -> tuple[Any, ...]:
+    """Class texts as something that can be compared."""
+    said = text.names, text.sentences_hash, text.templates, text.encoder_fingerprint
+    return *said, text.embeddings.tolist()
 
 
 def agrees(found: Answer, truth: Answer) -> bool:
@@ -183,6 +220,12 @@ def damage_files(table: Table, folder: Path, times: int, rng: random.Random) -> 
         file.symlink_to(outside)
         table.judge("symbolic link to the outside", store, truth, str(file))
         file.unlink()
+        os.mkfifo(file)
+        table.judge("pipe in the place of a file", store, truth, str(file))
+        file.unlink()
+        file.mkdir()
+        table.judge("folder in the place of a file", store, truth, str(file))
+        file.rmdir()
         file.write_bytes(raw)
 
 
@@ -215,6 +258,14 @@ def swaps(table: Table, folder: Path) -> None:
         file.write_bytes(stale)
         table.judge("chunk file of another store", store, truth, str(file))
         file.write_bytes(raw)
+    for name in ("c/0/0", "zarr.json"):
+        one, two = (store / "class_text" / texts / name for texts in ("mote28", "other"))
+        a, b = one.read_bytes(), two.read_bytes()
+        one.write_bytes(b)
+        two.write_bytes(a)
+        table.judge("files of two prompt sets swapped", store, truth, name)
+        one.write_bytes(a)
+        two.write_bytes(b)
 
 
 def hostile(table: Table, folder: Path) -> None:
@@ -239,12 +290,17 @@ def hostile(table: Table, folder: Path) -> None:
         *({"schema": sizes | {name: 2**k}} for name in sizes for k in (31, 40, 62)),
         {"tars": [{}] * 100_000},
         {"class_names": ["x" * 2**20]},
+        {"schema": sizes | {"capacity": 2**30, "chunk_rows": 1}},
+        {"schema": sizes | {"capacity": 2**28, "chunk_rows": 2**28}},
     ):
         attributes("metadata bomb", **bomb)
     for name in ("zarr.json", "features/zarr.json", "key/zarr.json"):
         file = store / name
         raw = file.read_bytes()
-        for content in (b"[" * 10**6, b" " * (17 * 2**20), b'{"a":' * 10**5):
+        nested = raw.replace(
+            b'"attributes": {', b'"attributes": {"x": ' + b"[" * 500 + b"]" * 500 + b","
+        )
+        for content in (b"[" * 10**6, b" " * (17 * 2**20), b'{"a":' * 10**5, nested):
             file.write_bytes(content)
             table.judge("metadata bomb", store, truth, name)
         file.write_bytes(raw)
@@ -291,25 +347,37 @@ class no_reading_outside:
         self.folder = os.path.realpath(folder)
 
     def __enter__(self) -> None:
-        opened = open
+        def guarded(opened: Callable[..., Any]) -> Callable[..., Any]:
+            def inside(path: Any, *args: Any, **kwargs: Any) -> Any:
+                real = "" if isinstance(path, int) else os.path.realpath(path)
+                assert "passwd" not in real, real
+                return opened(path, *args, **kwargs)
 
-        def inside(path: Any, *args: Any, **kwargs: Any) -> Any:
-            real = os.path.realpath(path)
-            assert "passwd" not in real, real
-            return opened(path, *args, **kwargs)
+            return inside
 
-        self.patch = mock.patch("builtins.open", inside)
-        self.patch.start()
+        self.patches = [
+            mock.patch("builtins.open", guarded(open)),
+            mock.patch("os.open", guarded(os.open)),
+        ]
+        for patch in self.patches:
+            patch.start()
 
     def __exit__(self, *error: object) -> None:
-        self.patch.stop()
+        for patch in self.patches:
+            patch.stop()
 
 
 def reading_while_writing(table: Table, folder: Path, rounds: int) -> None:
     """A reader opens and reads again and again while a writer adds and redoes partitions."""
+    for codec in ("none", "zstd"):
+        (folder / codec).mkdir()
+        reading_beside(table, folder / codec, rounds // 2, replace(SCHEMA, codec=codec))
+
+
+def reading_beside(table: Table, folder: Path, rounds: int, schema: StoreSchema) -> None:
     store = folder / "store.zarr"
     truths = [answer(pristine(folder / f"{seed}.zarr", seed)) for seed in (0, 1)]
-    writer = init_store(store, SCHEMA, ROWS)
+    writer = init_store(store, schema, ROWS)
     stop = threading.Event()
 
     def write() -> None:
@@ -331,8 +399,9 @@ def reading_while_writing(table: Table, folder: Path, rounds: int) -> None:
                 rows = reader.rows
                 features = reader.features(rows)
                 keys = reader.keys
-            except TOLD:
-                table.count(fault, "error")
+            except TOLD as error:
+                told = "was written anew" in str(error)  # what is sound is not called damaged
+                table.count(fault, "error" if told else "WRONG", str(error))
                 continue
             except Exception as error:
                 table.count(fault, "WRONG", repr(error))
@@ -358,7 +427,7 @@ def interrupted_writes(table: Table, folder: Path) -> None:
     partition = make_partition(SCHEMA, 1, ROWS[1], failed=[1])
     for name, redone in (("new", False), ("redone", True)):
         store = folder / f"{name}.zarr"
-        writer = init_store(store, SCHEMA, ROWS)
+        writer = started(store)
         for tar in (0, 2, *([1] if redone else [])):
             writer.write_partition(tar, make_partition(SCHEMA, tar, ROWS[tar], seed=0, failed=[1]))
         for step in range(15):

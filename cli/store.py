@@ -118,7 +118,7 @@ def add_tars(
     Example: `mote-cli store add-tars my-store --dataset my-clips`
     """
     from featstore.metadata import read_metadata
-    from featstore.repair import repair_command
+    from featstore.repair_command import repair_command
     from pipeline.packed import DATASET_FILE
     from pipeline.store_growth import add_tars as run
 

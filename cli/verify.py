@@ -44,13 +44,20 @@ def verify(
 
     Example: `mote-cli verify ViT-B-16-openai--uniform-16 --deep`
     """
-    from featstore.metadata import read_metadata
-    from featstore.repair import repair_command
+    from featstore.errors import one_line
+    from featstore.metadata import DamagedMetadata, read_metadata
+    from featstore.repair_command import repair_command
+    from featstore.verify import Damage, Report
     from featstore.verify import verify as check
 
     path = options.store_path(root, store)
-    with progress_of("verify", "partitions") as progress:
-        report = check(path, deep, progress)
+    try:
+        with progress_of("verify", "partitions") as progress:
+            report = check(path, deep, progress)
+        repair = repair_command(path, read_metadata(path), root)
+    except DamagedMetadata as error:  # partitions cannot be told without it
+        damage = (Damage("metadata", one_line(error, limit=1000)),)
+        report, repair = Report(False, deep, 0, 0, 0, damage, ()), ""
     damaged: list[dict[str, Any]] = [vars(finding) for finding in report.damaged]
     again: Reencoding | None = None
     if reencode and not damaged:
@@ -65,8 +72,7 @@ def verify(
             if row.cosine < again.tolerance and not row.reason
         ]
     partitions = {f["partition"]: f["reason"] for f in damaged if isinstance(f["partition"], int)}
-    note = _note(path, deep, partitions)
-    repair = repair_command(path, read_metadata(path))
+    note = _note(path, deep, partitions) if repair else None
     ok = not damaged and (again is None or again.ok)
     if json:
         print_json(

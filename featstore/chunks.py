@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import stat
 import struct
 from collections.abc import Sequence
@@ -20,20 +21,40 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from featstore.bounded import read_bounded
 from featstore.checksums import crc32c as crc32c  # also for those who write chunks
 from featstore.errors import UserError, WorkError
-from featstore.metadata import StoreMetadata, class_text_node, inside, without_links
+from featstore.metadata import (
+    StoreMetadata,
+    class_text_node,
+    inside,
+    remake_class_text,
+    without_links,
+)
 from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import (
     CLASS_TEXT_GROUP,
     CRC_BYTES,
+    PER_TAR_ARRAYS,
     SMALL_ARRAYS,
 )
 
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # A key is a file name (at most 255 bytes, three times that when quoted), a reason one line.
-_TEXT_BYTES_PER_ROW: Final = 4096
+MAX_TEXT_BYTES: Final = 4096
+_MAX_TEXT_CHUNK: Final = 2**30
+
+
+def text_chunk_limit(capacity: int) -> int:
+    """The most bytes that the strings of a partition may take (before zstd)."""
+    return min(_MAX_TEXT_CHUNK, 4 + capacity * (4 + MAX_TEXT_BYTES))
+
+
+def _text_file_limit(capacity: int) -> int:
+    """The most bytes of their file: what cannot be compressed gets longer (ZSTD_COMPRESSBOUND)."""
+    most = text_chunk_limit(capacity)
+    return most + most // 256 + 1024
 
 
 class DamagedPartition(WorkError):
@@ -74,20 +95,72 @@ class ChunkFiles:
         self.schema = metadata.schema
         self.specs = metadata.schema.arrays()
         self._recorded: dict[int, dict[str, int]] = {}
+        self._committed: dict[int, bytes] = {}  # the entries that were given out, by partition
+
+    @property
+    def per_tar(self) -> tuple[str, ...]:
+        """All arrays that hold a file per partition, in the order they are written."""
+        return (*PER_TAR_ARRAYS, "features", "commit")
+
+    def check_small_sizes(self, tar: int) -> None:
+        """WorkError unless the small arrays' chunks are files that can have been written.
+
+        Also where this user may not read one of the partition.
+        """
+        for name in self.per_tar:
+            if os.path.exists(path := self.path(name, tar)) and not os.access(path, os.R_OK):
+                raise self.damaged(tar, f"{name} chunk cannot be read (Permission denied)")
+        for name in PER_TAR_ARRAYS:
+            spec = self.specs[name]
+            try:
+                found = os.stat(self.path(name, tar))
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError)
+                what = "is missing" if missing else f"cannot be read ({error.strerror})"
+                raise self.damaged(tar, f"{name} chunk {what}") from error
+            if not stat.S_ISREG(found.st_mode):
+                raise self.damaged(tar, f"{name} chunk is no regular file")
+            if spec.dtype == "string":  # as long as zstd made it
+                if not CRC_BYTES < found.st_size <= _text_file_limit(self.schema.capacity):
+                    raise self.damaged(tar, f"{name} chunk has {found.st_size} bytes")
+                continue
+            size = math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
+            if found.st_size != size:
+                raise self.damaged(tar, f"{name} chunk has {found.st_size} bytes, not {size}")
 
     def path(self, array: str, tar: int) -> Path:
         """Where the chunk file lies; UserError if a symbolic link is on the way."""
         return without_links(self._root, f"{array}/{self.specs[array].chunk_key(tar)}")
+
+    def make_way(self, array: str, tar: int) -> Path:
+        """As `path`, with nothing in the way of a new file there: what is no file is removed.
+
+        A folder or a symbolic link in the place of the file itself goes, a file in the place of a
+        folder too; UserError for a link on the way there, which is never followed.
+        """
+        *folders, _ = parts = self.specs[array].chunk_key(tar).split("/")
+        for depth in range(1, len(folders) + 1):
+            folder = without_links(self._root, "/".join([array, *parts[:depth]]))
+            if folder.exists() and not folder.is_dir():
+                folder.unlink()
+        path = Path(self._root, array, *parts)
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        return path
 
     def commit(self, tar: int) -> Commit | None:
         """The commit entry of a partition, None when it was never committed.
 
         WorkError when the entry is there and damaged.
         """
-        path = self.path("commit", tar)
-        if not path.exists():
-            return None
-        values = self.numbers("commit", tar).reshape(-1)
+        try:
+            values = self.numbers("commit", tar).reshape(-1)
+        except DamagedPartition as error:
+            if isinstance(error.__cause__, _MissingFile):
+                return None
+            raise
         commit = Commit(*(int(value) for value in values))
         expected_rows = self.metadata.tars[tar].rows
         if commit.rows != expected_rows:
@@ -96,6 +169,7 @@ class ChunkFiles:
             )
         if not self.schema.shard_can_have(commit.features_bytes, commit.rows):
             raise self.damaged(tar, "commit entry records a size no shard can have")
+        self._committed[tar] = values.tobytes()
         return commit
 
     def check_shard(self, tar: int, commit: Commit) -> Path:
@@ -103,14 +177,16 @@ class ChunkFiles:
         path = self.path("features", tar)
         try:
             found = os.stat(path)
-        except OSError:
-            found = None
+        except OSError as error:
+            found, problem = None, f"cannot be read ({error.strerror})"
+            if isinstance(error, FileNotFoundError):
+                problem = "is missing"
         if found is not None and stat.S_ISREG(found.st_mode):
             if found.st_size == commit.features_bytes:
                 return path
             problem = f"has {found.st_size} bytes, {commit.features_bytes} were written"
-        else:
-            problem = "is missing"
+        elif found is not None:
+            problem = "is no regular file"
         name = self.specs["features"].chunk_key(tar)
         raise self.damaged(tar, f"features shard {name} {problem}")
 
@@ -129,9 +205,10 @@ class ChunkFiles:
         from numcodecs import VLenUTF8, Zstd
 
         capacity = self.schema.capacity
-        body = self._checked_bytes(array, tar, capacity * _TEXT_BYTES_PER_ROW)
+        most = text_chunk_limit(capacity)
+        body = self._checked_bytes(array, tar, _text_file_limit(capacity))
         length = _zstd_content_size(body)
-        if length is None or not 4 + 4 * capacity <= length <= capacity * _TEXT_BYTES_PER_ROW:
+        if length is None or not 4 + 4 * capacity <= length <= most:
             raise self.damaged(tar, f"{array} chunk announces an impossible length")
         try:
             plain = bytes(Zstd().decode(body))
@@ -139,17 +216,42 @@ class ChunkFiles:
             if count != capacity:
                 raise ValueError(f"{count} strings instead of {capacity}")
             decoded: list[str] = VLenUTF8().decode(plain).tolist()
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
             raise self.damaged(tar, f"{array} chunk cannot be decoded ({error})") from error
         return decoded
 
     def damaged(self, tar: int, what: str) -> DamagedPartition:
-        """The error for a damaged committed partition, with its remedy."""
+        """The error for a damaged committed partition, with its remedy.
+
+        Another one when the partition is not the one that was committed when it was asked for: a
+        writer is at it, or was.
+        """
+        if self._written_anew(tar):
+            return DamagedPartition(
+                "it was written anew while it was being read",
+                f"partition {tar} of {self.store} was written anew while it was being read: "
+                "open the store again",
+            )
         dataset = self.metadata.provenance.dataset or "NAME"
         return DamagedPartition(
             what,
             f"partition {tar} of {self.store}: {what}; delete {self.store / 'commit' / 'c'}/{tar} "
             f"and run `mote-cli extract --dataset {dataset}` again to redo just this partition",
+        )
+
+    def _written_anew(self, tar: int) -> bool:
+        known = self._committed.get(tar)
+        if known is None:
+            return False
+        try:
+            now = read_bounded(self.path("commit", tar), len(known) + CRC_BYTES)
+        except FileNotFoundError:
+            return True
+        except (OSError, ValueError):
+            return False
+        # One that fails its checksum is damage, not the work of a writer.
+        return now[:-CRC_BYTES] != known and crc32c(now[:-CRC_BYTES]) == int.from_bytes(
+            now[-CRC_BYTES:], "little"
         )
 
     def _checked_bytes(self, array: str, tar: int, limit: int) -> bytes:
@@ -193,14 +295,16 @@ def read_class_text(
     if node.names != tuple(class_names):
         raise WorkError(
             f"class texts {prompt_set!r} of {store}: their class names are not those of the store; "
-            "make the store again with `mote-cli extract`"
+            + remake_class_text(store, prompt_set)
         )
     key = f"{CLASS_TEXT_GROUP}/{prompt_set}/{spec.chunk_key(0)}"
     limit = math.prod(spec.shape) * spec.numpy_dtype.itemsize + CRC_BYTES
     try:
-        body, _ = _read_checked(inside(store, key), limit)
+        body, crc = _read_checked(inside(store, key), limit)
         if len(body) != limit - CRC_BYTES:
             raise ValueError(f"has {len(body) + CRC_BYTES} bytes, not {limit}")
+        if node.embeddings_checksum not in (None, crc):
+            raise ValueError("is not the one that was written, but of other texts")
         embeddings = np.frombuffer(body, spec.numpy_dtype).astype(np.float32).reshape(spec.shape)
         return ClassText(
             *(node.names, embeddings, node.sentences_hash),
@@ -209,9 +313,13 @@ def read_class_text(
         )
     except ValueError as error:
         raise WorkError(
-            f"class texts {prompt_set!r} of {store}: chunk {error}; make the store again with "
-            "`mote-cli extract`"
+            f"class texts {prompt_set!r} of {store}: chunk {error}; "
+            + remake_class_text(store, prompt_set)
         ) from error
+
+
+class _MissingFile(ValueError):
+    """There is no file of this name."""
 
 
 def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
@@ -220,12 +328,13 @@ def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
     ValueError when it cannot be read, is too long, or fails the checksum.
     """
     try:
-        with open(path, "rb") as file:
-            raw = file.read(limit + 1)
+        raw = read_bounded(path, limit)
+    except FileNotFoundError as error:
+        raise _MissingFile("is missing") from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
-    if not CRC_BYTES < len(raw) <= limit:
-        raise ValueError(f"has {'more than ' * (len(raw) > limit)}{min(len(raw), limit)} bytes")
+    if len(raw) <= CRC_BYTES:
+        raise ValueError(f"has {len(raw)} bytes")
     body, crc = raw[:-CRC_BYTES], int.from_bytes(raw[-CRC_BYTES:], "little")
     if crc32c(body) != crc:
         raise ValueError("fails its checksum")

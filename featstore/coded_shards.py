@@ -7,6 +7,7 @@ file cannot fill the memory.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -101,11 +102,15 @@ class CodedShard(Sequence[FeatureArray]):
         return crc32c(body[:-CRC_BYTES]) == int.from_bytes(body[-CRC_BYTES:], "little")
 
     def _read_index(self, chunks: int) -> list[tuple[int, int]]:
-        size = self._path.stat().st_size
-        start = size - self._schema.index_bytes
-        with open(self._path, "rb") as file:
-            file.seek(max(start, 0))
-            raw = file.read()
+        try:
+            with open(self._path, "rb") as file:
+                start = os.fstat(file.fileno()).st_size - self._schema.index_bytes
+                file.seek(max(start, 0))
+                raw = file.read(self._schema.index_bytes)
+        except OSError as error:
+            raise self._files.damaged(
+                self._tar, f"the features shard cannot be read ({error.strerror})"
+            ) from error
         index, crc = raw[:-CRC_BYTES], int.from_bytes(raw[-CRC_BYTES:], "little")
         if start < 0 or crc32c(index) != crc:
             raise self._files.damaged(self._tar, "the index of the shard fails its checksum")
@@ -122,9 +127,12 @@ class CodedShard(Sequence[FeatureArray]):
     def _read(self, number: int) -> bytes:
         """Bytes of an inner chunk with its checksum; ValueError when the file is shorter now."""
         offset, length = self._entries[number]
-        with open(self._path, "rb") as file:
-            file.seek(offset)
-            body = file.read(length)
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(offset)
+                body = file.read(length)
+        except OSError as error:
+            raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
         if len(body) != length:
             raise ValueError(f"chunk {number} ends early")
         return body
@@ -139,7 +147,7 @@ class CodedShard(Sequence[FeatureArray]):
             plain = data if schema.codec == "none" else _decompressed(data, schema.chunk_bytes)
             if len(plain) != schema.chunk_bytes:
                 raise ValueError(f"features chunk {number} has {len(plain)} bytes")
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             raise self._files.damaged(self._tar, str(error)) from error
         shape = (schema.chunk_rows, *schema.row_shape)
         if self._scale is None:

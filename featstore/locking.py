@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -46,7 +47,13 @@ def claimed(
     let two processes lock two different files of the same name.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:  # never through a link, which may have come with somebody's archive
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(lock_file, flags, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise WorkError(f"{lock_file} is a symbolic link: remove it, locks are files") from error
     owner = f"{os.getpid()} on {socket.gethostname()}\n".encode()[:RECORD_BYTES]
     try:
         for record in records:

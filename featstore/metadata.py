@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.bounded import read_bounded
 from featstore.checksums import crc32c
 from featstore.errors import UserError
 from featstore.provenance import Provenance
@@ -33,13 +34,23 @@ from featstore.schema import (
 # 700 class names about 20 KB. The limits leave room and stop a file made to exhaust memory.
 GROUP_METADATA_LIMIT: Final = 16 * 2**20
 ARRAY_METADATA_LIMIT: Final = 2**20
+# A sharded codec's configuration is 7 levels deep; preprocessing may have a few of its own.
+_DEEPEST: Final = 32
 
 _CHECKED_ATTRIBUTES: Final = (
     *("format", "format_version", "schema", "provenance", "logit_scale"),
     *("tars", "class_names", "raw_class_names", "split_names"),
 )
 
+_CLASS_TEXT_ATTRIBUTES: Final = (
+    *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
+)
+
 _PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class DamagedMetadata(UserError):
+    """A `zarr.json` of what was a store cannot be used: it is damaged, or was made to harm."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,12 @@ def attributes_checksum(attributes: Mapping[str, Any]) -> int:
 
     Chunks carry checksums of their own; names and provenance would otherwise have none.
     """
-    known = {name: attributes.get(name) for name in _CHECKED_ATTRIBUTES}
-    return crc32c(json.dumps(known, sort_keys=True, separators=(",", ":")).encode())
+    return _json_checksum({name: attributes.get(name) for name in _CHECKED_ATTRIBUTES})
+
+
+def _json_checksum(value: Any) -> int:
+    """crc32c of `value` as JSON: keys sorted, ASCII, no spaces."""
+    return crc32c(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def tar_entry(value: Mapping[str, Any]) -> TarEntry:
@@ -138,7 +153,13 @@ def read_metadata(store: Path) -> StoreMetadata:
 
     Raises UserError when it is not a store of this format and version, or not safe to open.
     """
-    if not store.is_dir():
+    try:
+        there, is_group = store.is_dir(), (store / "zarr.json").is_file()
+    except OSError as error:  # a folder that is closed to this user, a name that is too long
+        raise UserError(
+            f"{store} cannot be read ({error.strerror}): name a folder that you may read"
+        ) from error
+    if not there:
         previous = store.with_name(f"{store.name}.previous")
         if previous.is_dir():
             raise UserError(
@@ -148,7 +169,7 @@ def read_metadata(store: Path) -> StoreMetadata:
         raise UserError(
             f"{store} is not a feature store: no such folder; make one with `mote-cli extract`"
         )
-    if not (store / "zarr.json").is_file():
+    if not is_group:
         if (store / ".zgroup").exists() or (store / ".zarray").exists():
             raise UserError(
                 f"{store} is a Zarr v2 store: only v3 is read, a v2 store can carry code; "
@@ -168,25 +189,44 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
     """Parse the metadata file `key` of at most `limit` bytes; UserError when it is not one."""
     path = inside(store, key)
     try:
-        with open(path, "rb") as file:
-            raw = file.read(limit + 1)
+        raw = read_bounded(path, limit)
     except OSError as error:
-        raise UserError(
+        raise DamagedMetadata(
             f"{path} cannot be read ({error.strerror}): {store} is not a complete feature store; "
             "make it again with `mote-cli extract`"
         ) from error
-    if len(raw) > limit:
-        raise UserError(
-            f"{path} is larger than {limit} bytes: no store of this format needs that; "
+    except ValueError as error:
+        raise DamagedMetadata(
+            f"{path} {error}: no store of this format needs that; "
             "do not open a store from a source you do not trust"
-        )
+        ) from error
     try:
         node = json.loads(raw)
+        if b"\\u" in raw:  # half a surrogate pair is no text and could not be written again
+            json.dumps(node, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: the store is damaged, make it again") from error
+        raise DamagedMetadata(
+            f"{path} is not valid JSON: the store is damaged, make it again"
+        ) from error
     if not isinstance(node, dict) or node.get("zarr_format") != 3:
-        raise UserError(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
+        raise DamagedMetadata(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
+    if _nested_beyond(node, _DEEPEST):
+        raise DamagedMetadata(
+            f"{path} is nested more than {_DEEPEST} levels: no store of this format needs that; "
+            "do not open a store from a source you do not trust"
+        )
     return node
+
+
+def _nested_beyond(value: Any, levels: int) -> bool:
+    """Whether lists and dicts lie inside one another more than `levels` deep."""
+    inner: list[Any] = [value]
+    for _ in range(levels + 1):
+        held = (v.values() if isinstance(v, dict) else v for v in inner)
+        inner = [item for items in held for item in items if isinstance(item, dict | list)]
+        if not inner:
+            return False
+    return True
 
 
 def inside(store: Path, key: str) -> Path:
@@ -220,8 +260,8 @@ def check_array(store: Path, name: str, spec: ArraySpec) -> dict[str, Any]:
     expected = _comparable(spec.metadata())
     found = _comparable(node)
     for field in sorted(expected.keys() | found.keys()):
-        if expected.get(field) != found.get(field):
-            raise UserError(
+        if _exact(expected.get(field)) != _exact(found.get(field)):
+            raise DamagedMetadata(
                 f"array {name} of {store}: {field} is {_brief(found.get(field))}, the format has "
                 f"{_brief(expected.get(field))}; make the store again with `mote-cli extract`"
             )
@@ -229,13 +269,38 @@ def check_array(store: Path, name: str, spec: ArraySpec) -> dict[str, Any]:
     return attributes if isinstance(attributes, dict) else {}
 
 
+def wrong_attributes(store: Path, metadata: StoreMetadata) -> list[tuple[str, str]]:
+    """(array or group, why) where what an array says of itself to other readers was changed.
+
+    featstore does not read it: units, the names of entries, the meaning of numbers. What somebody
+    added is left alone. UserError as `check_array`.
+    """
+    wrong = []
+    for name, spec in metadata.schema.arrays().items():
+        found = check_array(store, name, spec)
+        expected = spec.metadata(ARRAY_ATTRIBUTES.get(name))["attributes"]
+        lost = [key for key in expected if _exact(found.get(key)) != _exact(expected[key])]
+        if lost:
+            wrong.append((name, f"its attribute {lost[0]!r} was changed: put a copy of it back"))
+    try:
+        node = read_node(store, f"{CLASS_TEXT_GROUP}/zarr.json", ARRAY_METADATA_LIMIT)
+        if node.get("node_type") != "group":
+            wrong.append((CLASS_TEXT_GROUP, "it is not that of a group: put a copy of it back"))
+    except UserError as error:
+        wrong.append((CLASS_TEXT_GROUP, str(error)))
+    return wrong
+
+
 def prompt_set_names(store: Path) -> list[str]:
     """Names of the prompt sets whose class texts the store holds, sorted."""
     folder = inside(store, CLASS_TEXT_GROUP)
-    if not folder.is_dir():
-        return []
-    # A folder that lost its zarr.json is listed: reading it is an error then, not a set less.
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    try:
+        # A folder that lost its zarr.json is listed: reading it is an error then, not a set less.
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}): give yourself the right to read it"
+        ) from error
     return [name for name in names if _PROMPT_SET.fullmatch(name)]
 
 
@@ -248,6 +313,30 @@ class ClassTextNode:
     sentences_hash: str
     templates: tuple[str, ...]
     encoder_fingerprint: str
+    embeddings_checksum: int | None
+
+
+def class_text_attributes(
+    names: Sequence[str],
+    sentences_hash: str,
+    templates: Sequence[str],
+    encoder_fingerprint: str,
+    embeddings_checksum: int,
+) -> dict[str, Any]:
+    """The attributes of `class_text/<name>`; `embeddings_checksum` is the crc32c of its numbers."""
+    attributes: dict[str, Any] = {"class_names": list(names), "sentences_hash": sentences_hash}
+    if templates:
+        attributes["templates"] = list(templates)
+    if encoder_fingerprint:
+        attributes["encoder_fingerprint"] = encoder_fingerprint
+    attributes["embeddings_checksum"] = embeddings_checksum
+    return attributes | {"checksum": _class_text_checksum(attributes)}
+
+
+def _class_text_checksum(attributes: Mapping[str, Any]) -> int:
+    return _json_checksum(
+        {name: attributes[name] for name in _CLASS_TEXT_ATTRIBUTES if name in attributes}
+    )
 
 
 def class_text_node(store: Path, name: str, dim: int) -> ClassTextNode:
@@ -263,9 +352,26 @@ def class_text_node(store: Path, name: str, dim: int) -> ClassTextNode:
     templates, encoder = attributes.get("templates", []), attributes.get("encoder_fingerprint", "")
     if not _is_texts(templates) or not isinstance(encoder, str):
         raise UserError(f"{key} of {store} does not say how it was made: the store is damaged")
+    of_embeddings, of_attributes = (attributes.get(n) for n in ("embeddings_checksum", "checksum"))
+    # Earlier stores have neither of the two.
+    if (of_embeddings, of_attributes) != (None, None) and (
+        type(of_embeddings) is not int or of_attributes != _class_text_checksum(attributes)
+    ):
+        raise UserError(
+            f"the attributes of {key} of {store} fail their checksum: put a copy of its zarr.json "
+            "back, or " + remake_class_text(store, name)
+        )
     spec = class_text_spec(len(names), dim)
     check_array(store, key, spec)
-    return ClassTextNode(spec, tuple(names), digest, tuple(templates), encoder)
+    return ClassTextNode(spec, tuple(names), digest, tuple(templates), encoder, of_embeddings)
+
+
+def remake_class_text(store: Path, name: str) -> str:
+    """How class texts that are damaged are made again, as the end of a message."""
+    return (
+        f"remove {store / CLASS_TEXT_GROUP / name} and make them again with "
+        "`mote-cli store add-texts`"
+    )
 
 
 def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:
@@ -295,10 +401,10 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     tars = attributes.get("tars")
     sizes = attributes.get("schema")
     if not all(map(_is_texts, texts)) or not isinstance(tars, list) or not isinstance(sizes, dict):
-        raise UserError(f"{store} lacks attributes of the format: make it again")
+        raise DamagedMetadata(f"{store} lacks attributes of the format: make it again")
     provenance = Provenance.from_json(attributes.get("provenance"))
     if attributes.get("checksum") != attributes_checksum(attributes):
-        raise UserError(
+        raise DamagedMetadata(
             f"the attributes of {store} fail their checksum: zarr.json is damaged or was edited by "
             "hand; put a copy of the file back or make the store again with `mote-cli extract`"
         )
@@ -310,7 +416,12 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
             *(tuple(names or ()) for names in texts),
         )
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the attributes of {store} do not fit together: {error}") from error
+        raise DamagedMetadata(f"the attributes of {store} do not fit together: {error}") from error
+
+
+def _exact(value: Any) -> str:
+    """`value` as text: Python takes 1, 1.0 and true for equal, other readers do not."""
+    return json.dumps(value, sort_keys=True)
 
 
 def _comparable(node: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What was found damaged, noted beside the store, and the command that makes it good.
+"""What was found damaged, noted beside the store for whoever fills it.
 
 The note is `STORE.damaged.json`: by partition the reason and the commit entry as it was found. A
 finding holds as long as the partition has that entry: once it is written anew the entry differs.
@@ -8,18 +8,17 @@ finding holds as long as the partition has that entry: once it is written anew t
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.bounded import read_bounded
 from featstore.chunks import ChunkFiles
 from featstore.durable import sync_folder, write_json
 from featstore.errors import UserError
-from featstore.metadata import StoreMetadata, prompt_set_names
-from featstore.tiers import EMBEDDINGS
 
 NOTE_LIMIT: Final = 16 * 2**20
+_ENTRY_LIMIT: Final = 256
 
 
 def note_path(store: Path) -> Path:
@@ -34,13 +33,15 @@ def noted_damage(files: ChunkFiles) -> dict[int, str]:
     """
     note = note_path(files.store)
     try:
-        with open(note, "rb") as file:
-            raw = file.read(NOTE_LIMIT + 1)
+        raw = read_bounded(note, NOTE_LIMIT)
     except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{note} cannot be read ({why}): delete it and verify again with --deep"
+        ) from error
     try:
-        if len(raw) > NOTE_LIMIT:
-            raise ValueError(f"more than {NOTE_LIMIT} bytes")
         found: dict[str, dict[str, Any]] = json.loads(raw)["partitions"]
         return {
             int(tar): str(finding["reason"])
@@ -72,39 +73,9 @@ def note_damage(files: ChunkFiles, reasons: Mapping[int, str]) -> Path | None:
     return note
 
 
-def repair_command(store: Path, metadata: StoreMetadata) -> str:
-    """The `mote-cli extract` command that fills this store, from what it records of itself."""
-    made = metadata.provenance
-    if made.quantised:  # rounded from another store, which extract makes
-        return shlex.join(["mote-cli", "store", "quantize", "FLOAT16-STORE", "--out", str(store)])
-    words = ["mote-cli", "extract", "--dataset", made.dataset or "NAME"]
-    words += ["--encoder", made.encoder, "--sampling", made.sampling]
-    if made.crops > 1:
-        words += ["--crops", str(made.crops)]
-    if made.tier != EMBEDDINGS:
-        words += ["--tier", made.tier]
-    if made.split:
-        words += ["--split", made.split]
-    prompt_sets = prompt_set_names(store)
-    if prompt_sets and "mote28" not in prompt_sets:
-        words += ["--prompts", prompt_sets[0]]
-    if made.strict_decode != "auto":
-        words.append("--strict-decode" if made.strict_decode == "always" else "--no-strict-decode")
-    folder = store.absolute().parent
-    if folder.name == made.dataset and folder.parent.name == "features":
-        words += ["--root", str(_shown(folder.parents[1]))]
-    return shlex.join(words)
-
-
-def _shown(root: Path) -> Path:
-    """`root` relative to the working folder where it lies inside."""
-    here = Path.cwd()
-    return root.relative_to(here) if root.is_relative_to(here) else root
-
-
 def _entry(files: ChunkFiles, tar: int) -> str:
     """The commit entry's bytes as they lie on the disk, in hexadecimal; "" when there is none."""
     try:
-        return files.path("commit", tar).read_bytes()[:256].hex()
-    except OSError:
+        return read_bounded(files.path("commit", tar), _ENTRY_LIMIT).hex()
+    except (OSError, ValueError):  # UserError for a link, too
         return ""

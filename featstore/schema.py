@@ -47,6 +47,11 @@ INT8_MISSING: Final = -128
 BLOSC_HEADER_BYTES: Final = 16
 
 CRC_BYTES: Final = 4
+
+# Far beyond any data set, and little enough memory: a reader keeps 13 bytes per inner chunk, and
+# has one chunk in memory when it is decoded (which is also the most that Blosc can).
+MAX_CHUNKS: Final = 2**24
+MAX_CHUNK_BYTES: Final = 2**31 - 1
 FEATURE_SCALE: Final = "feature_scale"
 CLASS_TEXT_GROUP: Final = "class_text"
 
@@ -185,6 +190,13 @@ class StoreSchema:
         tier.check_item(self.item)
         if tier.pooled and self.item != (self.dim,):
             raise ValueError(f"embeddings are {list(self.item)}, class texts {self.dim} wide")
+        chunks = self.tars * self.chunks_per_shard
+        if chunks > MAX_CHUNKS or max(self.chunk_bytes, self.row_bytes) > MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"{chunks} inner chunks of {self.chunk_bytes} bytes: at most {MAX_CHUNKS} of "
+                f"{MAX_CHUNK_BYTES} bytes are read; do not open a store from a source you do not "
+                "trust"
+            )
         if self.feature_type not in tier.feature_types:
             raise ValueError(f"{tier.text} are not stored as {self.feature_type}")
 

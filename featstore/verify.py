@@ -15,13 +15,12 @@ from featstore.chunks import ChunkFiles, Commit, DamagedPartition, read_class_te
 from featstore.coded_shards import wrong_coded_features
 from featstore.errors import UserError, WorkError, one_line
 from featstore.finite import not_finite
-from featstore.metadata import prompt_set_names, read_metadata
+from featstore.metadata import prompt_set_names, read_metadata, wrong_attributes
 from featstore.progress import ProgressSink, no_progress
 from featstore.reader import Store
 from featstore.repair import noted_damage
 from featstore.schema import (
     CLASS_TEXT_GROUP,
-    PER_TAR_ARRAYS,
     SMALL_ARRAYS,
     STATUS_FAILED,
     STATUS_OK,
@@ -66,7 +65,7 @@ class Report:
 def verify(
     store_path: str | Path, deep: bool = False, progress: ProgressSink = no_progress
 ) -> Report:
-    """Check the store: commit entries, sizes, statuses, files; `deep` reads every byte it holds.
+    """Check the store: metadata, commit entries, sizes of all files; `deep` reads every byte.
 
     Deep also checks every chunk's and every row's checksum, and that rows of floating point
     numbers are finite exactly where their status is ok. Without it, damage that an earlier deep
@@ -93,7 +92,7 @@ def verify(
             if deep:
                 _check_bytes(files, tar, commit, status)
             else:
-                _check_presence(files, tar)
+                files.check_small_sizes(tar)
             if tar in noted:
                 damaged.append(Damage(tar, f"{noted[tar]} (found by an earlier deep check)"))
         except DamagedPartition as error:
@@ -101,6 +100,9 @@ def verify(
         except (WorkError, UserError) as error:
             damaged.append(Damage(tar, one_line(error)))
         progress(tar + 1, metadata.schema.tars, damaged=len(damaged))
+    damaged += [
+        Damage(f"{name}/zarr.json", reason) for name, reason in wrong_attributes(path, metadata)
+    ]
     for prompt_set in prompt_set_names(path):
         try:
             read_class_text(path, prompt_set, metadata.provenance, metadata.class_names)
@@ -117,21 +119,22 @@ def _status(files: ChunkFiles, tar: int, commit: Commit) -> npt.NDArray[np.uint8
     return status
 
 
-def _check_presence(files: ChunkFiles, tar: int) -> None:
-    for name in PER_TAR_ARRAYS:
-        if not files.path(name, tar).is_file():
-            raise files.damaged(tar, f"{name} chunk is missing")
-
-
 def _check_bytes(
     files: ChunkFiles, tar: int, commit: Commit, status: npt.NDArray[np.uint8]
 ) -> None:
     """Read all chunks of a committed partition; WorkError at the first that is wrong."""
+    classes = len(files.metadata.class_names)
     for name in SMALL_ARRAYS:
         if files.specs[name].dtype == "string":
-            files.texts(name, tar)
+            texts = files.texts(name, tar)[: commit.rows]
+            if name == "key" and len(set(texts)) != len(texts):
+                raise files.damaged(tar, "two samples have the same key")
         elif name not in ("status", "checksum"):  # read before and after
-            files.numbers(name, tar)
+            values = files.numbers(name, tar)[: commit.rows]
+            if name == "label" and ((values < 0) | (values >= classes)).any():
+                raise files.damaged(tar, f"a label lies outside 0..{classes - 1}")
+    if ((status != STATUS_OK) & (status != STATUS_FAILED)).any():
+        raise files.damaged(tar, "a listed sample is neither ok nor failed")
     checksums = files.numbers("checksum", tar)[: commit.rows]
     if crc32c(checksums) != commit.checksum_crc32c:
         raise files.damaged(tar, "row checksums are not those of the commit entry")

@@ -18,7 +18,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from featstore.checksums import crc32c
-from featstore.chunks import ChunkFiles, Commit
+from featstore.chunks import MAX_TEXT_BYTES, ChunkFiles, Commit
 from featstore.coded_shards import read_scale
 from featstore.durable import (
     PARTIAL_SUFFIX,
@@ -28,7 +28,7 @@ from featstore.durable import (
     write_bytes,
     write_json,
 )
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, one_line
 from featstore.feature_rows import FeatureRows
 from featstore.int8 import dequantise, quantise
 from featstore.locking import claimed
@@ -38,6 +38,7 @@ from featstore.metadata import (
     StoreMetadata,
     array_nodes,
     check_prompt_set,
+    class_text_attributes,
     prompt_set_names,
     read_metadata,
     tar_entry,
@@ -159,14 +160,15 @@ class StoreWriter:
             if commit is None:
                 return False
             self._files.check_shard(tar, commit)
-        except WorkError as error:
+            whole = all(self._files.path(name, tar).is_file() for name in PER_TAR_ARRAYS)
+        except (WorkError, UserError) as error:  # damage, a symbolic link
             log.warning("%s will be redone: %s", self.path, error)
             return False
         found = noted_damage(self._files).get(tar)
         if found is not None:
             log.warning("%s: partition %d will be redone: %s", self.path, tar, found)
             return False
-        return all(self._files.path(name, tar).is_file() for name in PER_TAR_ARRAYS)
+        return whole
 
     def pending(self) -> list[int]:
         """Numbers of the partitions that are not done."""
@@ -197,6 +199,7 @@ class StoreWriter:
         Raises ValueError when the partition does not fit the tar, OSError when the disk is full.
         """
         self._check_fits(tar, partition)
+        paths = {name: self._files.make_way(name, tar) for name in self._files.per_tar}
         began = self._time_after_earlier(tar)
         n = len(partition.key)
         features = partition.features
@@ -211,7 +214,9 @@ class StoreWriter:
                 readable = dequantise(stored, scale)
             checksums = np.array([crc32c(row) for row in readable], np.uint32)
         for name in ("commit", "features"):
-            self._remove(name, tar)
+            if paths[name].exists():
+                paths[name].unlink()
+                sync_folder(paths[name].parent)
         digests = [
             self._put_small(
                 name, tar, checksums if name == "checksum" else getattr(partition, name)
@@ -262,7 +267,10 @@ class StoreWriter:
             if chunks == "c" and number.isdecimal() and int(number) in tars:
                 leftovers.append(leftover)
         for leftover in leftovers:
-            leftover.unlink(missing_ok=True)
+            if leftover.is_dir() and not leftover.is_symlink():  # none of ours
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
         return len(leftovers)
 
     def finalise(self) -> None:
@@ -304,6 +312,13 @@ class StoreWriter:
             raise ValueError(f"partition {tar} has a label outside 0..{classes - 1}")
         if int(partition.splits.max()) >> splits:
             raise ValueError(f"partition {tar} names a split beyond the {splits} of the store")
+        for texts in (partition.key, partition.reason):
+            for text in texts:
+                if len(text.encode(errors="surrogatepass")) > MAX_TEXT_BYTES or not _is_text(text):
+                    raise UserError(
+                        f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason is "
+                        f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
+                    )
 
     def _put_small(self, name: str, tar: int, values: Any) -> int:
         """Write one small array's chunk, padded to the capacity; returns the file's checksum."""
@@ -326,12 +341,6 @@ class StoreWriter:
             array = _open(self.path, name).with_config({"write_empty_chunks": True})
             self._arrays[name] = array
         array[rows] = values
-
-    def _remove(self, name: str, tar: int) -> None:
-        path = self._files.path(name, tar)
-        if path.exists():
-            path.unlink()
-            sync_folder(path.parent)
 
 
 class StoreExists(UserError):
@@ -373,14 +382,13 @@ def write_skeleton(
 
 def write_class_text(folder: Path, text: ClassText) -> None:
     """Make the array of one prompt set's class texts, a new folder."""
-    attributes: dict[str, Any] = {
-        "class_names": list(text.names),
-        "sentences_hash": text.sentences_hash,
-    }
-    if text.templates:
-        attributes["templates"] = list(text.templates)
-    if text.encoder_fingerprint:
-        attributes["encoder_fingerprint"] = text.encoder_fingerprint
+    attributes = class_text_attributes(
+        text.names,
+        text.sentences_hash,
+        text.templates,
+        text.encoder_fingerprint,
+        crc32c(np.ascontiguousarray(text.embeddings, "<f4")),
+    )
     spec = class_text_spec(*text.embeddings.shape)
     _write_node(folder, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
     _open(folder.parent, folder.name)[:] = text.embeddings
@@ -390,9 +398,19 @@ def _open(folder: Path, name: str) -> zarr.Array[Any]:
     return zarr.open_array(DurableStore(folder), path=name, mode="r+", zarr_format=3)
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: file names may hold bytes that are no text."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
     path = folder / "zarr.json"
-    write_json(path, node)
+    try:
+        write_json(path, node)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{one_line(ascii(error.object), 100)} holds a name that is no Unicode text: rename it"
+        ) from error
     if path.stat().st_size > limit:
         raise UserError(
             f"the metadata of the store takes {path.stat().st_size} bytes, at most {limit} can be "

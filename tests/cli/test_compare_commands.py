@@ -15,7 +15,7 @@ from tiny_world import SHORT_TRAINING, WORDS, World, make_encoder
 
 from featstore import open_store
 from featstore.metadata import read_metadata
-from featstore.repair import repair_command
+from featstore.repair_command import repair_command
 from featstore.verify import verify
 from heads import load_head
 from heads.evaluation.outcomes import write_outcomes

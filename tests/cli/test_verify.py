@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 from command_line import done, mote, refused
 from tiny_world import World, make_encoder
 
@@ -87,6 +88,23 @@ def test_a_flipped_bit_is_found_and_the_printed_command_repairs_it(own: World) -
     assert names == {"features/c/2/0/0/0", "commit/c/2/0"}
 
 
+def test_damaged_metadata_is_damage(own: World) -> None:
+    """Exit code 1 and one JSON object, as for partitions; what never was a store is code 2."""
+    for name in ("zarr.json", "label/zarr.json"):
+        raw = (own.store / name).read_bytes()
+        (own.store / name).write_bytes(raw[: len(raw) // 2])
+        report = done("verify", own.store, "--reencode", "1", code=1)
+        assert (report["ok"], report["repair"], report["note"]) == (False, None, None)
+        (found,) = report["damaged"]
+        assert found["partition"] == "metadata"
+        assert f"{own.store / name} is not valid JSON" in found["reason"]
+        assert "is not valid JSON" in mote("verify", own.store).out
+        (own.store / name).write_bytes(raw)
+    assert done("verify", own.store)["ok"] is True
+    (own.store / "zarr.json").unlink()
+    assert "has no zarr.json" in refused(2, "verify", own.store)
+
+
 def test_several_damages_are_all_named(own: World) -> None:
     (own.store / "label/c/0").unlink()
     (own.store / "features/c/1/0/0/0").write_bytes(b"")
@@ -97,6 +115,31 @@ def test_several_damages_are_all_named(own: World) -> None:
     result = done(*shlex.split(report["repair"])[1:])
     assert (result["partitions_done"], result["partitions_skipped"]) == (3, 2)
     assert done("verify", own.store, "--deep")["ok"] is True
+
+
+def test_the_printed_command_repairs_a_store_that_lies_elsewhere(
+    own: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = everything(open_store(own.store))
+    for place in (tmp_path / "my store.zarr", own.store.with_name("mine.zarr")):
+        own.store.rename(place)
+        flip(place / "features/c/2/0/0/0", 100)
+        monkeypatch.chdir(tmp_path)
+        report = done("verify", place, "--deep", "--root", own.root, code=1)
+        result = done(*shlex.split(report["repair"])[1:])
+        assert (result["partitions_done"], result["partitions_skipped"]) == (1, 4)
+        assert not own.store.exists(), "another store was filled"
+        assert done("verify", place, "--deep")["ok"] is True
+        for was, is_now in zip(before, everything(open_store(place)), strict=True):
+            np.testing.assert_array_equal(was, is_now)
+        place.rename(own.store)
+
+
+def test_a_merged_store_is_made_again_from_its_parts(own: World) -> None:
+    provenance(own.store, dataset="clips+others")
+    flip(own.store / "features/c/2/0/0/0", 100)
+    report = done("verify", own.store, "--deep", code=1)
+    assert report["repair"] == "mote-cli store merge STORE STORE --out NEW-STORE"
 
 
 def test_a_note_that_cannot_be_written_is_said(own: World) -> None:

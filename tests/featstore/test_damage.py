@@ -281,6 +281,12 @@ def test_attributes_have_a_checksum(store: Path, old: str, new: str) -> None:
 def test_class_texts_of_other_classes(store: Path) -> None:
     path = store / "class_text/mote28/zarr.json"
     path.write_text(path.read_text().replace("brush hair", "brush hais"))
+    with pytest.raises(UserError, match="fail their checksum"):
+        open_store(store).class_text("mote28")
+    earlier = json.loads(path.read_text())
+    for name in ("checksum", "embeddings_checksum"):  # which earlier stores lack
+        del earlier["attributes"][name]
+    path.write_text(json.dumps(earlier))
     with pytest.raises(WorkError, match="class names are not those of the store"):
         open_store(store).class_text("mote28")
     assert [d.partition for d in verify(store).damaged] == ["class_text/mote28"]
@@ -319,9 +325,9 @@ def test_metadata_bomb(tmp_path: Path) -> None:
     from featstore import StoreSchema
     from featstore.metadata import array_nodes, read_metadata
 
-    make_store(tmp_path / "s.zarr")
+    make_store(tmp_path / "s.zarr", row_shape=(1, 1, 1))
     node = json.loads((tmp_path / "s.zarr/zarr.json").read_text())
-    node["attributes"]["schema"] |= {"capacity": 2**40, "chunk_rows": 2**40}
+    node["attributes"]["schema"] |= {"capacity": 2**30, "chunk_rows": 2**29}
     node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
     (tmp_path / "s.zarr/zarr.json").write_text(json.dumps(node))
     schema = StoreSchema(**node["attributes"]["schema"])

@@ -35,7 +35,7 @@ from featstore.loader import FeatureLoader, MappedFeatures, StreamedFeatures, re
 from featstore.merging import merge
 from featstore.metadata import attributes_checksum, read_metadata
 from featstore.quantizing import quantize
-from featstore.repair import repair_command
+from featstore.repair_command import repair_command
 from featstore.tiers import Tier
 
 FRAMES = StoreSchema.create(2, 6, 2, 4, 16, tier="frames", item=(8, 10, 3))

@@ -20,7 +20,7 @@ from tiny_world import CLASSES, WORDS, make_clip, make_clips, make_encoder
 
 from featstore import Store, StoreWriter, UserError, WorkError, open_store
 from featstore.metadata import read_metadata
-from featstore.repair import repair_command
+from featstore.repair_command import repair_command
 from pipeline.annotations import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError
