@@ -111,8 +111,8 @@ class FeatureFiles:
         `progress` counts rows.
         """
         schema = self._schema
-        # What is decoded is taken chunk by chunk.
-        runs = list(_runs(rows, schema.capacity if schema.mappable else schema.chunk_rows))
+        # What is decoded, here or by zarr, is taken chunk by chunk.
+        runs = list(_runs(rows, schema.chunk_rows if self._map is None else schema.capacity))
         runs.sort(key=lambda run: int(rows[run[0]]))
         tars = rows[[start for start, _ in runs]] // schema.capacity
         if check:
@@ -214,10 +214,10 @@ class FeatureFiles:
     def _reading(self, tar: int, check: bool) -> Iterator[Callable[[int, FeatureArray], list[int]]]:
         """What reads rows of a partition from some position in it, from its file or by zarr.
 
-        It returns, if `check`, the crc32c of the parts that lie in one inner chunk each. Of coded
-        features it reads rows of one chunk.
+        It returns, if `check`, the crc32c of the parts that lie in one inner chunk each; what is
+        not read from the file itself must be of one chunk.
         """
-        commit, chunk_rows = self._commits[tar], self._schema.chunk_rows
+        commit = self._commits[tar]
         if not self._schema.mappable:
             shard = self._coded.get(tar)
             if shard is None:
@@ -236,9 +236,7 @@ class FeatureFiles:
             def through_zarr(position: int, out: FeatureArray) -> list[int]:
                 begin = first + position
                 out[:] = self._zarr_features[begin : begin + len(out)]
-                cut = chunk_rows - position % chunk_rows
-                edges = [0, *range(cut, len(out), chunk_rows), len(out)]
-                return [crc32c(out[a:b]) for a, b in pairwise(edges)] if check else []
+                return [crc32c(out)] if check else []
 
             yield through_zarr
             return

@@ -69,7 +69,8 @@ def tradeoff_plot(
     axes.set_xlabel(f"{closeset} top-1 (%)")
     axes.set_ylabel(f"{zeroshot} top-1 (%)")
     axes.set_title("grey: equal harmonic mean", fontsize="small", color="0.5", loc="right")
-    axes.legend(fontsize="small", framealpha=0.9)
+    # Beside the points: inside, the grey lines leave no place where it would cover none of them.
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind)
     write_bytes(path, buffer.getvalue())
