@@ -229,7 +229,7 @@ class ChunkFiles:
         if self._written_anew(tar):
             return DamagedPartition(
                 "it was written anew while it was being read",
-                f"partition {tar} of {self.store} was written anew while it was being read: "
+                f"partition {tar} of {self.store} was written anew while it was being read, or removed: "
                 "open the store again",
             )
         dataset = self.metadata.provenance.dataset or "NAME"

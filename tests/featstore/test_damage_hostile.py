@@ -446,7 +446,7 @@ def test_a_partition_that_is_written_anew_is_not_called_damaged(
             read(store)
         except WorkError as error:
             told.append(str(error))
-    message = "was written anew while it was being read: open the store again"
+    message = "was written anew while it was being read"
     assert all(message in text for text in told), told
     assert len(told) == 5 if moment == "between two files" else len(told) >= 2
     if moment == "afterwards":
