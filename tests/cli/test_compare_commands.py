@@ -14,7 +14,7 @@ from result_files import write_result
 from tiny_world import SHORT_TRAINING, WORDS, World, make_encoder
 
 from featstore import open_store
-from featstore.metadata import read_metadata
+from featstore.metadata import class_text_checksum, read_metadata
 from featstore.repair_command import repair_command
 from featstore.verify import verify
 from heads import load_head
@@ -243,11 +243,13 @@ def test_class_texts_of_another_encoder_are_refused(own: World) -> None:
     node = own.store / "class_text" / "mote28" / "zarr.json"
     value = json.loads(node.read_text())
     value["attributes"]["encoder_fingerprint"] = "f" * 64
+    value["attributes"]["checksum"] = class_text_checksum(value["attributes"])
     node.write_text(json.dumps(value))
     error = refused(2, "eval", "--closeset", "clips", "--head", "mean", "--root", own.root)
     assert "text tower of another encoder (weights ffffffffffffffff)" in error
     assert "mote-cli store add-texts" in error
     assert not verify(own.store).ok
-    del value["attributes"]["encoder_fingerprint"], value["attributes"]["templates"]
+    for name in ("encoder_fingerprint", "templates", "embeddings_checksum", "checksum"):
+        del value["attributes"][name]
     node.write_text(json.dumps(value))  # as earlier stores are
     assert evaluated(own, "closeset", "--head", "mean")["prompt_templates"] is None

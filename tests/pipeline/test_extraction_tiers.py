@@ -28,9 +28,10 @@ from pipeline import extraction_plan
 from pipeline.annotations import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.cluster_worker import TarWorker
-from pipeline.extraction import code_versions, extract
+from pipeline.extraction import extract
 from pipeline.extraction_estimate import estimate
 from pipeline.extraction_plan import ExtractionPlan, ExtractionRequest, Share
+from pipeline.extraction_store import code_versions
 from pipeline.frame_outputs import frame_output
 from pipeline.packing import pack
 from pipeline.reencoding import Reencoder
