@@ -23,14 +23,9 @@ import numpy.typing as npt
 
 from featstore.bounded import read_bounded
 from featstore.checksums import crc32c as crc32c  # also for those who write chunks
+from featstore.class_texts import class_text_node, remake_class_text
 from featstore.errors import UserError, WorkError
-from featstore.metadata import (
-    StoreMetadata,
-    class_text_node,
-    inside,
-    remake_class_text,
-    without_links,
-)
+from featstore.metadata import StoreMetadata, inside, without_links
 from featstore.provenance import Provenance
 from featstore.records import ClassText
 from featstore.schema import (
@@ -229,8 +224,8 @@ class ChunkFiles:
         if self._written_anew(tar):
             return DamagedPartition(
                 "it was written anew while it was being read",
-                f"partition {tar} of {self.store} was written anew while it was being read, or removed: "
-                "open the store again",
+                f"partition {tar} of {self.store} was written anew while it was being read, or "
+                "removed: open the store again",
             )
         dataset = self.metadata.provenance.dataset or "NAME"
         return DamagedPartition(

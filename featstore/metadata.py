@@ -27,7 +27,6 @@ from featstore.schema import (
     MAX_SPLITS,
     ArraySpec,
     StoreSchema,
-    class_text_spec,
 )
 
 # 2,500 tars (Kinetics-700) and their classes take about 0.6 MB; an array's node about 1 KB and
@@ -40,10 +39,6 @@ _DEEPEST: Final = 32
 _CHECKED_ATTRIBUTES: Final = (
     *("format", "format_version", "schema", "provenance", "logit_scale"),
     *("tars", "class_names", "raw_class_names", "split_names"),
-)
-
-_CLASS_TEXT_ATTRIBUTES: Final = (
-    *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
 )
 
 _PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -122,10 +117,10 @@ def attributes_checksum(attributes: Mapping[str, Any]) -> int:
 
     Chunks carry checksums of their own; names and provenance would otherwise have none.
     """
-    return _json_checksum({name: attributes.get(name) for name in _CHECKED_ATTRIBUTES})
+    return json_checksum({name: attributes.get(name) for name in _CHECKED_ATTRIBUTES})
 
 
-def _json_checksum(value: Any) -> int:
+def json_checksum(value: Any) -> int:
     """crc32c of `value` as JSON: keys sorted, ASCII, no spaces."""
     return crc32c(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
@@ -304,76 +299,6 @@ def prompt_set_names(store: Path) -> list[str]:
     return [name for name in names if _PROMPT_SET.fullmatch(name)]
 
 
-@dataclass(frozen=True)
-class ClassTextNode:
-    """The metadata of `class_text/<name>`; the fields are those of `ClassText`."""
-
-    spec: ArraySpec
-    names: tuple[str, ...]
-    sentences_hash: str
-    templates: tuple[str, ...]
-    encoder_fingerprint: str
-    embeddings_checksum: int | None
-
-
-def class_text_attributes(
-    names: Sequence[str],
-    sentences_hash: str,
-    templates: Sequence[str],
-    encoder_fingerprint: str,
-    embeddings_checksum: int,
-) -> dict[str, Any]:
-    """The attributes of `class_text/<name>`; `embeddings_checksum` is the crc32c of its numbers."""
-    attributes: dict[str, Any] = {"class_names": list(names), "sentences_hash": sentences_hash}
-    if templates:
-        attributes["templates"] = list(templates)
-    if encoder_fingerprint:
-        attributes["encoder_fingerprint"] = encoder_fingerprint
-    attributes["embeddings_checksum"] = embeddings_checksum
-    return attributes | {"checksum": _class_text_checksum(attributes)}
-
-
-def _class_text_checksum(attributes: Mapping[str, Any]) -> int:
-    return _json_checksum(
-        {name: attributes[name] for name in _CLASS_TEXT_ATTRIBUTES if name in attributes}
-    )
-
-
-def class_text_node(store: Path, name: str, dim: int) -> ClassTextNode:
-    """Read and check the metadata of `class_text/<name>`; UserError where it does not fit."""
-    key = f"{CLASS_TEXT_GROUP}/{check_prompt_set(name)}"
-    node = read_node(store, f"{key}/zarr.json", ARRAY_METADATA_LIMIT)
-    attributes = node.get("attributes")
-    attributes = attributes if isinstance(attributes, dict) else {}
-    names, digest = attributes.get("class_names"), attributes.get("sentences_hash")
-    if not _is_texts(names) or not names or not isinstance(digest, str):
-        raise UserError(f"{key} of {store} lacks its class names: the store is damaged")
-    # Stores written before these two were recorded lack them.
-    templates, encoder = attributes.get("templates", []), attributes.get("encoder_fingerprint", "")
-    if not _is_texts(templates) or not isinstance(encoder, str):
-        raise UserError(f"{key} of {store} does not say how it was made: the store is damaged")
-    of_embeddings, of_attributes = (attributes.get(n) for n in ("embeddings_checksum", "checksum"))
-    # Earlier stores have neither of the two.
-    if (of_embeddings, of_attributes) != (None, None) and (
-        type(of_embeddings) is not int or of_attributes != _class_text_checksum(attributes)
-    ):
-        raise UserError(
-            f"the attributes of {key} of {store} fail their checksum: put a copy of its zarr.json "
-            "back, or " + remake_class_text(store, name)
-        )
-    spec = class_text_spec(len(names), dim)
-    check_array(store, key, spec)
-    return ClassTextNode(spec, tuple(names), digest, tuple(templates), encoder, of_embeddings)
-
-
-def remake_class_text(store: Path, name: str) -> str:
-    """How class texts that are damaged are made again, as the end of a message."""
-    return (
-        f"remove {store / CLASS_TEXT_GROUP / name} and make them again with "
-        "`mote-cli store add-texts`"
-    )
-
-
 def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:
     """The `zarr.json` of every array by array name, class texts excepted."""
     arrays = metadata.schema.arrays()
@@ -400,7 +325,7 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     texts = [attributes.get(n) for n in ("class_names", "raw_class_names", "split_names")]
     tars = attributes.get("tars")
     sizes = attributes.get("schema")
-    if not all(map(_is_texts, texts)) or not isinstance(tars, list) or not isinstance(sizes, dict):
+    if not all(map(is_texts, texts)) or not isinstance(tars, list) or not isinstance(sizes, dict):
         raise DamagedMetadata(f"{store} lacks attributes of the format: make it again")
     provenance = Provenance.from_json(attributes.get("provenance"))
     if attributes.get("checksum") != attributes_checksum(attributes):
@@ -443,7 +368,8 @@ def _plain_codecs(value: Any) -> Any:
     return value
 
 
-def _is_texts(value: Any) -> bool:
+def is_texts(value: Any) -> bool:
+    """Whether it is a list of strings."""
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)

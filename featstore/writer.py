@@ -19,6 +19,7 @@ from zarr.storage import LocalStore
 
 from featstore.checksums import crc32c
 from featstore.chunks import MAX_TEXT_BYTES, ChunkFiles, Commit
+from featstore.class_texts import class_text_attributes
 from featstore.coded_shards import read_scale
 from featstore.durable import (
     PARTIAL_SUFFIX,
@@ -38,7 +39,6 @@ from featstore.metadata import (
     StoreMetadata,
     array_nodes,
     check_prompt_set,
-    class_text_attributes,
     prompt_set_names,
     read_metadata,
     tar_entry,
