@@ -49,10 +49,11 @@ def class_text_attributes(
     if encoder_fingerprint:
         attributes["encoder_fingerprint"] = encoder_fingerprint
     attributes["embeddings_checksum"] = embeddings_checksum
-    return attributes | {"checksum": _class_text_checksum(attributes)}
+    return attributes | {"checksum": class_text_checksum(attributes)}
 
 
-def _class_text_checksum(attributes: Mapping[str, Any]) -> int:
+def class_text_checksum(attributes: Mapping[str, Any]) -> int:
+    """As `metadata.attributes_checksum`, of those attributes of class texts that are there."""
     return json_checksum(
         {name: attributes[name] for name in _CLASS_TEXT_ATTRIBUTES if name in attributes}
     )
@@ -74,7 +75,7 @@ def class_text_node(store: Path, name: str, dim: int) -> ClassTextNode:
     of_embeddings, of_attributes = (attributes.get(n) for n in ("embeddings_checksum", "checksum"))
     # Earlier stores have neither of the two.
     if (of_embeddings, of_attributes) != (None, None) and (
-        type(of_embeddings) is not int or of_attributes != _class_text_checksum(attributes)
+        type(of_embeddings) is not int or of_attributes != class_text_checksum(attributes)
     ):
         raise UserError(
             f"the attributes of {key} of {store} fail their checksum: put a copy of its zarr.json "

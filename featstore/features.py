@@ -23,7 +23,6 @@ import numpy.typing as npt
 from featstore.checksums import Checksums, chunk_checksums, crc32c
 from featstore.chunks import ChunkFiles, Commit
 from featstore.coded_shards import CodedShard
-from featstore.errors import WorkError
 from featstore.forks import settle_torch
 from featstore.progress import ProgressSink, no_progress
 from featstore.schema import FeatureArray, RowArray
@@ -134,7 +133,7 @@ class FeatureFiles:
                         try:
                             checksums = read(row - tar * schema.capacity, target)
                         except ValueError as error:
-                            raise self._damaged(tar, str(error)) from error
+                            raise self._files.damaged(tar, str(error)) from error
                         if check:
                             self._compare(row, target, checksums)
                         done += stop - start
@@ -166,7 +165,7 @@ class FeatureFiles:
                     try:
                         self._map.add(tar, path, commit.rows)
                     except ValueError as error:
-                        raise self._damaged(tar, str(error)) from error
+                        raise self._files.damaged(tar, str(error)) from error
             rows = min(chunk_rows, self._commits[tar].rows - number * chunk_rows)
             features = self._map.chunk(chunk, rows)
             self._compare(chunk * chunk_rows, features, [crc32c(features)])
@@ -196,7 +195,7 @@ class FeatureFiles:
         for i, expected in enumerate(recorded):
             if crc32c(features[i]) != expected:
                 key = self._key_of(tar * self._schema.capacity + position + i)
-                raise self._damaged(tar, f"features of sample {key!r} fail their checksum")
+                raise self._files.damaged(tar, f"features of sample {key!r} fail their checksum")
 
     def _require_checksums(self, tars: npt.NDArray[np.integer]) -> None:
         """Have the checksums of the rows and chunks of these partitions."""
@@ -206,7 +205,7 @@ class FeatureFiles:
             commit = self._commits[tar]
             recorded: Checksums = self._files.numbers("checksum", tar)[: commit.rows]
             if crc32c(recorded) != commit.checksum_crc32c:
-                raise self._damaged(tar, "row checksums are not those of the commit entry")
+                raise self._files.damaged(tar, "row checksums are not those of the commit entry")
             sums = chunk_checksums(recorded, schema.chunk_rows, schema.row_bytes)
             first = tar * schema.chunks_per_shard
             self._chunk_checksums[first : first + len(sums)] = sums
@@ -245,18 +244,9 @@ class FeatureFiles:
         try:
             file = ShardFile(path, self._schema, commit.rows)
         except ValueError as error:
-            raise self._damaged(tar, str(error)) from error
+            raise self._files.damaged(tar, str(error)) from error
         with file:
             yield partial(file.read, check=check)
-
-    def _damaged(self, tar: int, what: str) -> WorkError:
-        """The error for a partition that is not as committed, or was written anew meanwhile."""
-        if self._files.commit(tar) != self._commits[tar]:
-            return WorkError(
-                f"partition {tar} of {self._files.store} was written anew while it was being read: "
-                "open the store again"
-            )
-        return self._files.damaged(tar, what)
 
     def _reserved(self) -> ShardMap | None:
         try:

@@ -161,8 +161,10 @@ def read_metadata(store: Path) -> StoreMetadata:
                 f"{store} was being replaced when its process was killed, and {previous} is what "
                 "it was: rename it back, or run the same `mote-cli store` command again"
             )
+        found = "it is a file" if store.exists() else "no such folder"
         raise UserError(
-            f"{store} is not a feature store: no such folder; make one with `mote-cli extract`"
+            f"{store} is not a feature store: {found}; give the folder of one, or make it with "
+            "`mote-cli extract`"
         )
     if not is_group:
         if (store / ".zgroup").exists() or (store / ".zarray").exists():
@@ -308,11 +310,15 @@ def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:
 def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     attributes = node.get("attributes")
     if node.get("node_type") != "group" or not isinstance(attributes, dict):
-        raise UserError(f"{store} is a Zarr array, not a feature store")
+        raise UserError(
+            f"{store} is a Zarr array, not a feature store: give the folder of the whole store, "
+            "which holds `features` and `commit`"
+        )
     if attributes.get("format") != FORMAT_NAME:
         raise UserError(
             f"{store} is a Zarr group but not a feature store: its attribute format is "
-            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}"
+            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}; open it with zarr, or make "
+            "a feature store with `mote-cli extract`"
         )
     version = attributes.get("format_version")
     if type(version) is not int or version < 1:

@@ -324,16 +324,16 @@ class Store:
 
     def _intact_commit(self, tar: int) -> Commit | None:
         commit = self._files.commit(tar)
-        if commit is None:
-            return None
-        try:
-            self._files.check_shard(tar, commit)
-        except WorkError:
-            # A writer that redoes the partition at this moment removes the commit entry first.
-            if self._files.commit(tar) is None:
-                return None
-            raise
-        return commit
+        while commit is not None:
+            try:
+                self._files.check_shard(tar, commit)
+                return commit
+            except WorkError:
+                # A writer that redoes the partition at this moment removes the commit entry first.
+                found, commit = commit, self._files.commit(tar)
+                if commit == found:
+                    raise
+        return None
 
     def _listed(self, rows: npt.ArrayLike) -> RowArray:
         """`rows` as int64 [n]; UserError when one belongs to no listed sample."""

@@ -14,7 +14,8 @@ from result_files import write_result
 from tiny_world import SHORT_TRAINING, WORDS, World, make_encoder
 
 from featstore import open_store
-from featstore.metadata import class_text_checksum, read_metadata
+from featstore.class_texts import class_text_checksum
+from featstore.metadata import read_metadata
 from featstore.repair_command import repair_command
 from featstore.verify import verify
 from heads import load_head

@@ -256,7 +256,7 @@ def test_names_in_the_workspace(folder: Path) -> None:
     ("spec", "message"),
     [
         ("", "unknown encoder ''"),
-        ("no-such-thing", "it is no folder, no .pt file and no ARCH/TAG of open_clip"),
+        ("no-such-thing", "no name under encoders/ of the workspace and no ARCH/TAG of open_clip"),
         ("ViT-B-16", "needs a tag: for example ViT-B-16/openai"),
         ("ViT-B/16", "needs a tag: for example ViT-B-16/openai"),
         ("ViT-B-16/opnai", "did you mean ViT-B-16/openai"),

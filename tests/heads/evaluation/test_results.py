@@ -60,7 +60,9 @@ def test_every_field_that_explains_a_number(tmp_path: Path) -> None:
 
 def test_videos_that_were_not_there_are_not_found(tmp_path: Path) -> None:
     store = action_store(tmp_path / "toy.zarr", failed=(1, 2))
-    store.reasons[1] = "no such file in the videos folder"
+    reasons = list(store.reasons)
+    reasons[1] = "no such file in the videos folder"
+    vars(store)["reasons"] = reasons
     result = evaluate_store(
         store, None, protocol="zeroshot", dataset="toy", tests=zeroshot_tests(store), device="cpu"
     )
