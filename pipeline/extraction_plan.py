@@ -255,6 +255,18 @@ class ExtractionPlan:
             return sum(sizes[: 1 if schema.pooled else OPEN_TARS])
         return self.bytes_needed(tars, schema)
 
+    @property
+    def recorded_split(self) -> str:
+        """The split as the store records it, "" for all tars.
+
+        Also "" in a store of the split's tars that does not say so, as earlier ones did not.
+        """
+        if self.writer is not None and not self.writer.provenance.split:
+            held = [tar.file for tar in self.writer.metadata.tars]
+            if held == [shard.file for shard in self.shards]:
+                return ""
+        return self.request.split or ""
+
     def known_complete(self) -> bool:
         """Whether nothing is left to do and the store is surely the one asked for.
 
@@ -274,7 +286,7 @@ class ExtractionPlan:
             and request.sampling.text == made.sampling
             and request.crops == made.crops
             and request.tier.text == made.tier
-            and (request.split or "") == made.split
+            and self.recorded_split == made.split
             and self.dataset.name == made.dataset
             and self.dataset.fingerprint == made.dataset_fingerprint
             and not {prompts.name for prompts in self.prompt_sets} - set(self.writer.prompt_sets)

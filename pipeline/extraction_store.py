@@ -124,7 +124,7 @@ def provenance_of(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> 
         dataset_fingerprint=plan.dataset.fingerprint,
         tier=request.tier.text,
         label_map=plan.dataset.label_map,
-        split=request.split or "",
+        split=plan.recorded_split,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from media import make_video
 from tiny_world import CLASSES, WORDS, make_clip, make_clips, make_encoder
 
 from featstore import Store, StoreWriter, UserError, WorkError, open_store
-from featstore.metadata import read_metadata
+from featstore.metadata import attributes_checksum, read_metadata
 from featstore.repair_command import repair_command
 from pipeline.annotations import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
@@ -238,6 +239,22 @@ def test_a_store_of_one_split_takes_no_other(
     assert "split: store has val, asked for train" in differing(replace(other, split="train"))
     assert "split: store has val, asked for none" in differing(replace(other, split=None))
     assert extract(other).rows_ok == 7
+
+
+def test_a_store_that_does_not_record_its_split_is_known_by_its_tars(
+    request_for: Request, tmp_path: Path
+) -> None:
+    request = request_for(split="val", store_path=tmp_path / "early.zarr")
+    begun = replace(request, share=Share.parse("0/2"))
+    extract(begun)
+    group = tmp_path / "early.zarr/zarr.json"
+    node = json.loads(group.read_text())
+    assert node["attributes"]["provenance"].pop("split") == "val"
+    node["attributes"]["checksum"] = attributes_checksum(node["attributes"])
+    group.write_text(json.dumps(node))
+    assert "split: store has none, asked for train" in differing(replace(request, split="train"))
+    assert extract(request).rows_ok == 7
+    assert extract(request).partitions_done == 0
 
 
 def test_the_command_that_repairs_a_store_knows_its_split(
