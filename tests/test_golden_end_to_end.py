@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import done
+from golden_checks import worst
 from golden_e2e import RUNS, GoldenRun
 from torch import Tensor
 
@@ -34,11 +35,6 @@ def encoder(run: GoldenRun) -> Encoder:
     clip = original_clip(str(run.clip))
     imported = import_official_checkpoint(run.checkpoint, run.clip_state, attention_heads=2)
     return Encoder(tuned_clip(clip, imported.tower_state, "tuned"), "tuned")
-
-
-def worst(got: Any, expected: np.ndarray) -> float:
-    assert tuple(got.shape) == expected.shape
-    return float(np.abs(np.asarray(got, np.float64) - expected).max())
 
 
 def test_the_tower_is_blended_as_published(run: GoldenRun) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from golden_checks import KINDS, Check, check_folder
+import torch
+from golden_checks import KINDS, Check, check_folder, worst
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "benchmarks" / "golden_table.py"
@@ -34,6 +35,14 @@ def test_an_error_that_is_no_number_does_not_hold() -> None:
     assert Check("x", 0.0, 0.0).holds
     assert not Check("x", math.nan, 1.0).holds
     assert not Check("x", math.inf, 1.0).holds
+
+
+def test_float32_is_held_relative_to_its_magnitude_and_float64_absolutely() -> None:
+    large, small = torch.tensor([-8.0, 1.0]), torch.tensor([0.25, 0.5])
+    assert worst(large + 2**-10, large) == 2**-13
+    assert worst(small + 2**-10, small) == 2**-10
+    assert worst(large.double() + 2**-10, large) == 2**-10
+    assert worst(large, large[:1]) == math.inf
 
 
 def table(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

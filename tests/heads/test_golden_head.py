@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from golden_checks import worst
 from golden_head import golden_head
 from torch import Tensor
 
@@ -18,11 +19,6 @@ from heads.text_classifier import class_cosines, video_embeddings
 FFN = ["ffn_0_d16_e1", "ffn_1_d16_e2", "ffn_2_d32_e4", "ffn_3_d32_e6"]
 HEADS = ["head_0", "head_1", "head_2", "head_3"]
 DTYPES = [("f32", torch.float32), ("f64", torch.float64)]
-
-
-def worst(got: Tensor, expected: np.ndarray) -> float:
-    assert tuple(got.shape) == expected.shape
-    return float((got.detach().double() - torch.from_numpy(expected).double()).abs().max())
 
 
 @pytest.mark.parametrize("name", FFN)
