@@ -30,10 +30,10 @@ from heads import (
     build_test_sets,
     evaluate_many,
 )
-from heads.evaluation.protocols import PROTOCOLS
-from heads.precision import autocast, resolve_precision
-from heads.scoring import Fusion, fuse_views, ranks
-from heads.text_classifier import class_cosines
+from heads.arithmetic import autocast, resolve_precision
+from heads.evaluation.protocols.choose import PROTOCOLS
+from heads.methods.text_classifier import class_cosines
+from heads.scoring.scores import Fusion, fuse_views, ranks
 
 DIM, LAYERS, EXPERTS, FRAMES, VIEWS, CLASSES, TRAINED = 512, 4, 4, 8, 3, 101, 400
 VIDEOS_PER_BATCH = 64

@@ -27,12 +27,12 @@ from core_time import Took, Watch, timed
 
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.extraction import extract
-from pipeline.extraction_plan import ExtractionRequest
+from pipeline.extraction.cpu_pool import ENCODE_BATCH
+from pipeline.extraction.plan import ExtractionRequest
+from pipeline.extraction.run import extract
 from pipeline.machine import usable_cores
-from pipeline.packing import pack
 from pipeline.sampling import Sampling, parse_sampling
-from pipeline.video_pool import ENCODE_BATCH
+from pipeline.tars.packing import pack
 
 LIMIT = 0.92
 TARS = 3  # so that partitions are written while others are being encoded

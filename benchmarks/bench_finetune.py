@@ -24,15 +24,15 @@ import numpy as np
 import torch
 
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
+from heads.arithmetic import autocast, resolve_device
 from heads.end_to_end import EndToEndModel
-from heads.end_to_end.distributed import Ranks
-from heads.end_to_end.finetuning import finetune
+from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.finetune import finetune
 from heads.end_to_end.plan import FinetuneRequest
-from heads.finetune_config import FinetuneConfig
-from heads.optimisation import build_optimizer
-from heads.precision import autocast, resolve_device
+from heads.end_to_end.sharding import Ranks
+from heads.training.trainer import build_optimizer
 from pipeline.clip_encoder import load_encoder
-from pipeline.packing import pack
+from pipeline.tars.packing import pack
 
 FRAMES, CLASSES = 4, 8
 MAX_RATIO, MAX_WAITING, MAX_GROWTH = 1.15, 0.10, 1.02

@@ -18,8 +18,8 @@ from reference_head import ReferenceHead
 from torch import Tensor
 
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
-from heads.optimisation import Trainer
-from heads.precision import autocast, resolve_precision
+from heads.arithmetic import autocast, resolve_precision
+from heads.training.trainer import Trainer
 
 DIM, HEADS, LAYERS, EXPERTS, FRAMES, BATCH, CLASSES = 512, 8, 4, 4, 8, 64, 400
 HEAD = HeadConfig(dim=DIM, layers=LAYERS, experts=EXPERTS)

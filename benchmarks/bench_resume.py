@@ -16,7 +16,7 @@ import common
 import timed_command
 
 from featstore import Workspace
-from pipeline.packing import pack
+from pipeline.tars.packing import pack
 
 RESUME_LIMIT = 2.0
 START_LIMIT = 15.0

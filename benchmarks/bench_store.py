@@ -36,8 +36,8 @@ from featstore import (
     open_store,
     verify,
 )
-from featstore.checksums import crc32c
-from featstore.loader import FeatureLoader, MappedFeatures, StreamedFeatures, resident
+from featstore.batches.loader import FeatureLoader, MappedFeatures, StreamedFeatures, resident
+from featstore.format.checksums import crc32c
 from featstore.segments import SegmentSampler
 
 DIM, STORED, FRAMES, BATCH = 512, 32, 8, 256
@@ -306,7 +306,7 @@ opened = time.perf_counter()
 labels = store.labels, store.keys
 listed = time.perf_counter()
 import torch
-from featstore.loader import FeatureLoader, StreamedFeatures, resident
+from featstore.batches.loader import FeatureLoader, StreamedFeatures, resident
 torch.set_num_threads(1)
 held = open_store(sys.argv[1])
 kind = sys.argv[2]

@@ -18,7 +18,7 @@ import numpy as np
 import timed_command
 
 from featstore import Workspace, open_store
-from pipeline.packing import pack
+from pipeline.tars.packing import pack
 
 LIMIT = 3.0
 COSINE = 0.999

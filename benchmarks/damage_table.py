@@ -20,9 +20,9 @@ import common
 from pipeline.decoding.contract import DecodeError, Strictness
 from pipeline.decoding.pyav import PyAVDecoder
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from media import KINDS, make_video  # lies with the tests that use it
+from tests.support.worlds.media import KINDS, make_video  # lies with the tests that use it
 
 CODECS = {
     "H.264 (mp4)": {},

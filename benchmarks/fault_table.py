@@ -30,15 +30,7 @@ from unittest import mock
 import common
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from sample_stores import (
-    init_store,
-    make_class_text,
-    make_partition,
-    make_provenance,
-    make_store,
-)
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from featstore import (
     ClassText,
@@ -49,9 +41,16 @@ from featstore import (
     open_store,
     verify,
 )
-from featstore.durable import write_bytes
-from featstore.growth import add_class_text
-from featstore.metadata import attributes_checksum
+from featstore.files.durable import write_bytes
+from featstore.format.metadata import attributes_checksum
+from featstore.rewriting.grow import add_class_text
+from tests.support.stores.sample_stores import (
+    init_store,
+    make_class_text,
+    make_partition,
+    make_provenance,
+    make_store,
+)
 
 ROWS = (8, 5, 8)
 SHAPE = (2, 4, 16)
@@ -317,7 +316,7 @@ def hostile(table: Table, folder: Path) -> None:
                 table.judge("`..` and absolute names of tars", store, truth_then, key)
         finally:
             group.write_text(text)
-        with mock.patch("featstore.metadata.prompt_set_names", return_value=[key]):
+        with mock.patch("featstore.format.metadata.prompt_set_names", return_value=[key]):
             try:
                 open_store(store).class_text(key)
                 table.count("`..` in a prompt set's name", "WRONG", key)
@@ -438,7 +437,10 @@ def interrupted_writes(table: Table, folder: Path) -> None:
                     raise OSError(28, "No space left on device")
                 write_bytes(path, data)
 
-            with mock.patch("featstore.writer.write_bytes", full), contextlib.suppress(OSError):
+            with (
+                mock.patch("featstore.writing.writer.write_bytes", full),
+                contextlib.suppress(OSError),
+            ):
                 StoreWriter.open(store).write_partition(1, partition)
             table.judge("disk full while a partition is written", store, truth, f"{name} {step}")
             if StoreWriter.open(store).pending() != [1]:
@@ -456,7 +458,7 @@ def interrupted_writes(table: Table, folder: Path) -> None:
 
 def kills(table: Table, folder: Path, rounds: int) -> None:
     """Processes killed with SIGKILL before every system call of a write, and at any moment."""
-    driver = Path(__file__).parent.parent / "tests/featstore/crash_driver.py"
+    driver = Path(__file__).parent.parent / "tests/featstore/writing/crash_driver.py"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     for arguments in (("stepwise", "0", "1"), ("anytime", str(rounds))):
         place = folder / arguments[0]

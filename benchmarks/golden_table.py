@@ -17,9 +17,9 @@ import common
 import torch
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS.parent))
 
-from golden_checks import check_folder  # noqa: E402  # lies with the tests that use it
+from tests.support.golden.checks import check_folder  # noqa: E402  # lies with the tests that use it
 
 
 def main() -> None:

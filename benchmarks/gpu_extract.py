@@ -25,16 +25,16 @@ import torch
 
 from featstore import open_store
 from pipeline.clip_encoder import Encoder, load_encoder
-from pipeline.decoding.dali import dali_problem, dali_version
+from pipeline.decoding.nvdec.graphs import dali_problem, dali_version
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.extraction import extract
-from pipeline.extraction_plan import ExtractionRequest
-from pipeline.gpu_pool import BATCH_VIDEOS, DaliVideoPool
+from pipeline.extraction.cpu_pool import VideoPool, encode_video
+from pipeline.extraction.gpu_pool import BATCH_VIDEOS, DaliVideoPool
+from pipeline.extraction.plan import ExtractionRequest
+from pipeline.extraction.rows import EncodedVideo
+from pipeline.extraction.run import extract
 from pipeline.machine import usable_cores
-from pipeline.packing import pack
 from pipeline.sampling import Sampling, parse_sampling
-from pipeline.tar_rows import EncodedVideo
-from pipeline.video_pool import VideoPool, encode_video
+from pipeline.tars.packing import pack
 
 LIMIT = 0.92
 MIN_COSINE = 0.999

@@ -16,7 +16,7 @@ import common
 import torch
 from bench_finetune import BareLoop, measured, packed, request
 
-from pipeline.decoding.dali import dali_problem, dali_version
+from pipeline.decoding.nvdec.graphs import dali_problem, dali_version
 from pipeline.machine import usable_cores
 
 FRAMES = 8

@@ -12,16 +12,14 @@ from typing import Any
 
 import typer
 
-from cli import (
+from cli.commands import (
     compare,
     demo,
     doctor,
-    evaluate,
     export,
     extract,
     finetune,
     import_checkpoint,
-    inspect_path,
     pack,
     predict,
     protocols,
@@ -30,6 +28,8 @@ from cli import (
     train_head,
     verify,
 )
+from cli.commands import eval as evaluate
+from cli.commands import inspect as inspect_path
 from cli.output import fail, log_to_stderr
 from featstore.errors import UserError, WorkError, one_line
 

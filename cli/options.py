@@ -16,8 +16,8 @@ from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX, Workspace
 
 if TYPE_CHECKING:
-    from featstore.reader import Store
-    from heads.model import TemporalHead
+    from featstore.reading.store import Store
+    from heads.methods.mote.model import TemporalHead
 
 DEFAULT_ROOT = Path("mote-data")
 
@@ -237,7 +237,7 @@ def head(
 
     None means the newest run, or the mean where `or_mean` allows it and nothing was trained.
     """
-    from heads.checkpoints import load_head
+    from heads.files.head_file import load_head
 
     if name == MEAN_HEAD or (name is None and or_mean and not place.trained_runs()):
         return None, place.run_dir(MEAN_HEAD)
@@ -258,7 +258,7 @@ def training_prompts(store: Store, text: str | None, initial: TemporalHead | Non
 
     `UserError` as `held_prompt_set`, and where a store has several others.
     """
-    from heads.fitting import default_prompt_set, mean_head
+    from heads.compatibility import default_prompt_set, mean_head
 
     if text is not None:
         return prompt_set(store, text) or text

@@ -15,10 +15,10 @@ from typing import Final
 import numpy as np
 
 from featstore.errors import UserError, WorkError
-from featstore.object_urls import is_url
-from featstore.places import open_store
-from featstore.reader import Store
-from featstore.tiers import EMBEDDINGS
+from featstore.format.tiers import EMBEDDINGS
+from featstore.opening import open_store
+from featstore.reading.store import Store
+from featstore.remote.urls import is_url
 
 log = logging.getLogger(__name__)
 
@@ -316,7 +316,7 @@ def _mismatch(
 
 def _require_remote_embeddings(url: str) -> None:
     """UserError for a store of another tier, before its terabytes are fetched."""
-    from featstore.remote_store import RemoteStoreWriter  # obstore takes a while to load
+    from featstore.remote.writer import RemoteStoreWriter  # obstore takes a while to load
 
     writer = RemoteStoreWriter.open(url)
     tier = writer.schema.tier

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from heads.checkpoints import load_head, save_head
-from heads.config import HeadConfig, HeadOrigin, RoutingDraw
-from heads.evaluation.evaluating import evaluate_many, evaluate_store
-from heads.evaluation.protocols import PROTOCOLS, Protocol, TestSet, build_test_sets
+from heads.evaluation.evaluate import evaluate_many, evaluate_store
+from heads.evaluation.protocols.choose import PROTOCOLS, Protocol, TestSet, build_test_sets
 from heads.evaluation.results import EvalResult, RunFacts, save_result
-from heads.losses import LossTerms, mote_loss
-from heads.model import TemporalHead, TrainingPass, build_head
-from heads.official import (
+from heads.files.head_file import load_head, save_head
+from heads.files.official import (
     ImportedCheckpoint,
     import_official_checkpoint,
     official_checkpoint,
     save_official_checkpoint,
 )
-from heads.scoring import Scoring, predict_scores
-from heads.training import TrainConfig, TrainSummary, train_head
+from heads.methods.mote.config import HeadConfig, HeadOrigin, RoutingDraw
+from heads.methods.mote.losses import LossTerms, mote_loss
+from heads.methods.mote.model import TemporalHead, TrainingPass, build_head
+from heads.scoring.scores import Scoring, predict_scores
+from heads.training.train_head import TrainConfig, TrainSummary, train_head
 
 __all__ = [
     "EvalResult",

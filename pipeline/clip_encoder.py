@@ -21,7 +21,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from featstore.errors import UserError, one_line
 from featstore.progress import ProgressSink, no_progress
-from pipeline.encoder_sources import LoadedClip, load_clip, save_open_clip_folder
+from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.preprocessing import FrameInput, Preprocessing
 from pipeline.prompts import PromptSet, as_prompt_set
 

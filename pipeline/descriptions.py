@@ -22,7 +22,7 @@ from pipeline.prompts import (
 )
 
 if TYPE_CHECKING:
-    from featstore.reader import Store
+    from featstore.reading.store import Store
 
 
 DESCRIPTIONS_SUFFIX: Final = ".json"

@@ -34,8 +34,8 @@ def machine_report(root: Path) -> dict[str, Any]:
     import torch
 
     from pipeline.clip_encoder import cpu_has_bf16
-    from pipeline.decoding.dali import dali_problem
-    from pipeline.encoder_sources import hub_reachable
+    from pipeline.decoding.nvdec.graphs import dali_problem
+    from pipeline.encoders.sources import hub_reachable
 
     report: dict[str, Any] = {
         "python": platform.python_version(),

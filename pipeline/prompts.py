@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from featstore.errors import UserError, one_line
-from featstore.metadata import check_prompt_set
+from featstore.format.metadata import check_prompt_set
 
 if TYPE_CHECKING:
-    from featstore.reader import Store
+    from featstore.reading.store import Store
 
 # Templates of the MoTE reference (Zhu et al., NeurIPS 2024), in its order and with its spelling
 # ("a example"): an average over them is what the published class features are.

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from s3_server import FailingProxy, S3Server, environment, running_server
+
+from tests.support.servers.s3_server import FailingProxy, S3Server, environment, running_server
 
 torch.set_num_threads(1)
 

@@ -8,19 +8,19 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from command_line import done
-from golden_checks import worst
-from golden_e2e import RUNS, GoldenRun
 from torch import Tensor
 
 from featstore import open_store
 from heads import import_official_checkpoint, load_head
-from heads.evaluation.half_class import half_class_accuracy
-from heads.scoring import fuse_views, topk, view_cosines, view_features
+from heads.evaluation.protocols.half_class import half_class_accuracy
+from heads.scoring.scores import fuse_views, topk, view_cosines, view_features
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.pyav import PyAVDecoder
+from pipeline.encoders.tuned import original_clip, tower_of, tuned_clip
 from pipeline.sampling import parse_sampling
-from pipeline.tuned_clip import original_clip, tower_of, tuned_clip
+from tests.support.golden.checks import worst
+from tests.support.golden.end_to_end import RUNS, GoldenRun
+from tests.support.processes.command_line import done
 
 CLIPS = [run for run in RUNS if run != "zs_test_3x1"]  # the same views as zs_3x1
 

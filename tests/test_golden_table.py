@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_checks import KINDS, Check, check_folder, worst
+
+from tests.support.golden.checks import KINDS, Check, check_folder, worst
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "benchmarks" / "golden_table.py"

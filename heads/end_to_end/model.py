@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from featstore.errors import UserError
-from heads.config import RoutingDraw
-from heads.end_to_end.parts import checkpoint_gradients, freeze_all_but
-from heads.losses import LossTerms, mote_loss
-from heads.model import TemporalHead
+from heads.end_to_end.trained_parts import checkpoint_gradients, freeze_all_but
+from heads.methods.mote.config import RoutingDraw
+from heads.methods.mote.losses import LossTerms, mote_loss
+from heads.methods.mote.model import TemporalHead
 from pipeline.clip_encoder import image_embeddings
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class EndToEndModel(nn.Module):
 
     `logit_scale` is CLIP's multiplier as a number, or its parameter, the natural logarithm, as a
     tensor. `train` is "tower" (everything), "head" (tower frozen; head and logit scale trained) or
-    "tower-last-N" (`heads.end_to_end.parts`). `checkpointing` trades time for memory in the tower.
+    "tower-last-N" (`heads.end_to_end.trained_parts`). `checkpointing` trades time for memory in the
+    tower.
 
     Raises UserError when tower and head have different widths, and for a `train` or
     `checkpointing` that the tower cannot have.
@@ -105,7 +106,7 @@ class EndToEndModel(nn.Module):
         merged_weight: float = 0.5,
         feature_weight: float = 0.1,
     ) -> LossTerms:
-        """Losses of one batch, means over its samples (`heads.losses.mote_loss`).
+        """Losses of one batch, means over its samples (`heads.methods.mote.losses.mote_loss`).
 
         `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B], best on the CPU, where they
         are checked without waiting for a GPU; `class_embeddings` [C,D]; `draw` and `subsets` as

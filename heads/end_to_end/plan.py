@@ -13,25 +13,25 @@ import torch
 from torch import Tensor
 
 from featstore.errors import UserError
-from heads.checkpoints import head_fingerprint, load_head
-from heads.config import HeadConfig, HeadOrigin
-from heads.end_to_end.distributed import Ranks, sharded
+from heads.arithmetic import resolve_training_precision
+from heads.compatibility import check_encoder
+from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
-from heads.end_to_end.parts import trained_blocks
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
-from heads.end_to_end.validation import validation_split
-from heads.finetune_config import FinetuneConfig
-from heads.fitting import check_encoder
-from heads.imported_run import require_class_names
-from heads.model import TemporalHead, build_head
-from heads.precision import resolve_training_precision
+from heads.end_to_end.sharding import Ranks, sharded
+from heads.end_to_end.trained_parts import trained_blocks
+from heads.end_to_end.validate import validation_split
+from heads.files.head_file import head_fingerprint, load_head
+from heads.files.imported_run import require_class_names
+from heads.methods.mote.config import HeadConfig, HeadOrigin
+from heads.methods.mote.model import TemporalHead, build_head
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.descriptions import is_descriptions_file, read_descriptions
-from pipeline.encoder_files import lasting_spec
+from pipeline.encoders.specs import lasting_spec
 from pipeline.machine import usable_cores
-from pipeline.packed import Dataset, load_dataset
 from pipeline.prompts import PromptSet, as_prompt_set, trained_prompt_set
-from pipeline.training_clips import ClipStream, EvaluationClips
+from pipeline.tars.dataset import Dataset, load_dataset
+from pipeline.video_clips.stream import ClipStream, EvaluationClips
 
 log = logging.getLogger(__name__)
 

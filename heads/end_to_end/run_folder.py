@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.errors import UserError, WorkError
+from featstore.files.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.workspace import FIRST_STAGE
-from heads.checkpoints import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
-from heads.finetune_config import FinetuneConfig
-from heads.run_settings import setting_differences
-from heads.training_keys import KEYS_FILE, read_training_keys, write_training_keys
+from heads.end_to_end.config import FinetuneConfig
+from heads.files.head_file import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
+from heads.training.run_settings import setting_differences
+from heads.training.training_keys import KEYS_FILE, read_training_keys, write_training_keys
 
 log = logging.getLogger(__name__)
 

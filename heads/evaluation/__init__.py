@@ -6,3 +6,9 @@ with the rules in `protocol_data` and `protocol_types`. How: `evaluating`, over 
 comes of it: `results` and `outcomes`, put side by side by `comparing`, `published` and `tradeoff`.
 Protocols that train before they test: `shot_plans` and `trained_protocols`.
 """
+
+from __future__ import annotations
+
+from heads.evaluation.protocols.half_class import half_class_accuracy
+
+__all__ = ["half_class_accuracy"]

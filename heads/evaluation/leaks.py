@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import UserError
-from featstore.reader import Store
-from featstore.schema import STATUS_OK, RowArray
-from heads.checkpoints import CONFIG_FILE
-from heads.evaluation.protocol_types import TestSet
-from heads.model import TemporalHead
-from heads.training_keys import read_training_keys, rows_hash
-from heads.training_subsets import shown
+from featstore.format.schema import STATUS_OK, RowArray
+from featstore.reading.store import Store
+from heads.evaluation.protocols.protocol import TestSet
+from heads.files.head_file import CONFIG_FILE
+from heads.methods.mote.model import TemporalHead
+from heads.training.subsets import shown
+from heads.training.training_keys import read_training_keys, rows_hash
 
 log = logging.getLogger(__name__)
 

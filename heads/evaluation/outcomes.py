@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from featstore.durable import write_bytes
 from featstore.errors import UserError
+from featstore.files.durable import write_bytes
 
 OUTCOMES_SUFFIX: Final = ".outcomes.csv"
 OUTCOMES_LIMIT: Final = 2**28  # bytes; a million videos are about 40 MB

@@ -18,12 +18,12 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from featstore.durable import write_bytes, write_json
 from featstore.errors import WorkError
-from heads.checkpoints import CONFIG_FILE
+from featstore.files.durable import write_bytes, write_json
 from heads.evaluation.outcomes import write_outcomes
-from heads.evaluation.protocol_types import LabelIds
-from heads.imported_run import tower_facts
+from heads.evaluation.protocols.protocol import LabelIds
+from heads.files.head_file import CONFIG_FILE
+from heads.files.imported_run import tower_facts
 
 RESULT_FORMAT: Final = 2
 NAMED_SPLITS: Final = 3  # in a file's name; a hash in it stands for all of them

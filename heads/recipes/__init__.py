@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError, one_line
-from heads.config import HeadConfig
-from heads.finetune_config import FinetuneConfig
-from heads.optimisation import TrainConfig
+from heads.end_to_end.config import FinetuneConfig
+from heads.methods.mote.config import HeadConfig
+from heads.training.trainer import TrainConfig
 
 DEFAULT_RECIPE: Final = "frozen-store"
 FINETUNE_RECIPE: Final = "end-to-end"

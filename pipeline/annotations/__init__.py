@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.annotations.class_names import natural_class_name
-from pipeline.annotations.records import (
+from pipeline.annotations.listing import (
     Listing,
     ListingBuilder,
     MissingVideo,

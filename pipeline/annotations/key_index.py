@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.annotations.class_names import comparable
-from pipeline.annotations.kinetics import id_and_start
-from pipeline.annotations.records import name_from_key, split_from_folder
+from pipeline.annotations.formats.kinetics import id_and_start
+from pipeline.annotations.listing import name_from_key, split_from_folder
 from pipeline.annotations.video_folder import normal_path, path_stem
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
-from pipeline.annotations.records import split_from_folder
+from pipeline.annotations.listing import split_from_folder
 from pipeline.annotations.text_files import header, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import path_stem
 

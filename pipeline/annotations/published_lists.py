@@ -17,9 +17,9 @@ from typing import Final
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
+from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_list
 from pipeline.annotations.key_index import KeyIndex
 from pipeline.annotations.label_names import is_name_file, read_names
-from pipeline.annotations.lists import LIST_SUFFIXES, read_list
 from pipeline.annotations.text_files import read_lines
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import comparable
-from pipeline.annotations.records import split_from_folder
+from pipeline.annotations.listing import split_from_folder
 
 VIDEO_EXTENSIONS = frozenset(
     [

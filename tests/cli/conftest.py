@@ -8,8 +8,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from command_line import done
-from tiny_world import SHORT_TRAINING, World, make_clips, make_encoder
+
+from tests.support.processes.command_line import done
+from tests.support.worlds.tiny_world import SHORT_TRAINING, World, make_clips, make_encoder
 
 
 @pytest.fixture(scope="package", autouse=True)

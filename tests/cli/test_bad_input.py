@@ -11,11 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import done, mote, refused
-from media import make_video
-from tiny_world import CLASSES, SHORT_TRAINING, World, make_clip, make_clips, make_encoder
 
 from featstore import open_store
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.media import make_video
+from tests.support.worlds.tiny_world import (
+    CLASSES,
+    SHORT_TRAINING,
+    World,
+    make_clip,
+    make_clips,
+    make_encoder,
+)
 
 FRAMES = ("--sampling", "uniform:4", "--precision", "fp32")
 

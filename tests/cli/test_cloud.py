@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import done, mote, refused
-from s3_server import ACCESS_KEY, SECRET_KEY, FailingProxy
-from tiny_world import SHORT_TRAINING, World
 
 from featstore import open_store
-from featstore.objects import ObjectFolder
+from featstore.remote.objects import ObjectFolder
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.servers.s3_server import ACCESS_KEY, SECRET_KEY, FailingProxy
+from tests.support.worlds.tiny_world import SHORT_TRAINING, World
 
 DATASET = "datasets/clips"
 

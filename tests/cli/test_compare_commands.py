@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_line import done, mote, refused
-from result_files import write_result
-from tiny_world import SHORT_TRAINING, WORDS, World, make_encoder
 
 from featstore import open_store
-from featstore.class_texts import class_text_checksum
-from featstore.metadata import read_metadata
-from featstore.repair_command import repair_command
-from featstore.verify import verify
+from featstore.checking.repair_command import repair_command
+from featstore.checking.verify import verify
+from featstore.format.class_texts import class_text_checksum
+from featstore.format.metadata import read_metadata
 from heads import load_head
 from heads.evaluation.outcomes import write_outcomes
-from pipeline.encoder_files import local_architecture
+from pipeline.encoders.specs import local_architecture
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.stores.result_files import write_result
+from tests.support.worlds.tiny_world import SHORT_TRAINING, WORDS, World, make_encoder
 
 
 def evaluated(own: World, kind: str, *options: str) -> Any:

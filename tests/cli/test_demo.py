@@ -7,24 +7,24 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import done, mote
 
-import cli.demo
-import pipeline.demo_world
+import cli.commands.demo
+import pipeline.demo.world
+from tests.support.processes.command_line import done, mote
 
 
 @pytest.fixture
 def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    draw, write = pipeline.demo_world.draw_world, pipeline.demo_world.write_world
+    draw, write = pipeline.demo.world.draw_world, pipeline.demo.world.write_world
     monkeypatch.setattr(
-        pipeline.demo_world, "draw_world", functools.partial(draw, known_classes=6, new_classes=6)
+        pipeline.demo.world, "draw_world", functools.partial(draw, known_classes=6, new_classes=6)
     )
     monkeypatch.setattr(
-        pipeline.demo_world, "write_world", functools.partial(write, train_clips=2, test_clips=1)
+        pipeline.demo.world, "write_world", functools.partial(write, train_clips=2, test_clips=1)
     )
     short = tmp_path / "short.toml"
     short.write_text('[training]\nepochs = 2\nprecision = "fp32"\n')
-    monkeypatch.setattr(cli.demo, "RECIPE", str(short))
+    monkeypatch.setattr(cli.commands.demo, "RECIPE", str(short))
 
 
 def test_the_demo_runs_every_stage_and_reports_it(small_world: None, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import done, refused
-from store_files import store_files
-from tiny_world import make_clips, make_encoder
 
 from featstore import open_store, verify
-from pipeline import extraction_plan
-from pipeline.packing import pack
+from pipeline.extraction import plan as extraction_plan
+from pipeline.tars.packing import pack
+from tests.support.processes.command_line import done, refused
+from tests.support.stores.store_files import store_files
+from tests.support.worlds.tiny_world import make_clips, make_encoder
 
 FRAMES = 512
 EXTRACT = ("extract", "--dataset", "clips", "--encoder", "tiny", "--precision", "fp32",

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from action_store import ACTIONS, action_store
-from command_line import done, mote, refused
 
 from featstore import Store
 from heads import HeadConfig, HeadOrigin, build_head, save_head
-from heads.evaluation.protocols import PROTOCOLS
-from heads.evaluation.published import published_of
-from heads.training_keys import write_training_keys
+from heads.evaluation.comparing.published import published_of
+from heads.evaluation.protocols.choose import PROTOCOLS
+from heads.training.training_keys import write_training_keys
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.stores.action_store import ACTIONS, action_store
 
 OFFICIAL = ("train1", "test1", "test2", "test3", "rest")
 NAMES = (*ACTIONS, "clap", "dive", "golf", "hug")

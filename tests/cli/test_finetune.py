@@ -10,15 +10,15 @@ from unittest import mock
 
 import pytest
 import torch
-from command_line import done, mote, refused
 from safetensors.torch import load_file
-from tiny_world import SHORT_TRAINING, World, make_clip, make_encoder
-from tuning import difference, files_of, finetune, same_bits, tuning_workspace
 
 from featstore import WorkError
 from heads import load_head
-from heads.official import OfficialCheckpoint
+from heads.files.official import OfficialCheckpoint
 from pipeline.clip_encoder import load_encoder
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.tiny_world import SHORT_TRAINING, World, make_clip, make_encoder
+from tests.support.worlds.tuning import difference, files_of, finetune, same_bits, tuning_workspace
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +209,7 @@ def test_the_first_stage_can_be_named(own: World) -> None:
     closeset = ("eval", "--closeset", "clips", *place, "--head")
     before, _ = done(*closeset, name), done(*closeset, "clips-mote")
     second = ("finetune", *shape, "--epochs", "1", "--batch-size", "4", "--from-head", name)
-    with mock.patch("heads.end_to_end.finetuning._run", side_effect=WorkError("stopped")):
+    with mock.patch("heads.end_to_end.finetune._run", side_effect=WorkError("stopped")):
         assert "stopped" in refused(1, *second)
     clip = next((own.videos / "val" / "run").iterdir())
     export = ("--format", "safetensors", "--out", root / "head.safetensors", *place)

@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import done, mote, refused
-from tiny_world import make_clip, make_encoder
-from tuning import finetune, tuning_workspace
+
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.tiny_world import make_clip, make_encoder
+from tests.support.worlds.tuning import finetune, tuning_workspace
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,7 @@ def test_what_comes_next_is_said_whole(root: Path) -> None:
 
 
 def test_a_batch_that_memory_does_not_hold(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heads.end_to_end.finetuning.available_memory", lambda: 1000)
+    monkeypatch.setattr("heads.end_to_end.finetune.available_memory", lambda: 1000)
     result = mote(*finetune(root, "r", batch_size=10**6))
     assert result.code == 0, result.err
     # The batch is no larger than the data.

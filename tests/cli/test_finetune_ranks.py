@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import DEADLINE_S, Commands, Running, command_starter
-from tuning import (
+
+from tests.support.processes.processes import DEADLINE_S, Commands, Running, command_starter
+from tests.support.worlds.tuning import (
     difference,
     files_of,
     finetune,

@@ -10,13 +10,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from command_line import done, mote, refused
-from tiny_world import WORDS, World, make_encoder
 
 from featstore import open_store
 from heads import HeadConfig, build_head, load_head, official_checkpoint
 from pipeline.clip_encoder import load_encoder
-from pipeline.tuned_clip import original_clip, tower_of
+from pipeline.encoders.tuned import original_clip, tower_of
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.tiny_world import WORDS, World, make_encoder
 
 PARTS = ("model_state_dict", "fusion_model_state_dict")
 
@@ -313,7 +313,7 @@ def test_an_import_that_is_cut_short_leaves_nothing(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("heads.imported_run.save_head", fail)
+        patched.setattr("heads.files.imported_run.save_head", fail)
         result = mote(*arguments, "--root", root)
     assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
     assert folders(root) == set()

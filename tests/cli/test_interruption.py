@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import done, refused
-from media import make_video
-from processes import DEADLINE_S, Commands, Running, command_starter
-from tiny_world import SHORT_TRAINING, World
 
 from featstore import StoreWriter, open_store
+from tests.support.processes.command_line import done, refused
+from tests.support.processes.processes import DEADLINE_S, Commands, Running, command_starter
+from tests.support.worlds.media import make_video
+from tests.support.worlds.tiny_world import SHORT_TRAINING, World
 
 EXTRACT = ("extract", "--dataset", "clips", "--sampling", "uniform:4", "--precision", "fp32")
 

@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from command_line import done
-from processes import Commands, Running, command_starter
-from store_files import committed, ray_workers, store_files
-from tiny_world import packed_workspace
+
+from tests.support.processes.command_line import done
+from tests.support.processes.processes import Commands, Running, command_starter
+from tests.support.stores.store_files import committed, ray_workers, store_files
+from tests.support.worlds.tiny_world import packed_workspace
 
 TARS, PER_TAR = 20, 3
 STORE = Path("features/clips/tiny--uniform-4.zarr")

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Commands, Running, command_starter
-from tuning import files_of, finetune, same_bits, tuning_workspace
+
+from tests.support.processes.processes import Commands, Running, command_starter
+from tests.support.worlds.tuning import files_of, finetune, same_bits, tuning_workspace
 
 EPOCHS = 6
 MORE = ("--epochs", str(EPOCHS), "--accumulation", "2")  # 3 batches: a remainder is carried over

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_line import Result, mote, refused
-from tiny_world import SHORT_TRAINING, make_encoder
+
+from tests.support.processes.command_line import Result, mote, refused
+from tests.support.worlds.tiny_world import SHORT_TRAINING, make_encoder
 
 
 def named(result: Result, name: str = "next") -> list[str]:

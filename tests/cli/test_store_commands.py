@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import done, mote, refused
-from tiny_world import SHORT_TRAINING, World, make_clip
 
 from cli.options import class_list
 from featstore import StoreWriter, UserError, open_store, verify
-from featstore.metadata import attributes_checksum
-from pipeline import store_growth
-from pipeline.packed import load_dataset
+from featstore.format.metadata import attributes_checksum
+from pipeline.extraction import grow
+from pipeline.tars.dataset import load_dataset
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.tiny_world import SHORT_TRAINING, World, make_clip
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_store_that_is_exchanged_meanwhile(
         store.with_name("longer").rename(store)
         raise UserError("class texts are of other classes")
 
-    monkeypatch.setattr(store_growth, "add_class_text", other_was_faster)
+    monkeypatch.setattr(grow, "add_class_text", other_was_faster)
     error = refused(1, "store", "add-texts", store, "--prompts", "video", "--root", root)
     assert f"another process changed {store} in the meantime" in error
     monkeypatch.undo()
@@ -216,7 +216,7 @@ def test_a_prompt_set_that_is_missing_is_added(own: World) -> None:
 
 
 def test_another_encoder_may_not_make_class_texts(own: World, tmp_path: Path) -> None:
-    from tiny_world import make_encoder
+    from tests.support.worlds.tiny_world import make_encoder
 
     other = make_encoder(tmp_path / "other", seed=1)
     words = ("store", "add-texts", own.store, "--prompts", "video", "--root", own.root)

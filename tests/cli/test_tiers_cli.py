@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import done, mote, refused
-from processes import Commands, Running, command_starter
-from store_files import committed, store_files
-from tiny_world import packed_workspace
 
 from featstore import open_store, verify
-from pipeline import extraction_plan
+from pipeline.extraction import plan as extraction_plan
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.processes.processes import Commands, Running, command_starter
+from tests.support.stores.store_files import committed, store_files
+from tests.support.worlds.tiny_world import packed_workspace
 
 TARS, PER_TAR = 6, 3
 NAMES = {"frames": "tiny--uniform-8--frames.zarr", "tokens:1": "tiny--uniform-8--tokens-1.zarr"}

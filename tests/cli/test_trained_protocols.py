@@ -13,8 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from command_line import done, mote, refused
-from official_trees import (
+
+from featstore import open_store
+from heads import load_head
+from pipeline.annotations import name_from_key
+from pipeline.annotations.unseen_classes import unseen_classes
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.stores.one_hot_stores import one_hot_store
+from tests.support.worlds.official_trees import (
     HMDB51,
     K600,
     K600_UNSEEN,
@@ -23,12 +29,6 @@ from official_trees import (
     Tree,
     hmdb51_lists,
 )
-from one_hot_stores import one_hot_store
-
-from featstore import open_store
-from heads import load_head
-from pipeline.annotations import name_from_key
-from pipeline.annotations.kinetics_unseen import unseen_classes
 
 RECIPE = """
 [head]

@@ -9,12 +9,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from command_line import done, mote, refused
-from tiny_world import World, make_encoder
 
 from featstore import Store, StoreWriter, open_store
-from featstore.checksums import crc32c
-from featstore.metadata import attributes_checksum
+from featstore.format.checksums import crc32c
+from featstore.format.metadata import attributes_checksum
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.tiny_world import World, make_encoder
 
 
 def flip(path: Path, at: int) -> None:
@@ -144,7 +144,9 @@ def test_a_merged_store_is_made_again_from_its_parts(own: World) -> None:
 
 def test_a_note_that_cannot_be_written_is_said(own: World) -> None:
     flip(own.store / "features/c/2/0/0/0", 100)
-    with mock.patch("featstore.repair.write_json", side_effect=PermissionError(13, "no")):
+    with mock.patch(
+        "featstore.checking.damage_notes.write_json", side_effect=PermissionError(13, "no")
+    ):
         result = mote("verify", own.store, "--deep", "--json")
     assert result.code == 1
     assert result.json["note"] is None

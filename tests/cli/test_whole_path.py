@@ -8,11 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import done, mote, refused
-from tiny_world import CLASSES, SHORT_TRAINING, TRAIN, VAL, WORDS, World
 
 from featstore import open_store
 from heads import load_head
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.tiny_world import CLASSES, SHORT_TRAINING, TRAIN, VAL, WORDS, World
 
 VIDEOS = len(CLASSES) * (TRAIN + VAL)
 EVAL_FIELDS = {
@@ -147,7 +147,7 @@ def test_inspect(world: World) -> None:
 
 
 def test_doctor(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.encoder_sources.hub_reachable", lambda: False)
+    monkeypatch.setattr("pipeline.encoders.sources.hub_reachable", lambda: False)
     report = done("doctor", "--root", world.root)
     assert {"versions", "cpu", "cpu_bf16", "gpu", "nvdec", "dali", "hub", "free_disk_gib"} <= (
         report.keys()

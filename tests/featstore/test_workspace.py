@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
-from sample_stores import init_store, make_store
 
 from featstore import StoreSchema, UserError, WorkError, Workspace
+from tests.support.stores.sample_stores import init_store, make_store
 
 
 @pytest.fixture

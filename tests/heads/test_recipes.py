@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from action_store import action_store
 from typer.testing import CliRunner
 
 from cli.main import app
 from featstore import UserError
 from heads import HeadConfig, TrainConfig, load_head
-from heads.optimisation import AUTHORS_LR_REFRESH, learning_rates
 from heads.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
+from heads.training.trainer import AUTHORS_LR_REFRESH, learning_rates
+from tests.support.stores.action_store import action_store
 
 NAMES = ["demo", "end-to-end", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
 

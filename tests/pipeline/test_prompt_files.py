@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_world import make_encoder
 
 from featstore.errors import UserError
 from pipeline.clip_encoder import Encoder, load_encoder
@@ -24,6 +23,7 @@ from pipeline.prompts import (
     read_templates,
     trained_prompt_set,
 )
+from tests.support.worlds.tiny_world import make_encoder
 
 CLASSES = ("kick", "kick ball", "sword")
 

@@ -11,16 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from golden_checks import golden_draw, gradient_error, tensor, whole_model
-from tiny_towers import CLASSES, DIM, DRAW, SIZE, class_embeddings, clips, tiny_model, tiny_tower
 
 from featstore.errors import UserError
-from heads.config import HeadConfig
 from heads.end_to_end import EndToEndModel
-from heads.losses import mote_loss
-from heads.model import build_head
-from heads.optimisation import TrainConfig, build_optimizer
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.losses import mote_loss
+from heads.methods.mote.model import build_head
+from heads.training.trainer import TrainConfig, build_optimizer
 from pipeline.clip_encoder import load_encoder
+from tests.support.golden.checks import golden_draw, gradient_error, tensor, whole_model
+from tests.support.worlds.tiny_towers import (
+    CLASSES,
+    DIM,
+    DRAW,
+    SIZE,
+    class_embeddings,
+    clips,
+    tiny_model,
+    tiny_tower,
+)
 
 KINDS = ("vit", "resnet", "coca", "timm")
 

@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_world import CLIP
 
 from featstore.errors import UserError, WorkError
-from heads.config import HeadConfig, RoutingDraw
 from heads.end_to_end import EndToEndModel
-from heads.end_to_end.checkpoint import BEST_FILE, restore_best, restore_state, save_best
-from heads.end_to_end.distributed import Ranks, contact, joined, sharded
-from heads.end_to_end.training import Finetuner
-from heads.finetune_config import FinetuneConfig
-from heads.model import build_head
-from heads.optimisation import build_optimizer, draw_generator, learning_rates
-from pipeline.clip_loader import ClipBatch, ClipFailure
-from pipeline.encoder_sources import build_model
+from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.sharding import Ranks, contact, joined, sharded
+from heads.end_to_end.state import BEST_FILE, restore_best, restore_state, save_best
+from heads.end_to_end.trainer import Finetuner
+from heads.methods.mote.config import HeadConfig, RoutingDraw
+from heads.methods.mote.model import build_head
+from heads.training.trainer import build_optimizer, draw_generator, learning_rates
+from pipeline.encoders.sources import build_model
+from pipeline.video_clips.loader import ClipBatch, ClipFailure
+from tests.support.worlds.tiny_world import CLIP
 
 CLASSES, DIM, FRAMES = 6, 32, 2
 CONFIG = FinetuneConfig(epochs=3, warmup_epochs=1, lr=1e-3, batch_size=4, frames=FRAMES)
@@ -220,7 +220,7 @@ def test_a_weight_that_is_no_number_is_never_saved(tmp_path: Path) -> None:
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heads.end_to_end.training.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("heads.end_to_end.trainer.CHECKPOINT_EVERY_S", 0.0)
     tuned = finetuner(tmp_path, Clips([batch(n, 1) for n in range(3)]))
     saves: list[int] = []
     original = tuned.save

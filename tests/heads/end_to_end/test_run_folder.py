@@ -11,23 +11,24 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_world import make_encoder
 
 from featstore.errors import UserError
-from heads.checkpoints import save_head
-from heads.config import HeadConfig, HeadOrigin
-from heads.end_to_end import EndToEndModel, publishing, run_folder
-from heads.end_to_end.distributed import Ranks
-from heads.end_to_end.publishing import blended_tower
+from heads.end_to_end import EndToEndModel, run_folder
+from heads.end_to_end import publish as publishing
+from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.publish import blended_tower
 from heads.end_to_end.run_folder import (
     open_run,
     read_failed_clips,
     starting_head,
     write_failed_clips,
 )
-from heads.finetune_config import FinetuneConfig
-from heads.model import build_head
+from heads.end_to_end.sharding import Ranks
+from heads.files.head_file import save_head
+from heads.methods.mote.config import HeadConfig, HeadOrigin
+from heads.methods.mote.model import build_head
 from pipeline.clip_encoder import load_encoder
+from tests.support.worlds.tiny_world import make_encoder
 
 SETTINGS: dict[str, Any] = {
     "mode": "finetune",

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_towers import DRAW, class_embeddings, clips, tiny_model
-from two_process_step import CASES
 
 from heads.end_to_end import TrainingStep
+from tests.support.processes.two_process_step import CASES
+from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,7 +45,7 @@ def test_no_samples_touch_every_parameter_and_change_none(routing: str) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    script = ROOT / "tests" / "two_process_step.py"
+    script = ROOT / "tests/support/processes/two_process_step.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, script, folder], env=environment, check=True, timeout=120)
     return folder

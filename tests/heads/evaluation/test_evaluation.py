@@ -9,18 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from action_store import ACTIONS, action_store
 from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore import Store, UserError
 from heads import HeadConfig, TemporalHead, TrainConfig, build_head, load_head, train_head
-from heads.evaluation.evaluating import evaluate_store
-from heads.evaluation.half_class import half_class_accuracy
-from heads.evaluation.plots import tradeoff_plot
-from heads.evaluation.protocols import TestSet, closeset_tests, views_of, zeroshot_tests
+from heads.evaluation.evaluate import evaluate_store
+from heads.evaluation.protocols.choose import TestSet, closeset_tests, views_of, zeroshot_tests
+from heads.evaluation.protocols.half_class import half_class_accuracy
 from heads.evaluation.results import EvalResult
-from heads.scoring import (
+from heads.reporting.figures import tradeoff_plot
+from heads.scoring.scores import (
     BlockScores,
     Scoring,
     fuse_views,
@@ -29,7 +28,8 @@ from heads.scoring import (
     topk,
     view_cosines,
 )
-from heads.view_summaries import ViewSummaries
+from heads.scoring.view_summaries import ViewSummaries
+from tests.support.stores.action_store import ACTIONS, action_store
 
 
 def evaluate(store: Store, head: TemporalHead | None, **changes: Any) -> EvalResult:

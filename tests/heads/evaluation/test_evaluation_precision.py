@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from action_store import action_store
 
-import heads.view_summaries
+import heads.scoring.view_summaries
 from featstore import Store, UserError
 from heads import EvalResult, HeadConfig, TemporalHead, TestSet, build_head, evaluate_store
-from heads.experts import ExpertFeedForward, quick_gelu
-from heads.scoring import BlockScores
+from heads.methods.mote.experts import ExpertFeedForward, quick_gelu
+from heads.scoring.scores import BlockScores
+from tests.support.stores.action_store import action_store
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_experts_are_merged_once_for_a_whole_evaluation(
 
     monkeypatch.setattr(ExpertFeedForward, "combine", counted)
     monkeypatch.setattr(ExpertFeedForward, "forward", seen)
-    monkeypatch.setattr(heads.view_summaries, "BATCH_FRAMES", 64)  # several batches
+    monkeypatch.setattr(heads.scoring.view_summaries, "BATCH_FRAMES", 64)  # several batches
     evaluate(store, lively_head(store), precision=precision)
     assert len(merges) == 2  # once for each layer
     assert len(passes) >= 8

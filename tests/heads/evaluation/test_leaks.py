@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from action_store import action_store
 
 from featstore import Store, UserError
 from heads import HeadConfig, TestSet, TrainConfig, train_head
 from heads.evaluation.leaks import require_disjoint, require_no_leak, trained_videos
-from heads.training_keys import KEYS_FILE, read_training_keys, write_training_keys
+from heads.training.training_keys import KEYS_FILE, read_training_keys, write_training_keys
+from tests.support.stores.action_store import action_store
 
 
 def train(store: Store, run: Path, kind: str = "mote") -> None:

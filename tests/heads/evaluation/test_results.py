@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from action_store import ACTIONS, action_store
 
 from featstore import WorkError
 from heads import EvalResult, RunFacts, TestSet, evaluate_store, save_result
-from heads.checkpoints import save_tensors
-from heads.evaluation.evaluating import pixels_text
+from heads.evaluation.evaluate import pixels_text
 from heads.evaluation.outcomes import read_outcomes
-from heads.evaluation.protocols import zeroshot_tests
+from heads.evaluation.protocols.choose import zeroshot_tests
 from heads.evaluation.results import RESULT_FORMAT, SplitDetail, run_facts
-from heads.imported_run import TOWER_FILE
+from heads.files.head_file import save_tensors
+from heads.files.imported_run import TOWER_FILE
+from tests.support.stores.action_store import ACTIONS, action_store
 
 FIELDS = {  # what explains the differences between published numbers
     *("protocol", "protocol_name", "source", "trained_on", "test_list", "n_listed", "n_found"),

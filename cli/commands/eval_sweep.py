@@ -1,0 +1,200 @@
+"""`--sweep` of `mote-cli eval`: many settings from one pass, and towers blended otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from featstore.errors import UserError, WorkError
+from featstore.workspace import Workspace
+
+if TYPE_CHECKING:
+    from heads.methods.mote.config import HeadConfig
+    from heads.scoring.scores import Scoring
+
+NEIGHBOURS: Final = "modulation-neighbours"
+TEMPERATURE: Final = "modulation-temperature"
+ENSEMBLE: Final = "ensemble"
+FUSION: Final = "fusion"
+BLEND: Final = "blend"
+NAMES: Final = (TEMPERATURE, NEIGHBOURS, ENSEMBLE, FUSION, BLEND)
+OFF: Final = ("none", "off")
+
+Values = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class BlendedRun:
+    """An imported head whose tower is blended with one share; None where there is none."""
+
+    share: float
+    run_dir: Path | None
+    remedy: str
+    """The command that makes what is missing."""
+
+
+def parse_sweeps(given: Sequence[str]) -> Values:
+    """{"ensemble": [0.0, 0.5]} from "ensemble=0,0.5"; UserError for what is not understood.
+
+    "fusion=all" are all fusions; "none" for modulation is 0, which turns it off.
+    """
+    values: Values = {}
+    for text in given:
+        name, equals, listed = text.partition("=")
+        words = [word.strip() for word in listed.split(",") if word.strip()]
+        if name not in NAMES or not equals or not words:
+            raise UserError(
+                f"--sweep {text!r} is not understood: write NAME=VALUE,VALUE with one of "
+                f"{', '.join(NAMES)}, for example --sweep ensemble=0,0.25,0.5"
+            )
+        if name in values:
+            raise UserError(f"--sweep {name} is given twice: write its values once, with commas")
+        values[name] = _distinct([value for word in words for value in _values(name, word)])
+    return values
+
+
+def settings(
+    config: HeadConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
+) -> list[Scoring]:
+    """The score settings of every combination of swept values, `fixed` where nothing is swept.
+
+    Combinations that come to the same (modulation off, of any neighbours) are there once.
+    UserError when a swept setting is fixed as well or does nothing to this head.
+    """
+    from heads.scoring.scores import Scoring
+
+    fields = {
+        TEMPERATURE: "temperature",
+        NEIGHBOURS: "neighbours",
+        ENSEMBLE: "ensemble",
+        FUSION: "fusion",
+    }
+    names = [name for name in fields if name in swept]
+    for name in names:
+        if fixed.get(fields[name]) is not None:
+            raise UserError(f"--sweep {name} and --{name} contradict each other: give one")
+        if name in (TEMPERATURE, NEIGHBOURS) and (config.kind == "mean" or not fixed["modulate"]):
+            raise UserError(f"--sweep {name} changes nothing without modulation: leave it out")
+    found: dict[tuple[object, ...], Scoring] = {}
+    for values in itertools.product(*(swept[name] for name in names)):
+        chosen = {fields[name]: value for name, value in zip(names, values, strict=True)}
+        chosen = {**fixed, **chosen}
+        scoring = Scoring.of_head(config, **{**chosen, "fusion": chosen["fusion"] or usual_fusion})
+        modulation = (scoring.neighbours, scoring.temperature) if scoring.modulate else ()
+        found.setdefault((scoring.fusion, scoring.ensemble, *modulation), scoring)
+    return list(found.values())
+
+
+def value_of(name: str, text: str | None) -> Any:
+    """The value of an option; "none" is 0, which turns modulation off. None where not given."""
+    if text is None:
+        return None
+    values = _values(name, text)
+    return values[0] if len(values) == 1 else list(values)
+
+
+def blended_runs(
+    place: Workspace, run_dir: Path, shares: Sequence[float], dataset: str
+) -> list[BlendedRun]:
+    """The runs of the tuned tower of `run_dir`, one per share of it in the tower that is used.
+
+    UserError when that run has no tower of its own.
+    """
+    own = _tuned(run_dir)
+    if own is None:
+        raise UserError(
+            f"{run_dir.name} has no tuned tower to blend with CLIP's: --sweep blend goes with "
+            "heads of import-checkpoint or finetune"
+        )
+    others = {run: _tuned(run) for run in (run_dir, *place.trained_runs())}
+    found = []
+    for share in shares:
+        same = [
+            run
+            for run, other in others.items()
+            if other is not None and other.tower == own.tower and other.blend == share
+        ]
+        if same:
+            remedy = f"`mote-cli extract --dataset {dataset} --encoder {same[0].name}`"
+        else:
+            name = f"{run_dir.name}-blend{round(100 * share):d}"
+            file, first = own.file, ""
+            if file is None:
+                file = f"{run_dir.name}.pt"
+                first = f"`mote-cli export {run_dir.name} --format official --out {file}`, then "
+            remedy = (
+                f"{first}`mote-cli import-checkpoint {file} --name {name} --blend {share:g}"
+                f"{own.options}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
+            )
+        found.append(BlendedRun(share, same[0] if same else None, remedy))
+    return found
+
+
+@dataclass(frozen=True)
+class _Tuned:
+    """The tuned tower of a run; its encoder is called as the run is."""
+
+    tower: str
+    """Told by its weights, before blending."""
+    blend: float
+    file: str | None
+    """Name of the checkpoint it was imported from; None for one that was tuned here."""
+    options: str
+    """What import-checkpoint is told of it, beside the share."""
+
+
+def _tuned(run_dir: Path) -> _Tuned | None:
+    from heads.files.imported_run import tower_facts, tower_hash
+
+    try:
+        value = json.loads((run_dir / "config.json").read_text())
+        facts = tower_facts(run_dir) or {}
+    except (OSError, ValueError, WorkError):
+        return None
+    imported = value.get("imported")
+    file, options = None, ""
+    if isinstance(imported, dict):
+        facts, file = imported, str(imported.get("file") or "FILE")
+        if imported.get("clip"):
+            options = f" --clip {imported['clip']}"
+    elif facts:
+        told = {"clip": value["data"]["encoder"], "frames": value["data"]["frames"]}
+        told["attention-heads"] = value["head"]["attention_heads"]
+        options = "".join(f" --{name} {given}" for name, given in told.items())
+    if facts.get("blend") is None:
+        return None
+    tower = tower_hash(run_dir) or str(facts.get("sha256") or run_dir.name)
+    return _Tuned(tower, float(facts["blend"]), file, options)
+
+
+def _values(name: str, word: str) -> Sequence[Any]:
+    if name == FUSION:
+        from heads.scoring.scores import Fusion
+
+        known = get_args(Fusion)
+        if word == "all":
+            return known
+        if word not in known:
+            raise UserError(f"fusion {word!r} is unknown: choose one of {', '.join(known)} or all")
+        return [word]
+    if word in OFF and name in (TEMPERATURE, NEIGHBOURS):
+        return [0]
+    try:
+        value = int(word) if name == NEIGHBOURS else float(word)
+    except ValueError:
+        kind = "whole number" if name == NEIGHBOURS else "number"
+        raise UserError(f"{name} {word!r} is no {kind}: give one from 0 up") from None
+    if not 0 <= value < float("inf") or (name == BLEND and value > 1):
+        raise UserError(
+            f"{name} {word} is out of range: give a number from 0 "
+            f"{'to 1' if name in (BLEND, ENSEMBLE) else 'up'}"
+        )
+    return [value]
+
+
+def _distinct(values: Sequence[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))

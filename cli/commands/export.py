@@ -1,0 +1,87 @@
+"""`mote-cli export`: a head for use elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import options
+from cli.output import print_facts, print_json
+from featstore.errors import UserError
+
+FORMATS = ("safetensors", "onnx", "official")
+
+
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of a trained or imported head.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="safetensors|onnx|official",
+            help="safetensors and onnx: experts merged into one feed-forward; official: what the "
+            "released MoTE code loads.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")],
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            "--encoder",
+            metavar="SPEC",
+            help="Tower for the official format, where the head's own is not found by its name.",
+        ),
+    ] = None,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Write a head as one file for other programs; an existing file is replaced.
+
+    The official format also holds the image tower: that of an imported or fine-tuned run as it was
+    trained, to the bit, or the encoder the head was trained with.
+
+    Example: `mote-cli export first --format onnx --out first.onnx`
+    """
+    from heads.compatibility import check_encoder
+    from heads.files.head_file import describe_run
+    from heads.files.imported_run import imported_tower
+    from heads.files.official import save_official_checkpoint
+    from heads.files.portable import save_merged_head, save_onnx
+    from pipeline.clip_encoder import fingerprint
+    from pipeline.encoders.tuned import original_clip, tower_of
+
+    if format not in FORMATS:
+        raise UserError(f"format {format!r} is unknown: choose one of {', '.join(FORMATS)}")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: --out takes the file to write")
+    workspace = options.workspace(root)
+    head, run_dir = options.head(workspace, run)
+    if head is None:
+        raise UserError(f"{run} means the mean of frames, which has nothing to export")
+    if format == "safetensors":
+        save_merged_head(head, out)
+    elif format == "onnx":
+        save_onnx(head, out)
+    else:
+        found = imported_tower(run_dir)
+        if found is None:
+            origin = head.origin
+            spec = encoder or (None if origin is None else origin.encoder)
+            if spec is None:
+                raise UserError(f"run {run} does not say its encoder: name it with --encoder SPEC")
+            try:
+                clip = original_clip(spec, workspace.root / "encoders")
+            except UserError as error:
+                raise UserError(f"run {run}: {error}; name its encoder with --encoder") from error
+            if origin is not None:
+                check_encoder(origin, spec, fingerprint(clip.model, clip.model_config))
+            found = tower_of(clip), max(0, describe_run(run_dir)["epochs_done"] - 1)
+        save_official_checkpoint(out, head, *found)
+    name = workspace.head_name(run_dir)
+    summary = {"run": name, "format": format, "file": str(out), "bytes": out.stat().st_size}
+    if json:
+        print_json(summary)
+    else:
+        print_facts({"file": f"{out} ({summary['bytes']} bytes)", "head": name})

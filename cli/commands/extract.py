@@ -1,0 +1,320 @@
+"""`mote-cli extract`: tars through a frozen CLIP into a feature store."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import options
+from cli.output import print_facts, print_json, progress_of
+from featstore.errors import UserError
+from featstore.remote.urls import is_url
+
+if TYPE_CHECKING:
+    from featstore.format.tiers import Tier
+    from pipeline.extraction.cluster.connection import Cluster
+    from pipeline.extraction.estimate import Estimate
+    from pipeline.extraction.plan import ExtractionSummary
+
+
+def extract(
+    dataset: options.Dataset,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split", metavar="NAME", help="Only the tars of this split (disjoint splits only)."
+        ),
+    ] = None,
+    encoder: options.Encoder = options.DEFAULT_ENCODER,
+    sampling: Annotated[
+        str,
+        typer.Option(
+            "--sampling",
+            metavar="uniform:F|clips:TxV",
+            help="F frames over the whole video, or V clips of T frames each.",
+        ),
+    ] = "uniform:16",
+    tier: Annotated[
+        str,
+        typer.Option(
+            "--tier",
+            metavar="embeddings|frames|tokens:K",
+            help="What is kept of every frame: its pooled embedding, its pixels after resize and "
+            "crop, or all tokens of block K of the image tower, counted from 0.",
+        ),
+    ] = "embeddings",
+    crops: Annotated[
+        int, typer.Option("--crops", metavar="1|3", help="Centre, or three along the long side.")
+    ] = 1,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--prompts",
+            metavar="SET|FILE.txt",
+            help="Sentences for class names: mote28 (default), name, video, or a file with one "
+            "sentence per line and {} for the class name. May be repeated.",
+        ),
+    ] = None,
+    descriptions: options.Descriptions = None,
+    prompt_set_name: options.PromptSetName = None,
+    precision: options.Precision = "auto",
+    device: options.Device = "auto",
+    decoder: Annotated[
+        str,
+        typer.Option(
+            "--decoder",
+            metavar="auto|pyav|dali",
+            help="What decodes the videos: pyav on the CPU, dali on the GPU (docs/gpu.md); auto "
+            "takes dali where --device is a GPU that can.",
+        ),
+    ] = "auto",
+    strict_decode: Annotated[
+        bool | None,
+        typer.Option(
+            "--strict-decode/--no-strict-decode",
+            help="Fail videos with any sign of damage, or pass over damage and count it; default: "
+            "fail those whose damage the H.264 and HEVC decoders notice.",
+            show_default=False,
+        ),
+    ] = None,
+    partition: Annotated[
+        str,
+        typer.Option(
+            "--partition",
+            metavar="K/N|all|auto",
+            help="Do every N-th tar only, so that N processes share the work; auto takes K and N "
+            "from torchrun's or SLURM's environment variables.",
+        ),
+    ] = "auto",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Do tars with failed videos once more.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only say what would be done, and how long that may take; no store."
+        ),
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="Threads (of each Ray worker); default: one per core."
+        ),
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", metavar="local|ray", help="This process, or workers of a Ray cluster."
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="HOST:PORT|auto|local",
+            help="The Ray cluster; default: that of RAY_ADDRESS, else one on this machine for this "
+            "command.",
+        ),
+    ] = None,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(
+            "--ray-workers",
+            metavar="N",
+            min=1,
+            help="Ray workers; default: one per machine, or per GPU with --gpus-per-worker.",
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[
+        int | None,
+        typer.Option(
+            "--cpus-per-worker", metavar="N", min=1, help="CPUs and threads of a Ray worker."
+        ),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-worker",
+            metavar="N",
+            min=0,
+            help="GPUs of a Ray worker, such as 1 or 0.5; default: none, 1 with --device cuda.",
+        ),
+    ] = None,
+    max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="DIR|URL",
+            help="The store to write, such as s3://BUCKET/my-clips.zarr; default: under --root.",
+        ),
+    ] = None,
+    root: options.RootOrUrl = str(options.DEFAULT_ROOT),
+    json: options.Json = False,
+) -> None:
+    """Decode, preprocess and encode every video once; features land in a Zarr store.
+
+    Interrupt it whenever you like: at most the tars in flight are lost, and the same command goes
+    on. Videos that fail keep their row with the reason.
+
+    --root and --store may be on S3-compatible storage (extra `cloud`; credentials from the
+    environment only): docs/cloud.md.
+
+    Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
+    """
+    # Nothing here imports torch: a finished store is recognised without it.
+    from featstore.format.tiers import Tier
+    from pipeline.descriptions import prompt_sets_from
+    from pipeline.encoders.specs import encoder_label
+    from pipeline.extraction.plan import ExtractionRequest, Share
+    from pipeline.extraction.run import extract as run
+    from pipeline.sampling import parse_sampling
+
+    wanted = Tier.parse(tier)
+    cluster = _cluster(engine, device, address, ray_workers, cpus_per_worker, gpus_per_worker)
+    if cluster is not None and partition == "auto":
+        partition = "all"  # the cluster is the one that shares the work out
+    # Under a URL lies what would lie under the folder; encoders are sought on this machine.
+    remote = is_url(root)
+    workspace = options.workspace(Path() if remote else Path(root))
+    encoders = (options.DEFAULT_ROOT if remote else workspace.root) / "encoders"
+    chosen = parse_sampling(sampling)
+    store_path = workspace.store_path(
+        dataset,
+        encoder=encoder_label(encoder, encoders),
+        sampling=chosen.text,
+        crops=crops,
+        split=split,
+        tier=wanted.text,
+    )
+
+    def place(path: Path) -> Path | str:
+        return f"{root.rstrip('/')}/{path.as_posix()}" if remote else path
+
+    request = ExtractionRequest(
+        dataset_dir=place(workspace.dataset_dir(dataset)),
+        store_path=place(store_path) if store is None else store if is_url(store) else Path(store),
+        encoder=encoder,
+        sampling=chosen,
+        encoders_dir=encoders,
+        split=split,
+        crops=crops,
+        precision=precision,
+        device=options.known_device(device),
+        decoder=decoder,
+        strict="auto" if strict_decode is None else "always" if strict_decode else "never",
+        prompt_sets=prompt_sets_from(
+            prompts or ([] if descriptions else [options.DEFAULT_PROMPTS]),
+            descriptions or [],
+            prompt_set_name,
+        ),
+        workers=workers,
+        max_failures=max_failures,
+        share=Share.parse(partition),
+        retry_failed=retry_failed,
+        tier=wanted,
+    )
+    if dry_run:
+        from pipeline.extraction.estimate import estimate
+
+        with progress_of("sample", "videos") as progress:
+            _print_estimate(estimate(request, progress=progress), json)
+        return
+    with progress_of("extract", "videos") as progress:
+        summary = run(request, cluster=cluster, progress=progress)
+    _print_summary(summary, json, _following(summary, wanted, split, store, root))
+    raise typer.Exit(
+        options.exit_code(
+            summary.rows_failed,
+            summary.rows_ok + summary.rows_failed,
+            max_failures,
+            "the summary lists the first reasons"
+            if is_url(summary.store)
+            else f"`mote-cli inspect {summary.store}` lists the reasons",
+        )
+    )
+
+
+def _cluster(
+    engine: str,
+    device: str,
+    address: str | None,
+    workers: int | None,
+    cpus_per_worker: int | None,
+    gpus_per_worker: float | None,
+) -> Cluster | None:
+    """The cluster that the options speak of; None for this process."""
+    if engine == "local":
+        rays = {
+            "--address": address,
+            "--ray-workers": workers,
+            "--cpus-per-worker": cpus_per_worker,
+            "--gpus-per-worker": gpus_per_worker,
+        }
+        for name, value in rays.items():
+            if value is not None:
+                raise UserError(f"{name} {value} is for clusters: add --engine ray")
+        return None
+    if engine != "ray":
+        raise UserError(f"engine {engine!r} is unknown: choose local or ray")
+    from pipeline.extraction.cluster.connection import Cluster
+
+    gpus = gpus_per_worker if gpus_per_worker is not None else float(device == "cuda")
+    if (device == "cuda" and not gpus) or (device == "cpu" and gpus):
+        raise UserError(
+            f"--device {device} and --gpus-per-worker {gpus:g} do not fit together: workers use "
+            "GPUs when they are given some"
+        )
+    return Cluster(address, workers, cpus_per_worker, gpus)
+
+
+def _print_summary(summary: ExtractionSummary, json: bool, following: str) -> None:
+    if json:
+        print_json(summary.to_json())
+        return
+    notes = {
+        "damaged": (summary.rows_damaged, "videos had damaged packets that were passed over"),
+        "miscounted": (summary.rows_miscounted, "containers speak of another number of frames"),
+        "missing": (summary.partitions_missing, "tars are not done yet"),
+    }
+    facts: dict[str, object] = {
+        "store": summary.store,
+        "rows": f"{summary.rows_ok} ok, {summary.rows_failed} failed",
+        "tars": f"{summary.partitions_done} done now, {summary.partitions_skipped} before"
+        + (f" (partition {summary.partition})" if summary.partition else ""),
+        **{name: f"{count} {what}" for name, (count, what) in notes.items() if count},
+    }
+    if summary.seconds:
+        facts["speed"] = (
+            f"{summary.videos_per_second:.2f} videos/s, {summary.frames_per_second:.1f} frames/s "
+            f"({summary.precision}, {summary.decoder})"
+        )
+    failed = {f"failed: {f['key']}": f["reason"] for f in summary.failures}
+    print_facts(facts | failed | {"next": following})
+
+
+def _following(
+    summary: ExtractionSummary, tier: Tier, split: str | None, store: str | None, root: str
+) -> str:
+    """The command to type next."""
+    local = store is not None and not is_url(store)  # heads look under --root only
+    if local or not tier.pooled:
+        return f"mote-cli inspect {shlex.quote(summary.store)}"
+    if is_url(summary.store):
+        return f"mote-cli train-head --dataset {summary.dataset} --store {summary.store}"
+    if split in (None, "train"):
+        command = f"mote-cli train-head --dataset {summary.dataset}"
+    else:
+        command = f"mote-cli eval --closeset {summary.dataset} --split {split}"
+    return command + options.same_root(root)
+
+
+def _print_estimate(plan: Estimate, json: bool) -> None:
+    if json:
+        print_json(plan.to_json())
+    else:
+        print_facts(plan.facts())
+    plan.require_room()

@@ -1,0 +1,130 @@
+"""`mote-cli protocols`: what each named protocol measures, from the objects `eval` runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import options
+from cli.output import print_facts, print_json, print_table, results
+
+if TYPE_CHECKING:
+    from heads.evaluation.comparing.published import Published
+    from heads.evaluation.protocols.protocol import Protocol
+
+app = typer.Typer(
+    rich_markup_mode="markdown",
+    help=(
+        "The named evaluation protocols: what they train on, test, count and report, and how what "
+        "is run here differs from the papers.\n\n"
+        "Example: `mote-cli protocols show ucf101-zeroshot-3splits`"
+    ),
+)
+
+
+@app.command("list")
+def list_protocols(json: options.Json = False) -> None:
+    """List the protocols that `mote-cli eval --protocol` takes.
+
+    Example: `mote-cli protocols list`
+    """
+    from heads.evaluation.protocols.choose import PROTOCOLS
+
+    protocols = list(PROTOCOLS.values())
+    if json:
+        print_json({"protocols": [protocol.to_json() for protocol in protocols]})
+        return
+    print_table(
+        "",
+        ["protocol", "tests", "videos", "views", "fusion"],
+        [
+            [
+                protocol.name,
+                protocol.title,
+                _counts(protocol),
+                ", ".join(protocol.views) or "any",
+                protocol.fusion,
+            ]
+            for protocol in protocols
+        ],
+    )
+
+
+@app.command("show")
+def show_protocol(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a protocol.")],
+    json: options.Json = False,
+) -> None:
+    """Show everything two results of a protocol must share, and how ours differ from the papers.
+
+    Example: `mote-cli protocols show ucf101-zeroshot-3splits`
+    """
+    from heads.evaluation.comparing.published import published_of
+    from heads.evaluation.protocols.choose import protocol_named
+
+    protocol = protocol_named(name)
+    published = published_of(name)
+    if json:
+        print_json({**protocol.to_json(), "published": [figure.to_json() for figure in published]})
+        return
+    print_facts(
+        {
+            protocol.name: protocol.title,
+            "data set": protocol.dataset or "any",
+            "trained on": protocol.trained_on,
+            "test list": protocol.test_list,
+            "classes": protocol.n_classes or "those of the data set",
+            "views": ", ".join(protocol.views) or "any",
+            "prompts": protocol.prompts,
+            "fusion": protocol.fusion,
+            "metric": protocol.metric,
+            "spread": protocol.spread,
+            "source": protocol.source,
+        }
+    )
+    for heading, lines in (
+        (
+            "published counts of videos",
+            [f"{_named(e.counts)}: {e.source}" for e in protocol.expected],
+        ),
+        ("differences from the papers", protocol.differences),
+        ("published figures, in per cent", [_figure(figure) for figure in published]),
+    ):
+        if lines:
+            results.print(heading)
+            for line in lines:
+                results.print(f"  - {line}", markup=False)
+
+
+def _figure(figure: Published) -> str:
+    """One line with all that is known of a published figure."""
+    value = f"{figure.value:g}" + ("" if figure.std is None else f" +- {figure.std:g}")
+    measure = "" if figure.measure == "top1" else f"{figure.measure} "
+    told = {
+        "shots": figure.shots,
+        "views": figure.views,
+        "frames": figure.frames,
+        "prompts": figure.prompts,
+        "fusion": figure.fusion,
+        "videos": figure.videos,
+    }
+    known = ", ".join(f"{name} {value}" for name, value in told.items() if value)
+    said = f" ({known})" if known else ""
+    return (
+        f"{figure.method} {figure.backbone}: {measure}{value}{said}; {figure.source} "
+        f"({figure.sure}){f'; {figure.note}' if figure.note else ''}"
+    )
+
+
+def _named(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+
+
+def _counts(protocol: Protocol) -> str:
+    """The first published counts, for the table."""
+    if not protocol.expected:
+        return "-"
+    shown = " / ".join(f"{count:,}" for count in protocol.expected[0].counts.values())
+    return shown + (" or others" if len(protocol.expected) > 1 else "")

@@ -1,0 +1,367 @@
+"""`mote-cli store ...`: stores that grow, join, shrink, and leave for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import options
+from cli.output import print_facts, print_json, print_table, progress_of
+from featstore.errors import UserError
+from featstore.workspace import STORE_SUFFIX
+
+app = typer.Typer(
+    rich_markup_mode="markdown",
+    help=(
+        "Let a store grow, join stores, rewrite them smaller, or hand their rows to other "
+        "programs.\n\n"
+        "A store is named by its path, or by its name under `features/` of the workspace.\n\n"
+        "Example: `mote-cli store export my-store --to parquet --out my-rows`"
+    ),
+)
+
+# Every option of these commands, each defined once; those that other commands have, too, are in
+# `cli.options`.
+StorePath = Annotated[
+    str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
+]
+StorePaths = Annotated[
+    list[str],
+    typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
+]
+OutStore = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        metavar="STORE",
+        help="Path of the new store; must not exist. `train-head` and `eval` find it under "
+        "features/NAME/ of the workspace, NAME being the `--dataset` that they are given.",
+    ),
+]
+OutFolder = Annotated[
+    Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
+]
+Packed = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        metavar="NAME|DIR",
+        help="The store's data set, packed again with more tars: its name or folder.",
+    ),
+]
+TextEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        metavar="SPEC",
+        help="Where the store's encoder is, when it is not found by its recorded name.",
+    ),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prompts",
+        metavar="SET|FILE.txt",
+        help="Sentences for class names: mote28, name, video, or a file with one sentence per "
+        "line and {} for the class name. May be repeated.",
+    ),
+]
+PrefixKeys = Annotated[
+    bool, typer.Option("--prefix-keys", help="Put the data set's name before every key.")
+]
+ExportFormat = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="safetensors|parquet|npy",
+        help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
+    ),
+]
+OnlyClasses = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        metavar='"A,B"',
+        help="Only videos of these classes; a name with a comma goes in quotes, '\"a, b\",c'.",
+    ),
+]
+RowsPerFile = Annotated[
+    int | None,
+    typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
+]
+Codec = Annotated[
+    str,
+    typer.Option(
+        "--codec",
+        metavar="none|zstd|lz4",
+        help="none is fastest to read; zstd is smallest, lz4 quicker.",
+    ),
+]
+
+
+@app.command("add-tars")
+def add_tars(
+    store: StorePath,
+    dataset: Packed,
+    encoder: TextEncoder = None,
+    device: options.Device = "auto",
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Give a store the new tars of its data set; `extract` then does just those.
+
+    The earlier tars must be unchanged. New classes and splits may come at the end of the lists;
+    the texts of new classes are computed with the store's encoder.
+
+    Example: `mote-cli store add-tars my-store --dataset my-clips`
+    """
+    from featstore.checking.repair_command import repair_command
+    from featstore.format.metadata import read_metadata
+    from pipeline.extraction.grow import add_tars as run
+    from pipeline.tars.dataset import DATASET_FILE
+
+    workspace, path = options.workspace(root), options.store_path(root, store)
+    folder = Path(dataset)
+    if not (folder / DATASET_FILE).is_file():
+        folder = workspace.dataset_dir(dataset)
+    grown = run(
+        path,
+        folder,
+        encoder=encoder,
+        encoders_dir=workspace.root / "encoders",
+        device=options.known_device(device),
+    )
+    if json:
+        print_json(grown.to_json())
+        return
+    print_facts(
+        {
+            "store": grown.store,
+            "tars": f"{grown.tars}, {grown.tars_added} of them new",
+            "rows": f"{grown.rows}, {grown.rows_added} of them new",
+            "new classes": grown.classes_added,
+            "next": f"{repair_command(path, read_metadata(path))} (does {grown.pending} tars)"
+            if grown.pending
+            else "nothing to extract",
+        }
+    )
+
+
+@app.command("merge")
+def merge(
+    stores: StorePaths,
+    out: OutStore,
+    prefix_keys: PrefixKeys = False,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Make one store of several that were made alike from different data sets.
+
+    Classes and splits are united by name. Features are linked where they can be, so that the new
+    store takes little room on the same disk.
+
+    Example: `mote-cli store merge first.zarr second.zarr --out both.zarr`
+    """
+    from featstore.rewriting.merge import merge as run
+
+    paths = [options.store_path(root, store) for store in stores]
+    with progress_of("merge", "tars") as progress:
+        merged = run(paths, out, prefix_keys=prefix_keys, progress=progress)
+    if json:
+        print_json(merged.to_json())
+        return
+    print_facts(
+        {
+            "store": merged.store,
+            "tars": f"{merged.tars}, {merged.tars_linked} linked",
+            "rows": merged.rows,
+            "classes": merged.classes,
+            "splits": ", ".join(merged.splits) or "none",
+            "class texts": ", ".join(merged.prompt_sets) or "none",
+            "next": _use(out),
+        }
+    )
+
+
+@app.command("export")
+def export(
+    store: StorePath,
+    to: ExportFormat,
+    out: OutFolder,
+    split: options.Split = None,
+    classes: OnlyClasses = None,
+    rows_per_file: RowsPerFile = None,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Write rows as files of other programs; the folder appears when it is complete.
+
+    Videos that failed have no features: they are left out, counted, and named in export.json.
+
+    Example: `mote-cli store export my-store --to safetensors --split val --out my-rows`
+    """
+    from featstore.rewriting.export import export as run
+    from pipeline.extraction.plan import in_bytes
+
+    with progress_of("export", "rows") as progress:
+        exported = run(
+            options.store_path(root, store),
+            out,
+            to,
+            split=split,
+            classes=None if classes is None else options.class_list(classes),
+            rows_per_file=rows_per_file,
+            progress=progress,
+        )
+    if json:
+        print_json(exported.to_json())
+        return
+    print_facts(
+        {
+            "folder": exported.folder,
+            "rows": f"{exported.rows}, {exported.failed_left_out} failed left out",
+            "files": f"{exported.files} ({in_bytes(exported.bytes)} in all)",
+        }
+    )
+
+
+@app.command("convert")
+def convert(
+    store: StorePath,
+    codec: Codec,
+    out: OutStore,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Rewrite a store with its features compressed or not; every number stays the same.
+
+    Example: `mote-cli store convert my-store --codec zstd --out small.zarr`
+    """
+    from featstore.rewriting.convert import convert as run
+
+    with progress_of("convert", "tars") as progress:
+        converted = run(options.store_path(root, store), out, codec, progress=progress)
+    if json:
+        print_json(converted.to_json())
+        return
+    print_facts(
+        {
+            "store": converted.store,
+            "rows": converted.rows,
+            "features": _sizes(converted.bytes_before, converted.bytes_after),
+            "next": _use(out),
+        }
+    )
+
+
+@app.command("quantize")
+def quantize(
+    store: StorePath,
+    out: OutStore,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Rewrite a store with int8 features, half the size, and print what that costs.
+
+    The cost is measured on the store's own rows: how far each frame's embedding turns, and how
+    often CLIP's mean of frames answers the same.
+
+    Example: `mote-cli store quantize my-store --out half.zarr`
+    """
+    from featstore.rewriting.quantize import quantize as run
+
+    with progress_of("quantize", "tars") as progress:
+        quantised = run(options.store_path(root, store), out, progress=progress)
+    if json:
+        print_json(quantised.to_json())
+        return
+    print_facts(
+        {
+            "store": quantised.store,
+            "rows": quantised.rows,
+            "features": _sizes(quantised.bytes_before, quantised.bytes_after),
+            "cosine error": f"mean {quantised.cosine_error_mean:.2e}, "
+            f"largest {quantised.cosine_error_max:.2e}",
+            **({} if quantised.agreement else {"accuracy": "not measured: no class texts"}),
+            "next": _use(out),
+        }
+    )
+    if not quantised.agreement:
+        return
+    print_table(
+        "CLIP, mean of frames",
+        ["class texts", "same answer %", "top-1 % float16", "top-1 % int8"],
+        [
+            [a.prompt_set, *(f"{x:.2f}" for x in (a.agreement, a.top1_float16, a.top1_int8))]
+            for a in quantised.agreement
+        ],
+    )
+
+
+@app.command("add-texts")
+def add_texts(
+    store: StorePath,
+    prompts: Prompts = None,
+    descriptions: options.Descriptions = None,
+    prompt_set_name: options.PromptSetName = None,
+    encoder: TextEncoder = None,
+    device: options.Device = "auto",
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Add the class texts of another prompt set; no feature is touched.
+
+    Example: `mote-cli store add-texts my-store --prompts video`
+    """
+    from pipeline.descriptions import prompt_sets_from
+    from pipeline.extraction.grow import add_texts as run
+    from pipeline.prompts import prompt_sets_of
+
+    path = options.store_path(root, store)
+    prompt_sets = prompt_sets_of(
+        prompt_sets_from(prompts or [], descriptions or [], prompt_set_name)
+    )
+    if not prompt_sets:
+        raise UserError("add-texts needs --prompts SET|FILE.txt or --descriptions FILE.json")
+    added = {
+        prompt_set.name: run(
+            path,
+            prompt_set,
+            encoder=encoder,
+            encoders_dir=options.workspace(root).root / "encoders",
+            device=options.known_device(device),
+        )
+        for prompt_set in prompt_sets
+    }
+    names = list(added)
+    if json:
+        summary: dict[str, Any] = {"store": str(path), "prompts": ", ".join(names)}
+        print_json({**summary, "added": any(added.values()), "prompt_sets": added})
+    else:
+        state = {True: "added", False: "were there already"}
+        states = ", ".join(f"{name} {state[new]}" for name, new in added.items())
+        print_facts({"store": path, "class texts": states})
+
+
+def _sizes(before: int, after: int) -> str:
+    from pipeline.extraction.plan import in_bytes
+
+    share = f"{100 * after / max(before, 1):.1f} %"
+    return f"{in_bytes(before)} before, {in_bytes(after)} after ({share})"
+
+
+def _use(store: Path) -> str:
+    """What a new store is good for where it lies."""
+    from featstore.format.metadata import read_metadata
+
+    name = store.absolute().parent.name
+    if store.suffix != STORE_SUFFIX or store.absolute().parents[1].name != "features":
+        return (
+            "train-head and eval take stores at features/NAME/*.zarr of the workspace: move it "
+            "there to use it"
+        )
+    if not read_metadata(store).schema.pooled:
+        return f"mote-cli inspect {store}"
+    return f"mote-cli train-head --dataset {name} --store {store.stem}"

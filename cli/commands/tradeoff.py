@@ -1,0 +1,134 @@
+"""`mote-cli tradeoff`: known classes against new ones, one row per head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import options
+from cli.commands.compare import evaluated_runs
+from cli.output import print_json, print_table, results, warn
+from featstore.errors import UserError
+
+if TYPE_CHECKING:
+    from heads.evaluation.comparing.tradeoff import Tradeoff
+
+FIGURE = "tradeoff.png"
+
+
+def tradeoff(
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Names of runs; default: all that have results."),
+    ] = None,
+    closeset: Annotated[
+        str | None,
+        typer.Option(
+            "--closeset",
+            metavar="NAME",
+            help="Data set or protocol of the known classes; default: k400, or the only one.",
+        ),
+    ] = None,
+    zeroshot: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--zeroshot",
+            metavar="NAME,...",
+            help="Data sets or protocols of new classes; default: ucf101, hmdb51 and k600 where "
+            "there are results on them, else all that have some.",
+        ),
+    ] = None,
+    allow_mixed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-mixed", help="Show heads together whose results are not of one protocol."
+        ),
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Plot, .png or .svg; default: under --root."),
+    ] = None,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Collect the newest results of several heads: close-set, zero-shot, and the trade-off score.
+
+    The zero-shot column is the harmonic mean of the sets, the score the harmonic mean of it and
+    the close-set accuracy, both from unrounded numbers.
+
+    Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
+    """
+    from heads.evaluation.comparing.tradeoff import collect, is_scored
+    from heads.reporting.figures import tradeoff_plot
+
+    workspace = options.workspace(root)
+    known = {path.name: path for path in evaluated_runs(workspace)}
+    unknown = [name for name in runs or [] if name not in known]
+    if unknown:
+        raise UserError(
+            f"run {unknown[0]!r} has no results (with results are: {', '.join(known) or 'none'}): "
+            f"`mote-cli eval --closeset NAME --head {unknown[0]}` makes them"
+        )
+    names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
+    table = collect(
+        [known[name] for name in dict.fromkeys(runs)]
+        if runs
+        else [run for run in known.values() if is_scored(run)],
+        closeset=closeset,
+        zeroshot=names,
+        allow_mixed=allow_mixed,
+    )
+    figure = out or workspace.root / FIGURE
+    tradeoff_plot(
+        [
+            {**row.to_json(), "head": " ".join((row.head, *row.setting.changes))}
+            for row in table.rows
+            if row.complete
+        ],
+        figure,
+        closeset=f"{table.closeset} close-set",
+        zeroshot=_zeroshot_title(table),
+    )
+    if json:
+        print_json({**table.to_json(), "figure": str(figure)})
+        return
+    _print(table)
+    for line in table.mixed:
+        warn(f"not of one protocol: {line}")
+    for line in (*table.unknown, *table.missing):
+        warn(line)
+    results.print(f"plot {figure}", markup=False)
+
+
+def _zeroshot_title(table: Tradeoff) -> str:
+    if len(table.zeroshot) == 1:
+        return f"{table.zeroshot[0]} zero-shot"
+    return f"harmonic mean of {', '.join(table.zeroshot)} zero-shot"
+
+
+def _print(table: Tradeoff) -> None:
+    several = len(table.zeroshot) > 1
+    print_table(
+        f"Close-set {table.closeset} against zero-shot {', '.join(table.zeroshot)}: top-1 in "
+        "per cent",
+        ["head", "modulation, settings", table.closeset, *table.zeroshot]
+        + (["harmonic mean"] if several else [])
+        + ["trade-off"],
+        [
+            [
+                row.head,
+                row.setting.text,
+                _shown(row.closeset_top1),
+                *(_shown(None if result is None else result.top1) for result in row.zeroshot),
+                *([_shown(row.zeroshot_top1)] if several else []),
+                _shown(row.score),
+            ]
+            for row in table.rows
+        ],
+    )
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,179 @@
+"""`mote-cli train-head`: a temporal head from a feature store."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli import options
+from cli.output import print_facts, print_json, progress_of
+from featstore.errors import UserError
+
+
+def train_head(
+    dataset: options.OptionalDataset = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo, "
+            "end-to-end) or from a TOML file; options given beside it win.",
+        ),
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            "--head",
+            metavar="mote|transformer|mean",
+            help="Mixture of temporal experts, the plain transformer, or no parameters at all; "
+            "default: the recipe's.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", metavar="RUN", help="Name of the run; default: DATASET-HEAD."),
+    ] = None,
+    split: options.Split = None,
+    sampling: options.StoreSampling = None,
+    store_name: options.StoreName = None,
+    prompts: options.PromptSet = None,
+    epochs: options.Epochs = None,
+    warmup_epochs: options.WarmupEpochs = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Videos per step.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the head.")] = None,
+    weight_decay: options.WeightDecay = None,
+    frames: options.TrainedFrames = None,
+    layers: options.Layers = None,
+    experts: options.Experts = None,
+    seed: options.TrainingSeed = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", metavar="auto|fp32|bf16", help="Arithmetic of training."),
+    ] = None,
+    device: options.Device = "auto",
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots", metavar="K", min=1, help="Train on K videos of each class, drawn by key."
+        ),
+    ] = None,
+    draw_seed: Annotated[
+        int, typer.Option("--draw-seed", metavar="S", min=0, help="Which draw of --shots.")
+    ] = 1,
+    classes: Annotated[
+        str,
+        typer.Option(
+            "--classes",
+            metavar="all|base|novel",
+            help="Train on all classes, or on the half with more (base) or fewer training videos.",
+        ),
+    ] = "all",
+    repeat: Annotated[
+        str,
+        typer.Option(
+            "--repeat",
+            metavar="N|full",
+            help="Have every video N times in an epoch; full: until they are as many as all.",
+        ),
+    ] = "1",
+    from_head: Annotated[
+        str | None,
+        typer.Option("--from-head", metavar="RUN", help="Start from this head's weights."),
+    ] = None,
+    resume: options.Resume = False,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Train a head on stored features; the encoder is not run again.
+
+    A recipe holds every setting of head and training (docs/recipes.md); the default one is the
+    paper's ViT-B/16 head for a frozen encoder. A run that was interrupted goes on with --resume,
+    bit for bit as if it had not been.
+
+    Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
+    """
+    from heads.compatibility import check_fits
+    from heads.recipes import DEFAULT_RECIPE, load_recipe
+    from heads.training.shots import choose_training_set
+    from heads.training.train_head import train_head as run
+    from heads.training.train_head import training_rows
+
+    workspace = options.workspace(root)
+    if name == options.MEAN_HEAD:
+        raise UserError(
+            f"--name {name}: --head {name} means no head in other commands; use another name"
+        )
+    settings = load_recipe(recipe or DEFAULT_RECIPE)
+    training = settings.train_config(
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        frames=frames,
+        seed=seed,
+        precision=precision,
+    )
+    chosen = workspace.choose_dataset(dataset)
+    split = split or workspace.default_split(chosen, ("train",))
+    store = workspace.choose_store(chosen, split=split, sampling=sampling, name=store_name)
+    initial, initial_run = None, None
+    if from_head is not None:
+        if (head, layers, experts) != (None, None, None):
+            raise UserError(
+                "--from-head brings its own shape: leave --head, --layers and --experts out"
+            )
+        initial, initial_run = options.head(workspace, from_head)
+        if initial is None:
+            raise UserError("--from-head mean: the mean of frames has no weights to start from")
+        check_fits(initial, store)
+        shape = initial.config
+    else:
+        shape = settings.head_config(
+            store.provenance.dim, kind=head, layers=layers, experts=experts
+        )
+    chosen_set = choose_training_set(
+        store,
+        training_rows(store, split),
+        split=split,
+        shots=shots,
+        draw_seed=draw_seed,
+        half=classes,
+        repeat=repeat,
+    )
+    with progress_of("train", "steps") as progress:
+        summary = run(
+            store,
+            workspace.run_dir(name or f"{chosen}{chosen_set.suffix}-{shape.kind}"),
+            shape,
+            training,
+            rows=chosen_set.rows,
+            classes=chosen_set.classes,
+            trained_on=chosen_set.words,
+            repeats=chosen_set.repeats,
+            initial=initial,
+            initial_run=initial_run,
+            prompt_set=options.training_prompts(store, prompts, initial),
+            resume=resume,
+            device=options.device(device),
+            progress=progress,
+        )
+    if json:
+        print_json(summary.to_json())
+        return
+    print_facts(
+        {
+            "run": f"{summary.run} in {summary.path}",
+            "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
+            + (f" ({summary.trained_on})" if summary.trained_on else ""),
+            "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
+            "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
+            "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
+            "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"
+            + options.same_root(root),
+        }
+    )

@@ -1,0 +1,180 @@
+"""`mote-cli verify`: is a store as it was written, and would it be made the same again?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import options
+from cli.output import print_facts, print_json, print_table, progress_of, results, warn
+
+if TYPE_CHECKING:
+    from featstore.checking.verify import Reencoding
+
+
+def verify(
+    store: Annotated[
+        str,
+        typer.Argument(metavar="STORE", help="Folder of a store, or its name under features/."),
+    ],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every byte and compare every checksum.")
+    ] = False,
+    reencode: Annotated[
+        int,
+        typer.Option(
+            "--reencode",
+            metavar="N",
+            min=0,
+            help="Encode N videos again, drawn at random, with the recorded encoder, and compare.",
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which videos --reencode draws.")] = 0,
+    device: options.Device = "auto",
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Check a feature store: files and sizes, with --deep all checksums.
+
+    The store is not changed. Damage is noted beside it, so that the same `mote-cli extract` command
+    that made the store does the damaged partitions again, and only those. Exit code 1 names them.
+
+    Example: `mote-cli verify ViT-B-16-openai--uniform-16 --deep`
+    """
+    from featstore.checking.repair_command import repair_command
+    from featstore.checking.verify import Damage, Report
+    from featstore.checking.verify import verify as check
+    from featstore.errors import one_line
+    from featstore.format.metadata import DamagedMetadata, read_metadata
+
+    path = options.store_path(root, store)
+    try:
+        with progress_of("verify", "partitions") as progress:
+            report = check(path, deep, progress)
+        repair = repair_command(path, read_metadata(path), root)
+    except DamagedMetadata as error:  # partitions cannot be told without it
+        damage = (Damage("metadata", one_line(error, limit=1000)),)
+        report, repair = Report(False, deep, 0, 0, 0, damage, ()), ""
+    damaged: list[dict[str, Any]] = [vars(finding) for finding in report.damaged]
+    again: Reencoding | None = None
+    if reencode and not damaged:
+        again = _encode_again(path, reencode, seed, options.device(device), root)
+        damaged += [
+            {
+                "partition": row.partition,
+                "reason": f"{row.key!r} encoded again has cosine {row.cosine:.6f}, "
+                f"{again.tolerance} is allowed",
+            }
+            for row in again.rows
+            if row.cosine < again.tolerance and not row.reason
+        ]
+    partitions = {f["partition"]: f["reason"] for f in damaged if isinstance(f["partition"], int)}
+    note = _note(path, deep, partitions) if repair else None
+    ok = not damaged and (again is None or again.ok)
+    if json:
+        print_json(
+            {
+                "ok": ok,
+                "store": str(path),
+                "deep": deep,
+                "partitions": report.partitions,
+                "pending": list(report.pending),
+                "rows_ok": report.rows_ok,
+                "rows_failed": report.rows_failed,
+                "damaged": damaged,
+                "reencoded": None if again is None else again.to_json(),
+                "note": note,
+                "repair": repair if partitions else None,
+            }
+        )
+    else:
+        facts = {
+            "store": path,
+            "partitions": f"{report.partitions} done, {len(report.pending)} not yet",
+            "rows": f"{report.rows_ok} ok, {report.rows_failed} failed in extraction",
+            "checked": "every checksum" if deep else "files and sizes (--deep: every checksum)",
+        }
+        _print(facts, damaged, again)
+        if reencode and again is None:
+            warn("nothing was encoded again: repair the damage first")
+        if partitions:
+            results.print(f"to repair: {repair}", markup=False)
+        elif ok:
+            results.print("no damage found", markup=False)
+    raise typer.Exit(0 if ok else 1)
+
+
+def _encode_again(path: Path, count: int, seed: int, device: str, root: Path) -> Reencoding:
+    from featstore import open_store
+    from featstore.checking.verify import reencode
+    from pipeline.extraction.reencode import Reencoder
+
+    store = open_store(path)
+    # A store in its place knows its workspace; --root says where the data set of another lies.
+    folder = path.resolve().parent
+    inside = folder.parent.name == "features" and folder.name == store.provenance.dataset
+    workspace = options.workspace(folder.parents[1] if inside else root)
+    with (
+        Reencoder(
+            store,
+            workspace.dataset_dir(store.provenance.dataset),
+            workspace.root / "encoders",
+            device,
+        ) as encoder,
+        progress_of("encode", "videos") as progress,
+    ):
+        return reencode(store, count, encoder, seed=seed, progress=progress)
+
+
+def _note(path: Path, deep: bool, partitions: Mapping[int, str]) -> str | None:
+    """Note the damage beside the store; returns the note's path, None when there is none."""
+    from featstore.checking.damage_notes import note_damage, note_path, noted_damage
+    from featstore.format.metadata import read_metadata
+    from featstore.reading.chunk_files import ChunkFiles
+
+    files = ChunkFiles(path, read_metadata(path))
+    # What a deep check found stays noted until it is repaired, in the words it was found with.
+    noted = {} if deep else noted_damage(files)
+    try:
+        note = note_damage(files, {**partitions, **noted})
+    except OSError as error:
+        where = ", ".join(str(path / "commit" / "c" / str(tar)) for tar in sorted(partitions))
+        warn(
+            f"{note_path(path)} cannot be written ({error.strerror}), so that extract will not "
+            f"know of the damage: delete {where or 'that file'} before it is run"
+        )
+        return None
+    return None if note is None else str(note)
+
+
+def _print(facts: dict[str, Any], damaged: list[dict[str, Any]], again: Reencoding | None) -> None:
+    if again is not None:
+        facts["encoded again"] = (
+            f"{len(again.rows)} videos, {again.equal} equal bit for bit; least cosine "
+            f"{min(row.cosine for row in again.rows):.6f}, {again.tolerance} is allowed"
+        )
+    print_facts(facts)
+    if again is not None:
+        print_table(
+            "",
+            ["encoded again", "partition", "cosine", "largest difference", "equal"],
+            [
+                [
+                    row.key,
+                    str(row.partition),
+                    row.reason or f"{row.cosine:.6f}",
+                    f"{row.max_abs:.3g}",
+                    "yes" if row.equal else "no",
+                ]
+                for row in again.rows
+            ],
+        )
+    if damaged:
+        print_table(
+            "",
+            ["damaged partition", "why"],
+            [[str(finding["partition"]), finding["reason"]] for finding in damaged],
+        )

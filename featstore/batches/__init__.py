@@ -1,0 +1,1 @@
+"""Training batches out of a store."""

@@ -1,0 +1,211 @@
+"""Features that are read anew in every epoch: blocks of rows, a pool at a time, shuffled within.
+
+For stores that no memory holds. Blocks of two megabytes are read in random order, so that the
+disk reads large pieces, and a pool of them is shuffled as a whole: with the usual sizes a batch
+comes from some 60 places of the store. A thread reads the next pool while one is used.
+
+Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames of a clip.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featstore.format.schema import FeatureArray, RowArray
+from featstore.reading.store import Store
+from featstore.segments import Places
+
+POOL_BYTES: Final = 256 * 2**20
+"""Memory of streaming: one pool in use and one being read, half of it each."""
+
+# Read at once from one place: a disk takes longer to find a smaller piece than to read it.
+BLOCK_BYTES: Final = 2 * 2**20
+
+
+def _references() -> int:
+    """What Python counts of an array that only a piece of `BatchMemory` and its caller hold.
+
+    3 in the Python versions so far; 3.14 leaves out what it need not count.
+    """
+    pieces = deque([(np.empty(0), None)])
+    piece = pieces.popleft()
+    array = piece[0]
+    return sys.getrefcount(array)
+
+
+# Of a piece whose batch is gone: a batch that somebody holds is one more.
+_FREE: Final = _references()
+
+
+class BatchMemory:
+    """Memory for batches, used again once nobody holds the batch that was in it.
+
+    A fresh piece of a few megabytes for every batch may come from the system page by page, which
+    takes half as long as gathering the batch. Threads may take from one memory.
+    """
+
+    def __init__(self, dtype: npt.DTypeLike = np.float16) -> None:
+        self._dtype = np.dtype(dtype)
+        self._pieces: deque[tuple[FeatureArray, Tensor]] = deque()  # the one longest in use first
+
+    def take(self, count: int, clip: int, item: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """A batch [B, T, *item] with any content, and the same as [B * T, D] to write to."""
+        shape = (count, clip, *item)
+        for _ in range(len(self._pieces)):
+            try:
+                piece = self._pieces.popleft()  # no other thread sees it until it is put back
+            except IndexError:
+                break
+            array = piece[0]
+            free = array.shape == shape and sys.getrefcount(array) <= _FREE
+            batch = torch.from_numpy(array) if free else None
+            self._pieces.append(piece)
+            if batch is not None:
+                return batch, piece[1]
+        fresh: FeatureArray = np.empty((count * clip, math.prod(item)), self._dtype)
+        piece = fresh.reshape(shape), torch.from_numpy(fresh)
+        batch = torch.from_numpy(piece[0])
+        if len(self._pieces) < 4:  # somebody who keeps batches does not make us keep them
+            self._pieces.append(piece)
+        return batch, piece[1]
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedFeatures:
+    """Features of array rows `rows` in the files of `store`; stands in for float16 [N, V, F, D].
+
+    In a store of another tier for [N, V, F, *item] in its type.
+
+    `memory` is what two pools take, in bytes; a pool has one row at least.
+    """
+
+    store: Store
+    rows: RowArray
+    memory: int = POOL_BYTES
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, V, F, D), (N, V, F, *item) of a tier."""
+        return (len(self.rows), *self.store.schema.row_shape)
+
+    @property
+    def pool_rows(self) -> int:
+        """Samples of one pool."""
+        return max(1, min(len(self.rows), self.memory // 2 // self.store.schema.row_bytes))
+
+    def shuffled(self, rng: np.random.Generator, rank: int, world_size: int) -> ShuffledBlocks:
+        """An order of one rank's part of the samples; the same `rng` state gives the same parts."""
+        blocks = rng.permutation(len(self._edges) - 1)
+        lengths = np.diff(self._edges)[blocks]
+        # Positions of the blocks' samples in `_by_row`: each block's start, counted on.
+        shifts = self._edges[blocks] - (np.cumsum(lengths) - lengths)
+        sequence = self._by_row[np.arange(len(self.rows)) + np.repeat(shifts, lengths)]
+        share, rest = divmod(len(sequence), world_size)
+        start = rank * share + min(rank, rest)
+        mine = sequence[start : start + share + (rank < rest)]
+        pools = range(0, len(mine), self.pool_rows)
+        places = [rng.permutation(min(self.pool_rows, len(mine) - first)) for first in pools]
+        return ShuffledBlocks(self, mine, np.concatenate(places))
+
+    @cached_property
+    def _by_row(self) -> RowArray:
+        """Positions of the samples in the order of their array rows."""
+        order: RowArray = np.argsort(self.rows, kind="stable")
+        return order
+
+    @cached_property
+    def _edges(self) -> RowArray:
+        """Where blocks begin in `_by_row`, and its length; no block crosses a shard or a chunk."""
+        schema = self.store.schema
+        chunks = max(1, BLOCK_BYTES // (schema.chunk_rows * schema.row_bytes))
+        tars, positions = np.divmod(self.rows[self._by_row], schema.capacity)
+        block = tars * schema.capacity + positions // (chunks * schema.chunk_rows)
+        edges: RowArray = np.flatnonzero(np.diff(block, prepend=-1, append=-1))
+        return edges
+
+
+class ShuffledBlocks:
+    """One epoch of one rank: reads pools ahead and gathers clips from them, front to back.
+
+    `order` [n]: which sample comes when; `starts` [n]: where its first frame is among those of its
+    pool.
+    """
+
+    def __init__(self, features: StreamedFeatures, samples: RowArray, places: RowArray) -> None:
+        """`samples` in the order they are read; `places` of the order's samples in their pools."""
+        self._store = features.store
+        self._rows = features.rows[samples]
+        self._size = features.pool_rows
+        self.starts = places * (features.store.schema.views * features.store.schema.frames)
+        self.order = samples[np.arange(len(samples)) // self._size * self._size + places]
+        self._outputs = BatchMemory(features.store.schema.dtype)
+        self._reader = ThreadPoolExecutor(1, "read-ahead")
+        self._buffers: list[FeatureArray] = []
+        self._coming: dict[int, Future[Tensor]] = {}
+        self._pool: tuple[int, Tensor] | None = None
+
+    def clips(self, first: int, places: Places, count: int) -> Iterator[Tensor]:
+        """Samples first, first + 1, ... of the order in batches of `count`, the last of the rest.
+
+        Gives [B, T, *item] each, the frames at `places` [n, T] of the samples' pools (see
+        `starts`). Parts are asked for in order; the first may be any. Errors as `Store.read_into`.
+        """
+        clip = places.shape[1]
+        for begin in range(0, len(places), count):
+            part = places[begin : begin + count]
+            batch, out = self._outputs.take(len(part), clip, self._store.schema.item)
+            self._gather(first + begin, part, out)
+            yield batch
+
+    def _gather(self, first: int, places: Places, out: Tensor) -> None:
+        """Fill `out` [B * T, D] with the frames at `places` [B, T] of samples first, ..."""
+        count, clip = places.shape
+        done = 0
+        while done < count:
+            pool, before = divmod(first + done, self._size)
+            taken = min(count - done, self._size - before)
+            index = places[done : done + taken].reshape(-1)
+            target = out[done * clip : (done + taken) * clip]
+            torch.index_select(self._flat(pool), 0, torch.from_numpy(index), out=target)
+            done += taken
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._reader.shutdown(wait=True, cancel_futures=True)
+
+    def _flat(self, pool: int) -> Tensor:
+        """[pool rows * V * F, D] of a pool, which is waited for; the next is begun."""
+        if self._pool is None or self._pool[0] != pool:
+            self._begin(pool)
+            self._pool = pool, self._coming.pop(pool).result()
+            self._begin(pool + 1)  # into the memory of the pool before
+        return self._pool[1]
+
+    def _begin(self, pool: int) -> None:
+        if pool not in self._coming and pool * self._size < len(self._rows):
+            self._coming[pool] = self._reader.submit(self._read, pool)
+
+    def _read(self, pool: int) -> Tensor:
+        rows = self._rows[pool * self._size : (pool + 1) * self._size]
+        schema = self._store.schema
+        if len(self._buffers) < 2:
+            self._buffers.append(np.empty((len(rows), *schema.row_shape), schema.dtype))
+            buffer = self._buffers[-1]
+        else:
+            buffer = self._buffers[0]
+            self._buffers.reverse()
+        filled = buffer[: len(rows)]
+        self._store.read_into(rows, filled)
+        return torch.from_numpy(filled).view(-1, math.prod(schema.item))

@@ -1,0 +1,1 @@
+"""Damage in a store: how it is looked for and noted."""

@@ -1,0 +1,277 @@
+"""Checking a store against what was recorded when it was written; nothing in it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.checking.damage_notes import noted_damage
+from featstore.errors import UserError, WorkError, one_line
+from featstore.format.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
+from featstore.format.finite import not_finite
+from featstore.format.metadata import prompt_set_names, read_metadata, wrong_attributes
+from featstore.format.schema import (
+    CLASS_TEXT_GROUP,
+    SMALL_ARRAYS,
+    STATUS_FAILED,
+    STATUS_OK,
+    FeatureArray,
+)
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition, read_class_text
+from featstore.reading.coded_shards import wrong_coded_features
+from featstore.reading.shards import ShardFile
+from featstore.reading.store import Store
+
+# Cosine of every frame that is encoded again with the one stored. Features are equal bit for bit on
+# the same machine; another processor adds in another order, in the precision's own rounding.
+REENCODE_COSINE: Final = {"fp32": 0.99999, "bf16": 0.999, "fp16": 0.999}
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One finding: the partition's number, or the name of what belongs to none, and why."""
+
+    partition: int | str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a check found: committed partitions, rows by status, damage, partitions not yet done.
+
+    `ok` says that nothing is damaged; an unfinished store is not damaged. `deep` says that every
+    byte was read.
+    """
+
+    ok: bool
+    deep: bool
+    partitions: int
+    rows_ok: int
+    rows_failed: int
+    damaged: tuple[Damage, ...]
+    pending: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return asdict(self)
+
+
+def verify(
+    store_path: str | Path, deep: bool = False, progress: ProgressSink = no_progress
+) -> Report:
+    """Check the store: metadata, commit entries, sizes of all files; `deep` reads every byte.
+
+    Deep also checks every chunk's and every row's checksum, and that rows of floating point
+    numbers are finite exactly where their status is ok. Without it, damage that an earlier deep
+    check noted beside the store and that was not repaired since is told again. Raises UserError
+    when the store's metadata cannot be used at all.
+    """
+    path = Path(store_path)
+    metadata = read_metadata(path)
+    files = ChunkFiles(path, metadata)
+    noted = {} if deep else noted_damage(files)
+    damaged: list[Damage] = []
+    pending: list[int] = []
+    partitions = rows_ok = rows_failed = 0
+    for tar in range(metadata.schema.tars):
+        try:
+            commit = files.commit(tar)
+            if commit is None:
+                pending.append(tar)
+                continue
+            partitions += 1
+            status = _status(files, tar, commit)
+            rows_ok += int(np.count_nonzero(status == STATUS_OK))
+            rows_failed += int(np.count_nonzero(status == STATUS_FAILED))
+            if deep:
+                _check_bytes(files, tar, commit, status)
+            else:
+                files.check_small_sizes(tar)
+            if tar in noted:
+                damaged.append(Damage(tar, f"{noted[tar]} (found by an earlier deep check)"))
+        except DamagedPartition as error:
+            damaged.append(Damage(tar, one_line(error.what)))
+        except (WorkError, UserError) as error:
+            damaged.append(Damage(tar, one_line(error)))
+        progress(tar + 1, metadata.schema.tars, damaged=len(damaged))
+    damaged += [
+        Damage(f"{name}/zarr.json", reason) for name, reason in wrong_attributes(path, metadata)
+    ]
+    for prompt_set in prompt_set_names(path):
+        try:
+            read_class_text(path, prompt_set, metadata.provenance, metadata.class_names)
+        except (WorkError, UserError) as error:
+            damaged.append(Damage(f"{CLASS_TEXT_GROUP}/{prompt_set}", one_line(error)))
+    return Report(
+        not damaged, deep, partitions, rows_ok, rows_failed, tuple(damaged), tuple(pending)
+    )
+
+
+def _status(files: ChunkFiles, tar: int, commit: Commit) -> npt.NDArray[np.uint8]:
+    files.check_shard(tar, commit)
+    status: npt.NDArray[np.uint8] = files.numbers("status", tar)[: commit.rows]
+    return status
+
+
+def _check_bytes(
+    files: ChunkFiles, tar: int, commit: Commit, status: npt.NDArray[np.uint8]
+) -> None:
+    """Read all chunks of a committed partition; WorkError at the first that is wrong."""
+    classes = len(files.metadata.class_names)
+    for name in SMALL_ARRAYS:
+        if files.specs[name].dtype == "string":
+            texts = files.texts(name, tar)[: commit.rows]
+            if name == "key" and len(set(texts)) != len(texts):
+                raise files.damaged(tar, "two samples have the same key")
+        elif name not in ("status", "checksum"):  # read before and after
+            values = files.numbers(name, tar)[: commit.rows]
+            if name == "label" and ((values < 0) | (values >= classes)).any():
+                raise files.damaged(tar, f"a label lies outside 0..{classes - 1}")
+    if ((status != STATUS_OK) & (status != STATUS_FAILED)).any():
+        raise files.damaged(tar, "a listed sample is neither ok nor failed")
+    checksums = files.numbers("checksum", tar)[: commit.rows]
+    if crc32c(checksums) != commit.checksum_crc32c:
+        raise files.damaged(tar, "row checksums are not those of the commit entry")
+    if files.schema.mappable:
+        wrong = _wrong_features(files, tar, status, checksums)
+    else:
+        wrong = wrong_coded_features(files, tar, commit, status, checksums)
+    if wrong:
+        raise files.damaged(tar, wrong)
+
+
+def _wrong_features(
+    files: ChunkFiles, tar: int, status: npt.NDArray[np.uint8], checksums: Checksums
+) -> str:
+    """What is wrong with the features of a partition; "" when nothing is."""
+    schema, rows = files.schema, len(status)
+    expected = chunk_checksums(checksums, schema.chunk_rows, schema.row_bytes).tolist()
+    step = max(1, PIECE_BYTES // schema.row_bytes)
+    buffer: FeatureArray = np.empty((step, *schema.row_shape), schema.dtype)
+    try:
+        with ShardFile(files.path("features", tar), schema, rows) as shard:
+            for number, first in enumerate(range(0, rows, schema.chunk_rows)):
+                end, last = first + schema.chunk_rows, min(first + schema.chunk_rows, rows)
+                checksum = listed_checksum = 0
+                contradicting = -1
+                # What follows the listed rows is in the chunk's checksum, not in that of the rows.
+                for at, stop in [*_pieces(first, last, step), *_pieces(last, end, step)]:
+                    piece = buffer[: stop - at]
+                    shard.read(at, piece)
+                    checksum = crc32c(piece, checksum)
+                    if at >= last:
+                        continue
+                    listed_checksum = checksum
+                    if piece.dtype.kind != "f":
+                        continue  # zeros may be a failed row and a black picture
+                    wrong = not_finite(piece) != (status[at:stop] != STATUS_OK)
+                    if wrong.any() and contradicting < 0:
+                        contradicting = at + int(wrong.argmax())
+                if checksum != shard.recorded_checksum(number):
+                    return f"features chunk {number} fails its checksum"
+                if listed_checksum != expected[number]:
+                    return f"features of rows {first} to {last - 1} fail their checksums"
+                if contradicting >= 0:
+                    return f"features of row {contradicting} contradict its status"
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _pieces(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    for at in range(start, stop, step):
+        yield at, min(at + step, stop)
+
+
+EncodeRow = Callable[[int, str], "npt.NDArray[Any] | str"]
+"""Encodes the video of an array row, whose key is given too: float32 [V, F, D] (the items of a
+tier in its type), or why it cannot be decoded."""
+
+
+@dataclass(frozen=True)
+class ReencodedRow:
+    """One row encoded again: the smallest cosine of its frames and the largest difference.
+
+    `reason` says why it could not be encoded; `cosine` is 0 then.
+    """
+
+    key: str
+    partition: int
+    cosine: float
+    max_abs: float
+    equal: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Reencoding:
+    """Rows encoded again and compared; `ok` when every cosine reaches `tolerance`."""
+
+    ok: bool
+    tolerance: float
+    equal: int
+    rows: tuple[ReencodedRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return asdict(self)
+
+
+def reencode(
+    store: Store,
+    count: int,
+    encode: EncodeRow,
+    *,
+    seed: int = 0,
+    progress: ProgressSink = no_progress,
+) -> Reencoding:
+    """Encode `count` ok rows again, drawn without repeats by `seed`, and compare.
+
+    Raises UserError when the store has no ok row, and what `encode` raises.
+    """
+    usable = np.flatnonzero(store.status == STATUS_OK)
+    if not len(usable):
+        raise UserError(f"{store.path} has no row that is ok: there is nothing to encode again")
+    drawn = np.random.default_rng(seed).permutation(usable)[:count]
+    tolerance = REENCODE_COSINE.get(store.provenance.precision, min(REENCODE_COSINE.values()))
+    if store.provenance.quantised:
+        tolerance = min(REENCODE_COSINE.values())
+    rows = []
+    for done, position in enumerate(np.sort(drawn).tolist(), start=1):
+        row, key = int(store.rows[position]), store.keys[position]
+        stored = store.features([row])[0]
+        rows.append(_compared(key, row // store.schema.capacity, stored, encode(row, key)))
+        progress(done, len(drawn))
+    return Reencoding(
+        ok=all(row.cosine >= tolerance for row in rows),
+        tolerance=tolerance,
+        equal=sum(row.equal for row in rows),
+        rows=tuple(rows),
+    )
+
+
+def _compared(
+    key: str, partition: int, stored: FeatureArray, encoded: npt.NDArray[Any] | str
+) -> ReencodedRow:
+    if isinstance(encoded, str):
+        return ReencodedRow(key, partition, 0.0, 0.0, False, one_line(encoded))
+    with np.errstate(over="ignore"):
+        again = encoded.astype(stored.dtype)
+    if again.shape != stored.shape:
+        reason = f"{list(again.shape)} numbers come out, {list(stored.shape)} are stored"
+        return ReencodedRow(key, partition, 0.0, 0.0, False, reason)
+    # An item of a tier is one vector; equal black pictures have no direction.
+    flat = (*stored.shape[:2], -1)
+    a, b = (array.reshape(flat).astype(np.float64) for array in (stored, again))
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    alike = (a == b).all(-1).astype(np.float64)
+    cosines = np.divide((a * b).sum(-1), lengths, out=alike, where=lengths > 0)
+    smallest = float(np.nan_to_num(cosines, nan=0.0).min())
+    largest = float(np.nan_to_num(np.abs(a - b), nan=float(np.finfo(np.float16).max)).max())
+    return ReencodedRow(key, partition, smallest, largest, bool(np.array_equal(stored, again)))

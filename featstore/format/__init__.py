@@ -1,0 +1,1 @@
+"""What a store consists of: arrays, metadata, provenance and checksums."""

@@ -1,0 +1,389 @@
+"""The metadata of a store: what its `zarr.json` files say, written once and checked before use.
+
+A store may come from anybody. Nothing of it is handed to zarr or to a codec before the size of
+each metadata file, the format version and every array's shape, chunks, type and codecs have been
+held against the schema, and no path in it may be a symbolic link.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from featstore.errors import UserError
+from featstore.files.bounded import read_bounded
+from featstore.format.checksums import crc32c
+from featstore.format.provenance import Provenance
+from featstore.format.schema import (
+    ARRAY_ATTRIBUTES,
+    CLASS_TEXT_GROUP,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MAX_SPLITS,
+    ArraySpec,
+    StoreSchema,
+)
+
+# 2,500 tars (Kinetics-700) and their classes take about 0.6 MB; an array's node about 1 KB and
+# 700 class names about 20 KB. The limits leave room and stop a file made to exhaust memory.
+GROUP_METADATA_LIMIT: Final = 16 * 2**20
+ARRAY_METADATA_LIMIT: Final = 2**20
+# A sharded codec's configuration is 7 levels deep; preprocessing may have a few of its own.
+_DEEPEST: Final = 32
+
+_CHECKED_ATTRIBUTES: Final = (
+    *("format", "format_version", "schema", "provenance", "logit_scale"),
+    *("tars", "class_names", "raw_class_names", "split_names"),
+)
+
+_PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class DamagedMetadata(UserError):
+    """A `zarr.json` of what was a store cannot be used: it is damaged, or was made to harm."""
+
+
+@dataclass(frozen=True)
+class TarEntry:
+    """One packed tar that the store covers: file name, listed samples, size in bytes, sha256."""
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StoreMetadata:
+    """Everything the store's group attributes hold."""
+
+    schema: StoreSchema
+    provenance: Provenance
+    tars: tuple[TarEntry, ...]
+    class_names: tuple[str, ...]
+    raw_class_names: tuple[str, ...]
+    split_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.tars) != self.schema.tars:
+            raise ValueError(f"{len(self.tars)} tars listed, the schema has {self.schema.tars}")
+        for number, tar in enumerate(self.tars):
+            if not 1 <= tar.rows <= self.schema.capacity:
+                raise ValueError(
+                    f"tar {number} lists {tar.rows} samples, a partition holds 1 to "
+                    f"{self.schema.capacity}"
+                )
+        if not self.class_names or len(self.class_names) != len(self.raw_class_names):
+            raise ValueError(
+                f"{len(self.class_names)} class names and {len(self.raw_class_names)} raw ones: "
+                "there must be as many of each and at least one"
+            )
+        if len(self.split_names) > MAX_SPLITS or len(set(self.split_names)) < len(self.split_names):
+            raise ValueError(f"split names must be distinct and at most {MAX_SPLITS}")
+        if self.provenance.dim != self.schema.dim:
+            raise ValueError(
+                f"the encoder gives {self.provenance.dim} numbers a frame, the schema has "
+                f"{self.schema.dim}"
+            )
+        if self.provenance.tier != self.schema.tier:
+            raise ValueError(
+                f"provenance speaks of {self.provenance.tier}, the schema of {self.schema.tier}"
+            )
+
+    def group_node(self) -> dict[str, Any]:
+        """The store's own `zarr.json` as a JSON-ready dict."""
+        attributes = {
+            "format": FORMAT_NAME,
+            "format_version": FORMAT_VERSION,
+            "schema": self.schema.to_json(),
+            "provenance": self.provenance.to_json(),
+            "logit_scale": self.provenance.logit_scale,
+            "tars": [asdict(tar) for tar in self.tars],
+            "class_names": list(self.class_names),
+            "raw_class_names": list(self.raw_class_names),
+            "split_names": list(self.split_names),
+        }
+        attributes["checksum"] = attributes_checksum(attributes)
+        return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def attributes_checksum(attributes: Mapping[str, Any]) -> int:
+    """crc32c of the format's group attributes as JSON: keys sorted, ASCII, no spaces.
+
+    Chunks carry checksums of their own; names and provenance would otherwise have none.
+    """
+    return json_checksum({name: attributes.get(name) for name in _CHECKED_ATTRIBUTES})
+
+
+def json_checksum(value: Any) -> int:
+    """crc32c of `value` as JSON: keys sorted, ASCII, no spaces."""
+    return crc32c(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def tar_entry(value: Mapping[str, Any]) -> TarEntry:
+    """A TarEntry from {"file", "rows", "bytes", "sha256"}; ValueError when it is not one."""
+    entry = TarEntry(value["file"], value["rows"], value["bytes"], value["sha256"])
+    numbers, texts = (entry.rows, entry.bytes), (entry.file, entry.sha256)
+    if not all(type(n) is int for n in numbers) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"not a tar entry: {value!r}")
+    return entry
+
+
+def check_prompt_set(name: str) -> str:
+    """Return `name` if it can be a folder of the store; UserError otherwise."""
+    if not _PROMPT_SET.fullmatch(name):
+        raise UserError(
+            f"{name!r} is no name for a prompt set: use letters, digits, '.', '_' and '-'"
+        )
+    return name
+
+
+def read_metadata(store: Path) -> StoreMetadata:
+    """Read and check all metadata of the store at `store` without reading a chunk.
+
+    Raises UserError when it is not a store of this format and version, or not safe to open.
+    """
+    try:
+        there, is_group = store.is_dir(), (store / "zarr.json").is_file()
+    except OSError as error:  # a folder that is closed to this user, a name that is too long
+        raise UserError(
+            f"{store} cannot be read ({error.strerror}): name a folder that you may read"
+        ) from error
+    if not there:
+        previous = store.with_name(f"{store.name}.previous")
+        if previous.is_dir():
+            raise UserError(
+                f"{store} was being replaced when its process was killed, and {previous} is what "
+                "it was: rename it back, or run the same `mote-cli store` command again"
+            )
+        found = "it is a file" if store.exists() else "no such folder"
+        raise UserError(
+            f"{store} is not a feature store: {found}; give the folder of one, or make it with "
+            "`mote-cli extract`"
+        )
+    if not is_group:
+        if (store / ".zgroup").exists() or (store / ".zarray").exists():
+            raise UserError(
+                f"{store} is a Zarr v2 store: only v3 is read, a v2 store can carry code; "
+                "make the store again with `mote-cli extract`"
+            )
+        raise UserError(
+            f"{store} is not a feature store: it has no zarr.json; make one with `mote-cli extract`"
+        )
+    node = read_node(store, "zarr.json", GROUP_METADATA_LIMIT)
+    metadata = _parse_group(store, node)
+    for name, spec in metadata.schema.arrays().items():
+        check_array(store, name, spec)
+    return metadata
+
+
+def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
+    """Parse the metadata file `key` of at most `limit` bytes; UserError when it is not one."""
+    path = inside(store, key)
+    try:
+        raw = read_bounded(path, limit)
+    except OSError as error:
+        raise DamagedMetadata(
+            f"{path} cannot be read ({error.strerror}): {store} is not a complete feature store; "
+            "make it again with `mote-cli extract`"
+        ) from error
+    except ValueError as error:
+        raise DamagedMetadata(
+            f"{path} {error}: no store of this format needs that; "
+            "do not open a store from a source you do not trust"
+        ) from error
+    try:
+        node = json.loads(raw)
+        if b"\\u" in raw:  # half a surrogate pair is no text and could not be written again
+            json.dumps(node, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise DamagedMetadata(
+            f"{path} is not valid JSON: the store is damaged, make it again"
+        ) from error
+    if not isinstance(node, dict) or node.get("zarr_format") != 3:
+        raise DamagedMetadata(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
+    if _nested_beyond(node, _DEEPEST):
+        raise DamagedMetadata(
+            f"{path} is nested more than {_DEEPEST} levels: no store of this format needs that; "
+            "do not open a store from a source you do not trust"
+        )
+    return node
+
+
+def _nested_beyond(value: Any, levels: int) -> bool:
+    """Whether lists and dicts lie inside one another more than `levels` deep."""
+    inner: list[Any] = [value]
+    for _ in range(levels + 1):
+        held = (v.values() if isinstance(v, dict) else v for v in inner)
+        inner = [item for items in held for item in items if isinstance(item, dict | list)]
+        if not inner:
+            return False
+    return True
+
+
+def inside(store: Path, key: str) -> Path:
+    """The path of `key` in the store; UserError if a symbolic link lies on the way inside it.
+
+    The store's folder itself may be reached through a link; keys are built from numbers and
+    checked names, never from data.
+    """
+    return without_links(os.path.realpath(store), key)
+
+
+def without_links(root: str, key: str) -> Path:
+    """`inside` for a store whose folder's real path is known: `root`."""
+    path = root
+    for part in key.split("/"):
+        path = f"{path}/{part}"
+        if os.path.islink(path):
+            raise UserError(
+                f"{path} is a symbolic link: a store must hold its own files; replace the link by "
+                "the file or do not open this store"
+            )
+    return Path(path)
+
+
+def check_array(store: Path, name: str, spec: ArraySpec) -> dict[str, Any]:
+    """Hold an array's `zarr.json` against its specification; returns its attributes.
+
+    UserError names the first field that differs.
+    """
+    node = read_node(store, f"{name}/zarr.json", ARRAY_METADATA_LIMIT)
+    expected = _comparable(spec.metadata())
+    found = _comparable(node)
+    for field in sorted(expected.keys() | found.keys()):
+        if _exact(expected.get(field)) != _exact(found.get(field)):
+            raise DamagedMetadata(
+                f"array {name} of {store}: {field} is {_brief(found.get(field))}, the format has "
+                f"{_brief(expected.get(field))}; make the store again with `mote-cli extract`"
+            )
+    attributes = node.get("attributes", {})
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def wrong_attributes(store: Path, metadata: StoreMetadata) -> list[tuple[str, str]]:
+    """(array or group, why) where what an array says of itself to other readers was changed.
+
+    featstore does not read it: units, the names of entries, the meaning of numbers. What somebody
+    added is left alone. UserError as `read_node`.
+    """
+    wrong = []
+    for name, spec in metadata.schema.arrays().items():
+        attributes = read_node(store, f"{name}/zarr.json", ARRAY_METADATA_LIMIT).get("attributes")
+        found = attributes if isinstance(attributes, dict) else {}
+        expected = spec.metadata(ARRAY_ATTRIBUTES.get(name))["attributes"]
+        lost = [key for key in expected if _exact(found.get(key)) != _exact(expected[key])]
+        if lost:
+            wrong.append((name, f"its attribute {lost[0]!r} was changed: put a copy of it back"))
+    try:
+        node = read_node(store, f"{CLASS_TEXT_GROUP}/zarr.json", ARRAY_METADATA_LIMIT)
+        if node.get("node_type") != "group":
+            wrong.append((CLASS_TEXT_GROUP, "it is not that of a group: put a copy of it back"))
+    except UserError as error:
+        wrong.append((CLASS_TEXT_GROUP, str(error)))
+    return wrong
+
+
+def prompt_set_names(store: Path) -> list[str]:
+    """Names of the prompt sets whose class texts the store holds, sorted."""
+    folder = inside(store, CLASS_TEXT_GROUP)
+    try:
+        # A folder that lost its zarr.json is listed: reading it is an error then, not a set less.
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror}): give yourself the right to read it"
+        ) from error
+    return [name for name in names if _PROMPT_SET.fullmatch(name)]
+
+
+def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:
+    """The `zarr.json` of every array by array name, class texts excepted."""
+    arrays = metadata.schema.arrays()
+    return {name: spec.metadata(ARRAY_ATTRIBUTES.get(name)) for name, spec in arrays.items()}
+
+
+def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
+    attributes = node.get("attributes")
+    if node.get("node_type") != "group" or not isinstance(attributes, dict):
+        raise UserError(
+            f"{store} is a Zarr array, not a feature store: give the folder of the whole store, "
+            "which holds `features` and `commit`"
+        )
+    if attributes.get("format") != FORMAT_NAME:
+        raise UserError(
+            f"{store} is a Zarr group but not a feature store: its attribute format is "
+            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}; open it with zarr, or make "
+            "a feature store with `mote-cli extract`"
+        )
+    version = attributes.get("format_version")
+    if type(version) is not int or version < 1:
+        raise UserError(f"{store} has format version {_brief(version)}: it must be a whole number")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{store} has format version {version}, this mote reads up to {FORMAT_VERSION}: "
+            "install a newer mote-video"
+        )
+    texts = [attributes.get(n) for n in ("class_names", "raw_class_names", "split_names")]
+    tars = attributes.get("tars")
+    sizes = attributes.get("schema")
+    if not all(map(is_texts, texts)) or not isinstance(tars, list) or not isinstance(sizes, dict):
+        raise DamagedMetadata(f"{store} lacks attributes of the format: make it again")
+    provenance = Provenance.from_json(attributes.get("provenance"))
+    if attributes.get("checksum") != attributes_checksum(attributes):
+        raise DamagedMetadata(
+            f"the attributes of {store} fail their checksum: zarr.json is damaged or was edited by "
+            "hand; put a copy of the file back or make the store again with `mote-cli extract`"
+        )
+    try:
+        return StoreMetadata(
+            StoreSchema(**sizes),
+            provenance,
+            tuple(tar_entry(tar) for tar in tars),
+            *(tuple(names or ()) for names in texts),
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedMetadata(f"the attributes of {store} do not fit together: {error}") from error
+
+
+def _exact(value: Any) -> str:
+    """`value` as text: Python takes 1, 1.0 and true for equal, other readers do not."""
+    return json.dumps(value, sort_keys=True)
+
+
+def _comparable(node: dict[str, Any]) -> dict[str, Any]:
+    """A node without its attributes and without the spellings that mean the same."""
+    node = {key: value for key, value in node.items() if key != "attributes"}
+    if not node.get("storage_transformers"):
+        node.pop("storage_transformers", None)
+    node["codecs"] = _plain_codecs(node.get("codecs"))
+    return node
+
+
+def _plain_codecs(value: Any) -> Any:
+    """Codec lists with empty configurations left out, as some writers do."""
+    if isinstance(value, list):
+        return [_plain_codecs(item) for item in value]
+    if isinstance(value, dict):
+        plain = {key: _plain_codecs(item) for key, item in value.items()}
+        return {k: v for k, v in plain.items() if not (k == "configuration" and v == {})}
+    return value
+
+
+def is_texts(value: Any) -> bool:
+    """Whether it is a list of strings."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(item, str) for item in value)
+    )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:119] + "…"

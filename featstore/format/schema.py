@@ -1,0 +1,419 @@
+"""The arrays of a feature store: names, shapes, types, chunks, codecs, units, as data.
+
+Dimension letters: N rows = tars x capacity, V views, F frames, D dim of the embedding. What is
+written [V, F, D] of features is [V, F, *item] in a store of another tier
+(`featstore.format.tiers`).
+
+Row `tar * capacity + position` belongs to sample `position` of tar `tar`; one tar in gives exactly
+one chunk (shard) file of every array, so that partitions never share a file. The metadata files
+are written from these specifications and every store is held against them before a chunk is read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import UserError
+from featstore.format.tiers import EMBEDDINGS, Tier
+
+FORMAT_NAME: Final = "mote-features"
+FORMAT_VERSION: Final = 1
+
+STATUS_EMPTY: Final = 0
+STATUS_OK: Final = 1
+STATUS_FAILED: Final = 2
+
+# zarr-python costs about 0.15 ms per inner chunk whatever its size, and one inner chunk is the
+# least that a remote reader fetches: 1 to 2 MB serves both (measured on 32 x 512 float16 rows).
+TARGET_CHUNK_BYTES: Final = 1_500_000
+
+# `splits` is a 32-bit mask: bit i says that the row belongs to split i.
+MAX_SPLITS: Final = 32
+
+# How the inner chunks of the features may be compressed. Plain shards are dense arrays that can be
+# mapped; bitshuffle gains most on float16 features (86 % of the size with zstd, 88 % with lz4).
+CODECS: Final = ("none", "zstd", "lz4")
+_BLOSC_LEVEL: Final = {"zstd": 1, "lz4": 5}
+# What one number of the features is stored as: float16, int8 with a scale per dimension, or the
+# uint8 of pixels.
+FEATURE_TYPES: Final = ("float16", "int8", "uint8")
+# int8 has no NaN; the quantised numbers are -127..127.
+INT8_MISSING: Final = -128
+# Blosc adds a header of 16 bytes to a chunk it cannot compress.
+BLOSC_HEADER_BYTES: Final = 16
+
+CRC_BYTES: Final = 4
+
+# Far beyond any data set, and little enough memory: a reader keeps 13 bytes per inner chunk, and
+# has one chunk in memory when it is decoded (which is also the most that Blosc can).
+MAX_CHUNKS: Final = 2**24
+MAX_CHUNK_BYTES: Final = 2**31 - 1
+FEATURE_SCALE: Final = "feature_scale"
+CLASS_TEXT_GROUP: Final = "class_text"
+
+COMMIT_ENTRIES: Final = ("rows", "checksum_crc32c", "features_bytes", "unix_time")
+
+# The arrays that hold one small chunk per tar, in the order they are written.
+SMALL_ARRAYS: Final = (
+    "key",
+    "reason",
+    "label",
+    "num_frames",
+    "fps",
+    "status",
+    "splits",
+    "container_frames",
+    "damaged_packets",
+    "frame_index",
+    "pts",
+    "checksum",
+)
+# All arrays with one chunk per tar but the commit entry.
+PER_TAR_ARRAYS: Final = (*SMALL_ARRAYS, "chunk_checksum")
+
+_BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
+_SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}
+_CRC: Final[dict[str, Any]] = {"name": "crc32c"}
+_VLEN: Final[dict[str, Any]] = {"name": "vlen-utf8", "configuration": {}}
+_ZSTD: Final[dict[str, Any]] = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of the store, complete enough to write its `zarr.json`.
+
+    `chunks` is what one file holds unless `shards` is given; then a file holds `shards` and
+    `chunks` is the inner chunk. `dtype` is the Zarr v3 data type name. `fill` is what the JSON
+    holds, so NaN is the string "NaN".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: tuple[int, ...]
+    shards: tuple[int, ...] | None
+    fill: int | str
+    codecs: tuple[dict[str, Any], ...]
+    dimension_names: tuple[str, ...]
+    units: str
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Little-endian numpy type of a numeric array; ValueError for strings."""
+        if self.dtype == "string":
+            raise ValueError("a string array has no fixed-width numpy type")
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    def metadata(self, attributes: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The array's `zarr.json` (Zarr v3 core specification) as a JSON-ready dict."""
+        codecs: list[dict[str, Any]] = [dict(codec) for codec in self.codecs]
+        if self.shards is not None:
+            codecs = [
+                {
+                    "name": "sharding_indexed",
+                    "configuration": {
+                        "chunk_shape": list(self.chunks),
+                        "codecs": codecs,
+                        "index_codecs": [_BYTES, _CRC],
+                        "index_location": "end",
+                    },
+                }
+            ]
+        units = {"units": self.units} if self.units else {}
+        return {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(self.shape),
+            "data_type": self.dtype,
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": list(self.shards or self.chunks)},
+            },
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": self.fill,
+            "codecs": codecs,
+            "attributes": units | (attributes or {}),
+            "dimension_names": list(self.dimension_names),
+            "storage_transformers": [],
+        }
+
+    def chunk_key(self, tar: int) -> str:
+        """Key, relative to the array, of the one file that belongs to `tar`."""
+        return "/".join(["c", str(tar), *["0"] * (len(self.shape) - 1)])
+
+
+@dataclass(frozen=True)
+class StoreSchema:
+    """The sizes that fix every array of a store.
+
+    `tars` partitions of `capacity` rows; each row of features [views, frames, *item]; `chunk_rows`
+    rows per inner chunk of the features, a divisor of `capacity`. `dim` is the width of the class
+    texts. `codec` compresses the features, `feature_type` is what they are stored as; int8 is read
+    as float16. `tier` says what an item is (`featstore.format.tiers`): an embedding [dim] by
+    default, where `item` may be left out. ValueError when a size is not positive, the divisor does
+    not divide, codec, type or tier is unknown, or they do not fit together.
+    """
+
+    tars: int
+    capacity: int
+    views: int
+    frames: int
+    dim: int
+    chunk_rows: int
+    codec: str = "none"
+    feature_type: str = "float16"
+    tier: str = EMBEDDINGS
+    item: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # A list in JSON; an embedding is as wide as the class texts.
+        object.__setattr__(self, "item", tuple(self.item) or (self.dim,))
+        if self.codec not in CODECS or self.feature_type not in FEATURE_TYPES:
+            raise ValueError(
+                f"features of type {self.feature_type!r} with codec {self.codec!r}: this version "
+                f"knows {', '.join(FEATURE_TYPES)} and {', '.join(CODECS)}"
+            )
+        try:
+            tier = Tier.parse(self.tier)
+        except (UserError, AttributeError) as error:
+            raise ValueError(f"tier {self.tier!r} is not one this version knows") from error
+        for name, value in self._sizes().items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
+        if self.capacity % self.chunk_rows:
+            raise ValueError(
+                f"chunk_rows {self.chunk_rows} does not divide the capacity {self.capacity}"
+            )
+        tier.check_item(self.item)
+        if tier.pooled and self.item != (self.dim,):
+            raise ValueError(f"embeddings are {list(self.item)}, class texts {self.dim} wide")
+        chunks = self.tars * self.chunks_per_shard
+        if chunks > MAX_CHUNKS or max(self.chunk_bytes, self.row_bytes) > MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"{chunks} inner chunks of {self.chunk_bytes} bytes: at most {MAX_CHUNKS} of "
+                f"{MAX_CHUNK_BYTES} bytes are read; do not open a store from a source you do not "
+                "trust"
+            )
+        if self.feature_type not in tier.feature_types:
+            raise ValueError(f"{tier.text} are not stored as {self.feature_type}")
+
+    @classmethod
+    def create(
+        cls,
+        tars: int,
+        capacity: int,
+        views: int,
+        frames: int,
+        dim: int,
+        *,
+        tier: str = EMBEDDINGS,
+        item: tuple[int, ...] = (),
+    ) -> StoreSchema:
+        """A schema whose inner chunk is the largest divisor of `capacity` within about 1.5 MB."""
+        kind = Tier.parse(tier).feature_types[0]
+        row_bytes = views * frames * math.prod(item or (dim,)) * np.dtype(kind).itemsize
+        wanted = max(1, min(capacity, TARGET_CHUNK_BYTES // max(1, row_bytes)))
+        chunk_rows = next((n for n in range(wanted, 0, -1) if capacity % n == 0), 1)
+        return cls(
+            tars, capacity, views, frames, dim, chunk_rows, feature_type=kind, tier=tier, item=item
+        )
+
+    def to_json(self) -> dict[str, int | str | list[int]]:
+        """The sizes by name, as the store's attribute `schema` holds them.
+
+        `codec`, `feature_type`, `tier` and `item` are there only where they are not the plain ones.
+        """
+        special: dict[str, int | str | list[int]] = {}
+        if self.codec != "none":
+            special["codec"] = self.codec
+        if self.feature_type != "float16":
+            special["feature_type"] = self.feature_type
+        if not self.pooled:
+            special |= {"tier": self.tier, "item": list(self.item)}
+        return self._sizes() | special
+
+    def _sizes(self) -> dict[str, int | str | list[int]]:
+        return {
+            "tars": self.tars,
+            "capacity": self.capacity,
+            "views": self.views,
+            "frames": self.frames,
+            "dim": self.dim,
+            "chunk_rows": self.chunk_rows,
+        }
+
+    @property
+    def rows(self) -> int:
+        """N, rows of every array, whether filled or not."""
+        return self.tars * self.capacity
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape (views, frames, *item) of one row of features."""
+        return self.views, self.frames, *self.item
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of features in memory."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What the features are read as: float16, or uint8 for frames."""
+        return np.dtype(np.float16 if self.quantised else self.feature_type)
+
+    @property
+    def missing(self) -> float:
+        """What the features of a failed row hold: NaN, or 0 where the type has none."""
+        return float("nan") if self.dtype.kind == "f" else 0.0
+
+    @property
+    def pooled(self) -> bool:
+        """Whether the features are embeddings, which heads are trained on."""
+        return self.tier == EMBEDDINGS
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the features are stored as int8 with a scale per dimension."""
+        return self.feature_type == "int8"
+
+    @property
+    def mappable(self) -> bool:
+        """Whether a shard is a dense array as it is read, which can be mapped into memory."""
+        return self.codec == "none" and not self.quantised
+
+    @property
+    def storage(self) -> str:
+        """How the features are stored, in words: "float16", "int8 per dimension, zstd"."""
+        kind = "int8 per dimension" if self.quantised else self.feature_type
+        return kind if self.codec == "none" else f"{kind}, {self.codec}"
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one inner chunk of the features as stored, before compression."""
+        width = np.dtype(self.feature_type).itemsize
+        return self.chunk_rows * math.prod(self.row_shape) * width
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Inner chunks in one shard of the features."""
+        return self.capacity // self.chunk_rows
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of a shard's index: offset and length (u8) per inner chunk, then its crc32c."""
+        return 16 * self.chunks_per_shard + CRC_BYTES
+
+    def shard_bytes(self, rows: int) -> int:
+        """Size of the features file of a partition that lists `rows` samples.
+
+        Inner chunks that hold no listed row are absent from the shard. With a codec it is the
+        most that the file can take.
+        """
+        chunks = -(-rows // self.chunk_rows)
+        header = 0 if self.codec == "none" else BLOSC_HEADER_BYTES
+        return chunks * (self.chunk_bytes + header + CRC_BYTES) + self.index_bytes
+
+    def shard_can_have(self, size: int, rows: int) -> bool:
+        """Whether the features file of `rows` samples can have this size in bytes."""
+        most = self.shard_bytes(rows)
+        return size == most if self.codec == "none" else self.index_bytes < size <= most
+
+    def arrays(self) -> dict[str, ArraySpec]:
+        """Every array of the store except the class texts (see `class_text_spec`)."""
+        n, capacity = self.rows, self.capacity
+
+        def per_row(dtype: str, fill: int | str, units: str = "") -> ArraySpec:
+            codecs = (_SINGLE_BYTES if dtype == "uint8" else _BYTES, _CRC)
+            return ArraySpec((n,), dtype, (capacity,), None, fill, codecs, ("row",), units)
+
+        def per_frame(dtype: str, fill: int | str, units: str) -> ArraySpec:
+            shape, chunks = (n, self.views, self.frames), (capacity, self.views, self.frames)
+            names = ("row", "view", "frame")
+            return ArraySpec(shape, dtype, chunks, None, fill, (_BYTES, _CRC), names, units)
+
+        def text() -> ArraySpec:
+            codecs = (_VLEN, _ZSTD, _CRC)
+            return ArraySpec((n,), "string", (capacity,), None, "", codecs, ("row",), "")
+
+        def per_tar(dtype: str, entries: int, name: str) -> ArraySpec:
+            shape, chunks, names = (self.tars, entries), (1, entries), ("tar", name)
+            return ArraySpec(shape, dtype, chunks, None, 0, (_BYTES, _CRC), names, "")
+
+        arrays = {
+            "features": ArraySpec(
+                shape=(n, *self.row_shape),
+                dtype=self.feature_type,
+                chunks=(self.chunk_rows, *self.row_shape),
+                shards=(capacity, *self.row_shape),
+                fill={"int8": INT8_MISSING, "uint8": 0}.get(self.feature_type, "NaN"),
+                codecs=self._feature_codecs(),
+                dimension_names=("row", "view", "frame", *Tier.parse(self.tier).dimension_names),
+                units="",
+            ),
+            "key": text(),
+            "reason": text(),
+            "label": per_row("int32", -1),
+            "num_frames": per_row("int32", 0, "frames"),
+            "fps": per_row("float32", "NaN", "frames per second"),
+            "status": per_row("uint8", STATUS_EMPTY),
+            "splits": per_row("uint32", 0),
+            "container_frames": per_row("int32", 0, "frames"),
+            "damaged_packets": per_row("int32", 0, "packets"),
+            "frame_index": per_frame("int32", -1, "frames"),
+            "pts": per_frame("float64", "NaN", "seconds"),
+            "checksum": per_row("uint32", 0),
+            "chunk_checksum": per_tar("uint32", len(SMALL_ARRAYS), "small_array"),
+            "commit": per_tar("uint64", len(COMMIT_ENTRIES), "entry"),
+        }
+        if self.quantised:
+            scale = (self.dim,)
+            arrays[FEATURE_SCALE] = ArraySpec(
+                scale, "float32", scale, None, "NaN", (_BYTES, _CRC), ("dim",), ""
+            )
+        return arrays
+
+    def _feature_codecs(self) -> tuple[dict[str, Any], ...]:
+        width = np.dtype(self.feature_type).itemsize
+        plain = _SINGLE_BYTES if width == 1 else _BYTES
+        if self.codec == "none":
+            return plain, _CRC
+        blosc = {
+            "name": "blosc",
+            "configuration": {
+                "typesize": width,
+                "cname": self.codec,
+                "clevel": _BLOSC_LEVEL[self.codec],
+                "shuffle": "bitshuffle",
+                "blocksize": 0,
+            },
+        }
+        return plain, blosc, _CRC
+
+
+def class_text_spec(classes: int, dim: int) -> ArraySpec:
+    """The array `class_text/<prompt set>`: float32 [classes, dim], unit rows, one chunk."""
+    shape = (classes, dim)
+    return ArraySpec(shape, "float32", shape, None, "NaN", (_BYTES, _CRC), ("class", "dim"), "")
+
+
+# What the integers of `commit`, `chunk_checksum`, `splits` and `status` mean, for readers that
+# know nothing of this package.
+ARRAY_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
+    FEATURE_SCALE: {"meaning": "features x scale, in float16; -128 stands for NaN"},
+    "commit": {"entries": list(COMMIT_ENTRIES)},
+    "chunk_checksum": {"arrays": list(SMALL_ARRAYS), "algorithm": "crc32c of the chunk file"},
+    "checksum": {"algorithm": "crc32c of the row's features"},
+    "status": {"meaning": {"empty": STATUS_EMPTY, "ok": STATUS_OK, "failed": STATUS_FAILED}},
+    "splits": {"meaning": "bit i is set when the row belongs to split_names[i]"},
+}
+
+FloatArray = npt.NDArray[np.float32]
+HalfArray = npt.NDArray[np.float16]
+# float16, or the type of a tier.
+FeatureArray = npt.NDArray[Any]
+RowArray = npt.NDArray[np.int64]

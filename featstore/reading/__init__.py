@@ -1,0 +1,1 @@
+"""Rows and arrays of a store, read and checked."""

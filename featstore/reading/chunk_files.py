@@ -1,0 +1,350 @@
+"""Chunk files read without zarr: size and checksum first, then the bytes.
+
+zarr-python 3.1.6 gives fill values for a missing file and for a zero-byte one, and decodes
+compressed text of any announced length; a store that must never answer with zeros, and may come
+from anybody, is read here instead (the features in `featstore.reading.features`). Every error is a
+WorkError that names the partition and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import stat
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import UserError, WorkError
+from featstore.files.bounded import read_bounded
+from featstore.format.checksums import crc32c as crc32c  # also for those who write chunks
+from featstore.format.class_texts import class_text_node, remake_class_text
+from featstore.format.metadata import StoreMetadata, inside, without_links
+from featstore.format.provenance import Provenance
+from featstore.format.schema import (
+    CLASS_TEXT_GROUP,
+    CRC_BYTES,
+    PER_TAR_ARRAYS,
+    SMALL_ARRAYS,
+)
+from featstore.writing.partition import ClassText
+
+_ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+# A key is a file name (at most 255 bytes, three times that when quoted), a reason one line.
+MAX_TEXT_BYTES: Final = 4096
+_MAX_TEXT_CHUNK: Final = 2**30
+
+
+def text_chunk_limit(capacity: int) -> int:
+    """The most bytes that the strings of a partition may take (before zstd)."""
+    return min(_MAX_TEXT_CHUNK, 4 + capacity * (4 + MAX_TEXT_BYTES))
+
+
+def _text_file_limit(capacity: int) -> int:
+    """The most bytes of their file: what cannot be compressed gets longer (ZSTD_COMPRESSBOUND)."""
+    most = text_chunk_limit(capacity)
+    return most + most // 256 + 1024
+
+
+class DamagedPartition(WorkError):
+    """A committed partition is not as it was written; `what` says it without place and remedy."""
+
+    def __init__(self, what: str, message: str) -> None:
+        super().__init__(message)
+        self.what = what
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One entry of `commit`: the partition is done when it is there and the shard has its size.
+
+    `rows` listed samples, crc32c over the rows' checksums, size of the features shard in bytes,
+    time of writing in seconds since 1970.
+    """
+
+    rows: int
+    checksum_crc32c: int
+    features_bytes: int
+    unix_time: int
+
+    def array(self) -> npt.NDArray[np.uint64]:
+        """The entry as uint64 [1, 4]."""
+        return np.array(
+            [[self.rows, self.checksum_crc32c, self.features_bytes, self.unix_time]], np.uint64
+        )
+
+
+class ChunkFiles:
+    """Reads the chunk files of one store (partition = tar number)."""
+
+    def __init__(self, store: Path, metadata: StoreMetadata) -> None:
+        self.store = store
+        self._root = os.path.realpath(store)
+        self.metadata = metadata
+        self.schema = metadata.schema
+        self.specs = metadata.schema.arrays()
+        self._recorded: dict[int, dict[str, int]] = {}
+        self._committed: dict[int, bytes] = {}  # the entries that were given out, by partition
+
+    @property
+    def per_tar(self) -> tuple[str, ...]:
+        """All arrays that hold a file per partition, in the order they are written."""
+        return (*PER_TAR_ARRAYS, "features", "commit")
+
+    def check_small_sizes(self, tar: int) -> None:
+        """WorkError unless the small arrays' chunks are files that can have been written.
+
+        Also where this user may not read one of the partition.
+        """
+        for name in self.per_tar:
+            if os.path.exists(path := self.path(name, tar)) and not os.access(path, os.R_OK):
+                raise self.damaged(tar, f"{name} chunk cannot be read (Permission denied)")
+        for name in PER_TAR_ARRAYS:
+            spec = self.specs[name]
+            try:
+                found = os.stat(self.path(name, tar))
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError)
+                what = "is missing" if missing else f"cannot be read ({error.strerror})"
+                raise self.damaged(tar, f"{name} chunk {what}") from error
+            if not stat.S_ISREG(found.st_mode):
+                raise self.damaged(tar, f"{name} chunk is no regular file")
+            if spec.dtype == "string":  # as long as zstd made it
+                if not CRC_BYTES < found.st_size <= _text_file_limit(self.schema.capacity):
+                    raise self.damaged(tar, f"{name} chunk has {found.st_size} bytes")
+                continue
+            size = math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
+            if found.st_size != size:
+                raise self.damaged(tar, f"{name} chunk has {found.st_size} bytes, not {size}")
+
+    def path(self, array: str, tar: int) -> Path:
+        """Where the chunk file lies; UserError if a symbolic link is on the way."""
+        return without_links(self._root, f"{array}/{self.specs[array].chunk_key(tar)}")
+
+    def make_way(self, array: str, tar: int) -> Path:
+        """As `path`, with nothing in the way of a new file there: what is no file is removed.
+
+        A folder or a symbolic link in the place of the file itself goes, a file in the place of a
+        folder too; UserError for a link on the way there, which is never followed.
+        """
+        *folders, _ = parts = self.specs[array].chunk_key(tar).split("/")
+        for depth in range(1, len(folders) + 1):
+            folder = without_links(self._root, "/".join([array, *parts[:depth]]))
+            if folder.exists() and not folder.is_dir():
+                folder.unlink()
+        path = Path(self._root, array, *parts)
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        return path
+
+    def commit(self, tar: int) -> Commit | None:
+        """The commit entry of a partition, None when it was never committed.
+
+        WorkError when the entry is there and damaged.
+        """
+        try:
+            values = self.numbers("commit", tar).reshape(-1)
+        except DamagedPartition as error:
+            if isinstance(error.__cause__, _MissingFile):
+                return None
+            raise
+        commit = Commit(*(int(value) for value in values))
+        expected_rows = self.metadata.tars[tar].rows
+        if commit.rows != expected_rows:
+            raise self.damaged(
+                tar, f"commit entry lists {commit.rows} samples, the tar has {expected_rows}"
+            )
+        if not self.schema.shard_can_have(commit.features_bytes, commit.rows):
+            raise self.damaged(tar, "commit entry records a size no shard can have")
+        self._committed[tar] = values.tobytes()
+        return commit
+
+    def check_shard(self, tar: int, commit: Commit) -> Path:
+        """Path of a committed partition's features shard; WorkError unless it has its size."""
+        path = self.path("features", tar)
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            found, problem = None, f"cannot be read ({error.strerror})"
+            if isinstance(error, FileNotFoundError):
+                problem = "is missing"
+        if found is not None and stat.S_ISREG(found.st_mode):
+            if found.st_size == commit.features_bytes:
+                return path
+            problem = f"has {found.st_size} bytes, {commit.features_bytes} were written"
+        elif found is not None:
+            problem = "is no regular file"
+        name = self.specs["features"].chunk_key(tar)
+        raise self.damaged(tar, f"features shard {name} {problem}")
+
+    def numbers(self, array: str, tar: int) -> npt.NDArray[Any]:
+        """The partition's chunk of a numeric array, read-only, in the shape of one chunk."""
+        spec = self.specs[array]
+        limit = math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
+        body = self._checked_bytes(array, tar, limit)
+        if len(body) != limit - CRC_BYTES:
+            raise self.damaged(tar, f"{array} chunk has {len(body) + CRC_BYTES} bytes, not {limit}")
+        return np.frombuffer(body, spec.numpy_dtype).reshape(spec.chunks)
+
+    def texts(self, array: str, tar: int) -> list[str]:
+        """The partition's chunk of a string array: `capacity` strings."""
+        # Imported here: it takes longer than opening a store, and labels need no codec.
+        from numcodecs import VLenUTF8, Zstd
+
+        capacity = self.schema.capacity
+        most = text_chunk_limit(capacity)
+        body = self._checked_bytes(array, tar, _text_file_limit(capacity))
+        length = _zstd_content_size(body)
+        if length is None or not 4 + 4 * capacity <= length <= most:
+            raise self.damaged(tar, f"{array} chunk announces an impossible length")
+        try:
+            plain = bytes(Zstd().decode(body))
+            (count,) = struct.unpack_from("<I", plain)
+            if count != capacity:
+                raise ValueError(f"{count} strings instead of {capacity}")
+            decoded: list[str] = VLenUTF8().decode(plain).tolist()
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise self.damaged(tar, f"{array} chunk cannot be decoded ({error})") from error
+        return decoded
+
+    def damaged(self, tar: int, what: str) -> DamagedPartition:
+        """The error for a damaged committed partition, with its remedy.
+
+        Another one when the partition is not the one that was committed when it was asked for: a
+        writer is at it, or was.
+        """
+        if self._written_anew(tar):
+            return DamagedPartition(
+                "it was written anew while it was being read",
+                f"partition {tar} of {self.store} was written anew while it was being read, or "
+                "removed: open the store again",
+            )
+        dataset = self.metadata.provenance.dataset or "NAME"
+        return DamagedPartition(
+            what,
+            f"partition {tar} of {self.store}: {what}; delete {self.store / 'commit' / 'c'}/{tar} "
+            f"and run `mote-cli extract --dataset {dataset}` again to redo just this partition",
+        )
+
+    def _written_anew(self, tar: int) -> bool:
+        known = self._committed.get(tar)
+        if known is None:
+            return False
+        try:
+            now = read_bounded(self.path("commit", tar), len(known) + CRC_BYTES)
+        except FileNotFoundError:
+            return True
+        except (OSError, ValueError):
+            return False
+        # One that fails its checksum is damage, not the work of a writer.
+        return now[:-CRC_BYTES] != known and crc32c(now[:-CRC_BYTES]) == int.from_bytes(
+            now[-CRC_BYTES:], "little"
+        )
+
+    def _checked_bytes(self, array: str, tar: int, limit: int) -> bytes:
+        """Content of a chunk file without its checksum, once that agrees with file and commit."""
+        path = self.path(array, tar)
+        try:
+            body, crc = _read_checked(path, limit)
+        except ValueError as error:
+            raise self.damaged(tar, f"{array} chunk {error}") from error
+        # The file's own checksum cannot tell that it is another partition's file.
+        if array in SMALL_ARRAYS and crc != self._recorded_checksums(tar)[array]:
+            raise self.damaged(tar, f"{array} chunk is not the one that was committed")
+        return body
+
+    def _recorded_checksums(self, tar: int) -> dict[str, int]:
+        recorded = self._recorded.get(tar)
+        if recorded is None:
+            values = self.numbers("chunk_checksum", tar).reshape(-1).tolist()
+            recorded = dict(zip(SMALL_ARRAYS, values, strict=True))
+            self._recorded[tar] = recorded
+        return recorded
+
+
+def read_class_text(
+    store: Path, prompt_set: str, provenance: Provenance, class_names: Sequence[str]
+) -> ClassText:
+    """The class texts of one prompt set, of the store's classes and its encoder.
+
+    UserError for metadata that does not fit the format or texts of another encoder, WorkError for
+    a damaged chunk or other class names.
+    """
+    node = class_text_node(store, prompt_set, provenance.dim)
+    spec = node.spec
+    if node.encoder_fingerprint not in ("", provenance.encoder_fingerprint):
+        raise UserError(
+            f"class texts {prompt_set!r} of {store} were made with the text tower of another "
+            f"encoder (weights {node.encoder_fingerprint[:16]}) than its features "
+            f"({provenance.encoder}, weights {provenance.encoder_fingerprint[:16]}): remove "
+            f"{CLASS_TEXT_GROUP}/{prompt_set} and make them with `mote-cli store add-texts`"
+        )
+    if node.names != tuple(class_names):
+        raise WorkError(
+            f"class texts {prompt_set!r} of {store}: their class names are not those of the store; "
+            + remake_class_text(store, prompt_set)
+        )
+    key = f"{CLASS_TEXT_GROUP}/{prompt_set}/{spec.chunk_key(0)}"
+    limit = math.prod(spec.shape) * spec.numpy_dtype.itemsize + CRC_BYTES
+    try:
+        body, crc = _read_checked(inside(store, key), limit)
+        if len(body) != limit - CRC_BYTES:
+            raise ValueError(f"has {len(body) + CRC_BYTES} bytes, not {limit}")
+        if node.embeddings_checksum not in (None, crc):
+            raise ValueError("is not the one that was written, but of other texts")
+        embeddings = np.frombuffer(body, spec.numpy_dtype).astype(np.float32).reshape(spec.shape)
+        return ClassText(
+            *(node.names, embeddings, node.sentences_hash),
+            templates=node.templates,
+            encoder_fingerprint=node.encoder_fingerprint,
+        )
+    except ValueError as error:
+        raise WorkError(
+            f"class texts {prompt_set!r} of {store}: chunk {error}; "
+            + remake_class_text(store, prompt_set)
+        ) from error
+
+
+class _MissingFile(ValueError):
+    """There is no file of this name."""
+
+
+def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
+    """Content of a chunk file of at most `limit` bytes, and the checksum it ends with.
+
+    ValueError when it cannot be read, is too long, or fails the checksum.
+    """
+    try:
+        raw = read_bounded(path, limit)
+    except FileNotFoundError as error:
+        raise _MissingFile("is missing") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if len(raw) <= CRC_BYTES:
+        raise ValueError(f"has {len(raw)} bytes")
+    body, crc = raw[:-CRC_BYTES], int.from_bytes(raw[-CRC_BYTES:], "little")
+    if crc32c(body) != crc:
+        raise ValueError("fails its checksum")
+    return body, crc
+
+
+def _zstd_content_size(frame: bytes) -> int | None:
+    """Content size that a Zstandard frame header announces (RFC 8878, 3.1.1.1), if it does."""
+    if len(frame) < 6 or frame[:4] != _ZSTD_MAGIC:
+        return None
+    descriptor = frame[4]
+    size_flag, single_segment, dictionary = descriptor >> 6, descriptor >> 5 & 1, descriptor & 3
+    start = 5 + (1 - single_segment) + (0, 1, 2, 4)[dictionary]
+    width = (1 if single_segment else 0, 2, 4, 8)[size_flag]
+    if width == 0 or len(frame) < start + width:
+        return None
+    size = int.from_bytes(frame[start : start + width], "little")
+    return size + 256 if width == 2 else size

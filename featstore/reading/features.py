@@ -1,0 +1,278 @@
+"""Reading features: every row is proven to be the one that was committed before it is given out.
+
+Single rows and frames are gathered from memory-mapped shards, whose inner chunks are checked when
+they are first touched; many rows at once are read from the files and checked as they come.
+
+Dimension letters: V views, F stored frames, D dim (in tiers the item); n rows asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.files.after_fork import settle_torch
+from featstore.format.checksums import Checksums, chunk_checksums, crc32c
+from featstore.format.schema import FeatureArray, RowArray
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.chunk_files import ChunkFiles, Commit
+from featstore.reading.coded_shards import CodedShard
+from featstore.reading.shards import ShardFile, ShardMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Shards that are opened together: after the megabytes of one, all that opening the next needs is
+# out of the core's caches. Far below the number of files that a process may have open.
+_OPEN_AT_ONCE: Final = 32
+
+
+class FeatureFiles:
+    """The features of the partitions that were committed when the store was opened."""
+
+    def __init__(
+        self,
+        files: ChunkFiles,
+        commits: Mapping[int, Commit],
+        key_of: Callable[[int], str],
+        mapped: bool,
+    ) -> None:
+        """`key_of` gives the key of an array row, for messages; `mapped` as `open_store`."""
+        self._files = files
+        self._schema = files.schema
+        self._commits = commits
+        self._key_of = key_of
+        self._map = self._reserved() if mapped and self._schema.mappable else None
+        self._coded: dict[int, CodedShard] = {}  # by partition
+        self._lock = threading.Lock()
+        self._checksums: dict[int, Checksums] = {}  # by partition, of its rows
+        # Of inner chunks, counted over all shards; what a chunk holds beyond the listed rows is
+        # not part of it. Only those of partitions in `_checksums` are set.
+        chunks = self._schema.tars * self._schema.chunks_per_shard
+        self._chunk_checksums = np.zeros(chunks, np.uint32)
+        self._checked = np.zeros(chunks, bool)  # of the map
+
+    @property
+    def mapped(self) -> bool:
+        """Whether features are memory-mapped, else decoded or read through zarr."""
+        return self._map is not None
+
+    def gather(self, rows: RowArray, views: RowArray | None, frames: RowArray | None) -> Tensor:
+        """Features [n, V', F', D] of listed array rows, in the store's type.
+
+        `views` [n] takes one view of each row (V' = 1), None all; `frames` [n, F'], None all (with
+        `views` None only). Needs `mapped`. Errors as `Store.features`.
+        """
+        import torch
+
+        settle_torch()
+        starts = self._row_starts(rows)
+        shape = self._schema.row_shape
+        stored, item = shape[1], shape[2:]
+        dim = math.prod(item)
+        if frames is None and not self._schema.pooled:
+            # As many windows as there are numbers, each a row wide, would be more than 2**63.
+            frames = np.broadcast_to(np.arange(stored), (len(rows), stored))
+        if frames is None:
+            index, width, taken = starts, math.prod(shape), shape
+        else:
+            if views is None:
+                within = np.arange(shape[0])[:, None] * stored + frames[:, None]
+            else:
+                within = (views[:, None] * stored + frames)[:, None]
+            index = starts[:, None, None] + within * dim
+            width, taken = dim, (*index.shape[1:], *item)
+        assert self._map is not None
+        windows = self._map.windows(width)
+        picked = windows.index_select(0, torch.from_numpy(index.reshape(-1)))
+        return picked.view(len(rows), *taken)
+
+    def read_into(
+        self,
+        rows: RowArray,
+        out: FeatureArray,
+        check: bool = True,
+        progress: ProgressSink = no_progress,
+    ) -> None:
+        """Read listed array rows into `out` [n, V, F, D], C-contiguous, in the store's type.
+
+        Each shard is opened once, whatever the order of the rows, and rows that lie together are
+        read together. `check` False skips the comparison with the checksums of the rows.
+        `progress` counts rows.
+        """
+        schema = self._schema
+        # What is decoded, here or by zarr, is taken chunk by chunk.
+        runs = list(_runs(rows, schema.chunk_rows if self._map is None else schema.capacity))
+        runs.sort(key=lambda run: int(rows[run[0]]))
+        tars = rows[[start for start, _ in runs]] // schema.capacity
+        if check:
+            self._require_checksums(np.unique(tars))
+        done = 0
+        edges = [0, *(np.flatnonzero(np.diff(tars)) + 1).tolist(), len(runs)] if runs else []
+        for at in range(0, len(edges) - 1, _OPEN_AT_ONCE):
+            with ExitStack() as files:
+                shards = [
+                    (int(tars[begin]), runs[begin:end])
+                    for begin, end in pairwise(edges[at : at + _OPEN_AT_ONCE + 1])
+                ]
+                readers = [files.enter_context(self._reading(tar, check)) for tar, _ in shards]
+                for (tar, runs_of_tar), read in zip(shards, readers, strict=True):
+                    for start, stop in runs_of_tar:
+                        row, target = int(rows[start]), out[start:stop]
+                        try:
+                            checksums = read(row - tar * schema.capacity, target)
+                        except ValueError as error:
+                            raise self._files.damaged(tar, str(error)) from error
+                        if check:
+                            self._compare(row, target, checksums)
+                        done += stop - start
+                    progress(done, len(rows))
+
+    def _row_starts(self, rows: RowArray) -> RowArray:
+        """Where rows begin in the map, in numbers; their chunks are mapped and checked."""
+        chunks = rows // self._schema.chunk_rows
+        fresh = ~self._checked[chunks]
+        if fresh.any():
+            self._check_chunks(np.unique(chunks[fresh]))
+        assert self._map is not None
+        starts: RowArray = self._map.starts[chunks] + (rows - chunks * self._schema.chunk_rows) * (
+            self._schema.row_bytes // self._schema.dtype.itemsize
+        )
+        return starts
+
+    def _check_chunks(self, chunks: RowArray) -> None:
+        """Map the shards of these inner chunks and compare them with the rows' checksums."""
+        assert self._map is not None
+        per_shard, chunk_rows = self._schema.chunks_per_shard, self._schema.chunk_rows
+        self._require_checksums(np.unique(chunks // per_shard))
+        for chunk in chunks.tolist():
+            tar, number = divmod(chunk, per_shard)
+            with self._lock:
+                if self._map.starts[chunk] < 0:
+                    commit = self._commits[tar]
+                    path = self._files.check_shard(tar, commit)
+                    try:
+                        self._map.add(tar, path, commit.rows)
+                    except ValueError as error:
+                        raise self._files.damaged(tar, str(error)) from error
+            rows = min(chunk_rows, self._commits[tar].rows - number * chunk_rows)
+            features = self._map.chunk(chunk, rows)
+            self._compare(chunk * chunk_rows, features, [crc32c(features)])
+            self._checked[chunk] = True
+
+    def _compare(self, first: int, features: FeatureArray, checksums: list[int]) -> None:
+        """WorkError unless rows first, first + 1, ... of one partition are as committed.
+
+        `checksums` are those of the parts of `features` that lie in one inner chunk each.
+        """
+        tar, position = divmod(first, self._schema.capacity)
+        chunk_rows, listed = self._schema.chunk_rows, self._commits[tar].rows
+        chunk = first // chunk_rows
+        begin, end = position, position + len(features)
+        for checksum, of_chunk in zip(
+            checksums, self._chunk_checksums[chunk : chunk + len(checksums)].tolist(), strict=True
+        ):
+            stop = min((position // chunk_rows + 1) * chunk_rows, end)
+            whole = position % chunk_rows == 0 and (stop % chunk_rows == 0 or stop == listed)
+            if not (whole and checksum == of_chunk):
+                self._compare_rows(tar, position, features[position - begin : stop - begin])
+            position = stop
+
+    def _compare_rows(self, tar: int, position: int, features: FeatureArray) -> None:
+        """As `_compare`, row by row: for parts of chunks, and to say which row is damaged."""
+        recorded = self._checksums[tar][position : position + len(features)].tolist()
+        for i, expected in enumerate(recorded):
+            if crc32c(features[i]) != expected:
+                key = self._key_of(tar * self._schema.capacity + position + i)
+                raise self._files.damaged(tar, f"features of sample {key!r} fail their checksum")
+
+    def _require_checksums(self, tars: npt.NDArray[np.integer]) -> None:
+        """Have the checksums of the rows and chunks of these partitions."""
+        fresh = [tar for tar in tars.tolist() if tar not in self._checksums]
+        schema = self._schema
+        for tar in fresh:
+            commit = self._commits[tar]
+            recorded: Checksums = self._files.numbers("checksum", tar)[: commit.rows]
+            if crc32c(recorded) != commit.checksum_crc32c:
+                raise self._files.damaged(tar, "row checksums are not those of the commit entry")
+            sums = chunk_checksums(recorded, schema.chunk_rows, schema.row_bytes)
+            first = tar * schema.chunks_per_shard
+            self._chunk_checksums[first : first + len(sums)] = sums
+            self._checksums[tar] = recorded
+
+    @contextmanager
+    def _reading(self, tar: int, check: bool) -> Iterator[Callable[[int, FeatureArray], list[int]]]:
+        """What reads rows of a partition from some position in it, from its file or by zarr.
+
+        It returns, if `check`, the crc32c of the parts that lie in one inner chunk each; what is
+        not read from the file itself must be of one chunk.
+        """
+        commit = self._commits[tar]
+        if not self._schema.mappable:
+            shard = self._coded.get(tar)
+            if shard is None:
+                shard = self._coded[tar] = CodedShard(self._files, tar, commit)
+
+            def decoded(position: int, out: FeatureArray) -> list[int]:
+                out[:] = shard.rows(position, position + len(out))
+                return [crc32c(out)] if check else []
+
+            yield decoded
+            return
+        path = self._files.check_shard(tar, commit)
+        if self._map is None:
+            first = tar * self._schema.capacity
+
+            def through_zarr(position: int, out: FeatureArray) -> list[int]:
+                begin = first + position
+                out[:] = self._zarr_features[begin : begin + len(out)]
+                return [crc32c(out)] if check else []
+
+            yield through_zarr
+            return
+        try:
+            file = ShardFile(path, self._schema, commit.rows)
+        except ValueError as error:
+            raise self._files.damaged(tar, str(error)) from error
+        with file:
+            yield partial(file.read, check=check)
+
+    def _reserved(self) -> ShardMap | None:
+        try:
+            return ShardMap(self._schema)
+        except (OSError, OverflowError) as error:
+            log.warning(
+                "%s is read through zarr, which is slower: its features cannot be mapped (%s)",
+                *(self._files.store, error),
+            )
+            return None
+
+    @cached_property
+    def _zarr_features(self) -> Any:
+        # Imported here: it takes longer than opening a store, and nothing else here needs it.
+        import zarr
+
+        return zarr.open_array(
+            zarr.storage.LocalStore(self._files.store, read_only=True),
+            path="features",
+            mode="r",
+            zarr_format=3,
+        )
+
+
+def _runs(rows: RowArray, width: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the parts of `rows` that lie one after another; none crosses k * width."""
+    if len(rows):
+        breaks = (np.diff(rows) != 1) | (rows[1:] // width != rows[:-1] // width)
+        yield from pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)])

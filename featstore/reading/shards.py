@@ -1,0 +1,206 @@
+"""The features' shards as files: read in large pieces, or all mapped into one range of memory.
+
+Without compression a shard is a dense array behind an index that carries its own checksum
+(Zarr v3 sharding, index at the end). Nothing here compares the features with their checksums:
+`featstore.reading.features` does.
+
+Letters: V views, F frames, D dim, in tiers the item.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.format.checksums import PIECE_BYTES, crc32c
+from featstore.format.schema import CRC_BYTES, FeatureArray, StoreSchema
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Bytes = npt.NDArray[np.uint8]
+
+_ABSENT: Final = 2**64 - 1
+_MAP_FIXED: Final = 0x10  # Linux and macOS; Python's mmap has no name for it
+
+
+class ShardFile:
+    """One features shard, opened for reading. A context manager."""
+
+    def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
+        """Open the shard of a partition that lists `rows` samples and check its index.
+
+        ValueError when it cannot be read, has another size or its index is wrong.
+        """
+        self._chunk_rows = schema.chunk_rows
+        self._row_bytes = schema.row_bytes
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
+        try:
+            size = os.fstat(self.descriptor).st_size
+            if size != schema.shard_bytes(rows):
+                raise ValueError(f"the features shard has {size} bytes: it was cut or replaced")
+            index: Bytes = np.empty(schema.index_bytes, np.uint8)
+            self._fill(index, size - len(index))
+            self.offsets = _chunk_offsets(index, schema, rows, size - len(index))
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, first: int, out: FeatureArray, check: bool = False) -> list[int]:
+        """Fill `out` [n, V, F, D] with rows first, first + 1, ...
+
+        Returns, if `check`, the crc32c of the parts that lie in one inner chunk each. ValueError
+        when the file cannot be read.
+        """
+        target = out.reshape(-1).view(np.uint8)
+        chunk, row = divmod(first, self._chunk_rows)
+        begin = 0
+        checksums: list[int] = []
+        while begin < len(target):
+            offset = self.offsets[chunk] + row * self._row_bytes
+            end = min(len(target), begin + (self._chunk_rows - row) * self._row_bytes)
+            checksum = 0
+            for at in range(begin, end, PIECE_BYTES):
+                piece = target[at : min(at + PIECE_BYTES, end)]
+                self._fill(piece, offset + at - begin)
+                if check:
+                    checksum = crc32c(piece, checksum)
+            if check:
+                checksums.append(checksum)
+            begin, chunk, row = end, chunk + 1, 0
+        return checksums
+
+    def recorded_checksum(self, chunk: int) -> int:
+        """The checksum that is stored behind an inner chunk; errors as `read`."""
+        stored: Bytes = np.empty(CRC_BYTES, np.uint8)
+        self._fill(stored, self.offsets[chunk] + self._chunk_rows * self._row_bytes)
+        return int(stored.view("<u4")[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.descriptor)
+
+    def __enter__(self) -> ShardFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _fill(self, out: Bytes, offset: int) -> None:
+        """Fill `out` with the bytes from `offset` on."""
+        try:
+            got = os.preadv(self.descriptor, [out], offset)  # type: ignore[list-item]
+        except OSError as error:
+            raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
+        if not got:
+            raise ValueError("the features shard ends too early")
+        if got < len(out):
+            self._fill(out[got:], offset + got)
+
+
+class ShardMap:
+    """All features shards of a store in one range of addresses, each mapped when it is needed.
+
+    One range makes any choice of rows and frames of the whole store a single `index_select`, where
+    a map per shard would cost a call per shard and batch. Addresses cost nothing; those of shards
+    that are not mapped cannot be read at all. Maps need no open files, of which a process may
+    have fewer than a large store has shards.
+    """
+
+    def __init__(self, schema: StoreSchema) -> None:
+        """Reserve the addresses; OSError when the process may not have as many."""
+        self._schema = schema
+        page = mmap.ALLOCATIONGRANULARITY
+        self._span = -(-schema.shard_bytes(schema.capacity) // page) * page
+        size = self._span * schema.tars
+        # Freed with the last array that looks into it, and all shards' maps with it.
+        self._range = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON, prot=0)
+        self._address = np.frombuffer(self._range, np.uint8).ctypes.data
+        # torch warns of memory that is read-only; it is, and nobody writes to it. Made from the
+        # address, the memory looks writeable; it holds on to the map.
+        memory = (ctypes.c_uint8 * size).from_address(self._address)
+        memory.owner = self._range  # type: ignore[attr-defined]
+        self._width = schema.dtype.itemsize
+        self._numbers: FeatureArray = np.ctypeslib.as_array(memory)[
+            : size // self._width * self._width
+        ].view(schema.dtype.newbyteorder("<"))
+        self._windows: dict[int, Tensor] = {}
+        # Where each inner chunk begins, in numbers from the start of the range; -1: not mapped.
+        self.starts = np.full(schema.tars * schema.chunks_per_shard, -1, np.int64)
+
+    def add(self, tar: int, path: Path, rows: int) -> None:
+        """Map the shard of a partition that lists `rows` samples; errors as `ShardFile`."""
+        with ShardFile(path, self._schema, rows) as file:
+            start = tar * self._span
+            length = self._schema.shard_bytes(rows)
+            _map_over(self._address + start, length, file.descriptor)
+        first = tar * self._schema.chunks_per_shard
+        offsets = np.array(file.offsets, np.int64)
+        if np.any(offsets % self._width):
+            raise ValueError("a chunk of the shard begins at an odd byte")
+        self.starts[first : first + len(offsets)] = (start + offsets) // self._width
+
+    def chunk(self, number: int, rows: int) -> FeatureArray:
+        """The first `rows` rows of an inner chunk (counted over all shards), read-only view."""
+        start = int(self.starts[number])
+        size = rows * self._schema.row_bytes // self._width
+        view: FeatureArray = self._numbers[start : start + size].reshape(
+            rows, *self._schema.row_shape
+        )
+        view.flags.writeable = False
+        return view
+
+    def windows(self, width: int) -> Tensor:
+        """[numbers - width + 1, width]: row i is the `width` numbers from number i on."""
+        import torch
+
+        found = self._windows.get(width)
+        if found is None:
+            numbers = torch.from_numpy(self._numbers)
+            found = numbers.as_strided((len(numbers) - width + 1, width), (1, 1))
+            self._windows[width] = found
+        return found
+
+
+def _chunk_offsets(
+    index: npt.NDArray[np.uint8], schema: StoreSchema, rows: int, index_start: int
+) -> list[int]:
+    """Byte at which each inner chunk with listed rows begins; ValueError when one is misplaced."""
+    if crc32c(index[:-CRC_BYTES]) != int(index[-CRC_BYTES:].view("<u4")[0]):
+        raise ValueError("the index of the shard fails its checksum")
+    entries = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: -(-rows // schema.chunk_rows)]
+    body = schema.chunk_rows * schema.row_bytes
+    offsets = []
+    for number, (offset, length) in enumerate(entries.tolist()):
+        if offset == _ABSENT or length != body + CRC_BYTES or offset + length > index_start:
+            raise ValueError(f"chunk {number} of the shard is absent or misplaced")
+        offsets.append(offset)
+    return offsets
+
+
+def _map_over(address: int, length: int, descriptor: int) -> None:
+    """Map a file read-only at an address inside a range that is ours."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = (
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int),
+        ctypes.c_long,
+    )
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    if libc.mmap(address, length, mmap.PROT_READ, flags, descriptor, 0) != address:
+        raise ValueError(f"the features shard cannot be mapped ({os.strerror(ctypes.get_errno())})")

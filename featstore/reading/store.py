@@ -1,0 +1,418 @@
+"""Reading a store: opened and checked at once, everything else on demand, never a wrong number.
+
+Dimension letters: V views, F frames, D dim, in tiers the item; n rows asked for. "Row" is the
+array row `tar * capacity + position`; per-sample lists are aligned with `Store.rows`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Never
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import UserError, WorkError
+from featstore.format.array_checks import whole_numbers
+from featstore.format.metadata import TarEntry, prompt_set_names, read_metadata
+from featstore.format.provenance import Provenance
+from featstore.format.schema import FeatureArray, RowArray, StoreSchema
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.chunk_files import ChunkFiles, Commit, read_class_text
+from featstore.reading.features import FeatureFiles
+from featstore.writing.partition import ClassText
+
+# What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
+MAX_ROWS: Final = 2**30
+
+
+class Store:
+    """A feature store, read-only, lazy and safe to share between threads.
+
+    It shows the partitions that were committed when it was opened. Pickled by path, so worker
+    processes open their own. Every row of features is compared with its recorded checksum before
+    it is first given out.
+    """
+
+    def __init__(self, path: Path, *, mapped: bool = True) -> None:
+        # The same store after a change of folder, and for processes that have another.
+        self.path = path = path.absolute()
+        self._mapped = mapped
+        self._metadata = read_metadata(path)
+        if self.schema.rows > MAX_ROWS:
+            raise UserError(
+                f"{path} speaks of {self.schema.rows} rows, at most {MAX_ROWS} are read: do not "
+                "open a store from a source you do not trust"
+            )
+        self._files = ChunkFiles(path, self._metadata)
+        self._commits: dict[int, Commit] = {}
+        for tar in range(self.schema.tars):
+            commit = self._intact_commit(tar)
+            if commit is not None:
+                self._commits[tar] = commit
+        self._limits = np.zeros(self.schema.tars, np.int64)  # listed rows by partition
+        for tar, commit in self._commits.items():
+            self._limits[tar] = commit.rows
+        self._features = FeatureFiles(self._files, self._commits, self._key_of, mapped)
+
+    def __reduce__(self) -> tuple[Callable[[Path, bool], Store], tuple[Path, bool]]:
+        return _reopen, (self.path, self._mapped)
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {len(self)} samples, {len(self._commits)} partitions)"
+
+    # What the store is
+
+    @property
+    def schema(self) -> StoreSchema:
+        """Sizes of the store."""
+        return self._metadata.schema
+
+    @property
+    def tier(self) -> str:
+        """What the features are ("embeddings", "frames", "tokens:K"; `featstore.format.tiers`)."""
+        return self.schema.tier
+
+    @property
+    def mapped(self) -> bool:
+        """Whether features are memory-mapped, else decoded or read through zarr."""
+        return self._features.mapped
+
+    def require_embeddings(self) -> None:
+        """UserError unless the features are embeddings, which heads work on."""
+        if not self.schema.pooled:
+            raise UserError(
+                f"{self.path.name} holds {self.tier}, not the embeddings that heads work on: "
+                "choose or extract a store without --tier"
+            )
+
+    @property
+    def provenance(self) -> Provenance:
+        """How the features were made."""
+        return self._metadata.provenance
+
+    @property
+    def tars(self) -> tuple[TarEntry, ...]:
+        """The packed tars the store covers, by partition number."""
+        return self._metadata.tars
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in natural words, by label."""
+        return list(self._metadata.class_names)
+
+    @property
+    def raw_class_names(self) -> list[str]:
+        """Class names as the data set spells them, by label."""
+        return list(self._metadata.raw_class_names)
+
+    @property
+    def split_names(self) -> list[str]:
+        """Names of the splits rows may belong to."""
+        return list(self._metadata.split_names)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The group attributes as stored (format version, schema, provenance, tars, names)."""
+        attributes: dict[str, Any] = self._metadata.group_node()["attributes"]
+        return attributes
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tar has its committed partition."""
+        return len(self._commits) == self.schema.tars
+
+    def partitions(self) -> Iterator[int]:
+        """Numbers of the committed partitions, ascending."""
+        return iter(sorted(self._commits))
+
+    # What it lists
+
+    def __len__(self) -> int:
+        """Listed samples, ok or failed, in committed partitions."""
+        return sum(commit.rows for commit in self._commits.values())
+
+    @cached_property
+    def rows(self) -> RowArray:
+        """Array rows of the listed samples, int64 [len], ascending, read-only."""
+        capacity = self.schema.capacity
+        spans = [
+            np.arange(tar * capacity, tar * capacity + self._commits[tar].rows, dtype=np.int64)
+            for tar in self.partitions()
+        ]
+        rows: RowArray = np.concatenate([np.zeros(0, np.int64), *spans])
+        rows.flags.writeable = False
+        return rows
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """Key of every listed sample, read-only."""
+        return self._texts("key")
+
+    @cached_property
+    def reasons(self) -> list[str]:
+        """Why a sample failed, "" where it did not; read-only."""
+        return self._texts("reason")
+
+    @cached_property
+    def labels(self) -> npt.NDArray[np.int32]:
+        """Label of every listed sample, int32 [len]."""
+        return self._numbers("label")
+
+    @cached_property
+    def num_frames(self) -> npt.NDArray[np.int32]:
+        """Frames counted in every listed sample's video, int32 [len]."""
+        return self._numbers("num_frames")
+
+    @cached_property
+    def fps(self) -> npt.NDArray[np.float32]:
+        """Frames per second of every listed sample's video, float32 [len]."""
+        return self._numbers("fps")
+
+    @cached_property
+    def container_frames(self) -> npt.NDArray[np.int32]:
+        """Frames the container of every listed sample speaks of, int32 [len]; 0 for none."""
+        return self._numbers("container_frames")
+
+    @cached_property
+    def damaged_packets(self) -> npt.NDArray[np.int32]:
+        """Damaged packets that were passed over in every listed sample, int32 [len]."""
+        return self._numbers("damaged_packets")
+
+    @cached_property
+    def status(self) -> npt.NDArray[np.uint8]:
+        """1 for ok, 2 for failed, uint8 [len]."""
+        return self._numbers("status")
+
+    def split(self, name: str) -> RowArray:
+        """Array rows of one split, failed samples included, int64 [n], ascending.
+
+        UserError lists the splits when there is none of that name.
+        """
+        if name not in self._metadata.split_names:
+            known = ", ".join(self._metadata.split_names) or "none"
+            raise UserError(f"{self.path} has no split {name!r}: choose one of {known}")
+        bit = np.uint32(1 << self._metadata.split_names.index(name))
+        rows: RowArray = self.rows[(self._splits & bit) != 0]
+        return rows
+
+    def row(self, key: str) -> int:
+        """Array row of the sample with this key; UserError when it is not listed."""
+        found = self._row_by_key.get(key)
+        if found is None:
+            raise UserError(f"{self.path} has no sample {key!r}: `mote-cli inspect` lists them")
+        return found
+
+    def positions(self, rows: npt.ArrayLike) -> RowArray:
+        """Where array rows stand in `rows`, `labels` and the like, int64 [n].
+
+        UserError when a row belongs to no listed sample.
+        """
+        found: RowArray = np.searchsorted(self.rows, self._listed(rows)).astype(np.int64)
+        return found
+
+    # What it holds
+
+    @property
+    def prompt_sets(self) -> list[str]:
+        """Prompt sets whose class texts the store holds."""
+        return prompt_set_names(self.path)
+
+    def class_text(self, prompt_set: str) -> ClassText:
+        """Class texts of a prompt set; UserError lists the sets when there is none of that name."""
+        known = self.prompt_sets
+        if prompt_set not in known:
+            raise UserError(
+                f"{self.path} has no class texts for prompt set {prompt_set!r}: it has "
+                f"{', '.join(known) or 'none'}; add them with "
+                "`mote-cli store add-texts`"
+            )
+        return read_class_text(self.path, prompt_set, self.provenance, self._metadata.class_names)
+
+    def frame_index(self, rows: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """Indices of the encoded frames in their videos, int32 [n, V, F]; -1 where failed."""
+        return self._frame_indices[self.positions(rows)]
+
+    def pts(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Presentation times of the encoded frames in seconds, float64 [n, V, F]."""
+        return self._frame_times[self.positions(rows)]
+
+    def features(self, rows: npt.ArrayLike, frames: npt.ArrayLike | None = None) -> FeatureArray:
+        """Raw (not normalised) frame embeddings, float16 [n, V, F', D]; NaN where failed.
+
+        In a store of another tier its items, [n, V, F', *item]: frames are uint8, zeros where
+        failed.
+
+        `rows` are array rows, one or [n], in any order, repeats allowed; `frames` picks stored
+        frames by index: one, [F'] for all rows alike or [n, F'] per row; all F when None. The
+        array is the caller's to change.
+        Raises UserError for a row that holds no sample and for what are no whole numbers (a mask:
+        take `rows[mask]`), IndexError for a frame that is not stored (none is counted from the
+        end), WorkError when a row does not agree with its checksum.
+        """
+        wanted = self._listed(rows)
+        chosen = None if frames is None else self._frame_choice(frames, len(wanted))
+        if self._features.mapped:
+            gathered: FeatureArray = self._features.gather(wanted, None, chosen).numpy()
+            return gathered
+        out: FeatureArray = np.empty((len(wanted), *self.schema.row_shape), self.schema.dtype)
+        self._features.read_into(wanted, out)
+        if chosen is None:
+            return out
+        of_rows = np.arange(len(wanted))[:, None, None]
+        views = np.arange(self.schema.views)[:, None]
+        return out[of_rows, views, chosen[:, None]]
+
+    def clips(
+        self, rows: npt.ArrayLike, views: npt.ArrayLike, frames: npt.ArrayLike
+    ) -> FeatureArray:
+        """One view of each row at chosen frames: float16 [n, F', D].
+
+        `views` [n], `frames` [n, F']; errors as `features`, IndexError for a view that is not
+        stored.
+        """
+        wanted = self._listed(rows)
+        chosen = self._frame_choice(frames, len(wanted))
+        view = whole_numbers(views, "views")
+        if view.shape != wanted.shape:
+            raise UserError(f"views are {list(view.shape)}: they must be [{len(wanted)}]")
+        if view.size and not 0 <= view.min() <= view.max() < self.schema.views:
+            raise IndexError(f"{self.path} stores views 0 to {self.schema.views - 1}")
+        if self._features.mapped:
+            gathered: FeatureArray = self._features.gather(wanted, view, chosen).numpy()[:, 0]
+            return gathered
+        picked = self.features(wanted, chosen)
+        return picked[np.arange(len(wanted)), view]
+
+    def read_into(
+        self,
+        rows: npt.ArrayLike,
+        out: FeatureArray,
+        *,
+        check: bool = True,
+        progress: ProgressSink = no_progress,
+    ) -> None:
+        """Read the features of `rows` from their files into `out` [n, V, F, D], in their type.
+
+        The fast way to many rows; `progress` counts them. `check` False trusts the bytes on the
+        disk and compares no checksums. Errors as `features`; `out` is undefined after one.
+        """
+        wanted = self._listed(rows)
+        shape = (len(wanted), *self.schema.row_shape)
+        if (out.shape, out.dtype) != (shape, self.schema.dtype) or not out.flags.carray:
+            raise ValueError(
+                f"out is {out.dtype} {list(out.shape)}: it must be {self.schema.dtype} "
+                f"{list(shape)}, C-contiguous and writeable"
+            )
+        self._features.read_into(wanted, out, check, progress)
+
+    def iter_partitions(self) -> Iterator[tuple[int, RowArray, FeatureArray]]:
+        """(number, array rows [n], features float16 [n, V, F, D]) of each partition, ascending.
+
+        One partition at a time is in memory. Errors as `features`.
+        """
+        for tar in self.partitions():
+            first = tar * self.schema.capacity
+            rows = np.arange(first, first + self._commits[tar].rows, dtype=np.int64)
+            out: FeatureArray = np.empty((len(rows), *self.schema.row_shape), self.schema.dtype)
+            self.read_into(rows, out)
+            yield tar, rows, out
+
+    # How it is read
+
+    def _intact_commit(self, tar: int) -> Commit | None:
+        commit = self._files.commit(tar)
+        while commit is not None:
+            try:
+                self._files.check_shard(tar, commit)
+                return commit
+            except WorkError:
+                # A writer that redoes the partition at this moment removes the commit entry first.
+                found, commit = commit, self._files.commit(tar)
+                if commit == found:
+                    raise
+        return None
+
+    def _listed(self, rows: npt.ArrayLike) -> RowArray:
+        """`rows` as int64 [n]; UserError when one belongs to no listed sample."""
+        wanted = whole_numbers(rows, "rows")
+        if wanted.ndim != 1:
+            if wanted.ndim > 1:
+                raise UserError(f"rows are {list(wanted.shape)}: they must be [n]")
+            wanted = wanted[None]
+        tars, positions = np.divmod(wanted, self.schema.capacity)
+        known = (tars >= 0) & (tars < self.schema.tars)
+        known[known] = positions[known] < self._limits[tars[known]]
+        if not known.all():
+            raise UserError(
+                f"row {int(wanted[~known][0])} of {self.path} holds no sample: it lies beyond its "
+                "tar's samples or in a partition that is not extracted yet"
+            )
+        return wanted
+
+    def _key_of(self, row: int) -> str:
+        return self.keys[int(np.searchsorted(self.rows, row))]
+
+    def _frame_choice(self, frames: npt.ArrayLike, n: int) -> RowArray:
+        chosen = whole_numbers(frames, "frames")
+        if chosen.ndim < 2:
+            chosen = np.broadcast_to(chosen, (n, chosen.size))
+        if chosen.ndim != 2 or len(chosen) != n:
+            raise UserError(f"frames are {list(chosen.shape)}: they must be [F'] or [{n}, F']")
+        if chosen.size and not 0 <= chosen.min() <= chosen.max() < self.schema.frames:
+            raise IndexError(
+                f"{self.path} stores frames 0 to {self.schema.frames - 1} of each view"
+            )
+        return chosen
+
+    def _numbers(self, name: str) -> npt.NDArray[Any]:
+        parts = [
+            self._files.numbers(name, tar)[: self._commits[tar].rows] for tar in self.partitions()
+        ]
+        spec = self._files.specs[name]
+        joined = np.concatenate(parts) if parts else np.zeros((0, *spec.shape[1:]))
+        joined = joined.astype(spec.numpy_dtype.newbyteorder("="), copy=False)
+        joined.flags.writeable = False
+        return joined
+
+    def _texts(self, name: str) -> list[str]:
+        return _ListedTexts(
+            text
+            for tar in self.partitions()
+            for text in self._files.texts(name, tar)[: self._commits[tar].rows]
+        )
+
+    @cached_property
+    def _splits(self) -> npt.NDArray[np.uint32]:
+        return self._numbers("splits")
+
+    @cached_property
+    def _frame_indices(self) -> npt.NDArray[np.int32]:
+        return self._numbers("frame_index")
+
+    @cached_property
+    def _frame_times(self) -> npt.NDArray[np.float64]:
+        return self._numbers("pts")
+
+    @cached_property
+    def _row_by_key(self) -> dict[str, int]:
+        return dict(zip(self.keys, self.rows.tolist(), strict=True))
+
+
+class _ListedTexts(list[str]):
+    """A list that all who ask a store for it share, and that none of them can change."""
+
+    def _refused(self, *_: Any, **__: Any) -> Never:
+        raise TypeError("what a store lists is read-only: change a copy, list(...)")
+
+    append = extend = insert = remove = pop = clear = sort = reverse = _refused
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused
+
+    def __reduce__(self) -> tuple[type[list[str]], tuple[tuple[str, ...]]]:
+        return list, (tuple(self),)
+
+
+def _reopen(path: Path, mapped: bool) -> Store:
+    return Store(path, mapped=mapped)

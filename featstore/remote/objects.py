@@ -1,0 +1,436 @@
+"""Objects on S3-compatible storage: a folder of them, read and written with patience.
+
+The only module that knows obstore. Credentials come from the environment alone (the variables of
+AWS, Google Cloud and Azure); none is taken from a URL or an argument, and no message repeats one.
+
+Storage of this kind has no folders, no locks and no renames; what it has is that an object put
+under a name appears there whole or not at all. obstore repeats requests that fail on the way
+(connection refused or lost, 5xx, time-outs); bodies that end early are resumed here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.durable import PARTIAL_SUFFIX
+from featstore.remote.urls import (
+    check_name,
+    parsed,
+    patience_seconds,
+    require_credentials,
+    s3_endpoint,
+)
+
+if TYPE_CHECKING:
+    from obstore import GetOptions, ObjectMeta
+    from obstore.store import ObjectStore, S3Config
+
+log = logging.getLogger(__name__)
+
+# How long obstore repeats a request by itself, deaf to Ctrl-C.
+_UNINTERRUPTED: Final = 3.0
+_LONGEST_PAUSE: Final = 10.0
+# Of silence, not of a whole transfer: a tar of many gigabytes may take hours.
+_SILENCE: Final = timedelta(seconds=60)
+_CONNECT: Final = timedelta(seconds=10)
+_TRANSFER: Final = timedelta(hours=24)
+# Larger files go up in parts of this size, because the time limit of silence also runs while a
+# request is sent. The object appears when the last part is in.
+_PART_BYTES: Final = 16 * 2**20
+_PARTS_AT_ONCE: Final = 4
+_BLOCK_BYTES: Final = 2**20
+
+_SECRET_VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL|SAS", re.IGNORECASE)
+_CLOUD_VARIABLE = re.compile(r"AWS_|AZURE_|GOOGLE_", re.IGNORECASE)
+_DENIED_CODES: Final = frozenset(
+    {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+)
+
+# What `_reason` says of failures that may be gone the next time: S3's codes, HTTP's, or none.
+_PASSING = re.compile(
+    r"no connection|no answer in time|the connection broke|408|429|5\d\d"
+    r"|InternalError|ServiceUnavailable|SlowDown|RequestTimeout|OperationAborted|Throttl"
+)
+
+T = TypeVar("T")
+
+
+class MissingObject(WorkError):
+    """There is no object of that name."""
+
+
+class ChangedObject(WorkError):
+    """An object is not the one that was listed or begun: its size or its version differs."""
+
+
+@dataclass(frozen=True)
+class RemoteObject:
+    """What a listing says of an object.
+
+    `size` in bytes; `version` changes with its content (the entity tag, or the time of change
+    where the storage gives none).
+    """
+
+    size: int
+    version: str
+
+
+class ObjectFolder:
+    """All objects under one URL, `s3://bucket/prefix` (also gs:// and az://); safe to share
+    between threads.
+
+    Names are relative to the URL, with "/" between their parts. Every error is one line: UserError
+    for a URL, a name or an environment that cannot be used, WorkError for what went wrong on the
+    way, with the object's URL and the remedy.
+    """
+
+    def __init__(self, url: str, *, patience: float | None = None) -> None:
+        """`patience`: seconds during which a failing request is repeated.
+
+        Default: the environment variable MOTE_RETRY_SECONDS, or 180. Nothing is sent yet.
+        """
+        scheme, self._bucket, self._prefix = parsed(url)
+        self.url = "/".join(filter(None, (f"{scheme}://{self._bucket}", self._prefix)))
+        self.patience = patience_seconds() if patience is None else patience
+        self._store = _connect(scheme, self._bucket, self.patience)
+
+    def __repr__(self) -> str:
+        return f"ObjectFolder({self.url!r})"
+
+    @property
+    def identity(self) -> str:
+        """What tells this folder from one of the same URL on another server; nothing secret."""
+        return f"{s3_endpoint()} {self.url}" if self.url.startswith("s3:") else self.url
+
+    def at(self, name: str) -> str:
+        """URL of an object, for messages."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def head(self, name: str) -> int | None:
+        """Size of an object in bytes, None when there is none of that name."""
+        import obstore
+
+        key = self._key(name)
+        try:
+            return int(self._ask(name, lambda: obstore.head(self._store, key))["size"])
+        except MissingObject:
+            self.list(name)  # the answer to a head request does not say that the bucket is missing
+            return None
+
+    def get_bytes(self, name: str, limit: int) -> bytes:
+        """Content of an object of at most `limit` bytes.
+
+        Raises MissingObject, WorkError when it is larger.
+        """
+        content = bytearray()
+
+        def begin(size: int) -> None:
+            if size > limit:
+                raise WorkError(
+                    f"{self.at(name)} has {size} bytes, at most {limit} make sense there: "
+                    "check what was put under this name"
+                )
+
+        self._receive(name, content.extend, begin, None)
+        return bytes(content)
+
+    def download(
+        self,
+        name: str,
+        path: Path,
+        size: int | None = None,
+        version: str | None = None,
+        *,
+        stop: Event | None = None,
+    ) -> None:
+        """Write an object's bytes to `path`, which appears complete or not at all.
+
+        Once `stop` is set, a transfer ends with a WorkError.
+        Raises MissingObject, ChangedObject when it has not the `size` or `version` expected or
+        changes on the way, OSError when the disk is full.
+        """
+
+        def begin(found: int) -> None:
+            if size is not None and found != size:
+                raise ChangedObject(f"{self.at(name)} has {found} bytes, not {size}")
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+        try:
+            with open(unfinished, "wb") as file:
+                self._receive(name, file.write, begin, version, stop)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def put(self, name: str, source: bytes | Path, *, only_new: bool = False) -> bool:
+        """Put bytes or a file as one object, whole or not at all, also over an earlier one.
+
+        With `only_new` an object that is there already stays, and False is returned: perhaps one
+        that this very call put, when the answer to its first attempt was lost.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        key = self._key(name)
+        mode: Literal["create", "overwrite"] = "create" if only_new else "overwrite"
+        large = isinstance(source, Path) and source.stat().st_size > _PART_BYTES
+        try:
+            self._ask(
+                name,
+                lambda: obstore.put(
+                    self._store,
+                    key,
+                    source,
+                    mode=mode,
+                    use_multipart=large and not only_new,
+                    chunk_size=_PART_BYTES,
+                    max_concurrency=_PARTS_AT_ONCE,
+                ),
+            )
+        except AlreadyExistsError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> dict[str, RemoteObject]:
+        """Every object under the folder `prefix`, by name; empty when there is none."""
+        import obstore
+
+        key = self._key(prefix) if prefix else self._prefix
+        start = len(self._prefix) + 1 if self._prefix else 0
+        listed = self._ask(prefix, lambda: obstore.list(self._store, key or None).collect())
+        return {
+            meta["path"][start:]: RemoteObject(int(meta["size"]), _version(meta)) for meta in listed
+        }
+
+    def delete(self, name: str) -> None:
+        """Delete an object; nothing happens when there is none."""
+        import obstore
+
+        key = self._key(name)
+        with suppress(MissingObject):  # S3 does not mind, others do
+            self._ask(name, lambda: obstore.delete(self._store, key))
+
+    def _key(self, name: str) -> str:
+        check_name(name, "object name")
+        return f"{self._prefix}/{name}" if self._prefix else name
+
+    def _receive(
+        self,
+        name: str,
+        write: Callable[[Any], Any],
+        begin: Callable[[int], None],
+        version: str | None,
+        stop: Event | None = None,
+    ) -> None:
+        """Hand the object's bytes to `write` in order, once each, however often it breaks off.
+
+        `begin` gets the size before the first byte and may refuse it.
+        """
+        import obstore
+        from obstore.exceptions import BaseError, PreconditionError
+
+        key = self._key(name)
+        offset, failures, first = 0, 0, None
+        deadline = time.monotonic() + self.patience
+        while True:
+            options: GetOptions = {"range": {"offset": offset}} if offset else {}
+            if first is not None and (tag := first["e_tag"]):
+                options["if_match"] = tag
+            try:
+                get = partial(obstore.get, self._store, key, options=options)
+                answer = self._ask(name, get, stop)
+            except PreconditionError:
+                raise self._changed(name) from None
+            meta = answer.meta
+            if first is None:
+                if version is not None and _version(meta) != version:
+                    raise self._changed(name)
+                begin(int(meta["size"]))
+                first = meta
+            elif (_version(meta), meta["size"]) != (_version(first), first["size"]):
+                raise self._changed(name)
+            problem = "the connection was closed"
+            try:
+                for block in answer.stream(min_chunk_size=_BLOCK_BYTES):
+                    self._go_on(name, stop)
+                    write(block)
+                    offset += len(block)
+                    deadline, failures = time.monotonic() + self.patience, 0
+            except PreconditionError:
+                raise self._changed(name) from None
+            except BaseError as error:
+                problem = _reason(error)
+            if offset >= int(meta["size"]):
+                return
+            failures += 1
+            if time.monotonic() > deadline:
+                raise WorkError(
+                    f"{self.at(name)} breaks off after {offset} of {meta['size']} bytes "
+                    f"({problem}): check the network, then run the same command again"
+                )
+            log.info("%s broke off after %d bytes (%s): resuming", self.at(name), offset, problem)
+            self._go_on(name, stop, _pause(failures))
+
+    def _changed(self, name: str) -> ChangedObject:
+        return ChangedObject(
+            f"{self.at(name)} was changed while it was read: run the same command again"
+        )
+
+    def _ask(self, name: str, request: Callable[[], T], stop: Event | None = None) -> T:
+        """Answer to one of obstore's calls, repeated while it fails on the way.
+
+        obstore repeats by itself, but does not notice Ctrl-C: it gets a few seconds at a time.
+        A failed condition (PreconditionError, AlreadyExistsError) passes as it is.
+        """
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+        deadline = time.monotonic() + self.patience
+        failures = 0
+        while True:
+            try:
+                return request()
+            except (PreconditionError, AlreadyExistsError):
+                raise
+            except (BaseError, ValueError, FileNotFoundError) as error:
+                final, reason = self._final(error, name), _reason(error)
+            # Outside of `except`: the text of obstore's errors may hold an access key.
+            if final is not None:
+                raise final
+            failures += 1
+            if time.monotonic() > deadline:
+                raise WorkError(
+                    f"{self.at(name)} cannot be reached ({reason}; tried for {self.patience:g} s): "
+                    "check the network and, for s3, AWS_ENDPOINT_URL and AWS_REGION, then run the "
+                    "same command again"
+                )
+            if failures == 1:
+                log.warning(
+                    "%s: %s; trying again for up to %g s", self.at(name), reason, self.patience
+                )
+            self._go_on(name, stop, _pause(failures))
+
+    def _go_on(self, name: str, stop: Event | None, after: float = 0.0) -> None:
+        """Return `after` seconds; WorkError as soon as `stop` is set."""
+        if stop is None:
+            if after:
+                time.sleep(after)
+        elif stop.wait(after):
+            raise WorkError(f"{self.at(name)} was not fetched: the work was stopped")
+
+    def _final(self, error: BaseException, name: str) -> WorkError | None:
+        """What to tell of an error that repeating does not mend; None for one that passes."""
+        from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
+
+        code, reason = _code(error), _reason(error)
+        if code == "NoSuchBucket":
+            return WorkError(
+                f"there is no bucket {self._bucket!r} for {self.url}: make it, or check the URL "
+                "and AWS_ENDPOINT_URL"
+            )
+        if isinstance(error, FileNotFoundError):
+            return MissingObject(f"{self.at(name)} does not exist")
+        denied = isinstance(error, PermissionDeniedError | UnauthenticatedError)
+        if denied or code in _DENIED_CODES or reason[:3] in ("401", "403"):
+            return WorkError(
+                f"access to {self.at(name)} is denied ({code or reason}): check the credentials in "
+                "the environment (for s3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                "AWS_SESSION_TOKEN) and what they may do"
+            )
+        if isinstance(error, GenericError) and _PASSING.match(reason):
+            return None
+        return WorkError(
+            f"{self.at(name)} cannot be used ({reason}): check the URL and, for s3, "
+            "AWS_ENDPOINT_URL and AWS_REGION"
+        )
+
+
+def _pause(failures: int) -> float:
+    """Seconds to wait before the next attempt: longer each time, never the same for two clients."""
+    return random.uniform(0.5, 1) * min(_LONGEST_PAUSE, 0.1 * 2.0**failures)
+
+
+def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{scheme}:// URLs need the extra `cloud`: pip install 'mote-video[cloud]'"
+        ) from error
+    plain = False
+    config: S3Config = {}
+    if scheme == "s3":
+        require_credentials()
+        # Objects are deleted one at a time, and not every server knows how to delete many.
+        config = {"disable_bulk_delete": True}
+        plain = s3_endpoint().startswith("http://")
+    try:
+        return from_url(
+            f"{scheme}://{bucket}",
+            config=config or None,
+            client_options={
+                "allow_http": plain,
+                "connect_timeout": _CONNECT,
+                "read_timeout": _SILENCE,
+                "timeout": _TRANSFER,
+            },
+            retry_config={
+                "max_retries": 10_000,  # the time decides
+                "retry_timeout": timedelta(seconds=min(patience, _UNINTERRUPTED)),
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=1),
+                    "base": 2,
+                },
+            },
+        )
+    except (BaseError, ValueError) as error:
+        raise UserError(
+            f"{scheme}://{bucket} cannot be used ({_reason(error)}): check the environment"
+        ) from None
+
+
+def _version(meta: ObjectMeta) -> str:
+    tag = meta["e_tag"]
+    return tag.strip('"') if tag else meta["last_modified"].isoformat()
+
+
+def _code(error: BaseException) -> str:
+    """The error code of S3's answer, if it gave one."""
+    found = re.search(r"<Code>(\w{1,60})</Code>", str(error))
+    return found[1] if found else ""
+
+
+def _reason(error: BaseException) -> str:
+    """Why a request failed, in a few words, without addresses and without anything secret."""
+    text = str(error)
+    if code := _code(error):
+        return code
+    if status := re.search(r"status code: (\d{3} [A-Za-z ]+)", text):
+        return status[1].strip()
+    if re.search(r"kind: Connect|[Cc]onnection refused", text):
+        return "no connection"
+    if re.search(r"kind: Timeout|timed out", text):
+        return "no answer in time"
+    if "HTTP error" in text or "error sending request" in text:
+        return "the connection broke"
+    text = text.partition("\n")[0]
+    for name, value in os.environ.items():
+        if value and _CLOUD_VARIABLE.match(name) and _SECRET_VARIABLE.search(name):
+            text = text.replace(value, "***")
+    return one_line(re.sub(r"https?://\S+", "the server", text), 160)

@@ -1,0 +1,1 @@
+"""Stores made from stores: grown, merged, converted, quantised and exported."""

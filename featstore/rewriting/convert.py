@@ -1,0 +1,69 @@
+"""A store rewritten with its features compressed, or no longer compressed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import UserError
+from featstore.files.exchange import new_folder
+from featstore.format.schema import CODECS
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.coded_shards import read_scale
+from featstore.rewriting.source import claimed_source
+from featstore.writing.writer import StoreWriter
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What `convert` made: bytes of all features files before and after."""
+
+    store: str
+    codec: str
+    tars: int
+    rows: int
+    bytes_before: int
+    bytes_after: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return asdict(self)
+
+
+def convert(
+    path: Path, out: Path, codec: str, *, progress: ProgressSink = no_progress
+) -> Converted:
+    """Make a store of the same content, equal to the bit, whose features have another codec.
+
+    It appears under `out` when it is complete; tars that are not extracted yet stay so, and
+    `extract` can fill them (other tiers than embeddings are compressed only when complete). Raises
+    UserError for an unknown codec and when `out` exists, WorkError for damage and while a process
+    writes to the store.
+    """
+    if codec not in CODECS:
+        raise UserError(f"codec {codec!r} is unknown: choose one of {', '.join(CODECS)}")
+    with claimed_source(path) as source, new_folder(out) as folder:
+        made = source.metadata
+        if codec != "none" and not made.schema.pooled:
+            # Extraction puts their rows into plain shards only.
+            source.require_complete("compress")
+        schema = replace(made.schema, codec=codec)
+        writer = StoreWriter.init(
+            folder,
+            schema,
+            made.provenance,
+            tars=[asdict(tar) for tar in made.tars],
+            class_names=made.class_names,
+            raw_class_names=made.raw_class_names,
+            split_names=made.split_names,
+            class_texts=source.texts(),
+            feature_scale=read_scale(source.files),
+        )
+        tars = list(source.store.partitions())
+        for number, tar in enumerate(tars):
+            same = source.shard(tar) if codec == made.schema.codec else None
+            writer.write_partition(tar, source.partition(tar), same)
+            progress(number + 1, len(tars))
+        after = sum(writer.file("features", tar).stat().st_size for tar in tars)
+        return Converted(str(out), codec, len(tars), len(source.store), source.bytes(), after)

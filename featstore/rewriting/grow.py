@@ -1,0 +1,218 @@
+"""Stores that grow in place: more tars, class texts of another prompt set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import UserError
+from featstore.files.durable import link_or_copy, sync_folder
+from featstore.files.exchange import replacement, staging
+from featstore.format.metadata import (
+    StoreMetadata,
+    TarEntry,
+    check_prompt_set,
+    prompt_set_names,
+    tar_entry,
+)
+from featstore.format.schema import CLASS_TEXT_GROUP, SMALL_ARRAYS
+from featstore.rewriting.source import SourceStore, claimed_source
+from featstore.writing.partition import ClassText
+from featstore.writing.writer import StoreWriter, write_class_text, write_skeleton
+
+# The features are linked before the commit entry, as they are written.
+_LINKED = (*SMALL_ARRAYS, "chunk_checksum", "features", "commit")
+
+
+@dataclass(frozen=True)
+class Grown:
+    """What `add_tars` did: tars and rows that the store has now, and how many of them are new.
+
+    `pending` partitions are still to be extracted, the new ones and those that were not done.
+    """
+
+    store: str
+    tars: int
+    tars_added: int
+    rows: int
+    rows_added: int
+    classes_added: int
+    pending: int
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return asdict(self)
+
+
+def add_tars(
+    path: Path,
+    *,
+    tars: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    raw_class_names: Sequence[str],
+    split_names: Sequence[str],
+    dataset_fingerprint: str,
+    class_texts: Mapping[str, ClassText] | None = None,
+) -> Grown:
+    """Give a store the tars of a data set that was packed again with more of them.
+
+    `tars` as `StoreWriter.init` takes them: all of them in the data set's order, the earlier ones
+    unchanged (file, rows and sha256) and wherever they are now. Names may only be added at the
+    end. `class_texts` replaces those of the store, and is needed where classes are new.
+
+    A new store is built beside the old one, with the partitions that are done linked into their
+    places, and exchanged with it; killed at any moment, the old or the new one is there. A `Store`
+    that is open meanwhile goes on with what it holds as long as no earlier tar changes its place;
+    open it again otherwise. Nothing happens when there is nothing new. Raises UserError when the
+    tars or names do not continue the store's, WorkError while a process writes to it.
+    """
+    _require_folder(path)
+    with claimed_source(path) as source:
+        old = source.metadata
+        if old.provenance.quantised:
+            raise UserError(
+                f"{path} is quantised ({old.provenance.quantised}), and features are extracted in "
+                "float16: add the tars to the store it was made of and quantise that again"
+            )
+        entries = tuple(tar_entry(tar) for tar in tars)
+        places = _places(path, old, entries)
+        _require_continued(path, "class names", old.class_names, class_names)
+        _require_continued(path, "raw class names", old.raw_class_names, raw_class_names)
+        _require_continued(path, "splits", old.split_names, split_names)
+        metadata = replace(
+            old,
+            schema=replace(old.schema, tars=len(entries)),
+            provenance=replace(old.provenance, dataset_fingerprint=dataset_fingerprint),
+            tars=entries,
+            class_names=tuple(class_names),
+            raw_class_names=tuple(raw_class_names),
+            split_names=tuple(split_names),
+        )
+        texts = dict(source.texts() if class_texts is None else class_texts)
+        _require_texts(path, source, metadata, texts)
+        if metadata != old:
+            with replacement(path) as folder:
+                write_skeleton(folder, metadata, texts)
+                _link(path, folder, places)
+    writer = StoreWriter.open(path)
+    return Grown(
+        store=str(path),
+        tars=len(entries),
+        tars_added=len(entries) - len(places),
+        rows=sum(tar.rows for tar in entries),
+        rows_added=sum(tar.rows for tar in entries) - sum(tar.rows for tar in old.tars),
+        classes_added=len(class_names) - len(old.class_names),
+        pending=len(writer.pending()),
+    )
+
+
+def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
+    """Add the class texts of a prompt set; False when the store holds the same ones already.
+
+    They are written beside the store and put into it by one rename. Raises UserError when they are
+    of other classes, another size, another encoder, or other sentences than those of that name,
+    WorkError while a process writes to the store.
+    """
+    check_prompt_set(prompt_set)
+    _require_folder(path)
+    with claimed_source(path) as source:
+        schema, names = source.metadata.schema, source.metadata.class_names
+        made = source.metadata.provenance
+        if text.encoder_fingerprint not in ("", made.encoder_fingerprint):
+            raise UserError(
+                f"class texts {prompt_set!r} were made with another encoder (weights "
+                f"{text.encoder_fingerprint[:16]}) than {path}, which has {made.encoder} (weights "
+                f"{made.encoder_fingerprint[:16]}): compute them with that one"
+            )
+        if text.names != names or text.embeddings.shape[1] != schema.dim:
+            raise UserError(
+                f"class texts {prompt_set!r} are of {len(text.names)} classes with "
+                f"{text.embeddings.shape[1]} numbers each, {path} has {len(names)} with "
+                f"{schema.dim}: compute them for the store's classes with its encoder"
+            )
+        if prompt_set in prompt_set_names(path):
+            held = source.store.class_text(prompt_set)
+            if held.sentences_hash == text.sentences_hash:
+                return False  # reading it has refused texts of another encoder
+            raise UserError(
+                f"{path} has class texts {prompt_set!r} of other sentences: give the new ones "
+                "another name"
+            )
+        with staging(path) as folder:
+            write_class_text(folder, text)
+            place = path / CLASS_TEXT_GROUP / prompt_set
+            folder.rename(place)
+            sync_folder(place.parent)
+    return True
+
+
+def _require_folder(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a symbolic link: what changes a store takes the folder itself, "
+            f"{path.resolve()}"
+        )
+
+
+def _places(path: Path, old: StoreMetadata, entries: Sequence[TarEntry]) -> dict[int, int]:
+    """Where each tar of the store is among `entries`; UserError when one is gone or too large."""
+    numbers = {entry.file: number for number, entry in enumerate(entries)}
+    places = {}
+    for number, tar in enumerate(old.tars):
+        found = numbers.get(tar.file)
+        now = None if found is None else entries[found]
+        if found is None or now is None or (now.rows, now.sha256) != (tar.rows, tar.sha256):
+            raise UserError(
+                f"{tar.file} of {path} {'is not listed any more' if now is None else 'was changed'}"
+                ": a store grows only by new tars, the earlier ones unchanged; extract the data "
+                "set as a new store"
+            )
+        places[number] = found
+    for entry in entries:
+        if entry.rows > old.schema.capacity:
+            raise UserError(
+                f"{entry.file} lists {entry.rows} videos, a partition of {path} holds "
+                f"{old.schema.capacity}: pack the new videos with --samples-per-shard "
+                f"{old.schema.capacity} or less, or extract the data set as a new store"
+            )
+    return places
+
+
+def _require_continued(path: Path, what: str, old: Sequence[str], new: Sequence[str]) -> None:
+    if list(new[: len(old)]) == list(old):
+        return
+    pairs = enumerate(zip(old, [*new, *[""] * len(old)], strict=False))
+    number, (had, has) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise UserError(
+        f"{what} of the data set do not continue those of {path}: number {number} was {had!r}, is "
+        f"{has!r}, and labels would change; new ones may come at the end only, so extract the "
+        "data set as a new store"
+    )
+
+
+def _require_texts(
+    path: Path, source: SourceStore, metadata: StoreMetadata, texts: Mapping[str, ClassText]
+) -> None:
+    lost = set(source.store.prompt_sets) - set(texts)
+    if lost:
+        raise ValueError(f"class texts {', '.join(sorted(lost))} of {path} would be lost")
+    for name, text in texts.items():
+        check_prompt_set(name)
+        if text.names != metadata.class_names or text.embeddings.shape[1] != metadata.schema.dim:
+            raise UserError(
+                f"class texts {name!r} of {path} are of {len(text.names)} classes, the data set "
+                f"has {len(metadata.class_names)}: compute them for all classes with its encoder"
+            )
+
+
+def _link(path: Path, folder: Path, places: Mapping[int, int]) -> None:
+    """Link the partitions that are done into `folder`: no file of one says its number."""
+    old, new = StoreWriter.open(path), StoreWriter.open(folder)
+    for tar, place in places.items():
+        if not old.done(tar):
+            continue
+        for name in _LINKED:
+            target = new.file(name, place)
+            link_or_copy(old.file(name, tar), target)

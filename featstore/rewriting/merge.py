@@ -1,0 +1,277 @@
+"""Several stores that were made alike become one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import UserError
+from featstore.files.exchange import new_folder
+from featstore.format.provenance import Provenance
+from featstore.format.schema import MAX_SPLITS, StoreSchema
+from featstore.progress import ProgressSink, no_progress
+from featstore.rewriting.source import SourceStore, claimed_source
+from featstore.writing.partition import ClassText, Partition
+from featstore.writing.writer import StoreWriter
+
+log = logging.getLogger(__name__)
+
+# Class texts of one encoder are equal to the bit; batches of another size may round otherwise.
+_SAME_TEXT = 0.9999
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` made; `tars_linked` of the tars kept their features file as it was."""
+
+    store: str
+    stores: tuple[str, ...]
+    tars: int
+    tars_linked: int
+    rows: int
+    classes: int
+    splits: tuple[str, ...]
+    prompt_sets: tuple[str, ...]
+    prompt_sets_left_out: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return asdict(self)
+
+
+def merge(
+    paths: Sequence[Path],
+    out: Path,
+    *,
+    prefix_keys: bool = False,
+    progress: ProgressSink = no_progress,
+) -> Merged:
+    """Make one store of several that differ in their data set only; it appears when complete.
+
+    Classes and splits are united by name, and labels become those of the union. Features files
+    are linked where the capacity is that of the new store, the largest, and written anew
+    elsewhere, equal to the bit. Class texts are those that every store has. `prefix_keys` puts
+    each store's data set before its keys.
+
+    Raises UserError when the stores were not made alike, a key is in two of them or `out` exists,
+    WorkError when one is not complete, damaged, or being written to.
+    """
+    if len({path.resolve() for path in paths}) < len(paths) or len(paths) < 2:
+        raise UserError("merge takes two or more different stores: name each once")
+    with ExitStack() as stack:
+        sources = [stack.enter_context(claimed_source(path)) for path in paths]
+        for source in sources[1:]:
+            _require_alike(sources[0], source)
+        for source in sources:
+            source.require_complete("merge")
+        classes = _united_classes(sources)
+        splits = _united_splits(sources)
+        prefixes = _prefixes(sources, prefix_keys)
+        texts, left_out = _united_texts(sources, tuple(classes))
+        schema = _united_schema(sources)
+        folder = stack.enter_context(new_folder(out))
+        writer = StoreWriter.init(
+            folder,
+            schema,
+            _united_provenance([source.store.provenance for source in sources]),
+            tars=[
+                {**asdict(tar), "file": f"{prefix}{tar.file}"}
+                for source, prefix in zip(sources, prefixes, strict=True)
+                for tar in source.metadata.tars
+            ],
+            class_names=tuple(classes),
+            raw_class_names=tuple(classes.values()),
+            split_names=splits,
+            class_texts=texts,
+        )
+        linked = _write(writer, sources, prefixes, list(classes), splits, progress)
+    return Merged(
+        store=str(out),
+        stores=tuple(map(str, paths)),
+        tars=schema.tars,
+        tars_linked=linked,
+        rows=sum(len(source.store) for source in sources),
+        classes=len(classes),
+        splits=tuple(splits),
+        prompt_sets=tuple(texts),
+        prompt_sets_left_out=left_out,
+    )
+
+
+def _write(
+    writer: StoreWriter,
+    sources: Sequence[SourceStore],
+    prefixes: Sequence[str],
+    classes: list[str],
+    splits: Sequence[str],
+    progress: ProgressSink,
+) -> int:
+    linked = number = 0
+    for source, prefix in zip(sources, prefixes, strict=True):
+        schema = source.metadata.schema
+        labels = np.array([classes.index(name) for name in source.metadata.class_names], np.int32)
+        bits = [splits.index(name) for name in source.metadata.split_names]
+        same = replace(schema, tars=writer.schema.tars) == writer.schema
+        for tar in range(schema.tars):
+            partition = source.partition(tar)
+            partition = replace(
+                partition,
+                key=[prefix + key for key in partition.key],
+                label=labels[partition.label],
+                splits=_moved_bits(partition, bits),
+            )
+            writer.write_partition(number, partition, source.shard(tar) if same else None)
+            linked, number = linked + same, number + 1
+            progress(number, writer.schema.tars)
+    return linked
+
+
+def _moved_bits(partition: Partition, bits: Sequence[int]) -> npt.NDArray[np.uint32]:
+    moved = np.zeros_like(partition.splits)
+    for old, new in enumerate(bits):
+        moved |= (partition.splits >> np.uint32(old) & np.uint32(1)) << np.uint32(new)
+    return moved
+
+
+def _require_alike(first: SourceStore, other: SourceStore) -> None:
+    mine = first.store.provenance
+    theirs = replace(
+        other.store.provenance,
+        dataset=mine.dataset,
+        dataset_fingerprint=mine.dataset_fingerprint,
+        split=mine.split,
+    )
+    # Their file names are the same as a rule, so the two are told apart by their order.
+    differences = [
+        phrase.replace("store has", "the first has").replace("asked for", "the second has")
+        for phrase in mine.differences(theirs)
+        if not phrase.startswith("quantised:")
+    ]
+    one, two = first.metadata.schema, other.metadata.schema
+    # Items of two tiers differ anyway.
+    for name in ("views", "frames", "dim", *(("item",) if one.tier == two.tier else ())):
+        if getattr(one, name) != getattr(two, name):
+            differences.append(
+                f"{name}: the first has {getattr(one, name)}, the second has {getattr(two, name)}"
+            )
+    remedies = ["extract one of them as the other was"] if differences else []
+    if one.codec != two.codec:
+        differences.append(f"codec: the first has {one.codec}, the second has {two.codec}")
+        remedies.append(f"convert the second with `mote-cli store convert --codec {one.codec}`")
+    if one.quantised or two.quantised:
+        which = {(True, False): "the first is", (False, True): "the second is"}.get(
+            (one.quantised, two.quantised), "both are"
+        )
+        differences.append(f"{which} int8, with a scale of its own")
+        remedies.append("merge the stores that were quantised and quantise that")
+    if differences:
+        raise UserError(
+            f"{first.path} and {other.path} cannot become one store ({'; '.join(differences)}): "
+            f"{', and '.join(remedies)}"
+        )
+
+
+def _united_classes(sources: Sequence[SourceStore]) -> dict[str, str]:
+    """Raw names by natural name, in the order of first appearance."""
+    classes: dict[str, str] = {}
+    for source in sources:
+        names = source.metadata.class_names
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{source.path} has two classes called {twice!r}: it cannot be merged")
+        for name, raw in zip(names, source.metadata.raw_class_names, strict=True):
+            classes.setdefault(name, raw)
+    return classes
+
+
+def _united_splits(sources: Sequence[SourceStore]) -> list[str]:
+    splits = list(dict.fromkeys(n for source in sources for n in source.metadata.split_names))
+    if len(splits) > MAX_SPLITS:
+        raise UserError(f"the stores have {len(splits)} splits together, at most {MAX_SPLITS} fit")
+    return splits
+
+
+def _prefixes(sources: Sequence[SourceStore], prefix_keys: bool) -> list[str]:
+    """What comes before the keys of each store; UserError when a key would be there twice."""
+    names = [source.store.provenance.dataset for source in sources]
+    prefixes = [f"{name}/" if prefix_keys else "" for name in names]
+    seen: dict[str, Path] = {}
+    for source, prefix in zip(sources, prefixes, strict=True):
+        for key in source.store.keys:
+            before = seen.setdefault(prefix + key, source.path)
+            if before is not source.path:
+                remedy = (
+                    "their data sets have one name, so nothing tells them apart"
+                    if prefix_keys
+                    else "--prefix-keys puts the data set's name before every key"
+                )
+                raise UserError(
+                    f"key {prefix + key!r} is in {before} and in {source.path}: a store lists "
+                    f"every key once; {remedy}"
+                )
+    return prefixes
+
+
+def _united_texts(
+    sources: Sequence[SourceStore], classes: tuple[str, ...]
+) -> tuple[dict[str, ClassText], tuple[str, ...]]:
+    """Class texts of the union for the prompt sets that all have, and the other sets."""
+    texts = [source.texts() for source in sources]
+    common = [name for name in texts[0] if all(name in held for held in texts)]
+    left_out = tuple(sorted({name for held in texts for name in held} - set(common)))
+    for name in left_out:
+        log.warning(
+            "class texts %s are not in every store and are left out: `mote-cli store add-texts` "
+            "makes them again",
+            name,
+        )
+    return {name: _joined(name, [held[name] for held in texts], classes) for name in common}, (
+        left_out
+    )
+
+
+def _joined(prompt_set: str, texts: Sequence[ClassText], classes: tuple[str, ...]) -> ClassText:
+    rows: dict[str, npt.NDArray[np.float32]] = {}
+    for text in texts:
+        for name, row in zip(text.names, text.embeddings, strict=True):
+            if float(rows.setdefault(name, row) @ row) < _SAME_TEXT:
+                raise UserError(
+                    f"class texts {prompt_set!r} of {name!r} differ between the stores: they were "
+                    "made from other sentences; extract one of the stores again"
+                )
+    hashes = list(dict.fromkeys(text.sentences_hash for text in texts))
+    joined = (
+        hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    )
+    templates = {text.templates for text in texts}
+    return ClassText(
+        *(classes, np.stack([rows[name] for name in classes]), joined),
+        templates=templates.pop() if len(templates) == 1 else (),
+        # The stores have one encoder, and reading has refused texts of another.
+        encoder_fingerprint=min(text.encoder_fingerprint for text in texts),
+    )
+
+
+def _united_schema(sources: Sequence[SourceStore]) -> StoreSchema:
+    """The sizes of the store whose partitions are largest, for all tars."""
+    largest = max((source.metadata.schema for source in sources), key=lambda s: s.capacity)
+    return replace(largest, tars=sum(source.metadata.schema.tars for source in sources))
+
+
+def _united_provenance(made: Sequence[Provenance]) -> Provenance:
+    fingerprints: Mapping[str, str] = {p.dataset_fingerprint: p.dataset for p in made}
+    splits = {p.split for p in made}
+    return replace(
+        made[0],
+        dataset="+".join(dict.fromkeys(p.dataset for p in made)),
+        dataset_fingerprint=hashlib.sha256("\n".join(fingerprints).encode()).hexdigest(),
+        split=splits.pop() if len(splits) == 1 else "",
+    )

@@ -1,0 +1,172 @@
+"""A store rewritten with int8 features, and what that costs, measured on its own rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import UserError
+from featstore.files.exchange import new_folder
+from featstore.format.int8 import scale_of
+from featstore.format.schema import STATUS_OK, FloatArray, HalfArray, RowArray
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.store import Store
+from featstore.rewriting.source import SourceStore, claimed_source
+from featstore.writing.writer import StoreWriter
+
+QUANTISED: Final = "int8 per dimension"
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Top-1 of CLIP's mean of frames with one prompt set's class texts, in percent.
+
+    `agreement` of the float16 and the int8 answers, and the accuracy of each.
+    """
+
+    prompt_set: str
+    agreement: float
+    top1_float16: float
+    top1_int8: float
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What `quantize` made and what it costs.
+
+    `cosine_error` is 1 - cosine of a frame's embedding before and after, over all frames of rows
+    that are ok; `agreement` has one entry per prompt set.
+    """
+
+    store: str
+    tars: int
+    rows: int
+    bytes_before: int
+    bytes_after: int
+    cosine_error_mean: float
+    cosine_error_max: float
+    agreement: tuple[Agreement, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return asdict(self)
+
+
+def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> Quantised:
+    """Make a store whose features are int8 with one scale per dimension, half as large.
+
+    `open_store` gives its features as float16 like any other's; `provenance.quantised` says that
+    they are rounded. It appears under `out` when it is complete. The store is read three times:
+    for the scale, to write, and to measure. Raises UserError when it is quantised already, when
+    no row is ok or `out` exists, WorkError when it is not complete, damaged, or being written to.
+    """
+    with claimed_source(path) as source, new_folder(out) as folder:
+        made = source.metadata
+        if made.schema.quantised:
+            raise UserError(f"{path} is quantised already: nothing is gained by doing it twice")
+        if not made.schema.pooled:
+            raise UserError(
+                f"{path} holds {made.schema.tier}, and only embeddings are quantised: "
+                "`mote-cli store convert --codec zstd` makes it smaller without loss"
+            )
+        source.require_complete("quantise")
+        steps = 3 * made.schema.tars
+        writer = StoreWriter.init(
+            folder,
+            replace(made.schema, feature_type="int8"),
+            replace(made.provenance, quantised=QUANTISED),
+            tars=[asdict(tar) for tar in made.tars],
+            class_names=made.class_names,
+            raw_class_names=made.raw_class_names,
+            split_names=made.split_names,
+            class_texts=source.texts(),
+            feature_scale=_scale(source, progress, steps),
+        )
+        for tar in range(made.schema.tars):
+            writer.write_partition(tar, source.partition(tar))
+            progress(made.schema.tars + tar + 1, steps)
+        after = sum(writer.file("features", tar).stat().st_size for tar in range(made.schema.tars))
+        errors, agreement = _cost(source, folder, progress, steps)
+        return Quantised(
+            store=str(out),
+            tars=made.schema.tars,
+            rows=len(source.store),
+            bytes_before=source.bytes(),
+            bytes_after=after,
+            cosine_error_mean=errors[0],
+            cosine_error_max=errors[1],
+            agreement=agreement,
+        )
+
+
+def _scale(source: SourceStore, progress: ProgressSink, steps: int) -> FloatArray:
+    """The scale that the largest value of each dimension needs, float32 [D]."""
+    largest = np.zeros(source.metadata.schema.dim)
+    found = False
+    for tar, rows, _ in _ok_rows(source):
+        features = source.store.features(rows)
+        found = found or len(features) > 0
+        axes = tuple(range(features.ndim - 1))
+        largest = np.maximum(largest, np.abs(features).max(axes, initial=0).astype(np.float64))
+        progress(tar + 1, steps)
+    if not found:
+        raise UserError(f"{source.path} has no row that is ok: there is nothing to quantise")
+    return scale_of(largest)
+
+
+def _cost(
+    source: SourceStore, folder: Path, progress: ProgressSink, steps: int
+) -> tuple[tuple[float, float], tuple[Agreement, ...]]:
+    """Mean and largest cosine error over frames, and the agreement per prompt set."""
+    rounded = Store(folder)
+    texts = source.texts()
+    total, largest, frames, rows = 0.0, 0.0, 0, 0
+    counts = {name: np.zeros(3) for name in texts}  # agree, right in float16, right in int8
+    for tar, ok, labels in _ok_rows(source):
+        before, after = source.store.features(ok), rounded.features(ok)
+        one, two = _unit(before), _unit(after)
+        # An embedding that is zero, before and after, has not turned.
+        error = np.where((one == two).all(-1), 0, 1 - (one * two).sum(-1))
+        total, frames = total + float(error.sum()), frames + error.size
+        largest, rows = max(largest, float(error.max(initial=0))), rows + len(before)
+        for name, text in texts.items():
+            answers = [_top1(unit, text.embeddings) for unit in (one, two)]
+            counts[name] += [
+                np.count_nonzero(answers[0] == answers[1]),
+                np.count_nonzero(answers[0] == labels),
+                np.count_nonzero(answers[1] == labels),
+            ]
+        progress(2 * source.metadata.schema.tars + tar + 1, steps)
+    agreement = tuple(
+        Agreement(name, *(float(100 * n / rows) for n in counts[name])) for name in texts
+    )
+    return (total / frames, largest), agreement
+
+
+def _ok_rows(source: SourceStore) -> Iterator[tuple[int, RowArray, npt.NDArray[np.int32]]]:
+    """A chunk's worth of rows that are ok at a time: partition, array rows, labels."""
+    store, schema = source.store, source.metadata.schema
+    rows = store.rows[store.status == STATUS_OK]
+    edges = np.flatnonzero(np.diff(rows // schema.chunk_rows)) + 1
+    for block in np.split(rows, edges) if len(rows) else ():
+        labels = store.labels[store.positions(block)]
+        yield int(block[0]) // schema.capacity, block, labels
+
+
+def _unit(features: HalfArray) -> npt.NDArray[np.float64]:
+    """Embeddings [..., D] with length 1; those that are zero stay so."""
+    wide = features.astype(np.float64)
+    length = np.linalg.norm(wide, axis=-1, keepdims=True)
+    unit: npt.NDArray[np.float64] = wide / np.where(length > 0, length, 1)
+    return unit
+
+
+def _top1(unit: npt.NDArray[np.float64], texts: FloatArray) -> npt.NDArray[np.int64]:
+    """Class of the mean over views and frames of unit embeddings [n, V, F, D], int64 [n]."""
+    answer: npt.NDArray[np.int64] = (unit.mean((1, 2)) @ texts.T).argmax(-1)
+    return answer

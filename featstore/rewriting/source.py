@@ -1,0 +1,89 @@
+"""Whole partitions out of a store, for those that make another store of them."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import WorkError
+from featstore.files.exchange import recover, sweep
+from featstore.format.metadata import StoreMetadata, read_metadata
+from featstore.format.schema import SMALL_ARRAYS
+from featstore.opening import open_store
+from featstore.reading.chunk_files import ChunkFiles
+from featstore.reading.store import Store
+from featstore.writing.partition import ClassText, Partition
+from featstore.writing.writer import StoreWriter
+
+
+class SourceStore:
+    """A store that is read as whole partitions, while no writer is at work on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.store: Store = open_store(path)
+        self.metadata: StoreMetadata = read_metadata(path)
+        self.files = ChunkFiles(path, self.metadata)
+
+    def partition(self, tar: int) -> Partition:
+        """Everything of a committed partition, every checksum compared; WorkError for damage."""
+        rows = self.metadata.tars[tar].rows
+        first = tar * self.metadata.schema.capacity
+        values: dict[str, Any] = {}
+        for name in SMALL_ARRAYS:
+            spec = self.files.specs[name]
+            if name == "checksum":
+                continue
+            if spec.dtype == "string":
+                values[name] = self.files.texts(name, tar)[:rows]
+            else:
+                chunk: npt.NDArray[Any] = self.files.numbers(name, tar)[:rows]
+                values[name] = chunk.astype(spec.numpy_dtype.newbyteorder("="))
+        features = self.store.features(np.arange(first, first + rows))
+        return Partition(features=features, **values)
+
+    def shard(self, tar: int) -> Path:
+        """The features file of a partition."""
+        return self.files.path("features", tar)
+
+    def texts(self) -> dict[str, ClassText]:
+        """The class texts by prompt set."""
+        return {name: self.store.class_text(name) for name in self.store.prompt_sets}
+
+    def bytes(self) -> int:
+        """Bytes of the features files of all committed partitions."""
+        return sum(self.shard(tar).stat().st_size for tar in self.store.partitions())
+
+    def require_complete(self, work: str) -> None:
+        """WorkError with the remedy when a partition is missing."""
+        missing = self.metadata.schema.tars - len(list(self.store.partitions()))
+        if missing:
+            raise WorkError(
+                f"{self.path} lacks {missing} of {self.metadata.schema.tars} partitions: finish it "
+                f"with `mote-cli extract --dataset {self.metadata.provenance.dataset or 'NAME'}` "
+                f"before you {work} it"
+            )
+
+
+@contextmanager
+def claimed_source(path: Path) -> Iterator[SourceStore]:
+    """A store that nothing writes to inside the block.
+
+    Raises WorkError while a process writes to it, UserError when it is no store.
+    """
+    recover(path)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(StoreWriter.open(path).claim())
+            sweep(path)
+        except OSError as error:
+            # Where no lock file can be made nothing can be written either.
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+        yield SourceStore(path)

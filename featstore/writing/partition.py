@@ -1,0 +1,131 @@
+"""What goes into a store: the class texts of a prompt set, and the partition made of one tar.
+
+Dimension letters: C classes, n samples of the tar, V views, F frames, D dim, in tiers the item.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import WorkError
+from featstore.format.finite import not_finite
+from featstore.format.schema import STATUS_FAILED, STATUS_OK, FeatureArray, FloatArray
+from featstore.writing.shard_rows import FeatureRows
+
+# Unit rows after rounding to float32.
+_UNIT_TOLERANCE: Final = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class ClassText:
+    """Text embeddings of the classes under one prompt set.
+
+    `embeddings` float32 [C, D], rows of length 1 in the order of `names`; `sentences_hash` names
+    the sentences they were computed from. `templates` are the sentences with "{}" for the class
+    name, empty where every class has sentences of its own or it was not recorded;
+    `encoder_fingerprint` that of the encoder whose text tower made them, "" where it was not
+    recorded. ValueError when the shapes or lengths are wrong.
+    """
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+    sentences_hash: str
+    templates: tuple[str, ...] = ()
+    encoder_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
+            raise ValueError(
+                f"class embeddings are {self.embeddings.dtype} {list(self.embeddings.shape)}: "
+                "they must be float32 [classes, dim]"
+            )
+        if len(self.names) != len(self.embeddings) or not self.names:
+            raise ValueError(f"{len(self.names)} names for {len(self.embeddings)} embeddings")
+        lengths = np.linalg.norm(self.embeddings, axis=1)
+        if not np.all(np.abs(lengths - 1) < _UNIT_TOLERANCE):
+            raise ValueError("class embeddings must have length 1: normalise them first")
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """What one tar becomes: n listed samples, those that failed included, in the tar's order.
+
+    `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `status` uint8 [n] (1 ok,
+    2 failed); `splits` uint32 [n] (bit i: belongs to split i); `container_frames` int32 [n] (what
+    the container says, 0 when it says nothing) and `damaged_packets` int32 [n] (passed over by
+    the decoder), both 0 where failed; `reason` of each failure, else "";
+    `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F] seconds; `features` float16
+    [n, V, F, D], or [n, V, F, *item] in the type of a tier, or a shard in the making to which the
+    rows that are ok were put. A failed row has features and pts NaN (whole numbers: 0) and
+    frame_index -1.
+    ValueError when lengths, shapes or statuses do not fit; WorkError for a row that is ok and
+    whose features are not finite.
+    """
+
+    key: list[str]
+    label: npt.NDArray[np.int32]
+    num_frames: npt.NDArray[np.int32]
+    fps: npt.NDArray[np.float32]
+    status: npt.NDArray[np.uint8]
+    splits: npt.NDArray[np.uint32]
+    container_frames: npt.NDArray[np.int32]
+    damaged_packets: npt.NDArray[np.int32]
+    reason: list[str]
+    frame_index: npt.NDArray[np.int32]
+    pts: npt.NDArray[np.float64]
+    features: FeatureArray | FeatureRows
+
+    def __post_init__(self) -> None:
+        n = len(self.key)
+        if n == 0 or len(set(self.key)) != n:
+            raise ValueError("a partition needs at least one sample and distinct keys")
+        if len(self.features.shape) < 4 or len(self.reason) != n:
+            raise ValueError("features must be [n, V, F, ...] and reasons as many as keys")
+        views, frames = self.features.shape[1:3]
+        of_features = np.uint8 if self.features.dtype == np.uint8 else np.float16
+        expected: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+            "label": (np.int32, (n,)),
+            "num_frames": (np.int32, (n,)),
+            "fps": (np.float32, (n,)),
+            "status": (np.uint8, (n,)),
+            "splits": (np.uint32, (n,)),
+            "container_frames": (np.int32, (n,)),
+            "damaged_packets": (np.int32, (n,)),
+            "frame_index": (np.int32, (n, views, frames)),
+            "pts": (np.float64, (n, views, frames)),
+            "features": (of_features, (n, *self.features.shape[1:])),
+        }
+        for name, (dtype, shape) in expected.items():
+            array: npt.NDArray[Any] | FeatureRows = getattr(self, name)
+            if array.dtype != dtype or array.shape != shape:
+                raise ValueError(
+                    f"{name} is {array.dtype} {list(array.shape)}: it must be "
+                    f"{np.dtype(dtype)} {list(shape)}"
+                )
+        if not np.all((self.status == STATUS_OK) | (self.status == STATUS_FAILED)):
+            raise ValueError("every sample of a partition is ok (1) or failed (2)")
+        failed = self.status == STATUS_FAILED
+        if isinstance(self.features, FeatureRows):
+            if np.any(self.features.written == failed):
+                raise ValueError("the samples that are ok, and no others, have their features put")
+        else:
+            self._check_features(failed)
+        if np.any(self.frame_index[failed] != -1):
+            raise ValueError("a failed sample has frame_index -1")
+
+    def _check_features(self, failed: npt.NDArray[np.bool_]) -> None:
+        assert not isinstance(self.features, FeatureRows)
+        wrong = not_finite(self.features) & ~failed
+        if wrong.any():
+            key = self.key[int(np.flatnonzero(wrong)[0])]
+            raise WorkError(
+                f"features of {key} are not finite in float16: the encoder overflows; "
+                "use --precision fp32 or check the weights"
+            )
+        for row in (self.features[i] for i in np.flatnonzero(failed)):
+            if not (np.isnan(row) if row.dtype.kind == "f" else row == 0).all():
+                raise ValueError("a failed sample has features NaN, or 0 where there is no NaN")

@@ -1,0 +1,126 @@
+"""A features shard in the making: rows put at their places one by one, in any order.
+
+A row of frames or tokens takes megabytes and a partition of them hundreds, while a row of
+embeddings takes kilobytes. A plain shard is dense, so that the place of a row in it is known before
+any other row is there, and the checksum of a chunk follows from those of its rows. So rows go
+straight into the file that becomes the shard: memory holds one row, nothing is written twice.
+Written and not mapped: a full disk is an error then, where a map ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.files.durable import PARTIAL_SUFFIX, make_folder, sync_folder
+from featstore.format.checksums import Checksums, chunk_checksums, crc32c
+from featstore.format.finite import not_finite
+from featstore.format.schema import CRC_BYTES, FeatureArray, StoreSchema
+
+_ABSENT: Final = 2**64 - 1
+
+
+class FeatureRows:
+    """The features of one partition, stands in for the array [rows, V, F, *item].
+
+    A context manager: what was not placed when it ends is removed. After kill -9 the next claim of
+    the partition removes it.
+    """
+
+    def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
+        """Begin the shard of `rows` samples that will be at `path`; OSError as files give it.
+
+        ValueError for a store whose shards are not plain.
+        """
+        if not schema.mappable:
+            raise ValueError(f"features stored as {schema.storage} are written as a whole")
+        self.shape: tuple[int, ...] = (rows, *schema.row_shape)
+        self.dtype = schema.dtype
+        self.written = np.zeros(rows, np.bool_)
+        self._checksums: Checksums = np.zeros(rows, np.uint32)
+        self._schema = schema
+        self._path = path
+        make_folder(path.parent)
+        self._partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+        self._file = open(self._partial, "xb", buffering=0)  # noqa: SIM115 (closed by `close`)
+        self._file.truncate(schema.shard_bytes(rows))
+
+    def put(self, position: int, row: FeatureArray) -> None:
+        """Write one row [V, F, *item]; ValueError for another shape or type, or if not finite."""
+        if (row.shape, row.dtype) != (self.shape[1:], self.dtype):
+            raise ValueError(
+                f"row is {row.dtype} {list(row.shape)}: it must be {self.dtype} "
+                f"{list(self.shape[1:])}"
+            )
+        row = np.ascontiguousarray(row, self.dtype.newbyteorder("<"))
+        if not_finite(row[None]).any():
+            raise ValueError("row is not finite")
+        self._write(row, self._place(position))
+        self._checksums[position] = crc32c(row)
+        self.written[position] = True
+
+    def finish(self) -> Checksums:
+        """Fill the rows that were not put, write checksums and index, sync; checksums [rows]."""
+        schema, rows = self._schema, len(self.written)
+        chunks = -(-rows // schema.chunk_rows)
+        empty = np.full(schema.row_shape, schema.missing, schema.dtype.newbyteorder("<"))
+        padded = np.full(chunks * schema.chunk_rows, crc32c(empty), np.uint32)
+        padded[:rows][self.written] = self._checksums[self.written]
+        lacking = np.ones(len(padded), np.bool_)
+        lacking[:rows] = ~self.written
+        # What was never written reads as zeros.
+        for position in np.flatnonzero(lacking).tolist() if schema.missing != 0 else ():
+            self._write(empty, self._place(position))
+        body = schema.chunk_bytes
+        for number, checksum in enumerate(
+            chunk_checksums(padded, schema.chunk_rows, schema.row_bytes)
+        ):
+            self._write(np.array([checksum], "<u4"), number * (body + CRC_BYTES) + body)
+        index = np.full((schema.chunks_per_shard, 2), _ABSENT, "<u8")
+        index[:chunks, 0] = np.arange(chunks) * (body + CRC_BYTES)
+        index[:chunks, 1] = body + CRC_BYTES
+        start = chunks * (body + CRC_BYTES)
+        self._write(index, start)
+        self._write(np.array([crc32c(index)], "<u4"), start + index.nbytes)
+        os.fsync(self._file.fileno())
+        return padded[:rows]
+
+    def place(self) -> None:
+        """Make it the shard, after `finish`; an earlier one must be gone."""
+        self._partial.replace(self._path)
+        self._file.close()
+        sync_folder(self._path.parent)
+
+    def close(self) -> None:
+        """Remove it unless it was placed."""
+        if not self._file.closed:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def __enter__(self) -> FeatureRows:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _place(self, position: int) -> int:
+        chunk, row = divmod(position, self._schema.chunk_rows)
+        begin = chunk * (self._schema.chunk_bytes + CRC_BYTES)
+        return begin + row * self._schema.row_bytes
+
+    def _write(self, data: npt.NDArray[Any], offset: int) -> None:
+        left = data.reshape(-1).view(np.uint8).data
+        while left:
+            done = os.pwrite(self._file.fileno(), left, offset)
+            left, offset = left[done:], offset + done

@@ -1,0 +1,427 @@
+"""Writing a store: made once, then one partition per tar, each all there or not there at all."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.core.buffer import Buffer
+from zarr.storage import LocalStore
+
+from featstore.checking.damage_notes import noted_damage
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.durable import (
+    PARTIAL_SUFFIX,
+    link_or_copy,
+    make_folder,
+    sync_folder,
+    write_bytes,
+    write_json,
+)
+from featstore.files.locks import claimed
+from featstore.format.checksums import crc32c
+from featstore.format.class_texts import class_text_attributes
+from featstore.format.int8 import dequantise, quantise
+from featstore.format.metadata import (
+    ARRAY_METADATA_LIMIT,
+    GROUP_METADATA_LIMIT,
+    StoreMetadata,
+    array_nodes,
+    check_prompt_set,
+    prompt_set_names,
+    read_metadata,
+    tar_entry,
+)
+from featstore.format.provenance import Provenance
+from featstore.format.schema import (
+    CLASS_TEXT_GROUP,
+    CRC_BYTES,
+    FEATURE_SCALE,
+    PER_TAR_ARRAYS,
+    SMALL_ARRAYS,
+    FloatArray,
+    StoreSchema,
+    class_text_spec,
+)
+from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit
+from featstore.reading.coded_shards import read_scale
+from featstore.writing.partition import ClassText, Partition
+from featstore.writing.shard_rows import FeatureRows
+
+log = logging.getLogger(__name__)
+
+
+class StoreWriter:
+    """Adds partitions to a store. Make one with `init` (new store) or `open` (existing store).
+
+    Nothing but partitions is written after `init`. A partition is written by one process at a
+    time: hold `claim` around the work. Different processes may fill different partitions.
+    """
+
+    def __init__(self, path: Path, metadata: StoreMetadata) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._files = ChunkFiles(path, metadata)
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @classmethod
+    def init(
+        cls,
+        path: Path,
+        schema: StoreSchema,
+        provenance: Provenance,
+        *,
+        tars: Sequence[Mapping[str, Any]],
+        class_names: Sequence[str],
+        raw_class_names: Sequence[str],
+        split_names: Sequence[str],
+        class_texts: Mapping[str, ClassText],
+        feature_scale: FloatArray | None = None,
+    ) -> StoreWriter:
+        """Make an empty store that appears under `path` complete or not at all.
+
+        `tars`: per tar {"file", "rows" (listed samples, failed ones included), "bytes", "sha256"}.
+        `class_texts` by prompt set, names in the order of `class_names`. `feature_scale` float32
+        [D] for a schema whose features are int8, and only then.
+        Another process that makes the same store at this moment is waited for.
+        Raises StoreExists when `path` exists, UserError when a name cannot be stored, ValueError
+        when the arguments do not fit together.
+        """
+        metadata = StoreMetadata(
+            schema,
+            provenance,
+            tuple(tar_entry(tar) for tar in tars),
+            tuple(class_names),
+            tuple(raw_class_names),
+            tuple(split_names),
+        )
+        for prompt_set, text in class_texts.items():
+            check_prompt_set(prompt_set)
+            if text.names != metadata.class_names or text.embeddings.shape[1] != schema.dim:
+                raise ValueError(f"class text {prompt_set!r} has other class names or another size")
+        if (feature_scale is not None) != schema.quantised:
+            raise ValueError("int8 features need a scale, and no others do")
+        make_folder(path.parent)
+        with claimed(lock_file(path), [WHOLE_STORE], lambda _: f"making {path}", wait=True):
+            if path.exists():
+                raise StoreExists(f"{path} exists already: remove it or continue it")
+            for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            folder = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+            try:
+                write_skeleton(folder, metadata, class_texts, feature_scale)
+                folder.rename(path)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+            sync_folder(path.parent)
+        return cls(path, metadata)
+
+    @classmethod
+    def open(cls, path: Path) -> StoreWriter:
+        """Open an existing store to add partitions; UserError when it is not a valid store."""
+        return cls(path, read_metadata(path))
+
+    @property
+    def schema(self) -> StoreSchema:
+        """Sizes of the store."""
+        return self.metadata.schema
+
+    @property
+    def provenance(self) -> Provenance:
+        """How the features in it were made."""
+        return self.metadata.provenance
+
+    @property
+    def prompt_sets(self) -> list[str]:
+        """Prompt sets whose class texts the store holds."""
+        return prompt_set_names(self.path)
+
+    def file(self, array: str, tar: int) -> Path:
+        """The file of an array that belongs to a tar."""
+        return self._files.path(array, tar)
+
+    def done(self, tar: int) -> bool:
+        """Whether it is committed, with a features shard of its size and every small chunk.
+
+        Not when `mote-cli verify` noted damage that was not repaired since.
+        """
+        try:
+            commit = self._files.commit(tar)
+            if commit is None:
+                return False
+            self._files.check_shard(tar, commit)
+            whole = all(self._files.path(name, tar).is_file() for name in PER_TAR_ARRAYS)
+        except (WorkError, UserError) as error:  # damage, a symbolic link
+            log.warning("%s will be redone: %s", self.path, error)
+            return False
+        found = noted_damage(self._files).get(tar)
+        if found is not None:
+            log.warning("%s: partition %d will be redone: %s", self.path, tar, found)
+            return False
+        return whole
+
+    def pending(self) -> list[int]:
+        """Numbers of the partitions that are not done."""
+        return [tar for tar in range(self.schema.tars) if not self.done(tar)]
+
+    def feature_rows(self, tar: int) -> FeatureRows:
+        """Where the features of a partition can be put row by row before it is written.
+
+        Hold `claim`, give it to `write_partition` as the partition's features, and close it.
+        UserError for a store that is compressed.
+        """
+        if not self.schema.mappable:
+            raise UserError(
+                f"{self.path} has its features as {self.schema.storage}, and {self.schema.tier} "
+                "are extracted uncompressed: finish the store it was made of and convert that"
+            )
+        return FeatureRows(self.file("features", tar), self.schema, self.metadata.tars[tar].rows)
+
+    def write_partition(self, tar: int, partition: Partition, shard: Path | None = None) -> None:
+        """Write the partition of one tar, also over an earlier one, done or not.
+
+        `shard` is the features file of a store of the same sizes, codec and type that holds just
+        these features: it is linked, or copied where it cannot be, instead of written anew.
+
+        Order: the commit entry and the old shard go; the small arrays, the features in one put,
+        the commit entry. Each file is synced before the next begins, so that a process killed at
+        any moment leaves the partition done and right, or not done.
+        Raises ValueError when the partition does not fit the tar, OSError when the disk is full.
+        """
+        self._check_fits(tar, partition)
+        paths = {name: self._files.make_way(name, tar) for name in self._files.per_tar}
+        began = self._time_after_earlier(tar)
+        n = len(partition.key)
+        features = partition.features
+        if isinstance(features, FeatureRows):
+            checksums = features.finish()  # where the disk is full, what was there stays
+        else:
+            stored: npt.NDArray[Any] = features
+            readable = features
+            scale = read_scale(self._files)
+            if scale is not None:
+                stored = quantise(features, scale)
+                readable = dequantise(stored, scale)
+            checksums = np.array([crc32c(row) for row in readable], np.uint32)
+        for name in ("commit", "features"):
+            if paths[name].exists():
+                paths[name].unlink()
+                sync_folder(paths[name].parent)
+        digests = [
+            self._put_small(
+                name, tar, checksums if name == "checksum" else getattr(partition, name)
+            )
+            for name in SMALL_ARRAYS
+        ]
+        self._put("chunk_checksum", slice(tar, tar + 1), np.array([digests], np.uint32))
+        first = tar * self.schema.capacity
+        if isinstance(features, FeatureRows):
+            features.place()
+        elif shard is None:
+            self._put("features", slice(first, first + n), stored)
+        else:
+            link_or_copy(shard, self._files.path("features", tar))
+        commit = Commit(
+            rows=n,
+            checksum_crc32c=crc32c(checksums),
+            features_bytes=self._files.path("features", tar).stat().st_size,
+            unix_time=max(began, int(time.time())),
+        )
+        self._put("commit", slice(tar, tar + 1), commit.array())
+
+    @contextmanager
+    def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
+        """Be the only process that writes the partitions `tars` (all when None).
+
+        The claim is a lock on ranges of a file beside the store, which the kernel frees when its
+        process ends, however it ends. What interrupted writes left in these partitions is
+        removed. Raises WorkError when another process holds one of them.
+        """
+        mine = frozenset(range(self.schema.tars) if tars is None else tars)
+
+        def work(record: int) -> str:
+            return f"writing partition {record - 1} of {self.path}"
+
+        with claimed(lock_file(self.path), [1 + tar for tar in sorted(mine)], work):
+            swept = self._sweep(mine)
+            if swept:
+                log.info("%s: removed %d files of interrupted writes", self.path, swept)
+            yield
+
+    def _sweep(self, tars: frozenset[int]) -> int:
+        """Delete unfinished files of these partitions; those of others may be in the making."""
+        leftovers = []
+        for leftover in self.path.rglob(f"*{PARTIAL_SUFFIX}"):
+            _, chunks, tar, *_ = (*leftover.relative_to(self.path).parts, "", "")
+            number = tar.partition(".")[0]  # of a file in the array's folder, or the folder's name
+            if chunks == "c" and number.isdecimal() and int(number) in tars:
+                leftovers.append(leftover)
+        for leftover in leftovers:
+            if leftover.is_dir() and not leftover.is_symlink():  # none of ours
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink(missing_ok=True)
+        return len(leftovers)
+
+    def finalise(self) -> None:
+        """Return when every partition is done; WorkError names those that are missing."""
+        missing = self.pending()
+        if missing:
+            shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+            raise WorkError(
+                f"{self.path} lacks {len(missing)} of {self.schema.tars} partitions ({shown}): "
+                f"run `mote-cli extract --dataset {self.provenance.dataset or 'NAME'}` again"
+            )
+
+    def _time_after_earlier(self, tar: int) -> int:
+        """A time later than that of the partition's commit entry: a new entry is never equal."""
+        try:
+            earlier = self._files.commit(tar)
+        except WorkError:
+            return 0  # a damaged entry is equal to no sound one
+        return 0 if earlier is None else earlier.unix_time + 1
+
+    def _check_fits(self, tar: int, partition: Partition) -> None:
+        if not 0 <= tar < self.schema.tars:
+            raise ValueError(f"partition {tar}: the store has 0 to {self.schema.tars - 1}")
+        n, *row_shape = partition.features.shape
+        if n != self.metadata.tars[tar].rows:
+            raise ValueError(
+                f"partition {tar} has {n} samples, its tar lists {self.metadata.tars[tar].rows}"
+            )
+        if tuple(row_shape) != self.schema.row_shape:
+            raise ValueError(
+                f"partition {tar} has rows {row_shape}, the store {list(self.schema.row_shape)}"
+            )
+        if partition.features.dtype != self.schema.dtype:
+            raise ValueError(
+                f"partition {tar} has {partition.features.dtype}, the store {self.schema.dtype}"
+            )
+        classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
+        if np.any((partition.label < 0) | (partition.label >= classes)):
+            raise ValueError(f"partition {tar} has a label outside 0..{classes - 1}")
+        if int(partition.splits.max()) >> splits:
+            raise ValueError(f"partition {tar} names a split beyond the {splits} of the store")
+        for texts in (partition.key, partition.reason):
+            for text in texts:
+                if len(text.encode(errors="surrogatepass")) > MAX_TEXT_BYTES or not _is_text(text):
+                    raise UserError(
+                        f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason is "
+                        f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
+                    )
+
+    def _put_small(self, name: str, tar: int, values: Any) -> int:
+        """Write one small array's chunk, padded to the capacity; returns the file's checksum."""
+        spec = self._files.specs[name]
+        if spec.dtype == "string":
+            chunk: npt.NDArray[Any] = np.full(spec.chunks, "", dtype=object)
+        else:
+            fill = np.nan if spec.fill == "NaN" else spec.fill
+            chunk = np.full(spec.chunks, fill, spec.numpy_dtype)
+        chunk[: len(values)] = values
+        first = tar * self.schema.capacity
+        self._put(name, slice(first, first + self.schema.capacity), chunk)
+        written = self._files.path(name, tar).read_bytes()
+        return int.from_bytes(written[-CRC_BYTES:], "little")
+
+    def _put(self, name: str, rows: slice, values: npt.NDArray[Any]) -> None:
+        array = self._arrays.get(name)
+        if array is None:
+            # The default leaves out, or deletes, a chunk that holds fill values only.
+            array = _open(self.path, name).with_config({"write_empty_chunks": True})
+            self._arrays[name] = array
+        array[rows] = values
+
+
+class StoreExists(UserError):
+    """A store is there already under the path where one was to be made."""
+
+
+class DurableStore(LocalStore):
+    """A LocalStore whose puts also survive a power cut: zarr's own renames without syncing."""
+
+    async def set(self, key: str, value: Buffer) -> None:
+        """Put `value` under `key`: temporary file, sync, rename, sync of the folder."""
+        self._check_writable()
+        write_bytes(self.root / key, value.as_buffer_like())
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """The same for codec pipelines that do not use coroutines."""
+        self._check_writable()
+        write_bytes(self.root / key, value.as_buffer_like())
+
+
+def write_skeleton(
+    folder: Path,
+    metadata: StoreMetadata,
+    class_texts: Mapping[str, ClassText],
+    feature_scale: FloatArray | None = None,
+) -> None:
+    """Everything of a store but its partitions."""
+    group = metadata.group_node()
+    _write_node(folder, group, GROUP_METADATA_LIMIT)
+    for name, node in array_nodes(metadata).items():
+        _write_node(folder / name, node, ARRAY_METADATA_LIMIT)
+    texts = folder / CLASS_TEXT_GROUP
+    _write_node(texts, {"zarr_format": 3, "node_type": "group", "attributes": {}}, 1024)
+    for prompt_set, text in class_texts.items():
+        write_class_text(texts / prompt_set, text)
+    if feature_scale is not None:
+        _open(folder, FEATURE_SCALE)[:] = feature_scale
+
+
+def write_class_text(folder: Path, text: ClassText) -> None:
+    """Make the array of one prompt set's class texts, a new folder."""
+    attributes = class_text_attributes(
+        text.names,
+        text.sentences_hash,
+        text.templates,
+        text.encoder_fingerprint,
+        crc32c(np.ascontiguousarray(text.embeddings, "<f4")),
+    )
+    spec = class_text_spec(*text.embeddings.shape)
+    _write_node(folder, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
+    _open(folder.parent, folder.name)[:] = text.embeddings
+
+
+def _open(folder: Path, name: str) -> zarr.Array[Any]:
+    return zarr.open_array(DurableStore(folder), path=name, mode="r+", zarr_format=3)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: file names may hold bytes that are no text."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
+    path = folder / "zarr.json"
+    try:
+        write_json(path, node)
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{one_line(ascii(error.object), 100)} holds a name that is no Unicode text: rename it"
+        ) from error
+    if path.stat().st_size > limit:
+        raise UserError(
+            f"the metadata of the store takes {path.stat().st_size} bytes, at most {limit} can be "
+            "read again: pack with more --samples-per-shard"
+        )
+
+
+# Records of the lock file: this one while the store is made, 1 + tar while a partition is.
+WHOLE_STORE: Final = 0
+
+
+def lock_file(store: Path) -> Path:
+    """The lock file beside a store; its records are above."""
+    return store.with_name(f"{store.name}.lock")

@@ -1,0 +1,360 @@
+"""Fine-tuning tower and head from packed videos: from a request to an encoder and a head.
+
+Everything is decided, checked and agreed upon by all processes before the first step; only the
+first process writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+
+from featstore.batches.loader import available_memory
+from featstore.errors import UserError, WorkError
+from featstore.files.locks import exclusive
+from featstore.progress import ProgressSink, no_progress
+from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
+from heads.end_to_end.publish import publish
+from heads.end_to_end.run_folder import (
+    open_run,
+    read_failed_clips,
+    record_training_videos,
+    starting_head,
+    write_failed_clips,
+)
+from heads.end_to_end.sharding import Ranks, agreed, contact
+from heads.end_to_end.state import BEST_FILE, restore_best, restore_state, save_best
+from heads.end_to_end.trainer import Finetuner
+from heads.end_to_end.validate import validate
+from heads.files.head_file import HEAD_FILE, STATE_FILE, load_head, open_tensors
+from heads.files.imported_run import TOWER_FILE
+from heads.scoring.scores import can_modulate
+from heads.training.run_settings import setting_differences
+from heads.training.train_head import LOCK_FILE, read_metrics, write_metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinetuneSummary:
+    """What a finished run did; counts and times are of all its processes and calls."""
+
+    run: str
+    dataset: str
+    head: str
+    encoder: str
+    """The CLIP it began with."""
+    trained: str
+    epochs: int
+    frames: int
+    """Frames per clip, in training and evaluation."""
+    eval_split: str | None
+    """None without an evaluation."""
+    n_listed: int
+    n_failed: int
+    """Training videos that could not be decoded."""
+    n_evaluated: int
+    """Videos listed for evaluation; 0 without one."""
+    n_evaluated_failed: int
+    loss: float
+    """Mean training loss of the last epoch."""
+    published_epoch: int
+    """Epoch whose weights were published, from 1."""
+    top1: float | None
+    """Of the published weights, before blending; None without an evaluation."""
+    best_epoch: int | None
+    best_top1: float | None
+    batch_size: int
+    """Videos per step of one process."""
+    videos_per_step: int
+    processes: int
+    sharded: bool
+    precision: str
+    device: str
+    seconds: float
+    clips_per_second: float
+    waiting: float
+    """Share of the training time spent waiting for data."""
+    peak_rss_mb: float
+    peak_gpu_mb: float | None
+    resumed_from: int
+    """Steps this call found done."""
+    blend: float
+    encoder_fingerprint: str
+    """Of the published encoder."""
+    path: str
+    encoder_path: str
+    failures: list[dict[str, Any]]
+    """The first few, with reasons; all are in failures.csv."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as strict JSON values."""
+        return asdict(self)
+
+
+LISTED_FAILURES: Final = 5
+TRAINED: Final = {"head": "head and logit scale"}
+"""Of `--train`, in words; the others with the head."""
+
+
+def finetune(
+    request: FinetuneRequest, ranks: Ranks, progress: ProgressSink = no_progress
+) -> FinetuneSummary:
+    """Train the tower with the head and publish both; every process of `ranks` calls this.
+
+    `progress` counts batches, with `epoch`, `loss`, `clips_per_second`, `waiting` (share of the
+    time spent waiting for data) and `memory` as details. With one process the same request gives
+    the same bits, also through `resume`. Raises UserError when settings, encoder, head and data do
+    not fit or the run exists, WorkError when another process trains the run, the loss stops being a
+    number, no video can be decoded, or another process of `ranks` is lost.
+    """
+    try:
+        with ExitStack() as held, contact(ranks):
+            with ranks.agreeing():
+                plan = make_plan(request, ranks)
+            _require_same_plan(plan, ranks)
+            ranks.only_first(lambda: held.enter_context(_lock(request)))
+            ranks.only_first(
+                lambda: open_run(
+                    request.run_dir,
+                    request.encoder_dir,
+                    plan.settings,
+                    resume=request.resume,
+                    continues=request.from_head == request.run_dir,
+                )
+            )
+            return _run(request, plan, ranks, progress)
+    except torch.OutOfMemoryError as error:
+        raise WorkError(
+            f"rank {ranks.rank} of {ranks.world_size}: the GPU's memory is not enough: lower "
+            "--batch-size (and raise --accumulation), or add --checkpointing or --shard fsdp"
+        ) from error
+
+
+def _lock(request: FinetuneRequest) -> AbstractContextManager[None]:
+    return exclusive(request.run_dir / LOCK_FILE, f"training {request.run_dir}")
+
+
+def _run(
+    request: FinetuneRequest, plan: Plan, ranks: Ranks, progress: ProgressSink
+) -> FinetuneSummary:
+    config, run_dir = request.config, request.run_dir
+    if ranks.only_first(lambda: (run_dir / HEAD_FILE).is_file()):
+        log.info("run %s is finished already: nothing to train", run_dir.name)
+        steps = config.epochs * plan.clips.steps_per_epoch
+        return ranks.only_first(lambda: _summary(request, plan, ranks, steps))
+    model = plan.model
+    _describe(plan, config, ranks)
+    classes = model.head.training_class_embeddings.clone()
+    finetuner = Finetuner(
+        model,
+        config,
+        plan.clips,
+        classes,
+        plan.precision,
+        ranks,
+        plan.shard,
+        run_dir / STATE_FILE,
+        request.checkpoint_every,
+        progress,
+    )
+    state_file, resumed_from = run_dir / STATE_FILE, 0
+    if ranks.only_first(state_file.is_file):
+        with ranks.agreeing():
+            position = restore_state(state_file, model, finetuner.optimizer, finetuner.scaler)
+        finetuner.restored(position)
+        resumed_from = position.epoch * plan.clips.steps_per_epoch + position.step
+        log.info(
+            "continuing %s in epoch %d after step %d of %d",
+            *(run_dir.name, position.epoch + 1, position.step, plan.clips.steps_per_epoch),
+        )
+    ranks.only_first(
+        lambda: record_training_videos(
+            run_dir,
+            plan.dataset.name,
+            plan.clips.keys,
+            request.from_head and starting_head(run_dir, request.from_head),
+        )
+    )
+    while finetuner.position.epoch < config.epochs:
+        finetuner.run_epoch()
+        _close_epoch(request, plan, finetuner)
+    position = finetuner.position
+    epoch = config.epochs
+    if config.save == "best" and position.best is not None:
+        epoch = position.best["epoch"]
+        if epoch != config.epochs:
+            with ranks.agreeing():
+                restore_best(run_dir / BEST_FILE, model, epoch)
+    publish(
+        model.eval(),
+        run_dir,
+        request.encoder_dir,
+        origin=plan.origin,
+        encoder=plan.encoder,
+        encoder_fingerprint=plan.encoder_fingerprint,
+        encoders_dir=request.encoders_dir,
+        blend=config.blend,
+        epoch=epoch,
+        epoch_choice="last" if config.save == "last" else f"best on {plan.eval_split}",
+        ranks=ranks,
+    )
+    return ranks.only_first(lambda: _summary(request, plan, ranks, resumed_from))
+
+
+def _close_epoch(request: FinetuneRequest, plan: Plan, finetuner: Finetuner) -> None:
+    """Evaluate where it is due, and write down the epoch."""
+    config, ranks, position = request.config, finetuner.ranks, finetuner.position
+    epoch, began, evaluation = position.epoch + 1, time.perf_counter(), None
+    every = config.evaluate_every
+    if plan.evaluation is not None and every and (epoch % every == 0 or epoch == config.epochs):
+        assert plan.eval_split is not None
+        found, failed = validate(
+            finetuner.model,
+            plan.evaluation,
+            finetuner.class_embeddings,
+            split=plan.eval_split,
+            ranks=ranks,
+            batch_size=config.batch_size,
+            shape=plan.clip_shape,
+            modulate=can_modulate(finetuner.model.head, len(plan.dataset.class_names)),
+            in_step=plan.shard,
+        )
+        finetuner.failures += [(failure, "evaluation") for failure in failed]
+        if found is not None:
+            evaluation = found.to_json()
+            if position.best is None or found.top1 > position.best["top1"]:
+                position.best = {"epoch": epoch, "top1": found.top1}
+                save_best(request.run_dir / BEST_FILE, finetuner.model, epoch, ranks)
+            log.info("epoch %d: top-1 %.1f %% on %s", epoch, found.top1, found.split)
+        else:
+            log.warning("none of the videos of %s could be decoded", plan.eval_split)
+    record = finetuner.record(evaluation, time.perf_counter() - began)
+    position.metrics.append(record)
+    failures = finetuner.merged_failures()
+
+    def write() -> None:
+        write_metrics(request.run_dir, position.metrics)
+        write_failed_clips(request.run_dir, failures)
+
+    ranks.only_first(write)
+    finetuner.next_epoch()
+
+
+def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
+    """UserError unless all processes were started alike and see the same data and encoder."""
+    unlike = sorted({n for other in ranks.gathered(plan.settings) for n in _unlike(plan, other)})
+    if unlike:
+        raise agreed(
+            UserError(
+                f"the processes differ in {', '.join(unlike)}: start all of them with the same "
+                "options and workspace"
+            ),
+            ranks.first,
+        )
+
+
+def _unlike(plan: Plan, other: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ; a path to the same encoder may."""
+    phrases = setting_differences(other, plan.settings, ("data.encoder",))
+    return [phrase.split()[0] for phrase in phrases]
+
+
+def _summary(
+    request: FinetuneRequest, plan: Plan, ranks: Ranks, resumed_from: int
+) -> FinetuneSummary:
+    """What the files of a finished run say."""
+    run_dir, config = request.run_dir, request.config
+    metrics = read_metrics(run_dir)
+    failures = read_failed_clips(run_dir)
+    failed = Counter(failure["split"] for failure in failures)
+    origin = load_head(run_dir).origin
+    assert origin is not None
+    with open_tensors(run_dir / TOWER_FILE) as (_, _, card):
+        published = int(card["epoch"]) + 1
+    measured = {r["epoch"]: r["evaluation"]["top1"] for r in metrics if r["evaluation"]}
+    best = max(measured, key=lambda epoch: (measured[epoch], -epoch), default=None)
+    seconds = sum(record["seconds"] for record in metrics)
+    waited = sum(record["seconds"] * record["waiting"] for record in metrics)
+    gpu = [record["peak_gpu_mb"] for record in metrics if record["peak_gpu_mb"] is not None]
+    return FinetuneSummary(
+        run=run_dir.name,
+        dataset=plan.dataset.name,
+        head=plan.model.head.config.kind,
+        encoder=plan.encoder,
+        trained=config.train,
+        epochs=len(metrics),
+        frames=config.frames,
+        eval_split=None if plan.evaluation is None else plan.eval_split,
+        n_listed=plan.clips.n_listed,
+        n_failed=failed["train"],
+        n_evaluated=0 if plan.evaluation is None else plan.evaluation.n_listed,
+        n_evaluated_failed=failed["evaluation"],
+        loss=metrics[-1]["loss"],
+        published_epoch=published,
+        top1=measured.get(published),
+        best_epoch=best,
+        best_top1=None if best is None else measured[best],
+        batch_size=config.batch_size,
+        videos_per_step=config.batch_size * ranks.world_size,
+        processes=ranks.world_size,
+        sharded=plan.shard,
+        precision=plan.precision,
+        device=ranks.device.type,
+        seconds=seconds,
+        clips_per_second=sum(record["samples"] for record in metrics) / max(seconds, 1e-9),
+        waiting=waited / max(seconds, 1e-9),
+        peak_rss_mb=max(record["peak_rss_mb"] for record in metrics),
+        peak_gpu_mb=max(gpu, default=None),
+        resumed_from=resumed_from,
+        blend=config.blend,
+        encoder_fingerprint=origin.encoder_fingerprint,
+        path=str(run_dir),
+        encoder_path=str(request.encoder_dir),
+        failures=failures[:LISTED_FAILURES],
+    )
+
+
+def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
+    """Say once what will be done."""
+    clips, model = plan.clips, plan.model
+    if config.batch_size * ranks.world_size > clips.n_listed:
+        log.warning(
+            "a batch of %d is more than the %d training videos: every epoch is one smaller batch",
+            *(config.batch_size * ranks.world_size, clips.n_listed),
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.info(
+        "training %s: %.1f of %.1f million parameters, %d videos in %d steps of %d "
+        "(%d x %d)%s, %s on %s",
+        *(TRAINED.get(config.train, f"{config.train} and head"), trained / 1e6),
+        *(sum(p.numel() for p in model.parameters()) / 1e6,),
+        *(clips.n_listed, clips.steps_per_epoch, config.batch_size * ranks.world_size),
+        *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
+        *(plan.precision, ranks.device.type),
+    )
+    if ranks.device.type == "cpu" and ranks.first:
+        _warn_of_memory(plan, config)
+
+
+def _warn_of_memory(plan: Plan, config: FinetuneConfig) -> None:
+    """A GPU says that its memory is used up; the system ends a process without a word."""
+    videos = min(config.batch_size, plan.clips.n_listed)
+    needed = plan.model.kept_bytes() * config.frames * videos
+    # Gradients and both moments of AdamW, which are still to come.
+    needed += 3 * sum(4 * p.numel() for p in plan.model.parameters() if p.requires_grad)
+    free = available_memory()
+    if needed > free:
+        log.warning(
+            "a step of %d videos takes about %.0f GB of memory, %.0f GB are free: lower "
+            "--batch-size (and raise --accumulation), or add --checkpointing",
+            *(videos, needed / 1e9, free / 1e9),
+        )

@@ -1,0 +1,126 @@
+"""From trained weights to what every other command takes: an encoder, a head and the bare tower.
+
+`encoders/RUN` is the blended tower with the text tower it began with, `heads/RUN/tower.safetensors`
+the tuned tower unblended, `heads/RUN/head.safetensors` the head, bound to the published encoder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from featstore.errors import UserError, WorkError
+from featstore.files.durable import durable_path, new_folders
+from heads.end_to_end.model import EndToEndModel
+from heads.end_to_end.sharding import Ranks, whole
+from heads.files.head_file import HEAD_FILE, save_head, save_tensors
+from heads.files.imported_run import TOWER_FILE
+from heads.methods.mote.config import HeadOrigin
+from heads.methods.mote.model import TemporalHead
+from pipeline.clip_encoder import fingerprint
+from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
+from pipeline.encoders.tuned import tower_of, tuned_clip
+
+log = logging.getLogger(__name__)
+
+
+def publish(
+    model: EndToEndModel,
+    run_dir: Path,
+    encoder_dir: Path,
+    *,
+    origin: HeadOrigin,
+    encoder: str,
+    encoder_fingerprint: str,
+    encoders_dir: Path,
+    blend: float,
+    epoch: int,
+    epoch_choice: str,
+    ranks: Ranks,
+) -> str:
+    """Write encoder, tower and head; returns the fingerprint of the published encoder.
+
+    `encoder` is the spec of the CLIP that the training began with, `encoder_fingerprint` what it
+    was then; `origin` is the head's but for the encoder. `epoch` counts from 1, `epoch_choice` says
+    how it was chosen. Every process must come here. The head is written last: encoder and head
+    appear together or, when the writing fails, not at all; after a kill between the two the same
+    call completes them. Raises WorkError when the CLIP has changed since, or another encoder of
+    that name was made.
+    """
+    tower = _whole_state("visual.", model.image_tower.state_dict(), ranks)
+    tower["logit_scale"] = whole(model.logit_scale)
+    head_state = _whole_state("", model.head.state_dict(), ranks)
+
+    def write() -> str:
+        original = load_clip(encoder, encoders_dir)
+        if fingerprint(original.model, original.model_config) != encoder_fingerprint:
+            raise WorkError(
+                f"encoder {encoder} is not the one that the run began with any more: put it back, "
+                "then run the same command with --resume"
+            )
+        blended = blended_tower(tower, tower_of(original), blend)
+        tuned = tuned_clip(original, blended, encoder_dir.name)
+        published = fingerprint(tuned.model, tuned.model_config)
+        head = TemporalHead(model.head.config, head_state["training_class_embeddings"].shape[0])
+        head.load_state_dict(head_state)
+        head.logit_scale.copy_(blended["logit_scale"])
+        head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=published)
+        facts = {"epoch": epoch - 1, "blend": blend, "epoch_choice": epoch_choice}
+        save_tensors(run_dir / TOWER_FILE, tower, facts)
+        with durable_path(run_dir / HEAD_FILE) as head_file:
+            save_head(head.eval(), head_file)
+            _place_encoder(tuned, encoder_dir, published, encoders_dir.parent)
+        return published
+
+    return ranks.only_first(write)
+
+
+def blended_tower(
+    tuned: Mapping[str, Tensor], original: Mapping[str, Tensor], blend: float
+) -> dict[str, Tensor]:
+    """`blend` of the tuned tower and the rest of the original, tensor by tensor; 1 is the tuned.
+
+    MoTE's released test code blends tower and logit scale 0.99 to 0.01 (Zhu et al., NeurIPS 2024).
+    """
+    return {
+        name: (blend * value + (1 - blend) * original[name].float()).reshape(original[name].shape)
+        if value.is_floating_point()
+        else value.clone()
+        for name, value in tuned.items()
+    }
+
+
+def _place_encoder(tuned: LoadedClip, encoder_dir: Path, published: str, root: Path) -> None:
+    if encoder_dir.exists():  # placed by a process that was killed before the head was
+        there = _fingerprint_of(encoder_dir)
+        if there != published:
+            raise WorkError(
+                f"{encoder_dir} was made by something else since the run began: move it away, "
+                "then run the same command with --resume"
+            )
+        return
+    with new_folders(root / f".publishing-{encoder_dir.name}", encoder_dir) as (folder,):
+        save_open_clip_folder(
+            tuned.model.cpu(), tuned.model_config, tuned.preprocess_config, folder
+        )
+
+
+def _fingerprint_of(encoder_dir: Path) -> str | None:
+    try:
+        clip = load_clip(str(encoder_dir))
+    except (UserError, WorkError):
+        return None
+    return fingerprint(clip.model, clip.model_config)
+
+
+def _whole_state(prefix: str, state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{name}": whole(value)
+        for name, value in state.items()
+        if ranks.first or isinstance(value, DTensor)
+    }

@@ -1,0 +1,173 @@
+"""What a fine-tuning continues from: one file with everything the next step depends on.
+
+`state/last.safetensors` holds the trained parameters, what the optimiser knows of each, gradients
+of a batch group that is not complete, and (as its card) the place in the data, the scaler, partial
+sums and the records so far. Tensors are whole, however many processes share the model, so that the
+number of processes may change. `state/best.safetensors` holds the parameters alone.
+
+Random draws need no state: they depend on seed, epoch, step and position only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from featstore.errors import UserError, WorkError
+from heads.end_to_end.sharding import Ranks, like, whole
+from heads.files.head_file import open_tensors, save_tensors
+
+BEST_FILE: Final = "state/best.safetensors"
+FINETUNE_STATE_FORMAT: Final = 1
+
+
+@dataclass
+class Position:
+    """How far a run is; JSON-ready. Numbers of a run of several processes are of all of them."""
+
+    epoch: int = 0
+    """Epochs done, their evaluation included."""
+    step: int = 0
+    """Batches done of the epoch that is under way."""
+    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    """Of the epoch's losses (total, expert, merged, feature) over its samples."""
+    pending: int = 0
+    """Samples whose gradients are kept for an optimiser step that is not complete."""
+    samples: int = 0
+    """Samples trained on in the epoch."""
+    failed: int = 0
+    """Samples of the epoch that could not be decoded."""
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds of those that were spent waiting for data."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Records of the epochs done."""
+    failures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Reason and first epoch of every video that failed, by key."""
+    best: dict[str, Any] | None = None
+    """Epoch and top1 of the best evaluation."""
+
+    def next_epoch(self) -> None:
+        """The epoch is done: begin the next."""
+        self.epoch += 1
+        self.step = self.samples = self.failed = 0
+        self.sums = [0.0] * 4
+        self.seconds = self.waited = 0.0
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def all_finite(model: nn.Module, ranks: Ranks) -> bool:
+    """Whether every trained weight is a number, on all processes."""
+    bad = 0
+    for parameter in trained_parameters(model).values():
+        value = parameter.detach()
+        value = value.to_local() if isinstance(value, DTensor) else value
+        bad += not bool(value.isfinite().all())
+    return not int(ranks.summed(torch.tensor(bad)))
+
+
+def save_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    position: Position,
+    ranks: Ranks,
+) -> None:
+    """Write the state, complete or not at all; every process must come here, the first writes."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained_parameters(model).items():
+        parts = {"parameter": parameter.detach(), **optimizer.state.get(parameter, {})}
+        if parameter.grad is not None:  # of batches that are not a whole optimiser step yet
+            parts["gradient"] = parameter.grad
+        for part, value in parts.items():
+            if ranks.first or isinstance(value, DTensor):
+                held = whole(value)
+                if ranks.first:
+                    tensors[f"{part}.{name}"] = held
+    card = {
+        "format": FINETUNE_STATE_FORMAT,
+        "position": asdict(position),
+        "scaler": scaler.state_dict(),
+    }
+    ranks.only_first(lambda: save_tensors(path, tensors, card))
+
+
+def restore_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> Position:
+    """Continue from what `save_state` wrote; WorkError when the file does not fit the model."""
+    with open_tensors(path) as (names, read, card):
+        _require_format(path, card)
+        known = set(names)
+        try:
+            for name, parameter in trained_parameters(model).items():
+                _copy(parameter, read(f"parameter.{name}"))
+                if f"gradient.{name}" in known:
+                    parameter.grad = like(read(f"gradient.{name}"), parameter)
+                if f"exp_avg.{name}" in known:
+                    optimizer.state[parameter] = {
+                        "step": read(f"step.{name}").to(parameter.device),
+                        "exp_avg": like(read(f"exp_avg.{name}"), parameter),
+                        "exp_avg_sq": like(read(f"exp_avg_sq.{name}"), parameter),
+                    }
+            scaler.load_state_dict(card["scaler"]) if card["scaler"] else None
+            position = Position(**card["position"])
+            if {f.name for f in fields(Position)} != set(card["position"]):
+                raise KeyError("position")
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise WorkError(
+                f"{path} does not fit this run ({error}): delete the run and train again"
+            ) from error
+    return position
+
+
+def save_best(path: Path, model: nn.Module, epoch: int, ranks: Ranks) -> None:
+    """Write the trained parameters after `epoch` epochs; every process must come here."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in trained_parameters(model).items():
+        if ranks.first or isinstance(parameter, DTensor):
+            held = whole(parameter)
+            if ranks.first:
+                tensors[f"parameter.{name}"] = held
+    card = {"format": FINETUNE_STATE_FORMAT, "epoch": epoch}
+    ranks.only_first(lambda: save_tensors(path, tensors, card))
+
+
+def restore_best(path: Path, model: nn.Module, epoch: int) -> None:
+    """Take over the parameters that `save_best` wrote after `epoch`; WorkError where it did not."""
+    with open_tensors(path) as (_, read, card):
+        _require_format(path, card)
+        if card.get("epoch") != epoch:
+            raise WorkError(
+                f"{path} is of epoch {card.get('epoch')}, the best was {epoch}: train again"
+            )
+        for name, parameter in trained_parameters(model).items():
+            _copy(parameter, read(f"parameter.{name}"))
+
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    if parameter.shape != value.shape:
+        raise RuntimeError(f"{list(value.shape)} for {list(parameter.shape)}")
+    with torch.no_grad():
+        parameter.copy_(like(value, parameter))
+
+
+def _require_format(path: Path, card: dict[str, Any]) -> None:
+    if card.get("format") != FINETUNE_STATE_FORMAT:
+        raise UserError(
+            f"{path} has format {card.get('format')!r}, this version writes "
+            f"{FINETUNE_STATE_FORMAT}: finish the run with the version that began it"
+        )

@@ -1,0 +1,102 @@
+"""Which part of the model is trained: everything, the head alone, or the tower's last blocks.
+
+The head and the logit scale are trained in every case. What is frozen has no gradient, and so no
+weight decay and no optimiser state (`heads.training.trainer.build_optimizer` leaves it out).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import nn
+
+from featstore.errors import UserError
+
+TRAIN_PARTS = "tower, head or tower-last-N"
+"""What `train` may be, for messages and help."""
+
+
+def check_train(train: str) -> None:
+    """UserError when `train` is none of "tower", "head", "tower-last-N" (N from 1)."""
+    _last_blocks(train)
+
+
+def _last_blocks(train: str) -> int | None:
+    """N of "tower-last-N", None for the others."""
+    if train in ("tower", "head"):
+        return None
+    match = re.fullmatch(r"tower-last-([1-9][0-9]{0,5})", train)
+    if match is None:
+        raise UserError(
+            f"train {train!r} is unknown: choose {TRAIN_PARTS}, with N blocks from 1 up"
+        )
+    return int(match[1])
+
+
+def trained_blocks(image_tower: nn.Module, last: int | None = None) -> list[nn.Module]:
+    """The transformer blocks of a tower that are trained, in order: all, or the `last` ones.
+
+    Raises UserError for a tower that is not open_clip's `VisionTransformer` (a ResNet, a tower of
+    timm), and for more blocks than the tower has.
+    """
+    if not isinstance(image_tower, VisionTransformer):
+        raise UserError(
+            f"the image tower is a {type(image_tower).__name__}: single blocks can be told apart "
+            "in open_clip's vision transformers only; train the whole tower, or the head"
+        )
+    blocks: list[nn.Module] = list(cast(Any, image_tower.transformer).resblocks)
+    if last is None:
+        return blocks
+    if not 1 <= last <= len(blocks):
+        raise UserError(
+            f"tower-last-{last}: the image tower has {len(blocks)} blocks; choose tower-last-1 to "
+            f"tower-last-{len(blocks)}, or tower for all of it"
+        )
+    return blocks[-last:]
+
+
+def freeze_all_but(image_tower: nn.Module, train: str) -> None:
+    """Set `requires_grad` of every parameter of `image_tower` by `train`.
+
+    "tower": all of it. "head": nothing of it, the released code's `fix_video`. "tower-last-N": the
+    last N blocks and what follows them: the last norm, the projection, and the pooling of towers
+    that have one (CoCa). Raises UserError as `trained_blocks` does.
+    """
+    last = _last_blocks(train)
+    image_tower.requires_grad_(train == "tower")
+    if last is None:
+        return
+    for block in trained_blocks(image_tower, last):
+        block.requires_grad_(True)
+    for parameter in _after_blocks(image_tower):
+        parameter.requires_grad_(True)
+
+
+def _after_blocks(image_tower: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of an open_clip vision transformer that the last block's output meets."""
+    for name in ("attn_pool", "attn_pool_contrastive", "ln_post"):
+        part = getattr(image_tower, name, None)
+        if isinstance(part, nn.Module):
+            yield from part.parameters()
+    projection = getattr(image_tower, "proj", None)
+    if isinstance(projection, nn.Parameter):
+        yield projection
+
+
+def checkpoint_gradients(image_tower: nn.Module) -> None:
+    """Keep only every block's input for the backward pass and compute its inside again there.
+
+    Values and gradients stay the same; a step computes the tower's forward twice. The released code
+    always does so. Raises UserError for a tower without it.
+    """
+    # open_clip's ResNet has the method too, and it does nothing.
+    if not isinstance(image_tower, VisionTransformer | TimmModel):
+        raise UserError(
+            f"the image tower is a {type(image_tower).__name__}, which cannot checkpoint its "
+            "gradients: leave checkpointing off and lower the batch size instead"
+        )
+    image_tower.set_grad_checkpointing(True)

@@ -1,0 +1,387 @@
+"""Evaluating a head, or CLIP's mean of frames, on a store: what was measured, and on what.
+
+N = videos, V = views, F = stored frames, T = frames used, D = embedding width, C = classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from featstore.errors import UserError
+from featstore.format.schema import STATUS_OK
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.store import Store
+from featstore.segments import segment_positions
+from featstore.writing.partition import ClassText
+from heads.arithmetic import Precision, resolve_device, resolve_precision
+from heads.compatibility import (
+    check_class_text,
+    check_complete,
+    check_fits,
+    default_prompt_set,
+    knows_classes,
+    mean_head,
+)
+from heads.evaluation.measure import ClipFeatures, Measurement, check_candidates
+from heads.evaluation.protocols.choose import (
+    Protocol,
+    count_notes,
+    listed_rows,
+    protocol_named,
+    views_of,
+)
+from heads.evaluation.protocols.protocol import LabelIds, TestSet
+from heads.evaluation.results import EvalResult, RunFacts, SplitDetail, SplitResult
+from heads.files.head_file import head_fingerprint
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.model import TemporalHead
+from heads.scoring.scores import TOP_K, Fusion, Scoring
+
+log = logging.getLogger(__name__)
+
+NO_FILE: Final = "no such file"
+"""How the reason of a listed video begins whose file was not there when it was packed."""
+NAMED: Final = 3  # videos a note names
+
+
+def evaluate_store(
+    store: Store,
+    head: TemporalHead | None,
+    *,
+    protocol: Protocol | str,
+    dataset: str,
+    tests: Sequence[TestSet],
+    fusion: Fusion | None = None,
+    modulate: bool = True,
+    modulation_neighbours: int | None = None,
+    modulation_temperature: float | None = None,
+    ensemble: float | None = None,
+    **options: Any,
+) -> EvalResult:
+    """Accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
+
+    `protocol` is one of `heads.evaluation.protocols.choose` or its name, `tests` its test sets
+    (`build_test_sets`). The score settings are those of `Scoring.of_head`; `fusion` defaults to
+    the protocol's. `options` and errors are those of `evaluate_many`.
+    """
+    config = HeadConfig(kind="mean", dim=store.provenance.dim) if head is None else head.config
+    named = protocol_named(protocol) if isinstance(protocol, str) else protocol
+    scoring = Scoring.of_head(
+        config,
+        fusion=fusion or named.fusion,
+        modulate=modulate,
+        neighbours=modulation_neighbours,
+        temperature=modulation_temperature,
+        ensemble=ensemble,
+    )
+    (result,) = evaluate_many(
+        store, head, [scoring], protocol=named, dataset=dataset, tests=tests, **options
+    )
+    return result
+
+
+def evaluate_many(
+    store: Store,
+    head: TemporalHead | None,
+    scorings: Sequence[Scoring],
+    *,
+    protocol: Protocol | str,
+    dataset: str,
+    tests: Sequence[TestSet],
+    head_name: str = "mean",
+    views: str | None = None,
+    prompt_set: str | None = None,
+    frames: int | None = None,
+    clip_store: Store | None = None,
+    facts: RunFacts | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    progress: ProgressSink = no_progress,
+) -> list[EvalResult]:
+    """One result per entry of `scorings`, all from one pass of the head over the store.
+
+    Every listed row counts once per test set: evaluated, or failed in extraction. Rows shared by
+    test sets are computed once. All of the store's views are fused; `views` ("4x3") only checks
+    that they are as expected. `prompt_set` defaults to the head's, else to the store's only one.
+    `frames` defaults to what the head was trained with, else to all stored ones; fewer than stored
+    are taken at even steps. `clip_store` holds raw CLIP features of the same keys and views: an
+    ensemble takes CLIP's part from it (default: from `store` itself). `facts` go into the record.
+    The head runs in `precision`, by default in bfloat16 where that is much faster (wide heads on
+    processors that multiply it); means over frames, cosines and scores are float32 in any case.
+
+    In a process group (`torch.distributed`) every process evaluates each world-th row and all of
+    them return the same results: no row is repeated, and the counts are those of one process.
+
+    Raises UserError when head and store do not fit, the views are others, a close-set head knows
+    other classes, a video's class is no candidate, modulation has fewer classes than it compares,
+    or no row can be evaluated; WorkError when a store is not complete or a score is not finite.
+    """
+    named = protocol_named(protocol) if isinstance(protocol, str) else protocol
+    check_complete(store)
+    if views is not None and views != views_of(store):
+        raise UserError(
+            f"{store.path.name} has {views_of(store)} views, {views} were asked for: choose or "
+            "extract a store with those"
+        )
+    if not tests:
+        raise UserError(f"no split of {store.path.name} was chosen: name one with --split")
+    where = resolve_device(device)
+    provenance = store.provenance
+    arithmetic = resolve_precision(precision, provenance.dim, where)
+    model = head or mean_head(provenance.dim, provenance.logit_scale)
+    check_fits(model, store)
+    prompt_set = prompt_set or default_prompt_set(store, model)
+    text = store.class_text(prompt_set)
+    check_class_text(model, text, prompt_set)
+    if named.kind == "closeset" and not knows_classes(model, text):
+        raise UserError(
+            f"{head_name} was trained on {model.training_class_embeddings.shape[0]} classes that "
+            f"are not the {len(text.names)} of {dataset}: evaluate it with --zeroshot {dataset}"
+        )
+    check_candidates(tests, scorings, text, model)
+
+    stored = store.schema.frames
+    wanted = frames or (model.origin.frames if model.origin is not None else stored)
+    if wanted > stored:
+        log.warning("%d frames asked for, %d are stored: using those", wanted, stored)
+    used = min(wanted, stored)
+    chosen = segment_positions(stored, used) if used < stored else None
+    measured = Measurement(store, tests)
+    clip = None
+    if clip_store is not None and any(scoring.ensemble is not None for scoring in scorings):
+        clip = ClipFeatures(clip_store, store, prompt_set, chosen, where)
+        measured.leave_out(clip.failed(measured.listed_keys(np.arange(len(measured.listed)))))
+    measured.run(
+        model.to(where).eval(),
+        scorings,
+        text,
+        frames=chosen,
+        precision=arithmetic,
+        clip=clip,
+        progress=progress,
+    )
+    record = _record(store, model, named, measured, text, facts or RunFacts())
+    record |= {
+        "dataset": dataset,
+        "head": head_name,
+        "frames": used,
+        "prompt_set": prompt_set,
+        "device": where.type,
+        "precision": arithmetic,
+    }
+    return [
+        _result(measured, number, scoring, record, None if clip is None else clip.store.path.name)
+        for number, scoring in enumerate(scorings)
+    ]
+
+
+def _record(
+    store: Store,
+    head: TemporalHead,
+    protocol: Protocol,
+    measured: Measurement,
+    text: ClassText,
+    facts: RunFacts,
+) -> dict[str, Any]:
+    """The fields of a result that all settings share."""
+    provenance = store.provenance
+    tested = {
+        t.name: range(len(text.names)) if t.classes is None else t.classes.tolist()
+        for t in measured.tests
+    }
+    names = {text.names[label] for labels in tested.values() for label in labels}
+    origin = head.origin
+    trained = None if origin is None or origin.class_names is None else set(origin.class_names)
+    missing = sum(
+        store.reasons[at].startswith(NO_FILE)
+        for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
+    )
+    agreeing, notes = _counts(protocol, store, measured)
+    if protocol.views and views_of(store) not in protocol.views:
+        notes.append(f"{views_of(store)} views, published with {', '.join(protocol.views)}")
+    n_classes = max(len(labels) for labels in tested.values())
+    if protocol.n_classes not in (None, n_classes):
+        notes.append(f"{n_classes} classes, published with {protocol.n_classes}")
+    outside = _in_no_split(store, measured)
+    if outside:
+        named = ", ".join(outside[:NAMED]) + (", ..." if len(outside) > NAMED else "")
+        notes.append(f"{len(outside)} of {len(store)} videos are in no split: {named}")
+    for note in notes:
+        log.warning("%s: %s", protocol.name, note)
+    templates = facts.prompt_templates or text.templates
+    return {
+        "protocol": protocol.kind,
+        "protocol_name": protocol.name,
+        "n_listed": len(measured.listed),
+        "n_found": len(measured.listed) - missing,
+        "n_evaluated": len(measured.usable),
+        "n_failed": len(measured.listed) - len(measured.usable),
+        "views": views_of(store),
+        "sampling": provenance.sampling,
+        "sampler": provenance.sampling.partition(":")[0],
+        **pixels_text(provenance.preprocessing, provenance.crops),
+        "prompt_templates": list(templates) if templates else None,
+        "encoder": provenance.encoder,
+        "encoder_fingerprint": provenance.encoder_fingerprint,
+        "kind": head.config.kind,
+        "n_classes": n_classes,
+        "n_classes_trained": None if trained is None else len(trained & names),
+        "head_fingerprint": head_fingerprint(head),
+        "blend": facts.blend,
+        "epoch": facts.epoch,
+        "epoch_choice": facts.epoch_choice,
+        "trained_on": origin.dataset or None if origin is not None else None,
+        "training_videos": origin.trained_on or None if origin is not None else None,
+        "shots": facts.shots,
+        "n_trained_on": facts.n_trained_on,
+        "source": protocol.source,
+        "test_list": protocol.test_list,
+        "published_counts": agreeing,
+        "notes": notes,
+        "list_hash": _hash(measured.listed_keys(np.arange(len(measured.listed)))),
+        "class_names_hash": _hash(text.names),
+        "class_list_hash": _hash(
+            text.names[label] for labels in _distinct(tested.values()) for label in labels
+        ),
+        "class_names_source": facts.class_names_source or f"data set {provenance.dataset}",
+        "label_map": facts.label_map or provenance.label_map or None,
+        "prompts_hash": text.sentences_hash,
+        "dataset_fingerprint": provenance.dataset_fingerprint,
+        "store": store.path.name,
+        "preprocessing": dict(provenance.preprocessing),
+        "encoder_precision": provenance.precision,
+        "quantised": provenance.quantised,
+        "decoder": provenance.decoder,
+        "class_names": text.names,
+        "protocol_fusion": protocol.fusion,
+    }
+
+
+def _in_no_split(store: Store, measured: Measurement) -> list[str]:
+    """Keys of the videos that no split lists and that are not tested either."""
+    if not store.split_names:
+        return []
+    seen = [measured.listed, *(store.split(name) for name in store.split_names)]
+    outside = np.flatnonzero(~np.isin(store.rows, np.concatenate(seen)))
+    return [store.keys[at] for at in outside.tolist()]
+
+
+def _counts(protocol: Protocol, store: Store, measured: Measurement) -> tuple[list[str], list[str]]:
+    """Whose published counts the tested lists have; for half-class those of the list drawn from."""
+    if protocol.kind == "halfclass":
+        listed = {name: len(rows) for name, rows in listed_rows(protocol, store).items()}
+    else:
+        listed = {
+            test.name: len(members)
+            for test, members in zip(measured.tests, measured.members, strict=True)
+        }
+    return count_notes(protocol, listed)
+
+
+def _result(
+    measured: Measurement,
+    number: int,
+    scoring: Scoring,
+    record: Mapping[str, Any],
+    clip_store: str | None,
+) -> EvalResult:
+    """What one setting came to."""
+    classes = len(record["class_names"])
+    parts = [
+        _split(measured, number, t, np.arange(classes) if test.classes is None else test.classes)
+        for t, test in enumerate(measured.tests)
+    ]
+    results = [result for result, _ in parts]
+    top1 = [result.top1 for result in results]
+    top5 = [result.top5 for result in results if result.top5 is not None]
+    usual = record["protocol_fusion"]
+    notes = list(record["notes"])
+    if scoring.fusion != usual:
+        notes.append(f"views are fused by {scoring.fusion}, published with {usual}")
+    shared = {name: record[name] for name in record if name not in ("notes", "protocol_fusion")}
+    return EvalResult(
+        **shared,
+        notes=notes,
+        top1=float(np.mean(top1)),
+        top5=float(np.mean(top5)) if top5 else None,
+        per_split=tuple(results),
+        mean=float(np.mean(top1)),
+        std=float(np.std(top1)),
+        mean_top5=float(np.mean(top5)) if top5 else None,
+        std_top5=float(np.std(top5)) if top5 else None,
+        modulate=scoring.modulate,
+        modulation_neighbours=scoring.neighbours if scoring.modulate else None,
+        modulation_temperature=scoring.temperature if scoring.modulate else None,
+        fusion=scoring.fusion,
+        ensemble=scoring.ensemble,
+        clip_store=clip_store if scoring.ensemble is not None else None,
+        details=tuple(detail for _, detail in parts),
+    )
+
+
+def _split(
+    measured: Measurement, number: int, t: int, classes: LabelIds
+) -> tuple[SplitResult, SplitDetail]:
+    """Counts and accuracy of one test set under one setting."""
+    name, members = measured.tests[t].name, measured.members[t]
+    places = measured.places[number][t]
+    done = np.isin(members, measured.usable)
+    if not done.any():
+        raise UserError(
+            f"split {name} lists {len(places)} samples and none of them was extracted: "
+            "choose another split, or see the reasons with mote-cli inspect"
+        )
+    evaluated = places[done]
+    assert (evaluated >= 0).all(), "every usable sample has a place"
+    result = SplitResult(
+        split=name,
+        n_listed=len(places),
+        n_evaluated=len(evaluated),
+        n_failed=len(places) - len(evaluated),
+        top1=100.0 * float(np.mean(evaluated < 1)),
+        top5=100.0 * float(np.mean(evaluated < TOP_K)) if len(classes) >= TOP_K else None,
+        n_classes=len(classes),
+    )
+    detail = SplitDetail(
+        split=name,
+        classes=classes,
+        labels=measured.labels[members][done],
+        predicted=measured.predicted[number][t][done],
+        places=evaluated,
+        keys=tuple(measured.listed_keys(members[done])),
+    )
+    return result, detail
+
+
+def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
+    """`resize` and `crop` of a result, in words, from a store's preprocessing."""
+    size = preprocessing.get("size")
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    mode = preprocessing.get("resize_mode", "shortest")
+    known = isinstance(height, int) and isinstance(width, int)
+    small, large = sorted((int(height), int(width))) if known else ("unknown", "unknown")  # type: ignore[arg-type]
+    how = {
+        "shortest": f"short side to {small}",
+        "longest": f"long side to {large}, padded",
+        "squash": f"to {height}x{width}",
+    }.get(mode, str(mode))
+    cut = {1: "centre", 3: "3 along the long side"}.get(crops, f"{crops} crops")
+    interpolation = preprocessing.get("interpolation", "unknown interpolation")
+    return {
+        "resize": f"{how}, {interpolation}",
+        "crop": f"{height}x{width} {cut}" if known else "unknown",
+    }
+
+
+def _distinct(lists: Iterable[Iterable[int]]) -> list[tuple[int, ...]]:
+    """Lists of labels without repetition, in order: one list tested thrice is one class list."""
+    return list(dict.fromkeys(tuple(labels) for labels in lists))
+
+
+def _hash(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,246 @@
+"""The pass of an evaluation: where every tested video's true class came, under every setting.
+
+N = videos, V = views, D = embedding width, C = classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import distributed
+from torch.nn import functional
+
+from featstore.errors import UserError, WorkError
+from featstore.format.schema import STATUS_OK, RowArray
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.store import Store
+from featstore.writing.partition import ClassText
+from heads.compatibility import check_complete
+from heads.evaluation.protocols.protocol import LabelIds, TestSet
+from heads.methods.mote.model import TemporalHead
+from heads.methods.mote.modulation import require_neighbours
+from heads.scoring.scores import BlockScores, Scoring, ranks
+from heads.scoring.view_summaries import ViewSummaries, summarise_store
+
+NOT_EVALUATED = -1
+
+
+class Measurement:
+    """The tested rows of a store, and per setting and test set what came out.
+
+    Attributes: `listed` int64, array rows in any test set; `positions` of them among the store's
+    samples; `usable`, indices into `listed` of those a score can be computed for; per test set t
+    `members[t]`, indices into `listed`; per setting s `places[s][t]` and `predicted[s][t]` int64,
+    one entry per member: place of the true class (0 = best) and predicted label, -1 where failed.
+    """
+
+    def __init__(self, store: Store, tests: Sequence[TestSet]) -> None:
+        self.store = store
+        self.tests = tests
+        rows = [np.unique(np.asarray(test.rows, np.int64)) for test in tests]
+        self.listed: RowArray = np.unique(np.concatenate(rows))
+        self.members = [np.searchsorted(self.listed, part) for part in rows]
+        self.positions = store.positions(self.listed) if len(self.listed) else self.listed
+        self.usable = np.flatnonzero(store.status[self.positions] == STATUS_OK)
+        self.labels: LabelIds = store.labels[self.positions].astype(np.int64)
+        self.places: list[list[LabelIds]] = []
+        self.predicted: list[list[LabelIds]] = []
+        self._locals = [self._local_labels(t) for t in range(len(tests))]
+
+    def key(self, member: int) -> str:
+        """Key of an entry of `listed`."""
+        return self.store.keys[int(self.positions[member])]
+
+    def run(
+        self,
+        head: TemporalHead,
+        scorings: Sequence[Scoring],
+        text: ClassText,
+        *,
+        frames: npt.NDArray[np.int64] | None = None,
+        precision: str = "fp32",
+        clip: ClipFeatures | None = None,
+        progress: ProgressSink = no_progress,
+    ) -> None:
+        """Fill `places` and `predicted`; each process of a group does its share, all get all.
+
+        WorkError when a score is not finite.
+        """
+        rank, world = _place_in_group()
+        mine = self.usable[rank::world]
+        where = head.logit_scale.device
+        slots = []  # per test set: index among its members of an entry of `listed`, or -1
+        for members in self.members:
+            slot = np.full(len(self.listed), -1, np.int64)
+            slot[members] = np.arange(len(members))
+            slots.append(slot)
+        self.places, self.predicted = (
+            [[np.full(len(m), NOT_EVALUATED, np.int64) for m in self.members] for _ in scorings]
+            for _ in range(2)
+        )
+        candidates = [
+            None if test.classes is None else torch.from_numpy(test.classes).to(where)
+            for test in self.tests
+        ]
+        classes = torch.from_numpy(text.embeddings).to(where)
+        blocks = summarise_store(
+            self.store,
+            head,
+            self.listed[mine],
+            frames=frames,
+            precision=precision,
+            progress=progress,
+        )
+        for start, summaries in blocks:
+            part = mine[start : start + len(summaries.features)]
+            block = BlockScores(
+                summaries,
+                classes,
+                head.training_class_embeddings,
+                None if clip is None else clip.summaries(self.listed_keys(part)),
+                None if clip is None else clip.classes,
+            )
+            for t, test in enumerate(self.tests):
+                slot = slots[t][part]
+                at = np.flatnonzero(slot >= 0)
+                if len(at) == 0:
+                    continue
+                videos = slice(None) if len(at) == len(part) else torch.from_numpy(at).to(where)
+                labels = torch.from_numpy(self._locals[t][slot[at]]).to(where)
+                all_modulate = test.modulation_classes == "all"
+                for s, scoring in enumerate(scorings):
+                    scores = block.scores(scoring, videos, candidates[t], all_modulate)
+                    best = scores.argmax(1).cpu().numpy()  # the first of equal ones
+                    self._require_finite(scores, part[at])
+                    self.places[s][t][slot[at]] = ranks(scores, labels).cpu().numpy()
+                    self.predicted[s][t][slot[at]] = (
+                        best if test.classes is None else test.classes[best]
+                    )
+        if world > 1:
+            self._gather()
+
+    def listed_keys(self, members: npt.NDArray[np.integer]) -> list[str]:
+        """Keys of entries of `listed`."""
+        return [self.store.keys[at] for at in self.positions[members].tolist()]
+
+    def leave_out(self, failed: npt.NDArray[np.bool_]) -> None:
+        """Count these entries of `listed` as failed."""
+        self.usable = self.usable[~failed[self.usable]]
+
+    def _local_labels(self, t: int) -> LabelIds:
+        """Label of every member of a test set as its number among the candidates."""
+        test, labels = self.tests[t], self.labels[self.members[t]]
+        if test.classes is None:
+            return labels
+        number = np.full(max(len(self.store.class_names), int(test.classes.max()) + 1), -1)
+        number[test.classes] = np.arange(len(test.classes))
+        local: LabelIds = number[labels]
+        if (local < 0).any():
+            at = int(np.flatnonzero(local < 0)[0])
+            name = self.store.class_names[int(labels[at])]
+            raise UserError(
+                f"the class list of {test.name} does not match its videos: "
+                f"{self.key(int(self.members[t][at]))} is of class {name!r}, which is none of its "
+                f"{len(test.classes)} candidates"
+            )
+        return local
+
+    def _require_finite(self, scores: torch.Tensor, members: npt.NDArray[np.integer]) -> None:
+        finite = scores.isfinite().all(1).cpu().numpy()
+        if not finite.all():
+            raise WorkError(
+                f"scores of sample {self.key(int(members[~finite][0]))} are not finite: check head "
+                "and features"
+            )
+
+    def _gather(self) -> None:
+        """Give every process what all of them found: an entry is -1 in all but one."""
+        parts = [array for table in (self.places, self.predicted) for row in table for array in row]
+        joined = torch.from_numpy(np.concatenate(parts))
+        if distributed.get_backend() == "nccl":
+            joined = joined.cuda()
+        distributed.all_reduce(joined, distributed.ReduceOp.MAX)
+        values, start = joined.cpu().numpy(), 0
+        for array in parts:
+            array[:] = values[start : start + len(array)]
+            start += len(array)
+
+
+class ClipFeatures:
+    """Raw CLIP features of the videos of another store: CLIP's part of an ensemble.
+
+    Needed where the tested store was made with a tuned tower. `frames` are those taken of the
+    tested store, or None; all are taken where this one holds another number. UserError when it has
+    not the same videos, views and classes.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        tested: Store,
+        prompt_set: str,
+        frames: npt.NDArray[np.int64] | None,
+        device: torch.device,
+    ) -> None:
+        check_complete(store)
+        if store.schema.views != tested.schema.views:
+            raise UserError(
+                f"{store.path.name} has {store.schema.views} views and {tested.path.name} "
+                f"{tested.schema.views}: an ensemble needs CLIP features of the same views"
+            )
+        text = store.class_text(prompt_set)
+        if list(text.names) != tested.class_names:
+            raise UserError(
+                f"{store.path.name} has other classes than {tested.path.name}: take CLIP features "
+                "of the same data set"
+            )
+        self.store = store
+        self.classes = torch.from_numpy(text.embeddings).to(device)
+        self._frames = frames if store.schema.frames == tested.schema.frames else None
+        self._device = device
+
+    def failed(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
+        """[n] whether extraction failed; UserError for a key the store does not have."""
+        rows = np.array([self.store.row(key) for key in keys], np.int64)
+        return np.asarray(self.store.status[self.store.positions(rows)] != STATUS_OK)
+
+    def summaries(self, keys: Sequence[str]) -> ViewSummaries:
+        """Summaries [n,V,D] without a head."""
+        rows = np.array([self.store.row(key) for key in keys], np.int64)
+        features = (
+            torch.from_numpy(self.store.features(rows, self._frames)).float().to(self._device)
+        )
+        units = functional.normalize(features, dim=-1).mean(2)
+        return ViewSummaries(None, features.mean(2), units)
+
+
+def check_candidates(
+    tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: TemporalHead
+) -> None:
+    """Raise UserError for candidates that are no classes of the store or too few to modulate."""
+    names = [test.name for test in tests]
+    if len(set(names)) < len(names):
+        raise ValueError(f"test sets need distinct names, not {names}")
+    for test in tests:
+        wanted = np.arange(len(text.names)) if test.classes is None else test.classes
+        outside = wanted[(wanted < 0) | (wanted >= len(text.names))]
+        if len(outside) or not len(wanted) or len(np.unique(wanted)) < len(wanted):
+            raise UserError(
+                f"the class list of {test.name} does not match the {len(text.names)} classes of "
+                f"the store: {f'label {outside[0]} is none of them' if len(outside) else 'it is '}"
+                f"{'' if len(outside) else 'empty' if not len(wanted) else 'not of distinct ones'}"
+            )
+        tested = len(text.names) if test.modulation_classes == "all" else len(wanted)
+        for scoring in scorings:
+            if scoring.modulate:
+                trained = head.training_class_embeddings.shape[0]
+                require_neighbours(tested, trained, scoring.neighbours)
+
+
+def _place_in_group() -> tuple[int, int]:
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()

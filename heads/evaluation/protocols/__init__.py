@@ -1,0 +1,1 @@
+"""Which videos, classes and views a number stands for."""

@@ -1,0 +1,206 @@
+"""The named protocols, which one a data set usually takes, and the test sets of a protocol."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from featstore.errors import UserError
+from featstore.format.schema import RowArray
+from featstore.reading.store import Store
+from heads.evaluation.protocols.catalogue import PROTOCOLS
+from heads.evaluation.protocols.half_class import half_class_draws
+from heads.evaluation.protocols.protocol import Expected, Kind, LabelIds, Lists, Protocol, TestSet
+
+__all__ = [
+    "PROTOCOLS",
+    "Expected",
+    "Kind",
+    "LabelIds",
+    "Lists",
+    "Protocol",
+    "TestSet",
+    "closeset_tests",
+    "count_notes",
+    "listed_rows",
+    "known_dataset",
+    "protocol_named",
+    "build_test_sets",
+    "count_views",
+    "usual_protocol",
+    "views_of",
+    "zeroshot_tests",
+]
+
+ALL_ROWS: Final = "all"
+_NUMBERED_TEST = re.compile(r"test[1-9]\d?")
+_OTHER_NAMES: Final = {
+    "hmdb": "hmdb51",
+    "ucf": "ucf101",
+    "kinetics400": "k400",
+    "kinetics600": "k600",
+    "somethingsomethingv2": "ssv2",
+}
+
+
+def protocol_named(name: str) -> Protocol:
+    """The protocol of that name; UserError lists the names when there is none."""
+    if name not in PROTOCOLS:
+        raise UserError(
+            f"protocol {name!r} is unknown: choose one of {', '.join(PROTOCOLS)} "
+            "(`mote-cli protocols list` says what they measure)"
+        )
+    return PROTOCOLS[name]
+
+
+def known_dataset(name: str) -> str:
+    """The name protocols know a data set by: "HMDB" -> "hmdb51"; others come back as they are."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return _OTHER_NAMES.get(plain, plain if plain in _DATASETS else name)
+
+
+_DATASETS: Final = {p.dataset for p in PROTOCOLS.values() if p.dataset is not None}
+
+
+def views_of(store: Store) -> str:
+    """The store's views as "clips x crops" text, for example "4x3"."""
+    crops = store.provenance.crops
+    return f"{store.schema.views // crops}x{crops}"
+
+
+def count_views(text: str) -> int:
+    """Number of views of "clips x crops" text: "4x3" is 12. Raises UserError for other text."""
+    match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
+    if match is None:
+        raise UserError(f"views {text!r} are not understood: write CLIPSxCROPS, for example 4x3")
+    return int(match[1]) * int(match[2])
+
+
+def usual_protocol(
+    kind: Kind,
+    dataset: str,
+    *,
+    split: str | None = None,
+    views: str | None = None,
+    split_names: Sequence[str] | None = None,
+) -> Protocol:
+    """What `--closeset NAME`, `--zeroshot NAME` and the like mean for a data set.
+
+    A split that is named makes it the protocol of any data set, since the published ones are
+    defined by their lists; so do `split_names` of a store that lack the lists it needs. `views`
+    ("4x3") choose between protocols that differ in them.
+    """
+    known = known_dataset(dataset)
+    fallback = PROTOCOLS[kind]
+    if split is not None:
+        return fallback
+    found = [p for p in PROTOCOLS.values() if p.kind == kind and p.dataset == known]
+    if kind == "closeset":
+        found = [p for p in found if views in p.views]
+    if split_names is not None:
+        found = [p for p in found if p.lists != "tests" or len(_numbered(split_names)) > 1]
+    return found[0] if found else fallback
+
+
+def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> dict[str, RowArray]:
+    """Array rows by name of the lists a protocol tests, failed ones included.
+
+    `split` names another list, where the protocol is not defined by its own. UserError when the
+    store lacks the splits.
+    """
+    rule = protocol.lists
+    if split is not None:
+        if protocol.dataset is not None or rule not in ("val", "usual"):
+            raise UserError(
+                f"protocol {protocol.name} is defined by its list ({protocol.test_list}): leave "
+                "--split out, or use --closeset NAME or --zeroshot NAME with it"
+            )
+        return {split: store.split(split)}
+    if rule == "val":
+        return _evaluation_split(store)
+    numbered = _numbered(store.split_names)
+    if rule == "tests" and len(numbered) < 2:
+        raise UserError(
+            f"{protocol.name} tests the official lists test1, test2, ..., and {store.path.name} "
+            f"has the splits {', '.join(store.split_names) or 'none'}: pack the data set with its "
+            "official annotations"
+        )
+    if rule == "tests" or (rule == "usual" and len(numbered) > 1):
+        return {name: store.split(name) for name in numbered}
+    if rule == "test1":
+        return {"test1": store.split("test1")}
+    if rule in ("all", "usual"):
+        return {ALL_ROWS: store.rows}
+    raise ValueError(f"{protocol.name} has no lists of its own: its test sets are made elsewhere")
+
+
+def build_test_sets(
+    protocol: Protocol, store: Store, split: str | None = None
+) -> tuple[TestSet, ...]:
+    """The test sets of a close-set, zero-shot or half-class protocol; errors as `listed_rows`."""
+    lists = listed_rows(protocol, store, split)
+    if protocol.kind != "halfclass":
+        return tuple(TestSet(name, rows) for name, rows in lists.items())
+    (rows,) = lists.values()
+    draws = half_class_draws(store.labels[store.positions(rows)], len(store.class_names))
+    return tuple(
+        TestSet(f"draw{seed}", rows[kept], candidates, modulation_classes="all")
+        for seed, (kept, candidates) in enumerate(draws)
+    )
+
+
+def closeset_tests(store: Store, split: str | None = None) -> tuple[TestSet, ...]:
+    """The test set of a close-set evaluation: the split named, else "val", else "test".
+
+    Raises UserError when there is none of that name, or neither val nor test.
+    """
+    return build_test_sets(PROTOCOLS["closeset"], store, split)
+
+
+def zeroshot_tests(store: Store, split: str | None = None) -> tuple[TestSet, ...]:
+    """The test sets of a zero-shot evaluation.
+
+    The split named; else test1, test2, ... of data sets with several official test lists (HMDB51,
+    UCF101: the number reported is their mean); else all rows.
+    """
+    return build_test_sets(PROTOCOLS["zeroshot"], store, split)
+
+
+def count_notes(protocol: Protocol, listed: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """(sources whose published counts `listed` has, a line per list that has nobody's count)."""
+    if not protocol.expected:
+        return [], []
+    agreeing = [e.source for e in protocol.expected if dict(e.counts) == dict(listed)]
+    if agreeing:
+        return agreeing, []
+    notes = []
+    for name, count in listed.items():
+        published = {e.source: e.counts[name] for e in protocol.expected if name in e.counts}
+        if count in published.values():
+            continue
+        known = "; ".join(f"{n:,} ({source})" for source, n in published.items())
+        if known:
+            notes.append(f"{name} lists {count:,} videos, published lists have {known}")
+    if not notes:
+        notes.append("the lists have counts of different publications")
+    return [], notes
+
+
+def _evaluation_split(store: Store) -> dict[str, RowArray]:
+    for name in ("val", "test"):
+        if name in store.split_names:
+            return {name: store.split(name)}
+    if not store.split_names:
+        raise UserError(
+            f"{store.path.name} has no splits: pack the videos under train/ and val/, or evaluate "
+            "all of them with --zeroshot"
+        )
+    raise UserError(
+        f"{store.path.name} has neither a val nor a test split (it has "
+        f"{', '.join(store.split_names)}): name one with --split"
+    )
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    return sorted((n for n in names if _NUMBERED_TEST.fullmatch(n)), key=lambda n: int(n[4:]))

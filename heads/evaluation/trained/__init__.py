@@ -1,0 +1,1 @@
+"""Protocols that train heads before they test them."""

@@ -1,0 +1,255 @@
+"""Protocols that train before they test: few-shot, and base to novel classes.
+
+Each training is a run of its own under heads/, continued where it stopped. The number reported is
+that of the last epoch. X-CLIP, ViFi-CLIP and MSTA report the best epoch on the test set, which is
+measured beside it and labelled so: it is chosen with the answers at hand.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from featstore.files.durable import write_json
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.store import Store
+from heads.evaluation.protocols.choose import known_dataset
+from heads.evaluation.protocols.protocol import TestSet
+from heads.evaluation.results import EvalResult, RunFacts, run_facts
+from heads.files.head_file import CONFIG_FILE, METRICS_FILE, load_head, save_head
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.model import TemporalHead
+from heads.training.shots import TrainingSet
+from heads.training.train_head import TrainSummary, train_head
+from heads.training.trainer import TrainConfig
+
+log = logging.getLogger(__name__)
+
+LAST: Final = "last"
+BEST: Final = "best on the test set"
+BEST_HEAD: Final = "best-on-test.safetensors"
+BEST_NOTE: Final = "best-on-test.json"
+TEST_TOP1: Final = "test_top1"
+
+SHOTS: Final = {"fewshot": (2, 4, 8, 16), "base-to-novel": (16,)}
+DRAW_SEEDS: Final = {"fewshot": (1,), "base-to-novel": (1, 2, 3)}
+_EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11}
+_EPOCHS_OF: Final = {("fewshot", "ssv2"): 2}
+"""Epochs where neither a recipe nor a user says otherwise: MoTE's for few-shot, of a set that is
+repeated to the size of the full one; ViFi-CLIP's for base-to-novel, which it takes of the shots
+once. Here they are repeated as well: a new head learns nothing in thirty steps."""
+
+Evaluate = Callable[[TemporalHead, Sequence[TestSet], RunFacts, str], EvalResult]
+"""Tests a head on test sets; told what is known of its run, and the name of the run."""
+
+
+def usual_epochs(kind: str, dataset: str) -> int:
+    """Epochs of a protocol of `kind` on a data set, where neither recipe nor user say."""
+    return _EPOCHS_OF.get((kind, known_dataset(dataset)), _EPOCHS[kind])
+
+
+@dataclass(frozen=True)
+class ShotRun:
+    """One training, and what it is tested on."""
+
+    run_dir: Path
+    shots: int
+    draw: int
+    """Seed of the draw, or number of the published list."""
+    train: TrainingSet
+    tests: tuple[TestSet, ...]
+    overlap: int = 0
+    """Tested videos that are trained on."""
+
+
+@dataclass(frozen=True)
+class ShotOutcome:
+    """What came of a run: `best` is None where it was not asked for, or is not known."""
+
+    run: ShotRun
+    training: TrainSummary
+    last: EvalResult
+    best: EvalResult | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The outcome as strict JSON values."""
+        return {
+            "run": self.run.run_dir.name,
+            "shots": self.run.shots,
+            "draw": self.run.draw,
+            "trained_on": self.run.train.words,
+            "n_trained": self.training.n_trained,
+            "last": self.last.to_json(),
+            "best": None if self.best is None else self.best.to_json(),
+        }
+
+
+def train_and_test(
+    run: ShotRun,
+    store: Store,
+    head: HeadConfig,
+    training: TrainConfig,
+    *,
+    prompt_set: str,
+    evaluate: Evaluate,
+    protocol: str = "",
+    initial: TemporalHead | None = None,
+    initial_run: Path | None = None,
+    best_epoch: bool = True,
+    device: str = "auto",
+    progress: ProgressSink = no_progress,
+) -> ShotOutcome:
+    """Train `run` from `store`, or continue it, or find it done; then test its last epoch.
+
+    With `best_epoch` every epoch is tested, and the head of the best one (mean top-1 of the test
+    sets, the earliest of equal ones) is kept as best-on-test.safetensors. `protocol` is the name
+    of the evaluation, which the run keeps.
+    Errors of `train_head` and of `evaluate`.
+    """
+    watch = _BestEpoch(run, evaluate) if best_epoch else None
+    summary = train_head(
+        store,
+        run.run_dir,
+        head,
+        training,
+        rows=run.train.rows,
+        classes=run.train.classes,
+        trained_on=run.train.words,
+        repeats=run.train.repeats,
+        initial=initial,
+        initial_run=initial_run,
+        after_epoch=watch,
+        protocol=protocol,
+        prompt_set=prompt_set,
+        resume=(run.run_dir / CONFIG_FILE).is_file(),
+        device=device,
+        progress=progress,
+    )
+    name = run.run_dir.name
+    trained = load_head(run.run_dir)
+    last = evaluate(trained, run.tests, run_facts(run.run_dir), name)
+    best = None
+    if watch is not None and head.kind != "mean":
+        found = watch.found(summary.epochs)
+        if found is None:
+            log.warning(
+                "%s was trained without testing every epoch: its best epoch is not known", name
+            )
+        else:
+            is_last = found == summary.epochs
+            chosen = trained if is_last else load_head(run.run_dir / BEST_HEAD)
+            facts = run_facts(run.run_dir, epoch=found, epoch_choice=BEST)
+            with _told_once():
+                best = evaluate(chosen, run.tests, facts, name)
+    return ShotOutcome(run, summary, last, best)
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """What a test says of its lists is the same in every epoch: the last one says it."""
+    loggers = [logging.getLogger(name) for name in ("heads.evaluation", "heads.compatibility")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+class _BestEpoch:
+    """Tests the head after every epoch and keeps the best one so far, also over a resume."""
+
+    def __init__(self, run: ShotRun, evaluate: Evaluate) -> None:
+        self._run = run
+        self._evaluate = evaluate
+
+    def __call__(self, head: TemporalHead, epoch: int) -> Mapping[str, float]:
+        facts = RunFacts(epoch=epoch, epoch_choice=LAST)
+        with _told_once():
+            top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).top1
+        best = self._read()
+        # An epoch that is done again after a kill finds its own note: equal, and kept.
+        if best is None or top1 > best[TEST_TOP1]:
+            save_head(head, self._run.run_dir / BEST_HEAD)
+            write_json(self._run.run_dir / BEST_NOTE, {"epoch": epoch, TEST_TOP1: top1})
+        return {TEST_TOP1: top1}
+
+    def found(self, epochs: int) -> int | None:
+        """The best epoch; None unless every one of `epochs` was tested."""
+        lines = (self._run.run_dir / METRICS_FILE).read_text().splitlines()
+        tested = sum(TEST_TOP1 in json.loads(line) for line in lines)
+        best = self._read()
+        return int(best["epoch"]) if best is not None and tested == epochs else None
+
+    def _read(self) -> dict[str, float] | None:
+        try:
+            value = json.loads((self._run.run_dir / BEST_NOTE).read_text())
+            return {"epoch": int(value["epoch"]), TEST_TOP1: float(value[TEST_TOP1])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class BaseToNovel:
+    """Base and novel accuracy of one run per seed, in percent, from unrounded values.
+
+    `harmonic_mean` is that of the two means over seeds; papers do not say which they take, and
+    `mean_of_harmonic_means` is the other reading. `*_std` are population standard deviations.
+    """
+
+    base: float
+    novel: float
+    harmonic_mean: float
+    mean_of_harmonic_means: float
+    base_std: float
+    novel_std: float
+    epoch_choice: str
+    per_seed: tuple[tuple[int, float, float], ...]
+    """(seed, base, novel) of each run."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as strict JSON values."""
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        seeds = [
+            {
+                "draw": seed,
+                "base": base,
+                "novel": novel,
+                "harmonic_mean": statistics.harmonic_mean([base, novel]),
+            }
+            for seed, base, novel in self.per_seed
+        ]
+        return {**plain, "per_seed": seeds}
+
+
+def base_to_novel(outcomes: Sequence[ShotOutcome], *, best: bool = False) -> BaseToNovel | None:
+    """Means over the seeds' runs; of their best epochs where `best`, None if one has none.
+
+    The first test set of every run is base, the second novel.
+    """
+    results = [outcome.best if best else outcome.last for outcome in outcomes]
+    found = [result for result in results if result is not None]
+    if len(found) < len(results) or not found:
+        return None
+    halves = [(result.per_split[0].top1, result.per_split[1].top1) for result in found]
+    base, novel = ([half[side] for half in halves] for side in (0, 1))
+    return BaseToNovel(
+        base=statistics.fmean(base),
+        novel=statistics.fmean(novel),
+        harmonic_mean=statistics.harmonic_mean([statistics.fmean(base), statistics.fmean(novel)]),
+        mean_of_harmonic_means=statistics.fmean(statistics.harmonic_mean(half) for half in halves),
+        base_std=statistics.pstdev(base),
+        novel_std=statistics.pstdev(novel),
+        epoch_choice=BEST if best else LAST,
+        per_seed=tuple(
+            (outcome.run.draw, *half) for outcome, half in zip(outcomes, halves, strict=True)
+        ),
+    )

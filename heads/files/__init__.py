@@ -1,0 +1,1 @@
+"""Heads as files: our format, the authors' format and portable ones."""

@@ -1,0 +1,182 @@
+"""Files of a run: the finished head, and the state training continues from. No pickle anywhere.
+
+`head.safetensors` holds the tensors named in `heads.methods.mote.model` and, in its metadata, one
+JSON text with the head's configuration and origin, so the file alone is enough to use the head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.durable import durable_path
+from heads.methods.mote.config import HeadConfig, HeadOrigin
+from heads.methods.mote.model import TemporalHead
+
+HEAD_FILE: Final = "head.safetensors"
+CONFIG_FILE: Final = "config.json"
+METRICS_FILE: Final = "metrics.jsonl"
+STATE_FILE: Final = "state/last.safetensors"
+
+HEAD_FORMAT: Final = 1
+STATE_FORMAT: Final = 1
+_METADATA_KEY: Final = "mote"
+
+
+def save_head(head: TemporalHead, path: Path) -> None:
+    """Write `head` with its configuration and origin to `path`, complete or not at all."""
+    origin = None if head.origin is None else head.origin.to_json()
+    card = {"format": HEAD_FORMAT, "head": head.config.to_json(), "origin": origin}
+    save_tensors(path, dict(head.state_dict()), card)
+
+
+def load_head(path: str | Path) -> TemporalHead:
+    """The head of a run folder or of a `head.safetensors` file, on the CPU, in evaluation mode.
+
+    Raises UserError when there is none, when the file is not a head of ours or a tensor is
+    missing, extra or misshapen; WorkError when the file is damaged or holds numbers that are not
+    finite.
+    """
+    path = Path(path)
+    file = path / HEAD_FILE if path.is_dir() else path
+    if not file.is_file():
+        if (path / CONFIG_FILE).is_file():
+            raise UserError(f"run {path} has no head yet: finish it with --resume")
+        raise UserError(f"there is no head at {path}: name a run folder or a {HEAD_FILE} file")
+    tensors, card = load_tensors(file)
+    if card.get("format") != HEAD_FORMAT or "head" not in card:
+        raise UserError(
+            f"{file} is not a head of format {HEAD_FORMAT} (it says {card.get('format')!r}): "
+            "train or import the head with this version of mote"
+        )
+    config = HeadConfig.from_json(card["head"])
+    with torch.device("meta"):
+        head = TemporalHead(config, _training_classes(tensors))
+    _check_shapes(file, head.state_dict(), tensors)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise WorkError(f"{file} is damaged: {name} holds values that are not finite")
+    head.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    origin = card.get("origin")
+    head.origin = None if origin is None else HeadOrigin.from_json(origin)
+    return head.requires_grad_(True).eval()
+
+
+def head_fingerprint(head: TemporalHead) -> str:
+    """Hash of the head's configuration and tensors, 16 hex digits: which weights were tested."""
+    digest = hashlib.sha256(json.dumps(head.config.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(head.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON `card` as one safetensors file, complete or not at all."""
+    text = json.dumps(card, ensure_ascii=False, allow_nan=False)
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with durable_path(path) as partial:
+        save_file(contiguous, partial, metadata={_METADATA_KEY: text})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and card that `save_tensors` wrote; errors as `load_head`."""
+    with open_tensors(path) as (names, tensor, card):
+        return {name: tensor(name) for name in names}, card
+
+
+@contextmanager
+def open_tensors(
+    path: Path,
+) -> Iterator[tuple[list[str], Callable[[str], Tensor], dict[str, Any]]]:
+    """Names, a function that reads one tensor, and the card; errors as `load_head`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            try:
+                card = json.loads((file.metadata() or {})[_METADATA_KEY])
+            except (KeyError, ValueError):
+                card = None
+            if not isinstance(card, dict):
+                raise UserError(
+                    f"{path} is a safetensors file that mote did not write: import it first"
+                )
+            yield list(file.keys()), file.get_tensor, card
+    except SafetensorError as error:
+        raise WorkError(
+            f"{path} is not a complete safetensors file ({one_line(error, 120)}): copy it again "
+            "or train again"
+        ) from error
+
+
+def _training_classes(tensors: Mapping[str, Tensor]) -> int:
+    table = tensors.get("training_class_embeddings")
+    return 0 if table is None or table.ndim != 2 else table.shape[0]
+
+
+LISTED_FAULTS: Final = 3  # how many tensors an error names before it counts the rest
+
+
+def describe_faults(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Which tensors are missing, extra or misshapen, as a phrase; empty when all fit."""
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{name} is extra" for name in found if name not in wanted]
+    faults += [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    more = f" and {len(faults) - LISTED_FAULTS} more" if len(faults) > LISTED_FAULTS else ""
+    return "; ".join(faults[:LISTED_FAULTS]) + more
+
+
+def _check_shapes(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    faults = describe_faults(
+        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
+        {name: tuple(tensor.shape) for name, tensor in found.items()},
+    )
+    strange = [f"{n} is {t.dtype}" for n, t in found.items() if not t.is_floating_point()]
+    if faults or strange:
+        raise UserError(
+            f"{file} does not fit its own configuration: {faults or strange[0]}; "
+            "train or import the head again"
+        )
+
+
+def describe_run(run_dir: Path) -> dict[str, Any]:
+    """What a run is and how far it got, JSON-ready; UserError when `run_dir` is no run."""
+    try:
+        settings = json.loads((run_dir / CONFIG_FILE).read_text())
+    except OSError as error:
+        raise UserError(f"{run_dir} is no run: it has no {CONFIG_FILE}") from error
+    except ValueError as error:
+        raise WorkError(f"{run_dir / CONFIG_FILE} is not JSON: train again") from error
+    metrics = run_dir / METRICS_FILE
+    epochs = (
+        [json.loads(line) for line in metrics.read_text().splitlines()]
+        if (metrics.is_file())
+        else []
+    )
+    return {
+        "name": run_dir.name,
+        "finished": (run_dir / HEAD_FILE).is_file(),
+        "epochs_done": len(epochs),
+        "last_loss": epochs[-1]["loss"] if epochs else None,
+        **({"mode": settings["mode"]} if "mode" in settings else {}),
+        "head": settings.get("head", {}),
+        "training": settings.get("training", {}),
+        "data": settings.get("data", {}),
+        **({"imported": settings["imported"]} if "imported" in settings else {}),
+        "results": sorted(path.name for path in (run_dir / "eval").glob("*.json")),
+    }

@@ -1,0 +1,135 @@
+"""A run folder of an imported head: what is known of it, and the tower it came with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featstore.errors import UserError
+from featstore.files.durable import write_json
+from heads.files.head_file import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    load_tensors,
+    open_tensors,
+    save_head,
+    save_tensors,
+)
+from heads.files.official import OfficialCheckpoint
+from heads.methods.mote.config import HeadOrigin
+from heads.methods.mote.model import TemporalHead
+from heads.methods.text_classifier import SAME_CLASS, class_cosines
+
+TOWER_FILE: Final = "tower.safetensors"
+"""Beside an imported or fine-tuned head: the tower as it was trained, before blending."""
+
+
+def save_imported_run(
+    folder: Path,
+    head: TemporalHead,
+    checkpoint: OfficialCheckpoint,
+    facts: Mapping[str, Any],
+) -> None:
+    """Make `folder` a run of the imported `head`, whose origin must be set.
+
+    The unblended tower stays beside it, for an export that is the same to the bit. `facts` says
+    where the head came from (strict JSON).
+    """
+    assert head.origin is not None
+    save_tensors(folder / TOWER_FILE, checkpoint.tower_state, {"epoch": checkpoint.epoch})
+    save_head(head, folder / HEAD_FILE)
+    write_json(
+        folder / CONFIG_FILE,
+        {
+            "head": head.config.to_json(),
+            "data": head.origin.to_json(),
+            "imported": dict(facts),
+        },
+    )
+
+
+def imported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
+    """Unblended tower and epoch (from 0) of a run that has its own; None for a head on a store."""
+    file = run_dir / TOWER_FILE
+    if not file.is_file():
+        return None
+    tensors, card = load_tensors(file)
+    return tensors, int(card["epoch"])
+
+
+def tower_facts(run_dir: Path) -> dict[str, Any] | None:
+    """What stands beside the unblended tower of a run: `epoch`, counted from 0, and where it was
+    trained here `blend` and `epoch_choice`; None for a run without a tower of its own."""
+    file = run_dir / TOWER_FILE
+    if not file.is_file():
+        return None
+    with open_tensors(file) as (_, _, card):
+        return card
+
+
+def tower_hash(run_dir: Path) -> str | None:
+    """SHA-256 of the tensors of the unblended tower of a run, None for a run without one.
+
+    A tower that was exported and imported again has the same.
+    """
+    found = imported_tower(run_dir)
+    if found is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(found[0].items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def imported_origin(
+    *,
+    encoder: str,
+    encoder_fingerprint: str,
+    preprocessing: Mapping[str, Any],
+    class_names: tuple[str, ...] | None,
+    frames: int,
+) -> HeadOrigin:
+    """What is known of an imported head: its tower, its prompts and what the user says."""
+    return HeadOrigin(
+        dataset="",
+        dataset_fingerprint="",
+        encoder=encoder,
+        encoder_fingerprint=encoder_fingerprint,
+        encoder_precision="",
+        sampling="",
+        crops=1,
+        preprocessing=dict(preprocessing),
+        prompt_set="mote28",
+        class_names=class_names,
+        frames=frames,
+    )
+
+
+def require_class_names(
+    head: TemporalHead, class_names: tuple[str, ...], embeddings: Tensor
+) -> None:
+    """Raise UserError unless `class_names` are those of the head's classes, in its order.
+
+    `embeddings` [S,D]: the names' class features by the text tower the head was trained with.
+    """
+    trained = head.training_class_embeddings
+    if len(class_names) != trained.shape[0]:
+        raise UserError(
+            f"{len(class_names)} class names for the checkpoint's {trained.shape[0]} classes: name "
+            "the file of the list it was trained on"
+        )
+    cosines = class_cosines(functional.normalize(embeddings, dim=-1), trained).diagonal()
+    worst = int(cosines.argmin())
+    if cosines[worst] < SAME_CLASS:
+        raise UserError(
+            f"class {worst}, {class_names[worst]!r}, does not give the class features that the "
+            f"checkpoint holds (cosine {float(cosines[worst]):.4f}): name the file of the list it "
+            "was trained on, in its order, and the CLIP it was tuned from"
+        )

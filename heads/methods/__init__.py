@@ -1,0 +1,1 @@
+"""One folder for each method: its configuration, model and losses."""

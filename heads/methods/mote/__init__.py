@@ -1,0 +1,1 @@
+"""MoTE (NeurIPS 2024) and the plain temporal transformer it is compared with."""

@@ -1,0 +1,1 @@
+"""From frame features to scores of classes."""

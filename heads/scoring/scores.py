@@ -1,0 +1,285 @@
+"""From views to scores to accuracy: fusing views, modulating, ranking classes.
+
+N = videos, V = views, T = frames, D = embedding width, C = classes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featstore.errors import UserError
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.model import TemporalHead
+from heads.methods.mote.modulation import NEIGHBOURS, TEMPERATURE, modulation
+from heads.methods.text_classifier import class_cosines
+from heads.scoring.view_summaries import ViewSummaries, summarise
+
+log = logging.getLogger(__name__)
+
+Fusion = Literal["softmax", "cosine", "features"]
+"""How views become one score: mean of softmax over cosines (MoTE, X-CLIP, ViFi-CLIP), mean of
+cosines, or cosines of the mean video feature (Text4Vis)."""
+
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How the summaries of views become scores of a video."""
+
+    fusion: Fusion = "softmax"
+    modulate: bool = True
+    neighbours: int = NEIGHBOURS
+    """K of modulation, classes compared on either side."""
+    temperature: float = TEMPERATURE
+    """Of modulation's exponential: the larger, the less the head is held back."""
+    ensemble: float | None = None
+    """Weight w of CLIP: scores come from (1 - w) * head + w * CLIP, both cosines; None for the
+    head alone. DiST (Qing et al., ICCV 2023) tests zero-shot with 0.5."""
+
+    def __post_init__(self) -> None:
+        if self.fusion not in get_args(Fusion):
+            raise UserError(
+                f"fusion {self.fusion!r} is unknown: choose one of {', '.join(get_args(Fusion))}"
+            )
+        if self.ensemble is not None and not 0 <= self.ensemble <= 1:
+            raise UserError(
+                f"ensemble weight {self.ensemble:g} is not a share: 0 is the head alone, 1 CLIP "
+                "alone, 0.5 as DiST"
+            )
+        if self.modulate and not (self.neighbours >= 1 and 0 < self.temperature < math.inf):
+            raise UserError(
+                f"modulation with {self.neighbours} neighbours and temperature "
+                f"{self.temperature:g} is none: give at least 1 and a number above 0"
+            )
+
+    @classmethod
+    def of_head(
+        cls,
+        config: HeadConfig,
+        *,
+        fusion: Fusion = "softmax",
+        modulate: bool = True,
+        neighbours: int | None = None,
+        temperature: float | None = None,
+        ensemble: float | None = None,
+    ) -> Scoring:
+        """Settings of a head, with what is given instead of its own; 0 turns modulation off."""
+        k = config.modulation_neighbours if neighbours is None else neighbours
+        t = config.modulation_temperature if temperature is None else temperature
+        on = modulate and config.kind != "mean" and k != 0 and t != 0
+        return cls(fusion, on, k, t, ensemble)
+
+
+class BlockScores:
+    """Scores of the N videos of one block under any settings, with what they share kept.
+
+    `class_embeddings` [C,D] are all classes of the store, `training_class_embeddings` [S,D] those
+    modulation compares with. `clip` are the summaries CLIP's part of an ensemble comes from, where
+    the head's own features are those of a tuned tower, and `clip_class_embeddings` [C,D] its texts.
+    """
+
+    def __init__(
+        self,
+        summaries: ViewSummaries,
+        class_embeddings: Tensor,
+        training_class_embeddings: Tensor,
+        clip: ViewSummaries | None = None,
+        clip_class_embeddings: Tensor | None = None,
+    ) -> None:
+        self.summaries = summaries
+        self.classes = class_embeddings
+        self.training_classes = training_class_embeddings
+        self._clip = clip or summaries
+        self._clip_classes = class_embeddings if clip is None else clip_class_embeddings
+        self._kept: dict[object, Tensor] = {}
+
+    def scores(
+        self,
+        scoring: Scoring,
+        videos: Tensor | slice = slice(None),
+        candidates: Tensor | None = None,
+        modulate_with_all: bool = False,
+    ) -> Tensor:
+        """Scores [n, candidates] float64 of `videos` (int64 [n]) among `candidates` (None: all).
+
+        Modulation looks for neighbours among the candidates, or among all classes.
+        """
+        neighbours_of = None if modulate_with_all else candidates
+        weight = scoring.ensemble or 0.0
+        columns = slice(None) if candidates is None else candidates
+        if scoring.fusion == "features":
+            cosines = self._feature_cosines(scoring, neighbours_of)
+            if weight:
+                clip = self._clip_cosines().double().mean(1)
+                cosines = (1 - weight) * cosines + weight * clip
+            return cosines[videos][:, columns]
+        cosines = self._cosines(scoring, neighbours_of)
+        if weight:
+            cosines = (1 - weight) * cosines + weight * self._clip_cosines()
+        return fuse_views(cosines[videos][..., columns], scoring.fusion)
+
+    def _cosines(self, scoring: Scoring, tested: Tensor | None) -> Tensor:
+        """[N,V,C] cosines of the head's video features of views."""
+
+        def compute() -> Tensor:
+            units = functional.normalize(self.video_features(scoring, tested), dim=-1)
+            return class_cosines(units, self.classes)
+
+        return self._once(("views", *self._modulation_key(scoring, tested)), compute)
+
+    def _feature_cosines(self, scoring: Scoring, tested: Tensor | None) -> Tensor:
+        """[N,C] float64 cosines of the mean video feature of the views."""
+
+        def compute() -> Tensor:
+            mean = self.video_features(scoring, tested).double().mean(1)
+            return class_cosines(functional.normalize(mean, dim=-1), self.classes)
+
+        return self._once(("mean", *self._modulation_key(scoring, tested)), compute)
+
+    def video_features(self, scoring: Scoring, tested: Tensor | None = None) -> Tensor:
+        """Video features of views [N,V,D], not normalised; `tested` as `candidates` above."""
+        scale = None
+        if scoring.modulate and self.summaries.hidden is not None:
+            key = ("near", _list_key(tested), scoring.neighbours)
+            near = self._once(key, lambda: self._similarity(tested, scoring.neighbours))
+            scale = torch.exp(-(1 - near) / scoring.temperature)
+        return self.summaries.video_features(scale)
+
+    def _similarity(self, tested: Tensor | None, neighbours: int) -> Tensor:
+        """[N,V] `Modulation.similarity`, which no temperature changes."""
+        features = self.summaries.features
+        found = modulation(
+            features.flatten(0, 1)[:, None],
+            self.classes if tested is None else self.classes[tested],
+            self.training_classes,
+            neighbours,
+        )
+        return found.similarity.view(features.shape[:2])
+
+    def _clip_cosines(self) -> Tensor:
+        """[N,V,C] mean over frames of CLIP's cosines."""
+        assert self._clip_classes is not None
+        classes = self._clip_classes
+        return self._once("clip", lambda: class_cosines(self._clip.units, classes))
+
+    def _modulation_key(self, scoring: Scoring, tested: Tensor | None) -> tuple[object, ...]:
+        if not scoring.modulate or self.summaries.hidden is None:
+            return ()
+        return (_list_key(tested), scoring.neighbours, scoring.temperature)
+
+    def _once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
+        if key not in self._kept:
+            self._kept[key] = compute()
+        return self._kept[key]
+
+
+def _list_key(classes: Tensor | None) -> tuple[int, ...] | None:
+    return None if classes is None else tuple(classes.tolist())
+
+
+@torch.no_grad()
+def view_features(
+    head: TemporalHead, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+) -> Tensor:
+    """Video feature of every view, [N,V,T,D] -> [N,V,D], not normalised, on the head's device."""
+    scoring = Scoring.of_head(head.config, modulate=modulate)
+    summaries = summarise(head, features)
+    classes = class_embeddings.to(summaries.features)
+    return BlockScores(summaries, classes, head.training_class_embeddings).video_features(scoring)
+
+
+def view_cosines(
+    head: TemporalHead, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+) -> Tensor:
+    """Cosine of every view with every class, [N,V,T,D] and [C,D] -> [N,V,C]."""
+    embeddings = functional.normalize(
+        view_features(head, features, class_embeddings, modulate), dim=-1
+    )
+    return class_cosines(embeddings, class_embeddings)
+
+
+def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:
+    """Scores [N,C] float64 from the cosines of views [N,V,C].
+
+    "softmax": mean over views of softmax over classes, without a logit scale, as the released
+    code does (its second softmax changes no ranking and is left out). float64, because in float32
+    the almost uniform scores of 400 classes tie.
+    """
+    if how == "softmax":
+        return cosines.double().softmax(-1).mean(1)
+    if how == "cosine":
+        return cosines.double().mean(1)
+    raise ValueError(
+        f"cosines cannot be fused by {how!r}: it needs the features, use `BlockScores`"
+    )
+
+
+def ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """Place of the true class, 0 = best, int64 [N], from scores [N,C] and labels [N].
+
+    Ties go to the class of lower index, so that the result does not depend on a sort.
+    """
+    truth = scores.gather(1, labels[:, None])
+    lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    return ((scores > truth) | ((scores == truth) & lower)).sum(1)
+
+
+def topk(scores: Tensor, labels: Tensor, k: int) -> float | None:
+    """Percent of videos whose true class is among the k best; None with fewer than k classes."""
+    if scores.shape[1] < k:
+        return None
+    return percent(ranks(scores, labels) < k)
+
+
+def percent(hits: Tensor) -> float:
+    """Share of true values in percent."""
+    return 100.0 * float(hits.double().mean())
+
+
+def can_modulate(head: TemporalHead, named: int) -> bool:
+    """Whether modulation is possible with `named` tested classes; logged where it is not."""
+    trained = head.training_class_embeddings.shape[0]
+    needed = head.config.modulation_neighbours
+    if not head.config.modulates or min(named, trained) >= needed:
+        return True
+    log.warning(
+        "modulation is off: it compares the %d nearest classes, and %d were named, %d trained on",
+        *(needed, named, trained),
+    )
+    return False
+
+
+def predict_scores(
+    head: TemporalHead,
+    features: Tensor,
+    class_embeddings: Tensor,
+    class_names: Sequence[str],
+    modulate: bool = True,
+) -> list[tuple[str, float]]:
+    """Classes of one video, best first, with scores that add up to 1.
+
+    `features` [V,T,D], `class_embeddings` [C,D] in the order of `class_names`. A score is the
+    softmax over classes of (logit scale * cosine), averaged over views; unlike the scores of
+    evaluation it uses the logit scale, so that it reads as the model's confidence. With fewer than
+    five classes, named or trained on, modulation is skipped and that is logged.
+    """
+    if not class_names or len(class_names) != class_embeddings.shape[0]:
+        raise UserError(
+            f"{len(class_names)} class names for {class_embeddings.shape[0]} class embeddings: "
+            "name at least one class, each with its embedding"
+        )
+    modulate = modulate and can_modulate(head, len(class_names))
+    cosines = view_cosines(head, features[None], class_embeddings, modulate)[0]
+    scale = head.logit_scale.double().exp()
+    scores = (scale * cosines.double()).softmax(-1).mean(0).tolist()
+    named = zip(class_names, scores, strict=True)
+    return sorted(named, key=lambda pair: -pair[1])

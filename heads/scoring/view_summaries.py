@@ -1,0 +1,101 @@
+"""One pass of a head over features: three vectors per view, from which every score follows.
+
+N = videos, V = views, T = frames, D = embedding width.
+
+A head's video feature of a view is `m * hidden + features`, with m the modulation of the view
+(`heads.methods.mote.modulation`, from `features` and the candidate classes), and CLIP's mean over
+frames of cosines is `units . class`. So other candidate lists, fusions, modulation settings and the
+ensemble with CLIP are arithmetic on these vectors and need no second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from featstore.format.schema import RowArray
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.store import Store
+from heads.arithmetic import autocast
+from heads.methods.mote.model import TemporalHead
+
+BATCH_FRAMES = 4096  # frames per forward pass: large enough for the cores, small in memory
+
+
+@dataclass(frozen=True, eq=False)
+class ViewSummaries:
+    """What remains of N videos, on the head's device; float32 for features from a store."""
+
+    hidden: Tensor | None
+    """[N,V,D] mean over frames of the transformer's output, before modulation and skip; None for
+    a head without one."""
+    features: Tensor
+    """[N,V,D] mean over frames of the CLIP features."""
+    units: Tensor
+    """[N,V,D] mean over frames of the CLIP features scaled to length 1."""
+
+    def video_features(self, scale: Tensor | None) -> Tensor:
+        """The head's video features [N,V,D], not normalised; `scale` [N,V] modulates them."""
+        if self.hidden is None:
+            return self.features
+        if scale is None:
+            return self.hidden + self.features
+        return scale[..., None] * self.hidden + self.features
+
+
+@torch.no_grad()
+def summarise(head: TemporalHead, features: Tensor) -> ViewSummaries:
+    """The summaries of raw CLIP features [N,V,T,D]; `BATCH_FRAMES` frames go through at a time."""
+    videos, views, frames, _ = features.shape
+    where = head.logit_scale.device
+    parts: list[tuple[Tensor | None, Tensor, Tensor]] = []
+    for part in torch.split(features.flatten(0, 1), max(1, BATCH_FRAMES // frames)):
+        frame_features, hidden = head.temporal(part.to(where))
+        parts.append(
+            (
+                None if hidden is None else hidden.mean(1),
+                frame_features.mean(1),
+                functional.normalize(frame_features, dim=-1).mean(1),
+            )
+        )
+    joined = [
+        None if column[0] is None else torch.cat(column).view(videos, views, -1)
+        for column in zip(*parts, strict=True)
+    ]
+    mean, units = joined[1:]
+    assert mean is not None
+    assert units is not None
+    return ViewSummaries(joined[0], mean, units)
+
+
+def summarise_store(
+    store: Store,
+    head: TemporalHead,
+    rows: RowArray,
+    *,
+    frames: npt.NDArray[np.int64] | None = None,
+    precision: str = "fp32",
+    progress: ProgressSink = no_progress,
+) -> Iterator[tuple[int, ViewSummaries]]:
+    """(place of the first row, summaries) of one block of `rows` after the other.
+
+    `rows` are array rows whose extraction did not fail; `frames` picks stored frames. A block is
+    about one forward pass, so that memory does not grow with the store. The head runs in
+    `precision` where it is; means are float32 in any case.
+    """
+    used = store.schema.frames if frames is None else len(frames)
+    step = max(1, BATCH_FRAMES // (store.schema.views * used))
+    where = head.logit_scale.device
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        features = torch.from_numpy(store.features(part, frames)).float()
+        with autocast(precision, where):
+            summaries = summarise(head, features)
+        yield start, summaries
+        progress(start + len(part), len(rows))

@@ -1,0 +1,87 @@
+"""The settings of a run, `config.json`: written when it begins, compared when it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import UserError, WorkError
+from featstore.files.durable import write_json
+from heads.files.head_file import CONFIG_FILE, HEAD_FILE
+from heads.methods.mote.config import HeadConfig
+from heads.training.trainer import TrainConfig
+
+log = logging.getLogger(__name__)
+
+# Names of the same weights or places may differ between machines, and words and
+# templates say what hashes pin.
+_INFORMATIVE = frozenset({"data.encoder", "data.trained_on", "data.prompt_templates"})
+
+
+def open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
+    """Begin or continue the run: `config.json` says what it is; UserError where it may not."""
+    config_file = run_dir / CONFIG_FILE
+    if not config_file.is_file():
+        if (run_dir / HEAD_FILE).is_file():
+            raise UserError(f"{run_dir} holds a head that was not trained here: choose --name")
+        if resume:
+            log.info("there is no run %s to continue: starting it", run_dir.name)
+        write_json(config_file, settings)
+        return
+    if not resume:
+        raise UserError(
+            f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
+            "--name for another one"
+        )
+    try:
+        begun = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise WorkError(f"{config_file} is not JSON: delete the run and train again") from error
+    differences = setting_differences(_completed(begun), settings, _INFORMATIVE)
+    if differences:
+        raise UserError(
+            f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
+            "use the same ones or another --name"
+        )
+
+
+def setting_differences(
+    begun: Mapping[str, Any], settings: Mapping[str, Any], informative: Collection[str]
+) -> list[str]:
+    """What differs between the settings a run was begun with and those asked for, in words.
+
+    Names are "table.field"; those in `informative` may differ.
+    """
+    had, asked = _flat(begun), _flat(settings)
+    return [
+        f"{name} is {_short(had.get(name))} in the run, asked for {_short(asked.get(name))}"
+        for name in sorted(asked.keys() | had.keys())
+        if name not in informative and asked.get(name) != had.get(name)
+    ]
+
+
+def _completed(settings: Any) -> Any:
+    """Settings with the fields that this version knows and that of the run did not."""
+    return settings | {
+        "head": HeadConfig.from_json(settings.get("head", {})).to_json(),
+        "training": TrainConfig.from_json(settings.get("training", {})).to_json(),
+    }
+
+
+def _flat(settings: Any) -> dict[str, Any]:
+    """{"training": {"lr": 1}} -> {"training.lr": 1}, two levels deep, through JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in json.loads(json.dumps(settings)).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": entry for inner, entry in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:59] + "…"

@@ -1,0 +1,170 @@
+"""Which videos and classes few-shot and base-to-novel protocols train on, drawn by key.
+
+n = rows, C = classes of the store.
+
+A draw depends on the seed and the keys alone: not on the order of a list, nor on the store or the
+machine. Sets of one seed are nested, those of 4 shots hold those of 2; the published lists are
+not (X-CLIP, Ni et al., ECCV 2022; ViFi-CLIP, Rasheed et al., CVPR 2023).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import UserError
+from featstore.format.schema import RowArray
+from featstore.reading.store import Store
+from heads.training.subsets import shown
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShotDraw:
+    """Array rows drawn, ascending, and the classes with fewer videos than asked for."""
+
+    rows: RowArray
+    short: Mapping[str, int]
+    """Name of each class that has fewer videos, 0 included, with how many it has."""
+    words: str
+    """What was drawn, for records."""
+
+
+def draw_shots(
+    store: Store,
+    rows: npt.ArrayLike,
+    shots: int,
+    seed: int,
+    classes: npt.ArrayLike | None = None,
+) -> ShotDraw:
+    """`shots` videos of each class among array rows `rows`; all of a class that has fewer.
+
+    Listed videos count, also those whose extraction failed: they are left out of training and
+    told there, so that the draw is the same whatever failed. `classes` (label ids, all by default)
+    are those to draw from. UserError for fewer than one shot or when there is no video at all.
+    """
+    if shots < 1 or seed < 0:
+        raise UserError(f"{shots} shots with draw seed {seed}: take at least 1 shot, seed 0 or up")
+    candidates = np.unique(np.asarray(rows, np.int64))
+    positions = store.positions(candidates) if len(candidates) else candidates
+    labels = store.labels[positions]
+    names = store.class_names
+    wanted = range(len(names)) if classes is None else np.asarray(classes, np.int64).tolist()
+    chosen: list[int] = []
+    short = {}
+    for label in wanted:
+        places = np.flatnonzero(labels == label).tolist()
+        places.sort(key=lambda place: _place(seed, store.keys[int(positions[place])]))
+        chosen += candidates[places[:shots]].tolist()
+        if len(places) < shots:
+            short[names[label]] = len(places)
+    if not chosen:
+        raise UserError(f"no video of the {len(names)} classes is in the split to draw from")
+    if short:
+        log.warning(
+            "%d classes have fewer than %d training videos, all of which are taken: %s",
+            *(len(short), shots, shown([f"{name} ({count})" for name, count in short.items()])),
+        )
+    fewer = f"; {len(short)} classes have fewer" if short else ""
+    words = f"{shots} videos per class (draw {seed}{fewer})"
+    return ShotDraw(np.array(sorted(chosen), np.int64), short, words)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What of a store a head is trained on; as `heads.training.train_head.train_head` takes it.
+
+    `words` say it for records and `suffix` for the names of runs.
+    """
+
+    rows: RowArray
+    classes: RowArray | None
+    words: str
+    suffix: str
+    repeats: int
+
+
+def choose_training_set(
+    store: Store,
+    rows: npt.ArrayLike,
+    *,
+    split: str | None,
+    shots: int | None = None,
+    draw_seed: int = 1,
+    half: str = "all",
+    repeat: str = "1",
+) -> TrainingSet:
+    """Of array rows `rows`, those of all classes or one half of them, all or `shots` per class.
+
+    `half` is "all", "base" or "novel" (`frequency_halves` of `rows`); `repeat` a number or "full".
+    UserError for other words.
+    """
+    if half not in ("all", "base", "novel"):
+        raise UserError(f"classes {half!r} are unknown: choose all, base or novel")
+    full = np.unique(np.asarray(rows, np.int64))
+    classes = None
+    words = [split or "all videos"]
+    if half != "all":
+        labels = store.labels[store.positions(full)]
+        classes = frequency_halves(labels, store.class_names)[half == "novel"]
+        full = rows_of_classes(store, full, classes)
+    chosen = full
+    if shots is not None:
+        draw = draw_shots(store, full, shots, draw_seed, classes)
+        chosen = draw.rows
+        words.append(draw.words)
+    if half != "all":
+        words.append(f"the {len(classes if classes is not None else ())} {half} classes")
+    repeats = repeats_of(repeat, len(full), len(chosen))
+    if repeats > 1:
+        words.append(f"repeated {repeats} times")
+    suffix = "" if half == "all" else f"-{half}"
+    suffix += "" if shots is None else f"-k{shots}-s{draw_seed}"
+    return TrainingSet(chosen, classes, ", ".join(words), suffix, repeats)
+
+
+def frequency_halves(
+    labels: npt.ArrayLike, class_names: Sequence[str]
+) -> tuple[RowArray, RowArray]:
+    """Base and novel label ids, ascending: the half with more training videos is base.
+
+    `labels` [n] are those of the training videos. Ties go by name, and an odd class is base
+    (ViFi-CLIP, Rasheed et al., CVPR 2023: 26 and 25 of HMDB51, 51 and 50 of UCF101).
+    """
+    counts = np.bincount(np.asarray(labels, np.int64), minlength=len(class_names))
+    order = sorted(range(len(class_names)), key=lambda c: (-counts[c], class_names[c]))
+    base = -(-len(class_names) // 2)
+    empty = [class_names[label] for label in range(len(class_names)) if not counts[label]]
+    if empty:
+        log.warning("%d classes have no training videos: %s", len(empty), shown(empty))
+    return np.sort(np.array(order[:base], np.int64)), np.sort(np.array(order[base:], np.int64))
+
+
+def rows_of_classes(store: Store, rows: npt.ArrayLike, classes: npt.ArrayLike) -> RowArray:
+    """Those of the array rows whose label is one of `classes`."""
+    listed = np.unique(np.asarray(rows, np.int64))
+    found: RowArray = listed[np.isin(store.labels[store.positions(listed)], classes)]
+    return found
+
+
+def repeats_of(repeat: str, full: int, chosen: int) -> int:
+    """How often an epoch has every chosen video: a number, or "full" for as many as all.
+
+    "full" repeats the set to about the size of the full one, as MoTE and Text4Vis do: full
+    // chosen times. UserError for other words.
+    """
+    if repeat == "full":
+        return max(1, full // max(chosen, 1))
+    if not repeat.isdigit() or int(repeat) < 1:
+        raise UserError(f"repeat {repeat!r} is not understood: give a number from 1 up, or full")
+    return int(repeat)
+
+
+def _place(seed: int, key: str) -> tuple[bytes, str]:
+    return hashlib.blake2b(f"shots/{seed}/{key}".encode(), digest_size=16).digest(), key

@@ -1,0 +1,414 @@
+"""Training a head from a store: what is read, what is written, and how a run continues.
+
+n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
+
+A run folder holds config.json (written first), training-keys.json (`heads.training.training_keys`),
+state/last.safetensors (after every epoch), metrics.jsonl (one line per epoch) and head.safetensors
+(written last: a run with it is finished).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
+from featstore.errors import UserError, WorkError
+from featstore.files.durable import write_bytes
+from featstore.files.locks import exclusive
+from featstore.format.schema import STATUS_OK, RowArray
+from featstore.progress import ProgressSink, no_progress
+from featstore.reading.store import Store
+from featstore.workspace import PROTOCOL_FIELD
+from featstore.writing.partition import ClassText
+from heads.arithmetic import resolve_device, resolve_precision
+from heads.files.head_file import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    METRICS_FILE,
+    STATE_FILE,
+    STATE_FORMAT,
+    head_fingerprint,
+    load_tensors,
+    save_head,
+    save_tensors,
+)
+from heads.methods.mote.config import HeadConfig, HeadOrigin
+from heads.methods.mote.model import TemporalHead, build_head
+from heads.training.run_settings import open_run
+from heads.training.subsets import (
+    renumbered,
+    start_from,
+    subset_text,
+    warn_of_classes_without_videos,
+)
+from heads.training.trainer import TrainConfig, Trainer, build_optimizer, learning_rates
+from heads.training.training_keys import read_training_keys, rows_hash, write_training_keys
+
+__all__ = [
+    "TrainConfig",
+    "TrainSummary",
+    "Trainer",
+    "build_optimizer",
+    "learning_rates",
+    "train_head",
+    "training_rows",
+]
+
+log = logging.getLogger(__name__)
+
+AfterEpoch = Callable[[TemporalHead, int], Mapping[str, float]]
+"""Called after every epoch with the head as it is and the number of epochs done."""
+
+RUN_FORMAT = 1
+LOCK_FILE = "state/lock"
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a finished run did; `seconds` counts training only, over all its processes."""
+
+    run: str
+    head: str
+    dataset: str
+    epochs: int
+    n_listed: int
+    n_trained: int
+    n_failed: int
+    loss: float | None
+    """Mean training loss of the last epoch; None for kind "mean"."""
+    precision: str
+    device: str
+    seconds: float
+    samples_per_second: float | None
+    resumed_from: int
+    """Epochs this call found done; equal to `epochs` when the run had finished before."""
+    path: str
+    trained_on: str = ""
+    """Which videos, in words; "" where the caller did not say."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as strict JSON values."""
+        return asdict(self)
+
+
+def train_head(
+    store: Store,
+    run_dir: Path,
+    head: HeadConfig,
+    training: TrainConfig,
+    *,
+    rows: npt.ArrayLike,
+    prompt_set: str,
+    classes: npt.ArrayLike | None = None,
+    trained_on: str = "",
+    repeats: int = 1,
+    initial: TemporalHead | None = None,
+    initial_run: Path | None = None,
+    after_epoch: AfterEpoch | None = None,
+    protocol: str = "",
+    resume: bool = False,
+    device: str = "auto",
+    progress: ProgressSink = no_progress,
+) -> TrainSummary:
+    """Train a head on array rows `rows` of `store` and leave it in `run_dir`.
+
+    `classes` are the label ids to train on, by default all: they are renumbered in this order, and
+    the head knows the texts of no others. `trained_on` says in words what rows and classes are.
+    An epoch has every row `repeats` times. `initial` gives the weights to start from, its
+    configuration must be `head`; `initial_run` is its folder, whose training videos count as this
+    run's. `after_epoch` is called with the head and the number of epochs
+    done; what it returns joins the epoch's record in metrics.jsonl. `protocol` names the evaluation
+    that a run is a part of: such a run is nobody's newest head.
+
+    Rows whose extraction failed are left out, counted and logged. Features stay in memory when
+    they fit. The same seed on the same machine gives the same bits, also through `resume`, which
+    continues after the last whole epoch (and starts a run that is not there yet). A store with
+    fewer frames per view than `training.frames` is used with all it has.
+
+    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
+    Raises UserError when head, rows or classes do not fit the store, when the run exists and
+    `resume` is off, or when it was begun with other settings (named in the message); WorkError
+    when another process trains the run, the store is not complete, the loss stops being a number
+    (the last good state is kept) or a saved state is damaged.
+    """
+    store.require_embeddings()
+    if head.dim != store.provenance.dim:
+        raise UserError(
+            f"the head is {head.dim} wide and the store's embeddings {store.provenance.dim}: "
+            "build the head for this store"
+        )
+    if not store.complete:
+        raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+    where = resolve_device(device)
+    if training.frames > store.schema.frames:
+        log.warning(
+            "the store holds %d frames per view, %d were asked for: training on %d",
+            *(store.schema.frames, training.frames, store.schema.frames),
+        )
+        training = replace(training, frames=store.schema.frames)
+    listed = np.unique(np.asarray(rows, np.int64))
+    positions = store.positions(listed) if len(listed) else listed
+    usable = listed[store.status[positions] == STATUS_OK] if len(listed) else listed
+    if len(usable) == 0:
+        raise UserError(
+            f"none of the {len(listed)} training samples of {store.path} was extracted: "
+            "see the reasons with mote-cli inspect"
+        )
+    if len(usable) < len(listed):
+        log.warning(
+            "%d of %d training samples failed in extraction and are left out",
+            *(len(listed) - len(usable), len(listed)),
+        )
+    text = subset_text(store.class_text(prompt_set), classes)
+    labels = renumbered(store, usable, classes)
+    warn_of_classes_without_videos(text.names, labels)
+    if head.modulates and len(text.names) < head.modulation_neighbours:
+        log.warning(
+            "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "
+            "evaluate with --no-modulate",
+            *(head.modulation_neighbours, store.provenance.dataset, len(text.names)),
+        )
+    origin = replace(
+        _origin(store, prompt_set, training.frames, text),
+        trained_on=trained_on,
+        initial_head="" if initial is None else head_fingerprint(initial),
+    )
+    holding = _holding(run_dir, len(usable) * store.schema.row_bytes, store.mapped)
+    if holding == "streamed" and repeats > 1:
+        holding = "mapped"  # single reads; a set that is repeated is a small one
+    settings = {
+        "format": RUN_FORMAT,
+        "head": head.to_json(),
+        "training": training.to_json(),
+        "data": {
+            **origin.to_json(),
+            "n_listed": len(listed),
+            "n_trained": len(usable),
+            "rows_hash": rows_hash(usable),
+            "prompts_hash": text.sentences_hash,
+            **({"order": BLOCK_ORDER} if holding == "streamed" else {}),
+            **({"repeats": repeats} if repeats > 1 else {}),
+        },
+        "precision": resolve_precision(training.precision, head.dim, where),
+        "device": where.type,
+        **({PROTOCOL_FIELD: protocol} if protocol else {}),
+    }
+    with exclusive(run_dir / LOCK_FILE, f"training {run_dir}"):
+        open_run(run_dir, settings, resume)
+        if (run_dir / HEAD_FILE).is_file():
+            log.info("run %s is finished already: nothing to train", run_dir.name)
+            metrics = read_metrics(run_dir)
+            return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
+
+        keys = (store.keys[at] for at in store.positions(usable).tolist())
+        write_training_keys(run_dir, store.provenance.dataset, keys)
+        for dataset, seen in (read_training_keys(initial_run) or {}).items() if initial_run else ():
+            write_training_keys(run_dir, dataset, seen)
+        model = build_head(
+            head,
+            torch.from_numpy(text.embeddings),
+            logit_scale=store.provenance.logit_scale,
+            generator=torch.Generator().manual_seed(training.seed),
+        )
+        if initial is not None:
+            start_from(model, initial)
+        model.origin = origin
+        if head.kind == "mean":
+            log.info("a mean of frames has nothing to train")
+            metrics, resumed_from = [], 0
+            write_metrics(run_dir, metrics)
+        else:
+            loader = _loader(store, usable, labels, training, where, holding, repeats)
+            metrics, resumed_from = _train(
+                model, loader, training, run_dir, where, progress, after_epoch
+            )
+        save_head(model.to("cpu"), run_dir / HEAD_FILE)
+        return _summary(run_dir, settings, metrics, resumed_from)
+
+
+def training_rows(store: Store, split: str | None) -> RowArray:
+    """Array rows to train on: those of `split`, or all of a store without splits.
+
+    Raises UserError when the store has splits and none is named: training on everything would
+    also train on the videos that are to be evaluated.
+    """
+    if split is not None:
+        return store.split(split)
+    if store.split_names:
+        raise UserError(
+            f"{store.path.name} has the splits {', '.join(store.split_names)}: name the one to "
+            "train on with --split"
+        )
+    return store.rows
+
+
+def _train(
+    model: TemporalHead,
+    loader: FeatureLoader,
+    training: TrainConfig,
+    run_dir: Path,
+    device: torch.device,
+    progress: ProgressSink,
+    after_epoch: AfterEpoch | None,
+) -> tuple[list[dict[str, Any]], int]:
+    """Run the epochs that are not done yet; returns all epochs' records and how many were done."""
+    trainer = Trainer(model, training, len(loader), device=device)
+    state_file = run_dir / STATE_FILE
+    metrics: list[dict[str, Any]] = []
+    if state_file.is_file():
+        tensors, card = load_tensors(state_file)
+        if card.get("format") != STATE_FORMAT:
+            raise UserError(
+                f"{state_file} has format {card.get('format')!r}, this version writes "
+                f"{STATE_FORMAT}: finish the run with the version that began it"
+            )
+        trainer.restore(tensors)
+        metrics = card["metrics"]
+        log.info("continuing %s after epoch %d", run_dir.name, trainer.epoch)
+    resumed_from = trainer.epoch
+    steps = len(loader)
+    total = training.epochs * steps
+    while trainer.epoch < training.epochs:
+        before = trainer.epoch
+
+        def report(step: int, loss: float, rate: float, before: int = before) -> None:
+            progress(
+                before * steps + step,
+                total,
+                epoch=before + 1,
+                loss=round(loss, 4),
+                samples_per_second=round(rate, 1),
+            )
+
+        record = trainer.run_epoch(loader.epoch(trainer.epoch), report)
+        measured = after_epoch(model, trainer.epoch) if after_epoch is not None else {}
+        metrics.append({**record, **measured})
+        # The state carries the records, so the two cannot disagree after a kill between them.
+        card = {"format": STATE_FORMAT, "metrics": metrics}
+        save_tensors(state_file, trainer.state(), card)
+        write_metrics(run_dir, metrics)
+    write_metrics(run_dir, metrics)
+    return metrics, resumed_from
+
+
+GPU_SHARE = 0.5
+"""Share of a GPU's free memory that features may take; the head and its optimiser need the rest."""
+
+
+BLOCK_ORDER = "blocks"
+"""Value of data.order in config.json of a run whose features are streamed."""
+
+
+def _holding(run_dir: Path, nbytes: int, mappable: bool) -> Holding:
+    """How to hold the features; a run that was begun keeps the order it was begun with.
+
+    Streamed features come in another order than resident and mapped ones, and how much memory is
+    free differs between machines and days.
+    """
+    holding = choose_holding(nbytes, mappable=mappable)
+    config_file = run_dir / CONFIG_FILE
+    if not config_file.is_file():
+        return holding
+    try:
+        begun = json.loads(config_file.read_text())["data"].get("order")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return holding  # opening the run says what is wrong with it
+    if begun == BLOCK_ORDER and holding != "streamed":
+        log.info("the run was begun with streamed features: they are streamed again")
+        return "streamed"
+    if begun is None and holding == "streamed":
+        log.warning("the run was begun in shuffled order: features are memory-mapped, not streamed")
+        return "mapped"
+    return holding
+
+
+def _loader(
+    store: Store,
+    rows: RowArray,
+    labels: RowArray,
+    training: TrainConfig,
+    device: torch.device,
+    holding: Holding,
+    repeats: int,
+) -> FeatureLoader:
+    features = load_features(store, rows, holding=holding)
+    if device.type == "cuda" and isinstance(features, torch.Tensor):
+        free, _ = torch.cuda.mem_get_info(device)
+        if features.nbytes <= GPU_SHARE * free:
+            features = features.to(device)
+    return FeatureLoader(
+        features,
+        labels,
+        batch_size=training.batch_size,
+        frames=training.frames,
+        seed=training.seed,
+        rows=rows,
+        repeats=repeats,
+    )
+
+
+def _origin(store: Store, prompt_set: str, frames: int, text: ClassText) -> HeadOrigin:
+    provenance = store.provenance
+    return HeadOrigin(
+        dataset=provenance.dataset,
+        dataset_fingerprint=provenance.dataset_fingerprint,
+        encoder=provenance.encoder,
+        encoder_fingerprint=provenance.encoder_fingerprint,
+        encoder_precision=provenance.precision,
+        sampling=provenance.sampling,
+        crops=provenance.crops,
+        preprocessing=dict(provenance.preprocessing),
+        prompt_set=prompt_set,
+        class_names=text.names,
+        frames=frames,
+        label_map=provenance.label_map,
+        prompt_templates=text.templates,
+    )
+
+
+def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
+    """Write the records of a run's epochs, a line each."""
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
+    write_bytes(run_dir / METRICS_FILE, lines.encode())
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a finished run's epochs."""
+    try:
+        return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        return []  # they describe a finished run; its head is what counts
+
+
+def _summary(
+    run_dir: Path, settings: Mapping[str, Any], metrics: list[dict[str, Any]], resumed_from: int
+) -> TrainSummary:
+    data = settings["data"]
+    seconds = sum(record["seconds"] for record in metrics)
+    samples = sum(record["samples"] for record in metrics)
+    return TrainSummary(
+        run=run_dir.name,
+        head=settings["head"]["kind"],
+        dataset=data["dataset"],
+        epochs=len(metrics),
+        n_listed=data["n_listed"],
+        n_trained=data["n_trained"],
+        n_failed=data["n_listed"] - data["n_trained"],
+        loss=metrics[-1]["loss"] if metrics else None,
+        precision=settings["precision"],
+        device=settings["device"],
+        seconds=seconds,
+        samples_per_second=samples / seconds if seconds else None,
+        resumed_from=resumed_from,
+        path=str(run_dir),
+        trained_on=data.get("trained_on", ""),
+    )

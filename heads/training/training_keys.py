@@ -1,0 +1,49 @@
+"""Which videos a run was trained on, as its folder keeps it: keys by data set, a hash of rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from featstore.errors import WorkError
+from featstore.files.durable import write_json
+from featstore.format.schema import RowArray
+
+KEYS_FILE: Final = "training-keys.json"
+"""In a run folder: {data set: [keys]}, of every video that moved its parameters."""
+
+
+def rows_hash(rows: RowArray) -> str:
+    """Hash of array rows as config.json of a run has it, 16 hex digits."""
+    return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:16]
+
+
+def write_training_keys(run_dir: Path, dataset: str, keys: Iterable[str]) -> None:
+    """Record in a run folder that it trains on these videos of a data set.
+
+    What was recorded before stays: a head that goes on from another one has seen both.
+    """
+    known = read_training_keys(run_dir) or {}
+    merged = {name: sorted(known[name]) for name in known}
+    merged[dataset] = sorted(set(keys) | known.get(dataset, frozenset()))
+    write_json(run_dir / KEYS_FILE, merged, indent=0)
+
+
+def read_training_keys(run_dir: Path) -> dict[str, frozenset[str]] | None:
+    """Keys by data set that a run was trained on; None where it does not say.
+
+    WorkError when the file is not what `write_training_keys` wrote.
+    """
+    file = run_dir / KEYS_FILE
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_text())
+        return {name: frozenset(map(str, keys)) for name, keys in value.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise WorkError(f"{file} is damaged: copy the run again or train again") from error

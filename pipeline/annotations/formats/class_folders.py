@@ -1,0 +1,126 @@
+"""Folder sets: class folders of videos, directly or under train, val and test."""
+
+from __future__ import annotations
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import natural_class_name
+from pipeline.annotations.listing import Listing, ListingBuilder, split_from_folder
+from pipeline.annotations.video_folder import VideoFolder, path_stem
+
+# Folders that lie beside videos and are no classes, unless they hold videos.
+_NOT_CLASSES = frozenset({"annotations", "annotation", "splits", "labels", "lists"})
+
+
+def has_class_folders(folder: VideoFolder) -> bool:
+    """Whether any video lies in a class folder."""
+    splits = _split_folders(folder)
+    return any(_class_of(path, splits) is not None for path in folder.files)
+
+
+def read_class_folders(folder: VideoFolder) -> Listing:
+    """Every video in a class folder; the folder's name is the class, empty folders included.
+
+    Where any of train, val (validation, ...) and test holds class folders, these are the splits.
+    Videos outside class folders have no class; they are left out and noted.
+    Raises UserError when there is no video in a class folder, when videos lie beside split
+    folders as well, and when two folders give one class name.
+    """
+    splits = _split_folders(folder)
+    if not has_class_folders(folder):
+        raise UserError(_nothing_found(folder))
+    builder = ListingBuilder()
+    classes: set[str] = set()
+    for path in folder.folders:
+        parts = path.split("/")
+        if parts[-1].lower() in _NOT_CLASSES:
+            continue  # one that holds videos is added with them
+        if len(parts) == (2 if splits else 1) and (not splits or parts[0] in splits):
+            classes.add(parts[-1])
+    outside = []
+    deep = 0
+    for path in folder.files:
+        parts = path.split("/")
+        class_name = _class_of(path, splits)
+        if class_name is None:
+            if splits and len(parts) > 1 and split_from_folder(parts[0]) is None:
+                raise UserError(
+                    f"{str(folder.root)!r} holds split folders ({', '.join(sorted(splits))}) and "
+                    f"videos in {parts[0]!r} as well: move one of them away"
+                )
+            outside.append(path)
+            continue
+        classes.add(class_name)
+        deep += len(parts) > (3 if splits else 2)
+        builder.add(
+            path_stem(path),
+            source=path,
+            class_name=class_name,
+            splits=(splits[parts[0]],) if splits else (),
+            path=path,
+        )
+    if outside:
+        builder.note(
+            f"{len(outside)} videos lie outside class folders and are left out "
+            f"(first: {outside[0]})"
+        )
+    if deep:
+        builder.note(
+            f"{deep} videos lie in folders inside class folders; the outer one is the class"
+        )
+    _refuse_unclear_names(classes)
+    return builder.build(sorted(classes))
+
+
+def _split_folders(folder: VideoFolder) -> dict[str, str]:
+    """Top folders that are splits, with the split's name: those that hold folders of videos.
+
+    A class may be called "train" as well; its videos lie directly in it, beside other classes.
+    """
+    with_classes: dict[str, str] = {}
+    all_named_so: dict[str, str] | None = {}
+    for path in folder.files:
+        parts = path.split("/")
+        if len(parts) == 1:
+            continue
+        split = split_from_folder(parts[0])
+        if split is None:
+            all_named_so = None
+        elif len(parts) > 2:
+            with_classes[parts[0]] = split
+        if split is not None and all_named_so is not None:
+            all_named_so[parts[0]] = split
+    return with_classes or all_named_so or {}
+
+
+def _class_of(path: str, splits: dict[str, str]) -> str | None:
+    parts = path.split("/")
+    if not splits:
+        return parts[0] if len(parts) > 1 else None
+    return parts[1] if len(parts) > 2 and parts[0] in splits else None
+
+
+def _refuse_unclear_names(classes: set[str]) -> None:
+    by_words: dict[str, str] = {}
+    for name in sorted(classes):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"class folder {name!a} is not valid UTF-8: rename it") from error
+        other = by_words.setdefault(natural_class_name(name), name)
+        if other != name:
+            raise UserError(
+                f"class folders {other!r} and {name!r} read the same "
+                f"({natural_class_name(name)!r}): give both one name"
+            )
+
+
+def _nothing_found(folder: VideoFolder) -> str:
+    if not folder.files:
+        return (
+            f"no videos under {str(folder.root)!r}: it needs a folder of videos for each class, "
+            "or files that --annotations lists"
+        )
+    return (
+        f"{str(folder.root)!r} holds videos but no class folders (first: {folder.files[0]}): put "
+        "them into one folder for each class, or name a list with --annotations"
+    )

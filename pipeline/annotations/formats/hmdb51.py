@@ -1,0 +1,71 @@
+"""HMDB51: the 51 x 3 files of `testTrainMulti_7030_splits`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import comparable
+from pipeline.annotations.listing import Listing, ListingBuilder
+from pipeline.annotations.text_files import read_lines
+from pipeline.annotations.video_folder import VideoFolder, extension, path_stem
+
+_SPLIT_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
+# Flags of the official files; 0 means that the split does not use the video.
+_KINDS = {"0": "", "1": "train", "2": "test"}
+
+
+def is_hmdb51(path: Path) -> bool:
+    """Whether the file is one of the official split files, told by its name."""
+    return _SPLIT_FILE.fullmatch(path.name) is not None
+
+
+def read_hmdb51(files: Sequence[Path], folder: VideoFolder) -> Listing:
+    """All listed videos; splits "train1", "test1", "train2", ... overlap and flag 0 gives none.
+
+    The class is the split file's; videos may lie in class folders or in one flat folder.
+    Raises UserError for a line that is not `<file> <0|1|2>`.
+    """
+    builder = ListingBuilder()
+    classes: set[str] = set()
+    for path in files:
+        match = _SPLIT_FILE.fullmatch(path.name)
+        if match is None:
+            continue
+        class_name, number = match[1], match[2]
+        classes.add(class_name)
+        for line, text in read_lines(path):
+            # File names hold spaces and brackets; only the last word is the flag.
+            name, _, flag = text.rpartition(" ")
+            if flag not in _KINDS or not name.strip():
+                raise UserError(
+                    f"{str(path)!r} line {line}: {text!r} is not `<file> <0|1|2>`: fetch the "
+                    "official split files again"
+                )
+            name = name.strip()
+            kind = _KINDS[flag]
+            builder.add(
+                path_stem(name),
+                source=name,
+                class_name=class_name,
+                splits=(kind + number,) if kind else (),
+                path=find_in_class(folder, name, class_name),
+            )
+    return builder.build(sorted(classes), overlapping_splits=True)
+
+
+def find_in_class(folder: VideoFolder, name: str, class_name: str) -> str | None:
+    """The file called `name` (extension and case may differ), in its class's folder where it can.
+
+    Official HMDB51 and UCF101 names are unique in their sets, so a flat folder is as good.
+    """
+    candidates = folder.with_stem(path_stem(name))
+
+    def rank(path: str) -> tuple[bool, bool, int, str]:
+        parts = path.split("/")
+        own = len(parts) > 1 and comparable(parts[-2]) == comparable(class_name)
+        return (not own, extension(path) != extension(name), len(parts), path)
+
+    return min(candidates, key=rank, default=None)

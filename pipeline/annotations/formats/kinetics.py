@@ -1,0 +1,227 @@
+"""Kinetics-400, -600, -700 and -700-2020: official CSV and DeepMind JSON files.
+
+The traps are those of the copies people have: ids that begin with "-" or contain "_", files named
+by id alone, flat folders, replacements of corrupted files, labels with quoted commas, times
+written as floats, "validate" for "val", test files without labels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import comparable
+from pipeline.annotations.listing import (
+    Listing,
+    ListingBuilder,
+    split_from_file_name,
+    split_from_word,
+)
+from pipeline.annotations.text_files import header, opening, read_json, read_table
+from pipeline.annotations.video_folder import VideoFolder, first_split, path_stem
+
+ID_LENGTH = 11  # of a YouTube id
+
+_TIMES = r"_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)"
+_ID_AND_TIMES = re.compile(rf"(.{{{ID_LENGTH}}}){_TIMES}")
+_ANYTHING_AND_TIMES = re.compile(r"(.+)_(\d{6})_(\d{6})")
+
+
+@dataclass(frozen=True, slots=True)
+class _Clip:
+    """One annotated clip; `start` and `end` in whole seconds, None where the file has none."""
+
+    youtube_id: str
+    start: int | None
+    end: int | None
+    label: str
+    split: str
+
+    @property
+    def name(self) -> str:
+        """The official file name without extension."""
+        if self.start is None or self.end is None:
+            return self.youtube_id
+        return f"{self.youtube_id}_{self.start:06d}_{self.end:06d}"
+
+
+def is_kinetics(path: Path) -> bool:
+    """Whether the file is a Kinetics CSV or JSON."""
+    if path.suffix.lower() == ".csv":
+        return "youtube_id" in header(path)
+    if path.suffix.lower() == ".json":
+        start = opening(path)
+        return start.lstrip().startswith("{") and ('"subset"' in start or '"annotations"' in start)
+    return False
+
+
+def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
+    """Clips of all files matched with the videos by (id, start), or by id where names hold no time.
+
+    The class is the file's, never a folder's spelling; spellings that differ only in case, quotes
+    or underscores are one class. A JSON file is left out where a CSV of the same name is there.
+    Rows without a label are left out and noted. Raises UserError for a row that cannot be read
+    and when no row has a label.
+    """
+    tables = {path.stem.lower() for path in files if path.suffix.lower() == ".csv"}
+    builder = ListingBuilder()
+    clips: list[_Clip] = []
+    for path in files:
+        if path.suffix.lower() == ".json" and path.stem.lower() in tables:
+            continue
+        read = list(_json_clips(path) if path.suffix.lower() == ".json" else _csv_clips(path))
+        labelled = [clip for clip in read if clip.label]
+        clips.extend(labelled)
+        if len(labelled) < len(read):
+            builder.note(
+                f"{path.name}: {len(read) - len(labelled)} videos have no label there and are "
+                "left out"
+            )
+    if not clips:
+        names = ", ".join(path.name for path in files)
+        raise UserError(f"no row of {names} has a label: name the annotation files of train or val")
+
+    spelling = _spellings(clip.label for clip in clips)
+    index = _ClipIndex(folder)
+    replaced = 0
+    for clip in clips:
+        path_found = index.find(clip)
+        replaced += path_found is not None and _is_replacement(path_found)
+        builder.add(
+            _stem(path_found) if path_found is not None else clip.name,
+            source=clip.name + ".mp4",
+            class_name=spelling[comparable(clip.label)],
+            splits=(clip.split,) if clip.split else (),
+            path=path_found,
+        )
+    if replaced:
+        builder.note(f"{replaced} videos are taken from the folder of replacements")
+    if index.several:
+        builder.note(
+            f"{index.several} videos are in the folder more than once; one copy of each is taken "
+            f"(of {index.example})"
+        )
+    return builder.build(sorted(set(spelling.values())))
+
+
+def _csv_clips(path: Path) -> Iterator[_Clip]:
+    rows = read_table(path)
+    columns = {name.lower(): place for place, name in enumerate(rows[0])}
+    fallback = split_from_file_name(path.stem) or ""
+    for row in rows[1:]:
+        cells = {name: row[place] for name, place in columns.items() if place < len(row)}
+        yield _clip(
+            path,
+            cells.get("youtube_id", ""),
+            cells.get("time_start", ""),
+            cells.get("time_end", ""),
+            cells.get("label", ""),
+            cells.get("split", "") or fallback,
+        )
+
+
+def _json_clips(path: Path) -> Iterator[_Clip]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{str(path)!r} is not a Kinetics file: its JSON has no ids as names")
+    fallback = split_from_file_name(path.stem) or ""
+    for youtube_id, entry in value.items():
+        entry = entry if isinstance(entry, dict) else {}
+        annotations = entry.get("annotations")
+        annotations = annotations if isinstance(annotations, dict) else {}
+        segment = annotations.get("segment")
+        start, end = segment if isinstance(segment, list) and len(segment) == 2 else ("", "")
+        label = annotations.get("label")
+        yield _clip(
+            path,
+            youtube_id,
+            str(start),
+            str(end),
+            label if isinstance(label, str) else "",
+            str(entry.get("subset") or fallback),
+        )
+
+
+def _clip(path: Path, youtube_id: str, start: str, end: str, label: str, split: str) -> _Clip:
+    if not youtube_id:
+        raise UserError(f"a row of {str(path)!r} has no youtube_id: correct or remove it")
+    try:
+        first = int(float(start)) if start else None
+        last = int(float(end)) if end else None
+    except (ValueError, OverflowError) as error:
+        raise UserError(
+            f"{str(path)!r}: the times {start!r}, {end!r} of {youtube_id!r} are not seconds: "
+            "correct the row"
+        ) from error
+    return _Clip(
+        youtube_id, first, last, label.strip().strip('"'), split_from_word(split) or split.lower()
+    )
+
+
+def _spellings(labels: Iterable[str]) -> dict[str, str]:
+    """The spelling to use for each class: the one with spaces where files disagree."""
+    chosen: dict[str, str] = {}
+    for label in sorted(set(labels), key=lambda text: ("_" in text, '"' in text, text)):
+        chosen.setdefault(comparable(label), label)
+    return chosen
+
+
+class _ClipIndex:
+    """Finds the file of a clip; `several` counts clips that have more than one copy."""
+
+    def __init__(self, folder: VideoFolder) -> None:
+        self._folder = folder
+        self._by_clip: dict[tuple[str, int | None], list[str]] = {}
+        self.several = 0
+        self.example = ""
+        for path in folder.files:
+            self._by_clip.setdefault(id_and_start(_stem(path)), []).append(path)
+
+    def find(self, clip: _Clip) -> str | None:
+        candidates = self._by_clip.get((clip.youtube_id, clip.start)) or self._by_clip.get(
+            (clip.youtube_id, None)
+        )
+        if not candidates and clip.start is None:
+            starts = [found for key, found in self._by_clip.items() if key[0] == clip.youtube_id]
+            candidates = [path for found in starts for path in found]
+        if not candidates:
+            return None
+        if len(candidates) > 1:
+            self.several += 1
+            self.example = self.example or " and ".join(sorted(candidates)[:2])
+
+        def rank(path: str) -> tuple[bool, bool, int, str]:
+            folders = path.split("/")[:-1]
+            return (
+                not _is_replacement(path),
+                first_split(folders) != clip.split,
+                len(folders),
+                path,
+            )
+
+        return min(candidates, key=rank)
+
+
+def _is_replacement(path: str) -> bool:
+    return any(part.lower().startswith("replacement") for part in path.split("/")[:-1])
+
+
+def _stem(path: str) -> str:
+    return path_stem(path).rpartition("/")[2]
+
+
+def id_and_start(stem: str) -> tuple[str, int | None]:
+    """The id and the start in seconds that a file's name holds.
+
+    The first 11 characters are the id, whatever they look like; shorter or longer ids need the
+    official six digits of the times.
+    """
+    match = _ID_AND_TIMES.fullmatch(stem)
+    if match is None and len(stem) != ID_LENGTH:
+        match = _ANYTHING_AND_TIMES.fullmatch(stem)
+    if match is None:
+        return stem, None
+    return match[1], int(float(match[2]))

@@ -1,0 +1,306 @@
+"""Lists of videos and labels as repositories write them: `path label`, CSV and TSV.
+
+Formats differ in separator, header, order and number of columns, extension, and in whether labels
+are numbers or names (mmaction2, VideoMAE, SlowFast, X-CLIP, Text4Vis all differ). What cannot be
+told from the text alone is decided by which reading finds the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import LabelMap, comparable
+from pipeline.annotations.label_names import (
+    correct_names,
+    is_name_file,
+    names_from_folders,
+    read_names,
+)
+from pipeline.annotations.listing import (
+    Listing,
+    ListingBuilder,
+    split_from_file_name,
+    split_from_word,
+)
+from pipeline.annotations.text_files import read_lines, read_table
+from pipeline.annotations.video_folder import (
+    VIDEO_EXTENSIONS,
+    VideoFolder,
+    normal_path,
+    path_stem,
+)
+
+LIST_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".list", ".lst"})
+
+_PATH_WORDS = frozenset(
+    [
+        "path",
+        "video",
+        "video_path",
+        "filepath",
+        "file_path",
+        "file",
+        "filename",
+        "file_name",
+        "name",
+        "video_name",
+        "clip",
+        "clip_path",
+        "clip_name",
+        "video_id",
+        "id",
+    ]
+)
+_NAME_WORDS = frozenset(["class_name", "classname", "label_name", "action", "category"])
+_LABEL_WORDS = _NAME_WORDS | frozenset(
+    ["label", "class", "target", "label_id", "label_idx", "class_id", "class_idx"]
+)
+_SPLIT_COLUMN_WORDS = frozenset(["split", "subset", "partition", "set"])
+
+_SAMPLE = 100  # rows tried against the folder to tell the separator
+_FILE_THEN_REST = re.compile(
+    rf"(.*\.(?:{'|'.join(sorted(VIDEO_EXTENSIONS))}))\s+(\S.*)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ListRow:
+    """One line: the path and the label as written, and the splits it gives."""
+
+    path: str
+    label: str
+    splits: tuple[str, ...]
+
+
+def read_lists(
+    files: Sequence[Path],
+    folder: VideoFolder,
+    class_names_file: Path | None = None,
+    label_map: LabelMap = "corrected",
+) -> Listing:
+    """All rows of the lists; integer labels get names from a file or from consistent folders.
+
+    A file of names that exchanges some against the videos is corrected, or kept `label_map`
+    "as-published"; the listing says which.
+
+    Raises UserError for a line without a label, a table of unknown shape, a number that the file
+    of names does not hold, and numbers and names mixed as labels.
+    """
+    named = [path for path in files if is_name_file(path)]
+    lists = [path for path in files if path not in named]
+    if not lists:
+        raise UserError(f"{str(files[0].parent)!r} holds class names but no list of videos")
+    if class_names_file is None and len(named) == 1:
+        class_names_file = named[0]
+    builder = ListingBuilder()
+    rows = [row for path in lists for row in read_list(path, folder)]
+    found = [folder.find_listed(row.path, row.splits[0] if row.splits else None) for row in rows]
+    paths = [path for path, _ in found]
+    names, order = _label_names(rows, paths, class_names_file, folder, builder, label_map)
+    for row, (path, reason) in zip(rows, found, strict=True):
+        listed = normal_path(row.path, folder.root)
+        name = path if path is not None and listed.startswith(("/", "../")) else listed
+        builder.add(
+            path_stem(name.lstrip("/")),
+            source=row.path,
+            class_name=names[row.label],
+            splits=row.splits,
+            path=path,
+            reason=reason,
+        )
+    return builder.build(order)
+
+
+class Finder(Protocol):
+    """What finds a listed video: a folder of videos, or the keys of a data set."""
+
+    def find_listed(self, listed: str, split: str | None = None) -> tuple[str | None, str]:
+        """The video that a list's entry means, or (None, why not)."""
+
+
+def read_list(path: Path, folder: Finder) -> list[ListRow]:
+    """The rows of one list, with the separator under which most of its files are found."""
+    lines = read_lines(path)
+    if not lines:
+        raise UserError(f"annotation file {str(path)!r} is empty: name one that lists videos")
+    best: tuple[float, str, list[list[str]]] | None = None
+    for separator in ("\t", ",", ";", " "):
+        table = _split_at_spaces(lines, folder) if separator == " " else _table(path, separator)
+        if table is None:
+            continue
+        sample = [row for row in table[1 : _SAMPLE + 1] or table if row]
+        columns = _header(table[0]) or {"path": 0}
+        place = columns["path"]
+        score = sum(folder.find_listed(row[place])[0] is not None for row in sample) / len(sample)
+        if best is None or score > best[0]:
+            best = score, separator, table
+    if best is None or (best[1] == " " and best[0] == 0):
+        _refuse_uneven(path)
+    if best is None:
+        number, text = next((line for line in lines if len(line[1].split()) < 2), lines[0])
+        raise UserError(
+            f"{str(path)!r} line {number}: {text!r} is not `path label`: every line needs a path "
+            "and a label, separated by a space, a comma or a tab"
+        )
+    return _rows(path, best[2])
+
+
+def _table(path: Path, separator: str) -> list[list[str]] | None:
+    """The file as a table, or None when its lines are not rows of one width of at least two."""
+    rows = read_table(path, separator)
+    width = len(rows[0]) if rows else 0
+    return rows if width >= 2 and all(len(row) == width for row in rows) else None
+
+
+def _refuse_uneven(path: Path) -> None:
+    """Raise UserError for a comma-separated table with a row wider or narrower than the first."""
+    rows = read_table(path)
+    uneven = next((row for row in rows if len(row) != len(rows[0])), None)
+    if uneven is not None and len(rows[0]) > 1:
+        raise UserError(
+            f"{str(path)!r}: the row {','.join(uneven)!r} has {len(uneven)} columns, the first "
+            f"row {len(rows[0])}: quote cells that hold a comma"
+        )
+
+
+def _split_at_spaces(lines: Sequence[tuple[int, str]], folder: Finder) -> list[list[str]] | None:
+    """`path label` or `path frames label` lines; a path may hold spaces, so may a label's name."""
+    table = []
+    for _, text in lines:
+        if match := _FILE_THEN_REST.fullmatch(text):
+            path, label = match[1], match[2]
+            frames, _, last = label.partition(" ")
+            if frames.isdigit() and last.strip().isdigit():
+                label = last.strip()
+        else:
+            path, label = _last_space(text)
+            shorter, frames = _last_space(path)
+            if shorter and frames.isdigit() and label.isdigit():
+                # `x 300 4`, unless "x 300" is the name of a file
+                path = path if folder.find_listed(path)[0] is not None else shorter
+        if not path:
+            return None
+        table.append([path, label])
+    return table
+
+
+def _last_space(text: str) -> tuple[str, str]:
+    parts = text.rsplit(None, 1)
+    return (parts[0], parts[1]) if len(parts) == 2 else ("", text)
+
+
+def _header(row: Sequence[str]) -> dict[str, int] | None:
+    """Which column is what, when the row is a header; several label columns: the one of names."""
+    words = [cell.strip().lower() for cell in row]
+    paths = [place for place, word in enumerate(words) if word in _PATH_WORDS]
+    labels = [place for place, word in enumerate(words) if word in _LABEL_WORDS]
+    if not paths or not labels:
+        return None
+    names = [place for place in labels if words[place] in _NAME_WORDS]
+    columns = {"path": paths[0], "label": (names or labels)[0]}
+    splits = [place for place, word in enumerate(words) if word in _SPLIT_COLUMN_WORDS]
+    if splits:
+        columns["split"] = splits[0]
+    return columns
+
+
+def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
+    columns = _header(table[0])
+    body = table[1:] if columns else table
+    if not body:
+        raise UserError(f"annotation file {str(path)!r} has a header and no rows")
+    if columns is None:
+        columns = _columns_without_header(path, body)
+    of_file = split_from_file_name(path.stem)
+    rows = []
+    for row in body:
+        listed, label = row[columns["path"]], row[columns["label"]]
+        if not listed or not label:
+            raise UserError(
+                f"{str(path)!r}: the row {','.join(row)!r} lacks a path or a label: complete it"
+            )
+        word = row[columns["split"]] if "split" in columns else ""
+        split = (split_from_word(word) or word.lower()) if word else of_file
+        rows.append(ListRow(listed, label, (split,) if split else ()))
+    return rows
+
+
+def _columns_without_header(path: Path, body: list[list[str]]) -> dict[str, int]:
+    width = len(body[0])
+    if width == 2:
+        return {"path": 0, "label": 1}
+    if width == 3 and all(split_from_word(row[2]) for row in body):
+        return {"path": 0, "label": 1, "split": 2}
+    if width == 3 and all(row[1].isdigit() for row in body):
+        return {"path": 0, "label": 2}  # the middle is a number of frames
+    raise UserError(
+        f"{str(path)!r} has {width} columns of unknown meaning: give it a header line such as "
+        "path,label,split"
+    )
+
+
+def _label_names(
+    rows: Sequence[ListRow],
+    paths: Sequence[str | None],
+    class_names_file: Path | None,
+    folder: VideoFolder,
+    builder: ListingBuilder,
+    label_map: LabelMap,
+) -> tuple[dict[str, str], list[str] | None]:
+    """The raw class name of every label text, and the class order (None: sorted by name)."""
+    labels = sorted({row.label for row in rows})
+    numbers = [label for label in labels if label.isdigit()]
+    names = read_names(class_names_file) if class_names_file is not None else None
+    if numbers and len(numbers) < len(labels):
+        other = next(label for label in labels if not label.isdigit())
+        raise UserError(
+            f"labels are numbers and names mixed ({numbers[0]!r} and {other!r}): use one kind"
+        )
+    if not numbers:
+        if names is None:
+            return _same_spelling(labels)
+        known = {comparable(name): name for name in names.values()}
+        for label in labels:
+            if comparable(label) not in known:
+                raise UserError(
+                    f"label {label!r} is not a name in {str(class_names_file)!r}: correct one "
+                    "of them"
+                )
+        return {label: known[comparable(label)] for label in labels}, list(names.values())
+
+    evidence = [
+        (int(row.label), path or normal_path(row.path, folder.root), row.path)
+        for row, path in zip(rows, paths, strict=True)
+    ]
+    if names is not None:
+        absent = sorted({int(label) for label in numbers} - set(names))
+        if absent:
+            raise UserError(
+                f"label {absent[0]} has no name in {str(class_names_file)!r}, which holds "
+                f"{min(names)} to {max(names)}: name the file that belongs to the list"
+            )
+        names, builder.label_map = correct_names(names, evidence, builder.note, label_map)
+    else:
+        names = names_from_folders(evidence)
+        if names is None:
+            builder.note(
+                "class names are the numbers of the list: no file of names was given and folders "
+                "do not tell them; zero-shot needs words, so pack with a CSV of id,name"
+            )
+            names = {number: str(number) for number in sorted({n for n, _, _ in evidence})}
+        else:
+            builder.note("class names are those of the folders that the labels point at")
+    return {label: names[int(label)] for label in numbers}, list(names.values())
+
+
+def _same_spelling(labels: Sequence[str]) -> tuple[dict[str, str], None]:
+    """Labels that differ only in case, quotes or underscores are one class, spelt with spaces."""
+    chosen: dict[str, str] = {}
+    for label in sorted(labels, key=lambda text: ("_" in text, text)):
+        chosen.setdefault(comparable(label), label)
+    return {label: chosen[comparable(label)] for label in labels}, None

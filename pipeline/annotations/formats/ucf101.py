@@ -1,0 +1,99 @@
+"""UCF101: `classInd.txt` (1-based) and the train and test lists of the action recognition task."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from featstore.errors import UserError
+from pipeline.annotations.formats.hmdb51 import find_in_class
+from pipeline.annotations.listing import Listing, ListingBuilder
+from pipeline.annotations.text_files import read_lines
+from pipeline.annotations.video_folder import VideoFolder, path_stem
+
+CLASS_FILE = "classind.txt"
+_LIST_FILE = re.compile(r"(train|test)list0*(\d+)\.txt", re.IGNORECASE)
+
+
+def is_ucf101(path: Path) -> bool:
+    """Whether the file is one of the official lists, told by its name."""
+    return path.name.lower() == CLASS_FILE or _LIST_FILE.fullmatch(path.name) is not None
+
+
+def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
+    """All listed videos; splits "train1", "test1", "train2", ... overlap.
+
+    The class is the folder in the list, the order that of classInd.txt. Case of letters does not
+    matter: the class HandstandPushups has files named v_HandStandPushups.
+    Raises UserError for a class that classInd.txt does not hold or numbers otherwise.
+    """
+    builder = ListingBuilder()
+    lists = [path for path in files if _LIST_FILE.fullmatch(path.name)]
+    if not lists:
+        raise UserError(
+            f"{str(files[0].parent)!r} has no trainlist01.txt or testlist01.txt: name the folder "
+            "ucfTrainTestlist with --annotations"
+        )
+    class_file = next((path for path in files if path.name.lower() == CLASS_FILE), None)
+    if class_file is None:
+        class_file = next(
+            (path for path in lists[0].parent.iterdir() if path.name.lower() == CLASS_FILE), None
+        )
+    numbered = _read_class_file(class_file) if class_file is not None else {}
+    official = {name.lower(): (number, name) for number, name in numbered.items()}
+    # The first spelling of a file's name counts, so that its key does not depend on the case.
+    names: dict[str, str] = {}
+    for path in lists:
+        match = _LIST_FILE.fullmatch(path.name)
+        assert match is not None
+        split = match[1].lower() + match[2]
+        for line, text in read_lines(path):
+            listed, number = _listed_and_number(text)
+            class_name, _, name = listed.rpartition("/")
+            class_name = class_name.rpartition("/")[2]
+            where = f"{str(path)!r} line {line}"
+            if not class_name:
+                raise UserError(f"{where}: {text!r} is not `Class/file.avi`: correct the line")
+            if official:
+                if class_name.lower() not in official:
+                    raise UserError(
+                        f"{where}: class {class_name!r} is not in classInd.txt: correct one of them"
+                    )
+                expected, class_name = official[class_name.lower()]
+                if number is not None and number != expected:
+                    raise UserError(
+                        f"{where}: class {class_name!r} has number {number}, in classInd.txt "
+                        f"{expected}: correct one of them"
+                    )
+            found = find_in_class(folder, name, class_name)
+            stem = path_stem(found or name).rpartition("/")[2]
+            builder.add(
+                names.setdefault(stem.lower(), stem),
+                source=listed,
+                class_name=class_name,
+                splits=(split,),
+                path=found,
+            )
+    order = [numbered[number] for number in sorted(numbered)] or None
+    return builder.build(order, overlapping_splits=True)
+
+
+def _listed_and_number(text: str) -> tuple[str, int | None]:
+    listed, _, number = text.rpartition(" ")
+    if listed and number.isdigit():
+        return listed.strip(), int(number)
+    return text, None
+
+
+def _read_class_file(path: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for line, text in read_lines(path):
+        number, _, name = text.partition(" ")
+        if not number.isdigit() or not name.strip() or int(number) in names:
+            raise UserError(
+                f"{str(path)!r} line {line}: {text!r} is not `<number> <Class>` with a new number: "
+                "fetch the official file again"
+            )
+        names[int(number)] = name.strip()
+    return names

@@ -1,0 +1,293 @@
+"""The data sets that are known by name, and which reader a folder or an annotation file needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from featstore.errors import UserError
+from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_class_name
+from pipeline.annotations.formats.class_folders import has_class_folders, read_class_folders
+from pipeline.annotations.formats.hmdb51 import is_hmdb51, read_hmdb51
+from pipeline.annotations.formats.kinetics import is_kinetics, read_kinetics
+from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_lists
+from pipeline.annotations.formats.ssv2 import is_ssv2, read_ssv2
+from pipeline.annotations.formats.ucf101 import is_ucf101, read_ucf101
+from pipeline.annotations.label_names import is_name_file
+from pipeline.annotations.listing import Listing
+from pipeline.annotations.text_files import list_files
+from pipeline.annotations.video_folder import VideoFolder
+
+__all__ = ["KNOWN_DATASETS", "KnownDataset", "natural_class_name", "read_listing"]
+
+logger = logging.getLogger(__name__)
+
+_Reader = Callable[[Sequence[Path], VideoFolder], Listing]
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """An official annotation format: how its files are told, read, and what folder they fill."""
+
+    title: str
+    recognises: Callable[[Path], bool]
+    read: _Reader
+    folders: tuple[str, ...]
+
+
+_KINETICS = _Format("Kinetics", is_kinetics, read_kinetics, ("annotations",))
+_HMDB51 = _Format(
+    "HMDB51",
+    is_hmdb51,
+    read_hmdb51,
+    (
+        "testTrainMulti_7030_splits",
+        "test_train_splits/testTrainMulti_7030_splits",
+        "test_train_splits",
+        "annotations",
+        "splits",
+    ),
+)
+_UCF101 = _Format(
+    "UCF101",
+    is_ucf101,
+    read_ucf101,
+    (
+        "ucfTrainTestlist",
+        "UCF101TrainTestSplits-RecognitionTask/ucfTrainTestlist",
+        "annotations",
+        "splits",
+    ),
+)
+_SSV2 = _Format(
+    "Something-Something V2", is_ssv2, read_ssv2, ("annotations", "labels", "annotation")
+)
+# In the order in which a file is tried; names tell HMDB51 and UCF101, contents the others.
+_FORMATS = (_HMDB51, _UCF101, _KINETICS, _SSV2)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDataset:
+    """A data set with official annotations; `files` says which files a user has to fetch."""
+
+    name: str
+    title: str
+    classes: int
+    files: str
+    format: _Format
+
+
+KNOWN_DATASETS = {
+    known.name: known
+    for known in (
+        KnownDataset("k400", "Kinetics-400", 400, "train.csv, val.csv, test.csv", _KINETICS),
+        KnownDataset("k600", "Kinetics-600", 600, "train.csv, val.csv, test.csv", _KINETICS),
+        KnownDataset("k700", "Kinetics-700", 700, "train.csv, val.csv, test.csv", _KINETICS),
+        KnownDataset(
+            "hmdb51", "HMDB51", 51, "testTrainMulti_7030_splits/*_test_split1.txt", _HMDB51
+        ),
+        KnownDataset(
+            "ucf101", "UCF101", 101, "ucfTrainTestlist/ (classInd.txt, trainlist01.txt)", _UCF101
+        ),
+        KnownDataset(
+            "ssv2",
+            "Something-Something V2",
+            174,
+            "something-something-v2-labels.json, -train.json, -validation.json",
+            _SSV2,
+        ),
+    )
+}
+
+
+def read_listing(
+    name: str,
+    videos_dir: Path,
+    annotations: Path | None = None,
+    class_names_file: Path | None = None,
+    *,
+    leave_out: Path | None = None,
+    naming: Naming = USUAL_NAMING,
+) -> Listing:
+    """All videos of a data set: from annotations, or from class folders.
+
+    The format is told by the annotation files themselves, so any name goes with any format. For
+    a known name without `annotations`, the official files are looked for in and beside the videos
+    folder; where there are none, class folders are taken as they are and that is noted.
+    `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
+    rows and the share of files found are logged. `naming` says what becomes of a file of class
+    names that contradicts the videos.
+    Raises UserError when there is nothing to read or what is there contradicts itself.
+    """
+    known = KNOWN_DATASETS.get(name.lower())
+    folder = VideoFolder(videos_dir, leave_out=leave_out)
+    if class_names_file is not None and not class_names_file.is_file():
+        raise UserError(f"file of class names {str(class_names_file)!r} does not exist")
+    found = _official_files(known.format, videos_dir) if known and annotations is None else []
+    if annotations is not None:
+        listing = _read_annotations(annotations, folder, class_names_file, naming)
+    elif known and found:
+        _refuse_class_names(class_names_file, known.title)
+        logger.info("annotations found in %s", found[0].parent)
+        listing = _without_absent_splits(known.format.read(found, folder))
+    elif known and not has_class_folders(folder):
+        raise UserError(
+            f"no {known.title} annotations in or beside {str(videos_dir)!r}, and no class "
+            f"folders: name {known.files} with --annotations"
+        )
+    else:
+        _refuse_class_names(class_names_file, "a folder of class folders")
+        listing = read_class_folders(folder)
+        if known:
+            listing.notes.append(
+                f"no {known.title} annotations in or beside {str(videos_dir)!r}: its class folders "
+                f"are packed as they are; name {known.files} with --annotations for the official "
+                "splits"
+            )
+    if naming.label_map == "as-published" and not listing.label_map:
+        listing.notes.append(
+            "--label-map as-published changes nothing here: no file of class names contradicts "
+            "the videos"
+        )
+    if not listing.records:
+        example = listing.missing[0]
+        raise UserError(
+            f"none of the {len(listing.missing)} listed videos can be packed from "
+            f"{str(videos_dir)!r} ({example.source!r}: {example.reason}): check --videos and "
+            "--annotations"
+        )
+    _add_notes(listing, folder, known, annotated=annotations is not None or bool(found))
+    _log(listing)
+    return listing
+
+
+def _read_annotations(
+    path: Path, folder: VideoFolder, class_names_file: Path | None, naming: Naming
+) -> Listing:
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = list_files(path)
+        # An unpacked archive may keep its files one or two folders further down.
+        deeper = (below for below in sorted(path.rglob("*")) if below.is_dir())
+        while not _recognised(files) and (below := next(deeper, None)) is not None:
+            files = list_files(below)
+        if not _recognised(files):
+            raise UserError(
+                f"no annotation files of a known format in {str(path)!r}: it needs CSV, TSV, text "
+                "or JSON files"
+            )
+    else:
+        raise UserError(f"annotations {str(path)!r} do not exist: name a file or a folder")
+    for official in _FORMATS:
+        own = [file for file in files if official.recognises(file)]
+        if own:
+            _refuse_class_names(class_names_file, official.title)
+            return official.read(own, folder)
+    if path.is_dir():
+        files = [file for file in files if _may_be_list(file)]
+    return read_lists(files, folder, class_names_file, naming.label_map)
+
+
+def _refuse_class_names(class_names_file: Path | None, where: str) -> None:
+    if class_names_file is not None:
+        raise UserError(
+            f"class names {str(class_names_file)!r} go with a list of integer labels only; "
+            f"{where} brings its own: leave the option out"
+        )
+
+
+def _may_be_list(path: Path) -> bool:
+    prose = path.stem.lower().startswith(("readme", "license", "changelog"))
+    return (path.suffix.lower() in LIST_SUFFIXES and not prose) or is_name_file(path)
+
+
+def _recognised(files: Sequence[Path]) -> bool:
+    return any(
+        _may_be_list(file) or any(known.recognises(file) for known in _FORMATS) for file in files
+    )
+
+
+def _official_files(official: _Format, videos_dir: Path) -> list[Path]:
+    """The official annotation files in the usual places in, beside and above the videos folder."""
+    for place in _usual_places(official, videos_dir):
+        if place.is_dir():
+            files = [path for path in list_files(place) if official.recognises(path)]
+            if files:
+                return files
+    return []
+
+
+def _usual_places(official: _Format, videos_dir: Path) -> Iterator[Path]:
+    here = videos_dir.absolute()
+    for base in dict.fromkeys((here, here.parent, here.parent.parent)):
+        for name in official.folders:
+            yield base / name
+        yield base
+
+
+def _without_absent_splits(listing: Listing) -> Listing:
+    """The listing without splits that have no file at all, when their lists were not asked for.
+
+    Official annotations come together; whoever has only the validation videos packs those.
+    """
+    if listing.overlapping_splits or not listing.records:
+        return listing
+    present = {split for record in listing.records for split in record.splits}
+    absent = [split for split in listing.split_names if split not in present]
+    if not absent:
+        return listing
+    missing = [
+        video for video in listing.missing if not video.splits or present & set(video.splits)
+    ]
+    note = (
+        f"split {' and '.join(absent)}: none of its {len(listing.missing) - len(missing)} videos "
+        "is in the folder, so it is left out; name its file with --annotations to count them"
+    )
+    return replace(
+        listing,
+        missing=missing,
+        split_names=[split for split in listing.split_names if split in present],
+        notes=[*listing.notes, note],
+    )
+
+
+def _add_notes(
+    listing: Listing, folder: VideoFolder, known: KnownDataset | None, *, annotated: bool
+) -> None:
+    used = {record.class_name for record in listing.records}
+    used.update(video.class_name for video in listing.missing)
+    empty = [name for name in listing.class_names if name not in used]
+    if empty:
+        names = ", ".join(repr(name) for name in empty[:5]) + (", ..." if len(empty) > 5 else "")
+        listing.notes.append(f"{len(empty)} classes have no videos and stay in the list: {names}")
+    unlisted = len(folder.files) - len(listing.records)
+    if annotated and unlisted > 0:
+        listing.notes.append(f"{unlisted} video files in the folder are not listed and not used")
+    if known and len(listing.class_names) != known.classes:
+        listing.notes.append(
+            f"{len(listing.class_names)} classes are listed; all of {known.title} has "
+            f"{known.classes}"
+        )
+
+
+def _log(listing: Listing) -> None:
+    for record in listing.records[:3]:
+        logger.info(
+            "read: %s -> class %r, splits %s",
+            record.path,
+            record.class_name,
+            ", ".join(record.splits) or "none",
+        )
+    logger.info(
+        "%d of %d listed videos are there (%.1f %%), %d classes, splits: %s",
+        len(listing.records),
+        listing.videos,
+        100 * len(listing.records) / listing.videos,
+        len(listing.class_names),
+        ", ".join(listing.split_names) or "none",
+    )
+    for note in listing.notes:
+        logger.warning("%s", note)

@@ -1,0 +1,1 @@
+"""Frames decoded by NVDEC, the video decoder of NVIDIA's GPUs."""

@@ -1,0 +1,189 @@
+"""NVDEC as a `Decoder` for many threads: what they ask for at the same time becomes batches.
+
+Nothing here has a thread of its own. A thread that asks for a clip surveys it, puts it with others
+of its picture size and waits; whoever finds a complete batch and the GPU's decoder free decodes it
+for all of them.
+
+U frames of a video without repeats, H, W height and width of its picture.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featstore.segments import IntArray
+from pipeline.decoding.contract import ChooseFrames, Decoder, Frames, Source, VideoInfo
+from pipeline.decoding.nvdec.buckets import Buckets
+from pipeline.decoding.nvdec.graphs import DECODER_NAME, Clip, DaliFrames
+from pipeline.decoding.nvdec.rule import (
+    DecoderSizes,
+    NvdecCapabilities,
+    NvdecSurvey,
+    survey_video,
+)
+from pipeline.decoding.nvdec.stage import BATCH_VIDEOS, PROCESS_SIZES, NvdecPlan, NvdecStage
+
+logger = logging.getLogger(__name__)
+
+
+class FrameSource(Protocol):
+    """Decodes a batch: see `DaliFrames`."""
+
+    def __call__(self, clips: Sequence[Clip]) -> list[npt.NDArray[np.uint8]]:
+        """RGB uint8 [U,H,W,3] of each clip; raises when any of them fails."""
+        ...
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A clip on its way. `frames` [U,H,W,3] when it is `done`, None where NVDEC failed."""
+
+    plan: NvdecPlan
+    done: bool = False
+    frames: Frames | None = None
+
+
+class NvdecDecoder:
+    """A `Decoder` around NVDEC, with `fallback` for the videos that NVDEC is not sure to decode.
+
+    `device` is a GPU; `source` and `capabilities` replace what DALI and the GPU would be asked for.
+    At least `batch_videos` threads should use it at the same time.
+    """
+
+    name = DECODER_NAME
+
+    def __init__(
+        self,
+        fallback: Decoder,
+        device: torch.device,
+        *,
+        threads: int = 4,
+        source: FrameSource | None = None,
+        capabilities: NvdecCapabilities | None = None,
+        survey: Callable[[bytes], NvdecSurvey] = survey_video,
+        sizes: DecoderSizes = PROCESS_SIZES,
+        batch_videos: int = BATCH_VIDEOS,
+    ) -> None:
+        self.batch_videos = batch_videos
+        self._fallback = fallback
+        if source is None or capabilities is None:
+            index = device.index if device.index is not None else torch.cuda.current_device()
+            capabilities = capabilities or NvdecCapabilities.of(
+                torch.cuda.get_device_capability(index)
+            )
+            source = source or DaliFrames(batch_size=batch_videos, threads=threads, device_id=index)
+        self._source = source
+        self._stage = NvdecStage(capabilities, survey=survey, sizes=sizes)
+        self._changed = Condition()  # guards everything below
+        self._planning = 0  # threads that may soon have a clip
+        self._decoding = False
+        self._buckets: Buckets[_Waiting] = self._stage.buckets(batch_videos)
+        self._counts: Counter[str] = Counter()
+
+    def probe(self, source: Source) -> VideoInfo:
+        """See `Decoder.probe`."""
+        return self._fallback.probe(source)
+
+    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
+        """See `Decoder.decode`."""
+        return self.decode_with_info(source, lambda _: frame_indices)[1]
+
+    def decode_with_info(
+        self, source: Source, choose: ChooseFrames
+    ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
+        """See `Decoder.decode_with_info`."""
+        data = _contents(source)
+        plan = self._planned(data, choose)
+        if isinstance(plan, str):
+            refusal = plan
+        else:
+            frames = self._decoded(_Waiting(plan))
+            if frames is not None:
+                self._count("NVDEC")
+                return plan.info, frames[plan.places], plan.seconds
+            refusal = self._stage.given_up or "NVDEC failed"
+        self._count(f"{self._fallback.name} ({refusal})")
+        return self._fallback.decode_with_info(data, choose)
+
+    def report(self) -> list[str]:
+        """One line per decoder and reason: how many videos it was."""
+        with self._changed:
+            return [f"{count} videos decoded by {by}" for by, count in self._counts.most_common()]
+
+    def _planned(self, data: bytes, choose: ChooseFrames) -> NvdecPlan | str:
+        def waiting_for_nothing(found: VideoInfo) -> IntArray:
+            # The caller may wait here for memory, which clips that wait for a batch may hold.
+            self._expect(-1)
+            try:
+                return np.asarray(choose(found), np.int64).reshape(-1)
+            finally:
+                self._expect(+1)
+
+        self._expect(+1)
+        try:
+            return self._stage.plan(data, waiting_for_nothing)
+        finally:
+            self._expect(-1)
+
+    def _expect(self, change: int) -> None:
+        with self._changed:
+            self._planning += change
+            self._changed.notify_all()
+
+    def _decoded(self, clip: _Waiting) -> Frames | None:
+        """Wait for the clip's batch, decoding batches meanwhile; None where NVDEC failed."""
+        with self._changed:
+            self._buckets.add(clip.plan.clip.size_key, clip, clip.plan.cost)
+            self._changed.notify_all()
+            while not clip.done:
+                batch = None
+                if not self._decoding:
+                    batch = self._buckets.take(more_coming=self._planning > 0)
+                if batch is None:
+                    self._changed.wait()
+                    continue
+                self._decoding = True
+                self._changed.release()
+                try:
+                    self._stage.attempt(batch, self._checked)
+                finally:
+                    self._changed.acquire()
+                    self._decoding = False
+                    for each in batch:
+                        each.done = True
+                    self._changed.notify_all()
+            return clip.frames
+
+    def _checked(self, batch: Sequence[_Waiting]) -> list[_Waiting]:
+        """The batch with its frames. Raises RuntimeError when they are not what was asked for."""
+        frames = self._source([waiting.plan.clip for waiting in batch])
+        if len(frames) != len(batch):
+            raise RuntimeError(f"{len(frames)} videos came out of {len(batch)}")
+        for waiting, got in zip(batch, frames, strict=True):
+            clip = waiting.plan.clip
+            asked = (len(clip.frames), clip.height, clip.width, 3)
+            if got.shape != asked or got.dtype != np.uint8:
+                raise RuntimeError(f"frames {got.dtype} {list(got.shape)} instead of {list(asked)}")
+        for waiting, got in zip(batch, frames, strict=True):
+            waiting.frames = got
+        return list(batch)
+
+    def _count(self, by: str) -> None:
+        with self._changed:
+            self._counts[by] += 1
+
+
+def _contents(source: Source) -> bytes:
+    if isinstance(source, bytes):
+        return source
+    return source.read_bytes() if isinstance(source, Path) else source.read()

@@ -1,0 +1,159 @@
+"""A video stream opened with PyAV: limits, strictness and errors in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self, cast
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.stream import VideoStream
+
+from pipeline.decoding.contract import DecodeError, Source, Strictness
+from pipeline.decoding.pyav import frame_stack
+
+# Whose damage fails a video with strictness "auto". The H.264 decoder marks nearly every damaged
+# frame; what the others notice is measured in docs/decoding.md.
+NOTICING_CODECS = {"h264", "hevc"}
+# These two notice more when told to. HEVC also checks the picture hashes that some encoders write.
+# The H.264 decoder notices as much without, but when told to it stumbles over sound open groups.
+ERR_DETECT = {"hevc": "crccheck+explode", "mjpeg": "explode"}
+
+READ_BUFFER_BYTES = 1 << 18
+
+
+class VideoFile:
+    """An open video stream that can be started again from the beginning.
+
+    `fails_on_damage`: whether the strictness asks that damage in this codec fails the video.
+    `broken_off` is the reason why reading packets ended before the file's end, if it did.
+    """
+
+    def __init__(self, source: Source, strict: Strictness) -> None:
+        self._source = source
+        self.strict = strict
+        self._file: BinaryIO | None = None
+        self._container: InputContainer | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.restart()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        if self._file is not None and self._file is not self._source:
+            self._file.close()
+        self._file = None
+
+    def restart(self) -> None:
+        """Open the source from its beginning with a fresh decoder."""
+        self._close()
+        self.broken_off: str | None = None
+        self._file = _binary_file(self._source)
+        self.ends_early = _riff_ends_early(self._file)
+        limits = {"max_pixels": str(frame_stack.MAX_PIXELS)}
+        try:
+            # A playlist must not make us open other files: no protocol is allowed.
+            self._container = av.open(
+                _Nameless(self._file),
+                "r",
+                options={"protocol_whitelist": "none", **limits},
+                metadata_errors="ignore",
+                buffer_size=READ_BUFFER_BYTES,
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise DecodeError(f"not a readable video file ({plain_cause(error)})") from None
+        stream = self._container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise DecodeError("no video stream")
+        if stream.codec_context is None:
+            raise DecodeError("no decoder for the codec of the video stream")
+        self.stream = cast(VideoStream, stream)
+        context = self.stream.codec_context
+        frame_stack.refuse_large(context.width, context.height)
+        self.codec = context.name
+        # One thread per video: many videos are decoded at once, and FFmpeg's own threads cost
+        # 10 to 17 % more CPU time per frame.
+        context.thread_count = 1
+        noticing = self.codec in NOTICING_CODECS
+        self.fails_on_damage = self.strict == "always" or (self.strict == "auto" and noticing)
+        context.options = dict(limits)
+        if self.fails_on_damage and self.codec in ERR_DETECT:
+            context.options = {**limits, "err_detect": ERR_DETECT[self.codec]}
+
+    @property
+    def container(self) -> InputContainer:
+        """The container now open."""
+        assert self._container is not None
+        return self._container
+
+    @property
+    def formats(self) -> set[str]:
+        """FFmpeg's names for the container's format."""
+        return set(self.container.format.name.split(","))
+
+    def packets(self) -> Iterator[Packet[VideoStream]]:
+        """Packets of the stream in file order; ends early where the file cannot be read on."""
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size or packet.dts is not None:  # the last one is a dummy
+                    yield packet
+        except av.FFmpegError as error:
+            self.broken_off = plain_cause(error)
+
+
+class _Nameless:
+    """A file without its name, so that neither format detection nor a message depends on it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def _binary_file(source: Source) -> BinaryIO:
+    try:
+        if isinstance(source, Path):
+            file: BinaryIO = source.open("rb")
+        elif isinstance(source, bytes | bytearray | memoryview):
+            file = BytesIO(source)
+        else:
+            file = source
+        if file.seek(0, 2) == 0:
+            if file is not source:
+                file.close()
+            raise DecodeError("the file is empty")
+        file.seek(0)
+    except OSError as error:
+        raise DecodeError(f"the file cannot be read ({plain_cause(error)})") from None
+    return file
+
+
+def _riff_ends_early(file: BinaryIO) -> bool:
+    """Whether the file is shorter than its RIFF header (AVI) says; False for other formats."""
+    head = file.read(8)
+    size = file.seek(0, 2)
+    file.seek(0)
+    return head[:4] == b"RIFF" and size < 8 + int.from_bytes(head[4:8], "little")
+
+
+def plain_cause(error: BaseException) -> str:
+    """An error's cause without the file name and numbers that FFmpeg adds."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

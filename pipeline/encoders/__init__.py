@@ -1,0 +1,1 @@
+"""Where a CLIP comes from: names, files and fine-tuned towers."""

@@ -1,0 +1,428 @@
+"""Where a CLIP model comes from: a spec as the user writes it -> open_clip model with its weights.
+
+A spec is a folder in open_clip's own format, an OpenAI-format `.pt` file, the name of a folder in
+the workspace's `encoders/`, or `ARCH/TAG` as open_clip names its pretrained models. Only the last
+may use the network, and only when the weights are not in the cache.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import open_clip
+import torch
+from huggingface_hub import constants as hub_constants
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as safetensors_bytes
+
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.durable import write_bytes, write_json
+from pipeline.encoders.specs import CONFIG_FILE, WEIGHTS_FILE, local_encoder
+
+MAX_CONFIG_BYTES = 1 << 20
+HUB_TIMEOUT_S = 5
+# Entries of an OpenAI archive that describe the model rather than being weights of it.
+OPENAI_DESCRIPTION = ("input_resolution", "context_length", "vocab_size")
+LISTED_TENSORS = 3  # how many tensors an error names before it counts the rest
+
+
+@dataclass
+class LoadedClip:
+    """An fp32 open_clip model in evaluation mode and how it is described."""
+
+    name: str
+    model: torch.nn.Module
+    model_config: dict[str, Any]
+    preprocess_config: dict[str, Any]
+    tokenizer_source: str  # what open_clip.get_tokenizer is asked for
+
+
+def load_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
+    """Load the model that `spec` names.
+
+    Raises UserError for an unknown name or unusable files, WorkError when weights cannot be had.
+    """
+    place = local_encoder(spec, encoders_dir)
+    if place is not None:
+        return _load_folder(place) if place.is_dir() else _load_openai_file(place)
+    known = _known_pretrained(spec)
+    if known is None:
+        raise UserError(_unknown_spec(spec, encoders_dir))
+    return _load_pretrained(*known)
+
+
+def save_open_clip_folder(
+    model: torch.nn.Module,
+    model_config: Mapping[str, Any],
+    preprocess_config: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Write `model` as a folder that `load_clip` and open_clip's `local-dir:` both load.
+
+    Weights are stored as they are (dtype included). The config is written last: a folder without
+    it is an unfinished one.
+    """
+    state = {
+        name: tensor.detach().cpu().clone().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    write_bytes(folder / WEIGHTS_FILE, safetensors_bytes(state))
+    write_json(
+        folder / CONFIG_FILE,
+        {"model_cfg": dict(model_config), "preprocess_cfg": dict(preprocess_config)},
+    )
+
+
+def build_model(model_config: Mapping[str, Any], where: str) -> torch.nn.Module:
+    """An open_clip model with random weights. Raises UserError naming `where` for a bad config."""
+    config = deepcopy(dict(model_config))
+    custom_text = config.pop("custom_text", False)
+    try:
+        # Towers from other libraries would fetch their own weights.
+        if "timm_model_name" in config["vision_cfg"]:
+            config["vision_cfg"]["timm_model_pretrained"] = False
+        if "hf_model_name" in config["text_cfg"]:
+            config["text_cfg"]["hf_model_pretrained"] = False
+            custom_text = True
+        if "multimodal_cfg" in config:
+            return _evaluating(open_clip.CoCa(**config))
+        return _evaluating((open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config))
+    except KeyError as error:
+        raise UserError(f"the model config of {where} has no entry {error}") from None
+    except Exception as error:
+        raise UserError(
+            f"the model config of {where} is not one open_clip can build: {one_line(error, 160)}"
+        ) from None
+
+
+def _evaluating(model: torch.nn.Module) -> torch.nn.Module:
+    return model.eval().requires_grad_(False)
+
+
+def _safe_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "encoder"
+
+
+def _load_folder(folder: Path) -> LoadedClip:
+    config_path, weights_path = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise UserError(
+                f"encoder folder {folder} has no {path.name}: a folder in open_clip's format "
+                f"holds {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+    config = _read_config(config_path)
+    with torch.device("meta"):  # shapes only: a wrong config must not cost memory
+        expected = build_model(config["model_cfg"], str(config_path)).state_dict()
+    state = _read_safetensors(weights_path, expected)
+    model = build_model(config["model_cfg"], str(config_path))
+    model.load_state_dict(state)
+    _require_finite(model, str(weights_path))
+    return LoadedClip(
+        name=_safe_name(folder.resolve().name),
+        model=model,
+        model_config=config["model_cfg"],
+        preprocess_config=config["preprocess_cfg"],
+        tokenizer_source=f"local-dir:{folder}",
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise UserError(
+                f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an encoder config"
+            )
+        config = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} cannot be read as JSON: {one_line(error, 160)}; fetch or write it again"
+        ) from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+        raise UserError(f"{path} has no entry 'model_cfg': it is not an open_clip config")
+    config.setdefault("preprocess_cfg", {})
+    if not isinstance(config["preprocess_cfg"], dict):
+        raise UserError(f"the entry 'preprocess_cfg' of {path} is not an object")
+    return config
+
+
+def _read_safetensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of `path`, once names and shapes are found to be those of the model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _require_tensors(shapes, {k: tuple(v.shape) for k, v in expected.items()}, str(path))
+            return {name: file.get_tensor(name).reshape(expected[name].shape) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors: {one_line(error, 160)}; fetch or write it again"
+        ) from None
+
+
+def _require_tensors(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """Raise UserError naming missing, extra and misshapen tensors."""
+
+    def listed(names: list[str]) -> str:
+        rest = len(names) - LISTED_TENSORS
+        return ", ".join(names[:LISTED_TENSORS]) + (f" and {rest} more" if rest > 0 else "")
+
+    # A scale may be stored as a number or as a list of one.
+    misshapen = [
+        f"{name} {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found
+        and found[name] != shape
+        and not (set(found[name]) | set(shape) <= {1} and name.startswith("logit_"))
+    ]
+    problems = [
+        f"{what} {listed(names)}"
+        for what, names in (
+            ("missing:", sorted(set(expected) - set(found))),
+            ("not in the model:", sorted(set(found) - set(expected))),
+            ("wrong shape:", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"{where} does not fit its model config: {'; '.join(problems)}")
+
+
+def _require_finite(model: torch.nn.Module, where: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: tensor {name} holds NaN or infinity: the file is damaged")
+
+
+def _load_openai_file(path: Path) -> LoadedClip:
+    if path.suffix not in (".pt", ".pth"):
+        raise UserError(
+            f"encoder {path} is neither a folder in open_clip's format nor a .pt file of a CLIP"
+        )
+    state = _read_openai_state(path)
+    if "visual.proj" not in state and "visual.attnpool.positional_embedding" not in state:
+        raise UserError(
+            f"{path} holds no CLIP in OpenAI's layout (no visual.proj): pass a CLIP .pt file, or "
+            "import a MoTE checkpoint with `mote-cli import-checkpoint`"
+        )
+    try:
+        model = open_clip.model.build_model_from_openai_state_dict(
+            dict(state), cast_dtype=torch.float32
+        ).float()
+    except KeyError as error:
+        raise UserError(f"{path} lacks the tensor {error}: it is not a whole CLIP") from None
+    except (RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is not a whole CLIP: {one_line(error, 200)}") from None
+    _require_finite(model, str(path))
+    return LoadedClip(
+        name=_safe_name(path.stem),
+        model=_evaluating(model),
+        model_config=_openai_config(model, state),
+        preprocess_config={},
+        tokenizer_source="",
+    )
+
+
+def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a TorchScript archive or of a plain state dict; nothing in the file is run."""
+    try:
+        if _is_torchscript(path):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch.jit is on its way out
+                archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+            return dict(archive.state_dict())
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as weights: {one_line(error, 120)}; only TorchScript archives "
+            "and plain state dicts are loaded, never pickled code"
+        ) from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    named = {str(name).removeprefix("module."): value for name, value in loaded.items()}
+    strange = [
+        name
+        for name, value in named.items()
+        if not isinstance(value, torch.Tensor) and name not in OPENAI_DESCRIPTION
+    ]
+    if strange:
+        raise UserError(f"{path} is not a plain state dict: entry {strange[0]!r} is no tensor")
+    return named
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
+def _openai_config(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The open_clip config of a model built from an OpenAI state dict (read off its tensors)."""
+    vision: dict[str, Any] = {"image_size": model.visual.image_size}
+    if isinstance(vision["image_size"], tuple):
+        vision["image_size"] = vision["image_size"][0]
+    if "visual.proj" in state:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        layers = sum(
+            name.startswith("visual.") and name.endswith(".attn.in_proj_weight") for name in state
+        )
+        vision.update(layers=layers, width=width, patch_size=patch)
+    else:
+        stages = [
+            len({name.split(".")[2] for name in state if name.startswith(f"visual.layer{stage}.")})
+            for stage in (1, 2, 3, 4)
+        ]
+        width = state["visual.layer1.0.conv1.weight"].shape[0]
+        vision.update(layers=stages, width=width, patch_size=None)
+    text_width = state["ln_final.weight"].shape[0]
+    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}
+    return {
+        "embed_dim": state["text_projection"].shape[1],
+        "quick_gelu": True,
+        "vision_cfg": vision,
+        "text_cfg": {
+            "context_length": state["positional_embedding"].shape[0],
+            "vocab_size": state["token_embedding.weight"].shape[0],
+            "width": text_width,
+            "heads": text_width // 64,
+            "layers": len(blocks),
+        },
+    }
+
+
+def _known_pretrained(spec: str) -> tuple[str, str] | None:
+    """(architecture, tag) when open_clip knows them. `ViT-B/16/openai` means `ViT-B-16/openai`."""
+    architecture, _, tag = spec.strip().rpartition("/")
+    architecture = architecture.replace("/", "-")
+    if architecture and open_clip.is_pretrained_cfg(architecture, tag):
+        return architecture, tag
+    return None
+
+
+def _unknown_spec(spec: str, encoders_dir: Path | None) -> str:
+    bare = spec.strip().replace("/", "-")
+    if bare in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(bare)
+        if tags:
+            return f"encoder {spec!r} needs a tag: for example {bare}/{tags[0]} (of {len(tags)})"
+        return f"encoder {spec!r}: open_clip has no weights for it; pass a folder or a .pt file"
+    names = ["/".join(known) for known in open_clip.list_pretrained()]
+    if encoders_dir is not None and encoders_dir.is_dir():
+        names += [folder.name for folder in encoders_dir.iterdir() if folder.is_dir()]
+    close = difflib.get_close_matches(spec, names, n=3, cutoff=0.6)
+    architecture = spec.strip().rpartition("/")[0].replace("/", "-")
+    if architecture in open_clip.list_models():
+        close = [
+            f"{architecture}/{tag}" for tag in open_clip.list_pretrained_tags_by_model(architecture)
+        ][:5]
+    hint = (
+        f"did you mean {', '.join(close)}?"
+        if close
+        else "ARCH/TAG is, for example, ViT-B-16/openai"
+    )
+    return (
+        f"unknown encoder {spec!r}: it is no folder, no .pt file, no name under encoders/ of the "
+        "workspace and no ARCH/TAG of open_clip; "
+        f"{hint}"
+    )
+
+
+def _load_pretrained(architecture: str, tag: str) -> LoadedClip:
+    pretrained = open_clip.get_pretrained_cfg(architecture, tag)
+    config = open_clip.get_model_config(architecture)
+    if pretrained.get("quick_gelu"):
+        # The tag was trained with QuickGELU; open_clip only warns when the architecture's config
+        # says otherwise, and features would be wrong by a few percent.
+        config["quick_gelu"] = True
+    weights = _weights_of(f"{architecture}/{tag}", pretrained)
+    model = build_model(config, architecture)
+    try:
+        open_clip.load_checkpoint(model, weights)
+    except Exception as error:
+        raise WorkError(
+            f"the weights of {architecture}/{tag} do not load: {one_line(error, 160)}; delete "
+            f"{weights} to fetch them again"
+        ) from None
+    _require_finite(model, weights)
+    return LoadedClip(
+        name=_safe_name(f"{architecture}-{tag}"),
+        model=model,
+        model_config=config,
+        preprocess_config=dict(pretrained),
+        tokenizer_source=architecture,
+    )
+
+
+def _weights_of(spec: str, pretrained: Mapping[str, Any]) -> str:
+    """Path of the weights, from the hub's cache or fetched. Raises WorkError in one line."""
+    hub_name = str(pretrained.get("hf_hub", ""))
+    cached = _cached_weights(hub_name)
+    if cached:
+        return cached
+    remedy = (
+        "fetch it on a connected machine and copy the cache, or pass --encoder FOLDER with a model "
+        "in open_clip's format"
+    )
+    if hub_name and not hub_reachable():
+        raise WorkError(
+            f"the weights of {spec} are not in the cache and the model hub cannot be reached: "
+            f"{remedy}"
+        )
+    try:
+        return str(open_clip.download_pretrained(pretrained))
+    except Exception as error:
+        raise WorkError(
+            f"the weights of {spec} cannot be fetched ({one_line(error, 120)}): {remedy}"
+        ) from None
+
+
+def _cached_weights(hub_name: str) -> str | None:
+    repository, _, file_name = hub_name.rpartition("/")
+    if not repository:
+        return None
+    default = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    stem = file_name.rpartition(".")[0]
+    for candidate in (f"{stem}.safetensors", file_name) if file_name else default:
+        with suppress(Exception):
+            found = huggingface_hub.try_to_load_from_cache(repository, candidate)
+            if isinstance(found, str):
+                return found
+    return None
+
+
+def hub_reachable() -> bool:
+    """Whether the model hub answers at all, asked once with a short time limit.
+
+    The hub's own client retries for 46 seconds before it gives up.
+    """
+    if hub_constants.HF_HUB_OFFLINE:
+        return False
+    request = urllib.request.Request(hub_constants.ENDPOINT, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,123 @@
+"""Which files an encoder spec means, without loading them or the libraries that could."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from featstore.files.durable import write_json
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "open_clip_config.json"
+# Layers and width of the towers that papers name (Dosovitskiy et al., ICLR 2021).
+_SIZES = {(12, 768): "B", (24, 1024): "L", (32, 1280): "H"}
+WEIGHTS_FILE = "open_clip_model.safetensors"
+
+
+def encoder_label(spec: str, encoders_dir: Path | None = None) -> str:
+    """Short name of an encoder for a store's file name: its folder's or file's name, or `spec`."""
+    place = local_encoder(spec, encoders_dir)
+    if place is None or _workspace_folder(spec, encoders_dir):
+        return spec
+    return place.resolve().name.removesuffix(".pt")
+
+
+def lasting_spec(spec: str, encoders_dir: Path | None = None) -> str:
+    """`spec` as it can be found from any working directory: paths absolute, names as they are."""
+    place = local_encoder(spec, encoders_dir)
+    if place is None or _workspace_folder(spec, encoders_dir):
+        return spec
+    return str(place.resolve())
+
+
+def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
+    """The folder or file that `spec` names; None where it can only be `ARCH/TAG` of open_clip.
+
+    A bare name that the workspace has is the workspace's, so that a command means the same from
+    every working directory; a file or folder of that name here is `./NAME`.
+    """
+    path = Path(os.path.expanduser(spec))  # Path.expanduser raises where nobody is of that name
+    here = bool(spec.strip()) and (path.is_dir() or path.is_file())
+    known = _workspace_folder(spec, encoders_dir)
+    if known is None:
+        return path if here else None
+    if here and path.resolve() != known.resolve():
+        _say_taken(spec, known.absolute(), path.absolute())
+    return known
+
+
+def _workspace_folder(spec: str, encoders_dir: Path | None) -> Path | None:
+    """The folder of the workspace's encoder of this bare name; None where it has none."""
+    if encoders_dir is None or not is_plain_name(spec) or not (encoders_dir / spec).is_dir():
+        return None
+    return encoders_dir / spec
+
+
+@cache  # a command looks for its encoder several times
+def _say_taken(spec: str, taken: Path, other: Path) -> None:
+    logger.info("encoder %s: %s, of the workspace; %s would be ./%s", spec, taken, other, spec)
+
+
+def local_architecture(spec: str, encoders_dir: Path | None) -> str | None:
+    """The architecture of an encoder's folder, "ViT-B/16", from its configuration.
+
+    None where there is no such folder, or its tower is none of the usual ones.
+    """
+    place = local_encoder(spec, encoders_dir)
+    if place is None or not place.is_dir():
+        return None
+    try:
+        config = json.loads((place / CONFIG_FILE).read_bytes())
+        vision = config["model_cfg"]["vision_cfg"]
+        size = _SIZES.get((vision["layers"], vision["width"]))
+        patch = int(vision["patch_size"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return None if size is None else f"ViT-{size}/{patch}"
+
+
+def is_plain_name(spec: str) -> bool:
+    """Whether `spec` can name a folder in the workspace's `encoders/`."""
+    return bool(re.fullmatch(r"[A-Za-z0-9._+-]+", spec)) and not spec.startswith(".")
+
+
+def signature(spec: str, encoders_dir: Path | None) -> dict[str, Any]:
+    """What changes when the encoder's files do: JSON-ready names, sizes and times of change.
+
+    For `ARCH/TAG` it is the name alone: open_clip pins what it stands for.
+    """
+    place = local_encoder(spec, encoders_dir)
+    if place is None:
+        return {"spec": spec, "files": []}
+    files = [place / CONFIG_FILE, place / WEIGHTS_FILE] if place.is_dir() else [place]
+    return {
+        "spec": str(place.resolve()),
+        "files": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+            if file.is_file()
+        ],
+    }
+
+
+def remember_fingerprint(note: Path, files: dict[str, Any], fingerprint: str) -> None:
+    """Note that an encoder of this `signature` has this fingerprint."""
+    write_json(note, {"signature": files, "fingerprint": fingerprint})
+
+
+def remembered_fingerprint(note: Path, files: dict[str, Any]) -> str | None:
+    """The fingerprint noted for this `signature`; None when there is none."""
+    try:
+        value = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(value, dict) or value.get("signature") != files:
+        return None
+    fingerprint = value.get("fingerprint")
+    return fingerprint if isinstance(fingerprint, str) else None

@@ -1,0 +1,94 @@
+"""A CLIP whose image tower was tuned elsewhere: which CLIP it was, and the two put together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from featstore.errors import UserError
+from pipeline.encoders.sources import LoadedClip, load_clip
+
+logger = logging.getLogger(__name__)
+
+# (width, patch, positions, layers) of OpenAI's vision transformers (Radford et al., 2021).
+_PUBLISHED: Final = {
+    (768, 32, 50, 12): "ViT-B-32/openai",
+    (768, 16, 197, 12): "ViT-B-16/openai",
+    (1024, 14, 257, 24): "ViT-L-14/openai",
+    (1024, 14, 577, 24): "ViT-L-14-336/openai",
+}
+# What of a preprocessing config is about pixels; the rest says where weights were fetched.
+_PIXELS: Final = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
+
+
+def published_clip(tower_state: Mapping[str, torch.Tensor]) -> str:
+    """The spec of OpenAI's CLIP that has a tower of this shape (`visual.*` in its names).
+
+    Raises UserError when none has.
+    """
+    patches = tower_state["visual.conv1.weight"]
+    positions = tower_state["visual.positional_embedding"].shape[0]
+    layers = sum(name.endswith(".attn.in_proj_weight") for name in tower_state)
+    shape = (patches.shape[0], patches.shape[-1], positions, layers)
+    if shape not in _PUBLISHED:
+        raise UserError(
+            f"the tower (width {shape[0]}, patch {shape[1]}, {shape[2]} positions, {layers} "
+            "layers) is none of OpenAI's CLIPs: name the CLIP it was tuned from with --clip SPEC"
+        )
+    return _PUBLISHED[shape]
+
+
+def original_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
+    """The CLIP a tower was tuned from (specs and errors of `load_clip`).
+
+    Logged when its activation is not QuickGELU, with which OpenAI's CLIPs and the code that tunes
+    them compute.
+    """
+    loaded = load_clip(spec, encoders_dir)
+    if not loaded.model_config.get("quick_gelu"):
+        logger.warning(
+            "%s computes with GELU, OpenAI's CLIPs with QuickGELU: make sure it is the CLIP that "
+            "the tower was tuned from",
+            spec,
+        )
+    return loaded
+
+
+def text_attention_heads(clip: LoadedClip) -> int:
+    """Attention heads of the text tower by OpenAI's rule (width 64 each)."""
+    return max(1, int(clip.model_config["text_cfg"]["width"]) // 64)
+
+
+def tower_of(clip: LoadedClip) -> dict[str, torch.Tensor]:
+    """`visual.*` and `logit_scale` of a CLIP."""
+    return {
+        name: value
+        for name, value in clip.model.state_dict().items()
+        if name.startswith("visual.") or name == "logit_scale"
+    }
+
+
+def tuned_clip(
+    original: LoadedClip, tower_state: Mapping[str, torch.Tensor], name: str
+) -> LoadedClip:
+    """`original` with the tower and scale of `tower_state`, called `name`; changes `original`.
+
+    The names of `tower_state` must be those of `tower_of(original)`.
+    """
+    state = original.model.state_dict()
+    for key, value in tower_state.items():
+        state[key] = value.reshape(state[key].shape)
+    original.model.load_state_dict(state)
+    return LoadedClip(
+        name=name,
+        model=original.model,
+        model_config=original.model_config,
+        preprocess_config={
+            key: value for key, value in original.preprocess_config.items() if key in _PIXELS
+        },
+        tokenizer_source=original.tokenizer_source,
+    )

@@ -1,0 +1,1 @@
+"""Extraction on the machines of a Ray cluster."""

@@ -1,0 +1,218 @@
+"""What an extraction will take: videos, bytes and hours, from a short sample of the real work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from featstore.errors import WorkError
+from featstore.progress import ProgressSink, no_progress
+from pipeline.extraction.cpu_pool import VideoPool
+from pipeline.extraction.plan import (
+    SPARE_BYTES,
+    ExtractionPlan,
+    ExtractionRequest,
+    free_bytes,
+    in_bytes,
+)
+from pipeline.extraction.pool_choice import decoder_for, open_pool
+from pipeline.extraction.store import load_request_encoder, provenance_of, require_same
+from pipeline.extraction.tiers import frame_output
+from pipeline.tars.reading import DamagedTar, open_tar
+from pipeline.tars.tar_source import TarSource
+
+SAMPLE_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `extract` would do; sizes in bytes, of what is still to be done.
+
+    `hours` is None when no video could be sampled.
+    """
+
+    dataset: str
+    store: str
+    store_exists: bool
+    videos: int
+    frames: int  # that would be encoded
+    tars: int
+    tars_done: int
+    tier: str
+    bytes_per_row: int  # of features
+    bytes_needed: int
+    bytes_free: int
+    fits: bool
+    disk: str  # where the bytes are free; a remote store's pass through there one tar at a time
+    videos_sampled: int
+    sample_failures: int
+    sample_seconds: float
+    videos_per_second: float
+    hours: float | None
+    encoder: str
+    encoder_fingerprint: str
+    precision: str
+    decoder: str
+    dataset_fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    def facts(self) -> dict[str, str]:
+        """The same in words."""
+        sampled = (
+            f"{self.videos_per_second:.2f} videos/s in a sample of {self.videos_sampled} videos "
+            f"({self.sample_seconds:.0f} s)"
+        )
+        if self.sample_failures:
+            sampled += f", {self.sample_failures} of them failed"
+        return {
+            "store": self.store + (" (begun)" if self.store_exists else " (new)"),
+            "videos": f"{self.videos} in {self.tars} tars ({self.tars_done} tars done)",
+            "frames": f"{self.frames} to encode",
+            "disk": f"{in_bytes(self.bytes_needed)} needed ({self.tier}: "
+            f"{in_bytes(self.bytes_per_row)} a video), {in_bytes(self.bytes_free)} free",
+            "speed": sampled if self.videos_sampled else "not sampled",
+            "time": "unknown" if self.hours is None else _duration(self.hours),
+            "encoder": f"{self.encoder} ({self.precision}, decoder {self.decoder})",
+            "fingerprint": self.encoder_fingerprint,
+        }
+
+    def require_room(self) -> None:
+        """Raise `WorkError` when the store would not fit on the disk."""
+        if not self.fits:
+            raise WorkError(
+                f"the store will take {in_bytes(self.bytes_needed)}, {in_bytes(SPARE_BYTES)} are "
+                f"to stay free, and {self.disk} has {in_bytes(self.bytes_free)}: make room, or put "
+                "the workspace (--root) on a larger disk"
+            )
+
+
+def estimate(
+    request: ExtractionRequest,
+    *,
+    seconds: float = SAMPLE_SECONDS,
+    progress: ProgressSink = no_progress,
+) -> Estimate:
+    """Encode videos of the pending tars for `seconds`, keep nothing, and extrapolate.
+
+    Records are shuffled before packing, so the first videos are like the others. Raises what
+    `extract` raises for what it cannot do.
+    """
+    plan = ExtractionPlan(request)
+    name = decoder_for(request, plan.writer.provenance.decoder if plan.writer else None)
+    encoder = load_request_encoder(plan)
+    encoder.preprocessing.require_crops(request.crops)
+    provenance = provenance_of(plan, encoder, name)
+    if plan.writer is not None:
+        require_same(plan, plan.writer, provenance)
+    pending = plan.pending()
+    output = frame_output(request.tier, encoder)
+    schema = plan.schema(encoder.dim, output.item)
+    pool = open_pool(request, name, encoder, output=output)
+    source = plan.tar_source()
+    try:
+        sample = _sample(plan, pending, pool, source, seconds, progress)
+    finally:
+        pool.close()
+        source.close()
+    videos = sum(plan.shards[tar].samples for tar in pending)
+    needed, free = plan.bytes_needed(pending, schema), free_bytes(plan.disk)
+    rate = sample.videos_per_second
+    return Estimate(
+        dataset=plan.dataset.name,
+        store=str(request.store_path),
+        store_exists=plan.writer is not None,
+        videos=videos,
+        frames=videos * request.sampling.clips * request.sampling.frames * request.crops,
+        tars=len(pending),
+        tars_done=len(plan.mine) - len(pending),
+        tier=request.tier.text,
+        bytes_per_row=schema.row_bytes,
+        bytes_needed=needed,
+        bytes_free=free,
+        fits=plan.disk_needed(pending, schema) + SPARE_BYTES <= free,
+        disk=str(plan.disk),
+        videos_sampled=sample.videos,
+        sample_failures=sample.failures,
+        sample_seconds=sample.seconds,
+        videos_per_second=rate,
+        hours=videos / rate / 3600 if rate > 0 else (0.0 if not videos else None),
+        encoder=provenance.encoder,
+        encoder_fingerprint=provenance.encoder_fingerprint,
+        precision=provenance.precision,
+        decoder=provenance.decoder,
+        dataset_fingerprint=provenance.dataset_fingerprint,
+    )
+
+
+@dataclass
+class _Sample:
+    """Videos encoded so far, and the time of the first and of the newest result."""
+
+    videos: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    videos_per_second: float = 0.0
+
+
+def _sample(
+    plan: ExtractionPlan,
+    pending: list[int],
+    pool: VideoPool,
+    source: TarSource,
+    seconds: float,
+    progress: ProgressSink,
+) -> _Sample:
+    sample = _Sample()
+    total = sum(plan.shards[tar].samples for tar in pending)
+    started = time.perf_counter()
+    running: set[Future[Any]] = set()
+    first: tuple[int, float] | None = None  # videos and time once the pool has warmed up
+
+    def take(results: set[Future[Any]]) -> None:
+        nonlocal first
+        sample.videos += len(results)
+        sample.failures += sum(isinstance(result.result(), str) for result in results)
+        sample.seconds = time.perf_counter() - started
+        if first is None:
+            first = sample.videos, sample.seconds
+        progress(sample.videos, total)
+
+    for data in _videos(plan, pending, source):
+        if time.perf_counter() - started >= seconds:
+            break
+        running.add(pool.submit(lambda data=data: data))  # type: ignore[misc]
+        if len(running) >= pool.window:
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            take(finished)
+    for result in as_completed(running):
+        take({result})
+    if first is not None and sample.videos > first[0]:
+        # Without the first results: libraries and caches warm up until then.
+        sample.videos_per_second = (sample.videos - first[0]) / (sample.seconds - first[1])
+    elif sample.seconds:
+        sample.videos_per_second = sample.videos / sample.seconds
+    return sample
+
+
+def _videos(plan: ExtractionPlan, pending: list[int], source: TarSource) -> Iterator[bytes]:
+    """The video files of the pending tars that can be read; extraction tells about the others."""
+    for tar in pending:
+        shard = plan.shards[tar]
+        try:
+            with open_tar(source.path(shard), shard.bytes) as archive:
+                for sample in archive.samples:
+                    yield archive.read(sample)
+        except DamagedTar:
+            continue
+        finally:
+            source.release(shard)
+
+
+def _duration(hours: float) -> str:
+    return f"about {hours:.1f} hours" if hours >= 1 else f"about {hours * 60:.1f} minutes"

@@ -1,0 +1,394 @@
+"""Videos in, embeddings out, with the GPU's decoder: reading, decoding and encoding overlap.
+
+Reader threads read each file, survey its packets and choose frames. What NVDEC gives exactly is
+decoded in batches of one size by a decode thread; the rest is decoded by PyAV in the reader's
+thread. An encode thread takes both, and while the GPU encodes one batch the results of the one
+before are copied back and delivered. Every stage waits when the next has enough to do.
+
+Letters: C crops, U frames of a video without repeats, h, w input of the tower, D embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Condition, Thread
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featstore.errors import WorkError, one_line
+from pipeline.clip_encoder import Encoder
+from pipeline.decoding.chosen_frames import decode_chosen, within_limit
+from pipeline.decoding.contract import DecodeError, Decoder, VideoInfo
+from pipeline.decoding.nvdec.buckets import Buckets
+from pipeline.decoding.nvdec.graphs import DECODER_NAME, Clip, DaliPixels
+from pipeline.decoding.nvdec.rule import (
+    DecoderSizes,
+    NvdecCapabilities,
+    NvdecSurvey,
+    survey_video,
+)
+from pipeline.decoding.nvdec.stage import BATCH_VIDEOS, PROCESS_SIZES, NvdecStage
+from pipeline.extraction.gpu_encoder import BatchEncoder, RunningBatch
+from pipeline.extraction.rows import EncodedVideo
+from pipeline.sampling import Sampling
+
+logger = logging.getLogger(__name__)
+
+# Neither has been tuned on a GPU yet (benchmarks/gpu_extract.py is there for it).
+DECODED_AHEAD = 2  # batches that wait for the encoder
+WINDOW_BATCHES = 6
+
+
+class PixelSource(Protocol):
+    """Decodes and preprocesses a batch: see `DaliPixels`."""
+
+    def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
+        """Normalised pixels [C,U,3,h,w] of each clip; raises when any of them fails."""
+        ...
+
+
+@dataclass(eq=False)
+class _Video:
+    """One video on its way. `indices` and `seconds` [clips, frames]; `places` say where each of
+    those frames is among the U that are decoded."""
+
+    read: Callable[[], bytes]
+    future: Future[EncodedVideo | str]
+    data: bytes = b""
+    info: VideoInfo | None = None
+    indices: npt.NDArray[np.int64] | None = None
+    seconds: npt.NDArray[np.float64] | None = None
+    places: npt.NDArray[np.int64] | None = None
+    clip: Clip | None = None
+
+
+# A video with its pixels [C,U,3,h,w]: normalised on the GPU, or uint8 in memory.
+_Decoded = tuple[_Video, torch.Tensor]
+
+
+_Launched = tuple[list[_Decoded], RunningBatch]
+
+
+class DaliVideoPool:
+    """A `VideoPool` around NVDEC, with `decoder` for the videos that NVDEC is not sure to decode.
+
+    The encoder's GPU does all the work; `pixels` and `capabilities` replace what DALI and the GPU
+    would be asked for.
+    """
+
+    name = DECODER_NAME
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        encoder: Encoder,
+        sampling: Sampling,
+        crops: int,
+        workers: int,
+        *,
+        pixels: PixelSource | None = None,
+        capabilities: NvdecCapabilities | None = None,
+        survey: Callable[[bytes], NvdecSurvey] = survey_video,
+        sizes: DecoderSizes = PROCESS_SIZES,
+        batch_videos: int = BATCH_VIDEOS,
+    ) -> None:
+        self.window = batch_videos * WINDOW_BATCHES
+        self._decoder = decoder
+        self._encoder = encoder
+        self._sampling = sampling
+        self._crops = crops
+        self._batch_videos = batch_videos
+        self._batches = BatchEncoder(encoder)
+        device = encoder.device.index or 0
+        capabilities = capabilities or NvdecCapabilities.of(
+            torch.cuda.get_device_capability(device)
+        )
+        height, width = encoder.preprocessing.size
+        self._stage = NvdecStage(
+            capabilities,
+            pixels_per_frame=crops * 3 * height * width * 4,
+            survey=survey,
+            sizes=sizes,
+        )
+        self._pixels = pixels or DaliPixels(
+            encoder.preprocessing,
+            crops,
+            batch_size=batch_videos,
+            threads=min(batch_videos, max(workers, 4)),
+            device_id=device,
+            half=encoder.precision == "fp16",
+        )
+        self._changed = Condition()  # guards everything below
+        self._unfinished: set[_Video] = set()
+        self._reading = 0  # videos with the readers, waiting or at work
+        self._buckets: Buckets[_Video] = self._stage.buckets(batch_videos)
+        self._by_nvdec: deque[list[_Decoded]] = deque()
+        self._by_pyav: deque[_Decoded] = deque()
+        self._counts: Counter[str] = Counter()
+        self._stopping = False
+        self._broken: WorkError | None = None
+        self._readers = ThreadPoolExecutor(
+            workers, "read", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._threads = [
+            Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
+            for name, loop in (("decode", self._decode_loop), ("encode", self._encode_loop))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, read: Callable[[], bytes]) -> Future[EncodedVideo | str]:
+        """Encode the video file that `read` gives; the result is a reason when it cannot be.
+
+        The future raises what `read` raises, what the encoder raises, and `WorkError` when the pool
+        is broken. A future of a pool that is closed is cancelled.
+        """
+        video = _Video(read, Future())
+        with self._changed:
+            if self._broken is not None:
+                video.future.set_exception(self._broken)
+                return video.future
+            if self._stopping:
+                raise RuntimeError("the pool is closed")
+            self._unfinished.add(video)
+            self._to_readers(video)
+        return video.future
+
+    def close(self) -> None:
+        """Drop what has not begun, wait for what has; futures without a result are cancelled."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        for thread in self._threads:
+            thread.join()
+        with self._changed:
+            dropped, self._unfinished = self._unfinished, set()
+        for video in dropped:
+            video.future.cancel()
+        for line in self.report():
+            logger.info("%s", line)
+
+    def report(self) -> list[str]:
+        """One line per decoder and reason: how many videos it was."""
+        with self._changed:
+            return [f"{count} videos decoded by {by}" for by, count in self._counts.most_common()]
+
+    # Reader threads.
+
+    def _to_readers(self, video: _Video, refusal: str | None = None) -> None:
+        """Have a video read, or only decoded by PyAV, as `refusal` says why. Needs the lock."""
+        self._reading += 1
+        self._readers.submit(self._read, video, refusal)
+
+    def _read(self, video: _Video, refusal: str | None) -> None:
+        try:
+            if self._stopping:
+                return
+            if refusal is None:
+                video.data = video.read()
+                refusal = self._plan(video)
+            if refusal is not None:
+                self._decode_by_pyav(video, refusal)
+        except BaseException as error:
+            self._deliver(video, error)
+        finally:
+            with self._changed:
+                self._reading -= 1
+                self._changed.notify_all()
+
+    def _plan(self, video: _Video) -> str | None:
+        """Choose frames; returns why PyAV must decode the video, None when it waits for NVDEC."""
+        preprocessing = self._encoder.preprocessing
+        choose = within_limit(
+            lambda found: self._sampling.indices(found.num_frames),
+            preprocessing.size,
+            preprocessing.resize_mode,
+        )
+        try:
+            plan = self._stage.plan(video.data, choose)
+        except DecodeError:
+            return "cannot be used"  # PyAV has the last word, and the reason
+        if isinstance(plan, str):
+            return plan
+        video.info, video.indices, video.seconds = plan.info, plan.indices, plan.seconds
+        video.places, video.clip = plan.places, plan.clip
+        with self._changed:
+            self._buckets.add(plan.clip.size_key, video, plan.cost)
+        return None
+
+    def _decode_by_pyav(self, video: _Video, refusal: str) -> None:
+        data, video.data, video.clip = video.data, b"", None
+        preprocessing = self._encoder.preprocessing
+        try:
+            info, frames, seconds = decode_chosen(
+                data,
+                self._decoder,
+                lambda found: self._sampling.indices(found.num_frames).reshape(-1),
+                preprocessing.size,
+                preprocessing.resize_mode,
+            )
+        except DecodeError as error:
+            self._deliver(video, error.reason)
+            return
+        video.info = info
+        video.indices = self._sampling.indices(info.num_frames)
+        video.seconds = seconds.reshape(video.indices.shape)
+        video.places = np.arange(video.indices.size)
+        pixels = preprocessing.crop_pixels(frames, self._crops)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or len(self._by_pyav) < 2 * self._batch_videos
+            )
+            self._counts[f"{self._decoder.name} ({refusal})"] += 1
+            self._by_pyav.append((video, pixels))
+            self._changed.notify_all()
+
+    # The decode thread.
+
+    def _decode_loop(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            self._decode(batch)
+
+    def _next_batch(self) -> list[_Video] | None:
+        """The next batch for NVDEC, None when the pool closes.
+
+        Waits while the encoder has enough, so that batches can fill, and for readers that may fill
+        one. When no reader has anything to do nothing will come before results go out.
+        """
+        with self._changed:
+            while not self._stopping:
+                if len(self._by_nvdec) < DECODED_AHEAD:
+                    batch = self._buckets.take(more_coming=self._reading > 0)
+                    if batch is not None:
+                        return batch
+                self._changed.wait()
+            return None
+
+    def _decode(self, batch: list[_Video]) -> None:
+        """Decode a batch, else its videos one by one, else hand them to PyAV."""
+        decoded = self._stage.attempt(batch, self._checked)
+        failed = [video for video in batch if video.clip is not None]
+        with self._changed:
+            for video in failed if not self._stopping else []:
+                self._to_readers(video, self._stage.given_up or "NVDEC failed")
+            if decoded:
+                self._counts["NVDEC"] += len(decoded)
+                self._by_nvdec.append(decoded)
+            self._changed.notify_all()
+
+    def _checked(self, batch: Sequence[_Video]) -> list[_Decoded]:
+        """The batch with its pixels. Raises RuntimeError when they are not what was asked for."""
+        clips = [video.clip for video in batch if video.clip is not None]
+        pixels = self._pixels(clips)
+        if len(pixels) != len(batch):
+            raise RuntimeError(f"{len(pixels)} videos came out of {len(batch)}")
+        for clip, got in zip(clips, pixels, strict=True):
+            asked = (self._crops, len(clip.frames), 3, *self._encoder.preprocessing.size)
+            if tuple(got.shape) != asked:
+                raise RuntimeError(f"pixels {list(got.shape)} instead of {list(asked)}")
+        for video in batch:
+            video.data, video.clip = b"", None
+        return list(zip(batch, pixels, strict=True))
+
+    # The encode thread.
+
+    def _encode_loop(self) -> None:
+        launched: _Launched | None = None
+        with self._batches.stream():
+            while (batch := self._next_decoded(wait=launched is None)) is not None:
+                following = self._launch(batch) if batch else None
+                if launched is not None:
+                    self._finish(launched)
+                launched = following
+            if launched is not None:
+                self._finish(launched)
+
+    def _next_decoded(self, *, wait: bool) -> list[_Decoded] | None:
+        """What can be encoded now, None when the pool closes; nothing only if not to `wait`."""
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._stopping or self._by_nvdec or self._by_pyav)
+            if self._stopping:
+                return None
+            batch = self._by_nvdec.popleft() if self._by_nvdec else []
+            room = max(self._batch_videos - len(batch), 1)
+            batch += [self._by_pyav.popleft() for _ in range(min(room, len(self._by_pyav)))]
+            self._changed.notify_all()
+            return batch
+
+    def _launch(self, batch: list[_Decoded]) -> _Launched | None:
+        try:
+            return batch, self._batches.launch([pixels for _, pixels in batch])
+        except Exception as error:
+            self._fail(batch, error)
+            return None
+
+    def _finish(self, launched: _Launched) -> None:
+        """Wait for a batch and deliver its results."""
+        batch, running = launched
+        try:
+            results = [
+                self._result(video, features)
+                for (video, _), features in zip(batch, running.features(), strict=True)
+            ]
+        except Exception as error:
+            self._fail(batch, error)
+            return
+        for (video, _), result in zip(batch, results, strict=True):
+            self._deliver(video, result)
+
+    def _result(self, video: _Video, features: npt.NDArray[np.float32]) -> EncodedVideo:
+        """`features` float32 [C,U,D] as rows, crop-major then clip."""
+        assert video.info is not None
+        assert video.indices is not None
+        assert video.seconds is not None
+        clips, frames = video.indices.shape
+        return EncodedVideo(
+            video.info,
+            features[:, video.places].reshape(self._crops * clips, frames, -1),
+            np.tile(video.indices, (self._crops, 1)),
+            np.tile(video.seconds, (self._crops, 1)),
+        )
+
+    # Results.
+
+    def _fail(self, batch: list[_Decoded], error: BaseException) -> None:
+        for video, _ in batch:
+            self._deliver(video, error)
+
+    def _deliver(self, video: _Video, result: EncodedVideo | str | BaseException) -> None:
+        with self._changed:
+            if video not in self._unfinished:
+                return
+            self._unfinished.discard(video)
+        if not video.future.set_running_or_notify_cancel():
+            return  # whoever submitted it no longer wants it
+        if isinstance(result, BaseException):
+            video.future.set_exception(result)
+        else:
+            video.future.set_result(result)
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        """Run a thread's loop; should it ever fail, every future learns of it."""
+        try:
+            loop()
+        except BaseException as error:
+            logger.exception("a thread of the GPU pool failed")
+            broken = WorkError(
+                f"extraction on the GPU failed ({one_line(error, 200)}): what is done is kept; run "
+                f"the same command again, perhaps with --decoder {self._decoder.name}"
+            )
+            with self._changed:
+                self._broken, self._stopping = broken, True
+                unfinished = list(self._unfinished)
+                self._changed.notify_all()
+            for video in unfinished:
+                self._deliver(video, broken)

@@ -1,0 +1,189 @@
+"""What a store needs from a data set and an encoder to grow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from featstore import ClassText, Store, open_store
+from featstore.errors import UserError, WorkError
+from featstore.files.exchange import recover
+from featstore.rewriting.grow import Grown, add_class_text
+from featstore.rewriting.grow import add_tars as grow
+from pipeline.extraction.store import class_text
+from pipeline.prompts import PROMPT_SETS, PromptSet, as_prompt_set
+from pipeline.tars.dataset import Dataset, Shard, load_dataset
+
+if TYPE_CHECKING:  # an encoder brings torch along, and mere tars need none
+    from pipeline.clip_encoder import Encoder
+
+logger = logging.getLogger(__name__)
+
+
+def add_tars(
+    store_path: Path,
+    dataset_dir: Path,
+    *,
+    encoder: str | None = None,
+    encoders_dir: Path | None = None,
+    device: str = "cpu",
+) -> Grown:
+    """Give a store the tars of its data set, which was packed again with more of them.
+
+    The encoder, that of the store unless another place is named, is loaded only when classes are
+    new: their texts are needed. Raises UserError when the data set does not continue that of the
+    store or the encoder is another one, WorkError as `featstore.rewriting.grow.add_tars`.
+    """
+    recover(store_path)
+    with _undisturbed(store_path):
+        return _add_tars(store_path, load_dataset(dataset_dir), encoder, encoders_dir, device)
+
+
+def _add_tars(
+    store_path: Path,
+    dataset: Dataset,
+    encoder: str | None,
+    encoders_dir: Path | None,
+    device: str,
+) -> Grown:
+    store = open_store(store_path)
+    made = store.provenance
+    if dataset.name != made.dataset:
+        raise UserError(
+            f"{store_path} was made of data set {made.dataset!r}, not of {dataset.name!r}: "
+            "extract that one too and use `mote-cli store merge`"
+        )
+    shards = _continued(store, dataset)
+    _require_same_failures(store, shards)
+    texts = None
+    if list(dataset.class_names) != store.class_names:
+        tower = _encoder(store, encoder, encoders_dir, device)
+        texts = {name: _longer(store, name, dataset, tower) for name in store.prompt_sets}
+    return grow(
+        store_path,
+        tars=[
+            {"file": shard.file, "rows": shard.rows, "bytes": shard.bytes, "sha256": shard.sha256}
+            for shard in shards
+        ],
+        class_names=dataset.class_names,
+        raw_class_names=dataset.raw_class_names,
+        split_names=dataset.split_names,
+        dataset_fingerprint=dataset.fingerprint,
+        class_texts=texts,
+    )
+
+
+def add_texts(
+    store_path: Path,
+    prompts: str | PromptSet,
+    *,
+    encoder: str | None = None,
+    encoders_dir: Path | None = None,
+    device: str = "cpu",
+) -> bool:
+    """Add the class texts of a prompt set to a store; False when it holds them already.
+
+    `prompts`: a set's name, a template file, or a set that was read. Raises UserError for an
+    unknown set, one that lacks classes of the store, has other sentences than the store's of that
+    name, or another encoder than the store's, errors of `load_encoder`, and WorkError while a
+    process writes to the store.
+    """
+    wanted = as_prompt_set(prompts)  # what is wrong is told before the encoder is loaded
+    recover(store_path)
+    with _undisturbed(store_path):
+        store = open_store(store_path)
+        wanted.require_classes(store.class_names)
+        if wanted.name in store.prompt_sets:
+            wanted.require_held(store)
+        tower = _encoder(store, encoder, encoders_dir, device)
+        names = tuple(store.class_names)
+        return add_class_text(store_path, wanted.name, class_text(tower, names, wanted))
+
+
+@contextmanager
+def _undisturbed(path: Path) -> Iterator[None]:
+    """Tell what goes wrong because another process put a longer store at `path` as just that."""
+    before = _folder_number(path)
+    try:
+        yield
+    except (UserError, WorkError) as error:
+        if _folder_number(path) == before:
+            raise
+        raise WorkError(
+            f"another process changed {path} in the meantime: run the same command again"
+        ) from error
+
+
+def _folder_number(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def _continued(store: Store, dataset: Dataset) -> list[Shard]:
+    """The data set's tars that belong into the store: all, or those of the split it was made of."""
+    files = {tar.file for tar in store.tars}
+    split = store.provenance.split
+    return [s for s in dataset.shards if not split or s.split == split or s.file in files]
+
+
+def _require_same_failures(store: Store, shards: list[Shard]) -> None:
+    """The videos that are in no tar must be those of the store: the tar's sha256 cannot tell."""
+    place = {tar.file: number for number, tar in enumerate(store.tars)}
+    done = set(store.partitions())
+    for shard in shards:
+        tar = place.get(shard.file)
+        if tar is None or tar not in done or shard.sha256 != store.tars[tar].sha256:
+            continue  # new, still to be extracted, or refused later
+        if shard.rows != store.tars[tar].rows:
+            continue  # refused later
+        first = tar * store.schema.capacity + shard.samples
+        at = store.positions(np.arange(first, first + len(shard.failed)))
+        listed = [(store.keys[i], int(store.labels[i])) for i in at]
+        if listed != [(failed.key, failed.label) for failed in shard.failed]:
+            raise UserError(
+                f"the videos of {shard.file} that could not be packed are others than those of "
+                f"{store.path}: extract the data set as a new store"
+            )
+
+
+def _encoder(store: Store, spec: str | None, encoders_dir: Path | None, device: str) -> Encoder:
+    from pipeline.clip_encoder import load_encoder
+
+    made = store.provenance
+    chosen = spec or made.encoder
+    try:
+        tower = load_encoder(chosen, "fp32", device, encoders_dir=encoders_dir)
+    except UserError as error:
+        if spec is None:
+            raise UserError(
+                f"the encoder of {store.path} is not where it was ({error}): name it with --encoder"
+            ) from error
+        raise
+    if tower.fingerprint != made.encoder_fingerprint:
+        raise UserError(
+            f"{chosen} is not the encoder of {store.path}, which is {made.encoder} (weights "
+            f"{made.encoder_fingerprint[:16]}, not {tower.fingerprint[:16]}): name that one with "
+            "--encoder"
+        )
+    return tower
+
+
+def _longer(store: Store, prompt_set: str, dataset: Dataset, tower: Encoder) -> ClassText:
+    """Class texts of the data set's classes; rows that the store has stay as they are."""
+    held = store.class_text(prompt_set)
+    prompts = PromptSet(prompt_set, held.templates or PROMPT_SETS.get(prompt_set, ()))
+    if not prompts.templates:
+        raise UserError(
+            f"{store.path} has class texts {prompt_set!r} with sentences of each class that it "
+            "does not keep, so those of new classes cannot be made: remove its folder "
+            f"class_text/{prompt_set}, add the tars, and make the class texts again with "
+            "`mote-cli store add-texts --descriptions`"
+        )
+    made = class_text(tower, dataset.class_names, prompts)
+    rows = np.concatenate([held.embeddings, made.embeddings[len(held.names) :]])
+    return replace(made, embeddings=rows)

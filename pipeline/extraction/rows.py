@@ -1,0 +1,170 @@
+"""The rows of one tar on their way into a store: opened, filled in any order, handed over.
+
+Letters: V views (one clip in one crop each, crop-major then clip), F frames of a view, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore import Partition, StoreSchema
+from featstore.errors import one_line
+from featstore.format.finite import not_finite
+from featstore.format.schema import STATUS_FAILED, STATUS_OK
+from featstore.writing.shard_rows import FeatureRows
+from pipeline.decoding.contract import VideoInfo
+from pipeline.tars.dataset import Dataset, Shard
+from pipeline.tars.reading import DamagedTar, OpenTar, open_tar
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """One video after the encoder.
+
+    `features` float32 [V, F, D], raw projected embeddings, or [V, F, *item] of a tier in its type;
+    `frame_index` int64 [V, F] counted
+    from zero; `pts` float64 [V, F] seconds.
+    """
+
+    info: VideoInfo
+    features: npt.NDArray[Any]
+    frame_index: npt.NDArray[np.int64]
+    pts: npt.NDArray[np.float64]
+
+
+class TarRows:
+    """The rows of one tar while its videos are being encoded, in any order."""
+
+    def __init__(
+        self,
+        tar: int,
+        shard: Shard,
+        dataset: Dataset,
+        path: Path,
+        schema: StoreSchema,
+        on_disk: Callable[[int], FeatureRows],
+    ) -> None:
+        """Open the tar at `path` and list its rows as `schema` has them.
+
+        Embeddings wait in memory until the tar is done; rows of other tiers, which are hundreds of
+        times as large, go to the place on the disk that `on_disk` gives for the tar.
+        Raises `DamagedTar` when it is not the one packed, OSError when the disk is full.
+        """
+        self.tar = tar
+        self.shard = shard
+        self.waiting = 0  # results that are still to come
+        self.handed_out = False  # every sample has been
+        self.damage = ""  # of the tar: the partition is not written
+        self._resources = ExitStack()
+        self.archive: OpenTar = self._resources.enter_context(open_tar(path, shard.bytes))
+        self.samples = self.archive.samples
+        try:
+            require_packed(self.archive, dataset, shard)
+        except DamagedTar:
+            self.close()
+            raise
+        n = shard.rows
+        bit = {name: 1 << i for i, name in enumerate(dataset.split_names)}
+        listed = [(s.key, s.sidecar["label"], s.sidecar["splits"]) for s in self.samples]
+        listed += [(f.key, f.label, f.splits) for f in shard.failed]
+        # Every row starts as failed; a result turns it into one that is ok.
+        self._keys = [key for key, _, _ in listed]
+        self._labels = np.array([label for _, label, _ in listed], np.int32)
+        self._splits = np.array([sum(bit[x] for x in splits) for *_, splits in listed], np.uint32)
+        self._reasons = [""] * shard.samples + [one_line(f.reason) for f in shard.failed]
+        self._status = np.full(n, STATUS_FAILED, np.uint8)
+        self._num_frames = np.zeros(n, np.int32)
+        self._fps = np.full(n, np.nan, np.float32)
+        self._container_frames = np.zeros(n, np.int32)
+        self._damaged_packets = np.zeros(n, np.int32)
+        shape = (n, schema.views, schema.frames)
+        self._frame_index = np.full(shape, -1, np.int32)
+        self._pts = np.full(shape, np.nan)
+        self._dtype = schema.dtype
+        self._features: npt.NDArray[Any] | FeatureRows
+        if schema.pooled:
+            self._features = np.full((n, *schema.row_shape), schema.missing, schema.dtype)
+        else:
+            self._features = self._resources.enter_context(on_disk(tar))
+
+    @property
+    def finished(self) -> bool:
+        """Whether every result is in."""
+        return self.handed_out and not self.waiting
+
+    def read(self, position: int) -> bytes:
+        """The video file of a sample. Raises `DamagedTar`; safe to call from threads."""
+        if self.damage:
+            raise DamagedTar(self.damage)  # nothing of this tar will be written
+        return self.archive.read(self.samples[position])
+
+    def put(self, position: int, result: EncodedVideo | str) -> bool:
+        """Take the result of the sample at `position`; False when its row failed."""
+        if isinstance(result, str):
+            self._reasons[position] = one_line(result)
+            return False
+        info = result.info
+        packed = self.samples[position].sidecar["num_frames"]
+        if info.num_frames != packed:
+            self._reasons[position] = f"{info.num_frames} frames are found, {packed} were packed"
+            return False
+        with np.errstate(over="ignore"):
+            features = result.features.astype(self._dtype, copy=False)
+        if not_finite(features[None]).any():
+            self._reasons[position] = "the encoder gave values that are not finite in float16"
+            return False
+        self._status[position] = STATUS_OK
+        self._num_frames[position] = info.num_frames
+        self._fps[position] = info.fps
+        self._container_frames[position] = info.container_frames
+        self._damaged_packets[position] = info.damaged_packets
+        self._frame_index[position] = result.frame_index
+        self._pts[position] = result.pts
+        if isinstance(self._features, FeatureRows):
+            self._features.put(position, features)
+        else:
+            self._features[position] = features
+        return True
+
+    def finish(self) -> Partition:
+        """The partition, checked."""
+        return Partition(
+            key=self._keys,
+            label=self._labels,
+            num_frames=self._num_frames,
+            fps=self._fps,
+            status=self._status,
+            splits=self._splits,
+            container_frames=self._container_frames,
+            damaged_packets=self._damaged_packets,
+            reason=self._reasons,
+            frame_index=self._frame_index,
+            pts=self._pts,
+            features=self._features,
+        )
+
+    def close(self) -> None:
+        """Close the tar, and remove rows on the disk that did not become a partition."""
+        self._resources.close()
+
+
+def require_packed(archive: OpenTar, dataset: Dataset, shard: Shard) -> None:
+    """Raise `DamagedTar` unless the tar's samples are those that `dataset.json` speaks of."""
+    found = len(archive.samples)
+    if found != shard.samples:
+        raise DamagedTar.of(archive.path, f"holds {found} samples, {shard.samples} were packed")
+    for sample in archive.samples:
+        label, splits = sample.sidecar["label"], set(sample.sidecar["splits"])
+        known = 0 <= label < len(dataset.class_names)
+        if not known or splits != set(dataset.splits_of(sample.key)):
+            raise DamagedTar.of(
+                archive.path,
+                f"and dataset.json do not agree on the class or splits of {sample.key!r}",
+            )

@@ -1,0 +1,134 @@
+"""What is computed of every frame and kept: the tiers of a store (`featstore.format.tiers`).
+
+T frames, H, W their height and width, h, w the input of the tower, L tokens (CLS first), C width
+of the tower, D embedding width.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NoReturn, Protocol, cast
+
+import torch
+from open_clip.transformer import VisionTransformer
+
+from featstore.errors import UserError
+from featstore.format.tiers import FRAMES, TOKENS, Tier
+from pipeline.clip_encoder import Encoder
+from pipeline.preprocessing import FrameInput
+
+
+class FrameOutput(Protocol):
+    """Makes the items of one tier; may be called from several threads at the same time."""
+
+    @property
+    def item(self) -> tuple[int, ...]:
+        """Shape of what is kept of one frame."""
+        ...
+
+    def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
+        """Decoded frames uint8 [T,H,W,3] -> [crops,T,*item], on any device."""
+        ...
+
+
+def frame_output(tier: Tier, encoder: Encoder) -> FrameOutput:
+    """What makes the items of `tier`; UserError when the encoder has no such block."""
+    if tier.kind == FRAMES:
+        return CroppedFrames(encoder)
+    if tier.kind == TOKENS:
+        assert tier.block is not None
+        return BlockTokens(encoder, tier.block)
+    return PooledEmbeddings(encoder)
+
+
+class PooledEmbeddings:
+    """Projected embeddings of whole frames, float32 [D], not normalised."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    @property
+    def item(self) -> tuple[int, ...]:
+        """(D,)"""
+        return (self._encoder.dim,)
+
+    def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
+        """See `FrameOutput`."""
+        pixels = self._encoder.preprocessing.crops(frames, crops)
+        embeddings = self._encoder.encode_pixels(pixels.flatten(0, 1))
+        return embeddings.float().reshape(*pixels.shape[:2], -1)
+
+
+class CroppedFrames:
+    """Pixels as the tower gets them before they are normalised, uint8 RGB [h,w,3]."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.item: tuple[int, ...] = (*encoder.preprocessing.size, 3)
+        self._preprocessing = encoder.preprocessing
+
+    def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
+        """See `FrameOutput`."""
+        return self._preprocessing.crop_pixels(frames, crops).permute(0, 1, 3, 4, 2)
+
+
+class BlockTokens:
+    """All tokens as one block of the image tower gives them, float16 [L,C].
+
+    After both residuals of the block, in the tower's precision and then rounded; neither `ln_post`
+    nor the projection are applied. What comes after the block in the tower is not computed.
+    """
+
+    def __init__(self, encoder: Encoder, block: int) -> None:
+        """`block` counts from 0. UserError for a tower that is no ViT or has fewer blocks."""
+        tower = encoder.image_tower
+        if not isinstance(tower, VisionTransformer):
+            raise UserError(
+                f"the image tower of {encoder.name} is a {type(tower).__name__}: tokens are taken "
+                "of open_clip's vision transformers only; use such an encoder, or --tier frames"
+            )
+        blocks = cast(Any, tower.transformer).resblocks
+        if block >= len(blocks):
+            raise UserError(
+                f"tokens:{block}: the image tower of {encoder.name} has {len(blocks)} blocks, "
+                f"counted from 0: choose tokens:0 to tokens:{len(blocks) - 1}"
+            )
+        self._encoder = encoder
+        self._batch_first = bool(cast(Any, tower.transformer).batch_first)
+        # Threads share the tower: the hook stops only those that are after tokens.
+        self._calling = threading.local()
+        blocks[block].register_forward_hook(self._reached)
+        blank = torch.zeros(1, 3, *encoder.preprocessing.size)
+        self.item: tuple[int, ...] = tuple(self._tokens(blank).shape[1:])
+
+    def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
+        """See `FrameOutput`."""
+        pixels = self._encoder.preprocessing.crops(frames, crops)
+        # Crop by crop, as many frames at once as the embeddings of one crop take.
+        return torch.stack([self._tokens(crop) for crop in pixels])
+
+    def _tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        self._calling.now = True
+        try:
+            self._encoder.run_image_tower(pixels)
+        except _Reached as reached:
+            tokens = reached.tokens if self._batch_first else reached.tokens.transpose(0, 1)
+            return tokens.to(torch.float16)
+        finally:
+            self._calling.now = False
+        raise AssertionError("the tower did not run the block")
+
+    def _reached(self, block: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if getattr(self._calling, "now", False):
+            self._stop(output)
+
+    @staticmethod
+    def _stop(tokens: torch.Tensor) -> NoReturn:
+        raise _Reached(tokens)
+
+
+class _Reached(Exception):
+    """Carries the tokens out of the tower past the blocks that are not needed."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens

@@ -1,0 +1,1 @@
+"""Packed data sets: WebDataset tars, written and read."""

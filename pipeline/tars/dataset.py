@@ -1,0 +1,241 @@
+"""A packed data set on disk: `dataset.json`, the tars it lists, and what became of every video."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.durable import write_bytes, write_json
+from featstore.workspace import DATASET_FILE as DATASET_FILE
+
+FAILURES_FILE = "failures.csv"
+SHARDS_FOLDER = "shards"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FailedSample:
+    """A listed video that is in no tar, and why. `class_name` is in natural words."""
+
+    key: str
+    label: int
+    class_name: str
+    splits: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailedVideo:
+    """One line of `failures.csv`."""
+
+    key: str
+    path: str
+    class_name: str
+    splits: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar: `samples` videos are in it, `failed` ones keep their place beside it.
+
+    `split` is set where tars are made per split. `bytes` and `sha256` are those of the file.
+    """
+
+    file: str
+    split: str | None
+    samples: int
+    failed: tuple[FailedSample, ...]
+    bytes: int
+    sha256: str
+
+    @property
+    def rows(self) -> int:
+        """Listed videos of this shard, failed ones included."""
+        return self.samples + len(self.failed)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What `dataset.json` says. Labels are indices into `class_names` and `raw_class_names`.
+
+    `keys_by_split` holds the keys of every split, failed videos included. `splits_disjoint` says
+    that tars are made per split. `fingerprint` changes with any byte of any tar, with labels,
+    splits and failures. `label_map` as `Listing.label_map`.
+    """
+
+    folder: Path
+    name: str
+    class_names: tuple[str, ...]
+    raw_class_names: tuple[str, ...]
+    split_names: tuple[str, ...]
+    splits_disjoint: bool
+    shards: tuple[Shard, ...]
+    keys_by_split: Mapping[str, Sequence[str]]
+    fingerprint: str = ""
+    label_map: str = ""
+    _splits_by_key: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        by_key: dict[str, tuple[str, ...]] = {}
+        for split in self.split_names:
+            for key in self.keys_by_split[split]:
+                by_key[key] = (*by_key.get(key, ()), split)
+        object.__setattr__(self, "_splits_by_key", by_key)
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", _fingerprint(self._content()))
+
+    def splits_of(self, key: str) -> tuple[str, ...]:
+        """The splits a video belongs to; none for a video outside all splits."""
+        return self._splits_by_key.get(key, ())
+
+    def shard_path(self, shard: Shard) -> Path:
+        """Where the shard's tar lies."""
+        return self.folder / SHARDS_FOLDER / shard.file
+
+    @property
+    def listed(self) -> int:
+        """Listed videos, failed ones included."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def packed(self) -> int:
+        """Videos in tars."""
+        return sum(shard.samples for shard in self.shards)
+
+    def write(self) -> None:
+        """Write `dataset.json`, complete or not at all."""
+        write_json(
+            self.folder / DATASET_FILE,
+            {
+                "format_version": FORMAT_VERSION,
+                "fingerprint": self.fingerprint,
+                "videos": {
+                    "listed": self.listed,
+                    "packed": self.packed,
+                    "failed": self.listed - self.packed,
+                },
+                **self._content(),
+            },
+        )
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "class_names": list(self.class_names),
+            "raw_class_names": list(self.raw_class_names),
+            "split_names": list(self.split_names),
+            "splits_disjoint": self.splits_disjoint,
+            "shards": [
+                {
+                    **asdict(shard),
+                    "failed": [
+                        {**asdict(failed), "splits": list(failed.splits)} for failed in shard.failed
+                    ],
+                }
+                for shard in self.shards
+            ],
+            "splits": {split: list(self.keys_by_split[split]) for split in self.split_names},
+            # Only where there is something to say, so that other data sets keep their fingerprint.
+            **({"label_map": self.label_map} if self.label_map else {}),
+        }
+
+
+def write_failures(dataset_dir: Path, failures: Sequence[FailedVideo]) -> None:
+    """Write `failures.csv`, complete or not at all; one with a header only when none failed."""
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["key", "path", "class_name", "splits", "reason"])
+    for video in failures:
+        table.writerow(
+            [video.key, video.path, video.class_name, ";".join(video.splits), video.reason]
+        )
+    write_bytes(dataset_dir / FAILURES_FILE, text.getvalue().encode())
+
+
+def load_dataset(dataset_dir: Path) -> Dataset:
+    """Read `dataset.json` of a packed data set.
+
+    Raises UserError when there is none (not packed, or packing was interrupted) or when it is of
+    a newer version, WorkError when it is damaged.
+    """
+    path = dataset_dir / DATASET_FILE
+    if not path.is_file():
+        state = "packing is not finished" if (dataset_dir / ".packing").is_dir() else "not packed"
+        raise UserError(
+            f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): run "
+            f"`mote-cli pack --dataset {dataset_dir.name} --videos DIR`"
+        )
+    remedy = f"delete {str(dataset_dir)!r} and pack again"
+    try:
+        value = json.loads(path.read_bytes())
+        version = int(value["format_version"])
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{str(path)!r} has format version {version}, this program knows up to "
+                f"{FORMAT_VERSION}: install a newer one"
+            )
+        dataset = _dataset(dataset_dir, value)
+        damage = "" if dataset.fingerprint == _fingerprint(dataset._content()) else "fingerprint"
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WorkError(f"{str(path)!r} is damaged ({one_line(error)}): {remedy}") from error
+    if damage:
+        raise WorkError(f"{str(path)!r} is damaged or was edited by hand ({damage}): {remedy}")
+    return dataset
+
+
+def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
+    shards = []
+    for entry in value["shards"]:
+        file = str(entry["file"])
+        if PurePosixPath(file).name != file or file in (".", "..") or "\\" in file:
+            raise ValueError(f"shard file {file!r} is not a plain file name")
+        failed = tuple(
+            FailedSample(
+                str(sample["key"]),
+                int(sample["label"]),
+                str(sample["class_name"]),
+                tuple(map(str, sample["splits"])),
+                str(sample["reason"]),
+            )
+            for sample in entry["failed"]
+        )
+        split = entry["split"]
+        shards.append(
+            Shard(
+                file,
+                None if split is None else str(split),
+                int(entry["samples"]),
+                failed,
+                int(entry["bytes"]),
+                str(entry["sha256"]),
+            )
+        )
+    return Dataset(
+        folder=folder,
+        name=str(value["name"]),
+        class_names=tuple(map(str, value["class_names"])),
+        raw_class_names=tuple(map(str, value["raw_class_names"])),
+        split_names=tuple(map(str, value["split_names"])),
+        splits_disjoint=bool(value["splits_disjoint"]),
+        shards=tuple(shards),
+        keys_by_split={
+            str(split): tuple(map(str, keys)) for split, keys in value["splits"].items()
+        },
+        fingerprint=str(value["fingerprint"]),
+        label_map=str(value.get("label_map", "")),
+    )
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,354 @@
+"""What packing will do, decided before the first byte: which video goes into which tar.
+
+The plan is kept beside the tars. A later run makes its own plan from the same input and compares:
+equal plans continue, unequal ones are refused with the difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.durable import write_json
+from pipeline.annotations import Listing, key_from_name
+from pipeline.annotations.class_names import USUAL_NAMING, NamesAs, Naming
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedVideo:
+    """One listed video. `reason` is set for those that fail before they are read.
+
+    `path` is relative to the videos folder, or the name as listed where there is no file;
+    `size` in bytes and `mtime_ns` are -1 where there is no file. `batch` counts the times that
+    videos were appended before this one came.
+    """
+
+    key: str
+    path: str
+    label: int
+    splits: tuple[str, ...]
+    size: int
+    mtime_ns: int
+    reason: str
+    batch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """The videos of one tar, in their order in it."""
+
+    file: str
+    split: str | None
+    videos: tuple[PlannedVideo, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All tars of a data set and the options that shape them."""
+
+    name: str
+    samples_per_shard: int
+    seed: int
+    class_names: tuple[str, ...]
+    split_names: tuple[str, ...]
+    splits_disjoint: bool
+    shards: tuple[PlannedShard, ...] = field(repr=False)
+    label_map: str = ""
+    names_as: NamesAs = "words"
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The class names that sentences are made from."""
+        return Naming(names_as=self.names_as).names(self.class_names)
+
+    def videos(self) -> Iterator[PlannedVideo]:
+        """All videos, tar by tar."""
+        for shard in self.shards:
+            yield from shard.videos
+
+    @property
+    def last_batch(self) -> int:
+        """How often videos were appended."""
+        return max((video.batch for video in self.videos()), default=0)
+
+    def write(self, path: Path) -> None:
+        """Keep the plan's input, from which the same plan can be made again."""
+        write_json(
+            path,
+            {
+                "version": PLAN_VERSION,
+                "name": self.name,
+                "samples_per_shard": self.samples_per_shard,
+                "seed": self.seed,
+                "class_names": list(self.class_names),
+                "split_names": list(self.split_names),
+                "splits_disjoint": self.splits_disjoint,
+                "label_map": self.label_map,
+                "names_as": self.names_as,
+                "videos": [
+                    [v.key, v.path, v.label, list(v.splits), v.size, v.mtime_ns, v.reason, v.batch]
+                    for v in self.videos()
+                ],
+            },
+            indent=None,
+        )
+
+
+def make_plan(
+    listing: Listing,
+    videos_dir: Path,
+    *,
+    name: str,
+    samples_per_shard: int,
+    seed: int,
+    naming: Naming = USUAL_NAMING,
+) -> Plan:
+    """Order the videos by a hash of seed and key and cut them into tars, per split if disjoint.
+
+    The order depends on nothing but keys and seed, so that annotations may list them in any
+    order, and mixes the classes of every tar.
+    """
+    labels = {class_name: label for label, class_name in enumerate(listing.class_names)}
+    videos = [
+        _planned(videos_dir, record.key, record.path, labels[record.class_name], record.splits)
+        for record in listing.records
+    ]
+    videos += [
+        PlannedVideo(
+            video.key,
+            video.source,
+            labels[video.class_name],
+            video.splits,
+            -1,
+            -1,
+            video.reason,
+        )
+        for video in listing.missing
+    ]
+    disjoint = (
+        not listing.overlapping_splits
+        and bool(listing.split_names)
+        and all(len(video.splits) <= 1 for video in videos)
+    )
+    return plan_from_videos(
+        videos,
+        name=name,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        class_names=listing.class_names,
+        split_names=listing.split_names,
+        splits_disjoint=disjoint,
+        label_map=listing.label_map,
+        names_as=naming.names_as,
+    )
+
+
+def plan_from_videos(
+    videos: Sequence[PlannedVideo],
+    *,
+    name: str,
+    samples_per_shard: int,
+    seed: int,
+    class_names: Sequence[str],
+    split_names: Sequence[str],
+    splits_disjoint: bool,
+    label_map: str = "",
+    names_as: NamesAs = "words",
+) -> Plan:
+    """The plan that these videos and options give, in whatever order the videos come.
+
+    Videos that were appended get tars of their own, so that earlier ones stay as they are.
+    """
+    groups: dict[str | None, list[PlannedVideo]] = {}
+    if splits_disjoint:
+        groups.update((split, []) for split in split_names)
+    groups[None] = []
+    for video in videos:
+        group = video.splits[0] if splits_disjoint and video.splits else None
+        groups[group].append(video)
+    shards = []
+    for split, members in groups.items():
+        members.sort(key=lambda video: (video.batch, *_shuffled_place(seed, video.key)))
+        stem = name if split is None else f"{name}-{key_from_name(split)}"
+        number = 0
+        for _, appended in groupby(members, key=lambda video: video.batch):
+            together = tuple(appended)
+            for start in range(0, len(together), samples_per_shard):
+                chosen = together[start : start + samples_per_shard]
+                shards.append(PlannedShard(f"{stem}-{number:06d}.tar", split, chosen))
+                number += 1
+    return Plan(
+        name=name,
+        samples_per_shard=samples_per_shard,
+        seed=seed,
+        class_names=tuple(class_names),
+        split_names=tuple(split_names),
+        splits_disjoint=splits_disjoint,
+        shards=tuple(shards),
+        label_map=label_map,
+        names_as=names_as,
+    )
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan that an earlier run kept. Raises WorkError when it is damaged."""
+    try:
+        value: dict[str, Any] = json.loads(path.read_bytes())
+        if value["version"] != PLAN_VERSION:
+            raise UserError(
+                f"{str(path.parent.parent)!r} was begun by another version of this program: "
+                "delete it and pack again"
+            )
+        return plan_from_videos(
+            [
+                PlannedVideo(key, file, label, tuple(splits), size, mtime_ns, reason, *batch)
+                for key, file, label, splits, size, mtime_ns, reason, *batch in value["videos"]
+            ],
+            name=value["name"],
+            samples_per_shard=value["samples_per_shard"],
+            seed=value["seed"],
+            class_names=value["class_names"],
+            split_names=value["split_names"],
+            splits_disjoint=value["splits_disjoint"],
+            label_map=value.get("label_map", ""),
+            names_as=value.get("names_as", "words"),
+        )
+    except UserError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise WorkError(
+            f"{str(path)!r} is damaged ({one_line(error)}): delete {str(path.parent.parent)!r} "
+            "and pack again"
+        ) from error
+
+
+def continued(old: Plan, new: Plan) -> Plan:
+    """The plan `new` with the videos of `old` where they are, and the others appended.
+
+    Classes and splits keep their numbers; new ones come after them.
+    """
+    classes = [*old.class_names, *(name for name in new.class_names if name not in old.class_names)]
+    splits = [*old.split_names, *(name for name in new.split_names if name not in old.split_names)]
+    labels = {name: label for label, name in enumerate(classes)}
+    batches = {video.key: video.batch for video in old.videos()}
+    videos = [
+        replace(
+            video,
+            label=labels[new.class_names[video.label]],
+            batch=batches.get(video.key, old.last_batch + 1),
+        )
+        for video in new.videos()
+    ]
+    return plan_from_videos(
+        videos,
+        name=new.name,
+        samples_per_shard=new.samples_per_shard,
+        seed=new.seed,
+        class_names=classes,
+        split_names=splits,
+        splits_disjoint=new.splits_disjoint,
+        label_map=new.label_map,
+        names_as=new.names_as,
+    )
+
+
+def differences(
+    old: Plan, new: Plan, changed_content: Callable[[str], bool], *, may_grow: bool = False
+) -> list[str]:
+    """One phrase for each way in which the input differs, with a count and an example.
+
+    With `may_grow` videos and classes that come after the earlier ones are no difference.
+
+    `changed_content(key)` is asked for videos whose size is the same and whose time of change is
+    not: a copied file has another time and the same content.
+    """
+    phrases = [
+        f"{option} was {_shown(getattr(old, option))}, is {_shown(getattr(new, option))}"
+        for option in ("name", "samples_per_shard", "seed", "label_map", "names_as")
+        if getattr(old, option) != getattr(new, option)
+    ]
+    if may_grow and old.splits_disjoint != new.splits_disjoint:
+        phrases.append("splits overlapped" if new.splits_disjoint else "splits overlap now")
+    known = new.class_names[: len(old.class_names)] if may_grow else new.class_names
+    if old.class_names != known:
+        phrases.append(_class_difference(old.class_names, new.class_names))
+    before = {video.key: video for video in old.videos()}
+    after = {video.key: video for video in new.videos()}
+    added = [after[key].path for key in sorted(after.keys() - before.keys()) if not may_grow]
+    removed = [before[key].path for key in sorted(before.keys() - after.keys())]
+    by_kind: dict[str, list[str]] = {"added": added, "removed": removed}
+    for key in sorted(before.keys() & after.keys()):
+        kind = _kind_of_change(old, before[key], new, after[key], changed_content)
+        if kind:
+            by_kind.setdefault(kind, []).append(after[key].path)
+    phrases += [
+        f"{len(paths)} {'video' if len(paths) == 1 else 'videos'} {kind} (e.g. {paths[0]!r})"
+        for kind, paths in by_kind.items()
+        if paths
+    ]
+    return phrases
+
+
+def _kind_of_change(
+    old_plan: Plan,
+    old: PlannedVideo,
+    new_plan: Plan,
+    new: PlannedVideo,
+    changed_content: Callable[[str], bool],
+) -> str:
+    if (old.size < 0) != (new.size < 0):
+        return "found that were missing" if old.size < 0 else "removed from the folder"
+    if old.reason != new.reason:
+        return "with another state"
+    if old.path != new.path:
+        return "moved"
+    if old_plan.class_names[old.label] != new_plan.class_names[new.label]:
+        return "with another class"
+    if old.splits != new.splits:
+        return "with other splits"
+    if old.size != new.size:
+        return "of another size"
+    if old.mtime_ns != new.mtime_ns and changed_content(new.key):
+        return "with other content"
+    return ""
+
+
+def _shown(value: object) -> object:
+    return "none" if value == "" else value
+
+
+def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
+    if not gone and not come:
+        return "the order of classes is another"
+    examples = [f"{name!r} is new" for name in come[:1]] + [
+        f"{name!r} is gone" for name in gone[:1]
+    ]
+    return f"{len(old)} classes were {len(new)} now ({', '.join(examples)})"
+
+
+def _planned(
+    videos_dir: Path, key: str, path: str, label: int, splits: tuple[str, ...]
+) -> PlannedVideo:
+    try:
+        status = (videos_dir / path).stat()
+    except OSError as error:
+        reason = f"the file cannot be read: {error.strerror}"
+        return PlannedVideo(key, path, label, splits, -1, -1, reason)
+    # Opening a pipe or a device would wait for ever.
+    reason = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+    return PlannedVideo(key, path, label, splits, status.st_size, status.st_mtime_ns, reason)
+
+
+def _shuffled_place(seed: int, key: str) -> tuple[bytes, str]:
+    return hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=16).digest(), key

@@ -1,0 +1,153 @@
+"""Packed data sets on S3-compatible storage: tars are fetched whole, one ahead of their use.
+
+Videos are read at random places of a tar and often, so a tar is fetched once into a scratch
+folder and read there; while one is decoded the next is on its way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event, Lock
+
+from featstore.errors import UserError, WorkError
+from featstore.files.durable import write_bytes
+from featstore.files.scratch import has_room, require_room
+from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder
+from pipeline.tars.dataset import DATASET_FILE, SHARDS_FOLDER, Dataset, Shard, load_dataset
+from pipeline.tars.reading import DamagedTar
+
+logger = logging.getLogger(__name__)
+
+# One in use, one on its way.
+TARS_ON_DISK = 2
+# The keys of 10 million videos.
+_DATASET_FILE_LIMIT = 2**30
+
+
+def remote_dataset(url: str, scratch: Path) -> Dataset:
+    """The packed data set at `url` (s3://bucket/prefix/datasets/NAME); its tars stay there.
+
+    `dataset.json` is fetched into `scratch`. Raises UserError when there is none or it is of a
+    newer version, WorkError when it is damaged or the storage fails.
+    """
+    objects = ObjectFolder(url)
+    try:
+        content = objects.get_bytes(DATASET_FILE, _DATASET_FILE_LIMIT)
+    except MissingObject:
+        raise UserError(
+            f"no {DATASET_FILE} at {url}: pack the data set with `mote-cli pack` and copy its "
+            f"folder there, {DATASET_FILE} last"
+        ) from None
+    folder = scratch / "dataset"
+    write_bytes(folder / DATASET_FILE, content)
+    try:
+        return load_dataset(folder)
+    except (UserError, WorkError) as error:
+        # What is wrong, is wrong at the URL.
+        raise type(error)(str(error).replace(str(folder), url)) from error
+
+
+@dataclass
+class _Fetch:
+    """A tar on its way to disk, or there."""
+
+    shard: Shard
+    path: Path
+    future: Future[Path] = field(init=False)
+
+
+class RemoteTars:
+    """Tars of the data set at `url`, as local files in `scratch`: a TarSource.
+
+    One thread fetches in the order announced by `open_order`, ahead of `path` as long as fewer
+    than two tars are on disk; what `path` asks for is fetched in any case. `release` deletes.
+    """
+
+    def __init__(self, url: str, scratch: Path) -> None:
+        self._objects = ObjectFolder(f"{url.rstrip('/')}/{SHARDS_FOLDER}")
+        self._scratch = scratch / SHARDS_FOLDER
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-tars")
+        self._lock = Lock()
+        self._stop = Event()
+        self._waiting: list[Shard] = []  # in order, not begun
+        self._fetches: dict[str, _Fetch] = {}
+
+    def open_order(self, shards: Sequence[Shard]) -> None:
+        """Say in which order the tars will be asked for; fetching begins."""
+        with self._lock:
+            self._waiting = [shard for shard in shards if shard.file not in self._fetches]
+            self._prefetch()
+
+    def path(self, shard: Shard) -> Path:
+        """A local file with the shard's bytes, once it is there; it stays until `release`.
+
+        Raises DamagedTar naming the URL when the tar is missing or is not the one packed,
+        WorkError when the storage fails or the disk has no room for it.
+        """
+        with self._lock:
+            fetch = self._fetches.get(shard.file)
+            # What failed ahead of time (no room, storage away) may go well now.
+            if fetch is None or (fetch.future.done() and fetch.future.exception() is not None):
+                fetch = self._begin(shard)
+        try:
+            return fetch.future.result()
+        except BaseException:
+            self.release(shard)
+            raise
+
+    def release(self, shard: Shard) -> None:
+        """Delete the shard's file; the next one may be fetched."""
+        with self._lock:
+            fetch = self._fetches.pop(shard.file, None)
+            if fetch is not None and not fetch.future.cancel():
+                fetch.future.add_done_callback(lambda _: fetch.path.unlink(missing_ok=True))
+            self._prefetch()
+
+    def close(self) -> None:
+        """Stop fetching and delete what is on disk."""
+        with self._lock:
+            self._stop.set()
+            self._waiting.clear()
+        self._pool.shutdown(cancel_futures=True)
+        for fetch in self._fetches.values():
+            fetch.path.unlink(missing_ok=True)
+        self._fetches.clear()
+
+    def _prefetch(self) -> None:
+        """Begin with the next tars as far as number and disk allow; the lock is held."""
+        while self._waiting and len(self._fetches) < TARS_ON_DISK:
+            if not has_room(self._scratch, self._waiting[0].bytes):
+                break  # `path` says so when it is needed and there is still no room
+            self._begin(self._waiting[0])
+
+    def _begin(self, shard: Shard) -> _Fetch:
+        self._waiting = [other for other in self._waiting if other.file != shard.file]
+        fetch = _Fetch(shard, self._scratch / shard.file)
+        fetch.future = self._pool.submit(self._fetch, fetch)
+        self._fetches[shard.file] = fetch
+        return fetch
+
+    def _fetch(self, fetch: _Fetch) -> Path:
+        shard, url = fetch.shard, self._objects.at(fetch.shard.file)
+        require_room(self._scratch, shard.bytes, url)
+        remedy = "copy the packed tar there again"
+        try:
+            self._objects.download(shard.file, fetch.path, shard.bytes, stop=self._stop)
+        except MissingObject:
+            raise DamagedTar(f"{url} is missing: {remedy}") from None
+        except ChangedObject as error:
+            raise DamagedTar(f"{error}; {remedy}") from None
+        with open(fetch.path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise DamagedTar(
+                f"{url} is damaged: its sha256 is not that of what was packed; {remedy}"
+            )
+        logger.debug("fetched %s (%d bytes)", url, shard.bytes)
+        return fetch.path

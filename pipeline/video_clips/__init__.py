@@ -1,0 +1,1 @@
+"""The clips of end-to-end training: their order, loading and streaming."""

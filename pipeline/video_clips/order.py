@@ -1,0 +1,176 @@
+"""Which clips training sees and in which order: arithmetic on `dataset.json` and tar indexes.
+
+N listed clips of a split. The order is a pure function of seed, epoch and the list: ranks, workers,
+batch sizes and machines only cut it into parts (docs/decisions/0018).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from featstore.errors import UserError, one_line
+from featstore.segments import IntArray, segment_ranges
+from pipeline.extraction.rows import require_packed
+from pipeline.tars.dataset import SHARDS_FOLDER, Dataset
+from pipeline.tars.reading import DamagedTar, open_tar
+
+# Tars whose clips are mixed. Packing has mixed the classes of every tar already; this keeps what is
+# read at a time close together, which matters on disks with heads and on network file systems.
+TARS_TOGETHER = 8
+
+# What a random stream is for: the first word of its seed. Numpy pads seeds with zeros, so words
+# that may be zero must not tell two streams apart.
+_ORDER, _FRAMES, _AUGMENTATION = 1, 2, 3
+
+
+@dataclass(frozen=True, slots=True)
+class ListedClip:
+    """One listed video: its tar's number in `dataset.json`, and the bytes' place in it.
+
+    `position` counts all listed clips in the order of their keys. `reason` is set where there is
+    nothing to decode: the video failed in packing, or its tar is damaged (`label` is -1 then).
+    `sha256` is that of the video's bytes, "" where the sidecar has none.
+    """
+
+    tar: int
+    key: str
+    label: int
+    position: int
+    num_frames: int = 0
+    offset: int = 0
+    size: int = 0
+    sha256: str = ""
+    reason: str = ""
+
+
+def listed_clips(dataset: Dataset, folder: Path, split: str | None) -> list[ListedClip]:
+    """All listed videos of `split`, in the order of their keys; of all splits where it is None.
+
+    `folder` is the packed data set's: its tars are looked for in there. Nothing is left out: what
+    cannot be read has a reason. Videos of a damaged tar are those that are in no other.
+
+    Raises UserError for a split that does not exist or is empty, `DamagedTar` when not even the
+    names of the videos in a damaged tar are known (they belong to no split).
+    """
+    if split is not None and split not in dataset.split_names:
+        raise UserError(
+            f"split {split!r} does not exist in data set {dataset.name!r}: it has "
+            f"{', '.join(map(repr, dataset.split_names)) or 'no splits'}"
+        )
+    found: dict[str, ListedClip] = {}
+    damaged: list[tuple[int, int, str]] = []  # tar, its videos, reason
+    for tar, shard in enumerate(dataset.shards):
+        if dataset.splits_disjoint and split is not None and shard.split != split:
+            continue
+        for failed in shard.failed:
+            if split is None or split in failed.splits:
+                found[failed.key] = ListedClip(
+                    tar, failed.key, failed.label, 0, reason=failed.reason
+                )
+        path = folder / SHARDS_FOLDER / shard.file
+        try:
+            with open_tar(path, shard.bytes) as archive:
+                require_packed(archive, dataset, shard)
+        except DamagedTar as error:
+            damaged.append((tar, shard.samples, one_line(error)))
+            continue
+        for sample in archive.samples:
+            sidecar = sample.sidecar
+            if split is None or split in sidecar["splits"]:
+                found[sample.key] = ListedClip(
+                    tar,
+                    sample.key,
+                    sidecar["label"],
+                    0,
+                    sidecar["num_frames"],
+                    sample.offset,
+                    sample.size,
+                    str(sidecar.get("sha256") or ""),
+                )
+    keys = _listed_keys(dataset, split)
+    for key, (tar, reason) in zip(sorted(keys - found.keys()), _places(damaged), strict=False):
+        found[key] = ListedClip(tar, key, -1, 0, reason=reason)
+    unknown = sum(shard.rows for shard in dataset.shards) - len(found) if split is None else 0
+    if unknown:
+        raise DamagedTar(
+            f"{damaged[0][2]} ({unknown} videos without a split cannot be named without it)"
+        )
+    if not found:
+        raise UserError(
+            f"split {split!r} of data set {dataset.name!r} has no videos: choose another"
+        )
+    return [
+        replace(clip, position=position) for position, (_, clip) in enumerate(sorted(found.items()))
+    ]
+
+
+def list_digest(clips: Sequence[ListedClip]) -> str:
+    """A hash of what the order depends on: ranks that do not agree on it must not go on."""
+    text = "\n".join(f"{clip.key} {clip.tar}" for clip in clips)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def epoch_order(tars_of: IntArray, seed: int, epoch: int, window: int = TARS_TOGETHER) -> IntArray:
+    """The order of an epoch: a permutation of the positions, int64 [N].
+
+    `tars_of` int64 [N] is the tar of every position. The tars are permuted, then the clips of each
+    `window` tars that follow each other. `seed` and `epoch` are not negative.
+    """
+    rng = np.random.default_rng([_ORDER, seed, epoch])
+    tars, which = np.unique(tars_of, return_inverse=True)
+    group = rng.permutation(len(tars))[which.reshape(-1)] // window
+    return np.lexsort((rng.permutation(len(tars_of)), group)).astype(np.int64)
+
+
+def steps_per_epoch(listed: int, batch_size: int, world_size: int = 1) -> int:
+    """Global batches of an epoch: every rank takes part in each, the last is smaller."""
+    return -(-listed // (batch_size * world_size))
+
+
+def rank_parts(
+    order: IntArray, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0
+) -> Iterator[IntArray]:
+    """Rank's part of every global batch from number `start` on; parts of the last may be empty.
+
+    Global batch k is order[k*G:(k+1)*G] with G = batch_size * world_size, a rank's part of it every
+    `world_size`-th from `rank` on.
+    """
+    size = batch_size * world_size
+    for first in range(start * size, len(order), size):
+        yield order[first : first + size][rank::world_size]
+
+
+def training_frames(
+    num_frames: int, segments: int, seed: int, epoch: int, position: int
+) -> IntArray:
+    """A random frame of each segment of a clip in this epoch, int64 [segments]."""
+    lowest, highest = segment_ranges(num_frames, segments)
+    rng = np.random.default_rng([_FRAMES, seed, epoch, position])
+    return rng.integers(lowest, highest, endpoint=True)
+
+
+def augmentation_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """The chance of a clip's augmentation in this epoch."""
+    return np.random.default_rng([_AUGMENTATION, seed, epoch, position])
+
+
+def _listed_keys(dataset: Dataset, split: str | None) -> set[str]:
+    """Keys of a split, or of all splits; failed videos included."""
+    splits = dataset.split_names if split is None else (split,)
+    return {key for name in splits for key in dataset.keys_by_split[name]}
+
+
+def _places(damaged: Sequence[tuple[int, int, str]]) -> Iterator[tuple[int, str]]:
+    """(tar, reason) for the videos that were not found, without end.
+
+    Of several damaged tars it is not known which video was in which.
+    """
+    for tar, samples, reason in damaged:
+        yield from repeat((tar, reason), samples)
+    yield from repeat((0, "it is in none of the tars"))

@@ -1,0 +1,45 @@
+"""Every command has help with an example, and the README names it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from cli.main import app
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+COMMANDS = sorted(typer.main.get_group(app).commands)
+
+
+def test_help_lists_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert all(command in result.output for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_shows_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert f"Example: mote-cli {command}" in result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_names_the_command(command: str) -> None:
+    assert f"mote-cli {command}" in README
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained(command: str) -> None:
+    for parameter in typer.main.get_group(app).commands[command].params:
+        if parameter.name == "help":
+            continue
+        text = getattr(parameter, "help", None)
+        assert text or parameter.opts[0] in SELF_EXPLAINING, f"{command} {parameter.opts}"
+
+
+SELF_EXPLAINING = {"--epochs", "--warmup-epochs", "--batch-size", "--weight-decay", "--layers",
+                   "--experts", "--seed"}  # fmt: skip

@@ -1,0 +1,166 @@
+"""Merged heads give the cosines of the heads they were made of, in torch and in onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional
+
+from featstore import UserError
+from heads import HeadConfig, TemporalHead, build_head, load_head
+from heads.files.portable import merged_head, save_merged_head, save_onnx
+from tests.support.golden.head import golden_head
+
+DESIGNS = {
+    "mote": HeadConfig(dim=24, layers=2, experts=3, attention_heads=2),
+    "separate": HeadConfig(dim=24, layers=1, placement="separate"),
+    "down": HeadConfig(dim=24, layers=1, placement="down", aggregation="outputs"),
+    "transformer": HeadConfig(dim=24, layers=1, kind="transformer", positions=9),
+    "plain": HeadConfig(dim=24, layers=1, modulation_neighbours=0),
+    "three": HeadConfig(dim=24, layers=1, modulation_neighbours=3, modulation_temperature=0.2),
+    "mean": HeadConfig(dim=24, kind="mean"),
+}
+
+
+def unit(rows: int, dim: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return functional.normalize(torch.randn(rows, dim, generator=generator), dim=-1)
+
+
+def lively(config: HeadConfig) -> TemporalHead:
+    """A head whose experts, norms and fusion weights all show in its output."""
+    generator = torch.Generator().manual_seed(3)
+    head = build_head(config, unit(11, config.dim, 1), generator=generator)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+        for name, buffer in head.named_buffers():
+            if name.endswith("fusion_logits"):
+                buffer.normal_(generator=generator)
+    return head
+
+
+def cosines(head: TemporalHead, x: Tensor, classes: Tensor, modulate: bool) -> np.ndarray:
+    with torch.no_grad():
+        return head(x, classes, modulate=modulate).numpy()
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_merged_head_is_the_same_head(design: str, tmp_path: Path) -> None:
+    head = lively(DESIGNS[design])
+    save_merged_head(head, tmp_path / "merged.safetensors")
+    merged = load_head(tmp_path / "merged.safetensors")
+    assert merged.config.experts <= 1
+    x, classes = torch.randn(5, 8, 24, generator=torch.Generator().manual_seed(0)), unit(7, 24, 2)
+    for modulate in (True, False):
+        difference = cosines(merged, x, classes, modulate) - cosines(head, x, classes, modulate)
+        assert np.abs(difference).max() <= 1e-6
+
+
+def test_averaged_outputs_cannot_be_merged() -> None:
+    head = build_head(HeadConfig(dim=8, layers=1, experts=2, aggregation="outputs"))
+    with pytest.raises(UserError, match="no single network gives"):
+        merged_head(head)
+
+
+def test_the_file_needs_no_mote(golden: Path, tmp_path: Path) -> None:
+    """docs/checkpoints.md: plain torch on the named tensors gives the authors' cosines."""
+    data = np.load(golden / "head_3.npz")
+    save_merged_head(golden_head(data, torch.float32), tmp_path / "merged.safetensors")
+    with safe_open(tmp_path / "merged.safetensors", framework="pt") as file:
+        config = json.loads(file.metadata()["mote"])["head"]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    x = torch.from_numpy(data["x"])
+    h = x + tensors["transformer.positions"][: x.shape[1]]
+    for layer in range(config["layers"]):
+        block = {
+            name.removeprefix(f"transformer.blocks.{layer}."): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(f"transformer.blocks.{layer}.")
+        }
+
+        def norm(h: Tensor, name: str, block: dict[str, Tensor] = block) -> Tensor:
+            weight, bias = block[f"{name}.weight"], block[f"{name}.bias"]
+            return functional.layer_norm(h, h.shape[-1:], weight, bias, eps=1e-12)
+
+        mixed, _ = functional.multi_head_attention_forward(
+            *[norm(h, "attention_norm").transpose(0, 1)] * 3,
+            h.shape[-1],
+            config["attention_heads"],
+            block["attention.qkv_weight"],
+            block["attention.qkv_bias"],
+            None,
+            None,
+            False,
+            0.0,
+            block["attention.out_weight"],
+            block["attention.out_bias"],
+        )
+        h = h + mixed.transpose(0, 1)
+        inner = norm(h, "feed_forward_norm") @ block["feed_forward.up_weight"][0].T
+        inner = inner + block["feed_forward.up_bias"][0]
+        inner = inner * torch.sigmoid(1.702 * inner)
+        outer = inner @ block["feed_forward.down_weight"][0].T
+        h = h + outer + block["feed_forward.down_bias"][0]
+    plain = functional.normalize((h + x).mean(1), dim=-1)
+    classes = functional.normalize(torch.from_numpy(data["gen_cls"]), dim=-1)
+    assert np.abs((plain @ classes.T).numpy() - data["logits_plain_f32"]).max() <= 1e-6
+
+
+@pytest.mark.parametrize("design", DESIGNS)
+def test_onnx_agrees_with_torch(design: str, tmp_path: Path) -> None:
+    head = lively(DESIGNS[design])
+    save_onnx(head, tmp_path / "head.onnx")
+    model = onnx.load(tmp_path / "head.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    note = json.loads({entry.key: entry.value for entry in model.metadata_props}["mote"])
+    assert note["head"]["dim"] == 24
+    assert note["logit_scale"] == pytest.approx(100.0)
+    session = onnxruntime.InferenceSession(tmp_path / "head.onnx")
+    assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [
+        ("features", ["batch", "frames", 24], "tensor(float)"),
+        ("class_embeddings", ["classes", 24], "tensor(float)"),
+        ("modulate", [], "tensor(bool)"),
+    ]
+    most = min(head.config.positions, 16)
+    generator = torch.Generator().manual_seed(0)
+    for batch, frames, count in ((1, 1, 5), (3, most, 400), (2, 8, 6), (2, 8, 2), (1, 8, 1)):
+        x, classes = torch.randn(batch, frames, 24, generator=generator), unit(count, 24, count)
+        for modulate in (True, False):
+            (got,) = session.run(
+                None,
+                {
+                    "features": x.numpy(),
+                    "class_embeddings": classes.numpy(),
+                    "modulate": np.array(modulate),
+                },
+            )
+            if modulate and head.config.modulates and count < head.config.modulation_neighbours:
+                assert np.isnan(got).all()
+            else:
+                assert np.abs(got - cosines(head, x, classes, modulate)).max() <= 1e-6
+
+
+def test_a_head_with_too_few_classes_of_its_own(tmp_path: Path) -> None:
+    """It cannot modulate, and its ONNX file says so instead of giving a number."""
+    head = build_head(HeadConfig(dim=8, layers=1, positions=1), unit(4, 8, 1))
+    save_onnx(head, tmp_path / "head.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "head.onnx")
+    inputs = {"features": np.ones((2, 1, 8), np.float32), "class_embeddings": np.eye(8, dtype="f")}
+    assert np.isnan(session.run(None, {**inputs, "modulate": np.array(True)})[0]).all()
+    assert np.isfinite(session.run(None, {**inputs, "modulate": np.array(False)})[0]).all()
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("heads.files.portable.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs onnx and onnxscript.*mote-video\[export\]"):
+        save_onnx(build_head(HeadConfig(dim=8, layers=1)), tmp_path / "head.onnx")
+    assert not list(tmp_path.iterdir())

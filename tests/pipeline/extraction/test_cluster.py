@@ -1,0 +1,451 @@
+"""The Ray engine: real workers that are killed, and the rules by which tars are handed out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from featstore import StoreWriter
+from featstore.errors import UserError, WorkError
+from pipeline.extraction.cluster import driver as cluster_engine
+from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
+from pipeline.extraction.cluster.driver import run_on_ray
+from pipeline.extraction.cluster.worker import (
+    TARS_IN_HAND,
+    Failure,
+    Notice,
+    Outcome,
+    Report,
+    TarWorker,
+)
+from pipeline.extraction.cpu_pool import ThreadVideoPool
+from pipeline.extraction.engine import Totals
+from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest, Share
+from pipeline.extraction.run import extract
+from pipeline.extraction.store import code_versions
+from pipeline.sampling import parse_sampling
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.stores.store_files import committed, ray_workers, store_files
+from tests.support.worlds.tiny_world import make_encoder, packed_workspace
+
+TARS, PER_TAR = 16, 3
+TWO = Cluster(workers=2, cpus_per_worker=1)
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Without waiting for the disk; and workers made in this process leave no log handlers."""
+    loggers = [logging.getLogger(name) for name in ("pipeline", "featstore")]
+    kept = [(logger.handlers[:], logger.level) for logger in loggers]
+    with mock.patch("os.fsync"):
+        yield
+    for logger, (handlers, level) in zip(loggers, kept, strict=True):
+        logger.handlers, logger.level = handlers, level
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[Any]:
+    """A Ray cluster of this machine, with CPUs for two workers of one each."""
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch("pipeline.extraction.cluster.connection.usable_cores", return_value=2),
+    ):
+        os.environ.pop("RAY_ADDRESS", None)
+        with connected(Cluster("local")) as ray:
+            yield ray
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_workspace(tmp_path_factory.mktemp("packed"), TARS, PER_TAR)
+
+
+@pytest.fixture
+def root(packed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(packed, tmp_path / "root")
+    return tmp_path / "root"
+
+
+def request_for(root: Path, **changes: Any) -> ExtractionRequest:
+    return ExtractionRequest(
+        dataset_dir=root / "datasets/clips",
+        store_path=root / "features/clips/tiny.zarr",
+        encoder="tiny",
+        sampling=parse_sampling("uniform:4"),
+        encoders_dir=root / "encoders",
+        precision="fp32",
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of the local engine."""
+    root = tmp_path_factory.mktemp("whole") / "root"
+    shutil.copytree(packed, root)
+    extract(request_for(root))
+    return store_files(root / "features/clips/tiny.zarr")
+
+
+@dataclass
+class Progress:
+    """Remembers what it is told, and kills a worker that has written a partition."""
+
+    store: Path
+    kill: bool = False
+    killed: int = 0
+    seen: list[tuple[float, float, dict[str, Any]]] = field(default_factory=list)
+
+    def __call__(self, done: float, total: float, **details: float | int | str) -> None:
+        self.seen.append((done, total, details))
+        if self.kill and not self.killed and 1 <= len(committed(self.store)) < TARS - 2:
+            self.killed = ray_workers(self.store)[0]
+            os.kill(self.killed, signal.SIGKILL)
+
+
+def test_a_killed_worker_costs_nothing(
+    ray_cluster: Any, root: Path, whole: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    request = request_for(root)
+    progress = Progress(request.store_path, kill=True)
+    summary = extract(request, cluster=TWO, progress=progress)
+    assert progress.killed
+    assert f"a worker died ({socket.gethostname()}, pid {progress.killed})" in caplog.text
+    assert (summary.rows_ok, summary.partitions_done) == (TARS * PER_TAR, TARS)
+    assert store_files(request.store_path) == whole
+    last, total, details = progress.seen[-1]
+    assert last == total == TARS * PER_TAR
+    assert details["tars"] == f"{TARS}/{TARS}"
+    assert all(done <= total for done, total, _ in progress.seen)
+    assert max(int(details["workers"]) for *_, details in progress.seen) >= 1
+    # What is complete needs neither workers nor Ray.
+    assert extract(request, cluster=Cluster("127.0.0.1:1")).partitions_skipped == TARS
+
+
+def test_missing_and_claimed_tars_are_named_and_the_others_done(
+    ray_cluster: Any, root: Path, whole: dict[str, bytes]
+) -> None:
+    command = (
+        *("extract", "--dataset", "clips", "--encoder", "tiny", "--sampling", "uniform:4"),
+        *("--precision", "fp32", "--root", str(root)),
+    )
+    on_ray = ("--engine", "ray", "--ray-workers", "1", "--cpus-per-worker", "2")
+    store = root / "features/clips/tiny--uniform-4.zarr"
+    shard = root / "datasets/clips/shards/clips-000003.tar"
+    aside = shard.rename(root / "aside.tar")
+    extract(replace(request_for(root, share=Share(0, 8)), store_path=store))
+    with (
+        StoreWriter.open(store).claim([7]),
+        mock.patch.object(cluster_engine, "CLAIM_WAIT_S", 0.0),
+        mock.patch.object(cluster_engine, "CLAIM_RETRY_S", 0.0),
+    ):
+        line = refused(1, *command, *on_ray)
+    assert "2 of 16 tars cannot be used, the others are done" in line
+    assert "clips-000003.tar" in line
+    assert committed(store) == {str(tar) for tar in range(TARS)} - {"3", "7"}
+    aside.rename(shard)
+    assert done(*command)["partitions_done"] == 2
+    assert store_files(store) == whole
+
+
+def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None:
+    request = request_for(root, share=Share(0, 8))
+    extract(request)
+    told = TarWorker(request, 1).start({**code_versions(), "torch": "0.1"})
+    assert isinstance(told, Failure)
+    assert isinstance(told.error(), UserError)
+    assert "and 0.1 where the command runs" in told.message
+    shutil.rmtree(root / "encoders/tiny")
+    make_encoder(root / "encoders/tiny", seed=1)  # as on a machine with another copy
+    told = TarWorker(request, 1).start(code_versions())
+    assert isinstance(told, Failure)
+    assert "was made in another way and is never mixed (encoder" in told.message
+
+
+def test_a_worker_does_two_tars_at_a_time_one_after_the_other(
+    root: Path, whole: dict[str, bytes]
+) -> None:
+    """Their videos go into the pool tar by tar, however the two calls are timed."""
+    request = request_for(root, share=Share(0, 8))
+    extract(request)
+    worker = TarWorker(request, 2)
+    assert isinstance(worker.start(code_versions()), str)
+    order: list[int] = []
+    submit = ThreadVideoPool.submit
+
+    def noted(pool: ThreadVideoPool, read: Any) -> Any:
+        order.append(read.func.__self__.tar)
+        return submit(pool, read)
+
+    with (
+        mock.patch.object(ThreadVideoPool, "submit", noted),
+        ThreadPoolExecutor(TARS_IN_HAND) as callers,
+    ):
+        outcomes = list(callers.map(worker.do, range(TARS)))
+    assert store_files(request.store_path) == whole
+    assert [outcome.totals.done for outcome in outcomes] == [
+        [] if tar % 8 == 0 else [tar] for tar in range(TARS)
+    ]
+    assert len(order) == (TARS - 2) * PER_TAR
+    assert [tar for tar, _ in groupby(order)] == list(dict.fromkeys(order))
+    assert worker.report() == Report({}, [])
+
+
+def test_an_encoder_that_fails_in_a_worker(root: Path) -> None:
+    request = request_for(root, share=Share(0, 8))
+    extract(request)
+    worker = TarWorker(request, 2)
+    worker.start(code_versions())
+    with mock.patch(
+        "pipeline.extraction.cpu_pool.encode_video", side_effect=RuntimeError("no memory")
+    ):
+        failure = worker.do(1).failure
+    assert failure is not None
+    assert "the encoder failed at" in str(failure.error())
+    assert worker.do(2).totals.done == [2], "the pool can be used by the other tars in hand"
+
+
+@pytest.mark.slow
+def test_errors_of_real_workers_are_one_line(ray_cluster: Any, root: Path) -> None:
+    versions = {"mote-video": "0.0.1", "torch": "1"}
+    with (
+        mock.patch.object(cluster_engine, "code_versions", return_value=versions),
+        pytest.raises(UserError) as told,
+    ):
+        extract(request_for(root), cluster=Cluster(workers=1))
+    assert "0.0.1 where the command runs" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--engine", "spark"), "choose local or ray"),
+        (("--ray-workers", "2"), "add --engine ray"),
+        (("--engine", "ray", "--address", "127.0.0.1:1"), "no Ray cluster can be reached"),
+        (("--engine", "ray", "--address", "127.0.0.1:port"), "no Ray cluster can be reached"),
+        (("--engine", "ray", "--address", "ray://head:10001"), "Ray Client"),
+        (("--engine", "ray", "--device", "cuda", "--gpus-per-worker", "0"), "do not fit together"),
+        (("--engine", "ray", "--gpus-per-worker", "1"), "give --precision fp16"),
+    ],
+)
+def test_wrong_options(root: Path, arguments: tuple[str, ...], words: str) -> None:
+    with mock.patch("ray.is_initialized", return_value=False):
+        line = refused(
+            *(2, "extract", "--dataset", "clips", "--encoder", "tiny", "--root", root),
+            *arguments,
+        )
+    assert words in line
+
+
+def test_without_ray(root: Path) -> None:
+    with mock.patch.dict("sys.modules", {"ray": None}):
+        result = mote(
+            *("extract", "--dataset", "clips", "--encoder", "tiny", "--root", root),
+            *("--engine", "ray"),
+        )
+    assert result.code == 2
+    assert "pip install 'mote-video[cluster]'" in result.error
+
+
+@pytest.mark.parametrize(
+    ("cluster", "machines", "expected"),
+    [
+        (Cluster(), [(8, 0)], Sizes(1, 8, 0)),
+        (Cluster(), [(8, 0), (8, 0), (0, 0)], Sizes(2, 8, 0)),
+        (Cluster(), [(16, 0), (8, 0)], Sizes(3, 8, 0)),
+        (Cluster(workers=2), [(2, 0)], Sizes(2, 1, 0)),
+        (Cluster(workers=4, cpus_per_worker=2), [(8, 0)], Sizes(4, 2, 0)),
+        (Cluster(gpus_per_worker=1), [(16, 4), (4, 0)], Sizes(4, 4, 1)),
+        (Cluster(gpus_per_worker=0.5), [(16, 1)], Sizes(2, 8, 0.5)),
+    ],
+)
+def test_sizes(cluster: Cluster, machines: list[tuple[float, float]], expected: Sizes) -> None:
+    assert sizes(cluster, machines) == expected
+
+
+def test_workers_that_fit_nowhere() -> None:
+    with pytest.raises(UserError, match="fits on no machine"):
+        sizes(Cluster(cpus_per_worker=9), [(8, 0), (4, 0)])
+    with pytest.raises(UserError, match="1 GPUs fits on no machine"):
+        sizes(Cluster(gpus_per_worker=1), [(8, 0)])
+
+
+class Died(Exception):
+    """Stands for Ray's error of a dead worker."""
+
+
+@dataclass
+class MadeUpRay:
+    """Calls at once, in this process, what Ray would call elsewhere.
+
+    `script[tar]` lists what becomes of the tar, try by try: "done", "dies", "claimed", or what
+    `do` is to give back. A worker that dies takes with it what else it has in hand.
+    """
+
+    script: dict[int, list[Any]] = field(default_factory=dict)
+    starts: list[Any] = field(default_factory=list)  # answers of the first workers
+    cpus: int = 2
+    tried: list[int] = field(default_factory=list)
+    killed: int = 0
+
+    class exceptions:
+        RayActorError = Died
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": float(self.cpus)}}]
+
+    def remote(self, cls: type) -> MadeUpRay:
+        return self
+
+    def options(self, **_: Any) -> Any:
+        return mock.Mock(remote=lambda request, threads: MadeUpWorker(self))
+
+    def wait(self, calls: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return calls[:1], calls[1:]
+
+    def get(self, call: Any) -> Any:
+        return call()
+
+    def kill(self, worker: Any) -> None:
+        self.killed += 1
+
+
+class MadeUpWorker:
+    def __init__(self, ray: MadeUpRay) -> None:
+        self.dead = False
+        start = ray.starts.pop(0) if ray.starts else "here"
+
+        def do(tar: int) -> Outcome:
+            ray.tried.append(tar)
+            what = (ray.script.get(tar) or ["done"]).pop(0)
+            if what == "dies":
+                self.dead = True
+                raise Died(
+                    "The actor is dead because X. Worker exit detail: it broke. Some common causes"
+                )
+            if what == "claimed":
+                return Outcome(tar, claimed=f"another process is writing partition {tar}")
+            if isinstance(what, Outcome):
+                return what
+            return Outcome(tar, Totals(videos=PER_TAR, done=[tar]))
+
+        def begin(versions: Any) -> Any:
+            if isinstance(start, Exception):
+                raise start
+            return start
+
+        notice = Notice("pipeline.somewhere", 30, "something is odd")
+        self.start = self._method(begin)
+        self.do = self._method(do)
+        self.report = self._method(lambda: Report({}, [notice]))
+
+    def _method(self, work: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            if self.dead:
+                raise Died("it is dead")
+            return work(*arguments)
+
+        return mock.Mock(remote=lambda *arguments: lambda: call(*arguments))
+
+
+@pytest.fixture
+def plan(packed: Path) -> ExtractionPlan:
+    return ExtractionPlan(request_for(packed))
+
+
+def run(ray: MadeUpRay, plan: ExtractionPlan, workers: int = 2) -> Totals:
+    with (
+        mock.patch("pipeline.extraction.cluster.connection._import_ray", return_value=ray),
+        mock.patch.object(cluster_engine, "CLAIM_RETRY_S", 0.0),
+    ):
+        cluster = Cluster(workers=workers, cpus_per_worker=1)
+        return run_on_ray(plan, plan.request, range(TARS), cluster)
+
+
+def test_every_tar_is_done_once(plan: ExtractionPlan, caplog: pytest.LogCaptureFixture) -> None:
+    ray = MadeUpRay()
+    totals = run(ray, plan)
+    assert sorted(ray.tried) == sorted(totals.done) == list(range(TARS))
+    assert totals.videos == TARS * PER_TAR
+    assert ray.killed == 2, "no worker is left behind"
+
+
+def test_notices_of_workers_are_told(
+    plan: ExtractionPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    with mock.patch.object(cluster_engine, "REPORT_S", 0.0):
+        run(MadeUpRay(), plan)
+    assert "something is odd (worker on here)" in caplog.text
+
+
+@pytest.mark.parametrize("deaths", [1, 3])
+def test_tars_of_a_dead_worker_are_done_by_another(plan: ExtractionPlan, deaths: int) -> None:
+    ray = MadeUpRay({5: ["dies"] * deaths + ["done"]})
+    totals = run(ray, plan)
+    assert sorted(totals.done) == list(range(TARS))
+    assert totals.damaged == []
+    assert ray.tried.count(5) == deaths + 1
+
+
+def test_a_tar_that_no_worker_survives_is_named(
+    plan: ExtractionPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever was in the same hand is not blamed: after the first death it is done alone."""
+    ray = MadeUpRay({5: ["dies"] * 9})
+    totals = run(ray, plan)
+    assert sorted(totals.done) == [tar for tar in range(TARS) if tar != 5]
+    assert ray.tried.count(5) == 4
+    assert totals.damaged == [
+        "clips-000005.tar: 4 workers died over it, the last on here: it broke."
+    ]
+    assert caplog.text.count("a worker died (here)") == 4
+
+
+def test_a_claimed_tar_is_tried_again(plan: ExtractionPlan) -> None:
+    ray = MadeUpRay({2: ["claimed", "claimed", "done"]})
+    assert sorted(run(ray, plan).done) == list(range(TARS))
+    ray = MadeUpRay({2: ["claimed"] * 1000})
+    with mock.patch.object(cluster_engine, "CLAIM_WAIT_S", 0.0):
+        totals = run(ray, plan)
+    assert len(totals.done) == TARS - 1
+    assert totals.damaged == ["clips-000002.tar: another process is writing partition 2"]
+
+
+def test_a_tar_whose_worker_died_after_writing_it_counts(plan: ExtractionPlan) -> None:
+    ray = MadeUpRay({2: ["dies", Outcome(2)], 9: [Outcome(9)]})
+    totals = run(ray, plan)
+    assert 2 in totals.done
+    assert 9 not in totals.done, "was done before"
+
+
+def test_failures_end_the_work(plan: ExtractionPlan) -> None:
+    ray = MadeUpRay({2: [Outcome(2, failure=Failure("the encoder failed", users_fault=False))]})
+    with pytest.raises(WorkError, match=r"^the encoder failed$"):
+        run(ray, plan)
+    assert ray.killed == 2
+    ray = MadeUpRay(starts=[Failure("no such encoder", users_fault=True)])
+    with pytest.raises(UserError, match=r"^no such encoder$"):
+        run(ray, plan)
+
+
+def test_workers_that_die_at_the_start(plan: ExtractionPlan) -> None:
+    died = Died("Worker exit detail: out of memory. Some common causes")
+    assert len(run(MadeUpRay(starts=[died] * 3), plan).done) == TARS
+    with pytest.raises(WorkError, match=r"4 workers died while they started .* out of memory\."):
+        run(MadeUpRay(starts=[died] * 4), plan)

@@ -1,0 +1,467 @@
+"""The stream of clips: the authors' draws, exact positions, failures left out, clean ends."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from featstore.errors import UserError
+from pipeline.augmentation import AugmentationDraw, augmented_pixels, resized_clip
+from pipeline.decoding.contract import ChooseFrames, Frames, Source, VideoInfo
+from pipeline.decoding.pyav import PyAVDecoder
+from pipeline.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from pipeline.sampling import Sampling
+from pipeline.tars.dataset import Dataset
+from pipeline.video_clips.loader import BATCHES_AHEAD, _ByteBudget, _Stopped
+from pipeline.video_clips.order import augmentation_rng, epoch_order, training_frames
+from pipeline.video_clips.stream import ClipBatch, ClipStream, EvaluationClips
+from tests.support.worlds.media import make_video
+from tests.support.worlds.tar_sets import write_dataset
+
+PATIENCE = 60
+SMALL = Preprocessing(size=(32, 32))
+
+
+@cache
+def video(number: int) -> bytes:
+    return make_video(frames=12, first=20 * number, width=72, height=48, gop=5)
+
+
+class Pictures:
+    """A decoder of files whose bytes are a number: noise of their own, and what a test adds."""
+
+    name = "pictures"
+
+    def __init__(self, before: Callable[[int], None] = lambda number: None, side: int = 40) -> None:
+        self.before, self.side = before, side
+
+    def probe(self, source: Source) -> VideoInfo:
+        return VideoInfo(12, 25.0, self.side, self.side, "none", 0.48, 12, 0)
+
+    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
+        raise NotImplementedError
+
+    def decode_with_info(
+        self, source: Source, choose: ChooseFrames
+    ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
+        assert isinstance(source, bytes)
+        number = int(source)
+        info = self.probe(source)
+        indices = np.asarray(choose(info))
+        self.before(number)
+        rng = np.random.default_rng(number)
+        frames = rng.integers(0, 256, (12, self.side, self.side, 3), np.uint8)
+        return info, frames[indices], indices / 25
+
+
+def numbered(folder: Path, tars: int = 4, per_tar: int = 5, **extra: Any) -> Dataset:
+    """A data set for `Pictures`."""
+    numbers = np.arange(tars * per_tar).reshape(tars, per_tar).tolist()
+    return write_dataset(
+        folder, [{f"v{n:03d}": str(n).encode() for n in tar} for tar in numbers], **extra
+    )
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return numbered(tmp_path_factory.mktemp("numbers") / "made")
+
+
+def stream(dataset: Dataset, **changes: Any) -> ClipStream:
+    options: dict[str, Any] = {
+        "split": "train",
+        "frames": 4,
+        "preprocessing": SMALL,
+        "batch_size": 3,
+        "seed": 11,
+        "decoder": Pictures(),
+        "workers": 2,
+        "tars_together": 2,
+    }
+    return ClipStream(dataset, dataset.folder, **{**options, **changes})
+
+
+def assert_same(got: ClipBatch, want: ClipBatch) -> None:
+    assert torch.equal(got.frames, want.frames)
+    assert got.labels.tolist() == want.labels.tolist()
+    assert got.positions.tolist() == want.positions.tolist()
+    assert (got.keys, got.failed, got.listed) == (want.keys, want.failed, want.listed)
+
+
+def clip_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("clips")]
+
+
+def test_a_clip_of_the_stream_is_decoder_and_draw_by_hand(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "made", [{f"v{n}": video(n) for n in range(3)}])
+    seen = 0
+    for epoch in (0, 3):
+        for batch in stream(dataset, decoder="auto").epoch(epoch):
+            for frames, key, position in zip(
+                batch.frames, batch.keys, batch.positions.tolist(), strict=True
+            ):
+                data = video(int(key[1:]))
+                chosen = training_frames(12, 4, 11, epoch, position)
+                decoded = PyAVDecoder().decode(data, chosen)
+                resized = resized_clip(decoded, 32)
+                height, width = resized.shape[-2:]
+                assert (height, width) == (32, 48)
+                rng = augmentation_rng(11, epoch, position)
+                draw = AugmentationDraw.sample(width, height, 32, rng)
+                pixels = augmented_pixels(resized, 32, draw)
+                assert torch.equal(frames, SMALL.normalise(pixels))
+                mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+                torch.testing.assert_close(frames, (pixels / 255 - mean) / std)
+                seen += 1
+    assert seen == 6
+
+
+def test_no_more_frames_are_asked_for_than_needed(numbers: Dataset) -> None:
+    asked = []
+
+    class Counting(Pictures):
+        def decode_with_info(self, source: Source, choose: ChooseFrames) -> Any:
+            asked.append(len(np.asarray(choose(self.probe(source)))))
+            return super().decode_with_info(source, choose)
+
+    list(stream(numbers, decoder=Counting()).epoch(0))
+    assert asked == [4] * 20
+
+
+def test_boxes_of_the_stream_are_distributed_like_the_authors(golden: Path) -> None:
+    theirs = np.load(golden / "preprocess_train.npz")["boxes_341x256"].astype(np.int64)
+    draws = [
+        AugmentationDraw.sample(341, 256, 224, augmentation_rng(5, epoch, position))
+        for epoch in range(4)
+        for position in range(3000)
+    ]
+    ours = np.array([[d.x, d.y, d.x + d.width, d.y + d.height] for d in draws if not d.fitted])
+    sizes = [boxes[:, 2:] - boxes[:, :2] for boxes in (ours, theirs)]
+    columns = [
+        *zip(ours.T, theirs.T, strict=True),
+        *zip(sizes[0].T, sizes[1].T, strict=True),
+        tuple(size.prod(1) for size in sizes),
+        tuple(size[:, 0] / size[:, 1] for size in sizes),
+    ]
+    for a, b in columns:
+        points = np.union1d(a, b)
+        cumulative = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
+        # exceeded by chance once in 300 times for 12,000 and 3000 values
+        assert np.abs(cumulative[0] - cumulative[1]).max() < 0.036
+    assert np.mean([d.flip for d in draws]) == pytest.approx(0.5, abs=0.015)
+    assert np.mean([d.grey for d in draws]) == pytest.approx(0.2, abs=0.012)
+
+
+def test_batches_are_the_same_for_any_number_of_workers_and_any_start(numbers: Dataset) -> None:
+    whole = list(stream(numbers, workers=1).epoch(2))
+    assert [batch.listed for batch in whole] == [3] * 6 + [2]
+    assert sorted(key for batch in whole for key in batch.keys) == [f"v{n:03d}" for n in range(20)]
+    assert all(batch.frames.shape == (batch.listed, 4, 3, 32, 32) for batch in whole)
+    assert all(batch.frames.dtype == torch.float32 for batch in whole)
+    for workers, start in ((1, 3), (2, 0), (5, 0), (3, 6), (2, 7)):
+        rest = list(stream(numbers, workers=workers).epoch(2, start=start))
+        assert len(rest) == 7 - start
+        for got, want in zip(rest, whole[start:], strict=True):
+            assert_same(got, want)
+    assert not torch.equal(whole[0].frames, next(stream(numbers).epoch(3)).frames)
+    assert not torch.equal(whole[0].frames, next(stream(numbers, seed=12).epoch(2)).frames)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_the_global_batch(numbers: Dataset, world_size: int) -> None:
+    whole = list(stream(numbers, batch_size=2 * world_size).epoch(1))
+    ranks = [
+        stream(numbers, batch_size=2, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    assert len({rank.digest for rank in ranks}) == 1
+    parts = [list(rank.epoch(1)) for rank in ranks]
+    assert {len(part) for part in parts} == {ranks[0].steps_per_epoch} == {len(whole)}
+    for step, want in enumerate(whole):
+        for rank, part in enumerate(parts):
+            assert part[step].keys == want.keys[rank::world_size]
+            assert torch.equal(part[step].frames, want.frames[rank::world_size])
+    if world_size == 7:  # the last global batch of 6 leaves the last rank nothing
+        last = parts[6][-1]
+        assert (last.listed, last.frames.shape) == (0, (0, 4, 3, 32, 32))
+
+
+def test_bad_videos_leave_their_places_empty(tmp_path: Path) -> None:
+    files = {f"v{n}": video(n) for n in range(5)}
+    bad = {
+        "half": video(5)[: len(video(5)) // 2],
+        "nothing": b"",
+        "words": b"words " * 300,
+        "longer": make_video(frames=15, width=72, height=48),
+    }
+    tars: list[Mapping[str, bytes]] = [{**files, **bad}, {"v6": video(6)}, {"v7": video(7)}]
+    dataset = write_dataset(tmp_path / "made", tars)
+    healthy = stream(dataset, decoder="auto", batch_size=11)
+    (before,) = healthy.epoch(0)
+    reasons = {failure.key: failure.reason for failure in before.failed}
+    assert reasons.keys() == bad.keys()
+    assert reasons["longer"] == "15 frames are found, 12 were packed"
+    assert reasons["nothing"] == "the file is empty"
+    assert "not a readable video file" in reasons["half"]
+    assert len(before.keys) == 7
+    assert before.listed == 11
+    # The order, and what is good, are those of a data set in which nothing is bad.
+    order = epoch_order(np.zeros(11, np.int64), 0, 0)
+    assert len(order) == 11
+    # Damage that comes later: a tar is gone, and a byte of another is turned over.
+    dataset.shard_path(dataset.shards[1]).unlink()
+    path = dataset.shard_path(dataset.shards[2])
+    data = bytearray(path.read_bytes())
+    data[data.index(video(7)) + 900] ^= 1
+    path.write_bytes(data)
+    for other in (healthy, stream(dataset, decoder="auto", batch_size=11)):
+        (after,) = other.epoch(0)
+        reasons = {failure.key: failure.reason for failure in after.failed}
+        assert reasons.keys() == {*bad, "v6", "v7"}
+        assert "made-000001.tar is missing" in reasons["v6"]
+        assert "sha256 of 'v7' is another" in reasons["v7"]
+        kept = [i for i, key in enumerate(before.keys) if key in after.keys]
+        assert after.keys == tuple(before.keys[i] for i in kept)
+        assert torch.equal(after.frames, before.frames[kept])
+        assert after.labels.tolist() == before.labels[kept].tolist()
+
+
+def test_a_decoder_that_breaks_fails_that_video_only(
+    numbers: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    def before(number: int) -> None:
+        if number == 7:
+            raise RuntimeError("the library\nis broken")
+
+    batches = list(stream(numbers, decoder=Pictures(before)).epoch(0))
+    (failure,) = [failure for batch in batches for failure in batch.failed]
+    assert (failure.key, failure.position) == ("v007", 7)
+    assert failure.reason == "RuntimeError: the library is broken"
+    assert sum(len(batch.keys) for batch in batches) == 19
+    assert "unexpected error of the decoder" in caplog.text
+
+
+def test_a_batch_of_nothing_but_failures_is_empty(numbers: Dataset) -> None:
+    def before(number: int) -> None:
+        raise RuntimeError("broken")
+
+    batches = list(stream(numbers, decoder=Pictures(before)).epoch(0))
+    assert {tuple(batch.frames.shape[1:]) for batch in batches} == {(4, 3, 32, 32)}
+    assert {len(batch.frames) for batch in batches} == {0}
+    assert sum(len(batch.failed) for batch in batches) == 20
+
+
+def test_frames_that_would_become_too_large_fail_as_in_extraction(numbers: Dataset) -> None:
+    class Strip(Pictures):
+        def probe(self, source: Source) -> VideoInfo:
+            return VideoInfo(12, 25.0, 1 << 13, 1, "none", 0.48, 12, 0)
+
+    batch = next(stream(numbers, decoder=Strip(), preprocessing=Preprocessing()).epoch(0))
+    assert "more than the limit of 4194304 pixels" in batch.failed[0].reason
+
+
+def test_what_is_ahead_of_the_consumer_is_bounded(numbers: Dataset) -> None:
+    begun = threading.Semaphore(0)
+    count = [0]
+    lock = threading.Lock()
+
+    def before(number: int) -> None:
+        with lock:
+            count[0] += 1
+        begun.release()
+
+    with closing(stream(numbers, decoder=Pictures(before)).epoch(0)) as batches:
+        for taken in range(1, 3):
+            next(batches)
+            ahead = (taken + BATCHES_AHEAD) * 3
+            while count[0] < ahead:
+                assert begun.acquire(timeout=PATIENCE)  # it does go that far ahead
+            assert count[0] <= ahead
+    assert count[0] <= (2 + BATCHES_AHEAD) * 3
+    assert not clip_threads()
+
+
+@pytest.mark.parametrize("how", ["break", "error", "to the end"])
+def test_threads_end_with_the_epoch(numbers: Dataset, how: str) -> None:
+    def consume() -> None:
+        with closing(stream(numbers, workers=3).epoch(0)) as batches:
+            for number, _ in enumerate(batches):
+                assert clip_threads()
+                if number == 1 and how == "break":
+                    return
+                if number == 1 and how == "error":
+                    raise KeyError("of the consumer")
+
+    threads = torch.get_num_threads()
+    if how == "error":
+        with pytest.raises(KeyError):
+            consume()
+    else:
+        consume()
+    assert not clip_threads()
+    assert torch.get_num_threads() == threads
+
+
+def test_an_error_that_is_no_videos_fault_reaches_the_consumer(
+    numbers: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("pipeline.video_clips.stream.training_pixels", broken)
+    with pytest.raises(MemoryError, match="no room"):
+        list(stream(numbers).epoch(0))
+    assert not clip_threads()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests may ignore Ctrl-C
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from pipeline.tars.dataset import load_dataset
+from tests.pipeline.video_clips.test_training_clips import Pictures, stream
+
+hang = threading.Event()
+def before(number):
+    os.write(1, b"decoding\\n")  # whole, whichever thread writes
+    hang.wait(1)
+dataset = load_dataset(Path({folder!r}))
+try:
+    for batch in stream(dataset, decoder=Pictures(before), batch_size=20, workers=2).epoch(0):
+        pass
+except KeyboardInterrupt:
+    left = [t.name for t in threading.enumerate() if t.name.startswith("clips")]
+    print("interrupted", left, flush=True)
+"""
+
+
+def test_control_c_ends_the_threads(numbers: Dataset) -> None:
+    root = Path(__file__).parents[3]
+    script = INTERRUPTED.format(root=str(root), folder=str(numbers.folder))
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    # The third clip begins when the first is done: by then all threads are there, and all is asked.
+    assert [child.stdout.readline() for _ in range(3)] == ["decoding\n"] * 3
+    child.send_signal(signal.SIGINT)
+    out, _ = child.communicate(timeout=PATIENCE)
+    assert out.splitlines()[-1] == "interrupted []"
+    assert out.count("decoding") < 10  # of 20
+
+
+def test_without_augmentation_frames_are_drawn_and_cropped_as_in_evaluation(
+    numbers: Dataset,
+) -> None:
+    oblong = Preprocessing(size=(32, 24))
+    batch = next(stream(numbers, augment=False, preprocessing=oblong).epoch(0))
+    for frames, key, position in zip(
+        batch.frames, batch.keys, batch.positions.tolist(), strict=True
+    ):
+        pictures = np.random.default_rng(int(key[1:])).integers(0, 256, (12, 40, 40, 3), np.uint8)
+        chosen = pictures[training_frames(12, 4, 11, 0, position)]
+        assert torch.equal(frames, oblong.crops(chosen)[0])
+    with pytest.raises(UserError, match="32x24 pixels: augmentation needs a square input"):
+        stream(numbers, preprocessing=oblong)
+
+
+@pytest.mark.parametrize(("clips", "crops"), [(1, 1), (4, 3), (3, 1)])
+def test_evaluation_gives_every_video_once_in_the_views_of_the_protocol(
+    numbers: Dataset, clips: int, crops: int
+) -> None:
+    sampling = Sampling("uniform" if clips == 1 else "clips", 4, clips)
+    seen: dict[int, str] = {}
+    for rank in range(3):
+        found = EvaluationClips(
+            numbers,
+            numbers.folder,
+            split="train",
+            frames=4,
+            clips=clips,
+            crops=crops,
+            preprocessing=SMALL,
+            batch_size=4,
+            decoder=Pictures(),
+            workers=2,
+            rank=rank,
+            world_size=3,
+        )
+        positions = []
+        for batch in found.batches():
+            assert batch.frames.shape == (batch.listed, clips * crops, 4, 3, 32, 32)
+            positions += batch.positions.tolist()
+            seen.update(zip(batch.positions.tolist(), batch.keys, strict=True))
+            for frames, key in zip(batch.frames, batch.keys, strict=True):
+                rng = np.random.default_rng(int(key[1:]))
+                pictures = rng.integers(0, 256, (12, 40, 40, 3), np.uint8)
+                chosen = pictures[sampling.indices(12).reshape(-1)]
+                expected = SMALL.crops(chosen, crops).reshape(crops * clips, 4, 3, 32, 32)
+                assert torch.equal(frames, expected)
+        assert positions == list(range(rank, 20, 3))
+    assert [seen[position] for position in range(20)] == [f"v{n:03d}" for n in range(20)]
+
+
+def test_bytes_held_together_are_bounded() -> None:
+    stopped = threading.Event()
+    budget = _ByteBudget(100, stopped)
+    order: list[str] = []
+    entered = threading.Event()
+
+    def second() -> None:
+        with budget.holding(30):
+            order.append("second")
+
+    def larger_than_all() -> None:
+        with budget.holding(1000):
+            order.append("larger")
+
+    with budget.holding(80):
+        threads = [threading.Thread(target=second), threading.Thread(target=larger_than_all)]
+        for thread in threads:
+            thread.start()
+        with budget.holding(20):
+            order.append("fits")
+            entered.set()
+        order.append("first")
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert order[:2] == ["fits", "first"]
+    assert sorted(order[2:]) == ["larger", "second"]
+    with budget.holding(80):
+        failed = []
+
+        def waits() -> None:
+            try:
+                with budget.holding(30):
+                    failed.append("held")
+            except _Stopped:
+                failed.append("stopped")
+
+        thread = threading.Thread(target=waits)
+        thread.start()
+        stopped.set()
+        budget.wake()
+        thread.join(PATIENCE)
+        assert failed == ["stopped"]
+
+
+def test_wrong_arguments(numbers: Dataset) -> None:
+    with pytest.raises(UserError, match="batch size 0: it must be at least 1"):
+        stream(numbers, batch_size=0)
+    with pytest.raises(UserError, match="decoder 'mystery' is unknown"):
+        stream(numbers, decoder="mystery")
+    with pytest.raises(ValueError, match="step 8 of an epoch of 7 steps"):
+        stream(numbers).epoch(0, start=8)
+    with pytest.raises(UserError, match="split 'dev' does not exist"):
+        stream(numbers, split="dev")

@@ -1,0 +1,78 @@
+"""Small stores whose features carry their class, so that heads can learn something from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featstore import ClassText, Partition, Store, StoreSchema, StoreWriter, open_store
+from tests.support.stores.sample_stores import make_provenance
+
+ACTIONS = ("jump", "run", "sit", "stand", "throw", "wave", "climb stairs", "brush hair")
+
+
+def action_store(
+    path: Path,
+    *,
+    samples: int = 40,
+    classes: int = 8,
+    dim: int = 16,
+    views: int = 1,
+    frames: int = 8,
+    split_names: Sequence[str] = ("train", "val"),
+    failed: Sequence[int] = (3,),
+    noise: float = 1.0,
+    seed: int = 0,
+    class_names: Sequence[str] = ACTIONS,
+    **provenance: Any,
+) -> Store:
+    """One partition of `samples` rows; row i has label i % classes and lies in split i % splits.
+
+    Features are the class's text embedding plus noise; rows in `failed` failed in extraction.
+    """
+    rng = np.random.default_rng(seed)
+    texts = np.random.default_rng(7).standard_normal((classes, dim)).astype(np.float32)
+    texts /= np.linalg.norm(texts, axis=1, keepdims=True)
+    labels = np.arange(samples, dtype=np.int32) % classes
+    shape = (samples, views, frames)
+    features = 2 * texts[labels][:, None, None] + noise * rng.standard_normal((*shape, dim))
+    status = np.ones(samples, np.uint8)
+    bad = list(failed)
+    features[bad], status[bad] = np.nan, 2
+    indices = np.zeros(shape, np.int32)
+    times = np.zeros(shape)
+    indices[bad], times[bad] = -1, np.nan
+    names = tuple(class_names[:classes])
+    schema = StoreSchema.create(1, samples, views, frames, dim)
+    writer = StoreWriter.init(
+        path,
+        schema,
+        make_provenance(dim, **({"sampling": f"uniform:{frames}"} | provenance)),
+        tars=[{"file": "toy-000000.tar", "rows": samples, "bytes": 1, "sha256": "0" * 64}],
+        class_names=names,
+        raw_class_names=names,
+        split_names=tuple(split_names),
+        class_texts={"mote28": ClassText(names, texts, "beef")},
+    )
+    with writer.claim():
+        writer.write_partition(
+            0,
+            Partition(
+                key=[f"clip{i:03d}" for i in range(samples)],
+                label=labels,
+                num_frames=np.full(samples, 30, np.int32),
+                fps=np.full(samples, 25, np.float32),
+                status=status,
+                splits=(1 << (np.arange(samples) % len(split_names))).astype(np.uint32),
+                container_frames=np.full(samples, 30, np.int32),
+                damaged_packets=np.zeros(samples, np.int32),
+                reason=["no video stream" if i in bad else "" for i in range(samples)],
+                frame_index=indices,
+                pts=times,
+                features=features.astype(np.float16),
+            ),
+        )
+    return open_store(path)
