@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from featstore.checking.verify import Report, verify
 from featstore.errors import UserError, WorkError
+from featstore.format.class_texts import ClassText
 from featstore.format.provenance import Provenance
 from featstore.format.schema import STATUS_EMPTY, STATUS_FAILED, STATUS_OK, StoreSchema
 from featstore.opening import open_store
 from featstore.reading.store import Store
 from featstore.workspace import Workspace
-from featstore.writing.partition import ClassText, Partition
+from featstore.writing.partition import Partition
 from featstore.writing.writer import StoreWriter
 
 __all__ = [

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional
 
 from featstore.errors import UserError, WorkError
+from featstore.format.class_texts import ClassText
 from featstore.reading.store import Store
-from featstore.writing.partition import ClassText
 from heads.methods.mote.config import HeadConfig, HeadOrigin
 from heads.methods.mote.model import TemporalHead, build_head
 from heads.methods.text_classifier import SAME_CLASS, class_cosines

@@ -1,4 +1,7 @@
-"""What the class texts of a store say of themselves: written once, checked before use."""
+"""The class texts of a prompt set, and what a store says of them.
+
+Dimension letters: C classes, D dim.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from featstore.errors import UserError
 from featstore.format.metadata import (
@@ -16,11 +21,45 @@ from featstore.format.metadata import (
     json_checksum,
     read_node,
 )
-from featstore.format.schema import CLASS_TEXT_GROUP, ArraySpec, class_text_spec
+from featstore.format.schema import CLASS_TEXT_GROUP, ArraySpec, FloatArray, class_text_spec
 
 _CLASS_TEXT_ATTRIBUTES: Final = (
     *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
 )
+
+
+# Unit rows after rounding to float32.
+_UNIT_TOLERANCE: Final = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class ClassText:
+    """Text embeddings of the classes under one prompt set.
+
+    `embeddings` float32 [C, D], rows of length 1 in the order of `names`; `sentences_hash` names
+    the sentences they were computed from. `templates` are the sentences with "{}" for the class
+    name, empty where every class has sentences of its own or it was not recorded;
+    `encoder_fingerprint` that of the encoder whose text tower made them, "" where it was not
+    recorded. ValueError when the shapes or lengths are wrong.
+    """
+
+    names: tuple[str, ...]
+    embeddings: FloatArray
+    sentences_hash: str
+    templates: tuple[str, ...] = ()
+    encoder_fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
+            raise ValueError(
+                f"class embeddings are {self.embeddings.dtype} {list(self.embeddings.shape)}: "
+                "they must be float32 [classes, dim]"
+            )
+        if len(self.names) != len(self.embeddings) or not self.names:
+            raise ValueError(f"{len(self.names)} names for {len(self.embeddings)} embeddings")
+        lengths = np.linalg.norm(self.embeddings, axis=1)
+        if not np.all(np.abs(lengths - 1) < _UNIT_TOLERANCE):
+            raise ValueError("class embeddings must have length 1: normalise them first")
 
 
 @dataclass(frozen=True)

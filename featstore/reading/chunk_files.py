@@ -24,7 +24,7 @@ import numpy.typing as npt
 from featstore.errors import UserError, WorkError
 from featstore.files.bounded import read_bounded
 from featstore.format.checksums import crc32c as crc32c  # also for those who write chunks
-from featstore.format.class_texts import class_text_node, remake_class_text
+from featstore.format.class_texts import ClassText, class_text_node, remake_class_text
 from featstore.format.metadata import StoreMetadata, inside, without_links
 from featstore.format.provenance import Provenance
 from featstore.format.schema import (
@@ -33,7 +33,6 @@ from featstore.format.schema import (
     PER_TAR_ARRAYS,
     SMALL_ARRAYS,
 )
-from featstore.writing.partition import ClassText
 
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # A key is a file name (at most 255 bytes, three times that when quoted), a reason one line.

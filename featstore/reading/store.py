@@ -16,13 +16,13 @@ import numpy.typing as npt
 
 from featstore.errors import UserError, WorkError
 from featstore.format.array_checks import whole_numbers
+from featstore.format.class_texts import ClassText
 from featstore.format.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.format.provenance import Provenance
 from featstore.format.schema import FeatureArray, RowArray, StoreSchema
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit, read_class_text
 from featstore.reading.features import FeatureFiles
-from featstore.writing.partition import ClassText
 
 # What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30

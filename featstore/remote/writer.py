@@ -25,6 +25,7 @@ from typing import Any, Final
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import write_bytes
 from featstore.files.scratch import ScratchFolder, cache_folder, one_at_a_time, require_room
+from featstore.format.class_texts import ClassText
 from featstore.format.metadata import (
     ARRAY_METADATA_LIMIT,
     GROUP_METADATA_LIMIT,
@@ -41,7 +42,7 @@ from featstore.format.schema import (
 )
 from featstore.reading.store import Store
 from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder, RemoteObject
-from featstore.writing.partition import ClassText, Partition
+from featstore.writing.partition import Partition
 from featstore.writing.shard_rows import FeatureRows
 from featstore.writing.writer import StoreExists, StoreWriter
 

@@ -10,6 +10,7 @@ from typing import Any
 from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder
 from featstore.files.exchange import replacement, staging
+from featstore.format.class_texts import ClassText
 from featstore.format.metadata import (
     StoreMetadata,
     TarEntry,
@@ -19,7 +20,6 @@ from featstore.format.metadata import (
 )
 from featstore.format.schema import CLASS_TEXT_GROUP, SMALL_ARRAYS
 from featstore.rewriting.source import SourceStore, claimed_source
-from featstore.writing.partition import ClassText
 from featstore.writing.writer import StoreWriter, write_class_text, write_skeleton
 
 # The features are linked before the commit entry, as they are written.

@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from featstore.errors import UserError
 from featstore.files.exchange import new_folder
+from featstore.format.class_texts import ClassText
 from featstore.format.provenance import Provenance
 from featstore.format.schema import MAX_SPLITS, StoreSchema
 from featstore.progress import ProgressSink, no_progress
 from featstore.rewriting.source import SourceStore, claimed_source
-from featstore.writing.partition import ClassText, Partition
+from featstore.writing.partition import Partition
 from featstore.writing.writer import StoreWriter
 
 log = logging.getLogger(__name__)

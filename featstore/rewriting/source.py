@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from featstore.errors import WorkError
 from featstore.files.exchange import recover, sweep
+from featstore.format.class_texts import ClassText
 from featstore.format.metadata import StoreMetadata, read_metadata
 from featstore.format.schema import SMALL_ARRAYS
 from featstore.opening import open_store
 from featstore.reading.chunk_files import ChunkFiles
 from featstore.reading.store import Store
-from featstore.writing.partition import ClassText, Partition
+from featstore.writing.partition import Partition
 from featstore.writing.writer import StoreWriter
 
 

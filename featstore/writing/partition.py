@@ -1,53 +1,20 @@
-"""What goes into a store: the class texts of a prompt set, and the partition made of one tar.
+"""What goes into a store for one tar: the rows of its samples.
 
-Dimension letters: C classes, n samples of the tar, V views, F frames, D dim, in tiers the item.
+Dimension letters: n samples of the tar, V views, F frames, D dim, in tiers the item.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import WorkError
 from featstore.format.finite import not_finite
-from featstore.format.schema import STATUS_FAILED, STATUS_OK, FeatureArray, FloatArray
+from featstore.format.schema import STATUS_FAILED, STATUS_OK, FeatureArray
 from featstore.writing.shard_rows import FeatureRows
-
-# Unit rows after rounding to float32.
-_UNIT_TOLERANCE: Final = 1e-3
-
-
-@dataclass(frozen=True, eq=False)
-class ClassText:
-    """Text embeddings of the classes under one prompt set.
-
-    `embeddings` float32 [C, D], rows of length 1 in the order of `names`; `sentences_hash` names
-    the sentences they were computed from. `templates` are the sentences with "{}" for the class
-    name, empty where every class has sentences of its own or it was not recorded;
-    `encoder_fingerprint` that of the encoder whose text tower made them, "" where it was not
-    recorded. ValueError when the shapes or lengths are wrong.
-    """
-
-    names: tuple[str, ...]
-    embeddings: FloatArray
-    sentences_hash: str
-    templates: tuple[str, ...] = ()
-    encoder_fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
-            raise ValueError(
-                f"class embeddings are {self.embeddings.dtype} {list(self.embeddings.shape)}: "
-                "they must be float32 [classes, dim]"
-            )
-        if len(self.names) != len(self.embeddings) or not self.names:
-            raise ValueError(f"{len(self.names)} names for {len(self.embeddings)} embeddings")
-        lengths = np.linalg.norm(self.embeddings, axis=1)
-        if not np.all(np.abs(lengths - 1) < _UNIT_TOLERANCE):
-            raise ValueError("class embeddings must have length 1: normalise them first")
 
 
 @dataclass(frozen=True, eq=False)

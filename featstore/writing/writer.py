@@ -29,7 +29,7 @@ from featstore.files.durable import (
 )
 from featstore.files.locks import claimed
 from featstore.format.checksums import crc32c
-from featstore.format.class_texts import class_text_attributes
+from featstore.format.class_texts import ClassText, class_text_attributes
 from featstore.format.int8 import dequantise, quantise
 from featstore.format.metadata import (
     ARRAY_METADATA_LIMIT,
@@ -54,7 +54,7 @@ from featstore.format.schema import (
 )
 from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit
 from featstore.reading.coded_shards import read_scale
-from featstore.writing.partition import ClassText, Partition
+from featstore.writing.partition import Partition
 from featstore.writing.shard_rows import FeatureRows
 
 log = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from typing import Any, Final
 import numpy as np
 
 from featstore.errors import UserError
+from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.segments import segment_positions
-from featstore.writing.partition import ClassText
 from heads.arithmetic import Precision, resolve_device, resolve_precision
 from heads.compatibility import (
     check_class_text,

@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Final
 
 from featstore.errors import UserError
+from featstore.format.class_texts import ClassText
 from featstore.format.provenance import Provenance
 from featstore.reading.store import Store
-from featstore.writing.partition import ClassText
 
 CORRECTED: Final = "corrected"
 AS_PUBLISHED: Final = "as-published"

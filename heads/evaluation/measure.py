@@ -14,10 +14,10 @@ from torch import distributed
 from torch.nn import functional
 
 from featstore.errors import UserError, WorkError
+from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
-from featstore.writing.partition import ClassText
 from heads.compatibility import check_complete
 from heads.evaluation.protocols.protocol import LabelIds, TestSet
 from heads.methods.mote.model import TemporalHead

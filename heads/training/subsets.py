@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import UserError
+from featstore.format.class_texts import ClassText
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
-from featstore.writing.partition import ClassText
 from heads.methods.mote.model import TemporalHead
 
 log = logging.getLogger(__name__)

@@ -24,11 +24,11 @@ from featstore.batches.loader import FeatureLoader, Holding, choose_holding, loa
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import write_bytes
 from featstore.files.locks import exclusive
+from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
-from featstore.writing.partition import ClassText
 from heads.arithmetic import resolve_device, resolve_precision
 from heads.files.head_file import (
     CONFIG_FILE,

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -47,17 +48,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`hidden` [...,T,D] -> [...,T,D]."""
-        width = hidden.shape[-1] // self.heads
         packed = functional.linear(hidden, self.qkv_weight, self.qkv_bias)
-        query, key, value = (
-            part.reshape(*part.shape[:-1], self.heads, width).transpose(-3, -2)  # [...,H,T,D/H]
-            for part in packed.chunk(3, dim=-1)
+        query, key, value = rearrange(
+            packed, "... t (three h d) -> three ... h t d", three=3, h=self.heads
         )
-        affinity = (query * width**-0.5) @ key.transpose(-1, -2)
+        affinity = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
         mixed = affinity.softmax(-1).to(value.dtype) @ value
-        return functional.linear(
-            mixed.transpose(-3, -2).flatten(-2), self.out_weight, self.out_bias
-        )
+        joined = rearrange(mixed, "... h t d -> ... t (h d)")
+        return functional.linear(joined, self.out_weight, self.out_bias)
 
 
 class Block(nn.Module):
