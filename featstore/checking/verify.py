@@ -10,7 +10,6 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from featstore.checking.damage_notes import noted_damage
 from featstore.errors import UserError, WorkError, one_line
 from featstore.format.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
 from featstore.format.finite import not_finite
@@ -25,6 +24,7 @@ from featstore.format.schema import (
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition, read_class_text
 from featstore.reading.coded_shards import wrong_coded_features
+from featstore.reading.damage_notes import noted_damage
 from featstore.reading.shards import ShardFile
 from featstore.reading.store import Store
 

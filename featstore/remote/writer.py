@@ -24,7 +24,8 @@ from typing import Any, Final
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import write_bytes
-from featstore.files.scratch import ScratchFolder, cache_folder, one_at_a_time, require_room
+from featstore.files.locks import one_at_a_time
+from featstore.files.scratch import ScratchFolder, cache_folder, require_room
 from featstore.format.class_texts import ClassText
 from featstore.format.metadata import (
     ARRAY_METADATA_LIMIT,

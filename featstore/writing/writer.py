@@ -17,7 +17,6 @@ import zarr
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from featstore.checking.damage_notes import noted_damage
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import (
     PARTIAL_SUFFIX,
@@ -54,6 +53,7 @@ from featstore.format.schema import (
 )
 from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit
 from featstore.reading.coded_shards import read_scale
+from featstore.reading.damage_notes import noted_damage
 from featstore.writing.partition import Partition
 from featstore.writing.shard_rows import FeatureRows
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from featstore import ClassText, StoreSchema, StoreWriter, UserError, WorkError, open_store, verify
-from featstore.checking.damage_notes import note_path, noted_damage
 from featstore.format.metadata import attributes_checksum
 from featstore.format.schema import MAX_CHUNK_BYTES, MAX_CHUNKS
+from featstore.reading.damage_notes import note_path, noted_damage
 from tests.support.stores.sample_stores import (
     CLASS_NAMES,
     init_store,

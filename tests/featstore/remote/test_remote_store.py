@@ -376,7 +376,7 @@ def test_a_journal_that_was_cut(filled: str) -> None:
 
 
 def test_no_room_for_the_mirror(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featstore.files.scratch.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("featstore.files.disk.SPARE_BYTES", 2**60)
     with pytest.raises(WorkError, match="make room, or set MOTE_CACHE"):
         open_store(filled)
 
