@@ -133,11 +133,11 @@ def _note(path: Path, deep: bool, partitions: Mapping[int, str]) -> str | None:
     """Note the damage beside the store; returns the note's path, None when there is none."""
     from featstore.format.metadata import read_metadata
     from featstore.reading.chunk_files import ChunkFiles
-    from featstore.reading.damage_notes import note_damage, note_path, noted_damage
+    from featstore.reading.damage_notes import DamageNote, note_damage, note_path
 
     files = ChunkFiles(path, read_metadata(path))
     # What a deep check found stays noted until it is repaired, in the words it was found with.
-    noted = {} if deep else noted_damage(files)
+    noted = {} if deep else DamageNote(files).reasons()
     try:
         note = note_damage(files, {**partitions, **noted})
     except OSError as error:

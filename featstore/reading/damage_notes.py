@@ -2,7 +2,7 @@
 
 The note is `STORE.damaged.json`: by partition the reason and the commit entry as it was found. A
 finding holds as long as the partition has that entry: once it is written anew the entry differs.
-`StoreWriter.done` looks here, so that `mote-cli extract` does the damaged partitions once more.
+`StoreWriter.done` asks here, so that `mote-cli extract` does the damaged partitions once more.
 """
 
 from __future__ import annotations
@@ -26,32 +26,42 @@ def note_path(store: Path) -> Path:
     return store.with_name(f"{store.name}.damaged.json")
 
 
-def noted_damage(files: ChunkFiles) -> dict[int, str]:
-    """Reason by partition of the findings that still hold.
+class DamageNote:
+    """The findings that are noted beside a store, as they are when this is made."""
 
-    UserError when the note is not one of ours.
-    """
-    note = note_path(files.store)
-    try:
-        raw = read_bounded(note, NOTE_LIMIT)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"{note} cannot be read ({why}): delete it and verify again with --deep"
-        ) from error
-    try:
-        found: dict[str, dict[str, Any]] = json.loads(raw)["partitions"]
-        return {
-            int(tar): str(finding["reason"])
-            for tar, finding in found.items()
-            if 0 <= int(tar) < files.schema.tars and finding["commit"] == _entry(files, int(tar))
-        }
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{note} is not a note of `mote-cli verify` ({error}): delete it and verify again"
-        ) from error
+    def __init__(self, files: ChunkFiles) -> None:
+        """Read the note; UserError when it is not one of ours."""
+        self._files = files
+        self._found: dict[int, tuple[str, str]] = {}  # reason and commit entry by partition
+        note = note_path(files.store)
+        try:
+            raw = read_bounded(note, NOTE_LIMIT)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UserError(
+                f"{note} cannot be read ({why}): delete it and verify again with --deep"
+            ) from error
+        try:
+            found: dict[str, dict[str, Any]] = json.loads(raw)["partitions"]
+            for tar, finding in found.items():
+                if 0 <= int(tar) < files.schema.tars:
+                    self._found[int(tar)] = str(finding["reason"]), finding["commit"]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{note} is not a note of `mote-cli verify` ({error}): delete it and verify again"
+            ) from error
+
+    def reason(self, tar: int) -> str | None:
+        """What was found in a partition; None where nothing was, or it was written anew since."""
+        reason, commit = self._found.get(tar, (None, None))
+        return reason if commit == _entry(self._files, tar) else None
+
+    def reasons(self) -> dict[int, str]:
+        """Reason by partition of the findings that still hold."""
+        found = {tar: self.reason(tar) for tar in self._found}
+        return {tar: reason for tar, reason in found.items() if reason is not None}
 
 
 def note_damage(files: ChunkFiles, reasons: Mapping[int, str]) -> Path | None:

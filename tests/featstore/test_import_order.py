@@ -48,6 +48,7 @@ LIGHT = "featstore.errors, featstore.workspace, featstore.progress, featstore.fi
     ("statement", "unwanted"),
     [
         (f"import {LIGHT}", {"zarr", "torch", "numcodecs", "numpy"}),
+        ("from featstore import open_store, StoreWriter, verify", {"zarr", "torch", "numcodecs"}),
     ],
 )
 def test_importing_loads_no_more_than_it_needs(statement: str, unwanted: set[str]) -> None:
