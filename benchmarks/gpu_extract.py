@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from featstore import open_store
+from featstore.files.machine import usable_cores
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.nvdec.graphs import dali_problem, dali_version
 from pipeline.decoding.pyav import PyAVDecoder
@@ -32,7 +33,6 @@ from pipeline.extraction.gpu_pool import BATCH_VIDEOS, DaliVideoPool
 from pipeline.extraction.plan import ExtractionRequest
 from pipeline.extraction.rows import EncodedVideo
 from pipeline.extraction.run import extract
-from pipeline.machine import usable_cores
 from pipeline.sampling import Sampling, parse_sampling
 from pipeline.tars.packing import pack
 

@@ -16,8 +16,8 @@ import common
 import torch
 from bench_finetune import BareLoop, measured, packed, request
 
+from featstore.files.machine import usable_cores
 from pipeline.decoding.nvdec.graphs import dali_problem, dali_version
-from pipeline.machine import usable_cores
 
 FRAMES = 8
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from featstore.reading.store import Store
+from featstore.remote.mirror import open_remote
 from featstore.remote.urls import is_url
-from featstore.remote.writer import RemoteStoreWriter, open_remote
+from featstore.remote.writer import RemoteStoreWriter
 from featstore.writing.writer import StoreWriter
 
 log = logging.getLogger(__name__)

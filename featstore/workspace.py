@@ -10,15 +10,14 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
-
-import numpy as np
+from typing import TYPE_CHECKING, Final
 
 from featstore.errors import UserError, WorkError
 from featstore.format.tiers import EMBEDDINGS
-from featstore.opening import open_store
-from featstore.reading.store import Store
 from featstore.remote.urls import is_url
+
+if TYPE_CHECKING:
+    from featstore.reading.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -130,13 +129,15 @@ class Workspace:
 
     def default_split(self, dataset: str, names: Sequence[str]) -> str | None:
         """The first of `names` that a readable store of embeddings has rows of, if any."""
+        from featstore.opening import open_store  # folders and names need no arrays
+
         for name in names:
             for path in self.stores(dataset):
                 try:
                     store = open_store(path)
                     if not store.schema.pooled:
                         continue
-                    if name in store.split_names and np.size(store.split(name)):
+                    if name in store.split_names and store.split(name).size:
                         return name
                 except (UserError, WorkError):
                     continue  # choose_store reports stores that cannot be read
@@ -162,6 +163,8 @@ class Workspace:
         Raises UserError when none fits (with the command that makes one) or several do (with
         their names), WorkError when the one that fits is damaged or not finished.
         """
+        from featstore.opening import open_store  # as in `default_split`
+
         remote = name is not None and is_url(name)
         if remote:
             _require_remote_embeddings(str(name))
@@ -303,7 +306,7 @@ def _mismatch(
     """Why a store is not the one asked for; None when it is."""
     if not store.schema.pooled:
         return f"holds {store.tier}, not the embeddings that heads work on"
-    if split is not None and (split not in store.split_names or not np.size(store.split(split))):
+    if split is not None and (split not in store.split_names or not store.split(split).size):
         return f"has no rows of split {split!r} (it has {', '.join(store.split_names) or 'none'})"
     if views is not None and store.schema.views != views:
         return f"has {store.schema.views} views, not {views}"

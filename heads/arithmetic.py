@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from featstore.errors import UserError
+from featstore.files.machine import cpu_has_bf16
 
 Precision = Literal["auto", "fp32", "bf16"]
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -32,7 +32,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_precision(precision: str, dim: int, device: torch.device) -> str:
     """ "fp32" or "bf16" for a head of width `dim`; "auto" takes bf16 only where it helps.
 
-    That is: a GPU with bfloat16, or a CPU with AVX512-BF16 or AMX and a width of at least 256.
+    That is: a GPU with bfloat16, or a CPU with AVX512-BF16, AMX or Arm's bf16 and a width of at
+    least 256.
     Raises UserError for an unknown precision.
     """
     if precision not in get_args(Precision):
@@ -42,7 +43,7 @@ def resolve_precision(precision: str, dim: int, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if _gpu_multiplies_bf16() else "fp32"
     wide = dim >= SMALLEST_WIDTH_FOR_BF16
-    return "bf16" if wide and _cpu_multiplies_bf16() else "fp32"
+    return "bf16" if wide and cpu_has_bf16() else "fp32"
 
 
 def resolve_training_precision(precision: str, device: torch.device) -> str:
@@ -83,12 +84,3 @@ def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 
 def _gpu_multiplies_bf16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def _cpu_multiplies_bf16() -> bool:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
-    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
 from featstore.errors import UserError, one_line
+from featstore.files.machine import cpu_has_bf16
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.preprocessing import FrameInput, Preprocessing
@@ -28,7 +29,6 @@ from pipeline.prompts import PromptSet, as_prompt_set
 __all__ = [
     "Encoder",
     "Precision",
-    "cpu_has_bf16",
     "image_embeddings",
     "load_encoder",
     "save_open_clip_folder",
@@ -290,21 +290,6 @@ def load_encoder(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} asked for, but no GPU can be used: use --device cpu")
     return Encoder(load_clip(str(spec), encoders_dir), str(spec), precision, device)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's bf16)."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return False
-    flags = {
-        flag
-        for line in lines
-        if line.lower().startswith(("flags", "features"))
-        for flag in line.partition(":")[2].split()
-    }
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def fingerprint(model: torch.nn.Module, model_config: Mapping[str, Any]) -> str:

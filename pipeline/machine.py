@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
-import shutil
-import sys
 from contextlib import suppress
 from ctypes import CDLL
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from featstore.files.disk import free_bytes
+from featstore.files.machine import cpu_has_bf16, usable_cores
 
 PACKAGES = (
     "mote-video",
@@ -30,10 +30,8 @@ PACKAGES = (
 
 def machine_report(root: Path) -> dict[str, Any]:
     """JSON-ready facts about this machine; `root` is where free disk is looked up."""
-    # Imported here: packing asks this module for the number of cores and needs none of them.
     import torch
 
-    from pipeline.clip_encoder import cpu_has_bf16
     from pipeline.decoding.nvdec.graphs import dali_problem
     from pipeline.encoders.sources import hub_reachable
 
@@ -54,20 +52,13 @@ def machine_report(root: Path) -> dict[str, Any]:
             if hub_reachable()
             else "not reachable: use weights from the cache or a local folder (--encoder DIR)"
         ),
-        "free_disk_gib": _free_gib(root),
+        "free_disk_gib": round(free_bytes(root) / 2**30, 1),
         "workspace": str(root),
     }
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         report["gpu"] = ", ".join(names)
     return report
-
-
-def usable_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _version(package: str) -> str:
@@ -106,16 +97,3 @@ def _dali() -> str:
     except (ImportError, OSError):
         return "no"
     return f"yes, {nvidia.dali.__version__}"
-
-
-def _free_gib(root: Path) -> float:
-    place = root.absolute()
-    while not place.exists():
-        place = place.parent
-    return round(shutil.disk_usage(place).free / 2**30, 1)
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process has held so far, in megabytes of 10^6 bytes."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used * (1 if sys.platform == "darwin" else 1024) / 1e6

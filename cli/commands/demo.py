@@ -66,8 +66,8 @@ def demo(
 
     Example: `mote-cli demo`
     """
+    from featstore.files.machine import peak_rss_mb
     from heads.reporting.figures import tradeoff_plot
-    from pipeline.machine import peak_rss_mb
 
     started = time.perf_counter()
     workspace = options.workspace(root)

@@ -117,7 +117,7 @@ def add_tars(
 
     Example: `mote-cli store add-tars my-store --dataset my-clips`
     """
-    from featstore.checking.repair_command import repair_command
+    from cli.next_command import repair_command
     from featstore.format.metadata import read_metadata
     from pipeline.extraction.grow import add_tars as run
     from pipeline.tars.dataset import DATASET_FILE
@@ -202,8 +202,8 @@ def export(
 
     Example: `mote-cli store export my-store --to safetensors --split val --out my-rows`
     """
+    from featstore.files.disk import in_bytes
     from featstore.rewriting.export import export as run
-    from pipeline.extraction.plan import in_bytes
 
     with progress_of("export", "rows") as progress:
         exported = run(
@@ -346,7 +346,7 @@ def add_texts(
 
 
 def _sizes(before: int, after: int) -> str:
-    from pipeline.extraction.plan import in_bytes
+    from featstore.files.disk import in_bytes
 
     share = f"{100 * after / max(before, 1):.1f} %"
     return f"{in_bytes(before)} before, {in_bytes(after)} after ({share})"

@@ -44,7 +44,7 @@ def verify(
 
     Example: `mote-cli verify ViT-B-16-openai--uniform-16 --deep`
     """
-    from featstore.checking.repair_command import repair_command
+    from cli.next_command import repair_command
     from featstore.checking.verify import Damage, Report
     from featstore.checking.verify import verify as check
     from featstore.errors import one_line
@@ -131,13 +131,13 @@ def _encode_again(path: Path, count: int, seed: int, device: str, root: Path) ->
 
 def _note(path: Path, deep: bool, partitions: Mapping[int, str]) -> str | None:
     """Note the damage beside the store; returns the note's path, None when there is none."""
-    from featstore.checking.damage_notes import note_damage, note_path, noted_damage
     from featstore.format.metadata import read_metadata
     from featstore.reading.chunk_files import ChunkFiles
+    from featstore.reading.damage_notes import DamageNote, note_damage, note_path
 
     files = ChunkFiles(path, read_metadata(path))
     # What a deep check found stays noted until it is repaired, in the words it was found with.
-    noted = {} if deep else noted_damage(files)
+    noted = {} if deep else DamageNote(files).reasons()
     try:
         note = note_damage(files, {**partitions, **noted})
     except OSError as error:

@@ -1,1 +1,1 @@
-"""Damage in a store: how it is looked for and noted."""
+"""How a store is checked against what was recorded when it was written."""

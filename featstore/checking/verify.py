@@ -10,10 +10,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from featstore.checking.damage_notes import noted_damage
 from featstore.errors import UserError, WorkError, one_line
+from featstore.format.array_checks import not_finite
 from featstore.format.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
-from featstore.format.finite import not_finite
 from featstore.format.metadata import prompt_set_names, read_metadata, wrong_attributes
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
@@ -24,7 +23,8 @@ from featstore.format.schema import (
 )
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition, read_class_text
-from featstore.reading.coded_shards import wrong_coded_features
+from featstore.reading.coded_shards import CodedFeatures
+from featstore.reading.damage_notes import DamageNote
 from featstore.reading.shards import ShardFile
 from featstore.reading.store import Store
 
@@ -75,7 +75,7 @@ def verify(
     path = Path(store_path)
     metadata = read_metadata(path)
     files = ChunkFiles(path, metadata)
-    noted = {} if deep else noted_damage(files)
+    noted = {} if deep else DamageNote(files).reasons()
     damaged: list[Damage] = []
     pending: list[int] = []
     partitions = rows_ok = rows_failed = 0
@@ -141,7 +141,7 @@ def _check_bytes(
     if files.schema.mappable:
         wrong = _wrong_features(files, tar, status, checksums)
     else:
-        wrong = wrong_coded_features(files, tar, commit, status, checksums)
+        wrong = _wrong_coded_features(files, tar, commit, status, checksums)
     if wrong:
         raise files.damaged(tar, wrong)
 
@@ -181,6 +181,32 @@ def _wrong_features(
                     return f"features of row {contradicting} contradict its status"
     except ValueError as error:
         return str(error)
+    return ""
+
+
+def _wrong_coded_features(
+    files: ChunkFiles,
+    tar: int,
+    commit: Commit,
+    status: npt.NDArray[np.uint8],
+    checksums: Checksums,
+) -> str:
+    """As `_wrong_features`, of compressed or int8 ones; WorkError for a damaged scale."""
+    schema, coded = files.schema, CodedFeatures(files)
+    for first in range(0, commit.rows, schema.chunk_rows):
+        rows = min(schema.chunk_rows, commit.rows - first)
+        chunk: FeatureArray = np.empty((rows, *schema.row_shape), schema.dtype)
+        try:
+            coded.read(tar, commit, first, chunk)
+        except ValueError as error:
+            return str(error)
+        wrong = np.array([crc32c(row) for row in chunk]) != checksums[first : first + rows]
+        if wrong.any():
+            return f"features of row {first + int(wrong.argmax())} fail their checksum"
+        # Zeros may be a failed row and a black picture.
+        wrong = not_finite(chunk) != (status[first : first + rows] != STATUS_OK)
+        if wrong.any() and chunk.dtype.kind == "f":
+            return f"features of row {first + int(wrong.argmax())} contradict its status"
     return ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from featstore.errors import WorkError
+
+log = logging.getLogger(__name__)
 
 # Bytes of the lock file per record; they hold the name of the process that last locked it.
 RECORD_BYTES: Final = 64
@@ -70,6 +73,42 @@ def claimed(
         yield
     finally:
         os.close(descriptor)  # frees the locks
+
+
+@contextmanager
+def one_at_a_time(lock_file: Path, work: str) -> Iterator[None]:
+    """Wait until no other process or thread holds `lock_file`, then hold it.
+
+    `work` is what they do with it, for the log. The file is made if needed and never removed.
+    """
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process that is %s", work)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def hold(lock_file: Path) -> int | None:
+    """A descriptor that holds `lock_file`, made if needed, until it is closed.
+
+    None where another process holds it, or removed it at this moment: whoever holds such a lock
+    may remove its file.
+    """
+    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.stat(lock_file), os.fstat(descriptor)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _range(start: int) -> bytes:

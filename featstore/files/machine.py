@@ -1,4 +1,4 @@
-"""How much memory this process may still take: of the machine, and of the groups it is in.
+"""What this machine and the groups of this process give it: memory, cores, bfloat16 products.
 
 Containers and batch systems limit a process by control groups (cgroups v1 and v2, Linux kernel
 documentation), while /proc/meminfo speaks of the whole machine. What files left in the page cache
@@ -8,6 +8,8 @@ counts as used there, too, and is given back when memory is wanted, so that it i
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -15,6 +17,38 @@ from typing import Final
 # Limit, usage, and what the lines of `memory.stat` begin with that count the groups below, too.
 _VERSION_2: Final = ("memory.max", "memory.current", "")
 _VERSION_1: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+# Of /proc/cpuinfo: Intel's and AMD's names of the instructions, and Arm's.
+_BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def usable_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held so far, in megabytes of 10^6 bytes."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def cpu_has_bf16(root: Path = Path("/")) -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AVX512-BF16, AMX or Arm's bf16).
+
+    `root` is the folder that holds `proc`; False where the system has no /proc/cpuinfo.
+    """
+    try:
+        lines = (root / "proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    names = (line.partition(":") for line in lines)
+    return any(
+        not _BF16_FLAGS.isdisjoint(flags.split())
+        for name, _, flags in names
+        if name.strip() in ("flags", "Features")
+    )
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
 import shutil
 import uuid
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from featstore.errors import UserError, WorkError
-
-log = logging.getLogger(__name__)
+from featstore.files.disk import free_bytes, has_room
+from featstore.files.locks import hold
 
 CACHE_VARIABLE = "MOTE_CACHE"
-# File systems get slow and other programs fail before the last byte is taken.
-SPARE_BYTES = 64 * 2**20
 
 
 def cache_folder() -> Path:
@@ -35,15 +29,10 @@ def cache_folder() -> Path:
         ) from error
 
 
-def has_room(folder: Path, size: int) -> bool:
-    """Whether `size` bytes and a little to spare fit on the disk of `folder`."""
-    return shutil.disk_usage(folder).free >= size + SPARE_BYTES
-
-
 def require_room(folder: Path, size: int, what: str) -> None:
     """WorkError unless `size` bytes of `what` fit on the disk of `folder`."""
     if not has_room(folder, size):
-        free = shutil.disk_usage(folder).free
+        free = free_bytes(folder)
         raise WorkError(
             f"{what} takes {size / 2**20:.0f} MiB and the disk of {folder} has {free / 2**20:.0f} "
             f"MiB free: make room, or set {CACHE_VARIABLE} to a folder on a larger disk"
@@ -63,7 +52,8 @@ class ScratchFolder:
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
         self.path = parent / uuid.uuid4().hex
-        descriptor = _locked(self.path.with_suffix(".lock"))
+        while (descriptor := hold(self.path.with_suffix(".lock"))) is None:
+            pass  # a sweep of another process has just taken it
         self.path.mkdir()
         self._finalizer = weakref.finalize(self, _remove, self.path, descriptor, os.getpid())
 
@@ -78,38 +68,6 @@ class ScratchFolder:
         self.close()
 
 
-@contextmanager
-def one_at_a_time(lock_file: Path, work: str) -> Iterator[None]:
-    """Wait until no other process or thread holds `lock_file`, then hold it.
-
-    `work` is what they do with it, for the log.
-    """
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that is %s", work)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked(lock: Path) -> int:
-    """A descriptor that holds the new lock file, which no sweep has taken meanwhile."""
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.stat(lock), os.fstat(descriptor)):
-                return descriptor
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        os.close(descriptor)
-
-
 def _remove(folder: Path, descriptor: int, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked child's copy
@@ -121,15 +79,8 @@ def _remove(folder: Path, descriptor: int, owner: int) -> None:
 def _sweep(parent: Path) -> None:
     """Remove folders whose process is gone."""
     for lock in parent.glob("*.lock"):
-        try:
-            descriptor = os.open(lock, os.O_RDWR)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = hold(lock)
+        if descriptor is not None:
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink(missing_ok=True)
-        except BlockingIOError:
-            pass
-        finally:
             os.close(descriptor)

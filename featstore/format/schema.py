@@ -48,6 +48,8 @@ INT8_MISSING: Final = -128
 BLOSC_HEADER_BYTES: Final = 16
 
 CRC_BYTES: Final = 4
+# Offset and length of an inner chunk that a shard does not hold (Zarr v3 sharding).
+ABSENT: Final = 2**64 - 1
 
 # Far beyond any data set, and little enough memory: a reader keeps 13 bytes per inner chunk, and
 # has one chunk in memory when it is decoded (which is also the most that Blosc can).
@@ -75,6 +77,9 @@ SMALL_ARRAYS: Final = (
 )
 # All arrays with one chunk per tar but the commit entry.
 PER_TAR_ARRAYS: Final = (*SMALL_ARRAYS, "chunk_checksum")
+# All arrays that hold a file per partition, in the order in which they are written: the commit
+# entry makes it a done one.
+PARTITION_ARRAYS: Final = (*PER_TAR_ARRAYS, "features", "commit")
 
 _BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
 _SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}
@@ -107,6 +112,11 @@ class ArraySpec:
         if self.dtype == "string":
             raise ValueError("a string array has no fixed-width numpy type")
         return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def missing(self) -> float | str:
+        """What a row that is not there holds: the fill value as a number, or a text."""
+        return float("nan") if self.fill == "NaN" else self.fill
 
     def metadata(self, attributes: dict[str, Any] | None = None) -> dict[str, Any]:
         """The array's `zarr.json` (Zarr v3 core specification) as a JSON-ready dict."""
@@ -268,7 +278,7 @@ class StoreSchema:
 
     @property
     def missing(self) -> float:
-        """What the features of a failed row hold: NaN, or 0 where the type has none."""
+        """What the features of a failed row are read as: NaN, or 0 where the type has none."""
         return float("nan") if self.dtype.kind == "f" else 0.0
 
     @property

@@ -30,6 +30,7 @@ from featstore.format.provenance import Provenance
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
     CRC_BYTES,
+    PARTITION_ARRAYS,
     PER_TAR_ARRAYS,
     SMALL_ARRAYS,
 )
@@ -91,17 +92,12 @@ class ChunkFiles:
         self._recorded: dict[int, dict[str, int]] = {}
         self._committed: dict[int, bytes] = {}  # the entries that were given out, by partition
 
-    @property
-    def per_tar(self) -> tuple[str, ...]:
-        """All arrays that hold a file per partition, in the order they are written."""
-        return (*PER_TAR_ARRAYS, "features", "commit")
-
     def check_small_sizes(self, tar: int) -> None:
         """WorkError unless the small arrays' chunks are files that can have been written.
 
         Also where this user may not read one of the partition.
         """
-        for name in self.per_tar:
+        for name in PARTITION_ARRAYS:
             if os.path.exists(path := self.path(name, tar)) and not os.access(path, os.R_OK):
                 raise self.damaged(tar, f"{name} chunk cannot be read (Permission denied)")
         for name in PER_TAR_ARRAYS:

@@ -13,9 +13,9 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from featstore.format.checksums import Checksums, chunk_checksums, crc32c
 from featstore.format.schema import FeatureArray, RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit
-from featstore.reading.coded_shards import CodedShard
+from featstore.reading.coded_shards import CodedFeatures
 from featstore.reading.shards import ShardFile, ShardMap
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class FeatureFiles:
         self._commits = commits
         self._key_of = key_of
         self._map = self._reserved() if mapped and self._schema.mappable else None
-        self._coded: dict[int, CodedShard] = {}  # by partition
+        self._coded = CodedFeatures(files)
         self._lock = threading.Lock()
         self._checksums: dict[int, Checksums] = {}  # by partition, of its rows
         # Of inner chunks, counted over all shards; what a chunk holds beyond the listed rows is
@@ -65,7 +65,7 @@ class FeatureFiles:
 
     @property
     def mapped(self) -> bool:
-        """Whether features are memory-mapped, else decoded or read through zarr."""
+        """Whether features are memory-mapped, else read through zarr."""
         return self._map is not None
 
     def gather(self, rows: RowArray, views: RowArray | None, frames: RowArray | None) -> Tensor:
@@ -112,7 +112,7 @@ class FeatureFiles:
         `progress` counts rows.
         """
         schema = self._schema
-        # What is decoded, here or by zarr, is taken chunk by chunk.
+        # What zarr reads is taken chunk by chunk.
         runs = list(_runs(rows, schema.chunk_rows if self._map is None else schema.capacity))
         runs.sort(key=lambda run: int(rows[run[0]]))
         tars = rows[[start for start, _ in runs]] // schema.capacity
@@ -219,24 +219,11 @@ class FeatureFiles:
         not read from the file itself must be of one chunk.
         """
         commit = self._commits[tar]
-        if not self._schema.mappable:
-            shard = self._coded.get(tar)
-            if shard is None:
-                shard = self._coded[tar] = CodedShard(self._files, tar, commit)
-
-            def decoded(position: int, out: FeatureArray) -> list[int]:
-                out[:] = shard.rows(position, position + len(out))
-                return [crc32c(out)] if check else []
-
-            yield decoded
-            return
         path = self._files.check_shard(tar, commit)
         if self._map is None:
-            first = tar * self._schema.capacity
 
             def through_zarr(position: int, out: FeatureArray) -> list[int]:
-                begin = first + position
-                out[:] = self._zarr_features[begin : begin + len(out)]
+                self._coded.read(tar, commit, position, out)
                 return [crc32c(out)] if check else []
 
             yield through_zarr
@@ -257,18 +244,6 @@ class FeatureFiles:
                 *(self._files.store, error),
             )
             return None
-
-    @cached_property
-    def _zarr_features(self) -> Any:
-        # Imported here: it takes longer than opening a store, and nothing else here needs it.
-        import zarr
-
-        return zarr.open_array(
-            zarr.storage.LocalStore(self._files.store, read_only=True),
-            path="features",
-            mode="r",
-            zarr_format=3,
-        )
 
 
 def _runs(rows: RowArray, width: int) -> Iterator[tuple[int, int]]:

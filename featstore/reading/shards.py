@@ -20,14 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.format.checksums import PIECE_BYTES, crc32c
-from featstore.format.schema import CRC_BYTES, FeatureArray, StoreSchema
+from featstore.format.schema import ABSENT, BLOSC_HEADER_BYTES, CRC_BYTES, FeatureArray, StoreSchema
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Bytes = npt.NDArray[np.uint8]
 
-_ABSENT: Final = 2**64 - 1
 _MAP_FIXED: Final = 0x10  # Linux and macOS; Python's mmap has no name for it
 
 
@@ -51,7 +50,8 @@ class ShardFile:
                 raise ValueError(f"the features shard has {size} bytes: it was cut or replaced")
             index: Bytes = np.empty(schema.index_bytes, np.uint8)
             self._fill(index, size - len(index))
-            self.offsets = _chunk_offsets(index, schema, rows, size - len(index))
+            entries = chunk_entries(index, schema, rows, size - len(index))
+            self.offsets = [offset for offset, _ in entries]
         except BaseException:
             self.close()
             raise
@@ -177,20 +177,25 @@ class ShardMap:
         return found
 
 
-def _chunk_offsets(
-    index: npt.NDArray[np.uint8], schema: StoreSchema, rows: int, index_start: int
-) -> list[int]:
-    """Byte at which each inner chunk with listed rows begins; ValueError when one is misplaced."""
+def chunk_entries(
+    index: Bytes, schema: StoreSchema, rows: int, index_start: int
+) -> list[tuple[int, int]]:
+    """Offset and length of each inner chunk with listed rows, from a shard's index uint8 [bytes].
+
+    ValueError when the index fails its checksum or a chunk is misplaced or cannot be as long.
+    """
     if crc32c(index[:-CRC_BYTES]) != int(index[-CRC_BYTES:].view("<u4")[0]):
         raise ValueError("the index of the shard fails its checksum")
     entries = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: -(-rows // schema.chunk_rows)]
-    body = schema.chunk_rows * schema.row_bytes
-    offsets = []
+    least = most = schema.chunk_bytes + CRC_BYTES
+    if schema.codec != "none":
+        least, most = BLOSC_HEADER_BYTES + CRC_BYTES, most + BLOSC_HEADER_BYTES
+    found: list[tuple[int, int]] = []
     for number, (offset, length) in enumerate(entries.tolist()):
-        if offset == _ABSENT or length != body + CRC_BYTES or offset + length > index_start:
+        if offset == ABSENT or not least <= length <= most or offset + length > index_start:
             raise ValueError(f"chunk {number} of the shard is absent or misplaced")
-        offsets.append(offset)
-    return offsets
+        found.append((offset, length))
+    return found
 
 
 def _map_over(address: int, length: int, descriptor: int) -> None:

@@ -12,7 +12,6 @@ from featstore.format.schema import CODECS
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.coded_shards import read_scale
 from featstore.rewriting.source import claimed_source
-from featstore.writing.writer import StoreWriter
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,8 @@ def convert(
             # Extraction puts their rows into plain shards only.
             source.require_complete("compress")
         schema = replace(made.schema, codec=codec)
-        writer = StoreWriter.init(
-            folder,
-            schema,
-            made.provenance,
-            tars=[asdict(tar) for tar in made.tars],
-            class_names=made.class_names,
-            raw_class_names=made.raw_class_names,
-            split_names=made.split_names,
-            class_texts=source.texts(),
-            feature_scale=read_scale(source.files),
-        )
+        scale = read_scale(source.files)
+        writer = source.rewritten(folder, schema, made.provenance, scale)
         tars = list(source.store.partitions())
         for number, tar in enumerate(tars):
             same = source.shard(tar) if codec == made.schema.codec else None

@@ -18,12 +18,9 @@ from featstore.format.metadata import (
     prompt_set_names,
     tar_entry,
 )
-from featstore.format.schema import CLASS_TEXT_GROUP, SMALL_ARRAYS
+from featstore.format.schema import CLASS_TEXT_GROUP, PARTITION_ARRAYS
 from featstore.rewriting.source import SourceStore, claimed_source
 from featstore.writing.writer import StoreWriter, write_class_text, write_skeleton
-
-# The features are linked before the commit entry, as they are written.
-_LINKED = (*SMALL_ARRAYS, "chunk_checksum", "features", "commit")
 
 
 @dataclass(frozen=True)
@@ -213,6 +210,6 @@ def _link(path: Path, folder: Path, places: Mapping[int, int]) -> None:
     for tar, place in places.items():
         if not old.done(tar):
             continue
-        for name in _LINKED:
+        for name in PARTITION_ARRAYS:
             target = new.file(name, place)
             link_or_copy(old.file(name, tar), target)

@@ -17,7 +17,6 @@ from featstore.format.schema import STATUS_OK, FloatArray, HalfArray, RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.rewriting.source import SourceStore, claimed_source
-from featstore.writing.writer import StoreWriter
 
 QUANTISED: Final = "int8 per dimension"
 
@@ -76,16 +75,11 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
             )
         source.require_complete("quantise")
         steps = 3 * made.schema.tars
-        writer = StoreWriter.init(
+        writer = source.rewritten(
             folder,
             replace(made.schema, feature_type="int8"),
             replace(made.provenance, quantised=QUANTISED),
-            tars=[asdict(tar) for tar in made.tars],
-            class_names=made.class_names,
-            raw_class_names=made.raw_class_names,
-            split_names=made.split_names,
-            class_texts=source.texts(),
-            feature_scale=_scale(source, progress, steps),
+            _scale(source, progress, steps),
         )
         for tar in range(made.schema.tars):
             writer.write_partition(tar, source.partition(tar))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from featstore.errors import WorkError
 from featstore.files.exchange import recover, sweep
 from featstore.format.class_texts import ClassText
 from featstore.format.metadata import StoreMetadata, read_metadata
-from featstore.format.schema import SMALL_ARRAYS
+from featstore.format.provenance import Provenance
+from featstore.format.schema import SMALL_ARRAYS, FloatArray, StoreSchema
 from featstore.opening import open_store
 from featstore.reading.chunk_files import ChunkFiles
 from featstore.reading.store import Store
@@ -56,6 +58,26 @@ class SourceStore:
     def texts(self) -> dict[str, ClassText]:
         """The class texts by prompt set."""
         return {name: self.store.class_text(name) for name in self.store.prompt_sets}
+
+    def rewritten(
+        self, folder: Path, schema: StoreSchema, provenance: Provenance, scale: FloatArray | None
+    ) -> StoreWriter:
+        """A new store in `folder` of the same tars, names and class texts, still without rows.
+
+        `scale` float32 [D] is that of int8 features. Errors as `StoreWriter.init`.
+        """
+        made = self.metadata
+        return StoreWriter.init(
+            folder,
+            schema,
+            provenance,
+            tars=[asdict(tar) for tar in made.tars],
+            class_names=made.class_names,
+            raw_class_names=made.raw_class_names,
+            split_names=made.split_names,
+            class_texts=self.texts(),
+            feature_scale=scale,
+        )
 
     def bytes(self) -> int:
         """Bytes of the features files of all committed partitions."""

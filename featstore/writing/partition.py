@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import WorkError
-from featstore.format.finite import not_finite
+from featstore.format.array_checks import not_finite
 from featstore.format.schema import STATUS_FAILED, STATUS_OK, FeatureArray
 from featstore.writing.shard_rows import FeatureRows
 

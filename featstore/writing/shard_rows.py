@@ -1,4 +1,6 @@
-"""A features shard in the making: rows put at their places one by one, in any order.
+"""The files of a partition: chunks of the small arrays, and a features shard in the making.
+
+Rows of features are put at their places one by one, in any order, or all at once.
 
 A row of frames or tokens takes megabytes and a partition of them hundreds, while a row of
 embeddings takes kilobytes. A plain shard is dense, so that the place of a row in it is known before
@@ -9,25 +11,63 @@ Written and not mapped: a full disk is an error then, where a map ends the proce
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from featstore.files.durable import PARTIAL_SUFFIX, make_folder, sync_folder
+from featstore.files.durable import PARTIAL_SUFFIX, make_folder, sync_folder, write_bytes
+from featstore.format.array_checks import not_finite
 from featstore.format.checksums import Checksums, chunk_checksums, crc32c
-from featstore.format.finite import not_finite
-from featstore.format.schema import CRC_BYTES, FeatureArray, StoreSchema
+from featstore.format.schema import ABSENT, CRC_BYTES, ArraySpec, FeatureArray, StoreSchema
 
-_ABSENT: Final = 2**64 - 1
+
+def write_chunk(path: Path, spec: ArraySpec, values: Any) -> int:
+    """Write a file of an array that is not sharded; returns the checksum that it ends with.
+
+    `values` are the first of the chunk (an array or texts), the rest holds the fill value.
+    Readers find the bytes that zarr would have written.
+    """
+    if spec.dtype == "string":
+        # Imported here: it takes longer than opening a store, and readers do without.
+        from numcodecs import VLenUTF8, Zstd
+
+        texts = np.full(spec.chunks, spec.missing, object)
+        texts[: len(values)] = values
+        zstd = next(codec["configuration"] for codec in spec.codecs if codec["name"] == "zstd")
+        content = bytes(Zstd(**zstd).encode(VLenUTF8().encode(texts)))
+    else:
+        chunk = np.full(spec.chunks, spec.missing, spec.numpy_dtype)
+        chunk[: len(values)] = values
+        content = chunk.tobytes()
+    checksum = crc32c(content)
+    write_bytes(path, content + checksum.to_bytes(CRC_BYTES, "little"))
+    return checksum
+
+
+def compressed_shard(schema: StoreSchema, features: FeatureArray) -> bytes:
+    """The features file of a partition in a store with a codec, encoded by zarr."""
+    import zarr  # it takes longer than opening a store, and only codecs need it
+    from zarr.core.buffer.cpu import Buffer
+
+    spec = schema.arrays()["features"]
+    alone = replace(spec, shape=spec.shards or spec.chunks)  # an array of one shard
+    held: dict[str, Any] = {"zarr.json": Buffer.from_bytes(json.dumps(alone.metadata()).encode())}
+    array = zarr.open_array(zarr.storage.MemoryStore(held), mode="r+", zarr_format=3)
+    # The default leaves out a chunk that holds fill values only.
+    array.with_config({"write_empty_chunks": True})[: len(features)] = features
+    encoded: bytes = held[alone.chunk_key(0)].to_bytes()
+    return encoded
 
 
 class FeatureRows:
-    """The features of one partition, stands in for the array [rows, V, F, *item].
+    """The features of one partition; it stands in for the array [rows, V, F, *item] as stored.
 
     A context manager: what was not placed when it ends is removed. After kill -9 the next claim of
     the partition removes it.
@@ -38,13 +78,14 @@ class FeatureRows:
 
         ValueError for a store whose shards are not plain.
         """
-        if not schema.mappable:
+        if schema.codec != "none":
             raise ValueError(f"features stored as {schema.storage} are written as a whole")
         self.shape: tuple[int, ...] = (rows, *schema.row_shape)
-        self.dtype = schema.dtype
+        self.dtype = np.dtype(schema.feature_type)
         self.written = np.zeros(rows, np.bool_)
         self._checksums: Checksums = np.zeros(rows, np.uint32)
         self._schema = schema
+        self._row_bytes = schema.chunk_bytes // schema.chunk_rows
         self._path = path
         make_folder(path.parent)
         self._partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
@@ -65,24 +106,33 @@ class FeatureRows:
         self._checksums[position] = crc32c(row)
         self.written[position] = True
 
+    def put_all(self, rows: FeatureArray) -> None:
+        """Write all rows [rows, V, F, *item], as they are to be read again, failed ones too."""
+        rows = np.ascontiguousarray(rows, self.dtype.newbyteorder("<"))
+        for first in range(0, len(rows), self._schema.chunk_rows):
+            self._write(rows[first : first + self._schema.chunk_rows], self._place(first))
+        self._checksums[:] = [crc32c(row) for row in rows]
+        self.written[:] = True
+
     def finish(self) -> Checksums:
         """Fill the rows that were not put, write checksums and index, sync; checksums [rows]."""
         schema, rows = self._schema, len(self.written)
         chunks = -(-rows // schema.chunk_rows)
-        empty = np.full(schema.row_shape, schema.missing, schema.dtype.newbyteorder("<"))
+        missing = schema.arrays()["features"].missing
+        empty = np.full(schema.row_shape, missing, self.dtype.newbyteorder("<"))
         padded = np.full(chunks * schema.chunk_rows, crc32c(empty), np.uint32)
         padded[:rows][self.written] = self._checksums[self.written]
         lacking = np.ones(len(padded), np.bool_)
         lacking[:rows] = ~self.written
         # What was never written reads as zeros.
-        for position in np.flatnonzero(lacking).tolist() if schema.missing != 0 else ():
+        for position in np.flatnonzero(lacking).tolist() if missing != 0 else ():
             self._write(empty, self._place(position))
         body = schema.chunk_bytes
         for number, checksum in enumerate(
-            chunk_checksums(padded, schema.chunk_rows, schema.row_bytes)
+            chunk_checksums(padded, schema.chunk_rows, self._row_bytes)
         ):
             self._write(np.array([checksum], "<u4"), number * (body + CRC_BYTES) + body)
-        index = np.full((schema.chunks_per_shard, 2), _ABSENT, "<u8")
+        index = np.full((schema.chunks_per_shard, 2), ABSENT, "<u8")
         index[:chunks, 0] = np.arange(chunks) * (body + CRC_BYTES)
         index[:chunks, 1] = body + CRC_BYTES
         start = chunks * (body + CRC_BYTES)
@@ -117,7 +167,7 @@ class FeatureRows:
     def _place(self, position: int) -> int:
         chunk, row = divmod(position, self._schema.chunk_rows)
         begin = chunk * (self._schema.chunk_bytes + CRC_BYTES)
-        return begin + row * self._schema.row_bytes
+        return begin + row * self._row_bytes
 
     def _write(self, data: npt.NDArray[Any], offset: int) -> None:
         left = data.reshape(-1).view(np.uint8).data

@@ -6,18 +6,15 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NotRequired, TypedDict, Unpack
 
 import numpy as np
-import numpy.typing as npt
-import zarr
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
 
-from featstore.checking.damage_notes import noted_damage
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import (
     PARTIAL_SUFFIX,
@@ -28,7 +25,7 @@ from featstore.files.durable import (
     write_json,
 )
 from featstore.files.locks import claimed
-from featstore.format.checksums import crc32c
+from featstore.format.checksums import Checksums, crc32c
 from featstore.format.class_texts import ClassText, class_text_attributes
 from featstore.format.int8 import dequantise, quantise
 from featstore.format.metadata import (
@@ -44,23 +41,84 @@ from featstore.format.metadata import (
 from featstore.format.provenance import Provenance
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
-    CRC_BYTES,
     FEATURE_SCALE,
+    PARTITION_ARRAYS,
     PER_TAR_ARRAYS,
     SMALL_ARRAYS,
+    FeatureArray,
     FloatArray,
     StoreSchema,
     class_text_spec,
 )
 from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit
 from featstore.reading.coded_shards import read_scale
+from featstore.reading.damage_notes import DamageNote
 from featstore.writing.partition import Partition
-from featstore.writing.shard_rows import FeatureRows
+from featstore.writing.shard_rows import FeatureRows, compressed_shard, write_chunk
 
 log = logging.getLogger(__name__)
 
 
-class StoreWriter:
+class NewStore(TypedDict):
+    """What a new store is told beside its sizes and its provenance.
+
+    `tars`: per tar {"file", "rows" (listed samples, failed ones included), "bytes", "sha256"}.
+    `class_texts` by prompt set, names in the order of `class_names`. `feature_scale` float32 [D]
+    for a schema whose features are int8, and only then.
+    """
+
+    tars: Sequence[Mapping[str, Any]]
+    class_names: Sequence[str]
+    raw_class_names: Sequence[str]
+    split_names: Sequence[str]
+    class_texts: Mapping[str, ClassText]
+    feature_scale: NotRequired[FloatArray | None]
+
+
+class PartitionWriter(ABC):
+    """What writers have in common, wherever their store lies."""
+
+    def __init__(self, place: Path | str, folder: Path, metadata: StoreMetadata) -> None:
+        """`place` is told in messages; `folder` holds the metadata."""
+        self.place = place
+        self.metadata = metadata
+        self._folder = folder
+
+    @property
+    def schema(self) -> StoreSchema:
+        """Sizes of the store."""
+        return self.metadata.schema
+
+    @property
+    def provenance(self) -> Provenance:
+        """How the features in it were made."""
+        return self.metadata.provenance
+
+    @property
+    def prompt_sets(self) -> list[str]:
+        """Prompt sets whose class texts the store holds."""
+        return prompt_set_names(self._folder)
+
+    @abstractmethod
+    def done(self, tar: int) -> bool:
+        """Whether a partition is committed and has all its files."""
+
+    def pending(self) -> list[int]:
+        """Numbers of the partitions that are not done."""
+        return [tar for tar in range(self.schema.tars) if not self.done(tar)]
+
+    def finalise(self) -> None:
+        """Return when every partition is done; WorkError names those that are missing."""
+        missing = self.pending()
+        if missing:
+            shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
+            raise WorkError(
+                f"{self.place} lacks {len(missing)} of {self.schema.tars} partitions ({shown}): "
+                f"run `mote-cli extract --dataset {self.provenance.dataset or 'NAME'}` again"
+            )
+
+
+class StoreWriter(PartitionWriter):
     """Adds partitions to a store. Make one with `init` (new store) or `open` (existing store).
 
     Nothing but partitions is written after `init`. A partition is written by one process at a
@@ -68,10 +126,9 @@ class StoreWriter:
     """
 
     def __init__(self, path: Path, metadata: StoreMetadata) -> None:
+        super().__init__(path, path, metadata)
         self.path = path
-        self.metadata = metadata
         self._files = ChunkFiles(path, metadata)
-        self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
     def init(
@@ -79,30 +136,22 @@ class StoreWriter:
         path: Path,
         schema: StoreSchema,
         provenance: Provenance,
-        *,
-        tars: Sequence[Mapping[str, Any]],
-        class_names: Sequence[str],
-        raw_class_names: Sequence[str],
-        split_names: Sequence[str],
-        class_texts: Mapping[str, ClassText],
-        feature_scale: FloatArray | None = None,
+        **new: Unpack[NewStore],
     ) -> StoreWriter:
         """Make an empty store that appears under `path` complete or not at all.
 
-        `tars`: per tar {"file", "rows" (listed samples, failed ones included), "bytes", "sha256"}.
-        `class_texts` by prompt set, names in the order of `class_names`. `feature_scale` float32
-        [D] for a schema whose features are int8, and only then.
         Another process that makes the same store at this moment is waited for.
         Raises StoreExists when `path` exists, UserError when a name cannot be stored, ValueError
         when the arguments do not fit together.
         """
+        class_texts, feature_scale = new["class_texts"], new.get("feature_scale")
         metadata = StoreMetadata(
             schema,
             provenance,
-            tuple(tar_entry(tar) for tar in tars),
-            tuple(class_names),
-            tuple(raw_class_names),
-            tuple(split_names),
+            tuple(tar_entry(tar) for tar in new["tars"]),
+            tuple(new["class_names"]),
+            tuple(new["raw_class_names"]),
+            tuple(new["split_names"]),
         )
         for prompt_set, text in class_texts.items():
             check_prompt_set(prompt_set)
@@ -131,21 +180,6 @@ class StoreWriter:
         """Open an existing store to add partitions; UserError when it is not a valid store."""
         return cls(path, read_metadata(path))
 
-    @property
-    def schema(self) -> StoreSchema:
-        """Sizes of the store."""
-        return self.metadata.schema
-
-    @property
-    def provenance(self) -> Provenance:
-        """How the features in it were made."""
-        return self.metadata.provenance
-
-    @property
-    def prompt_sets(self) -> list[str]:
-        """Prompt sets whose class texts the store holds."""
-        return prompt_set_names(self.path)
-
     def file(self, array: str, tar: int) -> Path:
         """The file of an array that belongs to a tar."""
         return self._files.path(array, tar)
@@ -164,15 +198,15 @@ class StoreWriter:
         except (WorkError, UserError) as error:  # damage, a symbolic link
             log.warning("%s will be redone: %s", self.path, error)
             return False
-        found = noted_damage(self._files).get(tar)
+        found = self._noted.reason(tar)
         if found is not None:
             log.warning("%s: partition %d will be redone: %s", self.path, tar, found)
             return False
         return whole
 
-    def pending(self) -> list[int]:
-        """Numbers of the partitions that are not done."""
-        return [tar for tar in range(self.schema.tars) if not self.done(tar)]
+    @cached_property
+    def _noted(self) -> DamageNote:
+        return DamageNote(self._files)
 
     def feature_rows(self, tar: int) -> FeatureRows:
         """Where the features of a partition can be put row by row before it is written.
@@ -193,51 +227,64 @@ class StoreWriter:
         `shard` is the features file of a store of the same sizes, codec and type that holds just
         these features: it is linked, or copied where it cannot be, instead of written anew.
 
-        Order: the commit entry and the old shard go; the small arrays, the features in one put,
-        the commit entry. Each file is synced before the next begins, so that a process killed at
-        any moment leaves the partition done and right, or not done.
+        Order: the new shard is written beside its place; the commit entry and the old shard go;
+        the small arrays come, the shard takes its place, the commit entry comes. Each file is
+        synced before the next begins, so that a process killed at any moment leaves the partition
+        done and right, or not done.
         Raises ValueError when the partition does not fit the tar, OSError when the disk is full.
         """
         self._check_fits(tar, partition)
-        paths = {name: self._files.make_way(name, tar) for name in self._files.per_tar}
+        paths = {name: self._files.make_way(name, tar) for name in PARTITION_ARRAYS}
         began = self._time_after_earlier(tar)
-        n = len(partition.key)
-        features = partition.features
-        if isinstance(features, FeatureRows):
-            checksums = features.finish()  # where the disk is full, what was there stays
-        else:
-            stored: npt.NDArray[Any] = features
-            readable = features
-            scale = read_scale(self._files)
-            if scale is not None:
-                stored = quantise(features, scale)
-                readable = dequantise(stored, scale)
-            checksums = np.array([crc32c(row) for row in readable], np.uint32)
-        for name in ("commit", "features"):
-            if paths[name].exists():
-                paths[name].unlink()
-                sync_folder(paths[name].parent)
-        digests = [
-            self._put_small(
-                name, tar, checksums if name == "checksum" else getattr(partition, name)
+        # Where the disk is full, what was there stays.
+        with self._shard(paths["features"], partition.features, shard) as (checksums, put_features):
+            for name in ("commit", "features"):
+                if paths[name].exists():
+                    paths[name].unlink()
+                    sync_folder(paths[name].parent)
+            digests = [
+                write_chunk(
+                    paths[name],
+                    self._files.specs[name],
+                    checksums if name == "checksum" else getattr(partition, name),
+                )
+                for name in SMALL_ARRAYS
+            ]
+            write_chunk(
+                paths["chunk_checksum"],
+                self._files.specs["chunk_checksum"],
+                np.array([digests], np.uint32),
             )
-            for name in SMALL_ARRAYS
-        ]
-        self._put("chunk_checksum", slice(tar, tar + 1), np.array([digests], np.uint32))
-        first = tar * self.schema.capacity
-        if isinstance(features, FeatureRows):
-            features.place()
-        elif shard is None:
-            self._put("features", slice(first, first + n), stored)
-        else:
-            link_or_copy(shard, self._files.path("features", tar))
+            put_features()
         commit = Commit(
-            rows=n,
+            rows=len(partition.key),
             checksum_crc32c=crc32c(checksums),
-            features_bytes=self._files.path("features", tar).stat().st_size,
+            features_bytes=paths["features"].stat().st_size,
             unix_time=max(began, int(time.time())),
         )
-        self._put("commit", slice(tar, tar + 1), commit.array())
+        write_chunk(paths["commit"], self._files.specs["commit"], commit.array())
+
+    @contextmanager
+    def _shard(
+        self, path: Path, features: FeatureArray | FeatureRows, same: Path | None
+    ) -> Iterator[tuple[Checksums, Callable[[], None]]]:
+        """Checksums uint32 [n] of the rows as they are read, and what makes their shard `path`."""
+        if isinstance(features, FeatureRows):
+            yield features.finish(), features.place
+            return
+        scale = read_scale(self._files)
+        stored: FeatureArray = features if scale is None else quantise(features, scale)
+        readable = features if scale is None else dequantise(stored, scale)
+        if same is not None:
+            yield _row_checksums(readable), partial(link_or_copy, same, path)
+        elif self.schema.codec != "none":
+            content = compressed_shard(self.schema, stored)
+            yield _row_checksums(readable), partial(write_bytes, path, content)
+        else:
+            with FeatureRows(path, self.schema, len(stored)) as rows:
+                rows.put_all(stored)
+                checksums = rows.finish()
+                yield checksums if scale is None else _row_checksums(readable), rows.place
 
     @contextmanager
     def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
@@ -272,16 +319,6 @@ class StoreWriter:
             else:
                 leftover.unlink(missing_ok=True)
         return len(leftovers)
-
-    def finalise(self) -> None:
-        """Return when every partition is done; WorkError names those that are missing."""
-        missing = self.pending()
-        if missing:
-            shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
-            raise WorkError(
-                f"{self.path} lacks {len(missing)} of {self.schema.tars} partitions ({shown}): "
-                f"run `mote-cli extract --dataset {self.provenance.dataset or 'NAME'}` again"
-            )
 
     def _time_after_earlier(self, tar: int) -> int:
         """A time later than that of the partition's commit entry: a new entry is never equal."""
@@ -320,45 +357,9 @@ class StoreWriter:
                         f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
                     )
 
-    def _put_small(self, name: str, tar: int, values: Any) -> int:
-        """Write one small array's chunk, padded to the capacity; returns the file's checksum."""
-        spec = self._files.specs[name]
-        if spec.dtype == "string":
-            chunk: npt.NDArray[Any] = np.full(spec.chunks, "", dtype=object)
-        else:
-            fill = np.nan if spec.fill == "NaN" else spec.fill
-            chunk = np.full(spec.chunks, fill, spec.numpy_dtype)
-        chunk[: len(values)] = values
-        first = tar * self.schema.capacity
-        self._put(name, slice(first, first + self.schema.capacity), chunk)
-        written = self._files.path(name, tar).read_bytes()
-        return int.from_bytes(written[-CRC_BYTES:], "little")
-
-    def _put(self, name: str, rows: slice, values: npt.NDArray[Any]) -> None:
-        array = self._arrays.get(name)
-        if array is None:
-            # The default leaves out, or deletes, a chunk that holds fill values only.
-            array = _open(self.path, name).with_config({"write_empty_chunks": True})
-            self._arrays[name] = array
-        array[rows] = values
-
 
 class StoreExists(UserError):
     """A store is there already under the path where one was to be made."""
-
-
-class DurableStore(LocalStore):
-    """A LocalStore whose puts also survive a power cut: zarr's own renames without syncing."""
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Put `value` under `key`: temporary file, sync, rename, sync of the folder."""
-        self._check_writable()
-        write_bytes(self.root / key, value.as_buffer_like())
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        """The same for codec pipelines that do not use coroutines."""
-        self._check_writable()
-        write_bytes(self.root / key, value.as_buffer_like())
 
 
 def write_skeleton(
@@ -377,7 +378,8 @@ def write_skeleton(
     for prompt_set, text in class_texts.items():
         write_class_text(texts / prompt_set, text)
     if feature_scale is not None:
-        _open(folder, FEATURE_SCALE)[:] = feature_scale
+        spec = metadata.schema.arrays()[FEATURE_SCALE]
+        write_chunk(folder / FEATURE_SCALE / spec.chunk_key(0), spec, feature_scale)
 
 
 def write_class_text(folder: Path, text: ClassText) -> None:
@@ -391,11 +393,11 @@ def write_class_text(folder: Path, text: ClassText) -> None:
     )
     spec = class_text_spec(*text.embeddings.shape)
     _write_node(folder, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
-    _open(folder.parent, folder.name)[:] = text.embeddings
+    write_chunk(folder / spec.chunk_key(0), spec, text.embeddings)
 
 
-def _open(folder: Path, name: str) -> zarr.Array[Any]:
-    return zarr.open_array(DurableStore(folder), path=name, mode="r+", zarr_format=3)
+def _row_checksums(features: FeatureArray) -> Checksums:
+    return np.array([crc32c(row) for row in features], np.uint32)
 
 
 def _is_text(value: str) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from featstore.errors import UserError
+from featstore.files.machine import usable_cores
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
 from heads.end_to_end.config import FinetuneConfig
@@ -28,7 +29,6 @@ from heads.methods.mote.model import TemporalHead, build_head
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.descriptions import is_descriptions_file, read_descriptions
 from pipeline.encoders.specs import lasting_spec
-from pipeline.machine import usable_cores
 from pipeline.prompts import PromptSet, as_prompt_set, trained_prompt_set
 from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.video_clips.stream import ClipStream, EvaluationClips

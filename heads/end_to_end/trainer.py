@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from featstore.errors import WorkError, one_line
 from featstore.files.durable import write_json
+from featstore.files.machine import peak_rss_mb
 from featstore.progress import ProgressSink
 from heads.arithmetic import autocast, scaler
 from heads.end_to_end.config import FinetuneConfig
@@ -33,7 +34,6 @@ from heads.end_to_end.state import Position, all_finite, save_state
 from heads.methods.mote.config import RoutingDraw
 from heads.methods.mote.losses import LossTerms
 from heads.training.trainer import build_optimizer, data_subsets, draw_generator, learning_rates
-from pipeline.machine import peak_rss_mb
 from pipeline.video_clips.loader import ClipBatch, ClipFailure
 from pipeline.video_clips.stream import ClipStream
 

@@ -9,15 +9,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from featstore.errors import WorkError
+from featstore.files.disk import SPARE_BYTES, free_bytes, in_bytes
 from featstore.progress import ProgressSink, no_progress
 from pipeline.extraction.cpu_pool import VideoPool
-from pipeline.extraction.plan import (
-    SPARE_BYTES,
-    ExtractionPlan,
-    ExtractionRequest,
-    free_bytes,
-    in_bytes,
-)
+from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest
 from pipeline.extraction.pool_choice import decoder_for, open_pool
 from pipeline.extraction.store import load_request_encoder, provenance_of, require_same
 from pipeline.extraction.tiers import frame_output

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 
 from featstore import Store, StoreSchema
 from featstore.errors import UserError, WorkError
+from featstore.files.disk import free_bytes, has_room, in_bytes
 from featstore.files.scratch import ScratchFolder, cache_folder
 from featstore.format.schema import STATUS_FAILED
 from featstore.format.tiers import Tier
@@ -31,8 +31,6 @@ from pipeline.tars.sources import RemoteTars, remote_dataset
 from pipeline.tars.tar_source import LocalTars, TarSource
 
 PER_FRAME_EMBEDDING: Final = Tier()
-# Left free when a store is begun: the last bytes of a disk belong to others.
-SPARE_BYTES: Final = 64 << 20
 # Keys, reasons and numbers of a row beside its features and frame times, generously.
 ROW_EXTRA_BYTES: Final = 256
 FAILURES_SHOWN: Final = 10
@@ -223,11 +221,12 @@ class ExtractionPlan:
 
     def require_room(self, tars: list[int], schema: StoreSchema) -> None:
         """Raise `WorkError` when the disk cannot take these partitions."""
-        needed, free = self.disk_needed(tars, schema), free_bytes(self.disk)
-        if needed + SPARE_BYTES > free:
+        needed = self.disk_needed(tars, schema)
+        if not has_room(self.disk, needed):
             raise WorkError(
-                f"the store will take {needed / 1e9:.2f} GB and {self.disk} has {free / 1e9:.2f} "
-                "GB free: make room, or put the workspace (--root) on a larger disk"
+                f"the store will take {needed / 1e9:.2f} GB and {self.disk} has "
+                f"{free_bytes(self.disk) / 1e9:.2f} GB free: make room, or put the "
+                "workspace (--root) on a larger disk"
             )
 
     def room(self, tars: list[int], schema: StoreSchema) -> str:
@@ -364,21 +363,6 @@ def fingerprint_note(store_path: StorePlace) -> Path:
         digest = hashlib.sha256(store_path.encode()).hexdigest()[:16]
         return cache_folder() / "stores" / f"{digest}.encoder.json"
     return store_path.with_name(f"{store_path.name}.encoder.json")
-
-
-def in_bytes(count: int) -> str:
-    """A number of bytes in words."""
-    if count < 1e5:
-        return f"{count / 1e3:.2f} kB"
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def free_bytes(path: Path) -> int:
-    """Bytes free on the disk that holds, or will hold, `path`."""
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def shards_of(dataset: Dataset, split: str | None) -> list[Shard]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from featstore.errors import UserError
+from featstore.files.machine import usable_cores
 from pipeline.decoding import decoder_named
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.plan import ExtractionRequest
-from pipeline.machine import usable_cores
 
 if TYPE_CHECKING:
     from pipeline.clip_encoder import Encoder

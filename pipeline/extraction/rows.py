@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from featstore import Partition, StoreSchema
 from featstore.errors import one_line
-from featstore.format.finite import not_finite
+from featstore.format.array_checks import not_finite
 from featstore.format.schema import STATUS_FAILED, STATUS_OK
 from featstore.writing.shard_rows import FeatureRows
 from pipeline.decoding.contract import VideoInfo

@@ -25,13 +25,13 @@ from webdataset import TarWriter
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import durable_file, sweep_partials
+from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.known_sets import read_listing
 from pipeline.annotations.video_folder import extension
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.machine import usable_cores
 from pipeline.tars.dataset import (
     DATASET_FILE,
     FAILURES_FILE,

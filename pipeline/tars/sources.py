@@ -15,8 +15,9 @@ from pathlib import Path
 from threading import Event, Lock
 
 from featstore.errors import UserError, WorkError
+from featstore.files.disk import has_room
 from featstore.files.durable import write_bytes
-from featstore.files.scratch import has_room, require_room
+from featstore.files.scratch import require_room
 from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder
 from pipeline.tars.dataset import DATASET_FILE, SHARDS_FOLDER, Dataset, Shard, load_dataset
 from pipeline.tars.reading import DamagedTar

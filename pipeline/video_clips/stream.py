@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from featstore.errors import UserError
+from featstore.files.machine import usable_cores
 from featstore.segments import IntArray
 from pipeline.augmentation import resized_for_training, training_pixels
 from pipeline.decoding import decoder_named
@@ -24,7 +25,6 @@ from pipeline.decoding.contract import Decoder, Frames
 from pipeline.decoding.nvdec.decoder import NvdecDecoder
 from pipeline.decoding.nvdec.graphs import wants_dali
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.machine import usable_cores
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import Sampling
 from pipeline.tars.dataset import Dataset

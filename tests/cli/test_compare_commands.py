@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cli.next_command import repair_command
 from featstore import open_store
-from featstore.checking.repair_command import repair_command
 from featstore.checking.verify import verify
 from featstore.format.class_texts import class_text_checksum
 from featstore.format.metadata import read_metadata

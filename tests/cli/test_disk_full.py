@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from featstore import open_store, verify
-from pipeline.extraction import plan as extraction_plan
 from pipeline.tars.packing import pack
 from tests.support.processes.command_line import done, refused
 from tests.support.stores.store_files import store_files
@@ -98,7 +97,7 @@ def test_a_disk_that_is_filled_by_others_in_the_middle(
     others.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 3 * TAR_BYTES))
     assert "make room" in refused(1, *EXTRACT, "--root", root)
     assert not store_of(root).exists()
-    monkeypatch.setattr(extraction_plan, "SPARE_BYTES", -(10**9))  # as if there had been room
+    monkeypatch.setattr("featstore.files.disk.SPARE_BYTES", -(10**9))  # as if there had been room
     assert "No space left on device" in refused(1, *EXTRACT, "--root", root)
     store = open_store(store_of(root))
     assert 0 < len(list(store.partitions())) < store.schema.tars

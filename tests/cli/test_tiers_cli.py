@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from featstore import open_store, verify
-from pipeline.extraction import plan as extraction_plan
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, Running, command_starter
 from tests.support.stores.store_files import committed, store_files
@@ -140,7 +139,7 @@ def test_a_disk_that_is_filled_by_others(
     others.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - room))
     assert "make room" in refused(1, *extract(root, "frames"))
     assert not store_of(root, "frames").exists()
-    monkeypatch.setattr(extraction_plan, "SPARE_BYTES", -(10**9))  # as if there had been room
+    monkeypatch.setattr("featstore.files.disk.SPARE_BYTES", -(10**9))  # as if there had been room
     assert "No space left on device" in refused(1, *extract(root, "frames"))
     store = open_store(store_of(root, "frames"))
     assert len(list(store.partitions())) < TARS

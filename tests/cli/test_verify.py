@@ -145,7 +145,7 @@ def test_a_merged_store_is_made_again_from_its_parts(own: World) -> None:
 def test_a_note_that_cannot_be_written_is_said(own: World) -> None:
     flip(own.store / "features/c/2/0/0/0", 100)
     with mock.patch(
-        "featstore.checking.damage_notes.write_json", side_effect=PermissionError(13, "no")
+        "featstore.reading.damage_notes.write_json", side_effect=PermissionError(13, "no")
     ):
         result = mote("verify", own.store, "--deep", "--json")
     assert result.code == 1

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from featstore.errors import UserError, one_line
+from featstore.files.machine import usable_cores
 from pipeline.extraction.plan import ExtractionRequest
-from pipeline.machine import usable_cores
 
 logger = logging.getLogger(__name__)
 

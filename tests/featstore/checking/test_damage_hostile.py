@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from featstore import ClassText, StoreSchema, StoreWriter, UserError, WorkError, open_store, verify
-from featstore.checking.damage_notes import note_path, noted_damage
 from featstore.format.metadata import attributes_checksum
 from featstore.format.schema import MAX_CHUNK_BYTES, MAX_CHUNKS
+from featstore.reading.damage_notes import DamageNote, note_path
 from tests.support.stores.sample_stores import (
     CLASS_NAMES,
     init_store,
@@ -174,7 +174,7 @@ def test_a_note_that_is_no_file_is_refused(store: Path) -> None:
     from featstore.reading.chunk_files import ChunkFiles
 
     with pytest.raises(UserError, match=r"no regular file.*delete it"):
-        noted_damage(ChunkFiles(store, read_metadata(store)))
+        DamageNote(ChunkFiles(store, read_metadata(store)))
 
 
 # The quick check

@@ -14,6 +14,7 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cli.next_command import repair_command
 from featstore import (
     Partition,
     Provenance,
@@ -26,7 +27,6 @@ from featstore import (
     verify,
 )
 from featstore.batches.loader import FeatureLoader, MappedFeatures, StreamedFeatures, resident
-from featstore.checking.repair_command import repair_command
 from featstore.format.metadata import attributes_checksum, read_metadata
 from featstore.format.tiers import Tier
 from featstore.rewriting.convert import convert

@@ -27,8 +27,9 @@ from featstore import (
 )
 from featstore.files.scratch import ScratchFolder
 from featstore.opening import open_rows, writer_of
+from featstore.remote.mirror import open_remote
 from featstore.remote.objects import ObjectFolder
-from featstore.remote.writer import RemoteStoreWriter, open_remote
+from featstore.remote.writer import RemoteStoreWriter
 from featstore.rewriting.convert import convert
 from featstore.rewriting.quantize import quantize
 from featstore.writing.writer import StoreExists, StoreWriter
@@ -110,16 +111,38 @@ def test_the_objects_are_those_of_a_local_store(url: str, tmp_path: Path) -> Non
     assert verify(store.path, deep=True).ok
 
 
-def test_what_is_pending_takes_one_request(filled: str, proxy: FailingProxy) -> None:
-    writer = remote_writer(filled)
+def listings(proxy: FailingProxy) -> int:
+    return sum("list-type=2" in path for _, path, _ in proxy.requests)
+
+
+def test_what_is_pending_is_asked_at_the_opening(filled: str, proxy: FailingProxy) -> None:
     objects = ObjectFolder(filled)
     objects.delete("commit/c/0/0")
     objects.put("features/c/1/0/0/0", b"not so long")
     proxy.requests.clear()
+    writer = RemoteStoreWriter.open(filled)
     assert writer.pending() == [0, 1]
-    assert len(proxy.requests) == 1
+    assert listings(proxy) == 1
     with pytest.raises(WorkError, match=r"lacks 2 of 3 partitions \(0, 1\)"):
         writer.finalise()
+
+
+@pytest.mark.parametrize("tars", [3, 9])
+def test_many_partitions_are_written_with_one_listing(
+    url: str, proxy: FailingProxy, tars: int
+) -> None:
+    """Whoever asks after every tar what is left costs no more than who asks once."""
+    schema, rows = replace(SCHEMA, tars=tars), (2,) * tars
+    init_store_at(url, schema, rows)
+    proxy.requests.clear()
+    writer = RemoteStoreWriter.open(url)
+    for tar in writer.pending():
+        assert not writer.done(tar)
+        writer.write_partition(tar, make_partition(schema, tar, 2))
+        assert writer.done(tar)
+        assert writer.pending() == list(range(tar + 1, tars))
+    assert listings(proxy) == 1
+    assert RemoteStoreWriter.open(url).pending() == []
 
 
 def test_the_commit_entry_goes_first_and_comes_last(filled: str, proxy: FailingProxy) -> None:
@@ -376,7 +399,7 @@ def test_a_journal_that_was_cut(filled: str) -> None:
 
 
 def test_no_room_for_the_mirror(filled: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featstore.files.scratch.SPARE_BYTES", 2**60)
+    monkeypatch.setattr("featstore.files.disk.SPARE_BYTES", 2**60)
     with pytest.raises(WorkError, match="make room, or set MOTE_CACHE"):
         open_store(filled)
 

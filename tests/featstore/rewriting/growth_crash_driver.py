@@ -1,4 +1,4 @@
-"""Kills commands that change or make stores with SIGKILL; run by test_growth.py, prints one line.
+"""Kills commands that change or make stores with SIGKILL; run by test_grow.py, prints one line.
 
 `growth_crash_driver.py FOLDER WORK:STRIDE ... [two-renames]`: WORK is add-tars, add-texts or merge,
 and is killed just before every STRIDE-th system call that matters. Each work and each check is a

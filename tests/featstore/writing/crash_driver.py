@@ -22,7 +22,7 @@ import numpy as np
 import torch  # noqa: F401  (loaded once here instead of in every child that reads features)
 
 import featstore.files.durable
-import featstore.writing.writer
+import featstore.writing.shard_rows
 from featstore import Partition, StoreSchema, StoreWriter, open_store, verify
 from featstore.files.durable import durable_file
 from tests.support.stores.sample_stores import init_store, make_partition
@@ -75,7 +75,7 @@ def kill_at(step: int) -> None:
             tick()
             file.write(raw[len(raw) // 2 :])
 
-    featstore.writing.writer.write_bytes = write_in_halves  # type: ignore[attr-defined]
+    featstore.writing.shard_rows.write_bytes = write_in_halves  # type: ignore[attr-defined]
     for owner, name in [(os, "fsync"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir")]:
         before(owner, name)
 

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from cli.next_command import repair_command
 from featstore import Store, StoreWriter, UserError, WorkError, open_store
-from featstore.checking.repair_command import repair_command
 from featstore.format.metadata import attributes_checksum, read_metadata
 from pipeline.annotations import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder

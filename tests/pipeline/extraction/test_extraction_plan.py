@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore import StoreWriter, UserError, WorkError, open_store, verify
+from featstore.files.disk import free_bytes
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.extraction import plan as extraction_plan
 from pipeline.extraction.estimate import estimate
 from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest, Share
 from pipeline.extraction.run import extract
@@ -333,4 +333,4 @@ def test_an_estimate_refuses_what_extract_refuses(request_for: Request, encoder:
 
 
 def test_free_bytes_of_a_place_not_made_yet(tmp_path: Path) -> None:
-    assert extraction_plan.free_bytes(tmp_path / "a/b/c.zarr") > 0
+    assert free_bytes(tmp_path / "a/b/c.zarr") > 0

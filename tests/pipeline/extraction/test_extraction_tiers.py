@@ -21,10 +21,10 @@ import torch
 
 from featstore import Store, UserError, WorkError, open_store, verify
 from featstore.checking.verify import reencode
+from featstore.files.disk import SPARE_BYTES
 from featstore.format.tiers import Tier
 from pipeline.annotations import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
-from pipeline.extraction import plan as extraction_plan
 from pipeline.extraction.cluster.worker import TarWorker
 from pipeline.extraction.estimate import estimate
 from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest, Share
@@ -256,7 +256,7 @@ def test_a_disk_without_room_is_told_before_anything_is_made(
     needed = plan.bytes_needed(plan.mine, schema)
     rows = 4 * {"frames": 32 * 32 * 3, "tokens": 5 * 32 * 2}[tier.kind]
     assert schema.row_bytes == rows
-    free = extraction_plan.SPARE_BYTES + needed
+    free = SPARE_BYTES + needed
 
     def disk(size: int) -> Any:
         return mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=size))

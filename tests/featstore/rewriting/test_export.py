@@ -240,3 +240,23 @@ def test_memory_holds_one_file_at_a_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert exported.files == 8
     assert max(peaks[1:]) - min(peaks[1:]) < 2**16, "memory grows with the files"
     assert max(peaks[1:]) < 6 * 2**17  # the first holds what is imported and opened
+
+
+def test_an_export_made_again_has_the_same_bytes(store: Path, tmp_path: Path) -> None:
+    for format in ("safetensors", "parquet", "npy"):
+        digests = set()
+        for number in range(5):
+            out = tmp_path / f"{format}{number}"
+            export(store, out, format, rows_per_file=4)
+            content = [path.read_bytes() for path in sorted(out.iterdir())]
+            digests.add(hashlib.sha256(b"".join(content)).hexdigest())
+        assert len(digests) == 1, format
+
+
+def test_a_class_that_is_unknown_is_answered_with_those_that_are_near(
+    store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"did you mean 'brush hair'"):
+        export(store, tmp_path / "x", "npy", classes=["Brush Hairs"])
+    with pytest.raises(UserError, match=r"it has 'brush hair', 'climb stairs', 'throw'"):
+        export(store, tmp_path / "x", "npy", classes=["qqq"])

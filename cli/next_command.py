@@ -1,4 +1,4 @@
-"""The command that makes a store's partitions again, from what the store records of itself."""
+"""The command to run next, from what a store records of itself."""
 
 from __future__ import annotations
 

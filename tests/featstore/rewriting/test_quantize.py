@@ -13,7 +13,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featstore import StoreWriter, UserError, WorkError, open_store, verify
+from featstore import StoreSchema, StoreWriter, UserError, WorkError, open_store, verify
 from featstore.batches.loader import resident
 from featstore.format.int8 import dequantise, quantise, scale_of
 from featstore.format.metadata import attributes_checksum
@@ -23,7 +23,7 @@ from featstore.rewriting.quantize import QUANTISED, quantize
 from featstore.rewriting.source import SourceStore
 from tests.support.stores.action_store import action_store
 from tests.support.stores.growing_stores import all_features, make_small_store, same_partitions
-from tests.support.stores.sample_stores import make_partition, make_store
+from tests.support.stores.sample_stores import init_store, make_partition, make_store
 
 CODED = ("zstd", "lz4")
 
@@ -300,3 +300,19 @@ def test_an_unknown_codec_in_a_store_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(node))
     with pytest.raises(UserError, match="codec 'pickle': this version knows"):
         open_store(tmp_path / "s.zarr")
+
+
+def test_an_embedding_of_zeros_turns_by_nothing(tmp_path: Path) -> None:
+    """And dimensions that are always zero, or always the same, cost nothing."""
+    schema = StoreSchema.create(1, 4, 1, 2, 16)
+    writer = init_store(tmp_path / "s.zarr", schema, (4,))
+    partition = make_partition(schema, 0, 4, seed=3, failed=[1])
+    assert isinstance(partition.features, np.ndarray)
+    partition.features[0] = 0
+    partition.features[2:, ..., 5] = 0
+    partition.features[2:, ..., 6] = 3
+    with writer.claim():
+        writer.write_partition(0, partition)
+    made = quantize(tmp_path / "s.zarr", tmp_path / "q.zarr")
+    assert made.cosine_error_max < 1e-3
+    assert made.agreement[0].agreement == 100

@@ -1,0 +1,30 @@
+"""Free room on disks, and numbers of bytes in words."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+# File systems get slow and other programs fail before the last byte is taken.
+SPARE_BYTES: Final = 64 * 2**20
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that holds, or will hold, `path`."""
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def has_room(path: Path, size: int) -> bool:
+    """Whether `size` bytes, and a little to spare, fit on the disk of `path`."""
+    return free_bytes(path) >= size + SPARE_BYTES
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes in words."""
+    if count < 1e5:
+        return f"{count / 1e3:.2f} kB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

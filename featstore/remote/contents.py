@@ -1,0 +1,86 @@
+"""Which objects a store consists of, and what a listing of them says about its partitions."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from featstore.errors import UserError
+from featstore.format.metadata import ARRAY_METADATA_LIMIT, GROUP_METADATA_LIMIT, StoreMetadata
+from featstore.format.schema import (
+    CLASS_TEXT_GROUP,
+    CRC_BYTES,
+    FEATURE_SCALE,
+    PARTITION_ARRAYS,
+    StoreSchema,
+)
+from featstore.remote.objects import ObjectFolder, RemoteObject
+
+log = logging.getLogger(__name__)
+
+GROUP: Final = "zarr.json"
+ARRAY_NODES: Final = tuple(f"{name}/{GROUP}" for name in PARTITION_ARRAYS)
+_SCALE: Final = (f"{FEATURE_SCALE}/zarr.json", f"{FEATURE_SCALE}/c/0")  # of int8 features
+CLASS_TEXT = re.compile(CLASS_TEXT_GROUP + r"/(zarr\.json|[A-Za-z0-9][\w.-]*/(zarr\.json|c/0/0))")
+CHUNK = re.compile(rf"({'|'.join(PARTITION_ARRAYS)})/c/[0-9/]+")
+
+
+def metadata_names(
+    objects: ObjectFolder, listing: Mapping[str, RemoteObject]
+) -> list[tuple[str, int]]:
+    """Names and size limits of everything of a store but its partitions, `zarr.json` first.
+
+    UserError when what is listed is no store, or none that is safe to fetch.
+    """
+    if GROUP not in listing:
+        state = "it has no zarr.json" if listing else "there are no objects"
+        raise UserError(
+            f"{objects.url} is not a feature store: {state}; make one with `mote-cli extract`"
+        )
+    for name in ARRAY_NODES:
+        if name not in listing:
+            raise UserError(f"{objects.at(name)} is missing: not a complete feature store")
+    texts = [name for name in sorted(listing) if CLASS_TEXT.fullmatch(name)]
+    texts += [name for name in _SCALE if name in listing]
+    names = [
+        (GROUP, GROUP_METADATA_LIMIT),
+        *((name, ARRAY_METADATA_LIMIT) for name in ARRAY_NODES),
+        # 100,000 classes of 1,024 numbers take 0.4 GB.
+        *((n, ARRAY_METADATA_LIMIT if n.endswith(GROUP) else 2**30) for n in texts),
+    ]
+    for name, limit in names:
+        if listing[name].size > limit:
+            raise UserError(
+                f"{objects.at(name)} is larger than {limit} bytes: no store of this format needs "
+                "that; do not open a store from a source you do not trust"
+            )
+    return names
+
+
+def partition_names(schema: StoreSchema, tar: int) -> dict[str, str]:
+    """The objects of one partition by array, in the order in which they are put."""
+    specs = schema.arrays()
+    return {array: f"{array}/{specs[array].chunk_key(tar)}" for array in PARTITION_ARRAYS}
+
+
+def is_done(metadata: StoreMetadata, listing: Mapping[str, RemoteObject], tar: int) -> bool:
+    """Whether all objects of a partition are listed, with the sizes they must have."""
+    schema = metadata.schema
+    specs = schema.arrays()
+    for array, name in partition_names(schema, tar).items():
+        found, spec = listing.get(name), specs[array]
+        if found is None:
+            return False
+        if array == "features":
+            fits = schema.shard_can_have(found.size, metadata.tars[tar].rows)
+        elif spec.dtype == "string":  # compressed
+            fits = found.size > CRC_BYTES
+        else:
+            fits = found.size == math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
+        if not fits:
+            log.warning("%s has %d bytes: partition %d is not done", name, found.size, tar)
+            return False
+    return True
