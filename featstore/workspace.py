@@ -22,7 +22,7 @@ from featstore.remote.urls import is_url
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 
 STORE_SUFFIX: Final = ".zarr"
@@ -277,7 +277,7 @@ class Workspace:
 
 
 def _checked(name: str, kind: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name):
         raise UserError(
             f"{name!r} is no name for a {kind}: use letters, digits, '.', '_', '+' and '-', "
             "beginning with a letter or digit"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from featstore.errors import UserError, one_line
-from pipeline.extraction.plan import ExtractionRequest
+from pipeline.extraction.request import ExtractionRequest
 from pipeline.machine import usable_cores
 
 logger = logging.getLogger(__name__)
