@@ -26,16 +26,21 @@ from heads.files.imported_run import require_class_names
 from heads.methods.mote.config import HeadConfig, HeadOrigin
 from heads.methods.mote.model import TemporalHead, build_head
 from pipeline.clip_encoder import Encoder, load_encoder
-from pipeline.descriptions import is_descriptions_file, read_descriptions
 from pipeline.encoders.specs import lasting_spec
 from pipeline.machine import usable_cores
-from pipeline.prompts import PromptSet, as_prompt_set, trained_prompt_set
+from pipeline.prompts import (
+    DEFAULT_PROMPTS,
+    PromptSet,
+    as_prompt_set,
+    is_descriptions_file,
+    read_descriptions,
+    trained_prompt_set,
+)
 from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PROMPTS: Final = "mote28"
 TRAIN_SPLIT: Final = "train"
 
 

@@ -418,8 +418,8 @@ class RunningBatch:
         rows = self.embeddings.float().numpy()
         ends = np.cumsum([crops * frames for crops, frames in self.shapes])
         return [
-            part.reshape(crops, frames, -1)
-            for part, (crops, frames) in zip(
+            rearrange(part, "(c u) d -> c u d", c=crops)
+            for part, (crops, _) in zip(
                 np.split(rows, ends[:-1].tolist()), self.shapes, strict=True
             )
         ]
@@ -445,7 +445,8 @@ class BatchEncoder:
         On a GPU this returns when the work is queued, and errors may come from `features` instead.
         """
         shapes = [(video.shape[0], video.shape[1]) for video in videos]
-        pixels = torch.cat([self._normalised(video).flatten(0, 1) for video in videos])
+        pictures = [rearrange(self._normalised(v), "c u ... -> (c u) ...") for v in videos]
+        pixels = torch.cat(pictures)
         embeddings = self._encoder.encode_pixels(pixels)
         if not self._on_gpu:
             return RunningBatch(shapes, embeddings)

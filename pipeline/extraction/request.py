@@ -13,7 +13,7 @@ from featstore.errors import UserError
 from featstore.format.tiers import Tier
 from featstore.opening import StorePlace
 from pipeline.decoding.contract import Strictness
-from pipeline.prompts import PromptSet
+from pipeline.prompts import DEFAULT_PROMPTS, PromptSet
 from pipeline.sampling import Sampling
 
 PER_FRAME_EMBEDDING: Final = Tier()
@@ -99,7 +99,7 @@ class ExtractionRequest:
     device: str = "cpu"
     decoder: str = "auto"
     strict: Strictness = "auto"
-    prompt_sets: tuple[str | PromptSet, ...] = ("mote28",)  # names, template files, or sets
+    prompt_sets: tuple[str | PromptSet, ...] = (DEFAULT_PROMPTS,)  # names, template files, or sets
     workers: int | None = None  # None: one per core this process may use
     max_failures: float = 0.05
     share: Share | None = None  # None: all tars

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from featstore.errors import UserError, one_line
-from pipeline.prompts import (
+from pipeline.prompts.sets import (
     TEMPLATES_SUFFIX,
     PromptSet,
     is_template_file,

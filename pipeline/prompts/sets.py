@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from featstore.errors import UserError, one_line
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.format.metadata import check_prompt_set
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _FORMS = (
 )
 
 PROMPT_SETS: dict[str, tuple[str, ...]] = {
-    "mote28": tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
+    DEFAULT_PROMPTS: tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
     "name": ("{}",),
     "video": ("a video of {}",),
 }
