@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from featstore.errors import UserError
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
 from heads.end_to_end.config import FinetuneConfig
@@ -29,7 +30,6 @@ from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.encoders.specs import lasting_spec
 from pipeline.machine import usable_cores
 from pipeline.prompts import (
-    DEFAULT_PROMPTS,
     PromptSet,
     as_prompt_set,
     is_descriptions_file,

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.format.tiers import Tier
 from featstore.opening import StorePlace
 from pipeline.decoding.contract import Strictness
-from pipeline.prompts import DEFAULT_PROMPTS, PromptSet
+from pipeline.prompts import PromptSet
 from pipeline.sampling import Sampling
 
 PER_FRAME_EMBEDDING: Final = Tier()

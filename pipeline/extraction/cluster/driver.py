@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,15 +19,16 @@ from featstore.opening import AnyWriter
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.specs import lasting_spec
 from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
-from pipeline.extraction.cluster.worker import Failure, Report, TarWorker
+from pipeline.extraction.cluster.worker import Answer, Failure, TarWorker
 from pipeline.extraction.job import code_versions
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, Totals
 
 logger = logging.getLogger(__name__)
 
-# The most tars of a share. Shares get smaller towards the end, so that workers end together.
-SHARE_TARS: Final = 16
+# The most tars of a share: between two of them a worker waits for the last video of the first, and
+# it tells of what it did when a share is done. The last shares are smaller: workers end together.
+SHARE_TARS: Final = 4
 # A tar is given to as many workers more when one died over it.
 RETRIES: Final = 3
 # A worker of a killed command may live for some seconds and hold a partition meanwhile.
@@ -37,7 +36,7 @@ CLAIM_WAIT_S: Final = 120.0
 CLAIM_RETRY_S: Final = 2.0
 # Workers that die before they have done anything are not replaced for ever.
 FAILED_STARTS: Final = 3
-REPORT_S: Final = 0.5
+SHOWN_S: Final = 0.5
 NOTHING_STARTS_S: Final = 30.0
 
 
@@ -101,12 +100,9 @@ class _Share:
 @dataclass(eq=False)
 class _Worker:
     actor: Any
+    call: Any  # Ray's reference of what it is at; None when it has nothing to do
     where: str = ""  # host and pid, once it has started
     share: _Share | None = None
-    videos: int = 0  # done of its share
-    calls: dict[Any, Callable[[Any], None]] = field(default_factory=dict)  # by Ray's reference
-    reported: float = 0.0
-    reporting: bool = False
 
 
 class _Crew:
@@ -146,7 +142,6 @@ class _Crew:
             while self.left:
                 self.hire()
                 self.hand_out()
-                self.ask_for_reports()
                 self.wait()
                 self.show()
         finally:
@@ -162,25 +157,15 @@ class _Crew:
                 num_cpus=self.size.cpus,
                 num_gpus=self.size.gpus,
                 max_restarts=0,
-                max_concurrency=2,  # a share, and reports meanwhile
                 scheduling_strategy="SPREAD",
             ).remote(self.request)
-            worker = _Worker(actor)
-            self.workers.append(worker)
-            worker.calls[actor.start.remote(code_versions())] = partial(self.started, worker)
-
-    def started(self, worker: _Worker, answer: str | Failure) -> None:
-        if isinstance(answer, Failure):
-            raise answer.error()
-        worker.where = answer
+            self.workers.append(_Worker(actor, actor.start.remote(code_versions())))
 
     def hand_out(self) -> None:
-        """Give a share to every worker that has none."""
+        """Give a share to every worker that has nothing to do."""
         for worker in self.workers:
-            if worker.where and worker.share is None and (share := self.next_share()):
-                worker.share, worker.videos = share, 0
-                call = worker.actor.do.remote(share.numbers)
-                worker.calls[call] = partial(self.done, worker, share)
+            if worker.call is None and (share := self.next_share()):
+                worker.share, worker.call = share, worker.actor.do.remote(share.numbers)
 
     def next_share(self) -> _Share | None:
         if self.fresh:
@@ -193,15 +178,38 @@ class _Crew:
             self.again.remove(ready)
         return ready
 
-    def done(self, worker: _Worker, share: _Share, answer: Totals | Failure) -> None:
-        worker.share = None
-        if isinstance(answer, Totals):
-            self.totals.add(answer)
+    def wait(self) -> None:
+        """Take an answer when there is one; wait for it, but not longer than the progress may."""
+        calls = {worker.call: worker for worker in self.workers if worker.call is not None}
+        if not calls:
+            time.sleep(SHOWN_S)
+            return
+        ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=SHOWN_S)
+        for call in ready:
+            try:
+                answer = self.ray.get(call)
+            except self.ray.exceptions.RayActorError as error:
+                self.bury(calls[call], error)
+            else:
+                self.take(calls[call], answer)
+
+    def take(self, worker: _Worker, answer: Answer) -> None:
+        """Tell what the worker logged, and count what it did."""
+        result, share = answer.result, worker.share
+        if isinstance(result, str):
+            worker.where = result
+        for notice in answer.notices:
+            logging.getLogger(notice.logger).log(
+                notice.level, "%s (worker on %s)", notice.message, worker.where
+            )
+        worker.call = worker.share = None
+        if isinstance(result, Failure):
+            if share is None or not result.claimed:
+                raise result.error()
+            self.put_off(share, result.message)
+        elif isinstance(result, Totals) and share is not None:
+            self.totals.add(result)
             self.left.difference_update(share.numbers)
-        elif answer.claimed:
-            self.put_off(share, answer.message)
-        else:
-            raise answer.error()
 
     def put_off(self, share: _Share, claimed: str) -> None:
         """Try the tars again later, each alone: only one of them may be claimed."""
@@ -216,39 +224,6 @@ class _Crew:
     def give_up(self, number: int, why: str) -> None:
         self.totals.damaged.append(f"{self.plan.tars[number].file}: {why}")
         self.left.discard(number)
-
-    def ask_for_reports(self) -> None:
-        now = time.monotonic()
-        for worker in self.workers:
-            if worker.where and not worker.reporting and now - worker.reported >= REPORT_S:
-                worker.reporting = True
-                call = worker.actor.report.remote()
-                worker.calls[call] = partial(self.reported, worker, worker.share)
-
-    def reported(self, worker: _Worker, share: _Share | None, report: Report) -> None:
-        worker.reporting, worker.reported = False, time.monotonic()
-        if share is worker.share:
-            worker.videos = report.videos
-        for notice in report.notices:
-            logging.getLogger(notice.logger).log(
-                notice.level, "%s (worker on %s)", notice.message, worker.where
-            )
-
-    def wait(self) -> None:
-        """Handle the answers that are there; wait for one, but not longer than a report may."""
-        waiting = {call: worker for worker in self.workers for call in worker.calls}
-        if not waiting:
-            time.sleep(REPORT_S)
-            return
-        ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=REPORT_S)
-        for call in ready:
-            worker = waiting[call]
-            try:
-                answer = self.ray.get(call)
-            except self.ray.exceptions.RayActorError as error:
-                self.bury(worker, error)
-            else:
-                worker.calls.pop(call)(answer)
 
     def bury(self, worker: _Worker, error: Exception) -> None:
         """Put back the tars that a dead worker had not done."""
@@ -291,9 +266,7 @@ class _Crew:
         started = sum(bool(worker.where) for worker in self.workers)
         count = len(self.plan.pending)
         self.progress(
-            self.videos
-            - self.samples(list(self.left))
-            + sum(worker.videos for worker in self.workers if worker.share),
+            self.videos - self.samples(list(self.left)),
             self.videos,
             tars=f"{count - len(self.left)}/{count}",
             workers=started,

@@ -20,7 +20,7 @@ from pipeline.extraction.job import ExtractionJob, code_versions
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, Totals
 
-# Notices kept until the next report takes them.
+# Notices kept until the next answer takes them.
 MAX_NOTICES: Final = 100
 
 
@@ -56,24 +56,23 @@ class Notice:
 
 
 @dataclass(frozen=True)
-class Report:
-    """Videos done of the share in hand, and the notices since the last report."""
+class Answer:
+    """What came of a call, and what was logged meanwhile."""
 
-    videos: int
+    result: str | Totals | Failure
     notices: list[Notice]
 
 
 class TarWorker:
-    """Does shares of the tars, one at a time; `report` may be called meanwhile."""
+    """Does shares of the tars, one after another."""
 
     def __init__(self, request: ExtractionRequest) -> None:
         """Nothing is loaded before `start`, whose errors can be told."""
         self._request = request
-        self._videos = 0
         self._notices = _KeptNotices()
 
-    def start(self, versions: Mapping[str, str]) -> str | Failure:
-        """Open the store, load the encoder and compare the two; returns "HOST, pid PID".
+    def start(self, versions: Mapping[str, str]) -> Answer:
+        """Open the store, load the encoder and compare the two; "HOST, pid PID" when all is well.
 
         `versions` are those of the process that hands out the tars (`code_versions`).
         """
@@ -89,12 +88,14 @@ class TarWorker:
             self._writer = plan.writer
             self._job = ExtractionJob(plan)
         except (UserError, WorkError, OSError) as error:
-            return Failure.of(error)
-        return here
+            return Answer(Failure.of(error), self._notices.take())
+        return Answer(here, self._notices.take())
 
-    def do(self, numbers: Sequence[int]) -> Totals | Failure:
+    def do(self, numbers: Sequence[int]) -> Answer:
         """Encode the tars `numbers` and write their partitions; those that are done are skipped."""
-        self._videos = 0
+        return Answer(self._done(numbers), self._notices.take())
+
+    def _done(self, numbers: Sequence[int]) -> Totals | Failure:
         with ExitStack() as claim:
             try:
                 # Held while writing: a worker that outlives a killed command must not write
@@ -103,16 +104,9 @@ class TarWorker:
             except WorkError as error:
                 return Failure(str(error), claimed=True)
             try:
-                return self._job.run(self._writer, numbers, self._count)
+                return self._job.run(self._writer, numbers)
             except (UserError, WorkError, OSError) as error:
                 return Failure.of(error)
-
-    def report(self) -> Report:
-        """How far the share in hand is."""
-        return Report(self._videos, self._notices.take())
-
-    def _count(self, done: float, total: float, **details: float | int | str) -> None:
-        self._videos = int(done)
 
 
 class _KeptNotices(logging.Handler):

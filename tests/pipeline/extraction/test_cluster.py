@@ -20,7 +20,7 @@ from featstore.errors import UserError, WorkError
 from pipeline.extraction.cluster import driver as cluster_engine
 from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
 from pipeline.extraction.cluster.driver import run_on_ray
-from pipeline.extraction.cluster.worker import Failure, Notice, Report, TarWorker
+from pipeline.extraction.cluster.worker import Answer, Failure, Notice, TarWorker
 from pipeline.extraction.job import code_versions
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, Share, Totals
@@ -153,13 +153,13 @@ def test_missing_and_claimed_tars_are_named_and_the_others_done(
 def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    told = TarWorker(request).start({**code_versions(), "torch": "0.1"})
+    told = TarWorker(request).start({**code_versions(), "torch": "0.1"}).result
     assert isinstance(told, Failure)
     assert isinstance(told.error(), UserError)
     assert "and 0.1 where the command runs" in told.message
     shutil.rmtree(root / "encoders/tiny")
     make_encoder(root / "encoders/tiny", seed=1)  # as on a machine with another copy
-    told = TarWorker(request).start(code_versions())
+    told = TarWorker(request).start(code_versions()).result
     assert isinstance(told, Failure)
     assert "was made in another way and is never mixed (encoder" in told.message
 
@@ -169,12 +169,12 @@ def test_a_worker_does_shares_and_skips_what_is_done(root: Path, whole: dict[str
     extract(request)
     worker = TarWorker(request)
     with mock.patch.object(StoreWriter, "open", wraps=StoreWriter.open) as opened:
-        assert isinstance(worker.start(code_versions()), str)
+        assert isinstance(worker.start(code_versions()).result, str)
         done = []
         for share in (range(10), [10], range(11, TARS)):
-            totals = worker.do(share)
+            totals = worker.do(share).result
             assert isinstance(totals, Totals)
-            assert worker.report() == Report(totals.videos, [])
+            assert totals.videos == PER_TAR * len(totals.done)
             done += totals.done
     assert opened.call_count == 1, "the store is opened once, not for every share"
     assert store_files(request.store_path) == whole
@@ -189,7 +189,7 @@ def test_an_encoder_that_fails_in_a_worker(root: Path) -> None:
     with mock.patch(
         "pipeline.extraction.cpu_pool.encode_video", side_effect=RuntimeError("no memory")
     ):
-        failure = worker.do([1])
+        failure = worker.do([1]).result
     assert isinstance(failure, Failure)
     assert "the encoder failed at" in str(failure.error())
 
@@ -341,16 +341,15 @@ class MadeUpWorker:
                 raise start
             return start
 
-        notice = Notice("pipeline.somewhere", 30, "something is odd")
         self.start = self._method(begin)
         self.do = self._method(do)
-        self.report = self._method(lambda: Report(0, [notice]))
 
     def _method(self, work: Any) -> Any:
         def call(*arguments: Any) -> Any:
             if self.dead:
                 raise Died("it is dead")
-            return work(*arguments)
+            notice = Notice("pipeline.somewhere", 30, "something is odd")
+            return Answer(work(*arguments), [notice])
 
         return mock.Mock(remote=lambda *arguments: lambda: call(*arguments))
 
@@ -382,8 +381,7 @@ def test_every_tar_is_done_once(plan: ExtractionPlan) -> None:
 def test_notices_of_workers_are_told(
     plan: ExtractionPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with mock.patch.object(cluster_engine, "REPORT_S", 0.0):
-        run(MadeUpRay(), plan)
+    run(MadeUpRay(), plan)
     assert "something is odd (worker on here)" in caplog.text
 
 

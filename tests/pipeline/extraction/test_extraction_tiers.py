@@ -231,9 +231,9 @@ def test_no_number_of_workers_or_engine_changes_the_store(
     many = request_for(tier, workers=4, store_path=tmp_path / "many.zarr", share=Share(0, 2))
     extract(many)
     worker = TarWorker(replace(many, share=None, workers=1))  # as the Ray engine starts them
-    assert isinstance(worker.start(code_versions()), str)
+    assert isinstance(worker.start(code_versions()).result, str)
     plan = ExtractionPlan(replace(many, share=None))
-    totals = worker.do(plan.pending)
+    totals = worker.do(plan.pending).result
     assert isinstance(totals, Totals)
     assert sorted(totals.done) == plan.pending
     assert store_files(one.store_path) == store_files(many.store_path)
