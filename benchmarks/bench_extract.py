@@ -29,7 +29,7 @@ from featstore.files.machine import usable_cores
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.cpu_pool import ENCODE_BATCH
-from pipeline.extraction.plan import ExtractionRequest
+from pipeline.extraction.request import ExtractionRequest
 from pipeline.extraction.run import extract
 from pipeline.sampling import Sampling, parse_sampling
 from pipeline.tars.packing import pack

@@ -26,12 +26,12 @@ import torch
 from featstore import open_store
 from featstore.files.machine import usable_cores
 from pipeline.clip_encoder import Encoder, load_encoder
+from pipeline.decoding.nvdec.batcher import BATCH_VIDEOS
 from pipeline.decoding.nvdec.graphs import dali_problem, dali_version
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.extraction.cpu_pool import VideoPool, encode_video
-from pipeline.extraction.gpu_pool import BATCH_VIDEOS, DaliVideoPool
-from pipeline.extraction.plan import ExtractionRequest
-from pipeline.extraction.rows import EncodedVideo
+from pipeline.extraction.cpu_pool import EncodedVideo, VideoPool, encode_video
+from pipeline.extraction.gpu_pool import DaliVideoPool
+from pipeline.extraction.request import ExtractionRequest
 from pipeline.extraction.run import extract
 from pipeline.sampling import Sampling, parse_sampling
 from pipeline.tars.packing import pack

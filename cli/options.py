@@ -247,7 +247,7 @@ def head(
 
 def prompt_set(store: Store, text: str | None) -> str | None:
     """Name of the store's prompt set that --prompts means; `UserError` as `held_prompt_set`."""
-    from pipeline.descriptions import held_prompt_set
+    from pipeline.prompts import held_prompt_set
 
     return None if text is None else held_prompt_set(store, text)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 
 STORE_SUFFIX: Final = ".zarr"
@@ -280,7 +280,7 @@ class Workspace:
 
 
 def _checked(name: str, kind: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name):
         raise UserError(
             f"{name!r} is no name for a {kind}: use letters, digits, '.', '_', '+' and '-', "
             "beginning with a letter or digit"

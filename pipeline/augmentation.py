@@ -114,19 +114,6 @@ def training_pixels(frames: FrameInput, size: int, rng: np.random.Generator) -> 
     return augmented_pixels(resized, size, draw)
 
 
-def training_clip(
-    frames: FrameInput,
-    size: int,
-    rng: np.random.Generator,
-    preprocessing: Preprocessing | None = None,
-) -> torch.Tensor:
-    """uint8 frames [T,H,W,3] of a clip -> float32 [T,3,size,size], augmented and normalised.
-
-    `preprocessing` gives mean and standard deviation; CLIP's by default.
-    """
-    return (preprocessing or Preprocessing()).normalise(training_pixels(frames, size, rng))
-
-
 def _grey(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 [T,3,h,w] -> the same shape, every channel the brightness that Pillow computes."""
     shares = torch.tensor(_LUMA, dtype=torch.int32).view(3, 1, 1)

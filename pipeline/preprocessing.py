@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from PIL import Image
 
 from featstore.errors import UserError
@@ -88,9 +89,10 @@ class Preprocessing:
         if (height, width) == target:
             return frames
         mode = _INTERPOLATIONS[self.interpolation]
-        pictures = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pictures = rearrange(frames, "t c h w -> t h w c").contiguous().cpu().numpy()
         resized = [Image.fromarray(p).resize(target[::-1], mode) for p in pictures]
-        return torch.from_numpy(np.stack([np.asarray(p) for p in resized])).permute(0, 3, 1, 2)
+        stacked = np.stack([np.asarray(picture) for picture in resized])
+        return rearrange(torch.from_numpy(stacked), "t h w c -> t c h w")
 
     def crop_pixels(self, frames: FrameInput, crops: int = 1) -> torch.Tensor:
         """uint8 frames [T,H,W,3] (array or tensor) -> uint8 [crops,T,3,h,w], not normalised.
@@ -124,8 +126,8 @@ class Preprocessing:
 
     def normalise(self, pixels: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """uint8 [...,3,h,w] -> float32 (pixels / 255 - mean) / std, in `out` if that is given."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        mean = rearrange(torch.tensor(self.mean, device=pixels.device), "c -> c 1 1")
+        std = rearrange(torch.tensor(self.std, device=pixels.device), "c -> c 1 1")
         values = pixels.float() if out is None else out.copy_(pixels)
         return values.div_(255).sub_(mean).div_(std)
 
@@ -189,7 +191,7 @@ def as_images(frames: FrameInput) -> torch.Tensor:
         raise ValueError(f"frames must be uint8 [T,H,W,3], not {tensor.dtype} {list(tensor.shape)}")
     if 0 in tensor.shape:
         raise ValueError(f"frames are empty: {list(tensor.shape)}")
-    return tensor.permute(0, 3, 1, 2)
+    return rearrange(tensor, "t h w c -> t c h w")
 
 
 def _writable(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

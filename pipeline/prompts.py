@@ -1,4 +1,9 @@
-"""Sentences that stand for a class in the text tower: templates, or a class's own sentences."""
+"""Sentences that stand for a class in the text tower: templates, or a class's own sentences.
+
+A file of templates has one sentence per line with "{}" for the class name. A file of descriptions,
+for example a language model's, is JSON: `{"class name": ["a sentence", ...], ...}`, one or more
+sentences per class.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +14,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from featstore.errors import UserError, one_line
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.format.metadata import check_prompt_set
 
 if TYPE_CHECKING:
@@ -31,7 +37,7 @@ _FORMS = (
 )
 
 PROMPT_SETS: dict[str, tuple[str, ...]] = {
-    "mote28": tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
+    DEFAULT_PROMPTS: tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
     "name": ("{}",),
     "video": ("a video of {}",),
 }
@@ -41,6 +47,11 @@ TEMPLATES_SUFFIX: Final = ".txt"
 MAX_SENTENCE: Final = 1000
 MAX_TEMPLATES: Final = 1000
 TEMPLATES_LIMIT: Final = 2**17  # bytes; the store keeps templates in 1 MiB of JSON
+DESCRIPTIONS_SUFFIX: Final = ".json"
+# 700 classes with 16 sentences of 200 bytes are 2 MB.
+DESCRIPTIONS_LIMIT: Final = 16 * 2**20
+MAX_SENTENCES: Final = 1000
+_SHAPE = '{"class name": ["a sentence", ...], ...}'
 _NAMED = 3  # how many of many an error names
 
 
@@ -203,7 +214,7 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
     Blank lines and lines that begin with "#" are left out. Raises UserError, with the line, for a
     file that cannot be read or is not such a list, and for a name that is taken.
     """
-    lines = read_limited(path, TEMPLATES_LIMIT).splitlines()
+    lines = _read_limited(path, TEMPLATES_LIMIT).splitlines()
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     templates: dict[str, int] = {}
     for number, line in numbered:
@@ -214,7 +225,7 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
             raise UserError(
                 f"{where}: {one_line(line, 80)!r} must have {{}} once, where the class name goes"
             )
-        require_length(line, where)
+        _require_length(line, where)
         if line in templates:
             raise UserError(
                 f"{where}: {one_line(line, 80)!r} is line {templates[line]} again: leave one out"
@@ -225,10 +236,78 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
             f"{path} has {len(templates)} sentences: write 1 to {MAX_TEMPLATES}, one per line, "
             "with {} for the class name"
         )
-    return PromptSet(set_name(path, name), tuple(templates), source=str(path))
+    return PromptSet(_set_name(path, name), tuple(templates), source=str(path))
 
 
-def set_name(path: Path, name: str | None) -> str:
+def read_descriptions(
+    path: Path, name: str | None = None, class_names: Sequence[str] | None = None
+) -> PromptSet:
+    """The prompt set of a file of descriptions, held against `class_names` where given.
+
+    `name` is the set's, by default the file's without its suffix. Raises UserError, which names
+    the class, for a file that is not such an object: too large, no JSON, a class named twice,
+    values that are no lists of sentences, empty lists and sentences, over-long sentences, a class
+    too many or too few, numbers in place of class names.
+    """
+    text = _read_limited(path, DESCRIPTIONS_LIMIT)
+    try:
+        value = json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({one_line(error)}): write {_SHAPE}") from error
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{path} holds no object with class names: write {_SHAPE}")
+    descriptions = {key: _sentences(path, key, lines) for key, lines in value.items()}
+    found = PromptSet(_set_name(path, name), (), descriptions, str(path))
+    if class_names is not None:
+        found.require_classes(class_names)
+    return found
+
+
+def prompt_sets_from(
+    prompts: Sequence[str], descriptions: Sequence[Path], name: str | None = None
+) -> tuple[str | PromptSet, ...]:
+    """What a user named: sets by name, which stay names, template files, files of descriptions.
+
+    `name` is for the one that comes from a file. Raises UserError as the readers, and for a name
+    that could be that of several files or of none.
+    """
+    files = [*filter(is_template_file, prompts), *map(str, descriptions)]
+    if name is not None and len(files) != 1:
+        raise UserError(
+            f"--prompt-set-name {name!r} names the set of one file, and {len(files)} are given: "
+            "name one file, or leave it out"
+        )
+    return (
+        *(read_templates(Path(t), name) if is_template_file(t) else t for t in prompts),
+        *(read_descriptions(path, name) for path in descriptions),
+    )
+
+
+def is_descriptions_file(text: str) -> bool:
+    """Whether `text` names a file of descriptions rather than a prompt set."""
+    return text.lower().endswith(DESCRIPTIONS_SUFFIX)
+
+
+def held_prompt_set(store: Store, text: str) -> str:
+    """The name of the store's prompt set that `text` means: its name, or the file it is made of.
+
+    Raises UserError for a file that is none, and when the store's set of that file has other
+    sentences than the file has now, or was never made.
+    """
+    suffix = Path(text).suffix.lower()
+    if text in store.prompt_sets or suffix not in (TEMPLATES_SUFFIX, DESCRIPTIONS_SUFFIX):
+        return text
+    if suffix == TEMPLATES_SUFFIX:
+        prompts = read_templates(Path(text))
+    else:
+        prompts = read_descriptions(Path(text), class_names=store.class_names)
+    prompts.require_held(store)
+    return prompts.name
+
+
+def _set_name(path: Path, name: str | None) -> str:
     """The name of the set in a file; UserError when it cannot be one or is a built-in set's."""
     chosen = path.stem if name is None else name
     if chosen in PROMPT_SETS:
@@ -242,7 +321,7 @@ def set_name(path: Path, name: str | None) -> str:
         raise UserError(f"{error}; --prompt-set-name gives {path} another") from error
 
 
-def read_limited(path: Path, limit: int) -> str:
+def _read_limited(path: Path, limit: int) -> str:
     """A UTF-8 text file of at most `limit` bytes; UserError when it is no such file."""
     try:
         with open(path, "rb") as file:
@@ -257,13 +336,44 @@ def read_limited(path: Path, limit: int) -> str:
         raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
 
 
-def require_length(sentence: str, where: str) -> None:
+def _require_length(sentence: str, where: str) -> None:
     """Raise UserError for a sentence no text tower could take; its tokeniser counts exactly."""
     if len(sentence) > MAX_SENTENCE:
         raise UserError(
             f"{where}: a sentence has {len(sentence)} characters, at most {MAX_SENTENCE} are read "
             f"(CLIP takes 77 tokens): shorten {one_line(sentence, 40)!r}"
         )
+
+
+def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise UserError(
+            f"{path} has {one_line(twice, 60)!r} twice: name every class once, with all its "
+            "sentences"
+        )
+    return value
+
+
+def _sentences(path: Path, key: str, lines: Any) -> tuple[str, ...]:
+    where = f"{path}, class {one_line(key, 60)!r}"
+    if not key.strip():
+        raise UserError(f"{path}: a class name is empty: write {_SHAPE}")
+    if not isinstance(lines, list):
+        kind = type(lines).__name__
+        raise UserError(f"{where}: its value is of type {kind}: write a list of sentences")
+    if not 1 <= len(lines) <= MAX_SENTENCES:
+        raise UserError(f"{where}: it has {len(lines)} sentences: write 1 to {MAX_SENTENCES}")
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, str) or not line.strip():
+            raise UserError(
+                f"{where}: number {number} is {one_line(repr(line), 60)}, not a sentence: "
+                "write text"
+            )
+        _require_length(line, where)
+    return tuple(line.strip() for line in lines)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -167,7 +167,7 @@ def run_world(workspace: Workspace, seed: int, finetune: int = 0) -> list[dict[s
 def _extracted(workspace: Workspace, dataset: str, encoder: str) -> Store:
     """The data set's store by an encoder of the workspace."""
     from featstore import open_store
-    from pipeline.extraction.plan import ExtractionRequest
+    from pipeline.extraction.request import ExtractionRequest
     from pipeline.extraction.run import extract
     from pipeline.sampling import parse_sampling
 

@@ -306,8 +306,8 @@ def _lists(
     """Published lists by number of shots or seed, and the exchange of names they come with."""
     from heads.evaluation.protocols.choose import known_dataset
     from heads.evaluation.trained.plan import GivenList
-    from pipeline.annotations.key_index import KeyIndex
     from pipeline.annotations.published_lists import (
+        KeyIndex,
         ListRepository,
         label_exchange,
         read_published_list,

@@ -91,8 +91,7 @@ class UnseenChoice:
         """
         from heads.evaluation.protocols.protocol import TestSet
         from heads.training.shots import rows_of_classes
-        from pipeline.annotations.key_index import KeyIndex
-        from pipeline.annotations.published_lists import read_keys
+        from pipeline.annotations.published_lists import KeyIndex, read_keys
         from pipeline.annotations.unseen_classes import unseen_classes
 
         names, names_from = _k400_names(

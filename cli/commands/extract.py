@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from featstore.format.tiers import Tier
     from pipeline.extraction.cluster.connection import Cluster
     from pipeline.extraction.estimate import Estimate
-    from pipeline.extraction.plan import ExtractionSummary
+    from pipeline.extraction.request import ExtractionSummary
 
 
 def extract(
@@ -167,10 +167,10 @@ def extract(
     """
     # Nothing here imports torch: a finished store is recognised without it.
     from featstore.format.tiers import Tier
-    from pipeline.descriptions import prompt_sets_from
     from pipeline.encoders.specs import encoder_label
-    from pipeline.extraction.plan import ExtractionRequest, Share
+    from pipeline.extraction.request import ExtractionRequest, Share
     from pipeline.extraction.run import extract as run
+    from pipeline.prompts import prompt_sets_from
     from pipeline.sampling import parse_sampling
 
     wanted = Tier.parse(tier)

@@ -58,12 +58,12 @@ def _dataset(path: Path) -> dict[str, Any]:
         "classes": len(dataset.class_names),
         "class_names": list(dataset.class_names),
         "splits": {name: len(dataset.keys_by_split[name]) for name in dataset.split_names},
-        "tars": len(dataset.shards),
-        "bytes": sum(shard.bytes for shard in dataset.shards),
+        "tars": len(dataset.tars),
+        "bytes": sum(shard.bytes for shard in dataset.tars),
         "fingerprint": dataset.fingerprint,
         "failures": [
             {"key": failure.key, "reason": failure.reason}
-            for shard in dataset.shards
+            for shard in dataset.tars
             for failure in shard.failed
         ],
     }

@@ -315,9 +315,8 @@ def add_texts(
 
     Example: `mote-cli store add-texts my-store --prompts video`
     """
-    from pipeline.descriptions import prompt_sets_from
     from pipeline.extraction.grow import add_texts as run
-    from pipeline.prompts import prompt_sets_of
+    from pipeline.prompts import prompt_sets_from, prompt_sets_of
 
     path = options.store_path(root, store)
     prompt_sets = prompt_sets_of(

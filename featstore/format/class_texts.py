@@ -23,6 +23,9 @@ from featstore.format.metadata import (
 )
 from featstore.format.schema import CLASS_TEXT_GROUP, ArraySpec, FloatArray, class_text_spec
 
+DEFAULT_PROMPTS: Final = "mote28"
+"""The prompt set that is made, and used, where none is named."""
+
 _CLASS_TEXT_ATTRIBUTES: Final = (
     *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
 )

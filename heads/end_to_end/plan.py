@@ -14,6 +14,7 @@ from torch import Tensor
 
 from featstore.errors import UserError
 from featstore.files.machine import usable_cores
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
 from heads.end_to_end.config import FinetuneConfig
@@ -27,15 +28,19 @@ from heads.files.imported_run import require_class_names
 from heads.methods.mote.config import HeadConfig, HeadOrigin
 from heads.methods.mote.model import TemporalHead, build_head
 from pipeline.clip_encoder import Encoder, load_encoder
-from pipeline.descriptions import is_descriptions_file, read_descriptions
 from pipeline.encoders.specs import lasting_spec
-from pipeline.prompts import PromptSet, as_prompt_set, trained_prompt_set
+from pipeline.prompts import (
+    PromptSet,
+    as_prompt_set,
+    is_descriptions_file,
+    read_descriptions,
+    trained_prompt_set,
+)
 from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PROMPTS: Final = "mote28"
 TRAIN_SPLIT: Final = "train"
 
 

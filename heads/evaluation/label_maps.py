@@ -2,9 +2,8 @@
 
 C = classes, D = embedding width.
 
-X-CLIP's HMDB51 label file calls the class "kick" "kick ball" and the other way round, and likewise
-"sword" and "sword exercise" (Ni et al., ECCV 2022, released lists); what inherits it scores 120
-of the 1,530 test clips against the wrong names. For comparison with such numbers only.
+What inherits HMDB51's (`pipeline.annotations.label_names`) scores 120 of the 1,530 test clips
+against the wrong names. For comparison with such numbers only.
 """
 
 from __future__ import annotations
@@ -17,14 +16,10 @@ from featstore.errors import UserError
 from featstore.format.class_texts import ClassText
 from featstore.format.provenance import Provenance
 from featstore.reading.store import Store
+from pipeline.annotations.label_names import PUBLISHED_EXCHANGES
 
 CORRECTED: Final = "corrected"
 AS_PUBLISHED: Final = "as-published"
-
-PUBLISHED_EXCHANGES: Final = {
-    "hmdb51": (("kick", "kick ball"), ("sword", "sword exercise")),
-}
-"""Pairs of classes by data set whose names a published label file exchanges."""
 
 
 def known_exchange(dataset: str, class_names: Sequence[str]) -> dict[int, int]:

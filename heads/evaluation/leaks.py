@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,11 +19,11 @@ from heads.files.head_file import CONFIG_FILE
 from heads.methods.mote.model import TemporalHead
 from heads.training.subsets import shown
 from heads.training.training_keys import read_training_keys, rows_hash
+from pipeline.annotations.formats.kinetics import official_clip
 
 log = logging.getLogger(__name__)
 
 NAMED: Final = 3  # how many videos an error names
-_KINETICS_CLIP = re.compile(r"([A-Za-z0-9_-]{11}_\d{6})_\d{6}")
 
 
 def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | None:
@@ -143,5 +142,4 @@ def _settings(run_dir: Path) -> Mapping[str, Any]:
 
 def _clip(key: str) -> str | None:
     """YouTube id and start of a clip of Kinetics; None for other names."""
-    match = _KINETICS_CLIP.fullmatch(key.rpartition("/")[2])
-    return None if match is None else match[1]
+    return official_clip(key.rpartition("/")[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.annotations.listing import Listing
 from pipeline.annotations.text_files import list_files
 from pipeline.annotations.video_folder import VideoFolder
 
-__all__ = ["KNOWN_DATASETS", "KnownDataset", "natural_class_name", "read_listing"]
+__all__ = ["KNOWN_DATASETS", "KnownDataset", "known_dataset", "natural_class_name", "read_listing"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,26 +71,44 @@ _FORMATS = (_HMDB51, _UCF101, _KINETICS, _SSV2)
 
 @dataclass(frozen=True, slots=True)
 class KnownDataset:
-    """A data set with official annotations; `files` says which files a user has to fetch."""
+    """A data set with official annotations; `files` says which files a user has to fetch.
+
+    `called` are the names that people, lists and paths have for it.
+    """
 
     name: str
     title: str
     classes: int
     files: str
     format: _Format
+    called: tuple[str, ...]
+
+
+def _kinetics(classes: int) -> KnownDataset:
+    called = (f"k{classes}", *(f"kinetics{dash}{classes}" for dash in ("", "-", "_")))
+    files = "train.csv, val.csv, test.csv"
+    return KnownDataset(called[0], f"Kinetics-{classes}", classes, files, _KINETICS, called)
 
 
 KNOWN_DATASETS = {
     known.name: known
     for known in (
-        KnownDataset("k400", "Kinetics-400", 400, "train.csv, val.csv, test.csv", _KINETICS),
-        KnownDataset("k600", "Kinetics-600", 600, "train.csv, val.csv, test.csv", _KINETICS),
-        KnownDataset("k700", "Kinetics-700", 700, "train.csv, val.csv, test.csv", _KINETICS),
+        *map(_kinetics, (400, 600, 700)),
         KnownDataset(
-            "hmdb51", "HMDB51", 51, "testTrainMulti_7030_splits/*_test_split1.txt", _HMDB51
+            "hmdb51",
+            "HMDB51",
+            51,
+            "testTrainMulti_7030_splits/*_test_split1.txt",
+            _HMDB51,
+            ("hmdb51", "hmdb"),
         ),
         KnownDataset(
-            "ucf101", "UCF101", 101, "ucfTrainTestlist/ (classInd.txt, trainlist01.txt)", _UCF101
+            "ucf101",
+            "UCF101",
+            101,
+            "ucfTrainTestlist/ (classInd.txt, trainlist01.txt)",
+            _UCF101,
+            ("ucf101", "ucf"),
         ),
         KnownDataset(
             "ssv2",
@@ -97,9 +116,16 @@ KNOWN_DATASETS = {
             174,
             "something-something-v2-labels.json, -train.json, -validation.json",
             _SSV2,
+            ("ssv2", "somethingsomethingv2"),
         ),
     )
 }
+
+
+def known_dataset(name: str) -> str:
+    """The usual short name of a data set: "HMDB" -> "hmdb51"; unknown names come back as given."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    return next((known.name for known in KNOWN_DATASETS.values() if plain in known.called), name)
 
 
 def read_listing(

@@ -6,12 +6,19 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
 from pipeline.annotations.listing import split_from_folder
 from pipeline.annotations.text_files import header, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import path_stem
+
+PUBLISHED_EXCHANGES: Final = {
+    "hmdb51": (("kick", "kick ball"), ("sword", "sword exercise")),
+}
+"""Pairs of classes by data set whose names a published label file exchanges: X-CLIP's calls the
+class "kick" of HMDB51 "kick ball" and the other way round, and so on (Ni et al., ECCV 2022)."""
 
 # (label, path of the file found or as listed, path as listed)
 Evidence = tuple[int, str, str]
@@ -92,9 +99,9 @@ def exchanged_names(
 ) -> dict[int, int]:
     """The labels whose names are exchanged against the files, with the label of the right name.
 
-    X-CLIP's HMDB51 label file, and what inherits it, exchanges "kick" with "kick ball" and
-    "sword" with "sword exercise". An exchange is one only where files of the labels concerned
-    speak for one another's names; any other contradiction is noted and left.
+    Some label files inherit the exchanges of `PUBLISHED_EXCHANGES`. An exchange is one only where
+    files of the labels concerned speak for one another's names; any other contradiction is noted
+    and left.
     """
     by_form = {_form(name): label for label, name in names.items()}
     pattern = re.compile(

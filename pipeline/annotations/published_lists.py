@@ -8,30 +8,30 @@ its path, a video by its name, and its class is the data set's own.
 from __future__ import annotations
 
 import logging
+import posixpath
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
+from pipeline.annotations.formats.kinetics import id_and_start
 from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_list
-from pipeline.annotations.key_index import KeyIndex
+from pipeline.annotations.known_sets import KNOWN_DATASETS
 from pipeline.annotations.label_names import is_name_file, read_names
+from pipeline.annotations.listing import name_from_key, split_from_folder
 from pipeline.annotations.text_files import read_lines
+from pipeline.annotations.video_folder import normal_path, path_stem
 
 log = logging.getLogger(__name__)
 
-# Words by which paths in repositories name a data set.
+# Words by which paths in repositories name a data set, beside the names it is called by.
+_LOOSE_WORDS: Final = {"ssv2": ("sthv2", "something"), "k400": ("kinetics",)}
 _WORDS: Final = {
-    "hmdb51": ("hmdb",),
-    "ucf101": ("ucf",),
-    "ssv2": ("ssv2", "sthv2", "something"),
-    "k400": ("k400", "kinetics400", "kinetics-400", "kinetics_400", "kinetics"),
-    "k600": ("k600", "kinetics600", "kinetics-600", "kinetics_600"),
-    "k700": ("k700", "kinetics700", "kinetics-700", "kinetics_700"),
+    name: known.called + _LOOSE_WORDS.get(name, ()) for name, known in KNOWN_DATASETS.items()
 }
 _SHOWN = 5
 _AGREEMENT = 0.8  # share of a label's videos that must be of one class
@@ -57,6 +57,47 @@ class PublishedList:
     def listed(self) -> int:
         """Different videos that the list names."""
         return len(self.keys) + len(self.missing)
+
+
+class KeyIndex:
+    """The keys of a data set by what lists call them.
+
+    A list's entry is compared by the file's name without extension, whatever the case of letters
+    (UCF101's HandstandPushups has files named HandStandPushups); Kinetics names by id and start,
+    or by id alone where either side has no more. Folders decide only between files of one name.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._keys = set(keys)
+        self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self._by_clip: dict[tuple[str, int | None], list[str]] = defaultdict(list)
+        self._by_id: dict[str, list[str]] = defaultdict(list)
+        for key in sorted(self._keys):
+            stem = posixpath.basename(name_from_key(key))
+            self._by_stem[stem.lower()].append(key)
+            clip = id_and_start(stem)
+            self._by_clip[clip].append(key)
+            self._by_id[clip[0]].append(key)
+
+    def find_listed(self, listed: str, split: str | None = None) -> tuple[str | None, str]:
+        """The key that a list's entry means, or (None, why not); `split` is not looked at."""
+        if listed in self._keys:
+            return listed, ""
+        path = path_stem(normal_path(listed, Path()))
+        stem = posixpath.basename(path)
+        found = self._by_stem.get(stem.lower(), [])
+        if not found:
+            youtube_id, start = id_and_start(stem)
+            found = self._by_clip.get((youtube_id, start), []) if start is not None else []
+            found = found or self._by_clip.get((youtube_id, None), [])
+            found = found or (self._by_id.get(youtube_id, []) if start is None else [])
+        if len(found) > 1:
+            found = _in_folder(found, path) or found
+        if len(found) == 1:
+            return found[0], ""
+        if found:
+            return None, f"several videos have this name: {found[0]} and {found[1]}"
+        return None, "no such video in the data set"
 
 
 class ListRepository:
@@ -262,6 +303,21 @@ def _datasets_of(place: str) -> set[str]:
     """The data sets whose words a path holds; "kinetics" says nothing beside "kinetics600"."""
     found = {(word, name) for name, words in _WORDS.items() for word in words if word in place}
     return {name for word, name in found if not any(word in other != word for other, _ in found)}
+
+
+def _in_folder(keys: list[str], path: str) -> list[str]:
+    """Those of the keys whose folders, as far as both sides have any, are those of the list."""
+    wanted = [comparable(part) for part in path.split("/")[:-1] if part]
+    if not wanted:
+        return []
+
+    def agrees(key: str) -> bool:
+        folders = [comparable(part) for part in name_from_key(key).split("/")[:-1]]
+        if folders and wanted and split_from_folder(wanted[-1]):
+            return split_from_folder(folders[0]) == split_from_folder(wanted[-1])
+        return folders[-len(wanted) :] == wanted[-len(folders) :] if folders else False
+
+    return [key for key in keys if agrees(key)]
 
 
 def _base_or_novel(place: str) -> bool:

@@ -101,6 +101,19 @@ class VideoFolder:
         """Files of this name without extension in any folder, whatever the case of letters."""
         return self._by_stem.get(stem.lower(), [])
 
+    def find_in_class(self, name: str, class_name: str) -> str | None:
+        """The file called `name` (extension and case may differ), in its class's folder if it can.
+
+        Official HMDB51 and UCF101 names are unique in their sets, so a flat folder is as good.
+        """
+
+        def rank(path: str) -> tuple[bool, bool, int, str]:
+            parts = path.split("/")
+            own = len(parts) > 1 and comparable(parts[-2]) == comparable(class_name)
+            return (not own, extension(path) != extension(name), len(parts), path)
+
+        return min(self.with_stem(path_stem(name)), key=rank, default=None)
+
     def has(self, path: str) -> bool:
         """Whether the relative path is a file here; one with an unusual extension counts."""
         if path in self._files:

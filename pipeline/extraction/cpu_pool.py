@@ -12,17 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from einops import rearrange, repeat
 
+from featstore.errors import UserError
+from featstore.files.machine import usable_cores
 from pipeline.clip_encoder import Encoder
+from pipeline.decoding import decoder_named
 from pipeline.decoding.chosen_frames import decode_chosen
-from pipeline.decoding.contract import DecodeError, Decoder, Source
-from pipeline.extraction.rows import EncodedVideo
-from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings
+from pipeline.decoding.contract import DecodeError, Decoder, Source, VideoInfo
+from pipeline.decoding.nvdec.graphs import DECODER_NAME, wants_dali
+from pipeline.decoding.pyav import PyAVDecoder
+from pipeline.extraction.request import ExtractionRequest
+from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings, frame_output
 from pipeline.sampling import Sampling
 
 # Larger batches are not faster on a core (measured 8 to 64 frames), only larger in memory.
@@ -30,6 +38,20 @@ ENCODE_BATCH = 16
 # Videos handed out per worker: keeps workers busy while a partition is written, and bounds memory
 # by workers instead of by data.
 LOOKAHEAD = 3
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """One video after the encoder.
+
+    `features` float32 [V, F, D], raw projected embeddings, or [V, F, *item] of a tier in its type;
+    `frame_index` int64 [V, F] counted from zero; `pts` float64 [V, F] seconds.
+    """
+
+    info: VideoInfo
+    features: npt.NDArray[Any]
+    frame_index: npt.NDArray[np.int64]
+    pts: npt.NDArray[np.float64]
 
 
 class VideoPool(Protocol):
@@ -122,16 +144,55 @@ def encode_video(
         preprocessing.resize_mode,
     )
     indices = sampling.indices(info.num_frames)
-    clips, per_clip = indices.shape
     batches = [
         output(part, crops)
         for part in np.split(frames, range(ENCODE_BATCH, len(frames), ENCODE_BATCH))
     ]
-    joined = torch.cat(batches, dim=1)
-    features = joined.reshape(crops * clips, per_clip, *joined.shape[2:])
+    features = rearrange(torch.cat(batches, 1), "c (v t) ... -> (c v) t ...", v=len(indices))
     return EncodedVideo(
         info,
         features.cpu().numpy(),
-        np.tile(indices, (crops, 1)),
-        np.tile(seconds.reshape(clips, per_clip), (crops, 1)),
+        repeat(indices, "v t -> (c v) t", c=crops),
+        repeat(seconds, "(v t) -> (c v) t", c=crops, v=len(indices)),
     )
+
+
+def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> str:
+    """The name of the decoder, as the store will record it.
+
+    `begun_with` is the decoder of a store that exists: "auto" stays with it. Raises UserError for a
+    decoder that is unknown or cannot be used here.
+    """
+    if not request.tier.pooled:
+        if request.decoder == DECODER_NAME:
+            raise UserError(
+                f"--tier {request.tier.text} with decoder {DECODER_NAME!r}: frames that are "
+                "decoded on the GPU become embeddings there and nothing else; use --decoder pyav"
+            )
+        return decoder_named(request.decoder, request.strict).name
+    asked = begun_with if begun_with is not None and request.decoder == "auto" else request.decoder
+    if wants_dali(asked, request.device, request.strict):
+        return DECODER_NAME
+    return decoder_named(asked, request.strict).name
+
+
+def open_pool(
+    request: ExtractionRequest,
+    name: str,
+    encoder: Encoder,
+    decoder: Decoder | None = None,
+    output: FrameOutput | None = None,
+) -> VideoPool:
+    """The pool for a request and one of the names `decoder_for` gives; close it after use.
+
+    `decoder` stands in for the one that is named, `output` for that of the request's tier.
+    """
+    workers = request.workers or usable_cores()
+    if name == DECODER_NAME and decoder is None:
+        from pipeline.extraction.gpu_pool import DaliVideoPool  # which imports this module
+
+        fallback = PyAVDecoder(request.strict)
+        return DaliVideoPool(fallback, encoder, request.sampling, request.crops, workers)
+    decoder = decoder or decoder_named(name, request.strict)
+    output = output or frame_output(request.tier, encoder)
+    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, workers, output)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Final, Protocol
+from typing import Final
 
-from featstore import Partition, StoreSchema
 from featstore.errors import WorkError, one_line
+from featstore.opening import AnyWriter
 from featstore.progress import ProgressSink, no_progress
-from featstore.writing.shard_rows import FeatureRows
-from pipeline.extraction.cpu_pool import VideoPool
-from pipeline.extraction.rows import EncodedVideo, TarRows
-from pipeline.tars.dataset import Dataset, Shard
+from pipeline.extraction.cpu_pool import EncodedVideo, VideoPool
+from pipeline.extraction.request import Totals
+from pipeline.extraction.rows import TarRows
+from pipeline.tars.dataset import Dataset, Tar
 from pipeline.tars.reading import DamagedTar
-from pipeline.tars.tar_source import TarSource
+from pipeline.tars.sources import TarSource
 
 # A long video must not keep the other workers waiting: the tars after its own go on, this many or
 # as many as there may be videos in the pool. Each holds its rows (embeddings in memory, other tiers
@@ -25,83 +24,30 @@ from pipeline.tars.tar_source import TarSource
 MIN_OPEN_TARS: Final = 4
 
 
-class PartitionWriter(Protocol):
-    """The part of a store's writer that an engine needs."""
+class Engine:
+    """Does partitions through a pool of workers; a damaged tar does not stop the others.
 
-    @property
-    def schema(self) -> StoreSchema:
-        """Sizes of the store."""
-        ...
-
-    def feature_rows(self, tar: int) -> FeatureRows:
-        """Where large rows of one tar wait on the disk."""
-        ...
-
-    def write_partition(self, tar: int, partition: Partition) -> None:
-        """Write the partition of one tar."""
-        ...
-
-
-@dataclass
-class Totals:
-    """What an engine did: videos and frames, partitions written, tars that cannot be used."""
-
-    videos: int = 0
-    frames: int = 0
-    videos_short: int = 0  # had fewer frames than asked for: frames repeat
-    done: list[int] = field(default_factory=list)
-    damaged: list[str] = field(default_factory=list)  # one line per tar, naming it
-
-    def add(self, other: Totals) -> None:
-        """Add what another engine did."""
-        self.videos += other.videos
-        self.frames += other.frames
-        self.videos_short += other.videos_short
-        self.done += other.done
-        self.damaged += other.damaged
-
-
-def run_partitions(
-    dataset: Dataset,
-    shards: list[Shard],
-    tars: Iterable[int],
-    writer: PartitionWriter,
-    pool: VideoPool,
-    source: TarSource,
-    progress: ProgressSink = no_progress,
-    videos: int = 0,
-) -> Totals:
-    """Do the partitions `tars` (indices into `shards`); a damaged tar does not stop the others.
-
-    `tars` is asked for the next one when there is room for it; `videos` is how many they hold, as
-    far as the progress is to tell. Results go to their rows in any order, and a partition is
-    written when its last row is in: what is in memory is bounded by the pool's window, not by the
-    data.
-
-    Raises `WorkError` when the encoder fails (its videos are not at fault), OSError when the disk
-    is full. The pool is closed then; else it can be used again.
+    Results go to their rows in any order, and a partition is written when its last row is in: what
+    is in memory is bounded by the pool's window, not by the data.
     """
-    return _Run(dataset, shards, writer, pool, source, progress, videos).over(tars)
 
-
-class _Run:
     def __init__(
         self,
         dataset: Dataset,
-        shards: list[Shard],
-        writer: PartitionWriter,
+        tars: Sequence[Tar],
+        writer: AnyWriter,
         pool: VideoPool,
         source: TarSource,
-        progress: ProgressSink,
-        videos: int,
+        progress: ProgressSink = no_progress,
     ) -> None:
+        """`tars` are those of the store, in the order of its partitions."""
         self.dataset = dataset
-        self.shards = shards
+        self.tars = tars
         self.writer = writer
         self.pool = pool
         self.source = source
         self.progress = progress
-        self.videos = videos
+        self.videos = 0  # that are to be done
         self.totals = Totals()
         self.open: dict[int, TarRows] = {}
         self.in_pool = 0
@@ -110,14 +56,21 @@ class _Run:
             tuple[TarRows, int | None, Future[EncodedVideo | str] | Future[None]]
         ] = SimpleQueue()
 
-    def over(self, tars: Iterable[int]) -> Totals:
+    def run(self, numbers: Sequence[int]) -> Totals:
+        """Do the partitions `numbers`, once for each engine.
+
+        Raises `WorkError` when the encoder fails (its videos are not at fault), OSError when the
+        disk is full. The pool is closed then; else it can be used again.
+        """
+        self.source.open_order([self.tars[number] for number in numbers])
+        self.videos = sum(self.tars[number].samples for number in numbers)
         self.progress(0, self.videos)
         # One thread reads tars ahead for their hash (under 1 % of what decoding takes): a tar that
         # was changed or mixed up with another must not give rows.
         hasher = ThreadPoolExecutor(1, "hash")
         try:
-            for tar in tars:
-                self._do(tar, hasher)
+            for number in numbers:
+                self._do(number, hasher)
             while self.open:
                 self._take()
         except BaseException:
@@ -127,24 +80,24 @@ class _Run:
             hasher.shutdown(wait=True, cancel_futures=True)
             for rows in self.open.values():
                 rows.close()
-                self.source.release(rows.shard)
+                self.source.release(rows.tar)
         return self.totals
 
-    def _do(self, tar: int, hasher: ThreadPoolExecutor) -> None:
+    def _do(self, number: int, hasher: ThreadPoolExecutor) -> None:
         """Open a tar and hand out its samples, taking results as they come."""
         while len(self.open) >= max(MIN_OPEN_TARS, self.pool.window):
             self._take()
-        shard = self.shards[tar]
+        tar = self.tars[number]
         try:
-            path = self.source.path(shard)
+            path = self.source.path(tar)
             schema, on_disk = self.writer.schema, self.writer.feature_rows
-            rows = TarRows(tar, shard, self.dataset, path, schema, on_disk)
+            rows = TarRows(number, tar, self.dataset, path, schema, on_disk)
         except DamagedTar as error:
             self.totals.damaged.append(str(error))
-            self.source.release(shard)
+            self.source.release(tar)
             return
-        self.open[tar] = rows
-        self._expect(rows, None, hasher.submit(rows.archive.require, shard.sha256))
+        self.open[number] = rows
+        self._expect(rows, None, hasher.submit(rows.archive.require, tar.sha256))
         for position in range(len(rows.samples)):
             while self.in_pool >= self.pool.window:
                 self._take()
@@ -198,8 +151,8 @@ class _Run:
         if rows.damage:
             self.totals.damaged.append(rows.damage)
         else:
-            self.writer.write_partition(rows.tar, rows.finish())
-            self.totals.done.append(rows.tar)
+            self.writer.write_partition(rows.number, rows.finish())
+            self.totals.done.append(rows.number)
         rows.close()
-        self.source.release(rows.shard)
-        del self.open[rows.tar]
+        self.source.release(rows.tar)
+        del self.open[rows.number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -12,12 +13,11 @@ from featstore.errors import WorkError
 from featstore.files.disk import SPARE_BYTES, free_bytes, in_bytes
 from featstore.progress import ProgressSink, no_progress
 from pipeline.extraction.cpu_pool import VideoPool
-from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest
-from pipeline.extraction.pool_choice import decoder_for, open_pool
-from pipeline.extraction.store import load_request_encoder, provenance_of, require_same
-from pipeline.extraction.tiers import frame_output
+from pipeline.extraction.job import ExtractionJob
+from pipeline.extraction.plan import ExtractionPlan
+from pipeline.extraction.request import ExtractionRequest
 from pipeline.tars.reading import DamagedTar, open_tar
-from pipeline.tars.tar_source import TarSource
+from pipeline.tars.sources import TarSource
 
 SAMPLE_SECONDS: Final = 10.0
 
@@ -99,23 +99,11 @@ def estimate(
     `extract` raises for what it cannot do.
     """
     plan = ExtractionPlan(request)
-    name = decoder_for(request, plan.writer.provenance.decoder if plan.writer else None)
-    encoder = load_request_encoder(plan)
-    encoder.preprocessing.require_crops(request.crops)
-    provenance = provenance_of(plan, encoder, name)
-    if plan.writer is not None:
-        require_same(plan, plan.writer, provenance)
-    pending = plan.pending()
-    output = frame_output(request.tier, encoder)
-    schema = plan.schema(encoder.dim, output.item)
-    pool = open_pool(request, name, encoder, output=output)
-    source = plan.tar_source()
-    try:
-        sample = _sample(plan, pending, pool, source, seconds, progress)
-    finally:
-        pool.close()
-        source.close()
-    videos = sum(plan.shards[tar].samples for tar in pending)
+    job = ExtractionJob(plan)
+    with closing(job), closing(plan.tar_source()) as source:
+        sample = _sample(plan, job.pool(), source, seconds, progress)
+    pending, schema, provenance = plan.pending, job.schema, job.provenance
+    videos = sum(plan.tars[number].samples for number in pending)
     needed, free = plan.bytes_needed(pending, schema), free_bytes(plan.disk)
     rate = sample.videos_per_second
     return Estimate(
@@ -157,14 +145,13 @@ class _Sample:
 
 def _sample(
     plan: ExtractionPlan,
-    pending: list[int],
     pool: VideoPool,
     source: TarSource,
     seconds: float,
     progress: ProgressSink,
 ) -> _Sample:
     sample = _Sample()
-    total = sum(plan.shards[tar].samples for tar in pending)
+    total = sum(plan.tars[number].samples for number in plan.pending)
     started = time.perf_counter()
     running: set[Future[Any]] = set()
     first: tuple[int, float] | None = None  # videos and time once the pool has warmed up
@@ -178,7 +165,7 @@ def _sample(
             first = sample.videos, sample.seconds
         progress(sample.videos, total)
 
-    for data in _videos(plan, pending, source):
+    for data in _videos(plan, source):
         if time.perf_counter() - started >= seconds:
             break
         running.add(pool.submit(lambda data=data: data))  # type: ignore[misc]
@@ -195,18 +182,18 @@ def _sample(
     return sample
 
 
-def _videos(plan: ExtractionPlan, pending: list[int], source: TarSource) -> Iterator[bytes]:
+def _videos(plan: ExtractionPlan, source: TarSource) -> Iterator[bytes]:
     """The video files of the pending tars that can be read; extraction tells about the others."""
-    for tar in pending:
-        shard = plan.shards[tar]
+    for number in plan.pending:
+        tar = plan.tars[number]
         try:
-            with open_tar(source.path(shard), shard.bytes) as archive:
+            with open_tar(source.path(tar), tar.bytes) as archive:
                 for sample in archive.samples:
                     yield archive.read(sample)
         except DamagedTar:
             continue
         finally:
-            source.release(shard)
+            source.release(tar)
 
 
 def _duration(hours: float) -> str:

@@ -5,28 +5,36 @@ decoded in batches of one size by a decode thread; the rest is decoded by PyAV i
 thread. An encode thread takes both, and while the GPU encodes one batch the results of the one
 before are copied back and delivered. Every stage waits when the next has enough to do.
 
-Letters: C crops, U frames of a video without repeats, h, w input of the tower, D embedding.
+Letters: C crops, U frames of a video without repeats, h, w input of the tower, N pictures in a
+batch, D embedding.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Condition, Thread
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange, repeat
 
 from featstore.errors import WorkError, one_line
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding.chosen_frames import decode_chosen, within_limit
 from pipeline.decoding.contract import DecodeError, Decoder, VideoInfo
-from pipeline.decoding.nvdec.buckets import Buckets
+from pipeline.decoding.nvdec.batcher import (
+    BATCH_VIDEOS,
+    PROCESS_SIZES,
+    NvdecBatcher,
+    NvdecPlan,
+)
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, Clip, DaliPixels
 from pipeline.decoding.nvdec.rule import (
     DecoderSizes,
@@ -34,9 +42,7 @@ from pipeline.decoding.nvdec.rule import (
     NvdecSurvey,
     survey_video,
 )
-from pipeline.decoding.nvdec.stage import BATCH_VIDEOS, PROCESS_SIZES, NvdecStage
-from pipeline.extraction.gpu_encoder import BatchEncoder, RunningBatch
-from pipeline.extraction.rows import EncodedVideo
+from pipeline.extraction.cpu_pool import EncodedVideo
 from pipeline.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -56,24 +62,30 @@ class PixelSource(Protocol):
 
 @dataclass(eq=False)
 class _Video:
-    """One video on its way. `indices` and `seconds` [clips, frames]; `places` say where each of
-    those frames is among the U that are decoded."""
+    """One video on its way; `data` once it is read, as long as it may have to be decoded."""
 
     read: Callable[[], bytes]
     future: Future[EncodedVideo | str]
     data: bytes = b""
-    info: VideoInfo | None = None
-    indices: npt.NDArray[np.int64] | None = None
-    seconds: npt.NDArray[np.float64] | None = None
-    places: npt.NDArray[np.int64] | None = None
-    clip: Clip | None = None
 
 
-# A video with its pixels [C,U,3,h,w]: normalised on the GPU, or uint8 in memory.
-_Decoded = tuple[_Video, torch.Tensor]
+@dataclass(eq=False)
+class _Decoded:
+    """A video with its pixels [C,U,3,h,w]: normalised on the GPU, or uint8 in memory.
+
+    `indices` and `seconds` [clips, frames]; `places` [clips * frames] say where each of those
+    frames is among the U that were decoded.
+    """
+
+    video: _Video
+    pixels: torch.Tensor
+    info: VideoInfo
+    indices: npt.NDArray[np.int64]
+    seconds: npt.NDArray[np.float64]
+    places: npt.NDArray[np.int64]
 
 
-_Launched = tuple[list[_Decoded], RunningBatch]
+_Launched = tuple[list[_Decoded], "RunningBatch"]
 
 
 class DaliVideoPool:
@@ -111,27 +123,29 @@ class DaliVideoPool:
             torch.cuda.get_device_capability(device)
         )
         height, width = encoder.preprocessing.size
-        self._stage = NvdecStage(
+        self._changed = Condition()  # guards everything below
+        self._batcher: NvdecBatcher[_Video, torch.Tensor] = NvdecBatcher(
+            pixels
+            or DaliPixels(
+                encoder.preprocessing,
+                crops,
+                batch_size=batch_videos,
+                threads=min(batch_videos, max(workers, 4)),
+                device_id=device,
+                half=encoder.precision == "fp16",
+            ),
+            self._check,
             capabilities,
             pixels_per_frame=crops * 3 * height * width * 4,
             survey=survey,
             sizes=sizes,
+            batch_videos=batch_videos,
+            changed=self._changed,
         )
-        self._pixels = pixels or DaliPixels(
-            encoder.preprocessing,
-            crops,
-            batch_size=batch_videos,
-            threads=min(batch_videos, max(workers, 4)),
-            device_id=device,
-            half=encoder.precision == "fp16",
-        )
-        self._changed = Condition()  # guards everything below
         self._unfinished: set[_Video] = set()
         self._reading = 0  # videos with the readers, waiting or at work
-        self._buckets: Buckets[_Video] = self._stage.buckets(batch_videos)
         self._by_nvdec: deque[list[_Decoded]] = deque()
         self._by_pyav: deque[_Decoded] = deque()
-        self._counts: Counter[str] = Counter()
         self._stopping = False
         self._broken: WorkError | None = None
         self._readers = ThreadPoolExecutor(
@@ -178,8 +192,7 @@ class DaliVideoPool:
 
     def report(self) -> list[str]:
         """One line per decoder and reason: how many videos it was."""
-        with self._changed:
-            return [f"{count} videos decoded by {by}" for by, count in self._counts.most_common()]
+        return self._batcher.report()
 
     # Reader threads.
 
@@ -213,19 +226,16 @@ class DaliVideoPool:
             preprocessing.resize_mode,
         )
         try:
-            plan = self._stage.plan(video.data, choose)
+            plan = self._batcher.plan(video.data, choose)
         except DecodeError:
             return "cannot be used"  # PyAV has the last word, and the reason
         if isinstance(plan, str):
             return plan
-        video.info, video.indices, video.seconds = plan.info, plan.indices, plan.seconds
-        video.places, video.clip = plan.places, plan.clip
-        with self._changed:
-            self._buckets.add(plan.clip.size_key, video, plan.cost)
+        self._batcher.add(video, plan)
         return None
 
     def _decode_by_pyav(self, video: _Video, refusal: str) -> None:
-        data, video.data, video.clip = video.data, b"", None
+        data, video.data = video.data, b""
         preprocessing = self._encoder.preprocessing
         try:
             info, frames, seconds = decode_chosen(
@@ -238,17 +248,21 @@ class DaliVideoPool:
         except DecodeError as error:
             self._deliver(video, error.reason)
             return
-        video.info = info
-        video.indices = self._sampling.indices(info.num_frames)
-        video.seconds = seconds.reshape(video.indices.shape)
-        video.places = np.arange(video.indices.size)
-        pixels = preprocessing.crop_pixels(frames, self._crops)
+        indices = self._sampling.indices(info.num_frames)
+        decoded = _Decoded(
+            video,
+            preprocessing.crop_pixels(frames, self._crops),
+            info,
+            indices,
+            seconds.reshape(indices.shape),
+            np.arange(indices.size),
+        )
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopping or len(self._by_pyav) < 2 * self._batch_videos
             )
-            self._counts[f"{self._decoder.name} ({refusal})"] += 1
-            self._by_pyav.append((video, pixels))
+            self._batcher.count(f"{self._decoder.name} ({refusal})")
+            self._by_pyav.append(decoded)
             self._changed.notify_all()
 
     # The decode thread.
@@ -257,7 +271,7 @@ class DaliVideoPool:
         while (batch := self._next_batch()) is not None:
             self._decode(batch)
 
-    def _next_batch(self) -> list[_Video] | None:
+    def _next_batch(self) -> list[tuple[_Video, NvdecPlan]] | None:
         """The next batch for NVDEC, None when the pool closes.
 
         Waits while the encoder has enough, so that batches can fill, and for readers that may fill
@@ -266,37 +280,33 @@ class DaliVideoPool:
         with self._changed:
             while not self._stopping:
                 if len(self._by_nvdec) < DECODED_AHEAD:
-                    batch = self._buckets.take(more_coming=self._reading > 0)
+                    batch = self._batcher.take(more_coming=self._reading > 0)
                     if batch is not None:
                         return batch
                 self._changed.wait()
             return None
 
-    def _decode(self, batch: list[_Video]) -> None:
-        """Decode a batch, else its videos one by one, else hand them to PyAV."""
-        decoded = self._stage.attempt(batch, self._checked)
-        failed = [video for video in batch if video.clip is not None]
+    def _decode(self, batch: list[tuple[_Video, NvdecPlan]]) -> None:
+        """Decode a batch, and hand to PyAV the videos at which NVDEC fails."""
+        decoded = [
+            _Decoded(video, pixels, plan.info, plan.indices, plan.seconds, plan.places)
+            for video, plan, pixels in self._batcher.decode(batch)
+        ]
+        for done in decoded:
+            done.video.data = b""
+        given = {done.video for done in decoded}
         with self._changed:
-            for video in failed if not self._stopping else []:
-                self._to_readers(video, self._stage.given_up or "NVDEC failed")
+            for video, _ in batch if not self._stopping else []:
+                if video not in given:
+                    self._to_readers(video, self._batcher.refusal)
             if decoded:
-                self._counts["NVDEC"] += len(decoded)
                 self._by_nvdec.append(decoded)
             self._changed.notify_all()
 
-    def _checked(self, batch: Sequence[_Video]) -> list[_Decoded]:
-        """The batch with its pixels. Raises RuntimeError when they are not what was asked for."""
-        clips = [video.clip for video in batch if video.clip is not None]
-        pixels = self._pixels(clips)
-        if len(pixels) != len(batch):
-            raise RuntimeError(f"{len(pixels)} videos came out of {len(batch)}")
-        for clip, got in zip(clips, pixels, strict=True):
-            asked = (self._crops, len(clip.frames), 3, *self._encoder.preprocessing.size)
-            if tuple(got.shape) != asked:
-                raise RuntimeError(f"pixels {list(got.shape)} instead of {list(asked)}")
-        for video in batch:
-            video.data, video.clip = b"", None
-        return list(zip(batch, pixels, strict=True))
+    def _check(self, clip: Clip, pixels: torch.Tensor) -> None:
+        asked = (self._crops, len(clip.frames), 3, *self._encoder.preprocessing.size)
+        if tuple(pixels.shape) != asked:
+            raise RuntimeError(f"pixels {list(pixels.shape)} instead of {list(asked)}")
 
     # The encode thread.
 
@@ -326,7 +336,7 @@ class DaliVideoPool:
 
     def _launch(self, batch: list[_Decoded]) -> _Launched | None:
         try:
-            return batch, self._batches.launch([pixels for _, pixels in batch])
+            return batch, self._batches.launch([decoded.pixels for decoded in batch])
         except Exception as error:
             self._fail(batch, error)
             return None
@@ -336,33 +346,30 @@ class DaliVideoPool:
         batch, running = launched
         try:
             results = [
-                self._result(video, features)
-                for (video, _), features in zip(batch, running.features(), strict=True)
+                self._result(decoded, features)
+                for decoded, features in zip(batch, running.features(), strict=True)
             ]
         except Exception as error:
             self._fail(batch, error)
             return
-        for (video, _), result in zip(batch, results, strict=True):
-            self._deliver(video, result)
+        for decoded, result in zip(batch, results, strict=True):
+            self._deliver(decoded.video, result)
 
-    def _result(self, video: _Video, features: npt.NDArray[np.float32]) -> EncodedVideo:
+    def _result(self, decoded: _Decoded, features: npt.NDArray[np.float32]) -> EncodedVideo:
         """`features` float32 [C,U,D] as rows, crop-major then clip."""
-        assert video.info is not None
-        assert video.indices is not None
-        assert video.seconds is not None
-        clips, frames = video.indices.shape
+        clips = len(decoded.indices)
         return EncodedVideo(
-            video.info,
-            features[:, video.places].reshape(self._crops * clips, frames, -1),
-            np.tile(video.indices, (self._crops, 1)),
-            np.tile(video.seconds, (self._crops, 1)),
+            decoded.info,
+            rearrange(features[:, decoded.places], "c (v t) d -> (c v) t d", v=clips),
+            repeat(decoded.indices, "v t -> (c v) t", c=self._crops),
+            repeat(decoded.seconds, "v t -> (c v) t", c=self._crops),
         )
 
     # Results.
 
     def _fail(self, batch: list[_Decoded], error: BaseException) -> None:
-        for video, _ in batch:
-            self._deliver(video, error)
+        for decoded in batch:
+            self._deliver(decoded.video, error)
 
     def _deliver(self, video: _Video, result: EncodedVideo | str | BaseException) -> None:
         with self._changed:
@@ -392,3 +399,68 @@ class DaliVideoPool:
                 self._changed.notify_all()
             for video in unfinished:
                 self._deliver(video, broken)
+
+
+@dataclass
+class RunningBatch:
+    """A batch that was started; on a GPU it may still be at work."""
+
+    shapes: list[tuple[int, int]]  # C and U of every video
+    embeddings: torch.Tensor  # float32 [N,D] in memory, once `done` says so
+    done: Any = None  # the CUDA event after which it is complete
+    keep: Any = None  # what the GPU still reads: freeing it would let its memory be used again
+
+    def features(self) -> list[npt.NDArray[np.float32]]:
+        """Wait; then float32 [C,U,D] of every video."""
+        if self.done is not None:
+            self.done.synchronize()
+        self.keep = None
+        rows = self.embeddings.float().numpy()
+        ends = np.cumsum([crops * frames for crops, frames in self.shapes])
+        return [
+            rearrange(part, "(c u) d -> c u d", c=crops)
+            for part, (crops, _) in zip(
+                np.split(rows, ends[:-1].tolist()), self.shapes, strict=True
+            )
+        ]
+
+
+class BatchEncoder:
+    """Starts batches on the encoder's device; one thread at a time may use it."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._on_gpu = encoder.device.type == "cuda"
+
+    def stream(self) -> AbstractContextManager[Any]:
+        """A CUDA stream of its own for the thread that encodes."""
+        if not self._on_gpu:
+            return nullcontext()
+        cuda: Any = torch.cuda  # the streams' annotations are incomplete
+        return torch.cuda.stream(cuda.Stream(self._encoder.device))
+
+    def launch(self, videos: Sequence[torch.Tensor]) -> RunningBatch:
+        """Encode [C,U,3,h,w] of each video: normalised pixels, or uint8 in memory.
+
+        On a GPU this returns when the work is queued, and errors may come from `features` instead.
+        """
+        shapes = [(video.shape[0], video.shape[1]) for video in videos]
+        pictures = [rearrange(self._normalised(v), "c u ... -> (c u) ...") for v in videos]
+        pixels = torch.cat(pictures)
+        embeddings = self._encoder.encode_pixels(pixels)
+        if not self._on_gpu:
+            return RunningBatch(shapes, embeddings)
+        cuda: Any = torch.cuda
+        # Only pinned memory is copied to while the GPU goes on with the next batch.
+        host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+        host.copy_(embeddings, non_blocking=True)
+        done = cuda.Event()
+        done.record()
+        return RunningBatch(shapes, host, done, (videos, pixels, embeddings))
+
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dtype != torch.uint8:
+            return pixels
+        if self._on_gpu:  # as bytes: a quarter of what has to cross the bus
+            pixels = pixels.pin_memory().to(self._encoder.device, non_blocking=True)
+        return self._encoder.preprocessing.normalise(pixels)

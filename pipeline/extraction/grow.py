@@ -16,9 +16,9 @@ from featstore.errors import UserError, WorkError
 from featstore.files.exchange import recover
 from featstore.rewriting.grow import Grown, add_class_text
 from featstore.rewriting.grow import add_tars as grow
-from pipeline.extraction.store import class_text
+from pipeline.extraction.job import class_text
 from pipeline.prompts import PROMPT_SETS, PromptSet, as_prompt_set
-from pipeline.tars.dataset import Dataset, Shard, load_dataset
+from pipeline.tars.dataset import Dataset, Tar, load_dataset
 
 if TYPE_CHECKING:  # an encoder brings torch along, and mere tars need none
     from pipeline.clip_encoder import Encoder
@@ -36,7 +36,7 @@ def add_tars(
 ) -> Grown:
     """Give a store the tars of its data set, which was packed again with more of them.
 
-    The encoder, that of the store unless another place is named, is loaded only when classes are
+    The encoder, that of the store unless another one is named, is loaded only when classes are
     new: their texts are needed. Raises UserError when the data set does not continue that of the
     store or the encoder is another one, WorkError as `featstore.rewriting.grow.add_tars`.
     """
@@ -59,8 +59,8 @@ def _add_tars(
             f"{store_path} was made of data set {made.dataset!r}, not of {dataset.name!r}: "
             "extract that one too and use `mote-cli store merge`"
         )
-    shards = _continued(store, dataset)
-    _require_same_failures(store, shards)
+    tars = _continued(store, dataset)
+    _require_same_failures(store, tars)
     texts = None
     if list(dataset.class_names) != store.class_names:
         tower = _encoder(store, encoder, encoders_dir, device)
@@ -68,8 +68,8 @@ def _add_tars(
     return grow(
         store_path,
         tars=[
-            {"file": shard.file, "rows": shard.rows, "bytes": shard.bytes, "sha256": shard.sha256}
-            for shard in shards
+            {"file": tar.file, "rows": tar.rows, "bytes": tar.bytes, "sha256": tar.sha256}
+            for tar in tars
         ],
         class_names=dataset.class_names,
         raw_class_names=dataset.raw_class_names,
@@ -124,29 +124,29 @@ def _folder_number(path: Path) -> int | None:
     return path.stat().st_ino if path.exists() else None
 
 
-def _continued(store: Store, dataset: Dataset) -> list[Shard]:
+def _continued(store: Store, dataset: Dataset) -> list[Tar]:
     """The data set's tars that belong into the store: all, or those of the split it was made of."""
     files = {tar.file for tar in store.tars}
     split = store.provenance.split
-    return [s for s in dataset.shards if not split or s.split == split or s.file in files]
+    return [s for s in dataset.tars if not split or s.split == split or s.file in files]
 
 
-def _require_same_failures(store: Store, shards: list[Shard]) -> None:
+def _require_same_failures(store: Store, tars: list[Tar]) -> None:
     """The videos that are in no tar must be those of the store: the tar's sha256 cannot tell."""
-    place = {tar.file: number for number, tar in enumerate(store.tars)}
+    held = {tar.file: number for number, tar in enumerate(store.tars)}
     done = set(store.partitions())
-    for shard in shards:
-        tar = place.get(shard.file)
-        if tar is None or tar not in done or shard.sha256 != store.tars[tar].sha256:
+    for tar in tars:
+        number = held.get(tar.file)
+        if number is None or number not in done or tar.sha256 != store.tars[number].sha256:
             continue  # new, still to be extracted, or refused later
-        if shard.rows != store.tars[tar].rows:
+        if tar.rows != store.tars[number].rows:
             continue  # refused later
-        first = tar * store.schema.capacity + shard.samples
-        at = store.positions(np.arange(first, first + len(shard.failed)))
+        first = number * store.schema.capacity + tar.samples
+        at = store.positions(np.arange(first, first + len(tar.failed)))
         listed = [(store.keys[i], int(store.labels[i])) for i in at]
-        if listed != [(failed.key, failed.label) for failed in shard.failed]:
+        if listed != [(failed.key, failed.label) for failed in tar.failed]:
             raise UserError(
-                f"the videos of {shard.file} that could not be packed are others than those of "
+                f"the videos of {tar.file} that could not be packed are others than those of "
                 f"{store.path}: extract the data set as a new store"
             )
 

@@ -36,7 +36,7 @@ class Reencoder:
         self._capacity = store.schema.capacity
         self._tars = store.tars
         self._dataset = load_dataset(dataset_dir)
-        self._shards = {shard.sha256: shard for shard in self._dataset.shards}
+        self._packed = {tar.sha256: tar for tar in self._dataset.tars}
         strictness: dict[str, Strictness] = {"auto": "auto", "always": "always", "never": "never"}
         decoder = decoder_named(made.decoder, strictness.get(made.strict_decode, "auto"))
         sampling = parse_sampling(made.sampling)
@@ -65,16 +65,16 @@ class Reencoder:
 
         Raises UserError when its tar is gone, WorkError when the tar is damaged.
         """
-        tar, position = divmod(row, self._capacity)
-        entry = self._tars[tar]
-        shard = self._shards.get(entry.sha256)
-        path = self._dataset.folder if shard is None else self._dataset.shard_path(shard)
-        if shard is None or not path.is_file():
+        number, position = divmod(row, self._capacity)
+        entry = self._tars[number]
+        tar = self._packed.get(entry.sha256)
+        path = self._dataset.folder if tar is None else self._dataset.tar_path(tar)
+        if tar is None or not path.is_file():
             raise UserError(
-                f"{entry.file} of data set {self._dataset.name!r}, which partition {tar} was made "
-                f"of, is not in {self._dataset.folder}: put it back to encode its videos again"
+                f"{entry.file} of data set {self._dataset.name!r}, which partition {number} was "
+                f"made of, is not in {self._dataset.folder}: put it back to encode its videos again"
             )
-        with open_tar(path, shard.bytes) as archive:
+        with open_tar(path, tar.bytes) as archive:
             if position >= len(archive.samples) or archive.samples[position].key != key:
                 raise DamagedTar.of(path, f"does not hold {key!r} at place {position}")
             sample = archive.samples[position]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,9 @@ from featstore.errors import one_line
 from featstore.format.array_checks import not_finite
 from featstore.format.schema import STATUS_FAILED, STATUS_OK
 from featstore.writing.shard_rows import FeatureRows
-from pipeline.decoding.contract import VideoInfo
-from pipeline.tars.dataset import Dataset, Shard
-from pipeline.tars.reading import DamagedTar, OpenTar, open_tar
-
-
-@dataclass(frozen=True)
-class EncodedVideo:
-    """One video after the encoder.
-
-    `features` float32 [V, F, D], raw projected embeddings, or [V, F, *item] of a tier in its type;
-    `frame_index` int64 [V, F] counted
-    from zero; `pts` float64 [V, F] seconds.
-    """
-
-    info: VideoInfo
-    features: npt.NDArray[Any]
-    frame_index: npt.NDArray[np.int64]
-    pts: npt.NDArray[np.float64]
+from pipeline.extraction.cpu_pool import EncodedVideo
+from pipeline.tars.dataset import Dataset, Tar
+from pipeline.tars.reading import DamagedTar, OpenTar, open_tar, require_packed
 
 
 class TarRows:
@@ -44,8 +28,8 @@ class TarRows:
 
     def __init__(
         self,
-        tar: int,
-        shard: Shard,
+        number: int,
+        tar: Tar,
         dataset: Dataset,
         path: Path,
         schema: StoreSchema,
@@ -54,31 +38,31 @@ class TarRows:
         """Open the tar at `path` and list its rows as `schema` has them.
 
         Embeddings wait in memory until the tar is done; rows of other tiers, which are hundreds of
-        times as large, go to the place on the disk that `on_disk` gives for the tar.
+        times as large, go to the files that `on_disk` gives for the tar's number.
         Raises `DamagedTar` when it is not the one packed, OSError when the disk is full.
         """
+        self.number = number
         self.tar = tar
-        self.shard = shard
         self.waiting = 0  # results that are still to come
         self.handed_out = False  # every sample has been
         self.damage = ""  # of the tar: the partition is not written
         self._resources = ExitStack()
-        self.archive: OpenTar = self._resources.enter_context(open_tar(path, shard.bytes))
+        self.archive: OpenTar = self._resources.enter_context(open_tar(path, tar.bytes))
         self.samples = self.archive.samples
         try:
-            require_packed(self.archive, dataset, shard)
+            require_packed(self.archive, dataset, tar)
         except DamagedTar:
             self.close()
             raise
-        n = shard.rows
+        n = tar.rows
         bit = {name: 1 << i for i, name in enumerate(dataset.split_names)}
         listed = [(s.key, s.sidecar["label"], s.sidecar["splits"]) for s in self.samples]
-        listed += [(f.key, f.label, f.splits) for f in shard.failed]
+        listed += [(f.key, f.label, f.splits) for f in tar.failed]
         # Every row starts as failed; a result turns it into one that is ok.
         self._keys = [key for key, _, _ in listed]
         self._labels = np.array([label for _, label, _ in listed], np.int32)
         self._splits = np.array([sum(bit[x] for x in splits) for *_, splits in listed], np.uint32)
-        self._reasons = [""] * shard.samples + [one_line(f.reason) for f in shard.failed]
+        self._reasons = [""] * tar.samples + [one_line(f.reason) for f in tar.failed]
         self._status = np.full(n, STATUS_FAILED, np.uint8)
         self._num_frames = np.zeros(n, np.int32)
         self._fps = np.full(n, np.nan, np.float32)
@@ -92,7 +76,7 @@ class TarRows:
         if schema.pooled:
             self._features = np.full((n, *schema.row_shape), schema.missing, schema.dtype)
         else:
-            self._features = self._resources.enter_context(on_disk(tar))
+            self._features = self._resources.enter_context(on_disk(number))
 
     @property
     def finished(self) -> bool:
@@ -153,18 +137,3 @@ class TarRows:
     def close(self) -> None:
         """Close the tar, and remove rows on the disk that did not become a partition."""
         self._resources.close()
-
-
-def require_packed(archive: OpenTar, dataset: Dataset, shard: Shard) -> None:
-    """Raise `DamagedTar` unless the tar's samples are those that `dataset.json` speaks of."""
-    found = len(archive.samples)
-    if found != shard.samples:
-        raise DamagedTar.of(archive.path, f"holds {found} samples, {shard.samples} were packed")
-    for sample in archive.samples:
-        label, splits = sample.sidecar["label"], set(sample.sidecar["splits"])
-        known = 0 <= label < len(dataset.class_names)
-        if not known or splits != set(dataset.splits_of(sample.key)):
-            raise DamagedTar.of(
-                archive.path,
-                f"and dataset.json do not agree on the class or splits of {sample.key!r}",
-            )

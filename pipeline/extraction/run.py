@@ -1,32 +1,30 @@
-"""Tars in, store partitions out: plan, make or continue the store, run an engine, sum up."""
+"""Tars in, store partitions out: plan, make or continue the store, do the work, sum up."""
 
 from __future__ import annotations
 
 import logging
 import time
+from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from featstore.errors import WorkError
-from featstore.opening import AnyWriter, open_rows
+from featstore.format.schema import STATUS_FAILED
+from featstore.opening import open_rows
 from featstore.progress import ProgressSink, no_progress
-from pipeline.extraction.plan import (
-    ExtractionPlan,
-    ExtractionRequest,
-    ExtractionSummary,
-    summary_of,
-)
-from pipeline.extraction.pool_choice import decoder_for, open_pool
-from pipeline.extraction.store import load_request_encoder, open_or_init
+from pipeline.extraction.plan import ExtractionPlan
+from pipeline.extraction.request import ExtractionRequest, ExtractionSummary, Totals
 
 if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
     from pipeline.clip_encoder import Encoder
     from pipeline.decoding.contract import Decoder
     from pipeline.extraction.cluster.connection import Cluster
-    from pipeline.extraction.cpu_pool import VideoPool
-    from pipeline.extraction.engine import Totals
 
 logger = logging.getLogger(__name__)
+
+FAILURES_SHOWN: Final = 10
 
 
 def extract(
@@ -57,73 +55,35 @@ def extract(
             request.share.text,
             f" ({request.share.origin})" if request.share.origin else "",
             len(plan.mine),
-            len(plan.shards),
+            len(plan.tars),
         )
     if decoder is None and encoder is None and plan.known_complete():
-        logger.info("%s is complete already: nothing to do", request.store_path)
-        return summary_of(plan, open_rows(request.store_path))
+        return _concluded(plan, Totals(), 0.0)
     if cluster is not None and plan.writer is None:
         from pipeline.extraction.cluster.connection import require_precision
 
         require_precision(cluster, request)
-    begun_with = plan.writer.provenance.decoder if plan.writer is not None else None
-    name = decoder.name if decoder is not None else decoder_for(request, begun_with)
-    encoder = encoder or load_request_encoder(plan)
-    encoder.preprocessing.require_crops(request.crops)
-    from pipeline.extraction.tiers import frame_output
+    from pipeline.extraction.job import ExtractionJob
 
-    output = frame_output(request.tier, encoder)
-    schema = plan.schema(encoder.dim, output.item)
-    writer = open_or_init(plan, encoder, name, schema)
-    pending = plan.pending()
-    if pending:
-        logger.info("to write: %s", plan.room(pending, schema))
-    plan.require_room(pending, schema)
+    job = ExtractionJob(plan, encoder, decoder)
+    writer = job.begin()
+    if plan.pending:
+        logger.info("to write: %s", plan.room(plan.pending, job.schema))
+    plan.require_room(plan.pending, job.schema)
     started = time.perf_counter()
     if cluster is not None:
         from pipeline.extraction.cluster.driver import run_on_ray
 
-        del encoder, decoder, output  # every worker has its own
-        request = replace(request, precision=writer.provenance.precision)
-        totals = run_on_ray(plan, request, pending, cluster, progress)
+        del job, encoder, decoder  # every worker has its own
+        totals = run_on_ray(plan, writer, cluster, progress)
     else:
-        with writer.claim(pending):
-            # Another process may have done some of them before they were claimed.
-            pool = open_pool(request, name, encoder, decoder, output)
-            totals = _run(plan, writer, plan.pending(), pool, progress)
+        with writer.claim(plan.pending), closing(job):
+            totals = job.run(writer, plan.pending, progress)
     return _concluded(plan, totals, time.perf_counter() - started)
 
 
-def _run(
-    plan: ExtractionPlan,
-    writer: AnyWriter,
-    pending: list[int],
-    pool: VideoPool,
-    progress: ProgressSink,
-) -> Totals:
-    """Do the pending partitions in this process; closes the pool."""
-    from pipeline.extraction.engine import run_partitions
-
-    source = plan.tar_source()
-    source.open_order([plan.shards[tar] for tar in pending])
-    try:
-        return run_partitions(
-            plan.dataset,
-            plan.shards,
-            pending,
-            writer,
-            pool,
-            source,
-            progress,
-            sum(plan.shards[tar].samples for tar in pending),
-        )
-    finally:
-        pool.close()
-        source.close()
-
-
 def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> ExtractionSummary:
-    """The summary, or the error when tars could not be used."""
+    """The summary of the store as it is now, or the error when tars could not be used."""
     request = plan.request
     if totals.damaged:
         raise WorkError(
@@ -138,12 +98,31 @@ def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> Extracti
             totals.videos_short,
             request.sampling.frames,
         )
-    return summary_of(
-        plan,
-        open_rows(request.store_path),
-        done=len(totals.done),
-        videos=totals.videos,
-        frames=totals.frames,
+    store = open_rows(request.store_path)
+    made = store.provenance
+    failed = np.flatnonzero(store.status == STATUS_FAILED)
+    missing = store.schema.tars - len(list(store.partitions()))
+    rate = 1 / seconds if seconds > 0 else 0.0
+    keys, reasons = (store.keys, store.reasons) if len(failed) else ([], [])
+    known = store.container_frames > 0
+    return ExtractionSummary(
+        dataset=plan.dataset.name,
+        store=str(request.store_path),
+        encoder_fingerprint=made.encoder_fingerprint,
+        precision=made.precision,
+        decoder=made.decoder,
+        rows_ok=len(store) - len(failed),
+        rows_failed=len(failed),
+        partitions_done=len(totals.done),
+        partitions_skipped=len(plan.mine) - len(totals.done),
+        partitions_missing=missing,
+        partition=request.share.text if request.share else "",
         videos_short=totals.videos_short,
+        rows_damaged=int((store.damaged_packets > 0).sum()),
+        rows_miscounted=int((store.container_frames[known] != store.num_frames[known]).sum()),
+        videos_per_second=totals.videos * rate,
+        frames_per_second=totals.frames * rate,
         seconds=seconds,
+        too_many_failures=len(failed) > request.max_failures * len(store),
+        failures=[{"key": keys[i], "reason": reasons[i]} for i in failed[:FAILURES_SHOWN]],
     )

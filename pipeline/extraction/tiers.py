@@ -10,6 +10,7 @@ import threading
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
+from einops import rearrange
 from open_clip.transformer import VisionTransformer
 
 from featstore.errors import UserError
@@ -55,8 +56,8 @@ class PooledEmbeddings:
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
         """See `FrameOutput`."""
         pixels = self._encoder.preprocessing.crops(frames, crops)
-        embeddings = self._encoder.encode_pixels(pixels.flatten(0, 1))
-        return embeddings.float().reshape(*pixels.shape[:2], -1)
+        embeddings = self._encoder.encode_pixels(rearrange(pixels, "c t ... -> (c t) ..."))
+        return rearrange(embeddings.float(), "(c t) d -> c t d", c=crops)
 
 
 class CroppedFrames:
@@ -68,7 +69,7 @@ class CroppedFrames:
 
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
         """See `FrameOutput`."""
-        return self._preprocessing.crop_pixels(frames, crops).permute(0, 1, 3, 4, 2)
+        return rearrange(self._preprocessing.crop_pixels(frames, crops), "k t c h w -> k t h w c")
 
 
 class BlockTokens:

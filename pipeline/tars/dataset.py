@@ -16,7 +16,7 @@ from featstore.files.durable import write_bytes, write_json
 from featstore.workspace import DATASET_FILE as DATASET_FILE
 
 FAILURES_FILE = "failures.csv"
-SHARDS_FOLDER = "shards"
+TARS_FOLDER = "shards"
 FORMAT_VERSION = 1
 
 
@@ -43,7 +43,7 @@ class FailedVideo:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class Tar:
     """One tar: `samples` videos are in it, `failed` ones keep their place beside it.
 
     `split` is set where tars are made per split. `bytes` and `sha256` are those of the file.
@@ -58,7 +58,7 @@ class Shard:
 
     @property
     def rows(self) -> int:
-        """Listed videos of this shard, failed ones included."""
+        """Listed videos of this tar, failed ones included."""
         return self.samples + len(self.failed)
 
 
@@ -77,7 +77,7 @@ class Dataset:
     raw_class_names: tuple[str, ...]
     split_names: tuple[str, ...]
     splits_disjoint: bool
-    shards: tuple[Shard, ...]
+    tars: tuple[Tar, ...]
     keys_by_split: Mapping[str, Sequence[str]]
     fingerprint: str = ""
     label_map: str = ""
@@ -96,19 +96,19 @@ class Dataset:
         """The splits a video belongs to; none for a video outside all splits."""
         return self._splits_by_key.get(key, ())
 
-    def shard_path(self, shard: Shard) -> Path:
-        """Where the shard's tar lies."""
-        return self.folder / SHARDS_FOLDER / shard.file
+    def tar_path(self, tar: Tar) -> Path:
+        """Where the tar lies."""
+        return self.folder / TARS_FOLDER / tar.file
 
     @property
     def listed(self) -> int:
         """Listed videos, failed ones included."""
-        return sum(shard.rows for shard in self.shards)
+        return sum(tar.rows for tar in self.tars)
 
     @property
     def packed(self) -> int:
         """Videos in tars."""
-        return sum(shard.samples for shard in self.shards)
+        return sum(tar.samples for tar in self.tars)
 
     def write(self) -> None:
         """Write `dataset.json`, complete or not at all."""
@@ -135,12 +135,12 @@ class Dataset:
             "splits_disjoint": self.splits_disjoint,
             "shards": [
                 {
-                    **asdict(shard),
+                    **asdict(tar),
                     "failed": [
-                        {**asdict(failed), "splits": list(failed.splits)} for failed in shard.failed
+                        {**asdict(failed), "splits": list(failed.splits)} for failed in tar.failed
                     ],
                 }
-                for shard in self.shards
+                for tar in self.tars
             ],
             "splits": {split: list(self.keys_by_split[split]) for split in self.split_names},
             # Only where there is something to say, so that other data sets keep their fingerprint.
@@ -194,11 +194,11 @@ def load_dataset(dataset_dir: Path) -> Dataset:
 
 
 def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
-    shards = []
+    tars = []
     for entry in value["shards"]:
         file = str(entry["file"])
         if PurePosixPath(file).name != file or file in (".", "..") or "\\" in file:
-            raise ValueError(f"shard file {file!r} is not a plain file name")
+            raise ValueError(f"tar {file!r} is not a plain file name")
         failed = tuple(
             FailedSample(
                 str(sample["key"]),
@@ -210,8 +210,8 @@ def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
             for sample in entry["failed"]
         )
         split = entry["split"]
-        shards.append(
-            Shard(
+        tars.append(
+            Tar(
                 file,
                 None if split is None else str(split),
                 int(entry["samples"]),
@@ -227,7 +227,7 @@ def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
         raw_class_names=tuple(map(str, value["raw_class_names"])),
         split_names=tuple(map(str, value["split_names"])),
         splits_disjoint=bool(value["splits_disjoint"]),
-        shards=tuple(shards),
+        tars=tuple(tars),
         keys_by_split={
             str(split): tuple(map(str, keys)) for split, keys in value["splits"].items()
         },

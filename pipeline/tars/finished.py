@@ -11,14 +11,14 @@ from typing import BinaryIO
 
 from featstore.files.durable import write_json
 from featstore.files.locks import exclusive
-from pipeline.tars.plan import PlannedShard
+from pipeline.tars.plan import PlannedTar
 
 RECORDS_FOLDER = ".packing"
 _LOCK_FILE = "lock"
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class VideoOutcome:
     """What became of one video: the hash of its content if it was read, a reason if it failed.
 
     `sample` is what goes into the tar; it is not kept in records.
@@ -31,28 +31,30 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardRecord:
+class TarRecord:
     """A finished tar: its size and hash, and the outcome of each of its videos in order."""
 
     bytes: int
     sha256: str
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[VideoOutcome, ...]
 
 
-def read_record(path: Path, shard: PlannedShard) -> ShardRecord | None:
+def read_record(path: Path, tar: PlannedTar) -> TarRecord | None:
     """The record of a finished tar; None when there is none, or it belongs to other videos."""
     try:
         value = json.loads(path.read_bytes())
-        outcomes = tuple(Outcome(key, sha256, reason) for key, sha256, reason in value["videos"])
-        record = ShardRecord(int(value["bytes"]), str(value["sha256"]), outcomes)
+        outcomes = tuple(
+            VideoOutcome(key, sha256, reason) for key, sha256, reason in value["videos"]
+        )
+        record = TarRecord(int(value["bytes"]), str(value["sha256"]), outcomes)
     except (OSError, KeyError, TypeError, ValueError):
         return None
-    if [outcome.key for outcome in outcomes] != [video.key for video in shard.videos]:
+    if [outcome.key for outcome in outcomes] != [video.key for video in tar.videos]:
         return None
     return record
 
 
-def write_record(path: Path, record: ShardRecord) -> None:
+def write_record(path: Path, record: TarRecord) -> None:
     """Write the record, complete or not at all."""
     write_json(
         path,

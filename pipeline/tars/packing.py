@@ -11,12 +11,11 @@ import hashlib
 import json
 import logging
 import os
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import durable_file, sweep_partials
 from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
+from featstore.workspace import NAME_PATTERN
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.known_sets import read_listing
 from pipeline.annotations.video_folder import extension
@@ -35,27 +35,27 @@ from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.tars.dataset import (
     DATASET_FILE,
     FAILURES_FILE,
-    SHARDS_FOLDER,
+    TARS_FOLDER,
     Dataset,
     FailedSample,
     FailedVideo,
-    Shard,
+    Tar,
     load_dataset,
     write_failures,
 )
 from pipeline.tars.finished import (
     RECORDS_FOLDER,
     HashingStream,
-    Outcome,
-    ShardRecord,
+    TarRecord,
+    VideoOutcome,
     packing_lock,
     read_record,
     write_record,
 )
 from pipeline.tars.plan import (
-    Plan,
-    PlannedShard,
+    PlannedTar,
     PlannedVideo,
+    TarPlan,
     continued,
     differences,
     make_plan,
@@ -67,7 +67,7 @@ __all__ = [
     "FailedSample",
     "FailedVideo",
     "PackSummary",
-    "Shard",
+    "Tar",
     "load_dataset",
     "pack",
 ]
@@ -76,7 +76,6 @@ logger = logging.getLogger(__name__)
 
 _PLAN_FILE = "plan.json"
 _SHOWN_FAILURES = 5
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -160,8 +159,8 @@ def pack(
             packing = _Packing(plan, videos_dir, dataset_dir)
             packing.settle_plan(append)
             plan = packing.plan
-            pending = [shard for shard in plan.shards if shard.file not in packing.records]
-            packing.write_shards(pending, workers or usable_cores(), progress)
+            pending = [tar for tar in plan.tars if tar.file not in packing.records]
+            packing.write_tars(pending, workers or usable_cores(), progress)
             dataset, failures, written = packing.finish()
     except OSError as error:
         where = error.filename or dataset_dir
@@ -169,12 +168,12 @@ def pack(
             f"cannot write {str(where)!r}: {error.strerror or error}; mend it and run the same "
             "command again, finished tars are kept"
         ) from error
-    skipped = len(plan.shards) - len(pending)
+    skipped = len(plan.tars) - len(pending)
     if not pending and not written:
         notes.append(f"data set {name!r} is packed already: nothing to do")
         logger.info("%s", notes[-1])
     elif skipped:
-        notes.append(f"{skipped} of {len(plan.shards)} tars were finished before and are kept")
+        notes.append(f"{skipped} of {len(plan.tars)} tars were finished before and are kept")
         logger.info("%s", notes[-1])
     return PackSummary(
         dataset=name,
@@ -182,11 +181,11 @@ def pack(
         videos_listed=dataset.listed,
         videos_packed=dataset.packed,
         videos_failed=len(failures),
-        shards=len(plan.shards),
+        shards=len(plan.tars),
         shards_written=len(pending),
         shards_skipped=skipped,
         classes=len(dataset.class_names),
-        bytes=sum(shard.bytes for shard in dataset.shards),
+        bytes=sum(tar.bytes for tar in dataset.tars),
         seconds=time.monotonic() - began,
         too_many_failures=len(failures) > max_failures * dataset.listed,
         failures=tuple(failures[:_SHOWN_FAILURES]),
@@ -197,7 +196,7 @@ def pack(
 class _Packing:
     """One run of packing inside the lock: the plan, the records of finished tars, the work."""
 
-    def __init__(self, plan: Plan, videos_dir: Path, dataset_dir: Path) -> None:
+    def __init__(self, plan: TarPlan, videos_dir: Path, dataset_dir: Path) -> None:
         self.plan = plan
         self._videos_dir = videos_dir
         self._dataset_dir = dataset_dir
@@ -206,7 +205,7 @@ class _Packing:
         # and leaves out what gives none.
         self._decoder = PyAVDecoder("never")
         sweep_partials(dataset_dir)
-        self.records: dict[str, ShardRecord] = {}
+        self.records: dict[str, TarRecord] = {}
 
     def settle_plan(self, append: bool = False) -> None:
         """Keep a new plan, or check that an earlier one is equal, and load finished tars' records.
@@ -227,10 +226,10 @@ class _Packing:
         earlier = read_plan(path)
         if append or earlier.last_batch:
             self.plan = continued(earlier, self.plan)
-        for shard in earlier.shards:
-            record = read_record(self._record_path(shard), shard)
+        for tar in earlier.tars:
+            record = read_record(self._record_path(tar), tar)
             if record is not None:
-                self.records[shard.file] = record
+                self.records[tar.file] = record
         changes = differences(earlier, self.plan, self._changed_content(), may_grow=append)
         if changes:
             grown = len(changes) == 1 and " added (" in changes[0]
@@ -239,52 +238,52 @@ class _Packing:
                 f"the input of data set {self.plan.name!r} is not what it was packed from: "
                 f"{'; '.join(changes)}; {remedy}{self._remedy()}"
             )
-        if earlier.shards != self.plan.shards:
+        if earlier.tars != self.plan.tars:
             self.plan.write(path)  # copied files: same content, other times
-        for shard in self.plan.shards:
-            record = self.records.get(shard.file)
-            if record is not None and not _has_size(self._tar_path(shard), record.bytes):
-                logger.warning("%s is not as it was written and is packed again", shard.file)
-                del self.records[shard.file]
+        for tar in self.plan.tars:
+            record = self.records.get(tar.file)
+            if record is not None and not _has_size(self._tar_path(tar), record.bytes):
+                logger.warning("%s is not as it was written and is packed again", tar.file)
+                del self.records[tar.file]
 
-    def write_shards(
-        self, pending: Sequence[PlannedShard], workers: int, progress: ProgressSink
+    def write_tars(
+        self, pending: Sequence[PlannedTar], workers: int, progress: ProgressSink
     ) -> None:
         """Write the tars that have no record yet, in order, and each one's record after it."""
         if not pending:
             return
         # dataset.json says that everything is there, so it goes before anything changes.
         (self._dataset_dir / DATASET_FILE).unlink(missing_ok=True)
-        total = sum(len(shard.videos) for shard in self.plan.shards)
-        done = total - sum(len(shard.videos) for shard in pending)
+        total = sum(len(tar.videos) for tar in self.plan.tars)
+        done = total - sum(len(tar.videos) for tar in pending)
         failed = 0
         pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
         try:
-            videos = (video for shard in pending for video in shard.videos)
+            videos = (video for tar in pending for video in tar.videos)
             outcomes = _in_order(pool, self._read_video, videos, window=workers + 1)
-            for shard in pending:
-                finished: list[Outcome] = []
-                with durable_file(self._tar_path(shard)) as file:
+            for tar in pending:
+                finished: list[VideoOutcome] = []
+                with durable_file(self._tar_path(tar)) as file:
                     stream = HashingStream(file)
-                    with TarWriter(stream, mtime=0, encoder=False) as tar:
-                        for outcome in islice(outcomes, len(shard.videos)):
+                    with TarWriter(stream, mtime=0, encoder=False) as archive:
+                        for outcome in islice(outcomes, len(tar.videos)):
                             if outcome.sample is not None:
-                                tar.write(outcome.sample)
+                                archive.write(outcome.sample)
                             failed += outcome.sample is None
-                            finished.append(Outcome(outcome.key, outcome.sha256, outcome.reason))
+                            finished.append(replace(outcome, sample=None))
                             done += 1
-                            progress(done, total, failed=failed, shard=shard.file)
-                record = ShardRecord(stream.bytes, stream.sha256(), tuple(finished))
-                write_record(self._record_path(shard), record)
-                self.records[shard.file] = record
+                            progress(done, total, failed=failed, shard=tar.file)
+                record = TarRecord(stream.bytes, stream.sha256(), tuple(finished))
+                write_record(self._record_path(tar), record)
+                self.records[tar.file] = record
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def finish(self) -> tuple[Dataset, list[FailedVideo], bool]:
         """Write `failures.csv`, then `dataset.json`, unless they are there; whether it wrote."""
-        shards, failures = [], []
+        tars, failures = [], []
         keys: dict[str, list[str]] = {split: [] for split in self.plan.split_names}
-        for planned in self.plan.shards:
+        for planned in self.plan.tars:
             record = self.records[planned.file]
             failed = []
             for video, outcome in zip(planned.videos, record.outcomes, strict=True):
@@ -298,8 +297,8 @@ class _Packing:
                     failures.append(
                         FailedVideo(video.key, video.path, words, video.splits, outcome.reason)
                     )
-            shards.append(
-                Shard(
+            tars.append(
+                Tar(
                     file=planned.file,
                     split=planned.split,
                     samples=len(planned.videos) - len(failed),
@@ -315,7 +314,7 @@ class _Packing:
             raw_class_names=self.plan.class_names,
             split_names=self.plan.split_names,
             splits_disjoint=self.plan.splits_disjoint,
-            shards=tuple(shards),
+            tars=tuple(tars),
             keys_by_split={split: tuple(sorted(group)) for split, group in keys.items()},
             label_map=self.plan.label_map,
         )
@@ -334,16 +333,16 @@ class _Packing:
         except (UserError, WorkError):
             return False
 
-    def _read_video(self, video: PlannedVideo) -> Outcome:
+    def _read_video(self, video: PlannedVideo) -> VideoOutcome:
         """Read and probe one video; every way to fail becomes a reason."""
         if video.reason:
-            return Outcome(video.key, None, video.reason)
+            return VideoOutcome(video.key, None, video.reason)
         try:
             with open(self._videos_dir / video.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 data = file.read()
         except OSError as error:
-            return Outcome(video.key, None, f"the file cannot be read: {error.strerror}")
+            return VideoOutcome(video.key, None, f"the file cannot be read: {error.strerror}")
         if (status.st_size, status.st_mtime_ns) != (video.size, video.mtime_ns):
             raise UserError(
                 f"{video.path!r} changed while it was being packed: wait until the videos are "
@@ -351,7 +350,7 @@ class _Packing:
             )
         digest = hashlib.sha256(data).hexdigest()
         if not data:
-            return Outcome(video.key, digest, "the file is empty (zero bytes)")
+            return VideoOutcome(video.key, digest, "the file is empty (zero bytes)")
         try:
             info = self._decoder.probe(data)
             sidecar = {
@@ -371,19 +370,19 @@ class _Packing:
             }
             text = json.dumps(sidecar, ensure_ascii=False, allow_nan=False)
         except DecodeError as error:
-            return Outcome(video.key, digest, one_line(error.reason))
+            return VideoOutcome(video.key, digest, one_line(error.reason))
         except Exception as error:
             # One file must not stop hundreds of thousands; it is recorded, not passed over.
             logger.exception("unexpected error in %s", video.path)
-            return Outcome(video.key, digest, one_line(f"{type(error).__name__}: {error}"))
+            return VideoOutcome(video.key, digest, one_line(f"{type(error).__name__}: {error}"))
         if info.num_frames < 1:
-            return Outcome(video.key, digest, "the video has no frames")
+            return VideoOutcome(video.key, digest, "the video has no frames")
         sample: dict[str, str | bytes] = {
             "__key__": video.key,
             extension(video.path) or "video": data,
             "json": text.encode(),
         }
-        return Outcome(video.key, digest, "", sample)
+        return VideoOutcome(video.key, digest, "", sample)
 
     def _changed_content(self) -> Callable[[str], bool]:
         """Whether a video's content differs from what is in its finished tar.
@@ -413,13 +412,13 @@ class _Packing:
         return f"use another --dataset name or delete {str(self._dataset_dir)!r}"
 
     def _tars(self) -> list[Path]:
-        return list((self._dataset_dir / SHARDS_FOLDER).glob("*.tar"))
+        return list((self._dataset_dir / TARS_FOLDER).glob("*.tar"))
 
-    def _tar_path(self, shard: PlannedShard) -> Path:
-        return self._dataset_dir / SHARDS_FOLDER / shard.file
+    def _tar_path(self, tar: PlannedTar) -> Path:
+        return self._dataset_dir / TARS_FOLDER / tar.file
 
-    def _record_path(self, shard: PlannedShard) -> Path:
-        return self._records_dir / f"{shard.file.removesuffix('.tar')}.json"
+    def _record_path(self, tar: PlannedTar) -> Path:
+        return self._records_dir / f"{tar.file.removesuffix('.tar')}.json"
 
 
 def _in_order(
@@ -445,7 +444,7 @@ def _has_size(path: Path, size: int) -> bool:
 def _check_arguments(
     name: str, samples_per_shard: int, workers: int | None, max_failures: float
 ) -> None:
-    if not _NAME.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name):
         raise UserError(
             f"data set name {name!r}: use letters, digits and . _ + - only, not beginning "
             "with . + or -, at most 128"

@@ -44,7 +44,7 @@ class PlannedVideo:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedShard:
+class PlannedTar:
     """The videos of one tar, in their order in it."""
 
     file: str
@@ -53,7 +53,7 @@ class PlannedShard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TarPlan:
     """All tars of a data set and the options that shape them."""
 
     name: str
@@ -62,7 +62,7 @@ class Plan:
     class_names: tuple[str, ...]
     split_names: tuple[str, ...]
     splits_disjoint: bool
-    shards: tuple[PlannedShard, ...] = field(repr=False)
+    tars: tuple[PlannedTar, ...] = field(repr=False)
     label_map: str = ""
     names_as: NamesAs = "words"
 
@@ -73,8 +73,8 @@ class Plan:
 
     def videos(self) -> Iterator[PlannedVideo]:
         """All videos, tar by tar."""
-        for shard in self.shards:
-            yield from shard.videos
+        for tar in self.tars:
+            yield from tar.videos
 
     @property
     def last_batch(self) -> int:
@@ -112,7 +112,7 @@ def make_plan(
     samples_per_shard: int,
     seed: int,
     naming: Naming = USUAL_NAMING,
-) -> Plan:
+) -> TarPlan:
     """Order the videos by a hash of seed and key and cut them into tars, per split if disjoint.
 
     The order depends on nothing but keys and seed, so that annotations may list them in any
@@ -164,7 +164,7 @@ def plan_from_videos(
     splits_disjoint: bool,
     label_map: str = "",
     names_as: NamesAs = "words",
-) -> Plan:
+) -> TarPlan:
     """The plan that these videos and options give, in whatever order the videos come.
 
     Videos that were appended get tars of their own, so that earlier ones stay as they are.
@@ -176,7 +176,7 @@ def plan_from_videos(
     for video in videos:
         group = video.splits[0] if splits_disjoint and video.splits else None
         groups[group].append(video)
-    shards = []
+    tars = []
     for split, members in groups.items():
         members.sort(key=lambda video: (video.batch, *_shuffled_place(seed, video.key)))
         stem = name if split is None else f"{name}-{key_from_name(split)}"
@@ -185,22 +185,22 @@ def plan_from_videos(
             together = tuple(appended)
             for start in range(0, len(together), samples_per_shard):
                 chosen = together[start : start + samples_per_shard]
-                shards.append(PlannedShard(f"{stem}-{number:06d}.tar", split, chosen))
+                tars.append(PlannedTar(f"{stem}-{number:06d}.tar", split, chosen))
                 number += 1
-    return Plan(
+    return TarPlan(
         name=name,
         samples_per_shard=samples_per_shard,
         seed=seed,
         class_names=tuple(class_names),
         split_names=tuple(split_names),
         splits_disjoint=splits_disjoint,
-        shards=tuple(shards),
+        tars=tuple(tars),
         label_map=label_map,
         names_as=names_as,
     )
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> TarPlan:
     """The plan that an earlier run kept. Raises WorkError when it is damaged."""
     try:
         value: dict[str, Any] = json.loads(path.read_bytes())
@@ -232,7 +232,7 @@ def read_plan(path: Path) -> Plan:
         ) from error
 
 
-def continued(old: Plan, new: Plan) -> Plan:
+def continued(old: TarPlan, new: TarPlan) -> TarPlan:
     """The plan `new` with the videos of `old` where they are, and the others appended.
 
     Classes and splits keep their numbers; new ones come after them.
@@ -263,7 +263,7 @@ def continued(old: Plan, new: Plan) -> Plan:
 
 
 def differences(
-    old: Plan, new: Plan, changed_content: Callable[[str], bool], *, may_grow: bool = False
+    old: TarPlan, new: TarPlan, changed_content: Callable[[str], bool], *, may_grow: bool = False
 ) -> list[str]:
     """One phrase for each way in which the input differs, with a count and an example.
 
@@ -300,9 +300,9 @@ def differences(
 
 
 def _kind_of_change(
-    old_plan: Plan,
+    old_plan: TarPlan,
     old: PlannedVideo,
-    new_plan: Plan,
+    new_plan: TarPlan,
     new: PlannedVideo,
     changed_content: Callable[[str], bool],
 ) -> str:

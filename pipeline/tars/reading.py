@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from featstore.errors import WorkError, one_line
+from pipeline.tars.dataset import Dataset, Tar
 
 # A sidecar holds a dozen short fields; anything larger is not one of ours.
 MAX_SIDECAR_BYTES = 1 << 20
@@ -89,6 +90,21 @@ def read_video(path: Path, key: str, offset: int, size: int) -> bytes:
     """
     with _opened(path) as file:
         return _video(path, file.fileno(), key, offset, size)
+
+
+def require_packed(archive: OpenTar, dataset: Dataset, tar: Tar) -> None:
+    """Raise `DamagedTar` unless the tar's samples are those that `dataset.json` speaks of."""
+    found = len(archive.samples)
+    if found != tar.samples:
+        raise DamagedTar.of(archive.path, f"holds {found} samples, {tar.samples} were packed")
+    for sample in archive.samples:
+        label, splits = sample.sidecar["label"], set(sample.sidecar["splits"])
+        known = 0 <= label < len(dataset.class_names)
+        if not known or splits != set(dataset.splits_of(sample.key)):
+            raise DamagedTar.of(
+                archive.path,
+                f"and dataset.json do not agree on the class or splits of {sample.key!r}",
+            )
 
 
 def _opened(path: Path) -> BinaryIO:

@@ -1,7 +1,8 @@
-"""Packed data sets on S3-compatible storage: tars are fetched whole, one ahead of their use.
+"""Where tars come from: a folder of this machine, or S3-compatible storage.
 
-Videos are read at random places of a tar and often, so a tar is fetched once into a scratch
-folder and read there; while one is decoded the next is on its way.
+From storage tars are fetched whole, one ahead of their use: videos are read at random places of a
+tar and often, so a tar is fetched once into a scratch folder and read there; while one is decoded
+the next is on its way.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
+from typing import Protocol
 
 from featstore.errors import UserError, WorkError
 from featstore.files.disk import has_room
 from featstore.files.durable import write_bytes
 from featstore.files.scratch import require_room
 from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder
-from pipeline.tars.dataset import DATASET_FILE, SHARDS_FOLDER, Dataset, Shard, load_dataset
+from pipeline.tars.dataset import DATASET_FILE, TARS_FOLDER, Dataset, Tar, load_dataset
 from pipeline.tars.reading import DamagedTar
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,46 @@ logger = logging.getLogger(__name__)
 TARS_ON_DISK = 2
 # The keys of 10 million videos.
 _DATASET_FILE_LIMIT = 2**30
+
+
+class TarSource(Protocol):
+    """Gives the tars of a data set as local files, a few at a time."""
+
+    def open_order(self, tars: Sequence[Tar]) -> None:
+        """Tell the order in which `path` will be asked, so that tars can be fetched ahead."""
+        ...
+
+    def path(self, tar: Tar) -> Path:
+        """The tar as a local file; raises `DamagedTar` when it cannot be had."""
+        ...
+
+    def release(self, tar: Tar) -> None:
+        """Say that the tar is not needed any more."""
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
+        ...
+
+
+class LocalTars:
+    """The tars where packing left them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def open_order(self, tars: Sequence[Tar]) -> None:
+        """Nothing is fetched."""
+
+    def path(self, tar: Tar) -> Path:
+        """Where the tar lies, whether it is there or not."""
+        return self._dataset.tar_path(tar)
+
+    def release(self, tar: Tar) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def remote_dataset(url: str, scratch: Path) -> Dataset:
@@ -57,7 +99,7 @@ def remote_dataset(url: str, scratch: Path) -> Dataset:
 class _Fetch:
     """A tar on its way to disk, or there."""
 
-    shard: Shard
+    tar: Tar
     path: Path
     future: Future[Path] = field(init=False)
 
@@ -70,42 +112,42 @@ class RemoteTars:
     """
 
     def __init__(self, url: str, scratch: Path) -> None:
-        self._objects = ObjectFolder(f"{url.rstrip('/')}/{SHARDS_FOLDER}")
-        self._scratch = scratch / SHARDS_FOLDER
+        self._objects = ObjectFolder(f"{url.rstrip('/')}/{TARS_FOLDER}")
+        self._scratch = scratch / TARS_FOLDER
         self._scratch.mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-tars")
         self._lock = Lock()
         self._stop = Event()
-        self._waiting: list[Shard] = []  # in order, not begun
+        self._waiting: list[Tar] = []  # in order, not begun
         self._fetches: dict[str, _Fetch] = {}
 
-    def open_order(self, shards: Sequence[Shard]) -> None:
+    def open_order(self, tars: Sequence[Tar]) -> None:
         """Say in which order the tars will be asked for; fetching begins."""
         with self._lock:
-            self._waiting = [shard for shard in shards if shard.file not in self._fetches]
+            self._waiting = [tar for tar in tars if tar.file not in self._fetches]
             self._prefetch()
 
-    def path(self, shard: Shard) -> Path:
-        """A local file with the shard's bytes, once it is there; it stays until `release`.
+    def path(self, tar: Tar) -> Path:
+        """A local file with the tar's bytes, once it is there; it stays until `release`.
 
         Raises DamagedTar naming the URL when the tar is missing or is not the one packed,
         WorkError when the storage fails or the disk has no room for it.
         """
         with self._lock:
-            fetch = self._fetches.get(shard.file)
+            fetch = self._fetches.get(tar.file)
             # What failed ahead of time (no room, storage away) may go well now.
             if fetch is None or (fetch.future.done() and fetch.future.exception() is not None):
-                fetch = self._begin(shard)
+                fetch = self._begin(tar)
         try:
             return fetch.future.result()
         except BaseException:
-            self.release(shard)
+            self.release(tar)
             raise
 
-    def release(self, shard: Shard) -> None:
-        """Delete the shard's file; the next one may be fetched."""
+    def release(self, tar: Tar) -> None:
+        """Delete the tar's file; the next one may be fetched."""
         with self._lock:
-            fetch = self._fetches.pop(shard.file, None)
+            fetch = self._fetches.pop(tar.file, None)
             if fetch is not None and not fetch.future.cancel():
                 fetch.future.add_done_callback(lambda _: fetch.path.unlink(missing_ok=True))
             self._prefetch()
@@ -116,9 +158,10 @@ class RemoteTars:
             self._stop.set()
             self._waiting.clear()
         self._pool.shutdown(cancel_futures=True)
-        for fetch in self._fetches.values():
+        with self._lock:  # whoever waited for a tar may release it at this moment
+            fetches, self._fetches = self._fetches, {}
+        for fetch in fetches.values():
             fetch.path.unlink(missing_ok=True)
-        self._fetches.clear()
 
     def _prefetch(self) -> None:
         """Begin with the next tars as far as number and disk allow; the lock is held."""
@@ -127,28 +170,28 @@ class RemoteTars:
                 break  # `path` says so when it is needed and there is still no room
             self._begin(self._waiting[0])
 
-    def _begin(self, shard: Shard) -> _Fetch:
-        self._waiting = [other for other in self._waiting if other.file != shard.file]
-        fetch = _Fetch(shard, self._scratch / shard.file)
+    def _begin(self, tar: Tar) -> _Fetch:
+        self._waiting = [other for other in self._waiting if other.file != tar.file]
+        fetch = _Fetch(tar, self._scratch / tar.file)
         fetch.future = self._pool.submit(self._fetch, fetch)
-        self._fetches[shard.file] = fetch
+        self._fetches[tar.file] = fetch
         return fetch
 
     def _fetch(self, fetch: _Fetch) -> Path:
-        shard, url = fetch.shard, self._objects.at(fetch.shard.file)
-        require_room(self._scratch, shard.bytes, url)
+        tar, url = fetch.tar, self._objects.at(fetch.tar.file)
+        require_room(self._scratch, tar.bytes, url)
         remedy = "copy the packed tar there again"
         try:
-            self._objects.download(shard.file, fetch.path, shard.bytes, stop=self._stop)
+            self._objects.download(tar.file, fetch.path, tar.bytes, stop=self._stop)
         except MissingObject:
             raise DamagedTar(f"{url} is missing: {remedy}") from None
         except ChangedObject as error:
             raise DamagedTar(f"{error}; {remedy}") from None
         with open(fetch.path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != shard.sha256:
+        if found != tar.sha256:
             raise DamagedTar(
                 f"{url} is damaged: its sha256 is not that of what was packed; {remedy}"
             )
-        logger.debug("fetched %s (%d bytes)", url, shard.bytes)
+        logger.debug("fetched %s (%d bytes)", url, tar.bytes)
         return fetch.path

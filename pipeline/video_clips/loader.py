@@ -28,7 +28,7 @@ from featstore.segments import IntArray
 from pipeline.decoding.chosen_frames import decode_chosen
 from pipeline.decoding.contract import DecodeError, Decoder, Frames, VideoInfo
 from pipeline.preprocessing import Preprocessing
-from pipeline.tars.dataset import SHARDS_FOLDER, Dataset
+from pipeline.tars.dataset import TARS_FOLDER, Dataset
 from pipeline.tars.reading import DamagedTar, read_video
 from pipeline.video_clips.order import ListedClip
 
@@ -89,7 +89,7 @@ class ClipLoader:
 
         `shape` is that of one clip's pixels, `batch_size` the most clips of a batch.
         """
-        self._paths = [folder / SHARDS_FOLDER / shard.file for shard in dataset.shards]
+        self._paths = [folder / TARS_FOLDER / tar.file for tar in dataset.tars]
         self._clips = clips
         self._decoder = decoder
         self._preprocessing = preprocessing

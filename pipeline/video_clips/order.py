@@ -16,9 +16,8 @@ import numpy as np
 
 from featstore.errors import UserError, one_line
 from featstore.segments import IntArray, segment_ranges
-from pipeline.extraction.rows import require_packed
-from pipeline.tars.dataset import SHARDS_FOLDER, Dataset
-from pipeline.tars.reading import DamagedTar, open_tar
+from pipeline.tars.dataset import TARS_FOLDER, Dataset
+from pipeline.tars.reading import DamagedTar, open_tar, require_packed
 
 # Tars whose clips are mixed. Packing has mixed the classes of every tar already; this keeps what is
 # read at a time close together, which matters on disks with heads and on network file systems.
@@ -65,26 +64,26 @@ def listed_clips(dataset: Dataset, folder: Path, split: str | None) -> list[List
         )
     found: dict[str, ListedClip] = {}
     damaged: list[tuple[int, int, str]] = []  # tar, its videos, reason
-    for tar, shard in enumerate(dataset.shards):
-        if dataset.splits_disjoint and split is not None and shard.split != split:
+    for number, tar in enumerate(dataset.tars):
+        if dataset.splits_disjoint and split is not None and tar.split != split:
             continue
-        for failed in shard.failed:
+        for failed in tar.failed:
             if split is None or split in failed.splits:
                 found[failed.key] = ListedClip(
-                    tar, failed.key, failed.label, 0, reason=failed.reason
+                    number, failed.key, failed.label, 0, reason=failed.reason
                 )
-        path = folder / SHARDS_FOLDER / shard.file
+        path = folder / TARS_FOLDER / tar.file
         try:
-            with open_tar(path, shard.bytes) as archive:
-                require_packed(archive, dataset, shard)
+            with open_tar(path, tar.bytes) as archive:
+                require_packed(archive, dataset, tar)
         except DamagedTar as error:
-            damaged.append((tar, shard.samples, one_line(error)))
+            damaged.append((number, tar.samples, one_line(error)))
             continue
         for sample in archive.samples:
             sidecar = sample.sidecar
             if split is None or split in sidecar["splits"]:
                 found[sample.key] = ListedClip(
-                    tar,
+                    number,
                     sample.key,
                     sidecar["label"],
                     0,
@@ -94,9 +93,9 @@ def listed_clips(dataset: Dataset, folder: Path, split: str | None) -> list[List
                     str(sidecar.get("sha256") or ""),
                 )
     keys = _listed_keys(dataset, split)
-    for key, (tar, reason) in zip(sorted(keys - found.keys()), _places(damaged), strict=False):
-        found[key] = ListedClip(tar, key, -1, 0, reason=reason)
-    unknown = sum(shard.rows for shard in dataset.shards) - len(found) if split is None else 0
+    for key, (number, reason) in zip(sorted(keys - found.keys()), _places(damaged), strict=False):
+        found[key] = ListedClip(number, key, -1, 0, reason=reason)
+    unknown = sum(tar.rows for tar in dataset.tars) - len(found) if split is None else 0
     if unknown:
         raise DamagedTar(
             f"{damaged[0][2]} ({unknown} videos without a split cannot be named without it)"
@@ -171,6 +170,6 @@ def _places(damaged: Sequence[tuple[int, int, str]]) -> Iterator[tuple[int, str]
 
     Of several damaged tars it is not known which video was in which.
     """
-    for tar, samples, reason in damaged:
-        yield from repeat((tar, reason), samples)
+    for number, samples, reason in damaged:
+        yield from repeat((number, reason), samples)
     yield from repeat((0, "it is in none of the tars"))

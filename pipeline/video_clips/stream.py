@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from featstore.errors import UserError
 from featstore.files.machine import usable_cores
@@ -92,7 +93,7 @@ class ClipStream:
         self._tars_together = tars_together
         device = torch.device(device)
         decoder, workers = _decoder(decoder, device, workers or usable_cores())
-        self._decoder, self.decoder_name = decoder, decoder.name
+        self.decoder_name = decoder.name
         self.n_listed = len(self._clips)
         self.steps_per_epoch = steps_per_epoch(self.n_listed, batch_size, world_size)
         self.digest = list_digest(self._clips)
@@ -130,10 +131,6 @@ class ClipStream:
             partial(self._choose, epoch),
             partial(self._pixels, epoch),
         )
-
-    def decoded_by(self) -> list[str]:
-        """One line per decoder and reason of the videos so far, where NVDEC and PyAV share them."""
-        return self._decoder.report() if isinstance(self._decoder, NvdecDecoder) else []
 
     def _choose(self, epoch: int, clip: ListedClip, num_frames: int) -> IntArray:
         return training_frames(num_frames, self._frames, self._seed, epoch, clip.position)
@@ -204,7 +201,8 @@ class EvaluationClips:
         return self._sampling.indices(num_frames).reshape(-1)
 
     def _pixels(self, clip: ListedClip, frames: Frames) -> torch.Tensor:
-        return self._preprocessing.crop_pixels(frames, self._crops).reshape(self._shape)
+        pixels = self._preprocessing.crop_pixels(frames, self._crops)
+        return rearrange(pixels, "c (v t) ... -> (c v) t ...", v=self._sampling.clips)
 
 
 def _decoder(decoder: str | Decoder, device: torch.device, workers: int) -> tuple[Decoder, int]:

@@ -19,7 +19,7 @@ from pipeline.augmentation import (
     augmented_pixels,
     crop_size,
     resized_clip,
-    training_clip,
+    training_pixels,
 )
 from pipeline.preprocessing import CLIP_STD, Preprocessing
 
@@ -167,13 +167,13 @@ def test_a_clip_shares_its_draw_and_repeats_with_its_seed() -> None:
     clip = np.repeat(frame, 4, 0)
     outputs = []
     for seed in range(8):
-        out = training_clip(clip, 32, np.random.default_rng(seed))
+        out = training_pixels(clip, 32, np.random.default_rng(seed))
         assert out.shape == (4, 3, 32, 32)
-        assert out.dtype == torch.float32
+        assert out.dtype == torch.uint8
         assert all(torch.equal(out[0], other) for other in out[1:])
-        assert torch.equal(out, training_clip(clip, 32, np.random.default_rng(seed)))
+        assert torch.equal(out, training_pixels(clip, 32, np.random.default_rng(seed)))
         outputs.append(out[0])
-    assert len({float(out.sum()) for out in outputs}) == 8
+    assert len({int(out.sum()) for out in outputs}) == 8
 
 
 def test_a_draw_outside_the_picture_is_refused() -> None:

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from featstore.errors import UserError
 from pipeline.clip_encoder import Encoder, load_encoder
-from pipeline.descriptions import prompt_sets_from, read_descriptions
 from pipeline.prompts import (
     MAX_SENTENCE,
     PROMPT_SETS,
     PromptSet,
     as_prompt_set,
+    prompt_sets_from,
     prompt_sets_of,
+    read_descriptions,
     read_templates,
     trained_prompt_set,
 )

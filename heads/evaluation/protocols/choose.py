@@ -12,6 +12,7 @@ from featstore.reading.store import Store
 from heads.evaluation.protocols.catalogue import PROTOCOLS
 from heads.evaluation.protocols.half_class import half_class_draws
 from heads.evaluation.protocols.protocol import Expected, Kind, LabelIds, Lists, Protocol, TestSet
+from pipeline.annotations.known_sets import known_dataset
 
 __all__ = [
     "PROTOCOLS",
@@ -35,13 +36,6 @@ __all__ = [
 
 ALL_ROWS: Final = "all"
 _NUMBERED_TEST = re.compile(r"test[1-9]\d?")
-_OTHER_NAMES: Final = {
-    "hmdb": "hmdb51",
-    "ucf": "ucf101",
-    "kinetics400": "k400",
-    "kinetics600": "k600",
-    "somethingsomethingv2": "ssv2",
-}
 
 
 def protocol_named(name: str) -> Protocol:
@@ -52,15 +46,6 @@ def protocol_named(name: str) -> Protocol:
             "(`mote-cli protocols list` says what they measure)"
         )
     return PROTOCOLS[name]
-
-
-def known_dataset(name: str) -> str:
-    """The name protocols know a data set by: "HMDB" -> "hmdb51"; others come back as they are."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return _OTHER_NAMES.get(plain, plain if plain in _DATASETS else name)
-
-
-_DATASETS: Final = {p.dataset for p in PROTOCOLS.values() if p.dataset is not None}
 
 
 def views_of(store: Store) -> str:

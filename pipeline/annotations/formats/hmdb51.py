@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable
 from pipeline.annotations.listing import Listing, ListingBuilder
 from pipeline.annotations.text_files import read_lines
-from pipeline.annotations.video_folder import VideoFolder, extension, path_stem
+from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 _SPLIT_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
 # Flags of the official files; 0 means that the split does not use the video.
@@ -51,21 +50,6 @@ def read_hmdb51(files: Sequence[Path], folder: VideoFolder) -> Listing:
                 source=name,
                 class_name=class_name,
                 splits=(kind + number,) if kind else (),
-                path=find_in_class(folder, name, class_name),
+                path=folder.find_in_class(name, class_name),
             )
     return builder.build(sorted(classes), overlapping_splits=True)
-
-
-def find_in_class(folder: VideoFolder, name: str, class_name: str) -> str | None:
-    """The file called `name` (extension and case may differ), in its class's folder where it can.
-
-    Official HMDB51 and UCF101 names are unique in their sets, so a flat folder is as good.
-    """
-    candidates = folder.with_stem(path_stem(name))
-
-    def rank(path: str) -> tuple[bool, bool, int, str]:
-        parts = path.split("/")
-        own = len(parts) > 1 and comparable(parts[-2]) == comparable(class_name)
-        return (not own, extension(path) != extension(name), len(parts), path)
-
-    return min(candidates, key=rank, default=None)

@@ -28,6 +28,7 @@ ID_LENGTH = 11  # of a YouTube id
 _TIMES = r"_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)"
 _ID_AND_TIMES = re.compile(rf"(.{{{ID_LENGTH}}}){_TIMES}")
 _ANYTHING_AND_TIMES = re.compile(r"(.+)_(\d{6})_(\d{6})")
+_OFFICIAL_NAME = re.compile(rf"([A-Za-z0-9_-]{{{ID_LENGTH}}}_\d{{6}})_\d{{6}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,12 @@ def _is_replacement(path: str) -> bool:
 
 def _stem(path: str) -> str:
     return path_stem(path).rpartition("/")[2]
+
+
+def official_clip(stem: str) -> str | None:
+    """The id and start "ID_SSSSSS" of an official file name, equal in every Kinetics; else None."""
+    match = _OFFICIAL_NAME.fullmatch(stem)
+    return None if match is None else match[1]
 
 
 def id_and_start(stem: str) -> tuple[str, int | None]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from featstore.errors import UserError
-from pipeline.annotations.formats.hmdb51 import find_in_class
 from pipeline.annotations.listing import Listing, ListingBuilder
 from pipeline.annotations.text_files import read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
@@ -66,7 +65,7 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
                         f"{where}: class {class_name!r} has number {number}, in classInd.txt "
                         f"{expected}: correct one of them"
                     )
-            found = find_in_class(folder, name, class_name)
+            found = folder.find_in_class(name, class_name)
             stem = path_stem(found or name).rpartition("/")[2]
             builder.add(
                 names.setdefault(stem.lower(), stem),

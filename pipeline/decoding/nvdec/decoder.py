@@ -9,12 +9,9 @@ U frames of a video without repeats, H, W height and width of its picture.
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +20,12 @@ import torch
 
 from featstore.segments import IntArray
 from pipeline.decoding.contract import ChooseFrames, Decoder, Frames, Source, VideoInfo
-from pipeline.decoding.nvdec.buckets import Buckets
+from pipeline.decoding.nvdec.batcher import (
+    BATCH_VIDEOS,
+    PROCESS_SIZES,
+    NvdecBatcher,
+    NvdecPlan,
+)
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, Clip, DaliFrames
 from pipeline.decoding.nvdec.rule import (
     DecoderSizes,
@@ -31,9 +33,6 @@ from pipeline.decoding.nvdec.rule import (
     NvdecSurvey,
     survey_video,
 )
-from pipeline.decoding.nvdec.stage import BATCH_VIDEOS, PROCESS_SIZES, NvdecPlan, NvdecStage
-
-logger = logging.getLogger(__name__)
 
 
 class FrameSource(Protocol):
@@ -48,7 +47,6 @@ class FrameSource(Protocol):
 class _Waiting:
     """A clip on its way. `frames` [U,H,W,3] when it is `done`, None where NVDEC failed."""
 
-    plan: NvdecPlan
     done: bool = False
     frames: Frames | None = None
 
@@ -82,13 +80,17 @@ class NvdecDecoder:
                 torch.cuda.get_device_capability(index)
             )
             source = source or DaliFrames(batch_size=batch_videos, threads=threads, device_id=index)
-        self._source = source
-        self._stage = NvdecStage(capabilities, survey=survey, sizes=sizes)
-        self._changed = Condition()  # guards everything below
+        self._batcher: NvdecBatcher[_Waiting, Frames] = NvdecBatcher(
+            source, _check, capabilities, survey=survey, sizes=sizes, batch_videos=batch_videos
+        )
+        self._changed = self._batcher.changed  # guards everything below
         self._planning = 0  # threads that may soon have a clip
         self._decoding = False
-        self._buckets: Buckets[_Waiting] = self._stage.buckets(batch_videos)
-        self._counts: Counter[str] = Counter()
+
+    @property
+    def waiting(self) -> int:
+        """Clips that wait for the rest of their batch, or for their batch's turn."""
+        return self._batcher.waiting
 
     def probe(self, source: Source) -> VideoInfo:
         """See `Decoder.probe`."""
@@ -107,18 +109,16 @@ class NvdecDecoder:
         if isinstance(plan, str):
             refusal = plan
         else:
-            frames = self._decoded(_Waiting(plan))
+            frames = self._decoded(plan)
             if frames is not None:
-                self._count("NVDEC")
                 return plan.info, frames[plan.places], plan.seconds
-            refusal = self._stage.given_up or "NVDEC failed"
-        self._count(f"{self._fallback.name} ({refusal})")
+            refusal = self._batcher.refusal
+        self._batcher.count(f"{self._fallback.name} ({refusal})")
         return self._fallback.decode_with_info(data, choose)
 
     def report(self) -> list[str]:
         """One line per decoder and reason: how many videos it was."""
-        with self._changed:
-            return [f"{count} videos decoded by {by}" for by, count in self._counts.most_common()]
+        return self._batcher.report()
 
     def _planned(self, data: bytes, choose: ChooseFrames) -> NvdecPlan | str:
         def waiting_for_nothing(found: VideoInfo) -> IntArray:
@@ -131,7 +131,7 @@ class NvdecDecoder:
 
         self._expect(+1)
         try:
-            return self._stage.plan(data, waiting_for_nothing)
+            return self._batcher.plan(data, waiting_for_nothing)
         finally:
             self._expect(-1)
 
@@ -140,47 +140,36 @@ class NvdecDecoder:
             self._planning += change
             self._changed.notify_all()
 
-    def _decoded(self, clip: _Waiting) -> Frames | None:
+    def _decoded(self, plan: NvdecPlan) -> Frames | None:
         """Wait for the clip's batch, decoding batches meanwhile; None where NVDEC failed."""
+        clip = _Waiting()
         with self._changed:
-            self._buckets.add(clip.plan.clip.size_key, clip, clip.plan.cost)
-            self._changed.notify_all()
+            self._batcher.add(clip, plan)
             while not clip.done:
                 batch = None
                 if not self._decoding:
-                    batch = self._buckets.take(more_coming=self._planning > 0)
+                    batch = self._batcher.take(more_coming=self._planning > 0)
                 if batch is None:
                     self._changed.wait()
                     continue
                 self._decoding = True
                 self._changed.release()
                 try:
-                    self._stage.attempt(batch, self._checked)
+                    for waiting, _, frames in self._batcher.decode(batch):
+                        waiting.frames = frames
                 finally:
                     self._changed.acquire()
                     self._decoding = False
-                    for each in batch:
-                        each.done = True
+                    for waiting, _ in batch:
+                        waiting.done = True
                     self._changed.notify_all()
             return clip.frames
 
-    def _checked(self, batch: Sequence[_Waiting]) -> list[_Waiting]:
-        """The batch with its frames. Raises RuntimeError when they are not what was asked for."""
-        frames = self._source([waiting.plan.clip for waiting in batch])
-        if len(frames) != len(batch):
-            raise RuntimeError(f"{len(frames)} videos came out of {len(batch)}")
-        for waiting, got in zip(batch, frames, strict=True):
-            clip = waiting.plan.clip
-            asked = (len(clip.frames), clip.height, clip.width, 3)
-            if got.shape != asked or got.dtype != np.uint8:
-                raise RuntimeError(f"frames {got.dtype} {list(got.shape)} instead of {list(asked)}")
-        for waiting, got in zip(batch, frames, strict=True):
-            waiting.frames = got
-        return list(batch)
 
-    def _count(self, by: str) -> None:
-        with self._changed:
-            self._counts[by] += 1
+def _check(clip: Clip, frames: Frames) -> None:
+    asked = (len(clip.frames), clip.height, clip.width, 3)
+    if frames.shape != asked or frames.dtype != np.uint8:
+        raise RuntimeError(f"frames {frames.dtype} {list(frames.shape)} instead of {list(asked)}")
 
 
 def _contents(source: Source) -> bytes:

@@ -32,7 +32,7 @@ from pipeline.decoding.contract import (
 )
 from pipeline.decoding.pyav import frame_stack
 from pipeline.decoding.pyav.frame_stack import FrameStack
-from pipeline.decoding.pyav.gop_plan import Run
+from pipeline.decoding.pyav.gop_plan import PacketRun
 from pipeline.decoding.pyav.packet_survey import Survey, read_survey
 from pipeline.decoding.pyav.video_file import VideoFile, plain_cause
 
@@ -207,8 +207,8 @@ def _decode_chosen(media: VideoFile, survey: Survey, stack: FrameStack) -> int:
 
 
 def _packets_of(
-    media: VideoFile, survey: Survey, runs: Iterable[Run]
-) -> Iterator[tuple[Run, Iterable[Packet[VideoStream]]]]:
+    media: VideoFile, survey: Survey, runs: Iterable[PacketRun]
+) -> Iterator[tuple[PacketRun, Iterable[Packet[VideoStream]]]]:
     """Each run with its packets, which must be used up before the next run is asked for."""
     if survey.packets is not None:
         for run in runs:
@@ -224,7 +224,7 @@ def _packets_of(
 def _decode_run(
     media: VideoFile,
     survey: Survey,
-    run: Run,
+    run: PacketRun,
     packets: Iterable[Packet[VideoStream]],
     stack: FrameStack,
 ) -> bool:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class PacketRun:
     """Packets `first` to `last` (inclusive, in file order) decoded without a gap for `wanted`."""
 
     first: int
@@ -53,7 +53,7 @@ class PacketTable:
             and shown.min() >= self.pts[0]
         )
 
-    def runs(self, packets: Iterable[int]) -> list[Run]:
+    def runs(self, packets: Iterable[int]) -> list[PacketRun]:
         """The runs of packets to decode so that the frames of `packets` come out.
 
         A run begins at the keyframe before its first wanted packet. A picture shown before its
@@ -61,7 +61,7 @@ class PacketTable:
         decoded too. Runs that touch are joined.
         """
         keyframes = np.flatnonzero(self.keyframe)
-        runs: list[Run] = []
+        runs: list[PacketRun] = []
         for packet in sorted(set(packets)):
             group = max(int(np.searchsorted(keyframes, packet, side="right")) - 1, 0)
             if self.pts[packet] < self.pts[keyframes[group]] and group > 0:
@@ -69,7 +69,7 @@ class PacketTable:
             first = int(keyframes[group])
             if runs and first <= runs[-1].last + 1:
                 previous = runs.pop()
-                runs.append(Run(previous.first, packet, previous.wanted | {packet}))
+                runs.append(PacketRun(previous.first, packet, previous.wanted | {packet}))
             else:
-                runs.append(Run(first, packet, frozenset({packet})))
+                runs.append(PacketRun(first, packet, frozenset({packet})))
         return runs

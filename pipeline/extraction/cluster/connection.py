@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from featstore.errors import UserError, one_line
 from featstore.files.machine import usable_cores
-from pipeline.extraction.plan import ExtractionRequest
+from pipeline.extraction.request import ExtractionRequest
 
 logger = logging.getLogger(__name__)
 

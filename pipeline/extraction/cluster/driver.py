@@ -1,7 +1,7 @@
-"""Extraction on a Ray cluster: tars are handed to workers, and a dead worker's tars to others.
+"""Extraction on a Ray cluster: workers get shares of the tars, and a dead worker's go to others.
 
 Workers write their own partitions, so nothing but numbers passes through this process. The store
-is the one that the local engine would write: a partition depends on its tar and the encoder alone.
+is the one that a single process would write: a partition depends on its tar and the encoder alone.
 """
 
 from __future__ import annotations
@@ -9,23 +9,26 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from featstore import StoreWriter
 from featstore.errors import WorkError, one_line
+from featstore.opening import AnyWriter
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.specs import lasting_spec
 from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
-from pipeline.extraction.cluster.worker import TARS_IN_HAND, Failure, Outcome, Report, TarWorker
-from pipeline.extraction.engine import Totals
-from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest
-from pipeline.extraction.store import code_versions
+from pipeline.extraction.cluster.worker import Answer, Failure, TarWorker
+from pipeline.extraction.job import code_versions
+from pipeline.extraction.plan import ExtractionPlan
+from pipeline.extraction.request import ExtractionRequest, Totals
 
 logger = logging.getLogger(__name__)
 
+# The most tars of a share: between two of them a worker waits for the last video of the first, and
+# it tells of what it did when a share is done. The last shares are smaller: workers end together.
+SHARE_TARS: Final = 4
 # A tar is given to as many workers more when one died over it.
 RETRIES: Final = 3
 # A worker of a killed command may live for some seconds and hold a partition meanwhile.
@@ -33,27 +36,26 @@ CLAIM_WAIT_S: Final = 120.0
 CLAIM_RETRY_S: Final = 2.0
 # Workers that die before they have done anything are not replaced for ever.
 FAILED_STARTS: Final = 3
-REPORT_S: Final = 0.5
+SHOWN_S: Final = 0.5
 NOTHING_STARTS_S: Final = 30.0
 
 
 def run_on_ray(
     plan: ExtractionPlan,
-    request: ExtractionRequest,
-    tars: Sequence[int],
+    writer: AnyWriter,
     cluster: Cluster,
     progress: ProgressSink = no_progress,
 ) -> Totals:
-    """Do the partitions `tars` of a store that exists; damaged tars do not stop the others.
+    """Do the pending partitions of a store that exists; damaged tars do not stop the others.
 
-    `request` goes to the workers, with its precision fixed; its paths are right on every machine.
-    A tar that no worker survived, or that another process kept to itself, has its line in the
-    totals as a damaged one has.
+    The paths of the plan's request are right on every machine, and its precision is the store's. A
+    tar that no worker survived, or that another process kept to itself, has its line in the totals
+    as a damaged one has.
 
     Raises UserError when the cluster cannot be had or the workers cannot do what is asked,
     WorkError when their work fails, also where their disk is the reason.
     """
-    if not tars:
+    if not plan.pending:
         return Totals()
     with connected(cluster) as ray:
         machines = [
@@ -61,11 +63,13 @@ def run_on_ray(
             for node in ray.nodes()
             if node["Alive"]
         ]
-        size = sizes(cluster, machines)
-        return _Run(ray, plan, _for_workers(request, cluster), size, tars, progress).over()
+        crew = _Crew(ray, plan, writer, cluster, sizes(cluster, machines), progress)
+        return crew.run()
 
 
-def _for_workers(request: ExtractionRequest, cluster: Cluster) -> ExtractionRequest:
+def _for_workers(
+    request: ExtractionRequest, writer: AnyWriter, cluster: Cluster, size: Sizes
+) -> ExtractionRequest:
     """The request as processes with another working folder understand it."""
     folder = request.encoders_dir
     return replace(
@@ -75,6 +79,8 @@ def _for_workers(request: ExtractionRequest, cluster: Cluster) -> ExtractionRequ
         encoder=lasting_spec(request.encoder, folder),
         encoders_dir=folder and folder.absolute(),
         device=cluster.device,
+        precision=writer.provenance.precision,
+        workers=request.workers or size.cpus,
         share=None,  # the tars are named
     )
 
@@ -84,8 +90,8 @@ def _everywhere(place: Path | str) -> Path | str:
 
 
 @dataclass(eq=False)
-class _Tar:
-    number: int
+class _Share:
+    numbers: list[int]  # of tars
     deaths: int = 0  # of workers that had it in hand
     not_before: float = 0.0
     claimed_since: float | None = None
@@ -94,154 +100,133 @@ class _Tar:
 @dataclass(eq=False)
 class _Worker:
     actor: Any
+    call: Any  # Ray's reference of what it is at; None when it has nothing to do
     where: str = ""  # host and pid, once it has started
-    hand: list[_Tar] = field(default_factory=list)
-    calls: dict[Any, Callable[[Any], None]] = field(default_factory=dict)  # by Ray's reference
-    reported: float = 0.0
-    reporting: bool = False
+    share: _Share | None = None
 
 
-class _Run:
+class _Crew:
+    """The workers of one run, and the shares that they do."""
+
     def __init__(
         self,
         ray: Any,
         plan: ExtractionPlan,
-        request: ExtractionRequest,
+        writer: AnyWriter,
+        cluster: Cluster,
         size: Sizes,
-        tars: Sequence[int],
         progress: ProgressSink,
     ) -> None:
         self.ray = ray
         self.plan = plan
-        self.request = request
+        self.writer = writer
+        self.request = _for_workers(plan.request, writer, cluster, size)
         self.size = size
-        self.queue = deque(_Tar(number) for number in tars)
         self.progress = progress
+        self.fresh = list(plan.pending)  # tars that nobody was given
+        self.again: deque[_Share] = deque()  # of one tar each
         self.workers: list[_Worker] = []
         self.totals = Totals()
-        self.ended = 0
-        self.count = len(tars)
-        self.total = sum(plan.shards[tar].samples for tar in tars)
-        self.videos: dict[int, int] = {}  # by tar, in hand or done
+        self.left = set(plan.pending)
+        self.videos = self.samples(plan.pending)
         self.failed_starts = 0
         self.began = time.monotonic()
         self.actor_class = ray.remote(TarWorker)
 
-    def over(self) -> Totals:
+    def samples(self, numbers: list[int]) -> int:
+        """Videos in these tars."""
+        return sum(self.plan.tars[number].samples for number in numbers)
+
+    def run(self) -> Totals:
         try:
-            while self.ended < self.count:
-                self._hire()
-                self._hand_out()
-                self._ask_for_reports()
-                self._wait()
-                self._show()
+            while self.left:
+                self.hire()
+                self.hand_out()
+                self.wait()
+                self.show()
         finally:
             for worker in self.workers:
                 self.ray.kill(worker.actor)
         self.totals.damaged.sort()
         return self.totals
 
-    def _hire(self) -> None:
+    def hire(self) -> None:
         """Start workers up to their number, but no more than there are tars."""
-        while len(self.workers) < min(self.size.workers, self.count - self.ended):
+        while len(self.workers) < min(self.size.workers, len(self.left)):
             actor = self.actor_class.options(
                 num_cpus=self.size.cpus,
                 num_gpus=self.size.gpus,
                 max_restarts=0,
-                max_concurrency=TARS_IN_HAND + 1,  # and one for reports
                 scheduling_strategy="SPREAD",
-            ).remote(self.request, self.request.workers or self.size.cpus)
-            worker = _Worker(actor)
-            self.workers.append(worker)
-            worker.calls[actor.start.remote(code_versions())] = partial(self._started, worker)
+            ).remote(self.request)
+            self.workers.append(_Worker(actor, actor.start.remote(code_versions())))
 
-    def _started(self, worker: _Worker, answer: str | Failure) -> None:
-        if isinstance(answer, Failure):
-            raise answer.error()
-        worker.where = answer
-
-    def _hand_out(self) -> None:
-        """Give tars to workers that have room, those with the least in hand first."""
-        now = time.monotonic()
-        for room in range(TARS_IN_HAND):
-            for worker in self.workers:
-                if worker.where and len(worker.hand) == room:
-                    self._give(worker, now)
-
-    def _give(self, worker: _Worker, now: float) -> None:
-        tar = next((tar for tar in self.queue if tar.not_before <= now), None)
-        # One over which a worker died is done alone, so that no other is blamed for it. The last
-        # ones are not kept waiting in one worker's hand while another has nothing to do.
-        alone = tar is not None and (tar.deaths > 0 or len(self.queue) < len(self.workers))
-        if tar is None or (worker.hand and (alone or any(t.deaths for t in worker.hand))):
-            return
-        self.queue.remove(tar)
-        worker.hand.append(tar)
-        worker.calls[worker.actor.do.remote(tar.number)] = partial(self._done, worker, tar)
-
-    def _done(self, worker: _Worker, tar: _Tar, outcome: Outcome) -> None:
-        worker.hand.remove(tar)
-        if outcome.failure is not None:
-            raise outcome.failure.error()
-        if outcome.claimed:
-            self._put_off(tar, outcome.claimed)
-            return
-        self.totals.add(outcome.totals)
-        if tar.deaths and not (outcome.totals.done or outcome.totals.damaged):
-            self.totals.done.append(tar.number)  # by the worker that died before it could say so
-        self._end(tar, self.plan.shards[tar.number].samples)
-
-    def _put_off(self, tar: _Tar, claimed: str) -> None:
-        now = time.monotonic()
-        tar.claimed_since = tar.claimed_since or now
-        tar.not_before = now + CLAIM_RETRY_S
-        if now - tar.claimed_since > CLAIM_WAIT_S:
-            self._give_up(tar, claimed)
-        else:
-            self.queue.append(tar)
-
-    def _give_up(self, tar: _Tar, why: str) -> None:
-        self.totals.damaged.append(f"{self.plan.shards[tar.number].file}: {why}")
-        self._end(tar, 0)
-
-    def _end(self, tar: _Tar, videos: int) -> None:
-        self.videos[tar.number] = videos
-        self.ended += 1
-
-    def _ask_for_reports(self) -> None:
-        now = time.monotonic()
+    def hand_out(self) -> None:
+        """Give a share to every worker that has nothing to do."""
         for worker in self.workers:
-            if worker.where and not worker.reporting and now - worker.reported >= REPORT_S:
-                worker.reporting = True
-                worker.calls[worker.actor.report.remote()] = partial(self._reported, worker)
+            if worker.call is None and (share := self.next_share()):
+                worker.share, worker.call = share, worker.actor.do.remote(share.numbers)
 
-    def _reported(self, worker: _Worker, report: Report) -> None:
-        worker.reporting, worker.reported = False, time.monotonic()
-        in_hand = {tar.number for tar in worker.hand}
-        self.videos |= {tar: done for tar, done in report.videos.items() if tar in in_hand}
-        for notice in report.notices:
-            logging.getLogger(notice.logger).log(
-                notice.level, "%s (worker on %s)", notice.message, worker.where
-            )
+    def next_share(self) -> _Share | None:
+        if self.fresh:
+            size = min(SHARE_TARS, max(1, len(self.fresh) // (2 * self.size.workers)))
+            share, self.fresh = _Share(self.fresh[:size]), self.fresh[size:]
+            return share
+        now = time.monotonic()
+        ready = next((share for share in self.again if share.not_before <= now), None)
+        if ready is not None:
+            self.again.remove(ready)
+        return ready
 
-    def _wait(self) -> None:
-        """Handle the answers that are there; wait for one, but not longer than a report may."""
-        waiting = {call: worker for worker in self.workers for call in worker.calls}
-        if not waiting:
-            time.sleep(REPORT_S)
+    def wait(self) -> None:
+        """Take an answer when there is one; wait for it, but not longer than the progress may."""
+        calls = {worker.call: worker for worker in self.workers if worker.call is not None}
+        if not calls:
+            time.sleep(SHOWN_S)
             return
-        ready, _ = self.ray.wait(list(waiting), num_returns=1, timeout=REPORT_S)
+        ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=SHOWN_S)
         for call in ready:
-            worker = waiting[call]
             try:
                 answer = self.ray.get(call)
             except self.ray.exceptions.RayActorError as error:
-                self._bury(worker, error)
+                self.bury(calls[call], error)
             else:
-                worker.calls.pop(call)(answer)
+                self.take(calls[call], answer)
 
-    def _bury(self, worker: _Worker, error: Exception) -> None:
-        """Put a dead worker's tars back."""
+    def take(self, worker: _Worker, answer: Answer) -> None:
+        """Tell what the worker logged, and count what it did."""
+        result, share = answer.result, worker.share
+        if isinstance(result, str):
+            worker.where = result
+        for notice in answer.notices:
+            logging.getLogger(notice.logger).log(
+                notice.level, "%s (worker on %s)", notice.message, worker.where
+            )
+        worker.call = worker.share = None
+        if isinstance(result, Failure):
+            if share is None or not result.claimed:
+                raise result.error()
+            self.put_off(share, result.message)
+        elif isinstance(result, Totals) and share is not None:
+            self.totals.add(result)
+            self.left.difference_update(share.numbers)
+
+    def put_off(self, share: _Share, claimed: str) -> None:
+        """Try the tars again later, each alone: only one of them may be claimed."""
+        now = time.monotonic()
+        since = share.claimed_since or now
+        if len(share.numbers) == 1 and now - since > CLAIM_WAIT_S:
+            self.give_up(share.numbers[0], claimed)
+            return
+        for number in share.numbers:
+            self.again.append(_Share([number], share.deaths, now + CLAIM_RETRY_S, since))
+
+    def give_up(self, number: int, why: str) -> None:
+        self.totals.damaged.append(f"{self.plan.tars[number].file}: {why}")
+        self.left.discard(number)
+
+    def bury(self, worker: _Worker, error: Exception) -> None:
+        """Put back the tars that a dead worker had not done."""
         self.workers.remove(worker)
         self.ray.kill(worker.actor)  # it may only be out of reach
         reason = _reason(error)
@@ -254,25 +239,39 @@ class _Run:
                     f"{self.failed_starts} workers died while they started (the last: {reason}): "
                     "what is done is kept; see the logs of Ray, and the memory of the machines"
                 )
-        for tar in worker.hand:
-            self.videos.pop(tar.number, None)
-            tar.deaths += 1
-            if tar.deaths > RETRIES:
-                self._give_up(
-                    tar, f"{tar.deaths} workers died over it, the last on {where}: {reason}"
-                )
-            else:
-                self.queue.append(tar)
+        if worker.share is None:
+            return
+        deaths = worker.share.deaths + 1
+        lacking = self.lacking(worker.share.numbers)
+        written = [number for number in worker.share.numbers if number not in lacking]
+        self.totals.add(Totals(videos=self.samples(written), done=written))
+        self.left.difference_update(written)
+        for number in lacking:
+            if deaths > RETRIES:
+                why = f"{deaths} workers died over it, the last on {where}: {reason}"
+                self.give_up(number, why)
+            else:  # alone, so that no other is blamed for it
+                self.again.append(_Share([number], deaths))
 
-    def _show(self) -> None:
+    def lacking(self, numbers: list[int]) -> list[int]:
+        """Those of a dead worker's tars that it had not written."""
+        if self.request.retry_failed:
+            return numbers  # the store does not tell what was done once more
+        if isinstance(self.writer, StoreWriter):
+            return [number for number in numbers if not self.writer.done(number)]
+        pending = set(self.writer.pending())  # one listing of the remote store
+        return [number for number in numbers if number in pending]
+
+    def show(self) -> None:
         started = sum(bool(worker.where) for worker in self.workers)
+        count = len(self.plan.pending)
         self.progress(
-            sum(self.videos.values()),
-            self.total,
-            tars=f"{self.ended}/{self.count}",
+            self.videos - self.samples(list(self.left)),
+            self.videos,
+            tars=f"{count - len(self.left)}/{count}",
             workers=started,
         )
-        if started or self.ended:
+        if started or len(self.left) < count:
             self.began = time.monotonic()
         elif time.monotonic() - self.began > NOTHING_STARTS_S:
             self.began = float("inf")

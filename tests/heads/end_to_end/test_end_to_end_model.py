@@ -199,6 +199,11 @@ def test_what_does_not_fit_is_said_in_one_line(changed: dict[str, Any], message:
             model(changed["frames"], class_embeddings())
 
 
-def test_heads_alone_does_not_import_pipeline() -> None:
-    code = "import heads, sys; sys.exit('pipeline' in sys.modules or 'open_clip' in sys.modules)"
+def test_heads_alone_imports_nothing_of_pipeline_but_its_lists_of_names() -> None:
+    """Annotations are text: what knows a pixel or an encoder stays away."""
+    code = (
+        "import heads, sys\n"
+        "found = {m.split('.')[1] for m in sys.modules if m.startswith('pipeline.')}\n"
+        "sys.exit(bool(found - {'annotations'}) or 'open_clip' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

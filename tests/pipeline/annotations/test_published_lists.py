@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from featstore.errors import UserError
 from pipeline.annotations import key_from_name
-from pipeline.annotations.key_index import KeyIndex
 from pipeline.annotations.published_lists import (
+    KeyIndex,
     ListRepository,
     label_exchange,
     read_keys,

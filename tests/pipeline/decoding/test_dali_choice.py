@@ -25,9 +25,8 @@ from pipeline.decoding.nvdec.graphs import (
     wants_dali,
 )
 from pipeline.extraction import gpu_pool
-from pipeline.extraction.cpu_pool import LOOKAHEAD, ThreadVideoPool
-from pipeline.extraction.plan import ExtractionRequest
-from pipeline.extraction.pool_choice import decoder_for, open_pool
+from pipeline.extraction.cpu_pool import LOOKAHEAD, ThreadVideoPool, decoder_for, open_pool
+from pipeline.extraction.request import ExtractionRequest
 from pipeline.sampling import parse_sampling
 from tests.support.worlds.tiny_world import make_encoder
 

@@ -21,9 +21,8 @@ from pipeline.decoding.nvdec.decoder import NvdecDecoder
 from pipeline.decoding.nvdec.graphs import Clip, DaliPixels, dali_problem
 from pipeline.decoding.nvdec.rule import NvdecCapabilities, nvdec_refusal, survey_video
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.extraction.cpu_pool import encode_video
+from pipeline.extraction.cpu_pool import EncodedVideo, encode_video
 from pipeline.extraction.gpu_pool import DaliVideoPool
-from pipeline.extraction.rows import EncodedVideo
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import parse_sampling
 from tests.support.worlds.media import frame_number, make_video

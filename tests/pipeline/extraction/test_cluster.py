@@ -8,11 +8,9 @@ import shutil
 import signal
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -22,19 +20,11 @@ from featstore.errors import UserError, WorkError
 from pipeline.extraction.cluster import driver as cluster_engine
 from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
 from pipeline.extraction.cluster.driver import run_on_ray
-from pipeline.extraction.cluster.worker import (
-    TARS_IN_HAND,
-    Failure,
-    Notice,
-    Outcome,
-    Report,
-    TarWorker,
-)
-from pipeline.extraction.cpu_pool import ThreadVideoPool
-from pipeline.extraction.engine import Totals
-from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest, Share
+from pipeline.extraction.cluster.worker import Answer, Failure, Notice, TarWorker
+from pipeline.extraction.job import code_versions
+from pipeline.extraction.plan import ExtractionPlan
+from pipeline.extraction.request import ExtractionRequest, Share, Totals
 from pipeline.extraction.run import extract
-from pipeline.extraction.store import code_versions
 from pipeline.sampling import parse_sampling
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.stores.store_files import committed, ray_workers, store_files
@@ -163,58 +153,45 @@ def test_missing_and_claimed_tars_are_named_and_the_others_done(
 def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    told = TarWorker(request, 1).start({**code_versions(), "torch": "0.1"})
+    told = TarWorker(request).start({**code_versions(), "torch": "0.1"}).result
     assert isinstance(told, Failure)
     assert isinstance(told.error(), UserError)
     assert "and 0.1 where the command runs" in told.message
     shutil.rmtree(root / "encoders/tiny")
     make_encoder(root / "encoders/tiny", seed=1)  # as on a machine with another copy
-    told = TarWorker(request, 1).start(code_versions())
+    told = TarWorker(request).start(code_versions()).result
     assert isinstance(told, Failure)
     assert "was made in another way and is never mixed (encoder" in told.message
 
 
-def test_a_worker_does_two_tars_at_a_time_one_after_the_other(
-    root: Path, whole: dict[str, bytes]
-) -> None:
-    """Their videos go into the pool tar by tar, however the two calls are timed."""
+def test_a_worker_does_shares_and_skips_what_is_done(root: Path, whole: dict[str, bytes]) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    worker = TarWorker(request, 2)
-    assert isinstance(worker.start(code_versions()), str)
-    order: list[int] = []
-    submit = ThreadVideoPool.submit
-
-    def noted(pool: ThreadVideoPool, read: Any) -> Any:
-        order.append(read.func.__self__.tar)
-        return submit(pool, read)
-
-    with (
-        mock.patch.object(ThreadVideoPool, "submit", noted),
-        ThreadPoolExecutor(TARS_IN_HAND) as callers,
-    ):
-        outcomes = list(callers.map(worker.do, range(TARS)))
+    worker = TarWorker(request)
+    with mock.patch.object(StoreWriter, "open", wraps=StoreWriter.open) as opened:
+        assert isinstance(worker.start(code_versions()).result, str)
+        done = []
+        for share in (range(10), [10], range(11, TARS)):
+            totals = worker.do(share).result
+            assert isinstance(totals, Totals)
+            assert totals.videos == PER_TAR * len(totals.done)
+            done += totals.done
+    assert opened.call_count == 1, "the store is opened once, not for every share"
     assert store_files(request.store_path) == whole
-    assert [outcome.totals.done for outcome in outcomes] == [
-        [] if tar % 8 == 0 else [tar] for tar in range(TARS)
-    ]
-    assert len(order) == (TARS - 2) * PER_TAR
-    assert [tar for tar, _ in groupby(order)] == list(dict.fromkeys(order))
-    assert worker.report() == Report({}, [])
+    assert sorted(done) == [tar for tar in range(TARS) if tar % 8]
 
 
 def test_an_encoder_that_fails_in_a_worker(root: Path) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    worker = TarWorker(request, 2)
+    worker = TarWorker(request)
     worker.start(code_versions())
     with mock.patch(
         "pipeline.extraction.cpu_pool.encode_video", side_effect=RuntimeError("no memory")
     ):
-        failure = worker.do(1).failure
-    assert failure is not None
+        failure = worker.do([1]).result
+    assert isinstance(failure, Failure)
     assert "the encoder failed at" in str(failure.error())
-    assert worker.do(2).totals.done == [2], "the pool can be used by the other tars in hand"
 
 
 @pytest.mark.slow
@@ -289,17 +266,20 @@ class Died(Exception):
 
 @dataclass
 class MadeUpRay:
-    """Calls at once, in this process, what Ray would call elsewhere.
+    """Calls at once, in this process, what Ray would call elsewhere; stands for the store as well.
 
-    `script[tar]` lists what becomes of the tar, try by try: "done", "dies", "claimed", or what
-    `do` is to give back. A worker that dies takes with it what else it has in hand.
+    `script[tar]` lists what becomes of the tar, try by try: "done", "dies", "dies after writing",
+    "claimed", or what `do` is to give back. A share is done tar by tar.
     """
 
     script: dict[int, list[Any]] = field(default_factory=dict)
     starts: list[Any] = field(default_factory=list)  # answers of the first workers
     cpus: int = 2
     tried: list[int] = field(default_factory=list)
+    shares: list[list[int]] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)
     killed: int = 0
+    provenance: Any = field(default_factory=lambda: mock.Mock(precision="fp32"))
 
     class exceptions:
         RayActorError = Died
@@ -314,7 +294,7 @@ class MadeUpRay:
         return self
 
     def options(self, **_: Any) -> Any:
-        return mock.Mock(remote=lambda request, threads: MadeUpWorker(self))
+        return mock.Mock(remote=lambda request: MadeUpWorker(self))
 
     def wait(self, calls: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
         return calls[:1], calls[1:]
@@ -325,41 +305,51 @@ class MadeUpRay:
     def kill(self, worker: Any) -> None:
         self.killed += 1
 
+    def pending(self) -> list[int]:
+        """As a store's writer says it."""
+        return [tar for tar in range(TARS) if tar not in self.written]
+
 
 class MadeUpWorker:
     def __init__(self, ray: MadeUpRay) -> None:
         self.dead = False
         start = ray.starts.pop(0) if ray.starts else "here"
 
-        def do(tar: int) -> Outcome:
-            ray.tried.append(tar)
-            what = (ray.script.get(tar) or ["done"]).pop(0)
-            if what == "dies":
-                self.dead = True
-                raise Died(
-                    "The actor is dead because X. Worker exit detail: it broke. Some common causes"
-                )
-            if what == "claimed":
-                return Outcome(tar, claimed=f"another process is writing partition {tar}")
-            if isinstance(what, Outcome):
-                return what
-            return Outcome(tar, Totals(videos=PER_TAR, done=[tar]))
+        def do(share: list[int]) -> Totals | Failure:
+            ray.shares.append(share)
+            for tar in share:
+                if ray.script.get(tar, [])[:1] == ["claimed"]:
+                    ray.script[tar].pop(0)
+                    return Failure(f"another process is writing partition {tar}", claimed=True)
+            for tar in share:
+                ray.tried.append(tar)
+                what = (ray.script.get(tar) or ["done"]).pop(0)
+                if isinstance(what, Failure):
+                    return what
+                if what != "dies":
+                    ray.written.add(tar)
+                if what.startswith("dies"):
+                    self.dead = True
+                    raise Died(
+                        "The actor is dead because X. Worker exit detail: it broke. "
+                        "Some common causes"
+                    )
+            return Totals(videos=PER_TAR * len(share), done=list(share))
 
         def begin(versions: Any) -> Any:
             if isinstance(start, Exception):
                 raise start
             return start
 
-        notice = Notice("pipeline.somewhere", 30, "something is odd")
         self.start = self._method(begin)
         self.do = self._method(do)
-        self.report = self._method(lambda: Report({}, [notice]))
 
     def _method(self, work: Any) -> Any:
         def call(*arguments: Any) -> Any:
             if self.dead:
                 raise Died("it is dead")
-            return work(*arguments)
+            notice = Notice("pipeline.somewhere", 30, "something is odd")
+            return Answer(work(*arguments), [notice])
 
         return mock.Mock(remote=lambda *arguments: lambda: call(*arguments))
 
@@ -375,22 +365,23 @@ def run(ray: MadeUpRay, plan: ExtractionPlan, workers: int = 2) -> Totals:
         mock.patch.object(cluster_engine, "CLAIM_RETRY_S", 0.0),
     ):
         cluster = Cluster(workers=workers, cpus_per_worker=1)
-        return run_on_ray(plan, plan.request, range(TARS), cluster)
+        return run_on_ray(plan, cast(Any, ray), cluster)
 
 
-def test_every_tar_is_done_once(plan: ExtractionPlan, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_tar_is_done_once(plan: ExtractionPlan) -> None:
     ray = MadeUpRay()
     totals = run(ray, plan)
     assert sorted(ray.tried) == sorted(totals.done) == list(range(TARS))
     assert totals.videos == TARS * PER_TAR
     assert ray.killed == 2, "no worker is left behind"
+    assert len(ray.shares[0]) > 1, "shares are of several tars"
+    assert len(ray.shares[-1]) == 1, "and of one at the end, so that workers end together"
 
 
 def test_notices_of_workers_are_told(
     plan: ExtractionPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with mock.patch.object(cluster_engine, "REPORT_S", 0.0):
-        run(MadeUpRay(), plan)
+    run(MadeUpRay(), plan)
     assert "something is odd (worker on here)" in caplog.text
 
 
@@ -401,12 +392,13 @@ def test_tars_of_a_dead_worker_are_done_by_another(plan: ExtractionPlan, deaths:
     assert sorted(totals.done) == list(range(TARS))
     assert totals.damaged == []
     assert ray.tried.count(5) == deaths + 1
+    assert len(ray.tried) == TARS + deaths, "what a dead worker had written is not done again"
 
 
 def test_a_tar_that_no_worker_survives_is_named(
     plan: ExtractionPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever was in the same hand is not blamed: after the first death it is done alone."""
+    """Whatever was in the same share is not blamed: after the first death it is done alone."""
     ray = MadeUpRay({5: ["dies"] * 9})
     totals = run(ray, plan)
     assert sorted(totals.done) == [tar for tar in range(TARS) if tar != 5]
@@ -428,14 +420,15 @@ def test_a_claimed_tar_is_tried_again(plan: ExtractionPlan) -> None:
 
 
 def test_a_tar_whose_worker_died_after_writing_it_counts(plan: ExtractionPlan) -> None:
-    ray = MadeUpRay({2: ["dies", Outcome(2)], 9: [Outcome(9)]})
+    ray = MadeUpRay({2: ["dies after writing"]})
     totals = run(ray, plan)
-    assert 2 in totals.done
-    assert 9 not in totals.done, "was done before"
+    assert sorted(totals.done) == list(range(TARS))
+    assert totals.videos == TARS * PER_TAR
+    assert ray.tried.count(2) == 1
 
 
 def test_failures_end_the_work(plan: ExtractionPlan) -> None:
-    ray = MadeUpRay({2: [Outcome(2, failure=Failure("the encoder failed", users_fault=False))]})
+    ray = MadeUpRay({2: [Failure("the encoder failed")]})
     with pytest.raises(WorkError, match=r"^the encoder failed$"):
         run(ray, plan)
     assert ray.killed == 2

@@ -26,7 +26,7 @@ from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.encoders.specs import encoder_label
 from pipeline.extraction.cpu_pool import LOOKAHEAD, encode_video
-from pipeline.extraction.plan import ExtractionRequest, ExtractionSummary, Share
+from pipeline.extraction.request import ExtractionRequest, ExtractionSummary, Share
 from pipeline.extraction.run import extract
 from pipeline.sampling import parse_sampling
 from pipeline.tars.dataset import load_dataset
@@ -412,7 +412,7 @@ def test_tars_without_videos_are_written_and_closed(
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"no video")
     dataset_dir = tiny_tars(tmp_path, [bad] * 12)
-    assert all(shard.samples == 0 for shard in load_dataset(dataset_dir).shards)
+    assert all(shard.samples == 0 for shard in load_dataset(dataset_dir).tars)
     held: list[int] = []
     write = StoreWriter.write_partition
 

@@ -22,7 +22,8 @@ from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.estimate import estimate
-from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest, Share
+from pipeline.extraction.plan import ExtractionPlan
+from pipeline.extraction.request import ExtractionRequest, Share
 from pipeline.extraction.run import extract
 from pipeline.sampling import parse_sampling
 from pipeline.tars.dataset import load_dataset
@@ -154,7 +155,7 @@ def test_a_finished_store_needs_no_torch(request_for: Request, world: Path) -> N
     program = (
         "import sys\nfrom pathlib import Path\n"
         "from pipeline.extraction.run import extract\n"
-        "from pipeline.extraction.plan import ExtractionRequest\n"
+        "from pipeline.extraction.request import ExtractionRequest\n"
         "from pipeline.sampling import parse_sampling\n"
         f"request = ExtractionRequest(Path({str(request.dataset_dir)!r}), "
         f"Path({str(request.store_path)!r}), {request.encoder!r}, parse_sampling('uniform:2'))\n"
@@ -216,7 +217,7 @@ def test_failed_videos_are_done_once_more_when_asked(
     retried = extract(request_for(retry_failed=True), decoder=decoder, encoder=encoder)
     packed = load_dataset(request_for().dataset_dir).packed
     assert retried.rows_ok == packed
-    assert ExtractionPlan(request_for(retry_failed=True)).pending() == []
+    assert ExtractionPlan(request_for(retry_failed=True)).pending == []
     assert verify(request_for().store_path, deep=True).ok
 
 
@@ -226,7 +227,7 @@ def test_failed_videos_are_done_once_more_when_asked(
 def test_a_long_video_does_not_hold_up_the_others(request_for: Request, encoder: Encoder) -> None:
     """While one video is decoded, the other worker finishes and writes tar after tar."""
     request = request_for()
-    tars = len(load_dataset(request.dataset_dir).shards)
+    tars = len(load_dataset(request.dataset_dir).tars)
     others_done = threading.Event()
     begun = threading.Lock()
 
@@ -317,7 +318,7 @@ def test_an_estimate_makes_nothing(request_for: Request, encoder: Encoder, tmp_p
     assert found.videos == dataset.packed
     assert found.frames == 2 * dataset.packed
     assert found.encoder_fingerprint == encoder.fingerprint
-    assert found.tars == len(dataset.shards)
+    assert found.tars == len(dataset.tars)
     assert 0 < found.videos_sampled <= dataset.packed
     assert found.hours is not None
     assert found.hours * 3600 == pytest.approx(found.videos / found.videos_per_second)

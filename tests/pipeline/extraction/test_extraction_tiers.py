@@ -27,10 +27,11 @@ from pipeline.annotations import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.extraction.cluster.worker import TarWorker
 from pipeline.extraction.estimate import estimate
-from pipeline.extraction.plan import ExtractionPlan, ExtractionRequest, Share
+from pipeline.extraction.job import code_versions
+from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.reencode import Reencoder
+from pipeline.extraction.request import ExtractionRequest, Share, Totals
 from pipeline.extraction.run import extract
-from pipeline.extraction.store import code_versions
 from pipeline.extraction.tiers import frame_output
 from pipeline.sampling import parse_sampling
 from pipeline.tars.packing import pack
@@ -229,11 +230,12 @@ def test_no_number_of_workers_or_engine_changes_the_store(
     extract(one)
     many = request_for(tier, workers=4, store_path=tmp_path / "many.zarr", share=Share(0, 2))
     extract(many)
-    worker = TarWorker(replace(many, share=None), 1)  # as the Ray engine starts them
-    assert isinstance(worker.start(code_versions()), str)
+    worker = TarWorker(replace(many, share=None, workers=1))  # as the Ray engine starts them
+    assert isinstance(worker.start(code_versions()).result, str)
     plan = ExtractionPlan(replace(many, share=None))
-    for tar in plan.pending():
-        assert worker.do(tar).totals.done == [tar]
+    totals = worker.do(plan.pending).result
+    assert isinstance(totals, Totals)
+    assert sorted(totals.done) == plan.pending
     assert store_files(one.store_path) == store_files(many.store_path)
 
 
@@ -303,7 +305,7 @@ from dataclasses import replace
 from pathlib import Path
 from featstore.format.tiers import Tier
 from pipeline.extraction.run import extract
-from pipeline.extraction.plan import ExtractionRequest
+from pipeline.extraction.request import ExtractionRequest
 from pipeline.sampling import parse_sampling
 root = Path(sys.argv[1])
 request = ExtractionRequest(

@@ -26,17 +26,16 @@ from featstore.errors import WorkError
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding import chosen_frames
 from pipeline.decoding.contract import DecodeError
-from pipeline.decoding.nvdec import stage as nvdec_stage
+from pipeline.decoding.nvdec import batcher as nvdec_batcher
+from pipeline.decoding.nvdec.batcher import GIVE_UP_AFTER
 from pipeline.decoding.nvdec.buckets import Buckets
 from pipeline.decoding.nvdec.graphs import Clip, DaliPixels, import_problem
 from pipeline.decoding.nvdec.rule import DecoderSizes, NvdecCapabilities, survey_video
-from pipeline.decoding.nvdec.stage import GIVE_UP_AFTER
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction import cpu_pool
-from pipeline.extraction.cpu_pool import encode_video
+from pipeline.extraction.cpu_pool import EncodedVideo, encode_video
 from pipeline.extraction.gpu_pool import DECODED_AHEAD, DaliVideoPool
-from pipeline.extraction.plan import ExtractionRequest
-from pipeline.extraction.rows import EncodedVideo
+from pipeline.extraction.request import ExtractionRequest
 from pipeline.extraction.run import extract
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import parse_sampling
@@ -468,7 +467,7 @@ def test_a_future_may_be_cancelled_by_who_asked(make_pool: PoolMaker) -> None:
 def test_too_large_a_clip_goes_to_pyav(
     make_pool: PoolMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvdec_stage, "BATCH_BYTES", 4 * 3 * (96 * 64 + 16 * 16 * 4))
+    monkeypatch.setattr(nvdec_batcher, "BATCH_BYTES", 4 * 3 * (96 * 64 + 16 * 16 * 4))
     pool = make_pool()
     large = make_video(frames=8, width=128, height=64, options={"sc_threshold": "0"})
     for got, video in zip(results(submit(pool, SMALL[0], large)), [SMALL[0], large], strict=True):
@@ -569,6 +568,8 @@ def test_the_pool_around_dalis_graph_with_a_codec_it_decodes_without_a_gpu(tmp_p
     pixels = DaliPixels(
         encoder.preprocessing, 3, batch_size=2, threads=1, device_id=None, decode=decode
     )
+    # Rubbish that calls itself sound fails its batch of two; the other one must not suffer.
+    sound = survey_video(videos[0])
     pool = DaliVideoPool(
         PyAVDecoder(),
         encoder,
@@ -577,12 +578,10 @@ def test_the_pool_around_dalis_graph_with_a_codec_it_decodes_without_a_gpu(tmp_p
         2,
         pixels=pixels,
         capabilities=HOPPER,
+        survey=lambda data: sound if data == b"rubbish" else survey_video(data),
         sizes=DecoderSizes(),
         batch_videos=2,
     )
-    # Rubbish that calls itself sound fails its batch of two; the other one must not suffer.
-    survey = survey_video(videos[0])
-    pool._survey = lambda data: survey if data == b"rubbish" else survey_video(data)
     got = results(submit(pool, *videos, b"rubbish"))
     pool.close()
     assert pool.report() == ["4 videos decoded by NVDEC"]

@@ -48,11 +48,11 @@ def class_folders(folder: Path, per_class: int = 4) -> Path:
 def samples(dataset: Dataset) -> dict[str, dict[str, bytes]]:
     """All tar members by key, read without webdataset."""
     found: dict[str, dict[str, bytes]] = {}
-    for shard in dataset.shards:
-        with tarfile.open(dataset.shard_path(shard)) as tar:
-            for member in tar:
+    for tar in dataset.tars:
+        with tarfile.open(dataset.tar_path(tar)) as archive:
+            for member in archive:
                 key, _, kind = member.name.partition(".")
-                file = tar.extractfile(member)
+                file = archive.extractfile(member)
                 assert file is not None
                 found.setdefault(key, {})[kind] = file.read()
     return found
@@ -77,12 +77,12 @@ def test_tars_hold_original_bytes_and_a_sidecar(tmp_path: Path) -> None:
     summary = pack(videos, "own", tmp_path / "out", samples_per_shard=5)
     dataset = load_dataset(tmp_path / "out")
 
-    assert [shard.file for shard in dataset.shards] == [
+    assert [tar.file for tar in dataset.tars] == [
         "own-000000.tar",
         "own-000001.tar",
         "own-000002.tar",
     ]
-    assert [shard.samples for shard in dataset.shards] == [5, 5, 2]
+    assert [tar.samples for tar in dataset.tars] == [5, 5, 2]
     assert dataset.raw_class_names == ("YoYo", "brush_hair", "clap")
     assert dataset.class_names == ("yo yo", "brush hair", "clap")
     assert (dataset.split_names, dataset.splits_disjoint) == ((), False)
@@ -103,7 +103,7 @@ def test_tars_hold_original_bytes_and_a_sidecar(tmp_path: Path) -> None:
         assert sidecar["fps"] == pytest.approx(25)
         assert sidecar["splits"] == []
     assert summary.to_json()["videos_packed"] == 12
-    assert summary.bytes == sum(dataset.shard_path(s).stat().st_size for s in dataset.shards)
+    assert summary.bytes == sum(dataset.tar_path(s).stat().st_size for s in dataset.tars)
     assert not summary.too_many_failures
     assert failures(tmp_path / "out") == []
 
@@ -112,7 +112,7 @@ def test_webdataset_reads_the_tars(tmp_path: Path) -> None:
     videos = class_folders(tmp_path / "videos", per_class=2)
     pack(videos, "own", tmp_path / "out")
     dataset = load_dataset(tmp_path / "out")
-    url = str(dataset.shard_path(dataset.shards[0]))
+    url = str(dataset.tar_path(dataset.tars[0]))
     read = {item["__key__"]: item for item in webdataset.WebDataset(url, shardshuffle=False)}
     assert set(read) == set(samples(dataset))
     assert all(set(item) >= {"mp4", "json"} for item in read.values())
@@ -132,9 +132,9 @@ def test_classes_are_mixed_in_every_tar(tmp_path: Path) -> None:
     videos = class_folders(tmp_path / "videos", per_class=8)
     pack(videos, "own", tmp_path / "out", samples_per_shard=8)
     dataset = load_dataset(tmp_path / "out")
-    for shard in dataset.shards:
-        with tarfile.open(dataset.shard_path(shard)) as tar:
-            names = {name_from_key(name.partition(".")[0]) for name in tar.getnames()}
+    for tar in dataset.tars:
+        with tarfile.open(dataset.tar_path(tar)) as archive:
+            names = {name_from_key(name.partition(".")[0]) for name in archive.getnames()}
         assert len({name.split("/")[0] for name in names}) > 1
 
 
@@ -143,7 +143,7 @@ def test_disjoint_splits_get_their_own_tars(tmp_path: Path) -> None:
     class_folders(tmp_path / "videos/validation", per_class=1)
     pack(tmp_path / "videos", "own", tmp_path / "out", samples_per_shard=7)
     dataset = load_dataset(tmp_path / "out")
-    assert [(shard.file, shard.split, shard.samples) for shard in dataset.shards] == [
+    assert [(tar.file, tar.split, tar.samples) for tar in dataset.tars] == [
         ("own-train-000000.tar", "train", 7),
         ("own-train-000001.tar", "train", 5),
         ("own-val-000000.tar", "val", 3),
@@ -188,7 +188,7 @@ def test_bad_files_keep_their_place_outside_the_tars(tmp_path: Path) -> None:
     assert "empty" in rows["empty.mp4"]["reason"]
     assert "206 characters" in rows["n" * 201 + ".mp4"]["reason"]
     assert rows["text.mp4"]["class_name"] == "clap"
-    in_json = {failed.key: failed for shard in dataset.shards for failed in shard.failed}
+    in_json = {failed.key: failed for tar in dataset.tars for failed in tar.failed}
     assert {row["key"]: row["reason"] for row in rows.values()} == {
         key: failed.reason for key, failed in in_json.items()
     }
@@ -199,7 +199,7 @@ def test_bad_files_keep_their_place_outside_the_tars(tmp_path: Path) -> None:
     assert summary.too_many_failures
     assert len(summary.to_json()["failures"]) == 5
     assert json.loads(json.dumps(summary.to_json()))["too_many_failures"] is True
-    assert [shard.rows for shard in dataset.shards] == [6, 6, 6, 2]
+    assert [tar.rows for tar in dataset.tars] == [6, 6, 6, 2]
 
 
 def test_share_of_failures_is_the_callers_choice(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_new_videos_go_into_new_tars(videos: Path, tmp_path: Path) -> None:
     after = load_dataset(out)
     assert {name: tars(out)[name] for name in before} == before
     assert after.class_names == (*first.class_names, "run")
-    assert [shard.file for shard in after.shards] == [*before, "clips-000003.tar"]
+    assert [shard.file for shard in after.tars] == [*before, "clips-000003.tar"]
     assert after.packed == 7
     # The same command again, with and without the option, and in fresh processes.
     for append in (True, False):

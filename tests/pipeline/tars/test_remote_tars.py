@@ -14,15 +14,14 @@ import pytest
 
 from featstore.errors import UserError, WorkError
 from featstore.remote.objects import ObjectFolder
-from pipeline.tars.dataset import Dataset, Shard
+from pipeline.tars.dataset import Dataset, Tar
 from pipeline.tars.reading import DamagedTar
-from pipeline.tars.sources import TARS_ON_DISK, RemoteTars, remote_dataset
-from pipeline.tars.tar_source import TarSource
+from pipeline.tars.sources import TARS_ON_DISK, RemoteTars, TarSource, remote_dataset
 from tests.support.servers.s3_server import FailingProxy
 
 CONTENTS = [random.Random(i).randbytes(200_000 + i) for i in range(5)]
 SHARDS = tuple(
-    Shard(f"toy-{i:06d}.tar", "train", 1, (), len(data), hashlib.sha256(data).hexdigest())
+    Tar(f"toy-{i:06d}.tar", "train", 1, (), len(data), hashlib.sha256(data).hexdigest())
     for i, data in enumerate(CONTENTS)
 )
 
@@ -37,7 +36,7 @@ def url(bucket: str, tmp_path: Path) -> str:
         raw_class_names=("throw",),
         split_names=("train",),
         splits_disjoint=True,
-        shards=SHARDS,
+        tars=SHARDS,
         keys_by_split={"train": [f"clip{i}" for i in range(5)]},
     )
     dataset.write()
@@ -69,7 +68,7 @@ def on_disk(scratch: Path) -> list[str]:
 
 def test_the_data_set_is_the_one_that_was_packed(url: str, scratch: Path) -> None:
     dataset = remote_dataset(url, scratch)
-    assert dataset.shards == SHARDS
+    assert dataset.tars == SHARDS
     assert dataset.listed == 5
 
 

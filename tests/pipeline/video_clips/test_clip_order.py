@@ -155,8 +155,8 @@ def damaged(packed: Path, tmp_path: Path) -> Path:
 
 def tar_of(dataset: Dataset, split: str, number: int = 0) -> tuple[int, Path]:
     """A tar of a split: its number in `dataset.json`, and its path."""
-    tars = [i for i, shard in enumerate(dataset.shards) if shard.split == split]
-    return tars[number], dataset.shard_path(dataset.shards[tars[number]])
+    tars = [i for i, shard in enumerate(dataset.tars) if shard.split == split]
+    return tars[number], dataset.tar_path(dataset.tars[tars[number]])
 
 
 def test_listed_clips_are_those_of_the_split_in_the_order_of_keys(packed: Path) -> None:
@@ -170,10 +170,10 @@ def test_listed_clips_are_those_of_the_split_in_the_order_of_keys(packed: Path) 
     assert failed.reason == "the file is empty (zero bytes)"
     assert dataset.class_names[failed.label] == "run"
     for key, clip in by_key.items():
-        assert dataset.shards[clip.tar].split == "train"
+        assert dataset.tars[clip.tar].split == "train"
         assert dataset.class_names[clip.label] == ("jump" if "jump" in key else "run")
         if not clip.reason:
-            path = dataset.shard_path(dataset.shards[clip.tar])
+            path = dataset.tar_path(dataset.tars[clip.tar])
             data = read_video(path, clip.key, clip.offset, clip.size)
             assert data[4:8] == b"ftyp"
     everything = listed_clips(dataset, packed, None)
@@ -229,7 +229,7 @@ def test_videos_without_a_split_cannot_be_named_when_their_tar_is_gone(tmp_path:
     folder = tmp_path / "datasets/plain"
     dataset = load_dataset(folder)
     assert len(listed_clips(dataset, folder, None)) == 4
-    dataset.shard_path(dataset.shards[0]).unlink()
+    dataset.tar_path(dataset.tars[0]).unlink()
     with pytest.raises(DamagedTar, match=r"is missing.*4 videos without a split"):
         listed_clips(dataset, folder, None)
 
@@ -260,7 +260,7 @@ def test_overlapping_splits_share_tars(tmp_path: Path) -> None:
         assert len(clips) == 4
     before = listed_clips(dataset, folder, "train2")
     gone = before[0].tar
-    dataset.shard_path(dataset.shards[gone]).unlink()
+    dataset.tar_path(dataset.tars[gone]).unlink()
     after = listed_clips(dataset, folder, "train2")
     assert [(clip.key, clip.tar) for clip in after] == [(clip.key, clip.tar) for clip in before]
     assert [bool(clip.reason) for clip in after] == [clip.tar == gone for clip in before]

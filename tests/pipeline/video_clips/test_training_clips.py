@@ -221,8 +221,8 @@ def test_bad_videos_leave_their_places_empty(tmp_path: Path) -> None:
     order = epoch_order(np.zeros(11, np.int64), 0, 0)
     assert len(order) == 11
     # Damage that comes later: a tar is gone, and a byte of another is turned over.
-    dataset.shard_path(dataset.shards[1]).unlink()
-    path = dataset.shard_path(dataset.shards[2])
+    dataset.tar_path(dataset.tars[1]).unlink()
+    path = dataset.tar_path(dataset.tars[2])
     data = bytearray(path.read_bytes())
     data[data.index(video(7)) + 900] ^= 1
     path.write_bytes(data)

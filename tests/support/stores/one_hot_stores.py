@@ -53,19 +53,19 @@ def one_hot_store(
     names = dataset.class_names
     keys, labels, stems = [], [], []
     bad = []
-    for shard in dataset.shards:
-        if split not in (None, shard.split):
+    for tar in dataset.tars:
+        if split not in (None, tar.split):
             continue
-        with tarfile.open(dataset.shard_path(shard)) as tar:
-            for member in tar:
+        with tarfile.open(dataset.tar_path(tar)) as archive:
+            for member in archive:
                 if member.name.endswith(".json"):
-                    file = tar.extractfile(member)
+                    file = archive.extractfile(member)
                     assert file is not None
                     sidecar = json.loads(file.read())
                     keys.append(sidecar["key"])
                     labels.append(sidecar["label"])
                     stems.append(Path(sidecar["source_path"]).stem)
-        for sample in shard.failed:
+        for sample in tar.failed:
             bad.append(len(keys))
             keys.append(sample.key)
             labels.append(sample.label)

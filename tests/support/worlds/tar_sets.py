@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.tars.dataset import SHARDS_FOLDER, Dataset, Shard
+from pipeline.tars.dataset import TARS_FOLDER, Dataset, Tar
 
 
 def write_dataset(
@@ -22,10 +22,10 @@ def write_dataset(
 
     `frames` is what the sidecars say, for all videos or by key.
     """
-    (folder / SHARDS_FOLDER).mkdir(parents=True)
+    (folder / TARS_FOLDER).mkdir(parents=True)
     shards, keys = [], [key for tar in tars for key in tar]
     for number, videos in enumerate(tars):
-        path = folder / SHARDS_FOLDER / f"made-{number:06d}.tar"
+        path = folder / TARS_FOLDER / f"made-{number:06d}.tar"
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for key, data in videos.items():
                 sidecar = {
@@ -41,7 +41,7 @@ def write_dataset(
                     tar.addfile(member, io.BytesIO(content))
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        shards.append(Shard(path.name, "train", len(videos), (), len(data), digest))
+        shards.append(Tar(path.name, "train", len(videos), (), len(data), digest))
     names = tuple(f"class {n}" for n in range(classes))
     dataset = Dataset(
         folder, "made", names, names, ("train",), True, tuple(shards), {"train": sorted(keys)}

@@ -25,7 +25,7 @@ def test_a_tree_is_packed_as_it_is_meant(name: str, tmp_path: Path) -> None:
     assert summary["videos_packed"] == len(tree.truth)
     assert summary["videos_failed"] == len(tree.missing)
     assert set(dataset.split_names) == set(tree.splits)
-    failed = {sample.key for shard in dataset.shards for sample in shard.failed}
+    failed = {sample.key for tar in dataset.tars for sample in tar.failed}
     for split in dataset.split_names:
         stems = {posixpath.basename(name_from_key(k)) for k in dataset.keys_by_split[split]}
         assert stems - tree.missing == tree.splits[split]

@@ -1,0 +1,200 @@
+"""Videos for NVDEC: which it is asked to decode, in which batches, and what becomes of failures.
+
+Extraction on a GPU takes pixels out of it and training takes frames: both collect videos into
+batches by the same rule, retry in the same way, and hand to PyAV what is left.
+
+U frames of a video without repeats.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Condition
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from featstore.errors import one_line
+from featstore.segments import IntArray
+from pipeline.decoding.contract import DecodeError, VideoInfo
+from pipeline.decoding.nvdec.buckets import Buckets
+from pipeline.decoding.nvdec.graphs import Clip
+from pipeline.decoding.nvdec.rule import (
+    DecoderSizes,
+    NvdecCapabilities,
+    NvdecSurvey,
+    nvdec_refusal,
+    survey_video,
+)
+
+logger = logging.getLogger(__name__)
+
+# None of these has been tuned on a GPU yet (benchmarks/gpu_extract.py is there for it).
+BATCH_VIDEOS = 16
+BATCH_BYTES = 1 << 30  # decoded frames and pixels of one batch, on the GPU
+OPEN_SIZES = 24  # picture sizes that wait for a full batch; DALI keeps 100 decoders
+# So many batches in a row of which nothing came out, and everything goes to PyAV.
+GIVE_UP_AFTER = 3
+
+PROCESS_SIZES = DecoderSizes()  # DALI's decoders live as long as the process
+
+Item = TypeVar("Item")  # what its user knows a video by
+Output = TypeVar("Output")  # what the decode stage gives of a video: frames or pixels
+
+
+@dataclass(frozen=True)
+class NvdecPlan:
+    """One video for NVDEC. `seconds` of the `indices`; `places` [indices.size] among the U frames
+    of `clip`. `cost` in bytes on the GPU."""
+
+    info: VideoInfo
+    indices: IntArray
+    seconds: npt.NDArray[np.float64]
+    places: IntArray
+    clip: Clip
+    cost: int
+
+
+class NvdecBatcher(Generic[Item, Output]):
+    """Collects planned videos into batches of one picture size, and decodes them.
+
+    `given_up` says why NVDEC is left alone, "" while it is not. `changed` guards what waits and
+    what is counted; it may be the condition of the user's own state.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[Clip]], list[Output]],
+        check: Callable[[Clip, Output], None],
+        capabilities: NvdecCapabilities,
+        *,
+        pixels_per_frame: int = 0,
+        survey: Callable[[bytes], NvdecSurvey] = survey_video,
+        sizes: DecoderSizes = PROCESS_SIZES,
+        batch_videos: int = BATCH_VIDEOS,
+        changed: Condition | None = None,
+    ) -> None:
+        """`decode` gives the output of every clip of a batch, and raises when any of them fails.
+
+        `check` raises RuntimeError for an output that is not what was asked for. `pixels_per_frame`
+        are bytes on the GPU beside those of a decoded frame.
+        """
+        self.given_up = ""
+        self.changed = changed or Condition()
+        self._decode = decode
+        self._check = check
+        self._capabilities = capabilities
+        self._pixels_per_frame = pixels_per_frame
+        self._batch_bytes = BATCH_BYTES
+        self._survey = survey
+        self._sizes = sizes
+        self._fruitless = 0
+        self._counts: Counter[str] = Counter()
+        self._buckets: Buckets[tuple[Item, NvdecPlan]] = Buckets(
+            items=batch_videos, cost=BATCH_BYTES, open_keys=OPEN_SIZES
+        )
+
+    @property
+    def refusal(self) -> str:
+        """Why a video that NVDEC did not decode goes to PyAV."""
+        return self.given_up or "NVDEC failed"
+
+    @property
+    def waiting(self) -> int:
+        """Videos that wait for the rest of their batch, or for their batch's turn."""
+        with self.changed:
+            return len(self._buckets)
+
+    def count(self, by: str, videos: int = 1) -> None:
+        """Note which decoder gave `videos` videos."""
+        with self.changed:
+            self._counts[by] += videos
+
+    def report(self) -> list[str]:
+        """One line per decoder and reason: how many videos it was."""
+        with self.changed:
+            return [f"{count} videos decoded by {by}" for by, count in self._counts.most_common()]
+
+    def plan(self, data: bytes, choose: Callable[[VideoInfo], IntArray]) -> NvdecPlan | str:
+        """Frames for NVDEC, or why PyAV must decode the video. Raises what `choose` raises."""
+        if self.given_up:
+            return self.given_up
+        try:
+            survey = self._survey(data)
+        except DecodeError:
+            return "cannot be surveyed"  # PyAV has the last word, and the reason
+        except Exception as error:
+            logger.exception("unexpected error of the survey: %s", one_line(error))
+            return "cannot be surveyed"
+        facts = survey.facts
+        refusal = nvdec_refusal(facts, self._capabilities)
+        if refusal is not None:
+            return refusal
+        assert survey.info is not None
+        assert survey.seconds is not None
+        indices = choose(survey.info)
+        # Repeated frames are decoded once: for NVDEC each repeat is a jump back.
+        frames, places = np.unique(indices, return_inverse=True)
+        clip = Clip(np.frombuffer(data, np.uint8), frames, facts.height, facts.width, facts.codec)
+        cost = len(frames) * (3 * clip.height * clip.width + self._pixels_per_frame)
+        if cost > self._batch_bytes:
+            return "too many or too large frames for the GPU's memory"
+        with self.changed:
+            refusal = self._sizes.refusal(facts)
+        if refusal is not None:
+            return refusal
+        seconds = survey.seconds[indices]
+        return NvdecPlan(survey.info, indices, seconds, places.reshape(-1), clip, cost)
+
+    def add(self, item: Item, plan: NvdecPlan) -> None:
+        """Put a planned video with those of its picture size."""
+        with self.changed:
+            self._buckets.add(plan.clip.size_key, (item, plan), plan.cost)
+            self.changed.notify_all()
+
+    def take(self, *, more_coming: bool) -> list[tuple[Item, NvdecPlan]] | None:
+        """A batch to decode, None when there is none. `more_coming`: videos are on their way."""
+        with self.changed:
+            return self._buckets.take(more_coming=more_coming)
+
+    def decode(
+        self, batch: Sequence[tuple[Item, NvdecPlan]]
+    ) -> list[tuple[Item, NvdecPlan, Output]]:
+        """Outputs of a batch, else of its videos one by one: of those at which NVDEC succeeds."""
+        decoded: list[tuple[Item, NvdecPlan, Output]] = []
+        try:
+            if not self.given_up:
+                decoded = self._checked(batch)
+        except Exception as error:
+            logger.debug("a batch of %d failed: %s", len(batch), one_line(error))
+            for planned in batch if len(batch) > 1 else []:
+                try:
+                    decoded += self._checked([planned])
+                except Exception as cause:
+                    logger.info("NVDEC failed at a video (%s): PyAV decodes it", one_line(cause))
+        with self.changed:
+            if decoded:
+                self._counts["NVDEC"] += len(decoded)
+            self._fruitless = 0 if decoded else self._fruitless + 1
+            if self._fruitless >= GIVE_UP_AFTER and not self.given_up:
+                self.given_up = "NVDEC failed again and again"
+                logger.warning(
+                    "the GPU's decoder failed at %d batches in a row: PyAV decodes the rest",
+                    GIVE_UP_AFTER,
+                )
+        return decoded
+
+    def _checked(
+        self, batch: Sequence[tuple[Item, NvdecPlan]]
+    ) -> list[tuple[Item, NvdecPlan, Output]]:
+        """The batch with its outputs. Raises RuntimeError when they are not as asked for."""
+        outputs = self._decode([plan.clip for _, plan in batch])
+        if len(outputs) != len(batch):
+            raise RuntimeError(f"{len(outputs)} videos came out of {len(batch)}")
+        for (_, plan), output in zip(batch, outputs, strict=True):
+            self._check(plan.clip, output)
+        return [(*planned, output) for planned, output in zip(batch, outputs, strict=True)]

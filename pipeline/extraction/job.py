@@ -1,0 +1,218 @@
+"""A plan with what carries it out: encoder, decoder, and the store it is checked against.
+
+The process that runs `mote-cli extract` and every worker of a cluster make one.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Sequence
+from contextlib import closing
+from importlib.metadata import version
+
+from featstore import ClassText, Provenance, StoreWriter
+from featstore.errors import UserError
+from featstore.format.tiers import FRAMES
+from featstore.opening import AnyWriter, writer_maker, writer_of
+from featstore.progress import ProgressSink, no_progress
+from featstore.writing.writer import StoreExists
+from pipeline.clip_encoder import Encoder, load_encoder
+from pipeline.decoding.contract import Decoder
+from pipeline.decoding.nvdec.graphs import DECODER_NAME, dali_version
+from pipeline.encoders.specs import lasting_spec, remember_fingerprint, signature
+from pipeline.extraction.cpu_pool import VideoPool, decoder_for, open_pool
+from pipeline.extraction.engine import Engine
+from pipeline.extraction.plan import ExtractionPlan, fingerprint_note
+from pipeline.extraction.request import Totals
+from pipeline.extraction.tiers import frame_output
+from pipeline.prompts import PromptSet
+
+
+class ExtractionJob:
+    """The work of a plan; `close` it after use."""
+
+    def __init__(
+        self, plan: ExtractionPlan, encoder: Encoder | None = None, decoder: Decoder | None = None
+    ) -> None:
+        """Load the encoder, and compare with the store where it was begun.
+
+        `encoder` and `decoder` stand in for those that the request names. Raises UserError when
+        the store was made in another way, and the errors of `load_encoder`.
+        """
+        begun = plan.writer.provenance if plan.writer is not None else None
+        if decoder is None:
+            name = decoder_for(plan.request, begun.decoder if begun else None)
+        else:
+            name = decoder.name
+        self.plan = plan
+        self.encoder = encoder or _request_encoder(plan)
+        self.encoder.preprocessing.require_crops(plan.request.crops)
+        self._decoder = decoder
+        self._pool: VideoPool | None = None
+        self._output = frame_output(plan.request.tier, self.encoder)
+        self.schema = plan.schema(self.encoder.dim, self._output.item)
+        self.provenance = _provenance(plan, self.encoder, name)
+        if plan.writer is not None:
+            self._require_same(plan.writer)
+
+    def begin(self) -> AnyWriter:
+        """The writer of the store, which is made when it is not there.
+
+        Raises UserError when another process made it at this moment in another way, `WorkError`
+        when the disk is too small for it.
+        """
+        request = self.plan.request
+        writer = self.plan.writer
+        if writer is None:
+            self.plan.require_room(self.plan.mine, self.schema)
+            try:
+                writer = self._new_store()
+            except StoreExists:
+                writer = writer_of(request.store_path)
+                assert writer is not None
+                self._require_same(writer)
+        remember_fingerprint(
+            fingerprint_note(request.store_path),
+            signature(request.encoder, request.encoders_dir),
+            self.encoder.fingerprint,
+        )
+        return writer
+
+    def pool(self) -> VideoPool:
+        """The pool of this job, opened when it is first asked for."""
+        if self._pool is None:
+            self._pool = open_pool(
+                self.plan.request,
+                self.provenance.decoder,
+                self.encoder,
+                self._decoder,
+                self._output,
+            )
+        return self._pool
+
+    def run(
+        self, writer: AnyWriter, numbers: Sequence[int], progress: ProgressSink = no_progress
+    ) -> Totals:
+        """Do the partitions `numbers`, which the caller has claimed; errors as `Engine.run`."""
+        plan = self.plan
+        if isinstance(writer, StoreWriter) and not plan.request.retry_failed:
+            # Another process may have done some before they were claimed. In a remote store nothing
+            # can be claimed, so that looking once more would change nothing.
+            numbers = [number for number in numbers if not writer.done(number)]
+        if not numbers:
+            return Totals()
+        with closing(plan.tar_source()) as source:
+            engine = Engine(plan.dataset, plan.tars, writer, self.pool(), source, progress)
+            return engine.run(numbers)
+
+    def close(self) -> None:
+        """Close the pool."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _require_same(self, writer: AnyWriter) -> None:
+        """Raise UserError with the differences when the store was made in another way."""
+        plan = self.plan
+        differences = writer.provenance.differences(self.provenance)
+        store = plan.request.store_path
+        place = shlex.quote(str(store))
+        local = not isinstance(store, str)  # the store commands take folders, no URLs
+        held = set(writer.prompt_sets)
+        missing = [prompts for prompts in plan.prompt_sets if prompts.name not in held]
+        if missing and not differences and local:
+            raise UserError(
+                f"{store} has no class texts of prompt set {missing[0].name!r}: run `mote-cli "
+                f"store add-texts {place} {missing[0].option}`, which touches no features"
+            )
+        if missing:
+            lacking = ", ".join(sorted(prompts.name for prompts in missing))
+            differences.append(f"prompt sets: store lacks {lacking}")
+        plan.require_same_sentences(writer)
+        if differences:
+            remedy = "ask for what it holds, or remove it to extract anew"
+            if local and all(phrase.startswith("dataset_fingerprint") for phrase in differences):
+                remedy = (
+                    f"if the data set only has more tars now, `mote-cli store add-tars {place} "
+                    f"--dataset {plan.dataset.name}` adds them; else remove it to extract anew"
+                )
+            raise UserError(
+                f"{store} was made in another way and is never mixed "
+                f"({'; '.join(differences)}): {remedy}"
+            )
+
+    def _new_store(self) -> AnyWriter:
+        plan, dataset = self.plan, self.plan.dataset
+        return writer_maker(plan.request.store_path)(
+            self.schema,
+            self.provenance,
+            tars=[
+                {"file": tar.file, "rows": tar.rows, "bytes": tar.bytes, "sha256": tar.sha256}
+                for tar in plan.tars
+            ],
+            class_names=dataset.class_names,
+            raw_class_names=dataset.raw_class_names,
+            split_names=dataset.split_names,
+            class_texts={
+                prompts.name: class_text(self.encoder, dataset.class_names, prompts)
+                for prompts in plan.prompt_sets
+            },
+        )
+
+
+def code_versions() -> dict[str, str]:
+    """Versions of what makes features out of videos."""
+    names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
+    return {name: version(name) for name in names}
+
+
+def class_text(encoder: Encoder, names: tuple[str, ...], prompts: PromptSet) -> ClassText:
+    """Class texts of a prompt set as a store holds them."""
+    return ClassText(
+        names,
+        encoder.class_embeddings(names, prompts).cpu().numpy(),
+        prompts.hash(names),
+        templates=prompts.templates,
+        encoder_fingerprint=encoder.fingerprint,
+    )
+
+
+def _request_encoder(plan: ExtractionPlan) -> Encoder:
+    """The encoder of a request, in the precision of the store where one was begun."""
+    request = plan.request
+    precision = request.precision
+    if precision == "auto" and plan.writer is not None:
+        # The choice is made by timing; a store once begun stays with it.
+        precision = plan.writer.provenance.precision
+    elif precision == "auto" and request.tier.kind == FRAMES:
+        precision = "fp32"  # nothing is encoded: no need to time the tower
+    return load_encoder(
+        request.encoder, precision, request.device, encoders_dir=request.encoders_dir
+    )
+
+
+def _provenance(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Provenance:
+    """What the store will record of how its features were made."""
+    request = plan.request
+    return Provenance(
+        encoder=lasting_spec(request.encoder, request.encoders_dir),
+        encoder_fingerprint=encoder.fingerprint,
+        dim=encoder.dim,
+        logit_scale=encoder.logit_scale,
+        precision=encoder.precision,
+        sampling=request.sampling.text,
+        crops=request.crops,
+        preprocessing=encoder.preprocessing.to_json(),
+        decoder=decoder_name,
+        strict_decode=request.strict,
+        versions={
+            "python": platform.python_version(),
+            **code_versions(),
+            **(dali_version() if decoder_name == DECODER_NAME else {}),
+        },
+        dataset=plan.dataset.name,
+        dataset_fingerprint=plan.dataset.fingerprint,
+        tier=request.tier.text,
+        label_map=plan.dataset.label_map,
+        split=plan.recorded_split,
+    )

@@ -1,0 +1,161 @@
+"""What is to be extracted, which tars of it are this process's, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from featstore.errors import UserError
+from featstore.format.class_texts import DEFAULT_PROMPTS
+from featstore.format.tiers import Tier
+from featstore.opening import StorePlace
+from pipeline.decoding.contract import Strictness
+from pipeline.prompts import PromptSet
+from pipeline.sampling import Sampling
+
+PER_FRAME_EMBEDDING: Final = Tier()
+
+
+@dataclass(frozen=True)
+class Share:
+    """Every `count`-th tar, beginning with number `index`: the part of one of `count` processes."""
+
+    index: int
+    count: int
+    origin: str = ""  # what said so, for the log
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"a share of {self.count} parts is none: --partition K/N needs N >= 1")
+
+    @classmethod
+    def parse(cls, text: str, environment: Mapping[str, str] = os.environ) -> Share | None:
+        """The share that `--partition` means: "K/N", "all" (None), or "auto", the environment's.
+
+        K counts from 0 or from 1: only its remainder by N matters, so either way N processes
+        cover every tar once. "auto" takes RANK and WORLD_SIZE (torchrun), SLURM_PROCID and
+        SLURM_NTASKS (srun; a batch script has them too, but no SLURM_STEP_ID, and does all tars),
+        or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
+        Raises UserError for anything else.
+        """
+        if text == "all":
+            return None
+        if text == "auto":
+            return cls._of_environment(environment)
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if match is None:
+            raise UserError(f"--partition {text!r} is not K/N, such as 0/4: give K/N, all or auto")
+        index, count = int(match[1]), int(match[2])
+        if index > count:
+            raise UserError(f"--partition {text}: there is no part {index} of {count}")
+        return cls(index % max(count, 1), count)
+
+    @classmethod
+    def _of_environment(cls, environment: Mapping[str, str]) -> Share | None:
+        for index_name, count_name, first_name in (
+            ("RANK", "WORLD_SIZE", ""),
+            ("SLURM_PROCID", "SLURM_NTASKS", ""),
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+        ):
+            index, count = environment.get(index_name, ""), environment.get(count_name, "")
+            first = environment.get(first_name, "0")
+            if not (index.isdecimal() and count.isdecimal() and first.isdecimal()):
+                continue
+            batch_script = "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment
+            if index_name == "SLURM_PROCID" and batch_script:
+                continue
+            if int(count) > 1:
+                return cls(
+                    (int(index) - int(first)) % int(count),
+                    int(count),
+                    f"{index_name}={index} and {count_name}={count} of the environment",
+                )
+        return None
+
+    @property
+    def text(self) -> str:
+        """The share as `--partition` takes it."""
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class ExtractionRequest:
+    """What to extract, how, and where to: everything `mote-cli extract` asks for.
+
+    `dataset_dir` and `store_path` are folders, or as str URLs (s3://...).
+    """
+
+    dataset_dir: Path | str
+    store_path: StorePlace
+    encoder: str
+    sampling: Sampling
+    encoders_dir: Path | None = None
+    split: str | None = None  # only for sets whose splits are disjoint: the tars of one split
+    crops: int = 1
+    precision: str = "auto"
+    device: str = "cpu"
+    decoder: str = "auto"
+    strict: Strictness = "auto"
+    prompt_sets: tuple[str | PromptSet, ...] = (DEFAULT_PROMPTS,)  # names, template files, or sets
+    workers: int | None = None  # None: one per core this process may use
+    max_failures: float = 0.05
+    share: Share | None = None  # None: all tars
+    retry_failed: bool = False  # do partitions with failed videos once more
+    tier: Tier = PER_FRAME_EMBEDDING  # what is kept of every frame
+
+    @property
+    def views(self) -> int:
+        """Views of every video: one clip in one crop each."""
+        return self.sampling.clips * self.crops
+
+
+@dataclass
+class Totals:
+    """What was done: videos and frames, partitions written, tars that cannot be used."""
+
+    videos: int = 0
+    frames: int = 0
+    videos_short: int = 0  # had fewer frames than asked for: frames repeat
+    done: list[int] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)  # one line per tar, naming it
+
+    def add(self, other: Totals) -> None:
+        """Add what was done elsewhere."""
+        self.videos += other.videos
+        self.frames += other.frames
+        self.videos_short += other.videos_short
+        self.done += other.done
+        self.damaged += other.damaged
+
+
+@dataclass
+class ExtractionSummary:
+    """What an extraction did; counts of rows are those of the whole store."""
+
+    dataset: str
+    store: str
+    encoder_fingerprint: str
+    precision: str
+    decoder: str
+    rows_ok: int
+    rows_failed: int
+    partitions_done: int
+    partitions_skipped: int  # were done before
+    partitions_missing: int  # of other shares, not done yet
+    partition: str  # the share of this process, "K/N"; empty when it had all tars
+    videos_short: int  # had fewer frames than asked for: frames repeat
+    rows_damaged: int  # ok, and damaged packets were passed over
+    rows_miscounted: int  # ok, and the container speaks of another number of frames
+    videos_per_second: float
+    frames_per_second: float
+    seconds: float
+    too_many_failures: bool
+    failures: list[dict[str, str]] = field(default_factory=list)  # the first ten: key, reason
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as JSON-ready values."""
+        return asdict(self)
