@@ -11,10 +11,10 @@ from cli.commands import eval_sweep
 from cli.commands import eval_unseen as unseen
 from cli.output import progress_of
 from featstore.errors import UserError
-from featstore.reading.store import Store
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
+    from featstore.reading.store import Store
     from heads.evaluation.protocols.protocol import Kind, Protocol, TestSet
     from heads.evaluation.results import EvalResult
     from heads.methods.mote.model import TemporalHead

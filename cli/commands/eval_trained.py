@@ -13,10 +13,10 @@ from cli import options
 from cli.commands.eval_print import report_base_to_novel, report_fewshot
 from cli.output import progress_of
 from featstore.errors import UserError
-from featstore.reading.store import Store
 
 if TYPE_CHECKING:
     from cli.commands.eval_request import Request
+    from featstore.reading.store import Store
     from heads.evaluation.trained.plan import GivenList
     from heads.methods.mote.config import HeadOrigin
 

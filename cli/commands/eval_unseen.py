@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 
 from cli.output import warn
 from featstore.errors import UserError
-from featstore.reading.store import Store
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
+    from featstore.reading.store import Store
     from heads.evaluation.protocols.protocol import TestSet
     from heads.methods.mote.config import HeadOrigin
     from heads.methods.mote.model import TemporalHead
@@ -89,6 +88,8 @@ class UnseenChoice:
 
         Counts that are not the published ones are told.
         """
+        import numpy as np  # not needed for --help
+
         from heads.evaluation.protocols.protocol import TestSet
         from heads.training.shots import rows_of_classes
         from pipeline.annotations.key_index import KeyIndex
