@@ -7,29 +7,14 @@ import io
 import signal
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.metadata import version
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from cli.commands import (
-    compare,
-    demo,
-    doctor,
-    export,
-    extract,
-    finetune,
-    import_checkpoint,
-    pack,
-    predict,
-    protocols,
-    store,
-    tradeoff,
-    train_head,
-    verify,
-)
-from cli.commands import eval as evaluate
-from cli.commands import inspect as inspect_path
 from cli.output import fail, log_to_stderr
 from featstore.errors import UserError, WorkError, one_line
 
@@ -40,35 +25,142 @@ EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 # Typer 0.2x carries its own copy of click; this finds the base of its errors in either.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
+SETTINGS: Final[dict[str, Any]] = {
+    "add_completion": False,
+    "rich_markup_mode": "markdown",
+    "pretty_exceptions_enable": False,
+}
+
+COMMANDS: Final = {
+    "demo": (
+        "cli.commands.demo:demo",
+        "See the whole product work, offline: make videos, pack, extract, train, evaluate.",
+    ),
+    "pack": (
+        "cli.commands.pack:pack",
+        "Pack labelled videos into WebDataset tars, checking that each can be decoded.",
+    ),
+    "extract": (
+        "cli.commands.extract:extract",
+        "Decode, preprocess and encode every video once; features land in a Zarr store.",
+    ),
+    "train-head": (
+        "cli.commands.train_head:train_head",
+        "Train a head on stored features; the encoder is not run again.",
+    ),
+    "finetune": (
+        "cli.commands.finetune:finetune",
+        "Train the image tower with the head, from packed videos; no store is needed.",
+    ),
+    "eval": (
+        "cli.commands.eval:evaluate",
+        "Evaluate a head on a store: top-1, top-5, and how many videos were listed and failed.",
+    ),
+    "compare": (
+        "cli.commands.compare:compare",
+        "Say in which fields two results differ, which of them make the numbers incomparable, "
+        "and only then compare the numbers.",
+    ),
+    "tradeoff": (
+        "cli.commands.tradeoff:tradeoff",
+        "Collect the newest results of several heads: close-set, zero-shot, and the trade-off "
+        "score.",
+    ),
+    "predict": (
+        "cli.commands.predict:predict",
+        "Name the classes that fit each video best, with scores that add up to 1.",
+    ),
+    "import-checkpoint": (
+        "cli.commands.import_checkpoint:import_checkpoint",
+        "Make encoders/NAME and heads/NAME of a checkpoint of MoTE's released code.",
+    ),
+    "export": (
+        "cli.commands.export:export",
+        "Write a head as one file for other programs; an existing file is replaced.",
+    ),
+    "inspect": (
+        "cli.commands.inspect:inspect_path",
+        "Say what PATH is (data set, feature store or run) and what is in it.",
+    ),
+    "verify": (
+        "cli.commands.verify:verify",
+        "Check a feature store: files and sizes, with --deep all checksums.",
+    ),
+    "doctor": (
+        "cli.commands.doctor:doctor",
+        "Show versions, CPU features, GPU and video decoder, hub access and free disk.",
+    ),
+    "protocols": (
+        "cli.commands.protocols:app",
+        "The named evaluation protocols: what they train on, test, count and report, and how "
+        "what is run here differs from the papers.",
+    ),
+    "store": (
+        "cli.commands.store:app",
+        "Let a store grow, join stores, rewrite them smaller, or hand their rows to other "
+        "programs.",
+    ),
+}
+"""Where each command is, and the line that the list of commands shows of it: the first paragraph
+of its help. A command's module is imported when the command is used, and not before."""
+
+
+class Commands(TyperGroup):
+    """The commands of `COMMANDS`: their names are known at once, their options when one is used."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for name, (_, line) in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=line))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that `args` begin with, loaded, and the arguments that are left for it."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, load_command(str(name)), rest
+
+
+def load_command(name: str) -> Any:
+    """The command of that name in `COMMANDS`, with its options; this imports its module."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    found = getattr(import_module(module), attribute)
+    holder = typer.Typer(**SETTINGS)
+    if isinstance(found, typer.Typer):  # `store` and `protocols` have commands of their own
+        holder.add_typer(found, name=name)
+    else:
+        holder.command(name)(found)
+    return typer.main.get_group(holder).commands[name]
+
+
 app = typer.Typer(
     name="mote-cli",
-    add_completion=False,
-    rich_markup_mode="markdown",
+    cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
-    pretty_exceptions_enable=False,
     help=(
         "Open-vocabulary action recognition on video: encode frames once with CLIP, train "
         "temporal heads (MoTE) in minutes, say exactly what was measured.\n\n"
         "Start with `mote-cli demo`. On your own videos: `pack`, `extract`, `train-head`, "
         "`eval`, `predict`."
     ),
+    **SETTINGS,
 )
-app.command("demo")(demo.demo)
-app.command("pack")(pack.pack)
-app.command("extract")(extract.extract)
-app.command("train-head")(train_head.train_head)
-app.command("finetune")(finetune.finetune)
-app.command("eval")(evaluate.evaluate)
-app.command("compare")(compare.compare)
-app.command("tradeoff")(tradeoff.tradeoff)
-app.add_typer(protocols.app, name="protocols")
-app.command("predict")(predict.predict)
-app.command("import-checkpoint")(import_checkpoint.import_checkpoint)
-app.command("export")(export.export)
-app.add_typer(store.app, name="store")
-app.command("inspect")(inspect_path.inspect_path)
-app.command("verify")(verify.verify)
-app.command("doctor")(doctor.doctor)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mote-cli {version('mote-video')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

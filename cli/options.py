@@ -6,8 +6,9 @@ import csv
 import os
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,6 @@ from featstore.workspace import STORE_SUFFIX, Workspace
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
-    from heads.methods.mote.model import TemporalHead
 
 DEFAULT_ROOT = Path("mote-data")
 
@@ -230,21 +230,6 @@ def device(name: str) -> str:
     return name
 
 
-def head(
-    place: Workspace, name: str | None, *, or_mean: bool = False
-) -> tuple[TemporalHead | None, Path]:
-    """The head that `name` means and its run folder; (None, folder) for the mean of frames.
-
-    None means the newest run, or the mean where `or_mean` allows it and nothing was trained.
-    """
-    from heads.files.head_file import load_head
-
-    if name == MEAN_HEAD or (name is None and or_mean and not place.trained_runs()):
-        return None, place.run_dir(MEAN_HEAD)
-    run_dir = place.choose_run(name)
-    return load_head(run_dir), run_dir
-
-
 def prompt_set(store: Store, text: str | None) -> str | None:
     """Name of the store's prompt set that --prompts means; `UserError` as `held_prompt_set`."""
     from pipeline.prompts import held_prompt_set
@@ -252,21 +237,20 @@ def prompt_set(store: Store, text: str | None) -> str | None:
     return None if text is None else held_prompt_set(store, text)
 
 
-def training_prompts(store: Store, text: str | None, initial: TemporalHead | None) -> str:
-    """Name of the prompt set to train with: the one --prompts means, else that of the head the
-    training starts from, else the default one, else the store's only one.
+def architecture(place: Workspace, result: Mapping[str, Any]) -> str | None:
+    """Architecture of a result's image tower as its name or its folder in the workspace says."""
+    from pipeline.encoders.specs import local_architecture
 
-    `UserError` as `held_prompt_set`, and where a store has several others.
-    """
-    from heads.compatibility import default_prompt_set, mean_head
+    return local_architecture(str(result.get("encoder", "")), place.root / "encoders")
 
-    if text is not None:
-        return prompt_set(store, text) or text
-    if initial is not None and initial.origin is not None:
-        return initial.origin.prompt_set
-    if DEFAULT_PROMPTS in store.prompt_sets:
-        return DEFAULT_PROMPTS
-    return default_prompt_set(store, mean_head(store.provenance.dim))
+
+def packed_class_names(place: Workspace, dataset: str) -> Sequence[str] | None:
+    """Class names of a packed data set; None where it is not packed."""
+    from pipeline.tars.dataset import load_dataset
+
+    if dataset not in place.dataset_names():
+        return None
+    return load_dataset(place.dataset_dir(dataset)).class_names
 
 
 def class_list(text: str) -> list[str]:

@@ -12,14 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from featstore.progress import ProgressSink, no_progress
@@ -121,17 +113,19 @@ def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
 
 @contextmanager
 def _bar(what: str, unit: str) -> Iterator[ProgressSink]:
+    from rich import progress as bars  # only a terminal needs it; --help should not wait for it
+
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[details]}"),
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn(unit),
+        bars.TextColumn("{task.fields[rate]}"),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[details]}"),
     )
-    with Progress(*columns, console=messages, transient=True) as progress:
+    with bars.Progress(*columns, console=messages, transient=True) as progress:
         task = progress.add_task(what, total=None, details="", rate="")
         rate = _Rate()
 

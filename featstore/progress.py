@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -14,3 +15,15 @@ class ProgressSink(Protocol):
 
 def no_progress(done: float, total: float, **details: float | int | str) -> None:
     """Ignore progress: the default of every library function."""
+
+
+class Stages(Protocol):
+    """Gives every stage of a longer work a sink of its own."""
+
+    def __call__(self, what: str, unit: str) -> AbstractContextManager[ProgressSink]:
+        """The sink of stage `what`, which counts in `unit`; the stage ends with the context."""
+
+
+def no_stages(what: str, unit: str) -> AbstractContextManager[ProgressSink]:
+    """Ignore the progress of every stage."""
+    return nullcontext(no_progress)

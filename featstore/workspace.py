@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from featstore.errors import UserError, WorkError
 from featstore.format.tiers import EMBEDDINGS
@@ -127,109 +127,17 @@ class Workspace:
         log.info("data set: %s, the only one with features", found[0])
         return found[0]
 
+    def opened(self, dataset: str) -> OpenedStores:
+        """The stores of a data set for several questions in a row: each is opened once."""
+        return OpenedStores(self, dataset)
+
     def default_split(self, dataset: str, names: Sequence[str]) -> str | None:
         """The first of `names` that a readable store of embeddings has rows of, if any."""
-        from featstore.opening import open_store  # folders and names need no arrays
+        return self.opened(dataset).default_split(names)
 
-        for name in names:
-            for path in self.stores(dataset):
-                try:
-                    store = open_store(path)
-                    if not store.schema.pooled:
-                        continue
-                    if name in store.split_names and store.split(name).size:
-                        return name
-                except (UserError, WorkError):
-                    continue  # choose_store reports stores that cannot be read
-        return None
-
-    def choose_store(
-        self,
-        dataset: str,
-        *,
-        split: str | None = None,
-        views: int | None = None,
-        encoder_fingerprint: str | None = None,
-        sampling: str | None = None,
-        name: str | None = None,
-        encoder: str | None = None,
-        option: str = "--store",
-    ) -> Store:
-        """The one store of embeddings of `dataset` that holds the split and was made as asked.
-
-        `name` is that of its folder, with or without ".zarr", or its URL. `encoder` is how the
-        command that would make a store should name the encoder; `option` is the one that gives
-        `name`.
-        Raises UserError when none fits (with the command that makes one) or several do (with
-        their names), WorkError when the one that fits is damaged or not finished.
-        """
-        from featstore.opening import open_store  # as in `default_split`
-
-        remote = name is not None and is_url(name)
-        if remote:
-            _require_remote_embeddings(str(name))
-        paths = [open_store(str(name)).path] if remote else self.stores(dataset)
-        if not paths:
-            raise UserError(
-                f"no features of data set {dataset!r} under {self.features_dir(dataset)}: "
-                f"run `mote-cli extract --dataset {dataset}` first"
-            )
-        if name is not None and not remote:
-            wanted = f"{name.removesuffix(STORE_SUFFIX)}{STORE_SUFFIX}"
-            known = ", ".join(path.name for path in paths)
-            paths = [path for path in paths if path.name == wanted]
-            if not paths:
-                raise UserError(f"data set {dataset!r} has no store {name!r}: it has {known}")
-        fitting: list[Store] = []
-        refused: list[str] = []
-        damaged: list[WorkError] = []
-        for path in paths:
-            try:
-                store = open_store(path)
-                reason = _mismatch(store, split, views, encoder_fingerprint, sampling)
-            except WorkError as error:
-                damaged.append(error)
-                continue
-            except UserError as error:
-                refused.append(str(error))
-                continue
-            if reason is None:
-                fitting.append(store)
-            else:
-                refused.append(f"{path.name} {reason}")
-        if not fitting:
-            packed = self._packed_splits(dataset)
-            if split is not None and packed is not None and split not in packed:
-                raise UserError(
-                    f"data set {dataset!r} has no split {split!r}: "
-                    + (f"choose one of {', '.join(packed)}" if packed else "it has none to name")
-                )
-            if damaged:
-                raise damaged[0]
-            # Splits that share tars share one store of them all.
-            own_tars = packed is None or packed.get(split or "", False)
-            raise UserError(
-                f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
-                + _extract_command(dataset, split if own_tars else None, sampling, encoder)
-                + ("" if views is None else f" and a --sampling and --crops of {views} views")
-            )
-        if len(fitting) > 1:
-            names = ", ".join(_describe(store) for store in fitting)
-            raise UserError(
-                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; say which with "
-                f"{option} NAME"
-            )
-        store = fitting[0]
-        if not store.complete:
-            raise WorkError(
-                f"{store.path} holds {len(list(store.partitions()))} of {store.schema.tars} "
-                "partitions: finish it with the `mote-cli extract` command that began it "
-                f"(encoder {store.provenance.encoder}, sampling {store.provenance.sampling})"
-            )
-        for damage in damaged:
-            log.warning("left out: %s", damage)
-        log.info("features of %s: %s", dataset, _describe(store))
-        return store
+    def choose_store(self, dataset: str, **asked: Any) -> Store:
+        """`OpenedStores.choose` for one question about a data set."""
+        return self.opened(dataset).choose(**asked)
 
     def _packed_splits(self, dataset: str) -> dict[str, bool] | None:
         """The splits that dataset.json names, and whether each has tars of its own.
@@ -277,6 +185,135 @@ class Workspace:
             )
         log.info("head: %s, the newest run", own.name)
         return own
+
+
+class OpenedStores:
+    """The stores of one data set, each opened when it is first looked at, and once.
+
+    They show what was committed then: take a new one after a store has grown.
+    """
+
+    def __init__(self, workspace: Workspace, dataset: str) -> None:
+        self.dataset = dataset
+        self._workspace = workspace
+        self._opened: dict[Path, Store | UserError | WorkError] = {}
+
+    def open(self, path: Path) -> Store:
+        """The store at `path`; its errors are raised again whenever it is asked for."""
+        from featstore.opening import open_store  # folders and names need no arrays
+
+        if path not in self._opened:
+            try:
+                self._opened[path] = open_store(path)
+            except (UserError, WorkError) as error:
+                self._opened[path] = error
+        found = self._opened[path]
+        if isinstance(found, UserError | WorkError):
+            raise found
+        return found
+
+    def default_split(self, names: Sequence[str]) -> str | None:
+        """The first of `names` that a readable store of embeddings has rows of, if any."""
+        for name in names:
+            for path in self._workspace.stores(self.dataset):
+                try:
+                    store = self.open(path)
+                    if not store.schema.pooled:
+                        continue
+                    if name in store.split_names and store.split(name).size:
+                        return name
+                except (UserError, WorkError):
+                    continue  # `choose` reports stores that cannot be read
+        return None
+
+    def choose(
+        self,
+        *,
+        split: str | None = None,
+        views: int | None = None,
+        encoder_fingerprint: str | None = None,
+        sampling: str | None = None,
+        name: str | None = None,
+        encoder: str | None = None,
+        option: str = "--store",
+    ) -> Store:
+        """The one store of embeddings of the data set that holds the split and was made as asked.
+
+        `name` is that of its folder, with or without ".zarr", or its URL. `encoder` is how the
+        command that would make a store should name the encoder; `option` is the one that gives
+        `name`.
+        Raises UserError when none fits (with the command that makes one) or several do (with
+        their names), WorkError when the one that fits is damaged or not finished.
+        """
+        from featstore.opening import open_store  # as in `open`
+
+        dataset = self.dataset
+        remote = name is not None and is_url(name)
+        if remote:
+            _require_remote_embeddings(str(name))
+        paths = [open_store(str(name)).path] if remote else self._workspace.stores(dataset)
+        if not paths:
+            raise UserError(
+                f"no features of data set {dataset!r} under "
+                f"{self._workspace.features_dir(dataset)}: run "
+                f"`mote-cli extract --dataset {dataset}` first"
+            )
+        if name is not None and not remote:
+            wanted = f"{name.removesuffix(STORE_SUFFIX)}{STORE_SUFFIX}"
+            known = ", ".join(path.name for path in paths)
+            paths = [path for path in paths if path.name == wanted]
+            if not paths:
+                raise UserError(f"data set {dataset!r} has no store {name!r}: it has {known}")
+        fitting: list[Store] = []
+        refused: list[str] = []
+        damaged: list[WorkError] = []
+        for path in paths:
+            try:
+                store = self.open(path)
+                reason = _mismatch(store, split, views, encoder_fingerprint, sampling)
+            except WorkError as error:
+                damaged.append(error)
+                continue
+            except UserError as error:
+                refused.append(str(error))
+                continue
+            if reason is None:
+                fitting.append(store)
+            else:
+                refused.append(f"{path.name} {reason}")
+        if not fitting:
+            packed = self._workspace._packed_splits(dataset)
+            if split is not None and packed is not None and split not in packed:
+                raise UserError(
+                    f"data set {dataset!r} has no split {split!r}: "
+                    + (f"choose one of {', '.join(packed)}" if packed else "it has none to name")
+                )
+            if damaged:
+                raise damaged[0]
+            # Splits that share tars share one store of them all.
+            own_tars = packed is None or packed.get(split or "", False)
+            raise UserError(
+                f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
+                + _extract_command(dataset, split if own_tars else None, sampling, encoder)
+                + ("" if views is None else f" and a --sampling and --crops of {views} views")
+            )
+        if len(fitting) > 1:
+            names = ", ".join(_describe(store) for store in fitting)
+            raise UserError(
+                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; say which with "
+                f"{option} NAME"
+            )
+        store = fitting[0]
+        if not store.complete:
+            raise WorkError(
+                f"{store.path} holds {len(list(store.partitions()))} of {store.schema.tars} "
+                "partitions: finish it with the `mote-cli extract` command that began it "
+                f"(encoder {store.provenance.encoder}, sampling {store.provenance.sampling})"
+            )
+        for damage in damaged:
+            log.warning("left out: %s", damage)
+        log.info("features of %s: %s", dataset, _describe(store))
+        return store
 
 
 def _checked(name: str, kind: str) -> str:

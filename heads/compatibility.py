@@ -6,6 +6,7 @@ C = classes, D = embedding width.
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 import torch
 from torch.nn import functional
@@ -18,6 +19,8 @@ from heads.methods.mote.model import TemporalHead, build_head
 from heads.methods.text_classifier import SAME_CLASS, class_cosines
 
 log = logging.getLogger(__name__)
+
+USUAL_PROMPT_SET: Final = "mote28"
 
 
 def check_fits(head: TemporalHead, store: Store) -> None:
@@ -122,3 +125,16 @@ def default_prompt_set(store: Store, head: TemporalHead) -> str:
             "name one with --prompts"
         )
     return known[0]
+
+
+def training_prompt_set(store: Store, initial: TemporalHead | None) -> str:
+    """The prompt set to train with where none is named: that of the head the training starts from,
+    else the usual one, else the store's only one.
+
+    UserError where the store has several others.
+    """
+    if initial is not None and initial.origin is not None:
+        return initial.origin.prompt_set
+    if USUAL_PROMPT_SET in store.prompt_sets:
+        return USUAL_PROMPT_SET
+    return default_prompt_set(store, mean_head(store.provenance.dim))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,10 +10,9 @@ import typer
 from cli import options
 from cli.output import print_json, print_table, results
 from featstore.errors import UserError
-from featstore.workspace import FIRST_STAGE, Workspace
 
 if TYPE_CHECKING:
-    from heads.evaluation.comparing.compare import Comparison, SavedResult
+    from heads.evaluation.comparing.compare import Comparison
     from heads.evaluation.outcomes import Paired
 
 PAIRED_LINES = 3  # more test sets than that are told in one line
@@ -59,14 +57,20 @@ def compare(
 
     Example: `mote-cli compare first second`
     """
+    from heads.evaluation.comparing.compare import choose_result
     from heads.evaluation.comparing.compare import compare as run
+    from heads.evaluation.comparing.published import published_beside
 
     if b is None and not published:
         raise UserError("compare takes two results, or one with --published")
     workspace = options.workspace(root)
-    first = saved_result(workspace, a)
-    comparison = None if b is None else run(first, saved_result(workspace, b, first))
-    found = published_beside(workspace, first.values, backbone) if published else None
+    first = choose_result(workspace, a)
+    comparison = None if b is None else run(first, choose_result(workspace, b, first))
+    found = None
+    if published:
+        found = published_beside(
+            first.values, backbone or options.architecture(workspace, first.values)
+        )
     if json:
         print_json(
             {"a": str(first.path)}
@@ -78,53 +82,6 @@ def compare(
         _print(comparison)
     if found is not None:
         print_published(found)
-
-
-def saved_result(workspace: Workspace, text: str, like: SavedResult | None = None) -> SavedResult:
-    """The result that `text` means: a file, or the newest of a run, by its folder or name."""
-    from heads.evaluation.comparing.compare import EVAL_FOLDER, newest_result, read_result
-
-    path = Path(text)
-    if path.is_file():
-        return read_result(path)
-    if path.is_dir() and (path / EVAL_FOLDER).is_dir():
-        return newest_result(path, like)
-    if "/" not in text.removesuffix(f"/{FIRST_STAGE}"):
-        run_dir = workspace.head_dir(text)
-        if (run_dir / EVAL_FOLDER).is_dir():
-            return newest_result(run_dir, like)
-    known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
-    raise UserError(
-        f"{text!r} is neither a result file nor a run with results (with results are: {known}): "
-        "`mote-cli eval` makes them"
-    )
-
-
-def evaluated_runs(workspace: Workspace) -> list[Path]:
-    """Folders of the runs that have results, sorted by name."""
-    return sorted({file.parent.parent for file in workspace.root.glob("heads/*/eval/*.json")})
-
-
-def published_beside(
-    workspace: Workspace, result: Mapping[str, Any], backbone: str | None = None
-) -> dict[str, Any]:
-    """Published figures that stand for the protocol of a result, or the nearest that do not.
-
-    JSON-ready: `published`, each with `count_note`; `nearest`, each with what `differs`.
-    """
-    from heads.evaluation.comparing.published import comparable, count_note, nearest
-    from pipeline.encoders.specs import local_architecture
-
-    if backbone is None:
-        encoders = workspace.root / "encoders"
-        backbone = local_architecture(str(result.get("encoder", "")), encoders)
-    return {
-        "published": [
-            {**figure.to_json(), "count_note": count_note(figure, result)}
-            for figure in comparable(result, backbone)
-        ],
-        "nearest": [near.to_json() for near in nearest(result, backbone)],
-    }
 
 
 def print_published(found: Mapping[str, Any]) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final
-
-import typer
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 from cli import options
-from cli.commands import eval_sweep
-from cli.commands import eval_trained as trained
-from cli.commands import eval_unseen as unseen
-from cli.commands.eval_print import report
-from cli.commands.eval_request import Request
-from cli.output import leave_it_to_the_first
+from cli.commands import eval_options
+from cli.commands.eval_print import print_base_to_novel, print_evaluation, print_fewshot
+from cli.output import leave_it_to_the_first, progress_of
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,120 +23,42 @@ KINDS: Final[dict[str, Kind]] = {
 
 
 def evaluate(
-    closeset: Annotated[
-        str | None,
-        typer.Option("--closeset", metavar="NAME", help="Data set with the head's own classes."),
-    ] = None,
-    zeroshot: Annotated[
-        str | None, typer.Option("--zeroshot", metavar="NAME", help="Data set with new classes.")
-    ] = None,
-    fewshot: trained.FewShot = None,
-    base_to_novel: trained.BaseToNovel = None,
-    protocol: Annotated[
-        str | None,
-        typer.Option(
-            "--protocol",
-            metavar="PROTOCOL",
-            help="A protocol by its name: `mote-cli protocols list`.",
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--dataset", metavar="NAME", help="Data set of --protocol; default: the protocol's own."
-        ),
-    ] = None,
+    closeset: eval_options.CloseSet = None,
+    zeroshot: eval_options.ZeroShot = None,
+    fewshot: eval_options.FewShot = None,
+    base_to_novel: eval_options.BaseToNovel = None,
+    protocol: eval_options.ProtocolName = None,
+    dataset: eval_options.ProtocolDataset = None,
     head: options.Head = None,
     split: options.Split = None,
-    views: Annotated[
-        str | None,
-        typer.Option("--views", metavar="CLIPSxCROPS", help="Take the store with these views."),
-    ] = None,
+    views: eval_options.Views = None,
     sampling: options.StoreSampling = None,
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,
-    modulation_neighbours: Annotated[
-        str | None,
-        typer.Option(
-            "--modulation-neighbours",
-            metavar="K",
-            help="Classes modulation compares on either side; default: the head's, 5 as published.",
-        ),
-    ] = None,
-    modulation_temperature: Annotated[
-        str | None,
-        typer.Option(
-            "--modulation-temperature",
-            metavar="T",
-            help="The larger, the less the head is held back, none: not at all; default: the "
-            "head's, 0.05 as published.",
-        ),
-    ] = None,
-    ensemble: Annotated[
-        float | None,
-        typer.Option(
-            "--ensemble",
-            metavar="WEIGHT",
-            min=0.0,
-            max=1.0,
-            help="Add CLIP's own cosines per frame with this weight; 0.5 as DiST in zero-shot.",
-        ),
-    ] = None,
-    clip_store: Annotated[
-        str | None,
-        typer.Option(
-            "--clip-store",
-            metavar="NAME",
-            help="Store of the same data set with CLIP's own features, for --ensemble with a head "
-            "whose tower was tuned.",
-        ),
-    ] = None,
-    fusion: Annotated[
-        str | None,
-        typer.Option(
-            "--fusion",
-            metavar="softmax|cosine|features|all",
-            help="How views become one score: mean of softmax, of cosines, or of features; "
-            "default: the protocol's.",
-        ),
-    ] = None,
-    sweeps: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--sweep",
-            metavar="NAME=V,V,...",
-            help="Many settings from one pass: modulation-temperature, modulation-neighbours, "
-            "ensemble, fusion; or blend, over imported towers. May be repeated.",
-        ),
-    ] = None,
-    allow_overlap: Annotated[
-        bool,
-        typer.Option("--allow-overlap", help="Measure although tested videos are training videos."),
-    ] = False,
-    label_map: trained.LabelMapOption = "corrected",
-    k600_source: unseen.K600Source = None,
-    class_lists: unseen.ClassLists = None,
-    k400_names: unseen.K400Names = None,
-    shots: trained.Shots = None,
-    draw_seeds: trained.DrawSeeds = None,
-    lists_from: trained.ListsFrom = None,
-    train_store: trained.TrainStore = None,
-    recipe: trained.Recipe = None,
-    epochs: trained.Epochs = None,
-    batch_size: trained.BatchSize = None,
-    lr: trained.LearningRate = None,
-    repeat: trained.Repeat = "full",
-    name: trained.RunName = None,
-    best_epoch: trained.BestEpoch = True,
-    precision: Annotated[
-        str,
-        typer.Option(
-            "--precision",
-            metavar="auto|fp32|bf16",
-            help="Arithmetic of the head; auto takes bf16 for wide heads where it is faster.",
-        ),
-    ] = "auto",
+    modulation_neighbours: eval_options.ModulationNeighbours = None,
+    modulation_temperature: eval_options.ModulationTemperature = None,
+    ensemble: eval_options.Ensemble = None,
+    clip_store: eval_options.ClipStore = None,
+    fusion: eval_options.Fusion = None,
+    sweeps: eval_options.Sweeps = None,
+    allow_overlap: eval_options.AllowOverlap = False,
+    label_map: eval_options.LabelMapOption = "corrected",
+    k600_source: eval_options.K600Source = None,
+    class_lists: eval_options.ClassLists = None,
+    k400_names: eval_options.K400Names = None,
+    shots: eval_options.Shots = None,
+    draw_seeds: eval_options.DrawSeeds = None,
+    lists_from: eval_options.ListsFrom = None,
+    train_store: eval_options.TrainStore = None,
+    recipe: eval_options.Recipe = None,
+    epochs: eval_options.Epochs = None,
+    batch_size: eval_options.BatchSize = None,
+    lr: eval_options.LearningRate = None,
+    repeat: eval_options.Repeat = "full",
+    name: eval_options.RunName = None,
+    best_epoch: eval_options.BestEpoch = True,
+    precision: eval_options.HeadPrecision = "auto",
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -154,7 +72,12 @@ def evaluate(
 
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
+    from heads.evaluation import request as asked
+    from heads.evaluation import sweeps as swept_values
+    from heads.evaluation.comparing.published import published_beside
     from heads.evaluation.protocols.choose import count_views, protocol_named
+    from heads.evaluation.protocols.unseen import UnseenChoice
+    from heads.evaluation.trained import request as trained
     from heads.training.process_group import process_group
 
     named = None if protocol is None else protocol_named(protocol)
@@ -180,53 +103,71 @@ def evaluate(
         (views,) = named.views
     if views is not None:
         count_views(views)  # a UserError before anything is read
-    swept = eval_sweep.parse_sweeps(sweeps or [])
-    fused = eval_sweep.value_of(eval_sweep.FUSION, fusion)
+    swept = swept_values.parse_sweeps(sweeps or [])
+    fused = swept_values.value_of(swept_values.FUSION, fusion)
     if isinstance(fused, list):
-        if eval_sweep.FUSION in swept:
+        if swept_values.FUSION in swept:
             raise UserError("--fusion all and --sweep fusion contradict each other: give one")
-        swept[eval_sweep.FUSION] = fused
+        swept[swept_values.FUSION] = fused
         fused = None
     kind = named.kind if named is not None else KINDS[chosen[0]]
     if kind in trained.KINDS and swept:
         raise UserError(f"--sweep goes with heads that are there: {kind} trains its own")
-    request = Request(
-        workspace=options.workspace(root),
-        dataset=dataset,
-        kind=kind,
+    workspace = options.workspace(root)
+    request = asked.EvaluationRequest(
+        workspace,
+        dataset,
+        kind,
+        head=head,
         protocol=named,
         split=split,
         views=views,
         sampling=sampling,
-        prompts=prompts,
-        fixed={
-            "modulate": modulate,
-            "neighbours": eval_sweep.value_of(eval_sweep.NEIGHBOURS, modulation_neighbours),
-            "temperature": eval_sweep.value_of(eval_sweep.TEMPERATURE, modulation_temperature),
-            "ensemble": ensemble,
-            "fusion": fused,
-        },
+        store=store_name,
+        prompt_set=lambda store: options.prompt_set(store, prompts),
+        score=asked.ScoreSettings(
+            modulate,
+            swept_values.value_of(swept_values.NEIGHBOURS, modulation_neighbours),
+            swept_values.value_of(swept_values.TEMPERATURE, modulation_temperature),
+            ensemble,
+            fused,
+        ),
         swept=swept,
         clip_store=clip_store,
         allow_overlap=allow_overlap,
         label_map=label_map,
-        unseen=unseen.UnseenChoice(k600_source, tuple(class_lists or ()), k400_names),
-        precision=precision,
+        unseen=UnseenChoice(k600_source, tuple(class_lists or ()), k400_names),
+        packed_class_names=lambda name: options.packed_class_names(workspace, name),
+        precision=precision,  # type: ignore[arg-type]  # it is checked there
         device=options.device(device),
     )
     training = trained.Training(
         *(shots, draw_seeds, lists_from, train_store, recipe, epochs, batch_size, lr, repeat),
         *(name, best_epoch),
     )
+
+    def published(result: Mapping[str, Any]) -> dict[str, Any]:
+        return published_beside(result, options.architecture(workspace, result))
+
     if kind in trained.KINDS:
-        request.unseen.require_unused(kind)
-        trained.evaluate_trained(request, training, head, store_name, json)
+        runs = trained.evaluate_trained(request, training, progress_of)
+        value = runs.to_json()
+        if kind == "fewshot":
+            beside = [published(outcome.last.to_json()) for outcome in runs.outcomes]
+            found = zip(value["runs"], beside, strict=True)
+            value["runs"] = [{**run, **figures} for run, figures in found]
+            print_fewshot(value, runs.outcomes, json)
+        else:
+            measure = {**runs.outcomes[0].last.to_json(), "measure": "harmonic mean"}
+            value |= published(measure)
+            print_base_to_novel(value, runs.save_summary(value), json)
         return
     training.require_unused(kind)
     with process_group() as rank:
         if rank:
             leave_it_to_the_first()
-        model, run_dir = options.head(request.workspace, head)
-        measured, missing = request.measure(model, run_dir, store_name)
+        evaluation = asked.evaluate(request, progress_of)
         if rank == 0:
-            report(request.workspace, measured, missing, bool(swept), json)
+            files = evaluation.save()
+            first = evaluation.measured[0][0].to_json()
+            print_evaluation(evaluation, files, published(first), bool(swept), json)

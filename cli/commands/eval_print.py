@@ -1,41 +1,38 @@
-"""What `mote-cli eval` keeps of its results, and prints."""
+"""What `mote-cli eval` prints of its results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.commands.compare import print_published, published_beside
+from cli.commands.compare import print_published
 from cli.output import percent, print_json, print_table, results, warn
-from featstore.files.durable import write_json
-from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
+    from heads.evaluation.request import Evaluation
     from heads.evaluation.results import EvalResult
     from heads.evaluation.trained.run import ShotOutcome
 
 
-def report(
-    workspace: Workspace,
-    measured: list[tuple[EvalResult, Path]],
-    missing: list[dict[str, Any]],
+def print_evaluation(
+    evaluation: Evaluation,
+    files: Sequence[Path],
+    beside: Mapping[str, Any],
     is_sweep: bool,
     json: bool,
 ) -> None:
-    """Keep the results, and print them."""
-    from heads.evaluation.results import save_result
-
-    rows = [{**r.to_json(), "file": str(save_result(r, run_dir))} for r, run_dir in measured]
-    for gap in missing:
+    """Print an evaluation, the files it was kept in, and published figures `beside` the first."""
+    measured = [result for result, _ in evaluation.measured]
+    for gap in evaluation.missing:
         remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
         warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}{remedy}")
-    result = measured[0][0]
-    beside = published_beside(workspace, rows[0])
+    result = measured[0]
     if json:
+        rows = [{**r.to_json(), "file": str(f)} for r, f in zip(measured, files, strict=True)]
         shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
-        alone = {**rows[0], "published": beside["published"], "nearest": beside["nearest"]}
-        print_json({**shared, "rows": rows, "missing": missing} if is_sweep else alone)
+        sweep = {**shared, "rows": rows, "missing": evaluation.missing}
+        print_json(sweep if is_sweep else {**rows[0], **beside})
         return
     title = (
         f"{result.protocol_name} on {result.dataset}, head {result.head}"
@@ -43,8 +40,8 @@ def report(
         f"{result.n_classes} classes, prompts {result.prompt_set}"
     )
     if is_sweep:
-        _print_sweep(title, [result for result, _ in measured])
-        results.print(f"kept under {Path(rows[0]['file']).parent}", markup=False)
+        _print_sweep(title, measured)
+        results.print(f"kept under {files[0].parent}", markup=False)
         return
     print_table(
         title,
@@ -65,7 +62,7 @@ def report(
         results.print(f"mean top-1 {result.mean:.2f}, population std {result.std:.2f}")
     for note in result.notes:
         results.print(f"not as published: {note}", markup=False)
-    results.print(f"kept as {rows[0]['file']}", markup=False)
+    results.print(f"kept as {files[0]}", markup=False)
     if beside["published"] or beside["nearest"]:
         print_published(beside)
 
@@ -97,12 +94,8 @@ def _print_sweep(title: str, measured: list[EvalResult]) -> None:
     print_table(title, [*varied, "videos", "top-1 %", "std", "top-5 %"], rows)
 
 
-def report_fewshot(
-    workspace: Workspace, value: dict[str, Any], outcomes: Sequence[ShotOutcome], json: bool
-) -> None:
-    """Print one line per number of shots, and the published figures of the same protocol."""
-    beside = [published_beside(workspace, outcome.last.to_json()) for outcome in outcomes]
-    value["runs"] = [{**run, **found} for run, found in zip(value["runs"], beside, strict=True)]
+def print_fewshot(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome], json: bool) -> None:
+    """Print one line per number of shots, and the published figures that `value` has of each."""
     if json:
         print_json(value)
         return
@@ -122,7 +115,7 @@ def report_fewshot(
         ],
     )
     results.print(f"kept under {Path(value['files'][0]).parents[2]}", markup=False)
-    for outcome, found in zip(outcomes, beside, strict=True):
+    for outcome, found in zip(outcomes, value["runs"], strict=True):
         if found["published"] or found["nearest"]:
             results.print(f"{outcome.run.shots} shots:")
             print_published(found)
@@ -134,45 +127,35 @@ def _best(outcome: ShotOutcome) -> str:
     return f"{percent(outcome.best.top1)} (epoch {outcome.best.epoch})"
 
 
-def report_base_to_novel(
-    workspace: Workspace,
-    value: dict[str, Any],
-    outcomes: Sequence[ShotOutcome],
-    first: Path,
-    json: bool,
-) -> None:
-    """Keep the summary beside the first run, and print it."""
-    from heads.evaluation.trained.run import base_to_novel
-
-    last, best = base_to_novel(outcomes), base_to_novel(outcomes, best=True)
-    assert last is not None
-    value |= last.to_json() | {"best": None if best is None else best.to_json()}
-    measured = {**outcomes[0].last.to_json(), "measure": "harmonic mean"}
-    value |= (beside := published_beside(workspace, measured))
-    write_json(first / "base-to-novel.json", value)
+def print_base_to_novel(value: Mapping[str, Any], file: Path, json: bool) -> None:
+    """Print every draw, the means over the draws, and published figures; all of it is `value`."""
     if json:
-        print_json({**value, "file": str(first / "base-to-novel.json")})
+        print_json({**value, "file": str(file)})
         return
     rows = [
-        [f"draw {seed}", percent(base), percent(novel), ""] for seed, base, novel in last.per_seed
+        [f"draw {run['draw']}", percent(run["base"]), percent(run["novel"]), ""]
+        for run in value["per_seed"]
     ]
-    for title, summary in (("mean (last epoch)", last), ("mean (best epoch on test)", best)):
-        if summary is not None:
+    for title, means in (
+        ("mean (last epoch)", value),
+        ("mean (best epoch on test)", value["best"]),
+    ):
+        if means is not None:
             rows.append(
                 [
                     title,
-                    f"{summary.base:.2f} +- {summary.base_std:.2f}",
-                    f"{summary.novel:.2f} +- {summary.novel_std:.2f}",
-                    f"{summary.harmonic_mean:.2f}",
+                    f"{means['base']:.2f} +- {means['base_std']:.2f}",
+                    f"{means['novel']:.2f} +- {means['novel_std']:.2f}",
+                    f"{means['harmonic_mean']:.2f}",
                 ]
             )
     print_table(
         f"base to novel on {value['dataset']}", ["", "base top-1 %", "novel top-1 %", "HM"], rows
     )
     results.print(
-        f"HM of the means; the mean of the draws' HMs is {last.mean_of_harmonic_means:.2f}. "
-        f"Kept as {first / 'base-to-novel.json'}",
+        f"HM of the means; the mean of the draws' HMs is {value['mean_of_harmonic_means']:.2f}. "
+        f"Kept as {file}",
         markup=False,
     )
-    if beside["published"] or beside["nearest"]:
-        print_published(beside)
+    if value["published"] or value["nearest"]:
+        print_published(value)

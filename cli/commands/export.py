@@ -45,6 +45,7 @@ def export(
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
     from heads.compatibility import check_encoder
+    from heads.files.choose import choose_head
     from heads.files.head_file import describe_run
     from heads.files.imported_run import imported_tower
     from heads.files.official import save_official_checkpoint
@@ -57,7 +58,7 @@ def export(
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out takes the file to write")
     workspace = options.workspace(root)
-    head, run_dir = options.head(workspace, run)
+    head, run_dir = choose_head(workspace, run)
     if head is None:
         raise UserError(f"{run} means the mean of frames, which has nothing to export")
     if format == "safetensors":

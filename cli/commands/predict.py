@@ -50,6 +50,7 @@ def predict(
     import torch
 
     from heads.compatibility import check_encoder, mean_head
+    from heads.files.choose import choose_head
     from heads.scoring.scores import can_modulate, predict_scores
     from pipeline.clip_encoder import load_encoder
     from pipeline.decoding import decoder_named
@@ -63,7 +64,7 @@ def predict(
             what = "is a folder" if path.is_dir() else "does not exist"
             raise UserError(f"{path} {what}: predict takes video files")
     workspace = options.workspace(root)
-    model, run_dir = options.head(workspace, head, or_mean=True)
+    model, run_dir = choose_head(workspace, head, or_mean=True)
     name = workspace.head_name(run_dir)
     origin = None if model is None else model.origin
     own = None if origin is None else origin.class_names

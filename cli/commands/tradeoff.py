@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli import options
-from cli.commands.compare import evaluated_runs
 from cli.output import print_json, print_table, results, warn
 from featstore.errors import UserError
 
@@ -60,6 +59,7 @@ def tradeoff(
 
     Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
     """
+    from heads.evaluation.comparing.compare import evaluated_runs
     from heads.evaluation.comparing.tradeoff import collect, is_scored
     from heads.reporting.figures import tradeoff_plot
 

@@ -96,7 +96,8 @@ def train_head(
 
     Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
     """
-    from heads.compatibility import check_fits
+    from heads.compatibility import check_fits, training_prompt_set
+    from heads.files.choose import choose_head
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.training.shots import choose_training_set
     from heads.training.train_head import train_head as run
@@ -127,7 +128,7 @@ def train_head(
             raise UserError(
                 "--from-head brings its own shape: leave --head, --layers and --experts out"
             )
-        initial, initial_run = options.head(workspace, from_head)
+        initial, initial_run = choose_head(workspace, from_head)
         if initial is None:
             raise UserError("--from-head mean: the mean of frames has no weights to start from")
         check_fits(initial, store)
@@ -157,7 +158,7 @@ def train_head(
             repeats=chosen_set.repeats,
             initial=initial,
             initial_run=initial_run,
-            prompt_set=options.training_prompts(store, prompts, initial),
+            prompt_set=options.prompt_set(store, prompts) or training_prompt_set(store, initial),
             resume=resume,
             device=options.device(device),
             progress=progress,

@@ -75,8 +75,8 @@ def evaluate_store(
         config,
         fusion=fusion or named.fusion,
         modulate=modulate,
-        neighbours=modulation_neighbours,
-        temperature=modulation_temperature,
+        modulation_neighbours=modulation_neighbours,
+        modulation_temperature=modulation_temperature,
         ensemble=ensemble,
     )
     (result,) = evaluate_many(
@@ -315,8 +315,8 @@ def _result(
         mean_top5=float(np.mean(top5)) if top5 else None,
         std_top5=float(np.std(top5)) if top5 else None,
         modulate=scoring.modulate,
-        modulation_neighbours=scoring.neighbours if scoring.modulate else None,
-        modulation_temperature=scoring.temperature if scoring.modulate else None,
+        modulation_neighbours=scoring.modulation_neighbours if scoring.modulate else None,
+        modulation_temperature=scoring.modulation_temperature if scoring.modulate else None,
         fusion=scoring.fusion,
         ensemble=scoring.ensemble,
         clip_store=clip_store if scoring.ensemble is not None else None,

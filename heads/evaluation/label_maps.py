@@ -8,9 +8,9 @@ against the wrong names. For comparison with such numbers only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from featstore.errors import UserError
 from featstore.format.class_texts import ClassText
@@ -71,8 +71,15 @@ class _Renamed(Store):
     """A store whose classes have other names; its provenance says so."""
 
     def __init__(self, store: Store, exchange: Mapping[int, int]) -> None:
-        self._order = [exchange.get(label, label) for label in range(len(store.class_names))]
-        super().__init__(store.path)
+        # The opened store itself under other names: nothing is opened or read again.
+        vars(self).update(vars(store))
+        labels = list(range(len(store.class_names)))
+        before: list[int] = vars(store).get("_order", labels)
+        self._order = [before[exchange.get(label, label)] for label in labels]
+
+    def __reduce__(self) -> Any:
+        reopen, arguments = super().__reduce__()
+        return _renamed, (reopen, arguments, dict(enumerate(self._order)))
 
     @property
     def provenance(self) -> Provenance:
@@ -95,3 +102,10 @@ class _Renamed(Store):
             names=tuple(text.names[label] for label in self._order),
             embeddings=text.embeddings[self._order],
         )
+
+
+def _renamed(
+    reopen: Callable[..., Store], arguments: tuple[Any, ...], exchange: Mapping[int, int]
+) -> Store:
+    """What a pickled store with exchanged names becomes in another process."""
+    return _Renamed(reopen(*arguments), exchange)

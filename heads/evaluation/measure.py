@@ -237,7 +237,7 @@ def check_candidates(
         for scoring in scorings:
             if scoring.modulate:
                 trained = head.training_class_embeddings.shape[0]
-                require_neighbours(tested, trained, scoring.neighbours)
+                require_neighbours(tested, trained, scoring.modulation_neighbours)
 
 
 def _place_in_group() -> tuple[int, int]:

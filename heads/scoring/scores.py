@@ -37,9 +37,9 @@ class Scoring:
 
     fusion: Fusion = "softmax"
     modulate: bool = True
-    neighbours: int = NEIGHBOURS
+    modulation_neighbours: int = NEIGHBOURS
     """K of modulation, classes compared on either side."""
-    temperature: float = TEMPERATURE
+    modulation_temperature: float = TEMPERATURE
     """Of modulation's exponential: the larger, the less the head is held back."""
     ensemble: float | None = None
     """Weight w of CLIP: scores come from (1 - w) * head + w * CLIP, both cosines; None for the
@@ -55,10 +55,11 @@ class Scoring:
                 f"ensemble weight {self.ensemble:g} is not a share: 0 is the head alone, 1 CLIP "
                 "alone, 0.5 as DiST"
             )
-        if self.modulate and not (self.neighbours >= 1 and 0 < self.temperature < math.inf):
+        k, t = self.modulation_neighbours, self.modulation_temperature
+        if self.modulate and not (k >= 1 and 0 < t < math.inf):
             raise UserError(
-                f"modulation with {self.neighbours} neighbours and temperature "
-                f"{self.temperature:g} is none: give at least 1 and a number above 0"
+                f"modulation with {k} neighbours and temperature {t:g} is none: "
+                "give at least 1 and a number above 0"
             )
 
     @classmethod
@@ -68,13 +69,14 @@ class Scoring:
         *,
         fusion: Fusion = "softmax",
         modulate: bool = True,
-        neighbours: int | None = None,
-        temperature: float | None = None,
+        modulation_neighbours: int | None = None,
+        modulation_temperature: float | None = None,
         ensemble: float | None = None,
     ) -> Scoring:
         """Settings of a head, with what is given instead of its own; 0 turns modulation off."""
-        k = config.modulation_neighbours if neighbours is None else neighbours
-        t = config.modulation_temperature if temperature is None else temperature
+        k, t = modulation_neighbours, modulation_temperature
+        k = config.modulation_neighbours if k is None else k
+        t = config.modulation_temperature if t is None else t
         on = modulate and config.kind != "mean" and k != 0 and t != 0
         return cls(fusion, on, k, t, ensemble)
 
@@ -149,9 +151,9 @@ class BlockScores:
         """Video features of views [N,V,D], not normalised; `tested` as `candidates` above."""
         scale = None
         if scoring.modulate and self.summaries.hidden is not None:
-            key = ("near", _list_key(tested), scoring.neighbours)
-            near = self._once(key, lambda: self._similarity(tested, scoring.neighbours))
-            scale = torch.exp(-(1 - near) / scoring.temperature)
+            key = ("near", _list_key(tested), scoring.modulation_neighbours)
+            near = self._once(key, lambda: self._similarity(tested, scoring.modulation_neighbours))
+            scale = torch.exp(-(1 - near) / scoring.modulation_temperature)
         return self.summaries.video_features(scale)
 
     def _similarity(self, tested: Tensor | None, neighbours: int) -> Tensor:
@@ -174,7 +176,7 @@ class BlockScores:
     def _modulation_key(self, scoring: Scoring, tested: Tensor | None) -> tuple[object, ...]:
         if not scoring.modulate or self.summaries.hidden is None:
             return ()
-        return (_list_key(tested), scoring.neighbours, scoring.temperature)
+        return (_list_key(tested), scoring.modulation_neighbours, scoring.modulation_temperature)
 
     def _once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self._kept:

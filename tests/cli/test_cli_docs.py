@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import typer.main
 from typer.testing import CliRunner
 
-from cli.main import app
+from cli.main import COMMANDS, app, load_command
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-COMMANDS = sorted(typer.main.get_group(app).commands)
 
 
 def test_help_lists_every_command() -> None:
@@ -34,7 +32,7 @@ def test_the_readme_names_the_command(command: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained(command: str) -> None:
-    for parameter in typer.main.get_group(app).commands[command].params:
+    for parameter in load_command(command).params:
         if parameter.name == "help":
             continue
         text = getattr(parameter, "help", None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from featstore.errors import UserError
+from featstore.workspace import FIRST_STAGE, Workspace
 from heads.evaluation.outcomes import Paired, paired_outcomes
 
 log = logging.getLogger(__name__)
@@ -287,6 +288,32 @@ def newest_result(run_dir: Path, like: SavedResult | None = None) -> SavedResult
         same = [r for r in results if (r.role, r.dataset) == (like.role, like.dataset)]
         results = same or results
     return max(results, key=lambda result: result.time_ns)
+
+
+def evaluated_runs(workspace: Workspace) -> list[Path]:
+    """Folders of the runs that have results, sorted by name."""
+    return sorted({file.parent.parent for file in workspace.root.glob("heads/*/eval/*.json")})
+
+
+def choose_result(workspace: Workspace, text: str, like: SavedResult | None = None) -> SavedResult:
+    """The result that `text` means: a file, or the newest of a run, by its folder or name.
+
+    `like` as for `newest_result`. UserError when it means neither.
+    """
+    path = Path(text)
+    if path.is_file():
+        return read_result(path)
+    if path.is_dir() and (path / EVAL_FOLDER).is_dir():
+        return newest_result(path, like)
+    if "/" not in text.removesuffix(f"/{FIRST_STAGE}"):
+        run_dir = workspace.head_dir(text)
+        if (run_dir / EVAL_FOLDER).is_dir():
+            return newest_result(run_dir, like)
+    known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
+    raise UserError(
+        f"{text!r} is neither a result file nor a run with results (with results are: {known}): "
+        "`mote-cli eval` makes them"
+    )
 
 
 def differences(a: SavedResult, b: SavedResult) -> list[Difference]:

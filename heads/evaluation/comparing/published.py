@@ -244,3 +244,19 @@ def _figure(value: dict[str, Any], where: str) -> Published:
     if broken := [rule for rule, holds in rules.items() if not holds]:
         raise UserError(f"{where}: {'; '.join(broken)}")
     return Published(**{**value, "n": tuple(value["n"]) if "n" in value else None})
+
+
+def published_beside(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
+    """Published figures that stand for the protocol of a result, or the nearest that do not.
+
+    `result` is the JSON object of a result, `backbone` the architecture of its image tower, such as
+    "ViT-B/16"; None where only the encoder's name tells it. JSON-ready: `published`, each with
+    `count_note`; `nearest`, each with what `differs`.
+    """
+    return {
+        "published": [
+            {**figure.to_json(), "count_note": count_note(figure, result)}
+            for figure in comparable(result, backbone)
+        ],
+        "nearest": [near.to_json() for near in nearest(result, backbone)],
+    }

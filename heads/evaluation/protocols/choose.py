@@ -27,6 +27,7 @@ __all__ = [
     "listed_rows",
     "known_dataset",
     "protocol_named",
+    "takes_given_lists",
     "build_test_sets",
     "count_views",
     "usual_protocol",
@@ -86,6 +87,14 @@ def usual_protocol(
     if split_names is not None:
         found = [p for p in found if p.lists != "tests" or len(_numbered(split_names)) > 1]
     return found[0] if found else fallback
+
+
+def takes_given_lists(kind: Kind, dataset: str, split: str | None) -> bool:
+    """Whether the usual protocol tests lists made for the purpose (zero-shot on Kinetics-600)."""
+    known = known_dataset(dataset)
+    return split is None and any(
+        p.kind == kind and p.dataset == known and p.lists == "given" for p in PROTOCOLS.values()
+    )
 
 
 def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> dict[str, RowArray]:

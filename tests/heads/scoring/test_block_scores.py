@@ -131,8 +131,8 @@ def test_the_ensemble_adds_cosines_of_frames(fusion: Any) -> None:
     [
         ({"ensemble": 1.5}, "ensemble weight 1.5 is not a share"),
         ({"fusion": "max"}, "fusion 'max' is unknown"),
-        ({"neighbours": 0}, "modulation with 0 neighbours"),
-        ({"temperature": float("inf")}, "temperature inf is none"),
+        ({"modulation_neighbours": 0}, "modulation with 0 neighbours"),
+        ({"modulation_temperature": float("inf")}, "temperature inf is none"),
     ],
 )
 def test_settings_that_make_no_score(options: dict[str, Any], message: str) -> None:
@@ -143,12 +143,12 @@ def test_settings_that_make_no_score(options: dict[str, Any], message: str) -> N
 def test_settings_of_a_head() -> None:
     config = HeadConfig(dim=16, modulation_neighbours=7, modulation_temperature=0.1)
     assert Scoring.of_head(config) == Scoring("softmax", True, 7, 0.1)
-    assert not Scoring.of_head(config, neighbours=0).modulate
-    assert not Scoring.of_head(config, temperature=0).modulate
+    assert not Scoring.of_head(config, modulation_neighbours=0).modulate
+    assert not Scoring.of_head(config, modulation_temperature=0).modulate
     assert not Scoring.of_head(HeadConfig(dim=16, kind="mean")).modulate
     off = HeadConfig(dim=16, modulation_neighbours=0)
     assert not Scoring.of_head(off).modulate
-    assert Scoring.of_head(off, neighbours=5).modulate
+    assert Scoring.of_head(off, modulation_neighbours=5).modulate
 
 
 def everything(store: Store, head: TemporalHead, **options: Any) -> list[EvalResult]:

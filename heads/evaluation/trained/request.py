@@ -1,123 +1,79 @@
-"""`mote-cli eval --fewshot` and `--base-to-novel`: heads are trained, then tested."""
+"""Few-shot and base to novel as they are asked for: heads are trained, then tested."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
-
-from cli import options
-from cli.commands.eval_print import report_base_to_novel, report_fewshot
-from cli.output import progress_of
 from featstore.errors import UserError
+from featstore.files.durable import write_json
+from featstore.progress import Stages, no_stages
 from featstore.reading.store import Store
+from heads.compatibility import check_fits, training_prompt_set
+from heads.evaluation.evaluate import evaluate_store
+from heads.evaluation.label_maps import (
+    AS_PUBLISHED,
+    check_label_map,
+    named_as,
+    with_exchanged_names,
+)
+from heads.evaluation.leaks import require_no_leak, warn_of_known_classes
+from heads.evaluation.protocols.choose import count_views, known_dataset, usual_protocol
+from heads.evaluation.protocols.protocol import TestSet
+from heads.evaluation.request import EvaluationRequest
+from heads.evaluation.results import EvalResult, RunFacts, save_result
+from heads.evaluation.trained.plan import GivenList, ShotPlan
+from heads.evaluation.trained.run import (
+    DRAW_SEEDS,
+    SHOTS,
+    ShotOutcome,
+    base_to_novel,
+    train_and_test,
+    usual_epochs,
+)
+from heads.files.choose import MEAN_HEAD, choose_head
+from heads.methods.mote.config import HeadOrigin
+from heads.methods.mote.model import TemporalHead
+from heads.recipes import DEFAULT_RECIPE, load_recipe
+from pipeline.annotations.published_lists import (
+    KeyIndex,
+    ListRepository,
+    label_exchange,
+    read_published_list,
+)
 
-if TYPE_CHECKING:
-    from cli.commands.eval_request import Request
-    from heads.evaluation.trained.plan import GivenList
-    from heads.methods.mote.config import HeadOrigin
-
-FewShot = Annotated[
-    str | None,
-    typer.Option(
-        "--fewshot", metavar="NAME", help="Train on K videos per class, then test (--shots)."
-    ),
-]
-BaseToNovel = Annotated[
-    str | None,
-    typer.Option(
-        "--base-to-novel",
-        metavar="NAME",
-        help="Train on 16 videos of each frequent class, test frequent and rare classes.",
-    ),
-]
-Shots = Annotated[
-    str | None,
-    typer.Option(
-        "--shots", metavar="K,K,...", help="Videos per class; default: 2,4,8,16 (base-to-novel 16)."
-    ),
-]
-DrawSeeds = Annotated[
-    str | None,
-    typer.Option(
-        "--draw-seeds",
-        metavar="S,S,...",
-        help="Draws of the shots; default: 1, for base-to-novel 1,2,3.",
-    ),
-]
-ListsFrom = Annotated[
-    Path | None,
-    typer.Option(
-        "--lists-from",
-        metavar="DIR",
-        help="Take the shots from a clone of a repository with published lists.",
-    ),
-]
-LabelMapOption = Annotated[
-    str,
-    typer.Option(
-        "--label-map",
-        metavar="corrected|as-published",
-        help="Class names that published label files exchange (HMDB51): right, or as they are.",
-    ),
-]
-TrainStore = Annotated[
-    str | None,
-    typer.Option("--train-store", metavar="NAME", help="Store to train from, where several fit."),
-]
-Recipe = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="NAME|FILE", help="Settings of training, as train-head's."),
-]
-Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Epochs of training.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", min=1, help="Of training.")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate of training.")]
-Repeat = Annotated[
-    str,
-    typer.Option(
-        "--repeat", metavar="N|full", help="Repeat the shots N times an epoch, or to the full size."
-    ),
-]
-RunName = Annotated[
-    str | None,
-    typer.Option("--name", metavar="RUN", help="Name that the runs trained here begin with."),
-]
-BestEpoch = Annotated[
-    bool,
-    typer.Option(
-        "--best-epoch/--no-best-epoch",
-        help="Test every epoch too, and report the best one separately.",
-    ),
-]
 KINDS = ("fewshot", "base-to-novel")
+SUMMARY_FILE = "base-to-novel.json"
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the heads are trained; the fields are options of `eval`."""
+    """How the heads are trained; None stands for the usual of the protocol or the recipe."""
 
-    shots: str | None
-    draw_seeds: str | None
-    lists_from: Path | None
-    train_store: str | None
-    recipe: str | None
-    epochs: int | None
-    batch_size: int | None
-    lr: float | None
-    repeat: str
-    name: str | None
-    best_epoch: bool
+    shots: str | None = None
+    """Videos per class, "2,4,8"."""
+    draw_seeds: str | None = None
+    lists_from: Path | None = None
+    """A clone of a repository with published lists of shots."""
+    train_store: str | None = None
+    recipe: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    repeat: str = "full"
+    name: str | None = None
+    """What the names of the runs begin with."""
+    best_epoch: bool = True
+    """Test every epoch too, and report the best one separately."""
 
     def require_unused(self, kind: str) -> None:
         """UserError when something was asked for that a protocol of `kind` does not look at."""
-        usual = {"repeat": "full", "best_epoch": True}
         given = [
             f"--{field.name.replace('_', '-')}"
             for field in fields(self)
-            if getattr(self, field.name) != usual.get(field.name)
+            if getattr(self, field.name) != field.default
         ]
         if given:
             raise UserError(
@@ -126,30 +82,57 @@ class Training:
             )
 
 
-def evaluate_trained(
-    ask: Request, how: Training, head: str | None, store_name: str | None, json: bool
-) -> None:
-    """Run the protocol: a training per number of shots or seed, continued where it stopped."""
-    from heads.compatibility import check_fits
-    from heads.evaluation.evaluate import evaluate_store
-    from heads.evaluation.label_maps import check_label_map
-    from heads.evaluation.leaks import require_no_leak, warn_of_known_classes
-    from heads.evaluation.protocols.choose import usual_protocol
-    from heads.evaluation.results import save_result
-    from heads.evaluation.trained.plan import ShotPlan
-    from heads.evaluation.trained.run import (
-        DRAW_SEEDS,
-        SHOTS,
-        train_and_test,
-        usual_epochs,
-    )
-    from heads.recipes import DEFAULT_RECIPE, load_recipe
+@dataclass(frozen=True)
+class TrainedEvaluation:
+    """What the runs of a protocol gave; their results are kept already."""
 
+    kind: str
+    protocol_name: str
+    dataset: str
+    head: str
+    outcomes: list[ShotOutcome]
+    files: list[Path]
+
+    def to_json(self) -> dict[str, Any]:
+        """The runs as strict JSON values; of base to novel also the means over the draws."""
+        value: dict[str, Any] = {
+            "protocol": self.kind,
+            "protocol_name": self.protocol_name,
+            "dataset": self.dataset,
+            "head": self.head,
+            "runs": [outcome.to_json() for outcome in self.outcomes],
+            "files": [str(file) for file in self.files],
+        }
+        if self.kind != "fewshot":
+            last, best = (base_to_novel(self.outcomes, best=best) for best in (False, True))
+            assert last is not None, "every run has a last epoch"
+            value |= last.to_json() | {"best": None if best is None else best.to_json()}
+        return value
+
+    def save_summary(self, value: Mapping[str, Any]) -> Path:
+        """Keep `value`, what was reported of all runs, beside the first of them."""
+        file = self.outcomes[0].run.run_dir / SUMMARY_FILE
+        write_json(file, dict(value))
+        return file
+
+
+def evaluate_trained(
+    ask: EvaluationRequest, how: Training, stages: Stages = no_stages
+) -> TrainedEvaluation:
+    """Run the protocol: a training per number of shots or seed, continued where it stopped.
+
+    Every result is kept beside its run as soon as it is there. Raises UserError for a request that
+    cannot be met, and the errors of `train_and_test`.
+    """
+    ask.unseen.require_unused(ask.kind)
     check_label_map(ask.label_map)
     few = ask.kind == "fewshot"
     protocol = ask.protocol or usual_protocol(ask.kind, ask.dataset, split=ask.split)
-    initial, head_dir = (None, None) if head is None else options.head(ask.workspace, head)
-    train, test, splits = _stores(ask, how, store_name, None if initial is None else initial.origin)
+    initial: TemporalHead | None = None
+    head_dir: Path | None = None
+    if ask.head is not None:
+        initial, head_dir = choose_head(ask.workspace, ask.head)
+    train, test, splits = _stores(ask, how, None if initial is None else initial.origin)
     recipe = load_recipe(how.recipe or DEFAULT_RECIPE)
     epochs = usual_epochs(ask.kind, ask.dataset) if how.recipe is None else None
     training = recipe.train_config(
@@ -159,7 +142,7 @@ def evaluate_trained(
         check_fits(initial, train)
         shape = initial.config
     else:
-        mean = head == options.MEAN_HEAD
+        mean = ask.head == MEAN_HEAD
         shape = recipe.head_config(train.provenance.dim, kind="mean" if mean else None)
     shots = numbers("--shots", how.shots, SHOTS[ask.kind])
     draws = numbers("--draw-seeds", how.draw_seeds, DRAW_SEEDS[ask.kind])
@@ -189,37 +172,38 @@ def evaluate_trained(
         require_no_leak(test, runs[0].tests, head_dir, allow=ask.allow_overlap)
         if not few:
             warn_of_known_classes(initial, test, runs[0].tests[1])
-    prompt_set = options.training_prompts(train, ask.prompts, initial)
+    prompt_set = ask.prompt_set(train) or training_prompt_set(train, initial)
     clip_store = ask.chosen_clip_store()
 
-    def evaluate(tested: Any, tests: Any, facts: Any, name: str) -> Any:
+    def evaluate(
+        tested: TemporalHead, tests: Sequence[TestSet], facts: RunFacts, name: str
+    ) -> EvalResult:
         return evaluate_store(
             test,
             tested,
             protocol=protocol,
             dataset=ask.dataset,
             tests=tests,
-            modulate=ask.fixed["modulate"],
-            modulation_neighbours=ask.fixed["neighbours"],
-            modulation_temperature=ask.fixed["temperature"],
-            ensemble=ask.fixed["ensemble"],
-            fusion=ask.fixed["fusion"],
+            **vars(ask.score),
             head_name=name,
             views=ask.views,
             clip_store=clip_store,
             prompt_set=prompt_set,
-            facts=replace(facts, label_map=label_map or None, **of_run[name]),
+            facts=replace(
+                facts,
+                label_map=label_map or None,
+                n_trained_on=of_run[name].overlap,
+                shots=of_run[name].shots,
+            ),
             precision=ask.precision,
             device=ask.device,
         )
 
-    of_run: dict[str, dict[str, int]] = {
-        run.run_dir.name: {"n_trained_on": run.overlap, "shots": run.shots} for run in runs
-    }
-    outcomes = []
-    files = []
+    of_run = {run.run_dir.name: run for run in runs}
+    outcomes: list[ShotOutcome] = []
+    files: list[Path] = []
     for run in runs:
-        with progress_of(f"train {run.run_dir.name}", "steps") as progress:
+        with stages(f"train {run.run_dir.name}", "steps") as progress:
             outcome = train_and_test(
                 run,
                 train,
@@ -235,20 +219,11 @@ def evaluate_trained(
                 progress=progress,
             )
         found = [outcome.last] if outcome.best is None else [outcome.last, outcome.best]
-        files += [str(save_result(result, run.run_dir)) for result in found]
+        files += [save_result(result, run.run_dir) for result in found]
         outcomes.append(outcome)
-    value = {
-        "protocol": ask.kind,
-        "protocol_name": protocol.name,
-        "dataset": ask.dataset,
-        "head": head or shape.kind,
-        "runs": [outcome.to_json() for outcome in outcomes],
-        "files": files,
-    }
-    if few:
-        report_fewshot(ask.workspace, value, outcomes, json)
-    else:
-        report_base_to_novel(ask.workspace, value, outcomes, runs[0].run_dir, json)
+    return TrainedEvaluation(
+        ask.kind, protocol.name, ask.dataset, ask.head or shape.kind, outcomes, files
+    )
 
 
 def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int, ...]:
@@ -262,13 +237,11 @@ def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int,
 
 
 def _stores(
-    ask: Request, how: Training, store_name: str | None, origin: HeadOrigin | None
+    ask: EvaluationRequest, how: Training, origin: HeadOrigin | None
 ) -> tuple[Store, Store, tuple[str, str]]:
     """The store to train from, the one to test, and their splits."""
-    from heads.evaluation.protocols.choose import count_views
-
-    train_split = ask.workspace.default_split(ask.dataset, ("train1", "train"))
-    test_split = ask.split or ask.workspace.default_split(ask.dataset, ("test1", "val", "test"))
+    train_split = ask.stores.default_split(("train1", "train"))
+    test_split = ask.split or ask.stores.default_split(("test1", "val", "test"))
     if train_split is None or test_split is None:
         lacking = "training" if train_split is None else "test"
         raise UserError(
@@ -277,20 +250,18 @@ def _stores(
         )
     fingerprint = None if origin is None else origin.encoder_fingerprint
     encoder = None if origin is None else origin.encoder
-    test = ask.workspace.choose_store(
-        ask.dataset,
+    test = ask.stores.choose(
         split=test_split,
         views=None if ask.views is None else count_views(ask.views),
         encoder_fingerprint=fingerprint,
         sampling=ask.sampling,
-        name=store_name,
+        name=ask.store,
         encoder=encoder,
     )
     name = how.train_store
     if name is None and train_split in test.split_names and len(test.split(train_split)):
-        name = store_name  # the store that was named has both
-    train = ask.workspace.choose_store(
-        ask.dataset,
+        name = ask.store  # the store that was named has both
+    train = ask.stores.choose(
         split=train_split,
         encoder_fingerprint=fingerprint,
         name=name,
@@ -301,18 +272,9 @@ def _stores(
 
 
 def _lists(
-    ask: Request, how: Training, train: Store, wanted: Sequence[int]
+    ask: EvaluationRequest, how: Training, train: Store, wanted: Sequence[int]
 ) -> tuple[Mapping[int, GivenList] | None, Any]:
     """Published lists by number of shots or seed, and the exchange of names they come with."""
-    from heads.evaluation.protocols.choose import known_dataset
-    from heads.evaluation.trained.plan import GivenList
-    from pipeline.annotations.published_lists import (
-        KeyIndex,
-        ListRepository,
-        label_exchange,
-        read_published_list,
-    )
-
     if how.lists_from is None:
         return None, ""
     few = ask.kind == "fewshot"
@@ -335,12 +297,9 @@ def _lists(
 
 
 def _named(
-    ask: Request, how: Training, train: Store, test: Store, label_map: Any
+    ask: EvaluationRequest, how: Training, train: Store, test: Store, label_map: Any
 ) -> tuple[Store, Store, str]:
     """The stores with names as the label map has them, and what results say of it."""
-    from heads.evaluation.label_maps import AS_PUBLISHED, named_as, with_exchanged_names
-    from heads.evaluation.protocols.choose import known_dataset
-
     if ask.label_map != AS_PUBLISHED:
         return train, test, str(label_map)
     if how.lists_from is None:

@@ -1,20 +1,19 @@
-"""`--sweep` of `mote-cli eval`: many settings from one pass, and towers blended otherwise."""
+"""Sweeps: many settings of the score from one pass, and towers blended otherwise."""
 
 from __future__ import annotations
 
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import Any, Final, get_args
 
 from featstore.errors import UserError, WorkError
 from featstore.workspace import Workspace
-
-if TYPE_CHECKING:
-    from heads.methods.mote.config import HeadConfig
-    from heads.scoring.scores import Scoring
+from heads.files.imported_run import tower_facts, tower_hash
+from heads.methods.mote.config import HeadConfig
+from heads.scoring.scores import Fusion, Scoring
 
 NEIGHBOURS: Final = "modulation-neighbours"
 TEMPERATURE: Final = "modulation-temperature"
@@ -65,11 +64,9 @@ def settings(
     Combinations that come to the same (modulation off, of any neighbours) are there once.
     UserError when a swept setting is fixed as well or does nothing to this head.
     """
-    from heads.scoring.scores import Scoring
-
     fields = {
-        TEMPERATURE: "temperature",
-        NEIGHBOURS: "neighbours",
+        TEMPERATURE: "modulation_temperature",
+        NEIGHBOURS: "modulation_neighbours",
         ENSEMBLE: "ensemble",
         FUSION: "fusion",
     }
@@ -79,13 +76,13 @@ def settings(
             raise UserError(f"--sweep {name} and --{name} contradict each other: give one")
         if name in (TEMPERATURE, NEIGHBOURS) and (config.kind == "mean" or not fixed["modulate"]):
             raise UserError(f"--sweep {name} changes nothing without modulation: leave it out")
-    found: dict[tuple[object, ...], Scoring] = {}
+    found: dict[Scoring, Scoring] = {}
     for values in itertools.product(*(swept[name] for name in names)):
         chosen = {fields[name]: value for name, value in zip(names, values, strict=True)}
         chosen = {**fixed, **chosen}
         scoring = Scoring.of_head(config, **{**chosen, "fusion": chosen["fusion"] or usual_fusion})
-        modulation = (scoring.neighbours, scoring.temperature) if scoring.modulate else ()
-        found.setdefault((scoring.fusion, scoring.ensemble, *modulation), scoring)
+        same = replace(scoring, modulation_neighbours=1, modulation_temperature=1)
+        found.setdefault(scoring if scoring.modulate else same, scoring)
     return list(found.values())
 
 
@@ -148,8 +145,6 @@ class _Tuned:
 
 
 def _tuned(run_dir: Path) -> _Tuned | None:
-    from heads.files.imported_run import tower_facts, tower_hash
-
     try:
         value = json.loads((run_dir / "config.json").read_text())
         facts = tower_facts(run_dir) or {}
@@ -173,8 +168,6 @@ def _tuned(run_dir: Path) -> _Tuned | None:
 
 def _values(name: str, word: str) -> Sequence[Any]:
     if name == FUSION:
-        from heads.scoring.scores import Fusion
-
         known = get_args(Fusion)
         if word == "all":
             return known
