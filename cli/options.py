@@ -14,10 +14,11 @@ import typer
 from cli.output import fail
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX, Workspace
+from heads.methods.registry import MEAN_OF_FRAMES
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
-    from heads.methods.mote.model import TemporalHead
+    from heads.methods.head import Head as TrainedHead
 
 DEFAULT_ROOT = Path("mote-data")
 
@@ -168,7 +169,7 @@ Resume = Annotated[
 DEFAULT_PROMPTS = "mote28"
 DEFAULT_ENCODER = "ViT-B-16/openai"
 DEFAULT_MAX_FAILURES = 0.05
-MEAN_HEAD = "mean"
+MEAN_HEAD = MEAN_OF_FRAMES
 
 
 def workspace(root: Path) -> Workspace:
@@ -232,7 +233,7 @@ def device(name: str) -> str:
 
 def head(
     place: Workspace, name: str | None, *, or_mean: bool = False
-) -> tuple[TemporalHead | None, Path]:
+) -> tuple[TrainedHead | None, Path]:
     """The head that `name` means and its run folder; (None, folder) for the mean of frames.
 
     None means the newest run, or the mean where `or_mean` allows it and nothing was trained.
@@ -252,7 +253,7 @@ def prompt_set(store: Store, text: str | None) -> str | None:
     return None if text is None else held_prompt_set(store, text)
 
 
-def training_prompts(store: Store, text: str | None, initial: TemporalHead | None) -> str:
+def training_prompts(store: Store, text: str | None, initial: TrainedHead | None) -> str:
     """Name of the prompt set to train with: the one --prompts means, else that of the head the
     training starts from, else the default one, else the store's only one.
 

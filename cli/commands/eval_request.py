@@ -17,7 +17,7 @@ from featstore.workspace import Workspace
 if TYPE_CHECKING:
     from heads.evaluation.protocols.protocol import Kind, Protocol, TestSet
     from heads.evaluation.results import EvalResult
-    from heads.methods.mote.model import TemporalHead
+    from heads.methods.head import Head
 
 EVALUATION_SPLITS: Final = ("val", "test")
 
@@ -44,7 +44,7 @@ class Request:
     device: str
 
     def measure(
-        self, model: TemporalHead | None, run_dir: Path, store_name: str | None
+        self, model: Head | None, run_dir: Path, store_name: str | None
     ) -> tuple[list[tuple[EvalResult, Path]], list[dict[str, Any]]]:
         """(results with their run folders, blends that could not be measured and why)."""
         shares = self.swept.get(eval_sweep.BLEND)
@@ -73,7 +73,7 @@ class Request:
         return found, missing
 
     def _measure_run(
-        self, model: TemporalHead | None, run_dir: Path, store_name: str | None
+        self, model: Head | None, run_dir: Path, store_name: str | None
     ) -> list[tuple[EvalResult, Path]]:
         from heads.compatibility import mean_head
         from heads.evaluation.evaluate import evaluate_many
@@ -114,7 +114,7 @@ class Request:
             )
         return [(result, run_dir) for result in measured]
 
-    def _store(self, model: TemporalHead | None, name: str | None) -> Store:
+    def _store(self, model: Head | None, name: str | None) -> Store:
         from heads.evaluation.label_maps import named_as
         from heads.evaluation.protocols.choose import count_views, known_dataset, usual_protocol
 
@@ -137,7 +137,7 @@ class Request:
         return named_as(store, known_dataset(self.dataset), self.label_map)
 
     def _tests(
-        self, protocol: Protocol, store: Store, model: TemporalHead | None
+        self, protocol: Protocol, store: Store, model: Head | None
     ) -> tuple[tuple[TestSet, ...], str | None]:
         """The test sets, and where their class names are from where it is not the data set."""
         from heads.evaluation.protocols.choose import build_test_sets

@@ -13,7 +13,7 @@ from featstore.errors import UserError, WorkError
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
-    from heads.methods.mote.config import HeadConfig
+    from heads.methods.settings import MethodConfig
     from heads.scoring.scores import Scoring
 
 NEIGHBOURS: Final = "modulation-neighbours"
@@ -58,13 +58,14 @@ def parse_sweeps(given: Sequence[str]) -> Values:
 
 
 def settings(
-    config: HeadConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
+    config: MethodConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
 ) -> list[Scoring]:
     """The score settings of every combination of swept values, `fixed` where nothing is swept.
 
     Combinations that come to the same (modulation off, of any neighbours) are there once.
     UserError when a swept setting is fixed as well or does nothing to this head.
     """
+    from heads.methods.registry import method
     from heads.scoring.scores import Scoring
 
     fields = {
@@ -77,7 +78,9 @@ def settings(
     for name in names:
         if fixed.get(fields[name]) is not None:
             raise UserError(f"--sweep {name} and --{name} contradict each other: give one")
-        if name in (TEMPERATURE, NEIGHBOURS) and (config.kind == "mean" or not fixed["modulate"]):
+        if name in (TEMPERATURE, NEIGHBOURS) and (
+            not method(config.kind).modulated or not fixed["modulate"]
+        ):
             raise UserError(f"--sweep {name} changes nothing without modulation: leave it out")
     found: dict[tuple[object, ...], Scoring] = {}
     for values in itertools.product(*(swept[name] for name in names)):

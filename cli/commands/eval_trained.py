@@ -18,7 +18,7 @@ from featstore.reading.store import Store
 if TYPE_CHECKING:
     from cli.commands.eval_request import Request
     from heads.evaluation.trained.plan import GivenList
-    from heads.methods.mote.config import HeadOrigin
+    from heads.methods.settings import HeadOrigin
 
 FewShot = Annotated[
     str | None,

@@ -16,8 +16,8 @@ from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.evaluation.protocols.protocol import TestSet
-    from heads.methods.mote.config import HeadOrigin
-    from heads.methods.mote.model import TemporalHead
+    from heads.methods.head import Head
+    from heads.methods.settings import HeadOrigin
 
 _SPLITS = ("test", "val")
 
@@ -83,7 +83,7 @@ class UnseenChoice:
         return split
 
     def tests(
-        self, workspace: Workspace, store: Store, head: TemporalHead | None
+        self, workspace: Workspace, store: Store, head: Head | None
     ) -> tuple[tuple[TestSet, ...], str]:
         """Test sets of unseen classes, each among its own, and where all of it is from, in words.
 

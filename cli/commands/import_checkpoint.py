@@ -76,7 +76,8 @@ def import_checkpoint(
     Example: `mote-cli import-checkpoint MoTE_B16.pt --name mote-b16 --class-names k400.csv`
     """
     from heads.files.imported_run import imported_origin, require_class_names, save_imported_run
-    from heads.files.official import OfficialCheckpoint, import_official_checkpoint
+    from heads.methods.mote.official import import_official_checkpoint
+    from heads.methods.registry import read_checkpoint
     from pipeline.annotations.class_names import natural_class_name
     from pipeline.annotations.label_names import read_names
     from pipeline.clip_encoder import Encoder, save_open_clip_folder
@@ -96,7 +97,7 @@ def import_checkpoint(
         if folder.exists():
             raise UserError(f"{folder} exists already: choose another --name or remove it")
     names = None if class_names is None else tuple(read_names(class_names).values())
-    checkpoint = OfficialCheckpoint.read(file)
+    _, checkpoint = read_checkpoint(file)
     spec = clip or published_clip(checkpoint.tower_state)
     try:
         original = original_clip(spec, workspace.root / "encoders")

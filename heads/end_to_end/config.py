@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from featstore.errors import UserError
-from heads.methods.mote.config import known_fields
-from heads.training.trainer import TrainConfig
+from heads.methods.settings import known_fields
+from heads.training.config import TrainConfig
 
 Draws = Literal["shared", "per-rank"]
 Saved = Literal["last", "best"]

@@ -227,8 +227,7 @@ def spread(step: TrainingStep, ranks: Ranks, shard: bool) -> nn.Module:
 
     model = step.model
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    head_blocks = [] if model.head.transformer is None else list(model.head.transformer.blocks)
-    for block in [*trained_blocks(model.image_tower), *head_blocks]:
+    for block in [*trained_blocks(model.image_tower), *model.head.blocks]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     register_fsdp_forward_method(model, "training_loss")

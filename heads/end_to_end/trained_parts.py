@@ -1,7 +1,7 @@
 """Which part of the model is trained: everything, the head alone, or the tower's last blocks.
 
 The head and the logit scale are trained in every case. What is frozen has no gradient, and so no
-weight decay and no optimiser state (`heads.training.trainer.build_optimizer` leaves it out).
+weight decay and no optimiser state (`heads.training.schedule.build_optimizer` leaves it out).
 """
 
 from __future__ import annotations

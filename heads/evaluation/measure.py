@@ -20,7 +20,7 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from heads.compatibility import check_complete
 from heads.evaluation.protocols.protocol import LabelIds, TestSet
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
 from heads.methods.mote.modulation import require_neighbours
 from heads.scoring.scores import BlockScores, Scoring, ranks
 from heads.scoring.view_summaries import ViewSummaries, summarise_store
@@ -56,7 +56,7 @@ class Measurement:
 
     def run(
         self,
-        head: TemporalHead,
+        head: Head,
         scorings: Sequence[Scoring],
         text: ClassText,
         *,
@@ -218,7 +218,7 @@ class ClipFeatures:
 
 
 def check_candidates(
-    tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: TemporalHead
+    tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: Head
 ) -> None:
     """Raise UserError for candidates that are no classes of the store or too few to modulate."""
     names = [test.name for test in tests]

@@ -21,9 +21,9 @@ from heads.files.head_file import (
     save_head,
     save_tensors,
 )
-from heads.files.official import OfficialCheckpoint
-from heads.methods.mote.config import HeadOrigin
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
+from heads.methods.mote.official import OfficialCheckpoint
+from heads.methods.settings import HeadOrigin
 from heads.methods.text_classifier import SAME_CLASS, class_cosines
 
 TOWER_FILE: Final = "tower.safetensors"
@@ -32,7 +32,7 @@ TOWER_FILE: Final = "tower.safetensors"
 
 def save_imported_run(
     folder: Path,
-    head: TemporalHead,
+    head: Head,
     checkpoint: OfficialCheckpoint,
     facts: Mapping[str, Any],
 ) -> None:
@@ -112,9 +112,7 @@ def imported_origin(
     )
 
 
-def require_class_names(
-    head: TemporalHead, class_names: tuple[str, ...], embeddings: Tensor
-) -> None:
+def require_class_names(head: Head, class_names: tuple[str, ...], embeddings: Tensor) -> None:
     """Raise UserError unless `class_names` are those of the head's classes, in its order.
 
     `embeddings` [S,D]: the names' class features by the text tower the head was trained with.

@@ -16,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from featstore.errors import UserError
-from heads.methods.mote.config import HeadConfig
-from heads.methods.mote.model import TemporalHead
-from heads.methods.mote.modulation import NEIGHBOURS, TEMPERATURE, modulation
+from heads.methods.head import Head
+from heads.methods.mote.config import MODULATION_TEMPERATURE as TEMPERATURE
+from heads.methods.mote.config import NEIGHBOURS
+from heads.methods.mote.modulation import modulation
+from heads.methods.registry import method
+from heads.methods.settings import MethodConfig
 from heads.methods.text_classifier import class_cosines
 from heads.scoring.view_summaries import ViewSummaries, summarise
 
@@ -64,7 +67,7 @@ class Scoring:
     @classmethod
     def of_head(
         cls,
-        config: HeadConfig,
+        config: MethodConfig,
         *,
         fusion: Fusion = "softmax",
         modulate: bool = True,
@@ -75,7 +78,7 @@ class Scoring:
         """Settings of a head, with what is given instead of its own; 0 turns modulation off."""
         k = config.modulation_neighbours if neighbours is None else neighbours
         t = config.modulation_temperature if temperature is None else temperature
-        on = modulate and config.kind != "mean" and k != 0 and t != 0
+        on = modulate and method(config.kind).modulated and k != 0 and t != 0
         return cls(fusion, on, k, t, ensemble)
 
 
@@ -188,7 +191,7 @@ def _list_key(classes: Tensor | None) -> tuple[int, ...] | None:
 
 @torch.no_grad()
 def view_features(
-    head: TemporalHead, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+    head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
 ) -> Tensor:
     """Video feature of every view, [N,V,T,D] -> [N,V,D], not normalised, on the head's device."""
     scoring = Scoring.of_head(head.config, modulate=modulate)
@@ -198,7 +201,7 @@ def view_features(
 
 
 def view_cosines(
-    head: TemporalHead, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+    head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
 ) -> Tensor:
     """Cosine of every view with every class, [N,V,T,D] and [C,D] -> [N,V,C]."""
     embeddings = functional.normalize(
@@ -245,7 +248,7 @@ def percent(hits: Tensor) -> float:
     return 100.0 * float(hits.double().mean())
 
 
-def can_modulate(head: TemporalHead, named: int) -> bool:
+def can_modulate(head: Head, named: int) -> bool:
     """Whether modulation is possible with `named` tested classes; logged where it is not."""
     trained = head.training_class_embeddings.shape[0]
     needed = head.config.modulation_neighbours
@@ -259,7 +262,7 @@ def can_modulate(head: TemporalHead, named: int) -> bool:
 
 
 def predict_scores(
-    head: TemporalHead,
+    head: Head,
     features: Tensor,
     class_embeddings: Tensor,
     class_names: Sequence[str],

@@ -23,7 +23,7 @@ from featstore.format.schema import RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from heads.arithmetic import autocast
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
 
 BATCH_FRAMES = 4096  # frames per forward pass: large enough for the cores, small in memory
 
@@ -50,7 +50,7 @@ class ViewSummaries:
 
 
 @torch.no_grad()
-def summarise(head: TemporalHead, features: Tensor) -> ViewSummaries:
+def summarise(head: Head, features: Tensor) -> ViewSummaries:
     """The summaries of raw CLIP features [N,V,T,D]; `BATCH_FRAMES` frames go through at a time."""
     videos, views, frames, _ = features.shape
     where = head.logit_scale.device
@@ -76,7 +76,7 @@ def summarise(head: TemporalHead, features: Tensor) -> ViewSummaries:
 
 def summarise_store(
     store: Store,
-    head: TemporalHead,
+    head: Head,
     rows: RowArray,
     *,
     frames: npt.NDArray[np.int64] | None = None,

@@ -11,8 +11,8 @@ from typing import Any
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import write_json
 from heads.files.head_file import CONFIG_FILE, HEAD_FILE
-from heads.methods.mote.config import HeadConfig
-from heads.training.trainer import TrainConfig
+from heads.methods.registry import config_from_json
+from heads.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def setting_differences(
 def _completed(settings: Any) -> Any:
     """Settings with the fields that this version knows and that of the run did not."""
     return settings | {
-        "head": HeadConfig.from_json(settings.get("head", {})).to_json(),
+        "head": config_from_json(settings.get("head", {})).to_json(),
         "training": TrainConfig.from_json(settings.get("training", {})).to_json(),
     }
 

@@ -25,8 +25,9 @@ from heads.end_to_end.run_folder import (
 )
 from heads.end_to_end.sharding import Ranks
 from heads.files.head_file import save_head
-from heads.methods.mote.config import HeadConfig, HeadOrigin
-from heads.methods.mote.model import build_head
+from heads.methods.head import build_head
+from heads.methods.mote.config import HeadConfig
+from heads.methods.settings import HeadOrigin
 from pipeline.clip_encoder import load_encoder
 from tests.support.worlds.tiny_world import make_encoder
 

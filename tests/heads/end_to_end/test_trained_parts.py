@@ -11,7 +11,8 @@ from torch import Tensor
 from featstore.errors import UserError
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.trained_parts import check_train, trained_blocks
-from heads.training.trainer import TrainConfig, build_optimizer
+from heads.training.config import TrainConfig
+from heads.training.schedule import build_optimizer
 from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model, tiny_tower
 
 AFTER = {"ln_post.weight", "ln_post.bias", "proj"}
