@@ -192,8 +192,8 @@ def _finetuned(workspace: Workspace, dataset: str, seed: int, epochs: int) -> st
     """Train the tower with the head that the frozen store gave; the name of run and encoder."""
     from heads.end_to_end.finetune import finetune
     from heads.end_to_end.plan import FinetuneRequest
-    from heads.end_to_end.sharding import Ranks
     from heads.recipes import load_recipe
+    from heads.training.ranks import Ranks
 
     recipe = load_recipe(RECIPE)
     name = f"demo-finetuned-{seed}-{epochs}"

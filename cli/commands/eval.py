@@ -155,7 +155,7 @@ def evaluate(
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
     from heads.evaluation.protocols.choose import count_views, protocol_named
-    from heads.training.process_group import process_group
+    from heads.training.ranks import together
 
     named = None if protocol is None else protocol_named(protocol)
     given = {
@@ -223,10 +223,10 @@ def evaluate(
         trained.evaluate_trained(request, training, head, store_name, json)
         return
     training.require_unused(kind)
-    with process_group() as rank:
-        if rank:
+    with together(device) as ranks:
+        if not ranks.first:
             leave_it_to_the_first()
         model, run_dir = options.head(request.workspace, head)
         measured, missing = request.measure(model, run_dir, store_name)
-        if rank == 0:
+        if ranks.first:
             report(request.workspace, measured, missing, bool(swept), json)

@@ -18,7 +18,7 @@ from featstore.workspace import Workspace
 if TYPE_CHECKING:
     from heads.end_to_end.finetune import FinetuneSummary
     from heads.end_to_end.plan import FinetuneRequest
-    from heads.end_to_end.sharding import Ranks
+    from heads.training.ranks import Ranks
 
 
 def finetune(
@@ -190,8 +190,8 @@ def finetune(
     Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
     """
     from heads.end_to_end.plan import FinetuneRequest
-    from heads.end_to_end.sharding import contact, joined, left
     from heads.recipes import FINETUNE_RECIPE, load_recipe
+    from heads.training.ranks import contact, joined, left
 
     ranks = joined(options.known_device(device))
     _hush_others(ranks)

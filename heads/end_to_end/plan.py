@@ -18,7 +18,7 @@ from heads.compatibility import check_encoder
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
-from heads.end_to_end.sharding import Ranks, sharded
+from heads.end_to_end.sharding import sharded
 from heads.end_to_end.trained_parts import trained_blocks
 from heads.end_to_end.validate import validation_split
 from heads.files.head_file import head_fingerprint, load_head
@@ -26,6 +26,7 @@ from heads.files.imported_run import require_class_names
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.training.ranks import Ranks
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.descriptions import is_descriptions_file, read_descriptions
 from pipeline.encoders.specs import lasting_spec

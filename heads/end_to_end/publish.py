@@ -17,11 +17,12 @@ from torch.distributed.tensor import DTensor
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
 from heads.end_to_end.model import EndToEndModel
-from heads.end_to_end.sharding import Ranks, whole
+from heads.end_to_end.sharding import whole
 from heads.files.head_file import HEAD_FILE, save_head, save_tensors
 from heads.files.imported_run import TOWER_FILE
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
+from heads.training.ranks import Ranks
 from pipeline.clip_encoder import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.encoders.tuned import tower_of, tuned_clip

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from featstore.errors import UserError, WorkError
-from heads.end_to_end.sharding import Ranks, like, whole
+from heads.end_to_end.sharding import like, whole
 from heads.files.head_file import open_tensors, save_tensors
+from heads.training.ranks import Ranks
 
 BEST_FILE: Final = "state/best.safetensors"
 FINETUNE_STATE_FORMAT: Final = 1

@@ -28,9 +28,10 @@ from featstore.progress import ProgressSink
 from heads.arithmetic import autocast, scaler
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel, TrainingStep
-from heads.end_to_end.sharding import Ranks, agreed, gradients_shared, spread
+from heads.end_to_end.sharding import gradients_shared, spread
 from heads.end_to_end.state import Position, all_finite, save_state
 from heads.methods.registry import method
+from heads.training.ranks import Ranks, agreed
 from heads.training.schedule import build_optimizer, data_subsets, draw_generator, learning_rates
 from pipeline.machine import peak_rss_mb
 from pipeline.video_clips.loader import ClipBatch, ClipFailure

@@ -15,12 +15,13 @@ import torch
 from featstore.errors import UserError, WorkError
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
-from heads.end_to_end.sharding import Ranks, contact, joined, sharded
+from heads.end_to_end.sharding import sharded
 from heads.end_to_end.state import BEST_FILE, restore_best, restore_state, save_best
 from heads.end_to_end.trainer import Finetuner
 from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig
 from heads.methods.mote.routing import RoutingDraw
+from heads.training.ranks import Ranks, contact, joined
 from heads.training.schedule import build_optimizer, draw_generator, learning_rates
 from pipeline.encoders.sources import build_model
 from pipeline.video_clips.loader import ClipBatch, ClipFailure
