@@ -45,9 +45,9 @@ def export(
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
     from heads.compatibility import check_encoder
-    from heads.files.head_file import describe_run
     from heads.files.imported_run import imported_tower
     from heads.files.portable import save_merged_head, save_onnx
+    from heads.files.run_files import describe_run
     from heads.methods.registry import method
     from pipeline.clip_encoder import fingerprint
     from pipeline.encoders.tuned import original_clip, tower_of

@@ -13,6 +13,7 @@ import math
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from featstore.errors import UserError
@@ -88,10 +89,10 @@ class EndToEndModel(nn.Module):
         Raises ValueError for another shape or dtype.
         """
         self._check_frames(frames)
-        images = frames.flatten(0, 1).to(self.logit_scale.dtype)
+        images = rearrange(frames, "b t c h w -> (b t) c h w").to(self.logit_scale.dtype)
         with torch.set_grad_enabled(self._tower_trains and torch.is_grad_enabled()):
             features = image_embeddings(self.image_tower, images)
-        return features.view(*frames.shape[:2], -1)
+        return rearrange(features, "(b t) d -> b t d", t=frames.shape[1])
 
     def training_loss(
         self,

@@ -18,8 +18,8 @@ from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.sharding import whole
-from heads.files.head_file import HEAD_FILE, save_head, save_tensors
-from heads.files.imported_run import TOWER_FILE
+from heads.files.head_file import save_head, save_tensors
+from heads.files.run_files import HEAD_FILE, TOWER_FILE
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
 from heads.training.ranks import Ranks

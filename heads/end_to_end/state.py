@@ -23,7 +23,6 @@ from heads.end_to_end.sharding import like, whole
 from heads.files.head_file import open_tensors, save_tensors
 from heads.training.ranks import Ranks
 
-BEST_FILE: Final = "state/best.safetensors"
 FINETUNE_STATE_FORMAT: Final = 1
 
 

@@ -30,6 +30,7 @@ from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel, TrainingStep
 from heads.end_to_end.sharding import gradients_shared, spread
 from heads.end_to_end.state import Position, all_finite, save_state
+from heads.files.run_files import NOT_FINITE_FILE
 from heads.methods.registry import method
 from heads.training.ranks import Ranks, agreed
 from heads.training.schedule import build_optimizer, data_subsets, draw_generator, learning_rates
@@ -45,7 +46,6 @@ CHECKPOINT_EVERY_S: Final = 600.0
 LOOK_EVERY: Final = {"cpu": 1, "cuda": 10}
 """Steps between looks at the losses; a GPU waits for each look."""
 
-NOT_FINITE_FILE: Final = "state/not-finite.json"
 _NAMED = 6  # keys of a bad batch in the message; the file has all
 
 

@@ -16,7 +16,7 @@ from featstore.errors import UserError
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
-from heads.files.head_file import CONFIG_FILE
+from heads.files.run_files import CONFIG_FILE
 from heads.methods.head import Head
 from heads.methods.registry import untrained
 from heads.training.subsets import shown

@@ -22,8 +22,8 @@ from featstore.errors import WorkError
 from featstore.files.durable import write_bytes, write_json
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.protocols.protocol import LabelIds
-from heads.files.head_file import CONFIG_FILE
 from heads.files.imported_run import tower_facts
+from heads.files.run_files import CONFIG_FILE
 from heads.methods.registry import untrained
 
 RESULT_FORMAT: Final = 2

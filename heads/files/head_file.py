@@ -20,15 +20,11 @@ from torch import Tensor
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import durable_path
+from heads.files.run_files import CONFIG_FILE, HEAD_FILE
 from heads.methods.head import Head
 from heads.methods.registry import config_from_json, method
 from heads.methods.settings import HeadOrigin
 from heads.methods.weight_files import describe_faults
-
-HEAD_FILE: Final = "head.safetensors"
-CONFIG_FILE: Final = "config.json"
-METRICS_FILE: Final = "metrics.jsonl"
-STATE_FILE: Final = "state/last.safetensors"
 
 HEAD_FORMAT: Final = 1
 STATE_FORMAT: Final = 1
@@ -136,31 +132,3 @@ def _check_shapes(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, 
             f"{file} does not fit its own configuration: {faults or strange[0]}; "
             "train or import the head again"
         )
-
-
-def describe_run(run_dir: Path) -> dict[str, Any]:
-    """What a run is and how far it got, JSON-ready; UserError when `run_dir` is no run."""
-    try:
-        settings = json.loads((run_dir / CONFIG_FILE).read_text())
-    except OSError as error:
-        raise UserError(f"{run_dir} is no run: it has no {CONFIG_FILE}") from error
-    except ValueError as error:
-        raise WorkError(f"{run_dir / CONFIG_FILE} is not JSON: train again") from error
-    metrics = run_dir / METRICS_FILE
-    epochs = (
-        [json.loads(line) for line in metrics.read_text().splitlines()]
-        if (metrics.is_file())
-        else []
-    )
-    return {
-        "name": run_dir.name,
-        "finished": (run_dir / HEAD_FILE).is_file(),
-        "epochs_done": len(epochs),
-        "last_loss": epochs[-1]["loss"] if epochs else None,
-        **({"mode": settings["mode"]} if "mode" in settings else {}),
-        "head": settings.get("head", {}),
-        "training": settings.get("training", {}),
-        "data": settings.get("data", {}),
-        **({"imported": settings["imported"]} if "imported" in settings else {}),
-        "results": sorted(path.name for path in (run_dir / "eval").glob("*.json")),
-    }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -161,12 +162,12 @@ class BlockScores:
         """[N,V] `Modulation.similarity`, which no temperature changes."""
         features = self.summaries.features
         found = modulation(
-            features.flatten(0, 1)[:, None],
+            rearrange(features, "n v d -> (n v) 1 d"),
             self.classes if tested is None else self.classes[tested],
             self.training_classes,
             neighbours,
         )
-        return found.similarity.view(features.shape[:2])
+        return rearrange(found.similarity, "(n v) -> n v", v=features.shape[1])
 
     def _clip_cosines(self) -> Tensor:
         """[N,V,C] mean over frames of CLIP's cosines."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,10 +53,12 @@ class ViewSummaries:
 @torch.no_grad()
 def summarise(head: Head, features: Tensor) -> ViewSummaries:
     """The summaries of raw CLIP features [N,V,T,D]; `BATCH_FRAMES` frames go through at a time."""
-    videos, views, frames, _ = features.shape
+    _, views, frames, _ = features.shape
     where = head.logit_scale.device
     parts: list[tuple[Tensor | None, Tensor, Tensor]] = []
-    for part in torch.split(features.flatten(0, 1), max(1, BATCH_FRAMES // frames)):
+    for part in torch.split(
+        rearrange(features, "n v t d -> (n v) t d"), max(1, BATCH_FRAMES // frames)
+    ):
         frame_features, hidden = head.temporal(part.to(where))
         parts.append(
             (
@@ -65,7 +68,7 @@ def summarise(head: Head, features: Tensor) -> ViewSummaries:
             )
         )
     joined = [
-        None if column[0] is None else torch.cat(column).view(videos, views, -1)
+        None if column[0] is None else rearrange(torch.cat(column), "(n v) d -> n v d", v=views)
         for column in zip(*parts, strict=True)
     ]
     mean, units = joined[1:]

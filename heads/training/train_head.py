@@ -22,7 +22,6 @@ import torch
 
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.errors import UserError, WorkError
-from featstore.files.durable import write_bytes
 from featstore.files.locks import exclusive
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
@@ -31,15 +30,19 @@ from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
 from heads.files.head_file import (
-    CONFIG_FILE,
-    HEAD_FILE,
-    METRICS_FILE,
-    STATE_FILE,
     STATE_FORMAT,
     head_fingerprint,
     load_tensors,
     save_head,
     save_tensors,
+)
+from heads.files.run_files import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    LOCK_FILE,
+    STATE_FILE,
+    read_metrics,
+    write_metrics,
 )
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
@@ -61,7 +64,6 @@ AfterEpoch = Callable[[Head, int], Mapping[str, float]]
 """Called after every epoch with the head as it is and the number of epochs done."""
 
 RUN_FORMAT = 1
-LOCK_FILE = "state/lock"
 
 
 @dataclass(frozen=True)
@@ -367,20 +369,6 @@ def _origin(store: Store, prompt_set: str, frames: int, text: ClassText) -> Head
         label_map=provenance.label_map,
         prompt_templates=text.templates,
     )
-
-
-def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
-    """Write the records of a run's epochs, a line each."""
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
-    write_bytes(run_dir / METRICS_FILE, lines.encode())
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a finished run's epochs."""
-    try:
-        return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    except (OSError, ValueError):
-        return []  # they describe a finished run; its head is what counts
 
 
 def _summary(

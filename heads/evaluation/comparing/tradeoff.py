@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 from featstore.errors import UserError
 from heads.evaluation.comparing.compare import SavedResult, differences, saved_results
 from heads.evaluation.protocols.choose import PROTOCOLS, known_dataset
-from heads.files.head_file import CONFIG_FILE
+from heads.files.run_files import CONFIG_FILE
 from heads.methods.registry import MEAN_OF_FRAMES
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from featstore.reading.store import Store
 from heads.evaluation.protocols.choose import known_dataset
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.results import EvalResult, RunFacts, run_facts
-from heads.files.head_file import CONFIG_FILE, METRICS_FILE, load_head, save_head
+from heads.files.head_file import load_head, save_head
+from heads.files.run_files import CONFIG_FILE, METRICS_FILE
 from heads.methods.head import Head
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig

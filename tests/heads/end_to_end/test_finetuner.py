@@ -16,8 +16,9 @@ from featstore.errors import UserError, WorkError
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.sharding import sharded
-from heads.end_to_end.state import BEST_FILE, restore_best, restore_state, save_best
+from heads.end_to_end.state import restore_best, restore_state, save_best
 from heads.end_to_end.trainer import Finetuner
+from heads.files.run_files import BEST_FILE
 from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig
 from heads.methods.mote.routing import RoutingDraw
