@@ -29,8 +29,8 @@ from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.finetune import finetune
 from heads.end_to_end.plan import FinetuneRequest
-from heads.end_to_end.sharding import Ranks
-from heads.training.trainer import build_optimizer
+from heads.training.ranks import Ranks
+from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import load_encoder
 from pipeline.tars.packing import pack
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heads.methods.mote.config import RoutingDraw
+from heads.methods.mote.routing import RoutingDraw
 
 
 class ReferenceExperts(nn.Module):

@@ -168,7 +168,6 @@ Resume = Annotated[
 DEFAULT_PROMPTS = "mote28"
 DEFAULT_ENCODER = "ViT-B-16/openai"
 DEFAULT_MAX_FAILURES = 0.05
-MEAN_HEAD = "mean"
 
 
 def workspace(root: Path) -> Workspace:
@@ -221,13 +220,9 @@ def known_device(name: str) -> str:
 
 def device(name: str) -> str:
     """ "auto" becomes "cuda" where there is one; `UserError` for an unknown name."""
-    import torch  # slow to import, and not needed for --help
+    from heads.arithmetic import resolve_device  # torch, which --help does without
 
-    if known_device(name) == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for and torch finds no GPU: use --device cpu")
-    return name
+    return resolve_device(name).type
 
 
 def prompt_set(store: Store, text: str | None) -> str | None:

@@ -14,8 +14,9 @@ from torch.nn import functional
 from featstore.errors import UserError, WorkError
 from featstore.format.class_texts import ClassText
 from featstore.reading.store import Store
-from heads.methods.mote.config import HeadConfig, HeadOrigin
-from heads.methods.mote.model import TemporalHead, build_head
+from heads.methods.head import Head, build_head
+from heads.methods.registry import MEAN_OF_FRAMES, method
+from heads.methods.settings import HeadOrigin
 from heads.methods.text_classifier import SAME_CLASS, class_cosines
 
 log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 USUAL_PROMPT_SET: Final = "mote28"
 
 
-def check_fits(head: TemporalHead, store: Store) -> None:
+def check_fits(head: Head, store: Store) -> None:
     """Raise UserError when `head` was trained on features of another encoder than the store's."""
     provenance = store.provenance
     if head.config.dim != provenance.dim:
@@ -45,9 +46,11 @@ def check_encoder(origin: HeadOrigin, encoder: str, fingerprint: str) -> None:
         )
 
 
-def mean_head(dim: int, logit_scale: float = 100.0) -> TemporalHead:
+def mean_head(dim: int, logit_scale: float = 100.0) -> Head:
     """The head without parameters: a video is the mean of its frames, as CLIP would have it."""
-    return build_head(HeadConfig(kind="mean", dim=dim), logit_scale=logit_scale)
+    return build_head(
+        method(MEAN_OF_FRAMES).config(kind=MEAN_OF_FRAMES, dim=dim), logit_scale=logit_scale
+    )
 
 
 def check_complete(store: Store) -> None:
@@ -57,7 +60,7 @@ def check_complete(store: Store) -> None:
         raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
 
 
-def check_class_text(head: TemporalHead, text: ClassText, prompt_set: str) -> None:
+def check_class_text(head: Head, text: ClassText, prompt_set: str) -> None:
     """Raise UserError when class texts differ from those the head was trained with.
 
     Told by the classes both know: the same name under the same prompt set must have the same
@@ -97,7 +100,7 @@ def check_class_text(head: TemporalHead, text: ClassText, prompt_set: str) -> No
         )
 
 
-def knows_classes(head: TemporalHead, text: ClassText) -> bool:
+def knows_classes(head: Head, text: ClassText) -> bool:
     """Whether the tested classes are those the head was trained on, in whatever order.
 
     Told by their names; by their embeddings for a head that has only those.
@@ -114,7 +117,7 @@ def knows_classes(head: TemporalHead, text: ClassText) -> bool:
     return bool((best >= SAME_CLASS).all()) and len(set(place.tolist())) == len(place)
 
 
-def default_prompt_set(store: Store, head: TemporalHead) -> str:
+def default_prompt_set(store: Store, head: Head) -> str:
     """The head's prompt set, else the store's only one; UserError where it has several."""
     if head.origin is not None:
         return head.origin.prompt_set
@@ -127,7 +130,7 @@ def default_prompt_set(store: Store, head: TemporalHead) -> str:
     return known[0]
 
 
-def training_prompt_set(store: Store, initial: TemporalHead | None) -> str:
+def training_prompt_set(store: Store, initial: Head | None) -> str:
     """The prompt set to train with where none is named: that of the head the training starts from,
     else the usual one, else the store's only one.
 

@@ -17,7 +17,7 @@ from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from featstore import Store
-    from heads.methods.mote.model import TemporalHead
+    from heads.methods.head import Head
 
 PROMPTS = "name"  # the demo's small CLIP learned from captions, not from prompt sentences
 SAMPLING = "uniform:16"
@@ -119,7 +119,6 @@ def run_world(workspace: Workspace, seed: int, finetune: int = 0) -> list[dict[s
     earlier run of the same seed finished is not done again.
     """
     from heads.files.head_file import load_head
-    from heads.methods.mote.config import HeadKind
     from heads.recipes import load_recipe
     from heads.training.train_head import train_head, training_rows
     from pipeline.demo.small_clip import ENCODER_NAME, make_encoder_folder
@@ -137,9 +136,9 @@ def run_world(workspace: Workspace, seed: int, finetune: int = 0) -> list[dict[s
             pack(videos, names[kind], workspace.dataset_dir(names[kind]), progress=progress)
     stores = {kind: _extracted(workspace, name, ENCODER_NAME) for kind, name in names.items()}
 
-    heads: dict[str, TemporalHead | None] = {"mean": None}
+    heads: dict[str, Head | None] = {"mean": None}
     recipe = load_recipe(RECIPE)
-    trained: tuple[HeadKind, ...] = ("transformer", "mote")
+    trained: tuple[str, ...] = ("transformer", "mote")
     for head in trained:
         run_dir = workspace.run_dir(f"demo-{head}-{seed}")
         with progress_of(f"train {head}", "steps") as progress:
@@ -193,8 +192,8 @@ def _finetuned(workspace: Workspace, dataset: str, seed: int, epochs: int) -> st
     """Train the tower with the head that the frozen store gave; the name of run and encoder."""
     from heads.end_to_end.finetune import finetune
     from heads.end_to_end.plan import FinetuneRequest
-    from heads.end_to_end.sharding import Ranks
     from heads.recipes import load_recipe
+    from heads.training.ranks import Ranks
 
     recipe = load_recipe(RECIPE)
     name = f"demo-finetuned-{seed}-{epochs}"
@@ -217,9 +216,7 @@ def _finetuned(workspace: Workspace, dataset: str, seed: int, epochs: int) -> st
     return name
 
 
-def _measured(
-    stores: Mapping[str, Store], head: TemporalHead | None, row: _Scored
-) -> dict[str, float]:
+def _measured(stores: Mapping[str, Store], head: Head | None, row: _Scored) -> dict[str, float]:
     """Close-set accuracy on the known classes, zero-shot accuracy on the new ones."""
     from heads.evaluation.evaluate import evaluate_store
     from heads.evaluation.protocols.choose import closeset_tests, zeroshot_tests

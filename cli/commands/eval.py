@@ -78,7 +78,7 @@ def evaluate(
     from heads.evaluation.protocols.choose import count_views, protocol_named
     from heads.evaluation.protocols.unseen import UnseenChoice
     from heads.evaluation.trained import request as trained
-    from heads.training.process_group import process_group
+    from heads.training.ranks import together
 
     named = None if protocol is None else protocol_named(protocol)
     given = {
@@ -163,11 +163,11 @@ def evaluate(
             print_base_to_novel(value, runs.save_summary(value), json)
         return
     training.require_unused(kind)
-    with process_group() as rank:
-        if rank:
+    with together(device) as ranks:
+        if not ranks.first:
             leave_it_to_the_first()
         evaluation = asked.evaluate(request, progress_of)
-        if rank == 0:
+        if ranks.first:
             files = evaluation.save()
             first = evaluation.measured[0][0].to_json()
             print_evaluation(evaluation, files, published(first), bool(swept), json)

@@ -46,10 +46,10 @@ def export(
     """
     from heads.compatibility import check_encoder
     from heads.files.choose import choose_head
-    from heads.files.head_file import describe_run
     from heads.files.imported_run import imported_tower
-    from heads.files.official import save_official_checkpoint
     from heads.files.portable import save_merged_head, save_onnx
+    from heads.files.run_files import describe_run
+    from heads.methods.registry import method
     from pipeline.clip_encoder import fingerprint
     from pipeline.encoders.tuned import original_clip, tower_of
 
@@ -66,6 +66,10 @@ def export(
     elif format == "onnx":
         save_onnx(head, out)
     else:
+        chosen = method(head.config.kind)
+        official = chosen.checkpoint
+        if official is None:
+            raise UserError(f"{chosen.title}: there is nothing to export in the official format")
         found = imported_tower(run_dir)
         if found is None:
             origin = head.origin
@@ -79,7 +83,7 @@ def export(
             if origin is not None:
                 check_encoder(origin, spec, fingerprint(clip.model, clip.model_config))
             found = tower_of(clip), max(0, describe_run(run_dir)["epochs_done"] - 1)
-        save_official_checkpoint(out, head, *found)
+        official.write(out, head, *found)
     name = workspace.head_name(run_dir)
     summary = {"run": name, "format": format, "file": str(out), "bytes": out.stat().st_size}
     if json:

@@ -14,11 +14,12 @@ from cli.output import PACKAGES, percent, print_facts, print_json, progress_of
 from featstore.errors import UserError, WorkError
 from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
+from heads.methods.registry import MEAN_OF_FRAMES
 
 if TYPE_CHECKING:
     from heads.end_to_end.finetune import FinetuneSummary
     from heads.end_to_end.plan import FinetuneRequest
-    from heads.end_to_end.sharding import Ranks
+    from heads.training.ranks import Ranks
 
 
 def finetune(
@@ -190,8 +191,8 @@ def finetune(
     Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
     """
     from heads.end_to_end.plan import FinetuneRequest
-    from heads.end_to_end.sharding import contact, joined, left
     from heads.recipes import FINETUNE_RECIPE, load_recipe
+    from heads.training.ranks import contact, joined, left
 
     ranks = joined(options.known_device(device))
     _hush_others(ranks)
@@ -200,7 +201,7 @@ def finetune(
             with ranks.agreeing():
                 workspace = options.workspace(root)
                 run = name or f"{dataset}-finetuned"
-                if run == options.MEAN_HEAD:
+                if run == MEAN_OF_FRAMES:
                     raise UserError(f"--name {run}: --head {run} means no head; use another name")
                 settings = load_recipe(recipe or FINETUNE_RECIPE)
                 request = FinetuneRequest(

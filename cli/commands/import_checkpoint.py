@@ -12,6 +12,7 @@ from cli import options
 from cli.output import print_facts, print_json, progress_of
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import new_folders
+from heads.methods.registry import MEAN_OF_FRAMES
 
 
 def import_checkpoint(
@@ -76,7 +77,8 @@ def import_checkpoint(
     Example: `mote-cli import-checkpoint MoTE_B16.pt --name mote-b16 --class-names k400.csv`
     """
     from heads.files.imported_run import imported_origin, require_class_names, save_imported_run
-    from heads.files.official import OfficialCheckpoint, import_official_checkpoint
+    from heads.methods.mote.official import import_official_checkpoint
+    from heads.methods.registry import read_checkpoint
     from pipeline.annotations.class_names import natural_class_name
     from pipeline.annotations.label_names import read_names
     from pipeline.clip_encoder import Encoder, save_open_clip_folder
@@ -90,13 +92,13 @@ def import_checkpoint(
 
     workspace = options.workspace(root)
     encoder_dir, run_dir = workspace.encoder_dir(name), workspace.run_dir(name)
-    if name == options.MEAN_HEAD:
+    if name == MEAN_OF_FRAMES:
         raise UserError(f"--name {name}: --head {name} means no head; use another name")
     for folder in (encoder_dir, run_dir):
         if folder.exists():
             raise UserError(f"{folder} exists already: choose another --name or remove it")
     names = None if class_names is None else tuple(read_names(class_names).values())
-    checkpoint = OfficialCheckpoint.read(file)
+    _, checkpoint = read_checkpoint(file)
     spec = clip or published_clip(checkpoint.tower_state)
     try:
         original = original_clip(spec, workspace.root / "encoders")

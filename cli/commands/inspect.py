@@ -98,12 +98,12 @@ def _store(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path) -> dict[str, Any]:
-    from heads.files.head_file import describe_run
+    from heads.files.run_files import describe_run
 
     facts = {"kind": "run", **describe_run(path)}
     if facts.get("mode") == "finetune":
         from heads.end_to_end.run_folder import read_failed_clips
-        from heads.training.train_head import read_metrics
+        from heads.files.run_files import read_metrics
 
         records = read_metrics(path)
         facts |= {

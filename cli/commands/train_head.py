@@ -9,6 +9,7 @@ import typer
 from cli import options
 from cli.output import print_facts, print_json, progress_of
 from featstore.errors import UserError
+from heads.methods.registry import MEAN_OF_FRAMES
 
 
 def train_head(
@@ -104,7 +105,7 @@ def train_head(
     from heads.training.train_head import training_rows
 
     workspace = options.workspace(root)
-    if name == options.MEAN_HEAD:
+    if name == MEAN_OF_FRAMES:
         raise UserError(
             f"--name {name}: --head {name} means no head in other commands; use another name"
         )

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from featstore.errors import UserError
-from heads.methods.mote.config import known_fields
-from heads.training.trainer import TrainConfig
+from heads.methods.settings import known_fields
+from heads.training.config import TrainConfig
 
 Draws = Literal["shared", "per-rank"]
 Saved = Literal["last", "best"]
 Sharding = Literal["auto", "ddp", "fsdp"]
 _CHOICES = {"draws": Draws, "save": Saved, "shard": Sharding}
-_TRAINED = re.compile(r"tower|head|tower-last-[1-9]\d*")
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,7 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.train, str) or not _TRAINED.fullmatch(self.train):
-            raise UserError(
-                f"train {self.train!r} is unknown: choose tower, head or tower-last-N (N from 1 up)"
-            )
+        last_blocks(self.train)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise UserError(
@@ -79,3 +75,15 @@ class FinetuneConfig(TrainConfig):
     def from_json(cls, value: Mapping[str, Any]) -> FinetuneConfig:
         """The inverse of `to_json`; UserError names fields this version does not know."""
         return cls(**known_fields(cls, value, "fine-tuning"))
+
+
+def last_blocks(train: object) -> int | None:
+    """N of "tower-last-N", None for "tower" and "head"; UserError for any other `train`."""
+    if train in ("tower", "head"):
+        return None
+    match = re.fullmatch(r"tower-last-([1-9][0-9]{0,5})", train) if isinstance(train, str) else None
+    if match is None:
+        raise UserError(
+            f"train {train!r} is unknown: choose tower, head or tower-last-N (N from 1 up)"
+        )
+    return int(match[1])

@@ -30,15 +30,22 @@ from heads.end_to_end.run_folder import (
     starting_head,
     write_failed_clips,
 )
-from heads.end_to_end.sharding import Ranks, agreed, contact
-from heads.end_to_end.state import BEST_FILE, restore_best, restore_state, save_best
+from heads.end_to_end.state import restore_best, restore_state, save_best
 from heads.end_to_end.trainer import Finetuner
 from heads.end_to_end.validate import validate
-from heads.files.head_file import HEAD_FILE, STATE_FILE, load_head, open_tensors
-from heads.files.imported_run import TOWER_FILE
+from heads.files.head_file import load_head, open_tensors
+from heads.files.run_files import (
+    BEST_FILE,
+    HEAD_FILE,
+    LOCK_FILE,
+    STATE_FILE,
+    TOWER_FILE,
+    read_metrics,
+    write_metrics,
+)
 from heads.scoring.scores import can_modulate
+from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
-from heads.training.train_head import LOCK_FILE, read_metrics, write_metrics
 
 log = logging.getLogger(__name__)
 

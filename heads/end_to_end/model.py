@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from featstore.errors import UserError
 from heads.end_to_end.trained_parts import checkpoint_gradients, freeze_all_but
-from heads.methods.mote.config import RoutingDraw
-from heads.methods.mote.losses import LossTerms, mote_loss
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
+from heads.training.config import TrainConfig
 from pipeline.clip_encoder import image_embeddings
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class EndToEndModel(nn.Module):
     def __init__(
         self,
         image_tower: nn.Module,
-        head: TemporalHead,
+        head: Head,
         logit_scale: float | Tensor,
         *,
         train: str = "tower",
@@ -89,29 +89,27 @@ class EndToEndModel(nn.Module):
         Raises ValueError for another shape or dtype.
         """
         self._check_frames(frames)
-        images = frames.flatten(0, 1).to(self.logit_scale.dtype)
+        images = rearrange(frames, "b t c h w -> (b t) c h w").to(self.logit_scale.dtype)
         with torch.set_grad_enabled(self._tower_trains and torch.is_grad_enabled()):
             features = image_embeddings(self.image_tower, images)
-        return features.view(*frames.shape[:2], -1)
+        return rearrange(features, "(b t) d -> b t d", t=frames.shape[1])
 
     def training_loss(
         self,
         frames: Tensor,
         labels: Tensor,
         class_embeddings: Tensor,
-        draw: RoutingDraw,
+        draw: Any,
         subsets: Tensor | None = None,
-        *,
-        expert_weight: float = 1.0,
-        merged_weight: float = 0.5,
-        feature_weight: float = 0.1,
-    ) -> LossTerms:
-        """Losses of one batch, means over its samples (`heads.methods.mote.losses.mote_loss`).
+        **weights: float,
+    ) -> Any:
+        """Losses of one batch, means over its samples, as `Head.training_loss` gives them.
 
         `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B], best on the CPU, where they
-        are checked without waiting for a GPU; `class_embeddings` [C,D]; `draw` and `subsets` as
-        `TemporalHead.training_pass` takes them. Tower and head run under the caller's autocast,
-        the losses outside it. The features are not detached in the feature loss.
+        are checked without waiting for a GPU; `class_embeddings` [C,D]; `draw`, `subsets` and
+        `weights` (where not given, the recipe's defaults) as `Head.training_loss` takes them. Tower
+        and head run under the caller's autocast, the losses outside it. The features are not
+        detached.
         Raises ValueError for wrong shapes or labels, UserError for more frames than positions.
         """
         self._check_frames(frames)
@@ -126,25 +124,23 @@ class EndToEndModel(nn.Module):
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"label {wrong} is none of the {classes} classes, 0 to {classes - 1}")
         features = self.encode(frames)
-        passes = self.head.training_pass(features, class_embeddings, draw, subsets)
-        with torch.autocast(features.device.type, enabled=False):
-            scale = self.logit_scale.reshape(())
-            terms = mote_loss(
-                passes,
-                features,
-                labels.to(features.device, non_blocking=True),
-                scale.exp(),
-                expert_weight=expert_weight,
-                merged_weight=merged_weight,
-                feature_weight=feature_weight,
-            )
-            # With the feature loss alone it would have no gradient, for which DDP waits.
-            return terms._replace(total=terms.total + 0.0 * scale)
+        scale = self.logit_scale.reshape(())
+        terms = self.head.training_loss(
+            features,
+            labels.to(features.device, non_blocking=True),
+            class_embeddings,
+            scale,
+            draw,
+            subsets,
+            TrainConfig().loss_weights | weights,
+        )
+        # With the feature loss alone it would have no gradient, for which DDP waits.
+        return terms._replace(total=terms.total + 0.0 * scale)
 
     def forward(self, frames: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
         """Cosines [B,C] of preprocessed `frames` [B,T,3,s,s] with `class_embeddings` [C,D].
 
-        The evaluation pass of the head (`TemporalHead.forward`); every view is a sample. Switch the
+        The evaluation pass of the head (`Head.forward`); every view is a sample. Switch the
         model to evaluation and gradients off around it. Errors as in `training_loss`.
         """
         self._check_frames(frames)
@@ -183,10 +179,10 @@ class EndToEndModel(nn.Module):
             raise ValueError(f"frames must be [B,T,3,{size}], not {list(frames.shape)}")
         if not frames.is_floating_point():
             raise ValueError(f"frames are {frames.dtype}: they must be preprocessed, floating")
-        config = self.head.config
-        if config.kind != "mean" and frames.shape[1] > config.positions:
+        most = self.head.most_frames
+        if most is not None and frames.shape[1] > most:
             raise UserError(
-                f"{frames.shape[1]} frames per view are more than the head's {config.positions} "
+                f"{frames.shape[1]} frames per view are more than the head's {most} "
                 "positions: choose fewer frames"
             )
 
@@ -203,28 +199,21 @@ class TrainingStep(nn.Module):
     def __init__(
         self,
         model: EndToEndModel,
-        *,
-        expert_weight: float = 1.0,
-        merged_weight: float = 0.5,
-        feature_weight: float = 0.1,
+        **weights: float,
     ) -> None:
         super().__init__()
         self.model = model
-        self.loss_weights = {
-            "expert_weight": expert_weight,
-            "merged_weight": merged_weight,
-            "feature_weight": feature_weight,
-        }
+        self.loss_weights = weights
 
     def forward(
         self,
         frames: Tensor,
         labels: Tensor,
         class_embeddings: Tensor,
-        draw: RoutingDraw,
+        draw: Any,
         subsets: Tensor | None = None,
         weight: float = 1.0,
-    ) -> LossTerms:
+    ) -> Any:
         """The losses of this process's part of a batch, each times `weight`.
 
         Processes average gradients, so n samples of N over W processes weigh n * W / N for the
@@ -239,7 +228,7 @@ class TrainingStep(nn.Module):
         terms = self.model.training_loss(
             frames, labels, class_embeddings, draw, subsets, **self.loss_weights
         )
-        return LossTerms(*(weight * term for term in terms))
+        return terms._make(weight * term for term in terms)
 
 
 def _in_float32(image_tower: nn.Module) -> nn.Module:

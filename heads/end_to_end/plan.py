@@ -20,13 +20,15 @@ from heads.compatibility import check_encoder
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
-from heads.end_to_end.sharding import Ranks, sharded
+from heads.end_to_end.sharding import sharded
 from heads.end_to_end.trained_parts import trained_blocks
 from heads.end_to_end.validate import validation_split
 from heads.files.head_file import head_fingerprint, load_head
 from heads.files.imported_run import require_class_names
-from heads.methods.mote.config import HeadConfig, HeadOrigin
-from heads.methods.mote.model import TemporalHead, build_head
+from heads.methods.head import Head, build_head
+from heads.methods.registry import method
+from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.training.ranks import Ranks
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.encoders.specs import lasting_spec
 from pipeline.prompts import (
@@ -54,7 +56,7 @@ class FinetuneRequest:
     """Where the tuned encoder is published; its name is the run's."""
     encoders_dir: Path
     config: FinetuneConfig
-    head: Callable[[int], HeadConfig]
+    head: Callable[[int], MethodConfig]
     """The new head for embeddings of a width; not asked with `from_head`."""
     encoder: str | None = None
     """Spec of the CLIP to begin with; None: the one `from_head` was trained on."""
@@ -124,9 +126,11 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     else:
         head = _continued(begun, encoder, spec, dataset, classes)
         logit_scale = begun.logit_scale.clone()
-    if head.config.kind != "mean" and config.frames > head.config.positions:
+    chosen = method(head.config.kind)
+    chosen.require("trained end to end", chosen.end_to_end)
+    if head.most_frames is not None and config.frames > head.most_frames:
         raise UserError(
-            f"{config.frames} frames per clip are more than the head's {head.config.positions} "
+            f"{config.frames} frames per clip are more than the head's {head.most_frames} "
             "positions: choose fewer with --frames"
         )
     shared: dict[str, Any] = {
@@ -207,11 +211,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             f"accumulation {config.accumulation} is more than the {clips.steps_per_epoch} batches "
             "of an epoch: lower the accumulation or the batch size"
         )
-    if head.config.kind == "transformer" and not config.expert_weight:
-        raise UserError(
-            "expert_weight is 0, and a plain transformer has no other loss: choose another weight "
-            "or a head of kind mote"
-        )
+    head.check_loss_weights(config.loss_weights)
     return Plan(
         dataset=dataset,
         model=model.to(ranks.device),
@@ -228,7 +228,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     )
 
 
-def _prompt_set(request: FinetuneRequest, begun: TemporalHead | None) -> PromptSet:
+def _prompt_set(request: FinetuneRequest, begun: Head | None) -> PromptSet:
     if isinstance(request.prompt_set, str) and is_descriptions_file(request.prompt_set):
         return read_descriptions(Path(request.prompt_set))
     if request.prompt_set is not None:
@@ -266,9 +266,7 @@ def _evaluation_split(dataset: Dataset, request: FinetuneRequest, split: str | N
     return chosen
 
 
-def _continued(
-    begun: TemporalHead, encoder: Encoder, spec: str, dataset: Dataset, classes: Tensor
-) -> TemporalHead:
+def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, classes: Tensor) -> Head:
     """A head to go on with, its classes in the data set's order; UserError where it does not fit.
 
     `classes` [C,D] are the data set's.
@@ -289,7 +287,7 @@ def _continued(
             f"{len(dataset.class_names)} of {dataset.name}: begin with a head of this data set, or "
             "without one"
         )
-    head = TemporalHead(begun.config, len(dataset.class_names))
+    head = method(begun.config.kind).head(begun.config, len(dataset.class_names))
     state = begun.state_dict() | {"training_class_embeddings": classes}
     head.load_state_dict({name: value.clone() for name, value in state.items()})
     return head

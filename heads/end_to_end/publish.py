@@ -17,11 +17,12 @@ from torch.distributed.tensor import DTensor
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
 from heads.end_to_end.model import EndToEndModel
-from heads.end_to_end.sharding import Ranks, whole
-from heads.files.head_file import HEAD_FILE, save_head, save_tensors
-from heads.files.imported_run import TOWER_FILE
-from heads.methods.mote.config import HeadOrigin
-from heads.methods.mote.model import TemporalHead
+from heads.end_to_end.sharding import whole
+from heads.files.head_file import save_head, save_tensors
+from heads.files.run_files import HEAD_FILE, TOWER_FILE
+from heads.methods.registry import method
+from heads.methods.settings import HeadOrigin
+from heads.training.ranks import Ranks
 from pipeline.clip_encoder import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.encoders.tuned import tower_of, tuned_clip
@@ -66,7 +67,8 @@ def publish(
         blended = blended_tower(tower, tower_of(original), blend)
         tuned = tuned_clip(original, blended, encoder_dir.name)
         published = fingerprint(tuned.model, tuned.model_config)
-        head = TemporalHead(model.head.config, head_state["training_class_embeddings"].shape[0])
+        shape = model.head.config
+        head = method(shape.kind).head(shape, head_state["training_class_embeddings"].shape[0])
         head.load_state_dict(head_state)
         head.logit_scale.copy_(blended["logit_scale"])
         head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=published)

@@ -9,27 +9,33 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.workspace import FIRST_STAGE
 from heads.end_to_end.config import FinetuneConfig
-from heads.files.head_file import CONFIG_FILE, HEAD_FILE, METRICS_FILE, STATE_FILE
+from heads.files.run_files import (
+    CONFIG_FILE,
+    FAILURES_FILE,
+    HEAD_FILE,
+    KEYS_FILE,
+    METRICS_FILE,
+    STATE_FILE,
+    read_config,
+)
 from heads.training.run_settings import setting_differences
-from heads.training.training_keys import KEYS_FILE, read_training_keys, write_training_keys
+from heads.training.training_keys import read_training_keys, write_training_keys
 
 log = logging.getLogger(__name__)
 
 MODE: Final = "finetune"
 RUN_FORMAT: Final = 1
-FAILURES_FILE: Final = "failures.csv"
-_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE, "report.html")
+_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE)
 
 # Names of the same weights may differ between machines; how the batch is spread over processes
 # changes sums in their last bits only.
@@ -43,7 +49,7 @@ _INFORMATIVE: Final = frozenset(
 
 def is_finetuning(run_dir: Path) -> bool:
     """Whether the run in `run_dir` was begun by this mode; WorkError for a damaged config.json."""
-    settings = _begun(run_dir)
+    settings = read_config(run_dir)
     return settings is not None and settings.get("mode") == MODE
 
 
@@ -68,7 +74,7 @@ def open_run(
     UserError where the run or an encoder of its name exists, and for other settings than those it
     was begun with, naming them.
     """
-    begun = _begun(run_dir)
+    begun = read_config(run_dir)
     if begun is not None and begun.get("mode") == MODE:
         if not resume:
             raise UserError(
@@ -124,20 +130,6 @@ def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
 
 def _has_head(run_dir: Path) -> bool:
     return (run_dir / HEAD_FILE).is_file()
-
-
-def _begun(run_dir: Path) -> dict[str, Any] | None:
-    """config.json of the run; None where there is none."""
-    file = run_dir / CONFIG_FILE
-    if not file.is_file():
-        return None
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:
-        raise WorkError(f"{file} is not JSON: delete the run and train again") from error
-    if not isinstance(value, dict):
-        raise WorkError(f"{file} is not an object: delete the run and train again")
-    return value
 
 
 def _require_same(run_dir: Path, begun: dict[str, Any], settings: Mapping[str, Any]) -> None:

@@ -1,200 +1,24 @@
-"""The processes of one training: who they are, what they agree on, how the model is spread.
-
-Everything goes through torch.distributed under torchrun's environment variables (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT): gloo between CPUs, NCCL between GPUs. Without them there is
-one process and nothing is set up.
-"""
+"""How a model is spread over the processes of one training, and put together again."""
 
 from __future__ import annotations
 
 import functools
-import logging
-import os
-import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any, Final, TypeVar, cast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from featstore.errors import UserError, WorkError, one_line
-from heads.arithmetic import resolve_device
 from heads.end_to_end.model import TrainingStep
 from heads.end_to_end.trained_parts import trained_blocks
-
-log = logging.getLogger(__name__)
-
-PEER_TIMEOUT: Final = timedelta(minutes=10)
-"""The longest a process waits for the others: rank 0 writing a checkpoint, a slow disk. A process
-that dies is noticed at once between CPUs; between GPUs, at the latest after this."""
+from heads.training.ranks import Ranks
 
 SHARDED_FROM: Final = 200_000_000
 """Parameters of a tower from which "auto" shards it: CLIP's ViT-B towers have 86 to 88 million,
 ViT-L/14 304 million."""
-
-_CONTACT = re.compile(r"gloo|nccl|connection|peer|socket|timed out|timeout|broken pipe", re.I)
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """One of `world_size` processes; `device` is where its share of the work is done."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes the files."""
-        return self.rank == 0
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is no other process."""
-        return self.world_size == 1
-
-    def summed(self, values: Tensor) -> Tensor:
-        """Sum of a CPU tensor over the processes; the same bits everywhere."""
-        if not self.alone:
-            values = values.clone()
-            dist.all_reduce(values)
-        return values
-
-    def largest(self, value: float) -> float:
-        """The largest of the processes' values."""
-        if self.alone:
-            return value
-        held = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(held, dist.ReduceOp.MAX)
-        return float(held)
-
-    def gathered(self, value: Result) -> list[Result]:
-        """What every process gave, by rank, on all of them."""
-        if self.alone:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
-
-    def everywhere(self, value: Result) -> Result:
-        """What the first process gave."""
-        if self.alone:
-            return value
-        held = [value]
-        dist.broadcast_object_list(held, src=0)
-        return held[0]
-
-    @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """Do something that may fail on some processes only: it then fails on all.
-
-        The error of the lowest rank is raised everywhere; its attribute `speaks` says which
-        process should print it. Every process must come here.
-        """
-        if self.alone:
-            yield
-            return
-        error: UserError | WorkError | None = None
-        try:
-            yield
-        except (UserError, WorkError) as raised:
-            error = raised
-        except OSError as raised:
-            where = f"{raised.filename}: " if raised.filename else ""
-            error = WorkError(f"{where}{one_line(raised.strerror or raised)}")
-        kinds = self.gathered(None if error is None else (type(error).__name__, str(error)))
-        failed = [(rank, *kind) for rank, kind in enumerate(kinds) if kind is not None]
-        if not failed:
-            return
-        rank, kind, text = failed[0]
-        if len({text for _, _, text in failed}) > 1 or len(failed) < self.world_size:
-            text = f"rank {rank} of {self.world_size}: {text}"
-        raise agreed(WorkError(text) if kind == "WorkError" else UserError(text), self.first)
-
-    def only_first(self, work: Callable[[], Result]) -> Result:
-        """Run `work` in the first process; its result, or its error, everywhere."""
-        result: Any = None
-        with self.agreeing():
-            if self.first:
-                result = work()
-        return cast(Result, self.everywhere(result))
-
-
-def agreed(error: UserError | WorkError, speaks: bool) -> UserError | WorkError:
-    """`error`, which all processes raise, with the mark of the one that prints it."""
-    error.speaks = speaks  # type: ignore[union-attr]
-    return error
-
-
-def joined(device: str = "auto") -> Ranks:
-    """This process's place among those that torchrun (or another launcher) started.
-
-    Waits for the others. Raises UserError when the environment is not that of a launcher or the
-    device cannot be had, WorkError when the others do not come.
-    """
-    try:
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        rank = int(os.environ.get("RANK", "0"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    except ValueError as error:
-        raise UserError(
-            f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({error}): start with torchrun"
-        ) from None
-    where = resolve_device(device)
-    if where.type == "cuda":
-        found = torch.cuda.device_count()
-        if local_rank >= found:
-            raise UserError(
-                f"rank {rank} is number {local_rank} on this machine, which has {found} GPUs: "
-                f"start at most {found} processes here (--nproc-per-node {found})"
-            )
-        where = torch.device("cuda", local_rank)
-        torch.cuda.set_device(where)
-    if world_size == 1:
-        return Ranks(device=where)
-    # The small exchanges of every step stay on the CPU, where a vanished process is noticed and
-    # which do not hold up the GPU.
-    backend = "gloo" if where.type == "cpu" else "cpu:gloo,cuda:nccl"
-    try:
-        dist.init_process_group(
-            backend, timeout=PEER_TIMEOUT, device_id=where if where.type == "cuda" else None
-        )
-    except (ValueError, RuntimeError) as error:  # dist.DistError is a RuntimeError
-        raise WorkError(
-            f"rank {rank} cannot reach the other {world_size - 1} processes "
-            f"({one_line(error, 160)}): start them with torchrun"
-        ) from error
-    return Ranks(rank, world_size, where)
-
-
-def left(ranks: Ranks) -> None:
-    """Leave the others in good order; nothing for one process."""
-    if not ranks.alone and dist.is_initialized():
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
-
-
-@contextmanager
-def contact(ranks: Ranks) -> Iterator[None]:
-    """Turn the errors of a lost process into one line; others pass."""
-    try:
-        yield
-    except RuntimeError as error:
-        known = isinstance(error, dist.DistError) or _CONTACT.search(str(error))
-        if ranks.alone or not known:
-            raise
-        reason = one_line(str(error).rpartition("] ")[2], 120)
-        raise WorkError(
-            f"rank {ranks.rank} of {ranks.world_size} lost the others ({reason}): one of them "
-            "ended, see its message; the same command with --resume goes on"
-        ) from error
 
 
 def sharded(ranks: Ranks, shard: str, tower: nn.Module) -> bool:
@@ -227,8 +51,7 @@ def spread(step: TrainingStep, ranks: Ranks, shard: bool) -> nn.Module:
 
     model = step.model
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    head_blocks = [] if model.head.transformer is None else list(model.head.transformer.blocks)
-    for block in [*trained_blocks(model.image_tower), *head_blocks]:
+    for block in [*trained_blocks(model.image_tower), *model.head.blocks]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params={model.logit_scale})
     register_fsdp_forward_method(model, "training_loss")

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from featstore.errors import UserError, WorkError
-from heads.end_to_end.sharding import Ranks, like, whole
+from heads.end_to_end.sharding import like, whole
 from heads.files.head_file import open_tensors, save_tensors
+from heads.training.ranks import Ranks
 
-BEST_FILE: Final = "state/best.safetensors"
 FINETUNE_STATE_FORMAT: Final = 1
 
 
@@ -34,8 +34,8 @@ class Position:
     """Epochs done, their evaluation included."""
     step: int = 0
     """Batches done of the epoch that is under way."""
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
-    """Of the epoch's losses (total, expert, merged, feature) over its samples."""
+    sums: list[float] = field(default_factory=list)
+    """Of the epoch's losses over its samples, the total first."""
     pending: int = 0
     """Samples whose gradients are kept for an optimiser step that is not complete."""
     samples: int = 0
@@ -56,7 +56,7 @@ class Position:
         """The epoch is done: begin the next."""
         self.epoch += 1
         self.step = self.samples = self.failed = 0
-        self.sums = [0.0] * 4
+        self.sums = [0.0] * len(self.sums)
         self.seconds = self.waited = 0.0
 
 

@@ -1,12 +1,11 @@
 """Which part of the model is trained: everything, the head alone, or the tower's last blocks.
 
 The head and the logit scale are trained in every case. What is frozen has no gradient, and so no
-weight decay and no optimiser state (`heads.training.trainer.build_optimizer` leaves it out).
+weight decay and no optimiser state (`heads.training.schedule.build_optimizer` leaves it out).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -15,26 +14,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from featstore.errors import UserError
-
-TRAIN_PARTS = "tower, head or tower-last-N"
-"""What `train` may be, for messages and help."""
-
-
-def check_train(train: str) -> None:
-    """UserError when `train` is none of "tower", "head", "tower-last-N" (N from 1)."""
-    _last_blocks(train)
-
-
-def _last_blocks(train: str) -> int | None:
-    """N of "tower-last-N", None for the others."""
-    if train in ("tower", "head"):
-        return None
-    match = re.fullmatch(r"tower-last-([1-9][0-9]{0,5})", train)
-    if match is None:
-        raise UserError(
-            f"train {train!r} is unknown: choose {TRAIN_PARTS}, with N blocks from 1 up"
-        )
-    return int(match[1])
+from heads.end_to_end.config import last_blocks
 
 
 def trained_blocks(image_tower: nn.Module, last: int | None = None) -> list[nn.Module]:
@@ -66,7 +46,7 @@ def freeze_all_but(image_tower: nn.Module, train: str) -> None:
     last N blocks and what follows them: the last norm, the projection, and the pooling of towers
     that have one (CoCa). Raises UserError as `trained_blocks` does.
     """
-    last = _last_blocks(train)
+    last = last_blocks(train)
     image_tower.requires_grad_(train == "tower")
     if last is None:
         return

@@ -29,11 +29,12 @@ from featstore.progress import ProgressSink
 from heads.arithmetic import autocast, scaler
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel, TrainingStep
-from heads.end_to_end.sharding import Ranks, agreed, gradients_shared, spread
+from heads.end_to_end.sharding import gradients_shared, spread
 from heads.end_to_end.state import Position, all_finite, save_state
-from heads.methods.mote.config import RoutingDraw
-from heads.methods.mote.losses import LossTerms
-from heads.training.trainer import build_optimizer, data_subsets, draw_generator, learning_rates
+from heads.files.run_files import NOT_FINITE_FILE
+from heads.methods.registry import method
+from heads.training.ranks import Ranks, agreed
+from heads.training.schedule import build_optimizer, data_subsets, draw_generator, learning_rates
 from pipeline.video_clips.loader import ClipBatch, ClipFailure
 from pipeline.video_clips.stream import ClipStream
 
@@ -45,7 +46,6 @@ CHECKPOINT_EVERY_S: Final = 600.0
 LOOK_EVERY: Final = {"cpu": 1, "cuda": 10}
 """Steps between looks at the losses; a GPU waits for each look."""
 
-NOT_FINITE_FILE: Final = "state/not-finite.json"
 _NAMED = 6  # keys of a bad batch in the message; the file has all
 
 
@@ -56,7 +56,7 @@ class _Step:
     number: int
     keys: tuple[str, ...]
     losses: Tensor
-    """[4] float64, this process's share of the sums over samples."""
+    """[losses, the total first] float64, this process's share of the sums over samples."""
 
 
 @dataclass
@@ -82,16 +82,13 @@ class Finetuner:
     def __post_init__(self) -> None:
         """Spread the model, build optimiser and schedule."""
         config, steps = self.config, self.clips.steps_per_epoch
-        step = TrainingStep(
-            self.model,
-            expert_weight=config.expert_weight,
-            merged_weight=config.merged_weight,
-            feature_weight=config.feature_weight,
-        )
+        step = TrainingStep(self.model, **config.loss_weights)
         self.module: nn.Module = spread(step, self.ranks, self.shard)
         self.optimizer = _optimizer(self.model, config, self.shard)
         self.scaler = scaler(self.precision, self.ranks.device)
         self.rates = learning_rates(config, steps)
+        self.losses = method(self.model.head.config.kind).losses
+        self.position.sums = self.position.sums or [0.0] * (1 + len(self.losses))
         self.failures: list[tuple[ClipFailure, str]] = []
         self._unseen: list[_Step] = []
         self._saved = (self.position.step, time.monotonic())
@@ -113,14 +110,14 @@ class Finetuner:
         steps = self.clips.steps_per_epoch
         seed = config.seed + (self.ranks.rank if config.draws == "per-rank" else 0)
         draws = draw_generator(seed, position.epoch)
-        head = self.model.head.config
+        head = self.model.head
         for _ in range(position.step):
-            RoutingDraw.sample(head, draws)
+            head.draw(draws)
         self.model.train()
         with closing(self.clips.epoch(position.epoch, position.step)) as batches:
             self._moment = time.perf_counter()
             for batch in batches:
-                due = self._step(batch, RoutingDraw.sample(head, draws))
+                due = self._step(batch, head.draw(draws))
                 if due and position.step < steps:
                     self.save()
                     self._moment = time.perf_counter()  # it does not count as training
@@ -144,7 +141,7 @@ class Finetuner:
         self.position.next_epoch()
         self._saved = (0, self._saved[1])
 
-    def _step(self, batch: ClipBatch, draw: RoutingDraw) -> bool:
+    def _step(self, batch: ClipBatch, draw: Any) -> bool:
         """Train on one batch; returns whether a checkpoint is due now."""
         position, config, ranks = self.position, self.config, self.ranks
         number = position.step + 1
@@ -173,20 +170,19 @@ class Finetuner:
             self._look()
         return bool(due) and complete
 
-    def _backward(self, batch: ClipBatch, draw: RoutingDraw, good: int, share: bool) -> LossTerms:
+    def _backward(self, batch: ClipBatch, draw: Any, good: int, share: bool) -> Any:
         device, config = self.ranks.device, self.config
-        subsets = None
-        if self.model.head.config.routing == "subset":
-            experts = self.model.head.config.experts
-            subsets = data_subsets(batch.positions, experts, config.seed).to(device)
+        subsets, count = None, self.model.head.data_subsets
+        if count:
+            subsets = data_subsets(batch.positions, count, config.seed).to(device)
         weight = len(batch.keys) * self.ranks.world_size / max(good, 1)
         with gradients_shared(self.module, share):
             with autocast(self.precision, device):
                 frames = batch.frames.to(device, non_blocking=True)
-                terms: LossTerms = self.module(
+                terms = self.module(
                     frames, batch.labels, self.class_embeddings, draw, subsets, weight
                 )
-            self.scaler.scale(terms.total / config.accumulation).backward()  # type: ignore[no-untyped-call]
+            self.scaler.scale(terms.total / config.accumulation).backward()
         return terms
 
     def _update(self, step: int) -> None:
@@ -239,7 +235,11 @@ class Finetuner:
 
     def save(self) -> None:
         """Write the state, unless a weight is no number (WorkError); every process comes here."""
-        last = self._unseen[-1] if self._unseen else _Step(self.position.step, (), torch.zeros(4))
+        last = (
+            self._unseen[-1]
+            if self._unseen
+            else _Step(self.position.step, (), torch.zeros(1 + len(self.losses)))
+        )
         self._look()
         if not all_finite(self.model, self.ranks):
             self._stop(last, "a weight stopped being a number")
@@ -293,9 +293,7 @@ class Finetuner:
         return {
             "epoch": position.epoch + 1,
             "loss": means[0],
-            "expert_loss": means[1],
-            "merged_loss": means[2],
-            "feature_loss": means[3],
+            **{f"{name}_loss": v for name, v in zip(self.losses, means[1:], strict=True)},
             "tower_lr": rates[0],
             "lr": rates[1],
             "logit_scale": math.exp(self.model.logit_scale.item()),

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from heads.end_to_end.model import EndToEndModel
-from heads.end_to_end.sharding import Ranks
 from heads.scoring.scores import TOP_K, fuse_views
 from heads.scoring.scores import ranks as places
+from heads.training.ranks import Ranks
 from pipeline.tars.dataset import Dataset
 from pipeline.video_clips.loader import ClipFailure
 from pipeline.video_clips.stream import EvaluationClips

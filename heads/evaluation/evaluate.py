@@ -38,8 +38,8 @@ from heads.evaluation.protocols.choose import (
 from heads.evaluation.protocols.protocol import LabelIds, TestSet
 from heads.evaluation.results import EvalResult, RunFacts, SplitDetail, SplitResult
 from heads.files.head_file import head_fingerprint
-from heads.methods.mote.config import HeadConfig
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
+from heads.methods.registry import MEAN_OF_FRAMES
 from heads.scoring.scores import TOP_K, Fusion, Scoring
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ NAMED: Final = 3  # videos a note names
 
 def evaluate_store(
     store: Store,
-    head: TemporalHead | None,
+    head: Head | None,
     *,
     protocol: Protocol | str,
     dataset: str,
@@ -69,7 +69,7 @@ def evaluate_store(
     (`build_test_sets`). The score settings are those of `Scoring.of_head`; `fusion` defaults to
     the protocol's. `options` and errors are those of `evaluate_many`.
     """
-    config = HeadConfig(kind="mean", dim=store.provenance.dim) if head is None else head.config
+    config = (head or mean_head(store.provenance.dim)).config
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
     scoring = Scoring.of_head(
         config,
@@ -87,13 +87,13 @@ def evaluate_store(
 
 def evaluate_many(
     store: Store,
-    head: TemporalHead | None,
+    head: Head | None,
     scorings: Sequence[Scoring],
     *,
     protocol: Protocol | str,
     dataset: str,
     tests: Sequence[TestSet],
-    head_name: str = "mean",
+    head_name: str = MEAN_OF_FRAMES,
     views: str | None = None,
     prompt_set: str | None = None,
     frames: int | None = None,
@@ -182,7 +182,7 @@ def evaluate_many(
 
 def _record(
     store: Store,
-    head: TemporalHead,
+    head: Head,
     protocol: Protocol,
     measured: Measurement,
     text: ClassText,

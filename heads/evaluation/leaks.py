@@ -15,8 +15,9 @@ from featstore.errors import UserError
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
-from heads.files.head_file import CONFIG_FILE
-from heads.methods.mote.model import TemporalHead
+from heads.files.run_files import CONFIG_FILE
+from heads.methods.head import Head
+from heads.methods.registry import untrained
 from heads.training.subsets import shown
 from heads.training.training_keys import read_training_keys, rows_hash
 from pipeline.annotations.formats.kinetics import official_clip
@@ -33,7 +34,7 @@ def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | No
     data set. A run that recorded no keys but trained on this store is told by its rows.
     """
     settings = _settings(run_dir)
-    if settings.get("head", {}).get("kind") == "mean":
+    if untrained(settings.get("head", {}).get("kind")):
         return np.zeros(0, np.int64)
     known = read_training_keys(run_dir)
     if known is None:
@@ -103,7 +104,7 @@ def require_disjoint(
     return len(both)
 
 
-def warn_of_known_classes(head: TemporalHead, store: Store, novel: TestSet) -> None:
+def warn_of_known_classes(head: Head, store: Store, novel: TestSet) -> None:
     """Say so when a head that a training starts from has seen classes that count as novel."""
     known = None if head.origin is None else head.origin.class_names
     if novel.classes is None or known is None:

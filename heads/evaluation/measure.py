@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import distributed
 from torch.nn import functional
 
 from featstore.errors import UserError, WorkError
@@ -20,10 +19,11 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from heads.compatibility import check_complete
 from heads.evaluation.protocols.protocol import LabelIds, TestSet
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
 from heads.methods.mote.modulation import require_neighbours
 from heads.scoring.scores import BlockScores, Scoring, ranks
 from heads.scoring.view_summaries import ViewSummaries, summarise_store
+from heads.training.ranks import Ranks
 
 NOT_EVALUATED = -1
 
@@ -56,7 +56,7 @@ class Measurement:
 
     def run(
         self,
-        head: TemporalHead,
+        head: Head,
         scorings: Sequence[Scoring],
         text: ClassText,
         *,
@@ -69,8 +69,8 @@ class Measurement:
 
         WorkError when a score is not finite.
         """
-        rank, world = _place_in_group()
-        mine = self.usable[rank::world]
+        group = Ranks.joined_before()
+        mine = self.usable[group.rank :: group.world_size]
         where = head.logit_scale.device
         slots = []  # per test set: index among its members of an entry of `listed`, or -1
         for members in self.members:
@@ -119,8 +119,7 @@ class Measurement:
                     self.predicted[s][t][slot[at]] = (
                         best if test.classes is None else test.classes[best]
                     )
-        if world > 1:
-            self._gather()
+        self._gather(group)
 
     def listed_keys(self, members: npt.NDArray[np.integer]) -> list[str]:
         """Keys of entries of `listed`."""
@@ -156,14 +155,10 @@ class Measurement:
                 "and features"
             )
 
-    def _gather(self) -> None:
+    def _gather(self, group: Ranks) -> None:
         """Give every process what all of them found: an entry is -1 in all but one."""
         parts = [array for table in (self.places, self.predicted) for row in table for array in row]
-        joined = torch.from_numpy(np.concatenate(parts))
-        if distributed.get_backend() == "nccl":
-            joined = joined.cuda()
-        distributed.all_reduce(joined, distributed.ReduceOp.MAX)
-        values, start = joined.cpu().numpy(), 0
+        values, start = group.greatest(torch.from_numpy(np.concatenate(parts))).numpy(), 0
         for array in parts:
             array[:] = values[start : start + len(array)]
             start += len(array)
@@ -218,7 +213,7 @@ class ClipFeatures:
 
 
 def check_candidates(
-    tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: TemporalHead
+    tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: Head
 ) -> None:
     """Raise UserError for candidates that are no classes of the store or too few to modulate."""
     names = [test.name for test in tests]
@@ -238,9 +233,3 @@ def check_candidates(
             if scoring.modulate:
                 trained = head.training_class_embeddings.shape[0]
                 require_neighbours(tested, trained, scoring.modulation_neighbours)
-
-
-def _place_in_group() -> tuple[int, int]:
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()

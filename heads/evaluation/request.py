@@ -30,7 +30,7 @@ from heads.evaluation.protocols.protocol import Kind, Protocol, TestSet
 from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice, nothing_packed
 from heads.evaluation.results import EvalResult, run_facts, save_result
 from heads.files.choose import choose_head
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
 
 EVALUATION_SPLITS: Final = ("val", "test")
 
@@ -117,7 +117,7 @@ class Evaluation:
 class Opened:
     """A head, the store it is tested on, the protocol and the test sets, each made once."""
 
-    head: TemporalHead | None
+    head: Head | None
     run_dir: Path
     store: Store
     protocol: Protocol
@@ -161,12 +161,12 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     return Evaluation(measured, missing)
 
 
-def open_for(request: EvaluationRequest, head: TemporalHead | None, run_dir: Path) -> Opened:
+def open_for(request: EvaluationRequest, head: Head | None, run_dir: Path) -> Opened:
     """Choose the store, the protocol and the test sets of a request; UserError if none fit."""
     return _opened(request, head, run_dir, *_store(request, head))
 
 
-def _store(request: EvaluationRequest, head: TemporalHead | None) -> tuple[Store, str | None]:
+def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | None]:
     """The store that is tested, and the split that it was chosen for."""
     split = request.split
     if _given(request):
@@ -194,7 +194,7 @@ def _given(request: EvaluationRequest) -> bool:
 
 def _opened(
     request: EvaluationRequest,
-    head: TemporalHead | None,
+    head: Head | None,
     run_dir: Path,
     store: Store,
     split: str | None,

@@ -22,8 +22,9 @@ from featstore.errors import WorkError
 from featstore.files.durable import write_bytes, write_json
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.protocols.protocol import LabelIds
-from heads.files.head_file import CONFIG_FILE
 from heads.files.imported_run import tower_facts
+from heads.files.run_files import CONFIG_FILE
+from heads.methods.registry import untrained
 
 RESULT_FORMAT: Final = 2
 NAMED_SPLITS: Final = 3  # in a file's name; a hash in it stands for all of them
@@ -304,6 +305,6 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
         said = {"blend": tuned.get("blend"), "epoch_choice": tuned.get("epoch_choice")}
         return RunFacts(**(said | {"epoch": int(tuned["epoch"]) + 1} | known))
     epochs = settings.get("training", {}).get("epochs")
-    if settings.get("head", {}).get("kind") == "mean":
+    if untrained(settings.get("head", {}).get("kind")):
         return RunFacts(**known)
     return RunFacts(**({"epoch": epochs, "epoch_choice": "last"} | known))

@@ -12,7 +12,8 @@ from typing import Any, Final, get_args
 from featstore.errors import UserError, WorkError
 from featstore.workspace import Workspace
 from heads.files.imported_run import tower_facts, tower_hash
-from heads.methods.mote.config import HeadConfig
+from heads.methods.registry import method
+from heads.methods.settings import MethodConfig
 from heads.scoring.scores import Fusion, Scoring
 
 NEIGHBOURS: Final = "modulation-neighbours"
@@ -57,7 +58,7 @@ def parse_sweeps(given: Sequence[str]) -> Values:
 
 
 def settings(
-    config: HeadConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
+    config: MethodConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
 ) -> list[Scoring]:
     """The score settings of every combination of swept values, `fixed` where nothing is swept.
 
@@ -74,7 +75,9 @@ def settings(
     for name in names:
         if fixed.get(fields[name]) is not None:
             raise UserError(f"--sweep {name} and --{name} contradict each other: give one")
-        if name in (TEMPERATURE, NEIGHBOURS) and (config.kind == "mean" or not fixed["modulate"]):
+        if name in (TEMPERATURE, NEIGHBOURS) and (
+            not method(config.kind).modulated or not fixed["modulate"]
+        ):
             raise UserError(f"--sweep {name} changes nothing without modulation: leave it out")
     found: dict[Scoring, Scoring] = {}
     for values in itertools.product(*(swept[name] for name in names)):

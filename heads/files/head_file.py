@@ -1,7 +1,7 @@
 """Files of a run: the finished head, and the state training continues from. No pickle anywhere.
 
-`head.safetensors` holds the tensors named in `heads.methods.mote.model` and, in its metadata, one
-JSON text with the head's configuration and origin, so the file alone is enough to use the head.
+`head.safetensors` holds the head's state dict (MoTE's is in `heads.methods.mote.model`) and, in its
+metadata, one JSON text with its configuration and origin, so the file alone is enough to use it.
 """
 
 from __future__ import annotations
@@ -20,27 +20,25 @@ from torch import Tensor
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import durable_path
-from heads.methods.mote.config import HeadConfig, HeadOrigin
-from heads.methods.mote.model import TemporalHead
-
-HEAD_FILE: Final = "head.safetensors"
-CONFIG_FILE: Final = "config.json"
-METRICS_FILE: Final = "metrics.jsonl"
-STATE_FILE: Final = "state/last.safetensors"
+from heads.files.run_files import CONFIG_FILE, HEAD_FILE
+from heads.methods.head import Head
+from heads.methods.registry import config_from_json, method
+from heads.methods.settings import HeadOrigin
+from heads.methods.weight_files import describe_faults
 
 HEAD_FORMAT: Final = 1
 STATE_FORMAT: Final = 1
 _METADATA_KEY: Final = "mote"
 
 
-def save_head(head: TemporalHead, path: Path) -> None:
+def save_head(head: Head, path: Path) -> None:
     """Write `head` with its configuration and origin to `path`, complete or not at all."""
     origin = None if head.origin is None else head.origin.to_json()
     card = {"format": HEAD_FORMAT, "head": head.config.to_json(), "origin": origin}
     save_tensors(path, dict(head.state_dict()), card)
 
 
-def load_head(path: str | Path) -> TemporalHead:
+def load_head(path: str | Path) -> Head:
     """The head of a run folder or of a `head.safetensors` file, on the CPU, in evaluation mode.
 
     Raises UserError when there is none, when the file is not a head of ours or a tensor is
@@ -59,9 +57,9 @@ def load_head(path: str | Path) -> TemporalHead:
             f"{file} is not a head of format {HEAD_FORMAT} (it says {card.get('format')!r}): "
             "train or import the head with this version of mote"
         )
-    config = HeadConfig.from_json(card["head"])
+    config = config_from_json(card["head"])
     with torch.device("meta"):
-        head = TemporalHead(config, _training_classes(tensors))
+        head = method(config.kind).head(config, _training_classes(tensors))
     _check_shapes(file, head.state_dict(), tensors)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
@@ -72,7 +70,7 @@ def load_head(path: str | Path) -> TemporalHead:
     return head.requires_grad_(True).eval()
 
 
-def head_fingerprint(head: TemporalHead) -> str:
+def head_fingerprint(head: Head) -> str:
     """Hash of the head's configuration and tensors, 16 hex digits: which weights were tested."""
     digest = hashlib.sha256(json.dumps(head.config.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(head.state_dict().items()):
@@ -123,24 +121,6 @@ def _training_classes(tensors: Mapping[str, Tensor]) -> int:
     return 0 if table is None or table.ndim != 2 else table.shape[0]
 
 
-LISTED_FAULTS: Final = 3  # how many tensors an error names before it counts the rest
-
-
-def describe_faults(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> str:
-    """Which tensors are missing, extra or misshapen, as a phrase; empty when all fit."""
-    faults = [f"{name} is missing" for name in wanted if name not in found]
-    faults += [f"{name} is extra" for name in found if name not in wanted]
-    faults += [
-        f"{name} is {list(found[name])}, not {list(shape)}"
-        for name, shape in wanted.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    more = f" and {len(faults) - LISTED_FAULTS} more" if len(faults) > LISTED_FAULTS else ""
-    return "; ".join(faults[:LISTED_FAULTS]) + more
-
-
 def _check_shapes(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     faults = describe_faults(
         {name: tuple(tensor.shape) for name, tensor in wanted.items()},
@@ -152,31 +132,3 @@ def _check_shapes(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, 
             f"{file} does not fit its own configuration: {faults or strange[0]}; "
             "train or import the head again"
         )
-
-
-def describe_run(run_dir: Path) -> dict[str, Any]:
-    """What a run is and how far it got, JSON-ready; UserError when `run_dir` is no run."""
-    try:
-        settings = json.loads((run_dir / CONFIG_FILE).read_text())
-    except OSError as error:
-        raise UserError(f"{run_dir} is no run: it has no {CONFIG_FILE}") from error
-    except ValueError as error:
-        raise WorkError(f"{run_dir / CONFIG_FILE} is not JSON: train again") from error
-    metrics = run_dir / METRICS_FILE
-    epochs = (
-        [json.loads(line) for line in metrics.read_text().splitlines()]
-        if (metrics.is_file())
-        else []
-    )
-    return {
-        "name": run_dir.name,
-        "finished": (run_dir / HEAD_FILE).is_file(),
-        "epochs_done": len(epochs),
-        "last_loss": epochs[-1]["loss"] if epochs else None,
-        **({"mode": settings["mode"]} if "mode" in settings else {}),
-        "head": settings.get("head", {}),
-        "training": settings.get("training", {}),
-        "data": settings.get("data", {}),
-        **({"imported": settings["imported"]} if "imported" in settings else {}),
-        "results": sorted(path.name for path in (run_dir / "eval").glob("*.json")),
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,26 +13,17 @@ from torch.nn import functional
 
 from featstore.errors import UserError
 from featstore.files.durable import write_json
-from heads.files.head_file import (
-    CONFIG_FILE,
-    HEAD_FILE,
-    load_tensors,
-    open_tensors,
-    save_head,
-    save_tensors,
-)
-from heads.files.official import OfficialCheckpoint
-from heads.methods.mote.config import HeadOrigin
-from heads.methods.mote.model import TemporalHead
+from heads.files.head_file import load_tensors, open_tensors, save_head, save_tensors
+from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE
+from heads.methods.head import Head
+from heads.methods.mote.official import OfficialCheckpoint
+from heads.methods.settings import HeadOrigin
 from heads.methods.text_classifier import SAME_CLASS, class_cosines
-
-TOWER_FILE: Final = "tower.safetensors"
-"""Beside an imported or fine-tuned head: the tower as it was trained, before blending."""
 
 
 def save_imported_run(
     folder: Path,
-    head: TemporalHead,
+    head: Head,
     checkpoint: OfficialCheckpoint,
     facts: Mapping[str, Any],
 ) -> None:
@@ -112,9 +103,7 @@ def imported_origin(
     )
 
 
-def require_class_names(
-    head: TemporalHead, class_names: tuple[str, ...], embeddings: Tensor
-) -> None:
+def require_class_names(head: Head, class_names: tuple[str, ...], embeddings: Tensor) -> None:
     """Raise UserError unless `class_names` are those of the head's classes, in its order.
 
     `embeddings` [S,D]: the names' class features by the text tower the head was trained with.

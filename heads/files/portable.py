@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,53 +20,35 @@ from torch.nn import functional
 from featstore.errors import UserError
 from featstore.files.durable import write_bytes
 from heads.files.head_file import save_head
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
+from heads.methods.registry import method
 from heads.methods.text_classifier import class_cosines, video_embeddings
 
 ONNX_INPUTS = ("features", "class_embeddings", "modulate")
 ONNX_OUTPUT = "cosines"
 
 
-@torch.no_grad()
-def merged_head(head: TemporalHead) -> TemporalHead:
-    """`head` with every block's experts merged into one, as evaluation merges them; on the CPU.
+def merged_head(head: Head) -> Head:
+    """`head` as one plain network on the CPU, with the same cosines and the same origin.
 
-    It gives the same cosines and says the same about its origin. Raises UserError for a head that
-    averages its experts' outputs: no single network gives those.
+    MoTE's experts are merged as evaluation merges them. Raises UserError for a head that no single
+    network stands for, and for a method that runs in mote only.
     """
-    config = head.config
-    if head.transformer is None:
-        return head
-    if config.aggregation == "outputs" and config.placement == "ffn" and config.experts > 1:
-        raise UserError(
-            "the head averages its experts' outputs, which no single network gives: only a head "
-            "with aggregation weights can be merged"
-        )
-    merged = TemporalHead(
-        replace(config, experts=1, placement="ffn", aggregation="weights", expert_prior=()),
-        head.training_class_embeddings.shape[0],
-    )
-    state = {name: value.detach().cpu() for name, value in head.state_dict().items()}
-    for place, block in enumerate(head.transformer.blocks):
-        prefix = f"transformer.blocks.{place}.feed_forward."
-        weights = block.feed_forward.evaluation_weights()  # type: ignore[union-attr, operator]
-        state |= {f"{prefix}{name}": value.cpu() for name, value in weights._asdict().items()}
-        state[f"{prefix}fusion_logits"] = torch.zeros(1)
-    merged.load_state_dict(state)
-    merged.origin = head.origin
-    return merged.eval()
+    chosen = method(head.config.kind)
+    chosen.require("used by other programs", chosen.portable)
+    return head.merged()
 
 
-def save_merged_head(head: TemporalHead, path: Path) -> None:
+def save_merged_head(head: Head, path: Path) -> None:
     """Write `merged_head(head)` as safetensors; `load_head` reads it back.
 
-    The tensors are those named in `heads.methods.mote.model`, with one expert; the metadata entry
-    "mote" is a JSON text with the configuration and the origin.
+    The tensors of MoTE's are those named in `heads.methods.mote.model`, with one expert; the
+    metadata entry "mote" is a JSON text with the configuration and the origin.
     """
     save_head(merged_head(head), path)
 
 
-def save_onnx(head: TemporalHead, path: Path) -> None:
+def save_onnx(head: Head, path: Path) -> None:
     """Write `head`, experts merged, as one ONNX file.
 
     Inputs: `features` float32 [B,T,D], `class_embeddings` float32 [C,D], `modulate` bool [];
@@ -86,17 +67,18 @@ def save_onnx(head: TemporalHead, path: Path) -> None:
     merged = merged_head(head.cpu() if head.logit_scale.is_cuda else head)
     config = merged.config
     axis = torch.export.Dim
-    frames = min(8, config.positions)
+    most = merged.most_frames
+    frames = 8 if most is None else min(8, most)
     example = (
         torch.zeros(2, frames, config.dim),
         torch.ones(config.modulation_neighbours + 3, config.dim),
         torch.tensor(True),
     )
     free: tuple[dict[int, Any], ...] = ({0: axis("batch")}, {0: axis("classes")}, {})
-    if merged.transformer is None:
+    if most is None:
         free[0][1] = axis("frames")
-    elif config.positions > 1:
-        free[0][1] = axis("frames", max=config.positions)
+    elif most > 1:
+        free[0][1] = axis("frames", max=most)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's own insides
         exported = torch.export.export(
@@ -132,15 +114,15 @@ class _Cosines(nn.Module):
     such an output is NaN.
     """
 
-    def __init__(self, head: TemporalHead) -> None:
+    def __init__(self, head: Head) -> None:
         super().__init__()
         self.head = head
 
     def forward(self, features: Tensor, class_embeddings: Tensor, modulate: Tensor) -> Tensor:
         """[B,T,D], [C,D] and [] bool -> [B,C]."""
         frames = features
-        if self.head.transformer is not None:
-            hidden = self.head.transformer(features)[0]
+        hidden = self.head.hidden(features)
+        if hidden is not None:
             if self.head.config.modulates:
                 scale = torch.where(modulate, self._scale(features, class_embeddings), 1.0)
                 hidden = scale[:, None, None] * hidden

@@ -1,6 +1,7 @@
 """Recipes: a head and its training as a TOML file that a user can read, copy and pass.
 
-A file has the tables `[head]` (fields of `HeadConfig`, without `dim`, which is the encoder's),
+A file has the tables `[head]` (fields of the configuration of its `kind`,
+without `dim`, which is the encoder's),
 `[training]` (fields of `TrainConfig`) and `[finetune]` (fields of `FinetuneConfig`: what is other
 or more when the tower trains as well). What it leaves out has the default of the field. The comment
 it begins with says the command, the source, the published figure and what was run.
@@ -17,15 +18,15 @@ from typing import Any, Final
 
 from featstore.errors import UserError, one_line
 from heads.end_to_end.config import FinetuneConfig
-from heads.methods.mote.config import HeadConfig
-from heads.training.trainer import TrainConfig
+from heads.methods.registry import DEFAULT_METHOD, Method, method
+from heads.methods.settings import MethodConfig
+from heads.training.config import TrainConfig
 
 DEFAULT_RECIPE: Final = "frozen-store"
 FINETUNE_RECIPE: Final = "end-to-end"
 """The default of `mote-cli finetune`."""
 _SUFFIX: Final = ".toml"
 _TABLES: Final = {
-    "head": {field.name for field in fields(HeadConfig)} - {"dim"},
     "training": {field.name for field in fields(TrainConfig)},
     "finetune": {field.name for field in fields(FinetuneConfig)},
 }
@@ -40,9 +41,20 @@ class Recipe:
     training: Mapping[str, Any]
     finetune: Mapping[str, Any]
 
-    def head_config(self, dim: int, **overrides: Any) -> HeadConfig:
-        """The head for embeddings of width `dim`; UserError when a value is out of range."""
-        return HeadConfig(dim=dim, **(dict(self.head) | _given(overrides)))
+    def head_config(self, dim: int, **overrides: Any) -> MethodConfig:
+        """The head for embeddings of width `dim`; another `kind` takes the fields that it knows.
+
+        UserError when a value is out of range, and for an override that its method does not know.
+        """
+        given = _given(overrides)
+        chosen = _method_of(dict(self.head) | given)
+        if strange := given.keys() - _head_fields(chosen):
+            raise UserError(
+                f"{', '.join(sorted(strange))} is no setting of {chosen.title}: leave it out"
+            )
+        own = {key: v for key, v in self.head.items() if key in _head_fields(chosen)}
+        config: MethodConfig = chosen.config(dim=dim, **(own | given))
+        return config
 
     def train_config(self, **overrides: Any) -> TrainConfig:
         """The training; UserError when a value is out of range."""
@@ -80,11 +92,12 @@ def load_recipe(name: str | Path) -> Recipe:
         raise UserError(f"recipe {name} cannot be read: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, not TOML
         raise UserError(f"recipe {name} is not TOML: {one_line(error, 120)}") from error
-    _refuse_unknown(str(name), set(tables) - set(_TABLES), list(_TABLES), "tables")
-    for table, known in _TABLES.items():
+    _refuse_unknown(str(name), set(tables) - {"head", *_TABLES}, ["head", *_TABLES], "tables")
+    for table in ("head", *_TABLES):
         found = tables.setdefault(table, {})
         if not isinstance(found, dict):
             raise UserError(f"recipe {name}: {table} is {found!r}, not a table [{table}]")
+        known = _TABLES[table] if table in _TABLES else _head_fields(_method_of(found))
         _refuse_unknown(str(name), set(found) - known, sorted(known), f"keys in [{table}]")
     recipe = Recipe(
         path.stem if own else str(name), tables["head"], tables["training"], tables["finetune"]
@@ -96,6 +109,14 @@ def load_recipe(name: str | Path) -> Recipe:
     except UserError as error:
         raise UserError(f"recipe {name}: {error}") from error
     return recipe
+
+
+def _method_of(head: Mapping[str, Any]) -> Method:
+    return method(head.get("kind", DEFAULT_METHOD))
+
+
+def _head_fields(chosen: Method) -> set[str]:
+    return {field.name for field in fields(chosen.config)} - {"dim"}
 
 
 _ANY_DIM: Final = 64  # attention heads can only be checked against the store's width

@@ -12,13 +12,9 @@ from matplotlib.figure import Figure
 
 from featstore.errors import UserError
 from featstore.files.durable import write_bytes
+from heads.methods.registry import method, names
 
-_NAMES = {
-    "mean": "CLIP mean of frames",
-    "transformer": "temporal transformer",
-    "mote": "MoTE",
-    "mote-finetuned": "MoTE, fine-tuned tower",
-}
+_FINETUNED = "-finetuned"  # behind the method's name, in the demo
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
 
 
@@ -60,7 +56,7 @@ def tradeoff_plot(
                     markerfacecolor="white" if modulated else colour,
                     markeredgewidth=2,
                     linestyle="none",
-                    label=_NAMES.get(head, head) + (", modulated" if modulated else ""),
+                    label=_title(head) + (", modulated" if modulated else ""),
                 )
         if len(points) == 2:
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 7, "shrinkB": 7}
@@ -98,3 +94,11 @@ def _frame(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
             axes.text(*inside[-1], f" {mean}", color="0.6", fontsize="x-small", clip_on=True)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
+
+
+def _title(head: str) -> str:
+    """The name of a method in pictures; heads that are named otherwise keep their names."""
+    name = head.removesuffix(_FINETUNED)
+    if name not in names():
+        return head
+    return method(name).title + (", fine-tuned tower" if name != head else "")

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
 from featstore.errors import UserError
-from heads.methods.mote.config import HeadConfig
-from heads.methods.mote.model import TemporalHead
-from heads.methods.mote.modulation import NEIGHBOURS, TEMPERATURE, modulation
+from heads.methods.head import Head
+from heads.methods.mote.config import MODULATION_TEMPERATURE as TEMPERATURE
+from heads.methods.mote.config import NEIGHBOURS
+from heads.methods.mote.modulation import modulation
+from heads.methods.registry import method
+from heads.methods.settings import MethodConfig
 from heads.methods.text_classifier import class_cosines
 from heads.scoring.view_summaries import ViewSummaries, summarise
 
@@ -65,7 +69,7 @@ class Scoring:
     @classmethod
     def of_head(
         cls,
-        config: HeadConfig,
+        config: MethodConfig,
         *,
         fusion: Fusion = "softmax",
         modulate: bool = True,
@@ -77,7 +81,7 @@ class Scoring:
         k, t = modulation_neighbours, modulation_temperature
         k = config.modulation_neighbours if k is None else k
         t = config.modulation_temperature if t is None else t
-        on = modulate and config.kind != "mean" and k != 0 and t != 0
+        on = modulate and method(config.kind).modulated and k != 0 and t != 0
         return cls(fusion, on, k, t, ensemble)
 
 
@@ -160,12 +164,12 @@ class BlockScores:
         """[N,V] `Modulation.similarity`, which no temperature changes."""
         features = self.summaries.features
         found = modulation(
-            features.flatten(0, 1)[:, None],
+            rearrange(features, "n v d -> (n v) 1 d"),
             self.classes if tested is None else self.classes[tested],
             self.training_classes,
             neighbours,
         )
-        return found.similarity.view(features.shape[:2])
+        return rearrange(found.similarity, "(n v) -> n v", v=features.shape[1])
 
     def _clip_cosines(self) -> Tensor:
         """[N,V,C] mean over frames of CLIP's cosines."""
@@ -190,7 +194,7 @@ def _list_key(classes: Tensor | None) -> tuple[int, ...] | None:
 
 @torch.no_grad()
 def view_features(
-    head: TemporalHead, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+    head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
 ) -> Tensor:
     """Video feature of every view, [N,V,T,D] -> [N,V,D], not normalised, on the head's device."""
     scoring = Scoring.of_head(head.config, modulate=modulate)
@@ -200,7 +204,7 @@ def view_features(
 
 
 def view_cosines(
-    head: TemporalHead, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+    head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
 ) -> Tensor:
     """Cosine of every view with every class, [N,V,T,D] and [C,D] -> [N,V,C]."""
     embeddings = functional.normalize(
@@ -247,7 +251,7 @@ def percent(hits: Tensor) -> float:
     return 100.0 * float(hits.double().mean())
 
 
-def can_modulate(head: TemporalHead, named: int) -> bool:
+def can_modulate(head: Head, named: int) -> bool:
     """Whether modulation is possible with `named` tested classes; logged where it is not."""
     trained = head.training_class_embeddings.shape[0]
     needed = head.config.modulation_neighbours
@@ -261,7 +265,7 @@ def can_modulate(head: TemporalHead, named: int) -> bool:
 
 
 def predict_scores(
-    head: TemporalHead,
+    head: Head,
     features: Tensor,
     class_embeddings: Tensor,
     class_names: Sequence[str],

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,7 +24,7 @@ from featstore.format.schema import RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from heads.arithmetic import autocast
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
 
 BATCH_FRAMES = 4096  # frames per forward pass: large enough for the cores, small in memory
 
@@ -50,12 +51,14 @@ class ViewSummaries:
 
 
 @torch.no_grad()
-def summarise(head: TemporalHead, features: Tensor) -> ViewSummaries:
+def summarise(head: Head, features: Tensor) -> ViewSummaries:
     """The summaries of raw CLIP features [N,V,T,D]; `BATCH_FRAMES` frames go through at a time."""
-    videos, views, frames, _ = features.shape
+    _, views, frames, _ = features.shape
     where = head.logit_scale.device
     parts: list[tuple[Tensor | None, Tensor, Tensor]] = []
-    for part in torch.split(features.flatten(0, 1), max(1, BATCH_FRAMES // frames)):
+    for part in torch.split(
+        rearrange(features, "n v t d -> (n v) t d"), max(1, BATCH_FRAMES // frames)
+    ):
         frame_features, hidden = head.temporal(part.to(where))
         parts.append(
             (
@@ -65,7 +68,7 @@ def summarise(head: TemporalHead, features: Tensor) -> ViewSummaries:
             )
         )
     joined = [
-        None if column[0] is None else torch.cat(column).view(videos, views, -1)
+        None if column[0] is None else rearrange(torch.cat(column), "(n v) d -> n v d", v=views)
         for column in zip(*parts, strict=True)
     ]
     mean, units = joined[1:]
@@ -76,7 +79,7 @@ def summarise(head: TemporalHead, features: Tensor) -> ViewSummaries:
 
 def summarise_store(
     store: Store,
-    head: TemporalHead,
+    head: Head,
     rows: RowArray,
     *,
     frames: npt.NDArray[np.int64] | None = None,

@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError
 from featstore.files.durable import write_json
-from heads.files.head_file import CONFIG_FILE, HEAD_FILE
-from heads.methods.mote.config import HeadConfig
-from heads.training.trainer import TrainConfig
+from heads.files.run_files import CONFIG_FILE, HEAD_FILE, read_config
+from heads.methods.registry import config_from_json
+from heads.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -23,23 +23,19 @@ _INFORMATIVE = frozenset({"data.encoder", "data.trained_on", "data.prompt_templa
 
 def open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
     """Begin or continue the run: `config.json` says what it is; UserError where it may not."""
-    config_file = run_dir / CONFIG_FILE
-    if not config_file.is_file():
+    begun = read_config(run_dir)
+    if begun is None:
         if (run_dir / HEAD_FILE).is_file():
             raise UserError(f"{run_dir} holds a head that was not trained here: choose --name")
         if resume:
             log.info("there is no run %s to continue: starting it", run_dir.name)
-        write_json(config_file, settings)
+        write_json(run_dir / CONFIG_FILE, settings)
         return
     if not resume:
         raise UserError(
             f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
             "--name for another one"
         )
-    try:
-        begun = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise WorkError(f"{config_file} is not JSON: delete the run and train again") from error
     differences = setting_differences(_completed(begun), settings, _INFORMATIVE)
     if differences:
         raise UserError(
@@ -66,7 +62,7 @@ def setting_differences(
 def _completed(settings: Any) -> Any:
     """Settings with the fields that this version knows and that of the run did not."""
     return settings | {
-        "head": HeadConfig.from_json(settings.get("head", {})).to_json(),
+        "head": config_from_json(settings.get("head", {})).to_json(),
         "training": TrainConfig.from_json(settings.get("training", {})).to_json(),
     }
 

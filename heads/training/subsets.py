@@ -16,7 +16,7 @@ from featstore.errors import UserError
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
-from heads.methods.mote.model import TemporalHead
+from heads.methods.head import Head
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def warn_of_classes_without_videos(names: Sequence[str], labels: RowArray) -> No
         )
 
 
-def start_from(head: TemporalHead, initial: TemporalHead) -> None:
+def start_from(head: Head, initial: Head) -> None:
     """Give `head` the weights and the logit scale of `initial`; its classes stay its own.
 
     UserError when the two are not of one configuration.
@@ -79,9 +79,9 @@ def start_from(head: TemporalHead, initial: TemporalHead) -> None:
             f"the head to start from is {initial.config}, the new one {head.config}: train with "
             "the configuration of the first"
         )
-    if head.transformer is not None and initial.transformer is not None:
-        head.transformer.load_state_dict(initial.transformer.state_dict())
-    head.logit_scale.copy_(initial.logit_scale)
+    weights = initial.state_dict()
+    del weights["training_class_embeddings"]
+    head.load_state_dict(weights, strict=False)
 
 
 def shown(names: Sequence[str]) -> str:

@@ -22,7 +22,6 @@ import torch
 
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.errors import UserError, WorkError
-from featstore.files.durable import write_bytes
 from featstore.files.locks import exclusive
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
@@ -31,18 +30,24 @@ from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
 from heads.files.head_file import (
-    CONFIG_FILE,
-    HEAD_FILE,
-    METRICS_FILE,
-    STATE_FILE,
     STATE_FORMAT,
     head_fingerprint,
     load_tensors,
     save_head,
     save_tensors,
 )
-from heads.methods.mote.config import HeadConfig, HeadOrigin
-from heads.methods.mote.model import TemporalHead, build_head
+from heads.files.run_files import (
+    CONFIG_FILE,
+    HEAD_FILE,
+    LOCK_FILE,
+    STATE_FILE,
+    read_metrics,
+    write_metrics,
+)
+from heads.methods.head import Head, build_head
+from heads.methods.registry import method
+from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
 from heads.training.subsets import (
     renumbered,
@@ -50,26 +55,15 @@ from heads.training.subsets import (
     subset_text,
     warn_of_classes_without_videos,
 )
-from heads.training.trainer import TrainConfig, Trainer, build_optimizer, learning_rates
+from heads.training.trainer import Trainer
 from heads.training.training_keys import read_training_keys, rows_hash, write_training_keys
-
-__all__ = [
-    "TrainConfig",
-    "TrainSummary",
-    "Trainer",
-    "build_optimizer",
-    "learning_rates",
-    "train_head",
-    "training_rows",
-]
 
 log = logging.getLogger(__name__)
 
-AfterEpoch = Callable[[TemporalHead, int], Mapping[str, float]]
+AfterEpoch = Callable[[Head, int], Mapping[str, float]]
 """Called after every epoch with the head as it is and the number of epochs done."""
 
 RUN_FORMAT = 1
-LOCK_FILE = "state/lock"
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ class TrainSummary:
 def train_head(
     store: Store,
     run_dir: Path,
-    head: HeadConfig,
+    head: MethodConfig,
     training: TrainConfig,
     *,
     rows: npt.ArrayLike,
@@ -111,7 +105,7 @@ def train_head(
     classes: npt.ArrayLike | None = None,
     trained_on: str = "",
     repeats: int = 1,
-    initial: TemporalHead | None = None,
+    initial: Head | None = None,
     initial_run: Path | None = None,
     after_epoch: AfterEpoch | None = None,
     protocol: str = "",
@@ -148,6 +142,8 @@ def train_head(
         )
     if not store.complete:
         raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+    chosen = method(head.kind)
+    chosen.require("trained from a store", chosen.from_store)
     where = resolve_device(device)
     if training.frames > store.schema.frames:
         log.warning(
@@ -222,7 +218,7 @@ def train_head(
         if initial is not None:
             start_from(model, initial)
         model.origin = origin
-        if head.kind == "mean":
+        if not chosen.trains:
             log.info("a mean of frames has nothing to train")
             metrics, resumed_from = [], 0
             write_metrics(run_dir, metrics)
@@ -252,7 +248,7 @@ def training_rows(store: Store, split: str | None) -> RowArray:
 
 
 def _train(
-    model: TemporalHead,
+    model: Head,
     loader: FeatureLoader,
     training: TrainConfig,
     run_dir: Path,
@@ -373,20 +369,6 @@ def _origin(store: Store, prompt_set: str, frames: int, text: ClassText) -> Head
         label_map=provenance.label_map,
         prompt_templates=text.templates,
     )
-
-
-def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
-    """Write the records of a run's epochs, a line each."""
-    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
-    write_bytes(run_dir / METRICS_FILE, lines.encode())
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a finished run's epochs."""
-    try:
-        return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    except (OSError, ValueError):
-        return []  # they describe a finished run; its head is what counts
 
 
 def _summary(

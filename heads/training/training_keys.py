@@ -6,16 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
 from featstore.errors import WorkError
 from featstore.files.durable import write_json
 from featstore.format.schema import RowArray
-
-KEYS_FILE: Final = "training-keys.json"
-"""In a run folder: {data set: [keys]}, of every video that moved its parameters."""
+from heads.files.run_files import KEYS_FILE
 
 
 def rows_hash(rows: RowArray) -> str:

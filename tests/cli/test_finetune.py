@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from featstore import WorkError
 from heads import load_head
-from heads.files.official import OfficialCheckpoint
+from heads.methods.mote.official import OfficialCheckpoint
 from pipeline.clip_encoder import load_encoder
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.worlds.tiny_world import SHORT_TRAINING, World, make_clip, make_encoder

@@ -18,7 +18,7 @@ from cli.main import app
 from featstore import UserError
 from heads import HeadConfig, TrainConfig, load_head
 from heads.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
-from heads.training.trainer import AUTHORS_LR_REFRESH, learning_rates
+from heads.training.schedule import learning_rates
 from tests.support.stores.action_store import action_store
 
 NAMES = ["demo", "end-to-end", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
@@ -62,7 +62,7 @@ def test_the_papers_recipes() -> None:
     assert base.head_config(512).attention_heads == 8
     assert large.head_config(768).attention_heads == 12
     training = base.train_config()
-    assert training == replace(TrainConfig(), lr_refresh=AUTHORS_LR_REFRESH)
+    assert training == replace(TrainConfig(), lr_refresh=10)
     assert (training.epochs, training.warmup_epochs, training.batch_size) == (30, 5, 192)
     assert training.lr * training.logit_scale_lr_ratio == pytest.approx(3.5e-6)
     other = large.train_config()

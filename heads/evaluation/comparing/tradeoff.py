@@ -19,7 +19,8 @@ from typing import Any, Final, Literal
 from featstore.errors import UserError
 from heads.evaluation.comparing.compare import SavedResult, differences, saved_results
 from heads.evaluation.protocols.choose import PROTOCOLS, known_dataset
-from heads.files.head_file import CONFIG_FILE
+from heads.files.run_files import CONFIG_FILE
+from heads.methods.registry import MEAN_OF_FRAMES
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +324,7 @@ def _missing(row: TradeoffRow, closeset: str, zeroshot: Sequence[str]) -> list[s
     wanted += [
         ("zeroshot", name, result) for name, result in zip(zeroshot, row.zeroshot, strict=True)
     ]
-    chosen = "" if row.head == "mean" else row.setting.options
+    chosen = "" if row.head == MEAN_OF_FRAMES else row.setting.options
     return [
         f"{row.head} has no {role} result on {name}: `mote-cli eval "
         f"{'--protocol' if name in PROTOCOLS else f'--{role}'} {name} --head {row.head}{chosen}`"

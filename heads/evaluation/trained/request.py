@@ -33,9 +33,10 @@ from heads.evaluation.trained.run import (
     train_and_test,
     usual_epochs,
 )
-from heads.files.choose import MEAN_HEAD, choose_head
-from heads.methods.mote.config import HeadOrigin
-from heads.methods.mote.model import TemporalHead
+from heads.files.choose import choose_head
+from heads.methods.head import Head
+from heads.methods.registry import MEAN_OF_FRAMES
+from heads.methods.settings import HeadOrigin
 from heads.recipes import DEFAULT_RECIPE, load_recipe
 from pipeline.annotations.published_lists import (
     KeyIndex,
@@ -128,7 +129,7 @@ def evaluate_trained(
     check_label_map(ask.label_map)
     few = ask.kind == "fewshot"
     protocol = ask.protocol or usual_protocol(ask.kind, ask.dataset, split=ask.split)
-    initial: TemporalHead | None = None
+    initial: Head | None = None
     head_dir: Path | None = None
     if ask.head is not None:
         initial, head_dir = choose_head(ask.workspace, ask.head)
@@ -142,8 +143,8 @@ def evaluate_trained(
         check_fits(initial, train)
         shape = initial.config
     else:
-        mean = ask.head == MEAN_HEAD
-        shape = recipe.head_config(train.provenance.dim, kind="mean" if mean else None)
+        mean = ask.head == MEAN_OF_FRAMES
+        shape = recipe.head_config(train.provenance.dim, kind=MEAN_OF_FRAMES if mean else None)
     shots = numbers("--shots", how.shots, SHOTS[ask.kind])
     draws = numbers("--draw-seeds", how.draw_seeds, DRAW_SEEDS[ask.kind])
     if len(draws if few else shots) > 1:
@@ -175,9 +176,7 @@ def evaluate_trained(
     prompt_set = ask.prompt_set(train) or training_prompt_set(train, initial)
     clip_store = ask.chosen_clip_store()
 
-    def evaluate(
-        tested: TemporalHead, tests: Sequence[TestSet], facts: RunFacts, name: str
-    ) -> EvalResult:
+    def evaluate(tested: Head, tests: Sequence[TestSet], facts: RunFacts, name: str) -> EvalResult:
         return evaluate_store(
             test,
             tested,

@@ -22,12 +22,14 @@ from featstore.reading.store import Store
 from heads.evaluation.protocols.choose import known_dataset
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.results import EvalResult, RunFacts, run_facts
-from heads.files.head_file import CONFIG_FILE, METRICS_FILE, load_head, save_head
-from heads.methods.mote.config import HeadConfig
-from heads.methods.mote.model import TemporalHead
+from heads.files.head_file import load_head, save_head
+from heads.files.run_files import CONFIG_FILE, METRICS_FILE
+from heads.methods.head import Head
+from heads.methods.registry import method
+from heads.methods.settings import MethodConfig
+from heads.training.config import TrainConfig
 from heads.training.shots import TrainingSet
 from heads.training.train_head import TrainSummary, train_head
-from heads.training.trainer import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ _EPOCHS_OF: Final = {("fewshot", "ssv2"): 2}
 repeated to the size of the full one; ViFi-CLIP's for base-to-novel, which it takes of the shots
 once. Here they are repeated as well: a new head learns nothing in thirty steps."""
 
-Evaluate = Callable[[TemporalHead, Sequence[TestSet], RunFacts, str], EvalResult]
+Evaluate = Callable[[Head, Sequence[TestSet], RunFacts, str], EvalResult]
 """Tests a head on test sets; told what is known of its run, and the name of the run."""
 
 
@@ -93,13 +95,13 @@ class ShotOutcome:
 def train_and_test(
     run: ShotRun,
     store: Store,
-    head: HeadConfig,
+    head: MethodConfig,
     training: TrainConfig,
     *,
     prompt_set: str,
     evaluate: Evaluate,
     protocol: str = "",
-    initial: TemporalHead | None = None,
+    initial: Head | None = None,
     initial_run: Path | None = None,
     best_epoch: bool = True,
     device: str = "auto",
@@ -135,7 +137,7 @@ def train_and_test(
     trained = load_head(run.run_dir)
     last = evaluate(trained, run.tests, run_facts(run.run_dir), name)
     best = None
-    if watch is not None and head.kind != "mean":
+    if watch is not None and method(head.kind).trains:
         found = watch.found(summary.epochs)
         if found is None:
             log.warning(
@@ -168,7 +170,7 @@ class _BestEpoch:
         self._run = run
         self._evaluate = evaluate
 
-    def __call__(self, head: TemporalHead, epoch: int) -> Mapping[str, float]:
+    def __call__(self, head: Head, epoch: int) -> Mapping[str, float]:
         facts = RunFacts(epoch=epoch, epoch_choice=LAST)
         with _told_once():
             top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).top1

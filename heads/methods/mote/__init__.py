@@ -1,1 +1,1 @@
-"""MoTE (NeurIPS 2024) and the plain temporal transformer it is compared with."""
+"""MoTE (NeurIPS 2024). Its model also serves the plain transformer and the mean of frames."""

@@ -1,6 +1,6 @@
-"""What a temporal head is made of, and the random draw of one training step.
+"""What a head of MoTE, of the plain temporal transformer or of the mean of frames is made of.
 
-B = batch, T = frames, D = embedding width, L = layers, E = experts, C = classes.
+D = embedding width, L = layers, E = experts.
 R = routings of a layer: 1, or 2 where both projections are routed separately.
 """
 
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, get_args
-
-import torch
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, get_args
 
 from featstore.errors import UserError
-from heads.methods.mote.modulation import NEIGHBOURS
-from heads.methods.mote.modulation import TEMPERATURE as MODULATION_TEMPERATURE
+from heads.methods.settings import known_fields
 
-HeadKind = Literal["mote", "transformer", "mean"]
+KINDS: Final = ("mote", "transformer", "mean")
+"""The methods whose heads this module describes."""
 Placement = Literal["ffn", "separate", "up", "down"]
 Routing = Literal["multinomial", "uniform", "subset"]
 Initialisation = Literal["different", "identical"]
@@ -31,6 +29,8 @@ plain average."""
 POSITIONS = 77
 """Rows of the position table: the context length of CLIP's text tower, as in the released heads."""
 
+NEIGHBOURS = 5  # K of modulation in the released code
+MODULATION_TEMPERATURE = 0.05  # of the released code's exponential
 HEAD_WIDTH = 64  # CLIP's width of one attention head (Radford et al., 2021)
 _LARGEST = {"dim": 65536, "layers": 64, "experts": 256, "positions": 65536}
 _CHOICES = {
@@ -56,7 +56,7 @@ class HeadConfig:
 
     dim: int
     """D, the embedding width of the encoder."""
-    kind: HeadKind = "mote"
+    kind: str = "mote"
     """"mote", "transformer" (one expert) or "mean" (no head: the frames' mean)."""
     layers: int = 4
     """L, transformer blocks; 4 in the released ViT-B/16 head, 6 in the ViT-L/14 one."""
@@ -72,7 +72,7 @@ class HeadConfig:
     routing: Routing = "multinomial"
     """Whose expert runs in the expert pass: one drawn from `expert_prior` for the batch
     ("multinomial"), one drawn evenly ("uniform"), or, for every sample, the expert of the data
-    subset it belongs to ("subset", see `heads.training.trainer.data_subsets`)."""
+    subset it belongs to ("subset", see `heads.training.schedule.data_subsets`)."""
     expert_prior: tuple[float, ...] = ()
     """[E] relative frequencies of "multinomial" routing; none is softmax(1, ..., E)."""
     temperatures: tuple[float, ...] = TEMPERATURES
@@ -89,10 +89,8 @@ class HeadConfig:
     """Scale of its exponential: the larger, the less it holds the head back."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(HeadKind):
-            raise UserError(
-                f"head kind {self.kind!r} is unknown: choose one of {', '.join(get_args(HeadKind))}"
-            )
+        if self.kind not in KINDS:
+            raise UserError(f"head kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
         if self.kind == "mean":
             for name in ("layers", "experts", "attention_heads"):
                 object.__setattr__(self, name, 0)
@@ -166,14 +164,6 @@ class HeadConfig:
         """Whether temporal feature modulation can change this head's output."""
         return self.kind != "mean" and self.modulation_neighbours > 0
 
-    def expert_probabilities(self) -> torch.Tensor:
-        """Probabilities [E] float32 of the expert draw."""
-        if self.routing == "uniform":
-            return torch.full((self.experts,), 1 / self.experts)
-        if not self.expert_prior:
-            return routing_prior(self.experts)
-        return torch.tensor(self.expert_prior) / sum(self.expert_prior)
-
     def to_json(self) -> dict[str, Any]:
         """The fields as strict JSON values; an infinite temperature is the text "inf"."""
         temperatures = [t if math.isfinite(t) else str(t) for t in self.temperatures]
@@ -199,120 +189,3 @@ def _numbers(name: str, values: object) -> tuple[float, ...]:
         if all(_is_number(v) for v in read):
             return tuple(float(v) for v in read)
     raise UserError(f"{name} of a head is {values!r}: it must be a list of numbers")
-
-
-def known_fields(kind: type[Any], value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """`value` as keyword arguments of dataclass `kind`; UserError where it does not fit."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"the {what} configuration is {type(value).__name__}, not an object")
-    unknown = sorted(set(value) - {field.name for field in fields(kind)})
-    if unknown:
-        raise UserError(
-            f"the {what} configuration has unknown fields {', '.join(unknown)}: "
-            "it was written by a newer version of mote; update"
-        )
-    missing = sorted(
-        field.name
-        for field in fields(kind)
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in value
-    )
-    if missing:
-        raise UserError(f"the {what} configuration lacks {', '.join(missing)}: it is incomplete")
-    return dict(value)
-
-
-@dataclass(frozen=True)
-class RoutingDraw:
-    """The chance of one training step: per layer one expert and one merging temperature.
-
-    A draw is shared by the whole batch, as in the released code. With placement "separate" every
-    layer has two entries, for its up and then its down projection.
-    """
-
-    experts: tuple[int, ...]
-    """[L*R] expert that runs in the expert pass, 0-based; not looked at for "subset" routing."""
-    temperatures: tuple[float, ...]
-    """[L*R] temperature of the merged pass."""
-
-    @classmethod
-    def sample(cls, config: HeadConfig, generator: torch.Generator) -> RoutingDraw:
-        """Draw L*R experts from the head's prior, then L*R temperatures evenly (that order).
-
-        The released prior, softmax(1..E), favours the last expert and is not learned (MoTE,
-        section 3.2: with four experts 3.2, 8.7, 23.7 and 64.4 per cent). "subset" routing draws
-        no experts. `generator` must be on the CPU.
-        """
-        entries = config.layers * config.routings
-        if config.kind != "mote":
-            return cls((0,) * entries, (math.inf,) * entries)
-        experts: list[int] = [0] * entries
-        if config.routing != "subset":
-            prior = config.expert_probabilities()
-            experts = torch.multinomial(
-                prior, entries, replacement=True, generator=generator
-            ).tolist()
-        choices = config.temperatures or (1.0,)
-        picks = torch.randint(len(choices), (entries,), generator=generator)
-        return cls(tuple(experts), tuple(choices[pick] for pick in picks.tolist()))
-
-
-def routing_prior(experts: int) -> torch.Tensor:
-    """The released heads' probabilities [E] float32 of the expert draw: softmax(1, 2, ..., E)."""
-    return torch.arange(1, experts + 1, dtype=torch.float32).softmax(0)
-
-
-_LATER_ORIGIN = frozenset({"trained_on", "initial_head", "label_map"})
-
-
-@dataclass(frozen=True)
-class HeadOrigin:
-    """What a head was trained on: everything needed to use it on the right features.
-
-    An imported head says less than one trained here: what is not known is empty, and class names
-    that nobody gave are None, never invented.
-    """
-
-    dataset: str
-    dataset_fingerprint: str
-    encoder: str
-    encoder_fingerprint: str
-    """Fingerprint of the tower's weights; features of another tower are refused."""
-    encoder_precision: str
-    sampling: str
-    """Sampling of the store it was trained on, for example "uniform:16"."""
-    crops: int
-    preprocessing: dict[str, Any]
-    prompt_set: str
-    class_names: tuple[str, ...] | None
-    """[C] training classes, in the order of `training_class_embeddings`; None when not known."""
-    frames: int
-    """T, frames per view it was trained with."""
-    prompt_templates: tuple[str, ...] = ()
-    """Sentences of the prompt set, with {} for the class name; empty where every class had its
-    own or they are not known."""
-    trained_on: str = ""
-    """Which videos of the data set, in words: "train1, 16 videos per class (draw 1)"; "" where
-    nothing is known."""
-    initial_head: str = ""
-    """Fingerprint of the head whose weights it started from, "" for a new one."""
-    label_map: str = ""
-    """As `featstore.Provenance.label_map`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values; later ones only where they say something."""
-        names = None if self.class_names is None else list(self.class_names)
-        value = {
-            **asdict(self),
-            "class_names": names,
-            "prompt_templates": list(self.prompt_templates),
-        }
-        return {k: v for k, v in value.items() if v or k not in _LATER_ORIGIN}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> HeadOrigin:
-        """The inverse of `to_json`."""
-        known = known_fields(cls, value, "head origin")
-        names = known["class_names"]
-        known["class_names"] = None if names is None else tuple(names)
-        known["prompt_templates"] = tuple(known.get("prompt_templates", ()))
-        return cls(**known)

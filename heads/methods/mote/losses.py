@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from heads.methods.mote.model import TrainingPass
+
+class TrainingPass(NamedTuple):
+    """What the loss of one training step is computed from."""
+
+    expert_cosines: Tensor
+    """[B,C] cosines of the expert pass (of the only pass for kind "transformer")."""
+    merged_cosines: Tensor | None
+    """[B,C] cosines of the merged pass; None for kind "transformer"."""
+    merged_features: Tensor | None
+    """[B,T,D] output of the merged pass; None for kind "transformer"."""
 
 
 class LossTerms(NamedTuple):

@@ -24,92 +24,114 @@ entry instead of E; with "separate" the fusion logits are [2,E], up and down.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from featstore.errors import UserError
-from heads.methods.mote.config import HeadConfig, HeadOrigin, RoutingDraw
+from heads.methods.head import Head
+from heads.methods.mote.config import HeadConfig
 from heads.methods.mote.experts import temperature_weights
-from heads.methods.mote.modulation import modulation
+from heads.methods.mote.losses import LossTerms, TrainingPass, mote_loss
+from heads.methods.mote.routing import RoutingDraw
 from heads.methods.mote.temporal_transformer import TemporalTransformer
 from heads.methods.text_classifier import class_cosines, video_embeddings
 
-CLIP_LOGIT_SCALE = 100.0  # the multiplier CLIP's own training ended at (Radford et al., 2021)
 
-
-class TrainingPass(NamedTuple):
-    """What the loss of one training step is computed from."""
-
-    expert_cosines: Tensor
-    """[B,C] cosines of the expert pass (of the only pass for kind "transformer")."""
-    merged_cosines: Tensor | None
-    """[B,C] cosines of the merged pass; None for kind "transformer"."""
-    merged_features: Tensor | None
-    """[B,T,D] output of the merged pass; None for kind "transformer"."""
-
-
-class TemporalHead(nn.Module):
+class TemporalHead(Head):
     """MoTE's head, the plain temporal transformer, or no head at all, by `config.kind`.
 
     The output for a view is `m * transformer(x) + x` with m = 1 in training and without
     modulation; since the transformer's residual stream starts at x, that is `2x + ...` for m = 1.
-
-    Attributes: `config`; `origin`, what it was trained on (None when built by hand).
     """
 
-    training_class_embeddings: Tensor
-    logit_scale: Tensor
-
     def __init__(self, config: HeadConfig, training_classes: int) -> None:
-        super().__init__()
-        self.config = config
-        self.origin: HeadOrigin | None = None
-        self.register_buffer("training_class_embeddings", torch.zeros(training_classes, config.dim))
-        self.register_buffer("logit_scale", torch.tensor(math.log(CLIP_LOGIT_SCALE)))
+        super().__init__(config, training_classes)
+        self.config: HeadConfig = config
         self.transformer = None if config.kind == "mean" else TemporalTransformer(config)
 
-    def forward(self, features: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
-        """Cosines [B,C] of `features` [B,T,D] with `class_embeddings` [C,D] (evaluation pass).
+    def hidden(self, features: Tensor) -> Tensor | None:
+        """Output of the merged pass, before modulation and skip; None for kind "mean"."""
+        return None if self.transformer is None else self.transformer(features)[0]
 
-        Experts are merged; `modulate` applies Temporal Feature Modulation (no effect for kind
-        "mean" or where the configuration turns it off). Floating dtypes are cast to the head's.
-        Raises UserError on another width, more frames than positions, or fewer classes than
-        modulation compares (five).
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise as the released code does."""
+        if self.transformer is not None:
+            self.transformer.reset_parameters(generator)
+
+    def draw(self, generator: torch.Generator) -> RoutingDraw:
+        """Experts and temperatures of one step."""
+        return RoutingDraw.sample(self.config, generator)
+
+    def training_loss(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        class_embeddings: Tensor,
+        logit_scale: Tensor,
+        draw: RoutingDraw,
+        subsets: Tensor | None,
+        weights: Mapping[str, float],
+    ) -> LossTerms:
+        """`mote_loss` of `training_pass`; as `Head.training_loss`."""
+        passes = self.training_pass(features, class_embeddings, draw, subsets)
+        with torch.autocast(features.device.type, enabled=False):
+            return mote_loss(passes, features, labels, logit_scale.exp(), **weights)
+
+    def check_loss_weights(self, weights: Mapping[str, float]) -> None:
+        """A plain transformer has the expert pass alone, and needs its weight."""
+        if self.config.kind == "transformer" and not weights["expert_weight"]:
+            raise UserError(
+                "expert_weight is 0, and a plain transformer has no other loss: choose another "
+                "weight or a head of kind mote"
+            )
+
+    @property
+    def data_subsets(self) -> int:
+        """One for every expert with "subset" routing."""
+        return self.config.experts if self.config.routing == "subset" else 0
+
+    @property
+    def most_frames(self) -> int | None:
+        """The rows of the position table."""
+        return None if self.transformer is None else self.config.positions
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of the transformer."""
+        return [] if self.transformer is None else list(self.transformer.blocks)
+
+    @torch.no_grad()
+    def merged(self) -> TemporalHead:
+        """The head with every block's experts merged into one, as evaluation merges them.
+
+        It gives the same cosines and says the same about its origin. Raises UserError for a head
+        that averages its experts' outputs: no single network gives those.
         """
-        class_embeddings = self._checked(class_embeddings, "class embeddings", 2)
-        frames = self.aggregate(features, class_embeddings if modulate else None)
-        return class_cosines(video_embeddings(frames), class_embeddings)
-
-    def aggregate(self, features: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
-        """Frame features after the head, [B,T,D] -> [B,T,D]; with class embeddings, modulated."""
-        features, hidden = self.temporal(features)
-        if hidden is None:
-            return features
-        if class_embeddings is None or not self.config.modulates:
-            return hidden + features
-        class_embeddings = self._checked(class_embeddings, "class embeddings", 2)
-        scale = modulation(
-            features,
-            class_embeddings,
-            self.training_class_embeddings,
-            self.config.modulation_neighbours,
-            self.config.modulation_temperature,
-        ).scale
-        return scale[:, None, None] * hidden + features
-
-    def temporal(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(`features` [B,T,D] in the head's dtype, the transformer's output of them, [B,T,D]).
-
-        The output is that of the merged pass, before modulation and skip; None for kind "mean".
-        Raises UserError as `forward`.
-        """
-        features = self._checked(features, "features", 3)
-        return features, None if self.transformer is None else self.transformer(features)[0]
+        config = self.config
+        if self.transformer is None:
+            return self.cpu()
+        if config.aggregation == "outputs" and config.placement == "ffn" and config.experts > 1:
+            raise UserError(
+                "the head averages its experts' outputs, which no single network gives: only a "
+                "head with aggregation weights can be merged"
+            )
+        merged = TemporalHead(
+            replace(config, experts=1, placement="ffn", aggregation="weights", expert_prior=()),
+            self.training_class_embeddings.shape[0],
+        )
+        state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        for place, block in enumerate(self.transformer.blocks):
+            prefix = f"transformer.blocks.{place}.feed_forward."
+            weights = block.feed_forward.evaluation_weights()  # type: ignore[union-attr, operator]
+            state |= {f"{prefix}{name}": value.cpu() for name, value in weights._asdict().items()}
+            state[f"{prefix}fusion_logits"] = torch.zeros(1)
+        merged.load_state_dict(state)
+        merged.origin = self.origin
+        return merged.eval()
 
     def training_pass(
         self,
@@ -124,8 +146,8 @@ class TemporalHead(nn.Module):
         for "subset" routing and only for it (ValueError otherwise). Kind "transformer" has one
         pass; kind "mean" returns its features for both.
         """
-        features = self._checked(features, "features", 3)
-        class_embeddings = self._checked(class_embeddings, "class embeddings", 2)
+        features = self.checked(features, "features", 3)
+        class_embeddings = self.checked(class_embeddings, "class embeddings", 2)
         if (subsets is not None) != (self.config.routing == "subset"):
             raise ValueError(
                 f"{self.config.routing} routing {'takes no' if subsets is not None else 'needs'} "
@@ -180,49 +202,3 @@ class TemporalHead(nn.Module):
         if routings > 1:
             table = table.view(layers, routings, *table.shape[1:])
         return list(table.to(self.logit_scale.device))
-
-    def _checked(self, values: Tensor, what: str, rank: int) -> Tensor:
-        if values.ndim != rank or values.shape[-1] != self.config.dim:
-            raise UserError(
-                f"{what} of shape {list(values.shape)} do not fit this head: it takes "
-                f"{'[batch, frames, ' if rank == 3 else '[classes, '}{self.config.dim}]; "
-                "use features of the encoder it was trained on"
-            )
-        if rank == 3 and self.transformer is not None:
-            positions = self.config.positions
-            if values.shape[1] > positions:
-                raise UserError(
-                    f"{values.shape[1]} frames per view are more than the head's {positions} "
-                    "positions: choose fewer frames"
-                )
-        return values.to(self.logit_scale.dtype)
-
-
-def build_head(
-    config: HeadConfig,
-    class_embeddings: Tensor | None = None,
-    *,
-    logit_scale: float = CLIP_LOGIT_SCALE,
-    generator: torch.Generator | None = None,
-) -> TemporalHead:
-    """A new head on the CPU, initialised as the released code does.
-
-    `class_embeddings` [S,D] are those of the training classes (None: none, modulation impossible);
-    `logit_scale` is the encoder's multiplier. `generator` (CPU) makes the draw reproducible.
-    Raises UserError when the embeddings have another width than the head.
-    """
-    if class_embeddings is None:
-        class_embeddings = torch.zeros(0, config.dim)
-    if class_embeddings.ndim != 2 or class_embeddings.shape[1] != config.dim:
-        raise UserError(
-            f"class embeddings of shape {list(class_embeddings.shape)} do not fit a head of width "
-            f"{config.dim}: use the class texts of the same encoder"
-        )
-    if not (math.isfinite(logit_scale) and logit_scale > 0):
-        raise UserError(f"logit scale {logit_scale} is not a multiplier: it must be positive")
-    head = TemporalHead(config, class_embeddings.shape[0])
-    head.training_class_embeddings.copy_(class_embeddings)
-    head.logit_scale.fill_(math.log(logit_scale))
-    if head.transformer is not None:
-        head.transformer.reset_parameters(generator)
-    return head.eval()

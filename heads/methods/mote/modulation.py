@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from featstore.errors import UserError
+from heads.methods.mote.config import MODULATION_TEMPERATURE, NEIGHBOURS
 from heads.methods.text_classifier import video_embeddings
-
-NEIGHBOURS = 5  # K of the released code
-TEMPERATURE = 0.05  # of the released code's exponential
 
 
 class Modulation(NamedTuple):
@@ -40,7 +38,7 @@ def modulation(
     class_embeddings: Tensor,
     training_class_embeddings: Tensor,
     neighbours: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
+    temperature: float = MODULATION_TEMPERATURE,
 ) -> Modulation:
     """How far the head may move each video, from raw CLIP frame features [B,T,D].
 

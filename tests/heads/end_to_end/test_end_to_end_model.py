@@ -14,10 +14,11 @@ import torch
 
 from featstore.errors import UserError
 from heads.end_to_end import EndToEndModel
+from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig
 from heads.methods.mote.losses import mote_loss
-from heads.methods.mote.model import build_head
-from heads.training.trainer import TrainConfig, build_optimizer
+from heads.training.config import TrainConfig
+from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import load_encoder
 from tests.support.golden.checks import golden_draw, gradient_error, tensor, whole_model
 from tests.support.worlds.tiny_towers import (

@@ -15,12 +15,15 @@ import torch
 from featstore.errors import UserError, WorkError
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
-from heads.end_to_end.sharding import Ranks, contact, joined, sharded
-from heads.end_to_end.state import BEST_FILE, restore_best, restore_state, save_best
+from heads.end_to_end.sharding import sharded
+from heads.end_to_end.state import restore_best, restore_state, save_best
 from heads.end_to_end.trainer import Finetuner
-from heads.methods.mote.config import HeadConfig, RoutingDraw
-from heads.methods.mote.model import build_head
-from heads.training.trainer import build_optimizer, draw_generator, learning_rates
+from heads.files.run_files import BEST_FILE
+from heads.methods.head import build_head
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.routing import RoutingDraw
+from heads.training.ranks import Ranks, contact, joined
+from heads.training.schedule import build_optimizer, draw_generator, learning_rates
 from pipeline.encoders.sources import build_model
 from pipeline.video_clips.loader import ClipBatch, ClipFailure
 from tests.support.worlds.tiny_world import CLIP

@@ -23,10 +23,11 @@ from heads.end_to_end.run_folder import (
     starting_head,
     write_failed_clips,
 )
-from heads.end_to_end.sharding import Ranks
 from heads.files.head_file import save_head
-from heads.methods.mote.config import HeadConfig, HeadOrigin
-from heads.methods.mote.model import build_head
+from heads.methods.head import build_head
+from heads.methods.mote.config import HeadConfig
+from heads.methods.settings import HeadOrigin
+from heads.training.ranks import Ranks
 from pipeline.clip_encoder import load_encoder
 from tests.support.worlds.tiny_world import make_encoder
 

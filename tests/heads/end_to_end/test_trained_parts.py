@@ -10,8 +10,10 @@ from torch import Tensor
 
 from featstore.errors import UserError
 from heads.end_to_end import EndToEndModel
-from heads.end_to_end.trained_parts import check_train, trained_blocks
-from heads.training.trainer import TrainConfig, build_optimizer
+from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.trained_parts import trained_blocks
+from heads.training.config import TrainConfig
+from heads.training.schedule import build_optimizer
 from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model, tiny_tower
 
 AFTER = {"ln_post.weight", "ln_post.bias", "proj"}
@@ -96,7 +98,7 @@ def test_parts_that_a_tower_does_not_have(kind: str, train: str, message: str) -
         tiny_model(kind, train=train)
     if message.startswith("unknown"):
         with pytest.raises(UserError, match=message):
-            check_train(train)
+            FinetuneConfig(train=train)
 
 
 def test_blocks_are_in_order() -> None:

@@ -19,7 +19,7 @@ from heads.evaluation.outcomes import read_outcomes
 from heads.evaluation.protocols.choose import zeroshot_tests
 from heads.evaluation.results import RESULT_FORMAT, SplitDetail, run_facts
 from heads.files.head_file import save_tensors
-from heads.files.imported_run import TOWER_FILE
+from heads.files.run_files import TOWER_FILE
 from tests.support.stores.action_store import ACTIONS, action_store
 
 FIELDS = {  # what explains the differences between published numbers

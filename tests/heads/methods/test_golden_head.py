@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from heads.methods.mote.config import TEMPERATURES, HeadConfig, routing_prior
+from heads.methods.mote.config import TEMPERATURES, HeadConfig
 from heads.methods.mote.experts import ExpertFeedForward, temperature_weights
 from heads.methods.mote.modulation import modulation
+from heads.methods.mote.routing import routing_prior
 from heads.methods.text_classifier import class_cosines, video_embeddings
 from tests.support.golden.checks import worst
 from tests.support.golden.head import golden_head

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from featstore import UserError
 from heads import HeadConfig, RoutingDraw, TemporalHead, build_head
 from heads.arithmetic import resolve_precision
-from heads.methods.mote.config import TEMPERATURES, routing_prior
+from heads.methods.mote.config import TEMPERATURES
 from heads.methods.mote.experts import ExpertFeedForward, temperature_weights
+from heads.methods.mote.routing import routing_prior
 
 
 def small_head(seed: int = 0, **config: Any) -> TemporalHead:

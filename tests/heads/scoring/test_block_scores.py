@@ -230,12 +230,12 @@ import json, sys
 import torch
 from featstore import open_store
 from heads import load_head
-from heads.training.process_group import process_group
+from heads.training.ranks import together
 from tests.heads.scoring.test_block_scores import everything
-with process_group() as rank:
+with together("cpu") as ranks:
     results = everything(open_store(sys.argv[1]), load_head(sys.argv[2]), device="cpu")
     out = [{**r.to_json(), "predicted": [d.predicted.tolist() for d in r.details]} for r in results]
-    open(f"{sys.argv[3]}-{rank}.json", "w").write(json.dumps(out))
+    open(f"{sys.argv[3]}-{ranks.rank}.json", "w").write(json.dumps(out))
 """
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from heads.methods.mote.losses import mote_loss
-from heads.methods.mote.model import TrainingPass
-from heads.training.trainer import TrainConfig, Trainer, learning_rates
+from heads.methods.mote.losses import TrainingPass, mote_loss
+from heads.training.config import TrainConfig
+from heads.training.schedule import learning_rates
+from heads.training.trainer import Trainer
 from tests.support.golden.checks import golden_draw, golden_recipe, our_tensor, worst
 from tests.support.golden.head import golden_entries, golden_head
 

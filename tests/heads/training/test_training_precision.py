@@ -8,7 +8,8 @@ from torch import Tensor
 
 from featstore.errors import UserError
 from heads.arithmetic import autocast, resolve_training_precision, scaler
-from heads.training.trainer import TrainConfig, build_optimizer
+from heads.training.config import TrainConfig
+from heads.training.schedule import build_optimizer
 from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -189,7 +189,7 @@ def test_resume_on_another_store_names_the_difference(tmp_path: Path, store: Sto
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(
     tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import heads.training.trainer as module
+    import heads.methods.mote.model as module
 
     real, calls = module.mote_loss, []
 

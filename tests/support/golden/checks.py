@@ -20,11 +20,14 @@ from torch.nn import functional
 
 from heads.end_to_end import EndToEndModel
 from heads.evaluation.protocols.half_class import half_class_accuracy
-from heads.methods.mote.config import TEMPERATURES, HeadConfig, RoutingDraw, routing_prior
+from heads.methods.mote.config import TEMPERATURES, HeadConfig
 from heads.methods.mote.experts import ExpertFeedForward, temperature_weights
 from heads.methods.mote.modulation import modulation
+from heads.methods.mote.routing import RoutingDraw, routing_prior
 from heads.methods.text_classifier import class_cosines, video_embeddings
-from heads.training.trainer import TrainConfig, Trainer, build_optimizer, learning_rates
+from heads.training.config import TrainConfig
+from heads.training.schedule import build_optimizer, learning_rates
+from heads.training.trainer import Trainer
 from pipeline.augmentation import AugmentationDraw, augmented_pixels, crop_size, resized_clip
 from pipeline.clip_encoder import load_encoder, standard_tokenizer
 from pipeline.preprocessing import CLIP_STD, Preprocessing, evaluation_crops

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heads.end_to_end import EndToEndModel
-from heads.methods.mote.config import HeadConfig, RoutingDraw
-from heads.methods.mote.model import build_head
+from heads.methods.head import build_head
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.routing import RoutingDraw
 from pipeline.encoders.sources import build_model
 
 DIM, SIZE, CLASSES = 24, 32, 7

@@ -6,7 +6,7 @@ import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -88,3 +88,21 @@ def _is_plain(value: Tensor) -> bool:
         and value.is_floating_point()
         and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     )
+
+
+LISTED_FAULTS: Final = 3  # how many tensors an error names before it counts the rest
+
+
+def describe_faults(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Which tensors are missing, extra or misshapen, as a phrase; empty when all fit."""
+    faults = [f"{name} is missing" for name in wanted if name not in found]
+    faults += [f"{name} is extra" for name in found if name not in wanted]
+    faults += [
+        f"{name} is {list(found[name])}, not {list(shape)}"
+        for name, shape in wanted.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    more = f" and {len(faults) - LISTED_FAULTS} more" if len(faults) > LISTED_FAULTS else ""
+    return "; ".join(faults[:LISTED_FAULTS]) + more

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from featstore.errors import UserError, one_line
 from featstore.files.durable import write_bytes
-from heads.files.head_file import describe_faults
-from heads.files.weight_files import load_weight_file, plain_tensors
+from heads.methods.head import Head
 from heads.methods.mote.config import POSITIONS, HeadConfig
 from heads.methods.mote.model import TemporalHead
+from heads.methods.weight_files import describe_faults, load_weight_file, plain_tensors
 
 BLEND: Final = 0.99
 """Share of the tuned tower in what the released test scripts evaluate; the rest is CLIP's own."""
@@ -227,7 +227,7 @@ def import_official_checkpoint(
 
 
 def official_checkpoint(
-    head: TemporalHead, tower_state: Mapping[str, Tensor], epoch: int
+    head: Head, tower_state: Mapping[str, Tensor], epoch: int
 ) -> dict[str, Any]:
     """`head` and its tower as the released code would have saved them, without the optimiser.
 
@@ -235,7 +235,7 @@ def official_checkpoint(
     Raises UserError for a head or a tower that has no place in the format.
     """
     config = head.config
-    if config.kind == "mean":
+    if not any(True for _ in head.parameters()):
         raise UserError("a mean of frames has no parameters: there is nothing to export")
     released = HeadConfig(dim=config.dim)
     if any(getattr(config, name) != getattr(released, name) for name in _FIXED):
@@ -256,7 +256,7 @@ def official_checkpoint(
 
 
 def save_official_checkpoint(
-    path: Path, head: TemporalHead, tower_state: Mapping[str, Tensor], epoch: int
+    path: Path, head: Head, tower_state: Mapping[str, Tensor], epoch: int
 ) -> None:
     """Write `official_checkpoint` with `torch.save`, complete or not at all."""
     buffer = io.BytesIO()

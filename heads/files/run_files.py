@@ -1,0 +1,82 @@
+"""The files of a run folder `heads/RUN`: what they are called, and the plain ones read and written.
+
+| file | |
+|---|---|
+| `config.json` | what the run was begun with; written first |
+| `training-keys.json` | which videos move its weights (`heads.training.training_keys`) |
+| `metrics.jsonl` | one record per epoch |
+| `failures.csv` | videos that could not be decoded, end to end only |
+| `state/` | what training continues from, the best weights, the lock |
+| `tower.safetensors` | the tower as it was trained, of imported and fine-tuned heads |
+| `head.safetensors` | the head; written last: a run with it is finished |
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from featstore.errors import UserError, WorkError
+from featstore.files.durable import write_bytes
+
+CONFIG_FILE: Final = "config.json"
+KEYS_FILE: Final = "training-keys.json"
+"""In a run folder: {data set: [keys]}, of every video that moved its parameters."""
+METRICS_FILE: Final = "metrics.jsonl"
+FAILURES_FILE: Final = "failures.csv"
+STATE_FILE: Final = "state/last.safetensors"
+BEST_FILE: Final = "state/best.safetensors"
+NOT_FINITE_FILE: Final = "state/not-finite.json"
+LOCK_FILE: Final = "state/lock"
+TOWER_FILE: Final = "tower.safetensors"
+"""Beside an imported or fine-tuned head: the tower as it was trained, before blending."""
+HEAD_FILE: Final = "head.safetensors"
+
+
+def read_config(run_dir: Path) -> dict[str, Any] | None:
+    """config.json of a run; None where there is none, WorkError where it is no JSON object."""
+    file = run_dir / CONFIG_FILE
+    if not file.is_file():
+        return None
+    try:
+        value = json.loads(file.read_text())
+    except ValueError as error:
+        raise WorkError(f"{file} is not JSON: delete the run and train again") from error
+    if not isinstance(value, dict):
+        raise WorkError(f"{file} is not an object: delete the run and train again")
+    return value
+
+
+def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
+    """Write the records of a run's epochs, a line each."""
+    lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
+    write_bytes(run_dir / METRICS_FILE, lines.encode())
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a finished run's epochs."""
+    try:
+        return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        return []  # they describe a finished run; its head is what counts
+
+
+def describe_run(run_dir: Path) -> dict[str, Any]:
+    """What a run is and how far it got, JSON-ready; UserError when `run_dir` is no run."""
+    settings = read_config(run_dir)
+    if settings is None:
+        raise UserError(f"{run_dir} is no run: it has no {CONFIG_FILE}")
+    epochs = read_metrics(run_dir)
+    return {
+        "name": run_dir.name,
+        "finished": (run_dir / HEAD_FILE).is_file(),
+        "epochs_done": len(epochs),
+        "last_loss": epochs[-1]["loss"] if epochs else None,
+        **({"mode": settings["mode"]} if "mode" in settings else {}),
+        "head": settings.get("head", {}),
+        "training": settings.get("training", {}),
+        "data": settings.get("data", {}),
+        **({"imported": settings["imported"]} if "imported" in settings else {}),
+        "results": sorted(path.name for path in (run_dir / "eval").glob("*.json")),
+    }

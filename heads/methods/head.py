@@ -1,0 +1,176 @@
+"""What the head of every method is: CLIP frame features of a view in, cosines with class texts out.
+
+B = batch (views), T = frames, D = embedding width, C = classes tested, S = training classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from featstore.errors import UserError
+from heads.methods.mote.modulation import modulation
+from heads.methods.registry import method
+from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.methods.text_classifier import class_cosines, video_embeddings
+
+CLIP_LOGIT_SCALE: Final = (
+    100.0  # the multiplier CLIP's own training ended at (Radford et al., 2021)
+)
+
+
+class Head(nn.Module):
+    """A video is the mean of its frames, each of which the method adds `hidden` to.
+
+    A method inherits this and writes `hidden`, `reset_parameters` and `training_loss`, and what of
+    the rest is other than here. The output for a view is `m * hidden(x) + x`, with m = 1 in
+    training and without modulation.
+
+    Attributes: `config`; `origin`, what it was trained on (None when built by hand).
+    """
+
+    training_class_embeddings: Tensor
+    """[S,D] buffer, unit rows; modulation compares with them."""
+    logit_scale: Tensor
+    """[] buffer, natural logarithm of the multiplier used in training."""
+
+    def __init__(self, config: MethodConfig, training_classes: int) -> None:
+        super().__init__()
+        self.config: Any = config
+        self.origin: HeadOrigin | None = None
+        self.register_buffer("training_class_embeddings", torch.zeros(training_classes, config.dim))
+        self.register_buffer("logit_scale", torch.tensor(math.log(CLIP_LOGIT_SCALE)))
+
+    def hidden(self, features: Tensor) -> Tensor | None:
+        """What the method adds to `features` [B,T,D] in evaluation, [B,T,D]; None for nothing."""
+        raise NotImplementedError
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the first weights of a new head; `generator` is on the CPU."""
+
+    def draw(self, generator: torch.Generator) -> Any:
+        """The chance of one training step, which the whole batch shares; `generator` on the CPU."""
+        return None
+
+    def training_loss(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        class_embeddings: Tensor,
+        logit_scale: Tensor,
+        draw: Any,
+        subsets: Tensor | None,
+        weights: Mapping[str, float],
+    ) -> Any:
+        """The losses of one batch: a NamedTuple of scalars, `total` and then the method's `losses`.
+
+        `features` floating [B,T,D], not detached; `labels` int64 [B]; `class_embeddings` [C,D];
+        `logit_scale` [] natural logarithm; `draw` from `draw`; `subsets` int64 [B], where
+        `data_subsets` is not 0. `weights` are the recipe's (`TrainConfig.loss_weights`). The pass
+        runs under the caller's autocast, the losses outside it.
+        """
+        raise NotImplementedError
+
+    def check_loss_weights(self, weights: Mapping[str, float]) -> None:
+        """Raise UserError when the recipe's weights leave this head no loss."""
+
+    @property
+    def data_subsets(self) -> int:
+        """How many subsets the training videos are divided into; 0 where they are not."""
+        return 0
+
+    @property
+    def most_frames(self) -> int | None:
+        """The most frames per view that the head takes; None for any number."""
+        return None
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The parts, in order, that may be kept in shares over several GPUs."""
+        return []
+
+    def merged(self) -> Head:
+        """The head as one plain network with the same cosines, on the CPU, for other programs."""
+        return self.cpu().eval()
+
+    def forward(self, features: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
+        """Cosines [B,C] of `features` [B,T,D] with `class_embeddings` [C,D] (evaluation pass).
+
+        `modulate` applies Temporal Feature Modulation (no effect where the head adds nothing or its
+        configuration turns it off). Floating dtypes are cast to the head's. Raises UserError on
+        another width, more frames than the head takes, or fewer classes than modulation compares.
+        """
+        class_embeddings = self.checked(class_embeddings, "class embeddings", 2)
+        frames = self.aggregate(features, class_embeddings if modulate else None)
+        return class_cosines(video_embeddings(frames), class_embeddings)
+
+    def aggregate(self, features: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
+        """Frame features after the head, [B,T,D] -> [B,T,D]; with class embeddings, modulated."""
+        features, hidden = self.temporal(features)
+        if hidden is None:
+            return features
+        if class_embeddings is None or not self.config.modulates:
+            return hidden + features
+        class_embeddings = self.checked(class_embeddings, "class embeddings", 2)
+        scale = modulation(
+            features,
+            class_embeddings,
+            self.training_class_embeddings,
+            self.config.modulation_neighbours,
+            self.config.modulation_temperature,
+        ).scale
+        return scale[:, None, None] * hidden + features
+
+    def temporal(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(`features` [B,T,D] in the head's dtype, `hidden` of them); UserError as `forward`."""
+        features = self.checked(features, "features", 3)
+        return features, self.hidden(features)
+
+    def checked(self, values: Tensor, what: str, rank: int) -> Tensor:
+        """Features (rank 3) or class embeddings (2) in the head's dtype; UserError for others."""
+        if values.ndim != rank or values.shape[-1] != self.config.dim:
+            raise UserError(
+                f"{what} of shape {list(values.shape)} do not fit this head: it takes "
+                f"{'[batch, frames, ' if rank == 3 else '[classes, '}{self.config.dim}]; "
+                "use features of the encoder it was trained on"
+            )
+        most = self.most_frames
+        if rank == 3 and most is not None and values.shape[1] > most:
+            raise UserError(
+                f"{values.shape[1]} frames per view are more than the head's {most} "
+                "positions: choose fewer frames"
+            )
+        return values.to(self.logit_scale.dtype)
+
+
+def build_head(
+    config: MethodConfig,
+    class_embeddings: Tensor | None = None,
+    *,
+    logit_scale: float = CLIP_LOGIT_SCALE,
+    generator: torch.Generator | None = None,
+) -> Head:
+    """A new head of the method `config.kind` on the CPU, its first weights drawn.
+
+    `class_embeddings` [S,D] are those of the training classes (None: none, modulation impossible);
+    `logit_scale` is the encoder's multiplier. `generator` (CPU) makes the draw reproducible.
+    Raises UserError when the embeddings have another width than the head.
+    """
+    if class_embeddings is None:
+        class_embeddings = torch.zeros(0, config.dim)
+    if class_embeddings.ndim != 2 or class_embeddings.shape[1] != config.dim:
+        raise UserError(
+            f"class embeddings of shape {list(class_embeddings.shape)} do not fit a head of width "
+            f"{config.dim}: use the class texts of the same encoder"
+        )
+    if not (math.isfinite(logit_scale) and logit_scale > 0):
+        raise UserError(f"logit scale {logit_scale} is not a multiplier: it must be positive")
+    head = method(config.kind).head(config, class_embeddings.shape[0])
+    head.training_class_embeddings.copy_(class_embeddings)
+    head.logit_scale.fill_(math.log(logit_scale))
+    head.reset_parameters(generator)
+    return head.eval()

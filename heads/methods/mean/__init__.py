@@ -1,0 +1,1 @@
+"""CLIP's mean of frames: no parameters, every other method's baseline."""

@@ -1,0 +1,17 @@
+"""CLIP's mean of frames, as the registry has it; the model is MoTE's without its transformer."""
+
+from __future__ import annotations
+
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.method import temporal_head
+from heads.methods.registry import MEAN_OF_FRAMES, Method
+
+METHOD = Method(
+    name=MEAN_OF_FRAMES,
+    title="CLIP mean of frames",
+    config=HeadConfig,
+    head=temporal_head,
+    losses=("expert", "merged", "feature"),
+    trains=False,
+    modulated=False,
+)

@@ -1,0 +1,135 @@
+"""The methods, by name: what the commands and everything else outside a method asks about it.
+
+A method is a folder `heads/methods/NAME/` with its configuration, model, losses and official names,
+and a module `method.py` whose `METHOD` is registered here by a line in `_FOLDERS`. That module is
+imported when the method is first asked for, and it imports the model only where that is used: so
+this module needs no torch, and `import heads` loads no method that needs video decoding.
+
+Who asks what:
+
+- `train-head`, `finetune`: `method(name).config` through a recipe; `trains`, `from_store` and
+  `end_to_end` say whether there is something to train, and from what (`require`); the head itself
+  gives its draws and losses (`heads.methods.head.Head`), and `losses` names them in the records.
+- `import-checkpoint`: `read_checkpoint(file)` finds the method whose authors wrote the file.
+- `export`: `method(kind).checkpoint`, None without an official format; `portable` for the others.
+- `eval`, `predict`: `modulated`, whether temporal feature modulation does anything, and so
+  whether its settings can be swept; `untrained(kind)` for records of any version.
+- `tradeoff`, `demo`: `title`, the name in pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from featstore.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heads.methods.head import Head
+    from heads.methods.settings import MethodConfig
+
+DEFAULT_METHOD: Final = "mote"
+"""What a configuration without `kind` is of."""
+MEAN_OF_FRAMES: Final = "mean"
+"""The method without parameters, and the name by which commands ask for no head."""
+
+
+@dataclass(frozen=True)
+class CheckpointFormat:
+    """The format in which the authors of a method publish weights, in and out."""
+
+    is_of: Callable[[Mapping[str, Any]], bool]
+    """Whether what a file holds is such a checkpoint, as far as its entries' names say."""
+    read: Callable[[Path], Any]
+    """The checkpoint in a file, every tensor checked; UserError for what is none."""
+    write: Callable[[Path, Head, Mapping[str, Tensor], int], None]
+    """Write a head, its tower and the epoch (from 0); UserError where the format has no place."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of getting from the frames of a video to one embedding of it."""
+
+    name: str
+    title: str
+    """Its name in pictures."""
+    config: Any
+    """Frozen dataclass of a head's shape, a `MethodConfig`."""
+    head: Callable[[Any, int], Head]
+    """The head for a configuration and a number of training classes, its weights not drawn."""
+    losses: tuple[str, ...] = ()
+    """Names of the losses beside the total, as `Head.training_loss` gives them."""
+    trains: bool = True
+    """Whether it has parameters."""
+    from_store: bool = True
+    """Whether it can be trained from stored frame features."""
+    end_to_end: bool = True
+    """Whether it can be trained together with the image tower."""
+    modulated: bool = True
+    """Whether temporal feature modulation can hold back what it adds to the frames."""
+    portable: bool = True
+    """Whether it can be exported as safetensors and ONNX."""
+    checkpoint: CheckpointFormat | None = None
+
+    def require(self, what: str, possible: bool) -> None:
+        """UserError unless it is `possible` to do `what` with this method."""
+        if not possible:
+            raise UserError(f"{self.title} cannot be {what}: choose another --head")
+
+
+_FOLDERS: Final = ("mote", "transformer", "mean")
+_registered: dict[str, Method | None] = dict.fromkeys(_FOLDERS)
+
+
+def register(added: Method) -> None:
+    """Make a method known that has no folder here."""
+    _registered[added.name] = added
+
+
+def names() -> list[str]:
+    """The names of all methods."""
+    return list(_registered)
+
+
+def method(name: str) -> Method:
+    """The method of that name; UserError, naming the choices, when there is none."""
+    if name not in _registered:
+        raise UserError(f"head kind {name!r} is unknown: choose one of {', '.join(_registered)}")
+    found = _registered[name]
+    if found is None:
+        found = _registered[name] = import_module(f"heads.methods.{name}.method").METHOD
+        assert isinstance(found, Method)
+    return found
+
+
+def config_from_json(value: Any) -> MethodConfig:
+    """The configuration that `to_json` of some method's gave; UserError where it is none."""
+    kind = value.get("kind", DEFAULT_METHOD) if isinstance(value, Mapping) else DEFAULT_METHOD
+    found: MethodConfig = method(kind).config.from_json(value)
+    return found
+
+
+def untrained(kind: object) -> bool:
+    """Whether `kind`, of a record of any version, is a method without parameters."""
+    return isinstance(kind, str) and kind in _registered and not method(kind).trains
+
+
+def read_checkpoint(file: Path) -> tuple[Method, Any]:
+    """The method whose authors' format `file` has, and the checkpoint, every tensor checked.
+
+    UserError for a file that is damaged, holds code, or is of no format that is known.
+    """
+    from heads.methods.weight_files import load_weight_file
+
+    content = load_weight_file(file)
+    known = [found for found in map(method, _registered) if found.checkpoint is not None]
+    fitting = [m for m in known if m.checkpoint is not None and m.checkpoint.is_of(content)]
+    # A file of no format known gets the first one's errors, which say what such a file holds.
+    chosen = (fitting or known)[0]
+    assert chosen.checkpoint is not None
+    return chosen, chosen.checkpoint.read(file)

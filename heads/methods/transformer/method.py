@@ -1,0 +1,16 @@
+"""The plain temporal transformer, as the registry has it; the model is MoTE's with one expert."""
+
+from __future__ import annotations
+
+from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.method import CHECKPOINT, temporal_head
+from heads.methods.registry import Method
+
+METHOD = Method(
+    name="transformer",
+    title="temporal transformer",
+    config=HeadConfig,
+    head=temporal_head,
+    losses=("expert", "merged", "feature"),
+    checkpoint=CHECKPOINT,
+)

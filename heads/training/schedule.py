@@ -1,0 +1,80 @@
+"""When training does what: learning rates, AdamW's groups, the random draws of epochs and samples.
+
+B = batch.
+
+Source: MoTE (Zhu et al., NeurIPS 2024) and its released code and configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from heads.training.config import TrainConfig
+
+
+def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.float64]:
+    """Rates in force at every optimiser step, float64 [epochs, optimiser steps, 2].
+
+    The last axis is the two groups of `build_optimizer`. `steps_per_epoch` counts iterations
+    (batches); with `accumulation` A every A-th of them is an optimiser step. The rate is
+    base * t / warm-up, then base * (1 + cos(pi * (t - warm-up) / (epochs - warm-up))) / 2, with t
+    in epochs, refreshed at iteration 0 of an epoch and every `lr_refresh`-th one.
+    """
+    iteration = np.arange(steps_per_epoch)
+    period = config.lr_refresh
+    # the last iteration i <= this one with i = 0 or (i + 1) a multiple of the period
+    refreshed = np.maximum((iteration + 1) // period * period - 1, 0)
+    t = np.arange(config.epochs)[:, None] + refreshed / steps_per_epoch
+    cosine = np.minimum((t - config.warmup) / (config.epochs - config.warmup), 1.0)
+    factor = 0.5 * (1.0 + np.cos(np.pi * cosine))
+    if config.warmup > 0:
+        factor = np.where(t < config.warmup, t / config.warmup, factor)
+    factor = factor[:, config.accumulation - 1 :: config.accumulation]
+    bases = np.array([config.lr * config.logit_scale_lr_ratio, config.lr])
+    rates: npt.NDArray[np.float64] = factor[..., None] * bases
+    return rates
+
+
+def build_optimizer(
+    head: nn.Module, tower_parameters: Iterable[nn.Parameter], config: TrainConfig
+) -> torch.optim.AdamW:
+    """AdamW (betas 0.9 and 0.999, epsilon 1e-8) over two groups, weight decay on everything.
+
+    Group 0: `tower_parameters` at `lr * logit_scale_lr_ratio`; training from a store these are
+    the logit scale alone. Group 1: the head's trainable parameters at `lr`.
+    """
+    groups = [
+        {"params": list(tower_parameters), "lr": config.lr * config.logit_scale_lr_ratio},
+        {"params": [p for p in head.parameters() if p.requires_grad], "lr": config.lr},
+    ]
+    return torch.optim.AdamW(
+        groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def draw_generator(seed: int, epoch: int) -> torch.Generator:
+    """The CPU generator of one epoch's routing draws."""
+    word = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+
+
+def data_subsets(rows: Tensor, subsets: int, seed: int) -> Tensor:
+    """The data subset of every sample: `rows` [B] int64 -> [B] int64 in 0..subsets-1.
+
+    "subset" routing splits the samples of a data set into as many parts as there are experts, by a
+    draw that depends on the seed and the sample's row alone: a sample is with the same expert
+    in every epoch, in every batch and after a resume. Parts are equal up to chance. The draw is one
+    step of SplitMix64 (Steele, Lea and Flood, 2014).
+    """
+    with np.errstate(over="ignore"):
+        key = np.random.SeedSequence([seed]).generate_state(1, np.uint64)
+        state = key + rows.cpu().numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state ^= state >> np.uint64(31)
+    return torch.from_numpy((state % np.uint64(subsets)).astype(np.int64))
