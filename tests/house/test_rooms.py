@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,10 @@ def test_a_room_imports_what_the_table_allows(room: str) -> None:
     assert not more, f"docs/rooms.md does not let {room} import {', '.join(sorted(more))}"
     unused = ALLOWED[room] - FOUND[room]
     assert not unused, f"{room} no longer imports {', '.join(sorted(unused))}: take it off the page"
+
+
+def test_no_room_needs_itself_by_any_path() -> None:
+    TopologicalSorter(ALLOWED).prepare()  # CycleError names the rooms of a circle
 
 
 def test_the_table_keeps_the_packages_apart() -> None:
