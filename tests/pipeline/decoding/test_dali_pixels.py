@@ -154,8 +154,8 @@ def test_pixels_are_those_of_the_cpu_path_for_any_size(
     videos = [textured(*size, 1, seed=size[0]) for size in sizes]
     got = small_graphs[crops]([clip_of(video) for video in videos])
     for video, pixels in zip(videos, got, strict=True):
-        # Pictures of a few pixels: half a grey level on average. Of all sizes from 16 to 60 by 16 to
-        # 90, one has a single pixel eight levels off (18 by 34), the others at most six.
+        # Pictures of a few pixels: half a grey level on average. Of all sizes from 16 x 16 to 60 x
+        # 90, one has a single pixel eight levels off (18 x 34), the others at most six.
         want = SMALL.crops(video, crops)
         assert_close(pixels, want, mean_abs=0.0075, max_abs=0.13, cosine=0.9997)
 
