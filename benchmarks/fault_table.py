@@ -44,6 +44,7 @@ from featstore import (
 from featstore.files.durable import write_bytes
 from featstore.format.metadata import attributes_checksum
 from featstore.rewriting.grow import add_class_text
+from featstore.writing.shard_rows import FeatureRows
 from tests.support.stores.sample_stores import (
     init_store,
     make_class_text,
@@ -429,7 +430,7 @@ def interrupted_writes(table: Table, folder: Path) -> None:
         writer = started(store)
         for tar in (0, 2, *([1] if redone else [])):
             writer.write_partition(tar, make_partition(SCHEMA, tar, ROWS[tar], seed=0, failed=[1]))
-        for step in range(15):
+        for step in range(14):  # twelve small arrays, their checksums, the commit entry
             puts = iter(range(100))
 
             def full(path: Path, data: Any, step: int = step, puts: Iterator[int] = puts) -> None:
@@ -438,13 +439,21 @@ def interrupted_writes(table: Table, folder: Path) -> None:
                 write_bytes(path, data)
 
             with (
-                mock.patch("featstore.writing.writer.write_bytes", full),
+                mock.patch("featstore.writing.shard_rows.write_bytes", full),
                 contextlib.suppress(OSError),
             ):
                 StoreWriter.open(store).write_partition(1, partition)
             table.judge("disk full while a partition is written", store, truth, f"{name} {step}")
             if StoreWriter.open(store).pending() != [1]:
                 table.count("disk full while a partition is written", "WRONG", f"pending {step}")
+        # The shard is the first thing written; when there is no room for it, nothing has gone yet.
+        before = StoreWriter.open(store).pending()
+        full_shard = mock.patch.object(FeatureRows, "put_all", side_effect=OSError(28, "No space"))
+        with full_shard, contextlib.suppress(OSError):
+            StoreWriter.open(store).write_partition(1, partition)
+        table.judge("disk full while a partition is written", store, truth, f"{name} shard")
+        if StoreWriter.open(store).pending() != before:
+            table.count("disk full while a partition is written", "WRONG", "the shard")
         with StoreWriter.open(store).claim([0]):
             try:
                 with StoreWriter.open(store).claim([0, 1]):
