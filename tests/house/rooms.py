@@ -62,3 +62,19 @@ def arrows(rooms: set[str]) -> dict[str, set[str]]:
         found.setdefault(room, set()).update(room_of(name, rooms) for name in ours)
         found[room].discard(room)
     return found
+
+
+def written_anew(page: str) -> str:
+    """The page with the last column of every row as the code has it, in the order of the rows."""
+    order = list(table(page))
+    found = arrows(set(order))
+
+    def row(match: re.Match[str]) -> str:
+        names = sorted(found.get(match[2], ()), key=order.index)
+        return f"{match[1]} {' '.join(f'`{name}`' for name in names)} |"
+
+    return re.sub(r"^(\| `([\w.]+)` \|.*\|)[^|]*\|$", row, page, flags=re.MULTILINE)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written_anew(PAGE.read_text()))
