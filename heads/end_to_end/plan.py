@@ -29,6 +29,7 @@ from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.training.ranks import Ranks
+from heads.training.trainer import require_trainable
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.encoders.specs import lasting_spec
 from pipeline.prompts import (
@@ -206,12 +207,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     shard = sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError where it has none
-    if config.accumulation > clips.steps_per_epoch:
-        raise UserError(
-            f"accumulation {config.accumulation} is more than the {clips.steps_per_epoch} batches "
-            "of an epoch: lower the accumulation or the batch size"
-        )
-    head.check_loss_weights(config.loss_weights)
+    require_trainable(head, config, clips.steps_per_epoch)
     return Plan(
         dataset=dataset,
         model=model.to(ranks.device),

@@ -12,17 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
 from heads.end_to_end.model import EndToEndModel
-from heads.end_to_end.sharding import whole
 from heads.files.head_file import save_head, save_tensors
 from heads.files.run_files import HEAD_FILE, TOWER_FILE
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
 from heads.training.ranks import Ranks
+from heads.training.state import whole_tensors
 from pipeline.clip_encoder import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.encoders.tuned import tower_of, tuned_clip
@@ -53,9 +52,9 @@ def publish(
     call completes them. Raises WorkError when the CLIP has changed since, or another encoder of
     that name was made.
     """
-    tower = _whole_state("visual.", model.image_tower.state_dict(), ranks)
-    tower["logit_scale"] = whole(model.logit_scale)
-    head_state = _whole_state("", model.head.state_dict(), ranks)
+    tower_state = {f"visual.{name}": v for name, v in model.image_tower.state_dict().items()}
+    tower = whole_tensors({**tower_state, "logit_scale": model.logit_scale}.items(), ranks)
+    head_state = whole_tensors(model.head.state_dict().items(), ranks)
 
     def write() -> str:
         original = load_clip(encoder, encoders_dir)
@@ -118,11 +117,3 @@ def _fingerprint_of(encoder_dir: Path) -> str | None:
     except (UserError, WorkError):
         return None
     return fingerprint(clip.model, clip.model_config)
-
-
-def _whole_state(prefix: str, state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    return {
-        f"{prefix}{name}": whole(value)
-        for name, value in state.items()
-        if ranks.first or isinstance(value, DTensor)
-    }

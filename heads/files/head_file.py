@@ -27,7 +27,6 @@ from heads.methods.settings import HeadOrigin
 from heads.methods.weight_files import describe_faults
 
 HEAD_FORMAT: Final = 1
-STATE_FORMAT: Final = 1
 _METADATA_KEY: Final = "mote"
 
 

@@ -3,15 +3,15 @@
 n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
 
 A run folder holds config.json (written first), training-keys.json (`heads.training.training_keys`),
-state/last.safetensors (after every epoch), metrics.jsonl (one line per epoch) and head.safetensors
-(written last: a run with it is finished).
+state/last.safetensors (after every epoch and every ten minutes), metrics.jsonl (one line per epoch)
+and head.safetensors (written last: a run with it is finished).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,17 +30,13 @@ from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
 from heads.files.head_file import (
-    STATE_FORMAT,
     head_fingerprint,
-    load_tensors,
     save_head,
-    save_tensors,
 )
 from heads.files.run_files import (
     CONFIG_FILE,
     HEAD_FILE,
     LOCK_FILE,
-    STATE_FILE,
     read_metrics,
     write_metrics,
 )
@@ -49,13 +45,14 @@ from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
+from heads.training.state import Position
 from heads.training.subsets import (
     renumbered,
     start_from,
     subset_text,
     warn_of_classes_without_videos,
 )
-from heads.training.trainer import Trainer
+from heads.training.trainer import Trainer, TrainingBatch
 from heads.training.training_keys import read_training_keys, rows_hash, write_training_keys
 
 log = logging.getLogger(__name__)
@@ -125,7 +122,7 @@ def train_head(
 
     Rows whose extraction failed are left out, counted and logged. Features stay in memory when
     they fit. The same seed on the same machine gives the same bits, also through `resume`, which
-    continues after the last whole epoch (and starts a run that is not there yet). A store with
+    continues after the last checkpoint (and starts a run that is not there yet). A store with
     fewer frames per view than `training.frames` is used with all it has.
 
     `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
@@ -257,43 +254,33 @@ def _train(
     after_epoch: AfterEpoch | None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Run the epochs that are not done yet; returns all epochs' records and how many were done."""
-    trainer = Trainer(model, training, len(loader), device=device)
-    state_file = run_dir / STATE_FILE
-    metrics: list[dict[str, Any]] = []
-    if state_file.is_file():
-        tensors, card = load_tensors(state_file)
-        if card.get("format") != STATE_FORMAT:
-            raise UserError(
-                f"{state_file} has format {card.get('format')!r}, this version writes "
-                f"{STATE_FORMAT}: finish the run with the version that began it"
-            )
-        trainer.restore(tensors)
-        metrics = card["metrics"]
-        log.info("continuing %s after epoch %d", run_dir.name, trainer.epoch)
-    resumed_from = trainer.epoch
-    steps = len(loader)
-    total = training.epochs * steps
-    while trainer.epoch < training.epochs:
-        before = trainer.epoch
 
-        def report(step: int, loss: float, rate: float, before: int = before) -> None:
-            progress(
-                before * steps + step,
-                total,
-                epoch=before + 1,
-                loss=round(loss, 4),
-                samples_per_second=round(rate, 1),
-            )
+    def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
+        for batch in loader.epoch(epoch, start):
+            yield TrainingBatch(batch.features, batch.labels, batch.rows)
 
-        record = trainer.run_epoch(loader.epoch(trainer.epoch), report)
-        measured = after_epoch(model, trainer.epoch) if after_epoch is not None else {}
-        metrics.append({**record, **measured})
-        # The state carries the records, so the two cannot disagree after a kill between them.
-        card = {"format": STATE_FORMAT, "metrics": metrics}
-        save_tensors(state_file, trainer.state(), card)
-        write_metrics(run_dir, metrics)
-    write_metrics(run_dir, metrics)
-    return metrics, resumed_from
+    def speed(position: Position) -> float:
+        return position.samples / max(position.seconds, 1e-9)
+
+    def measured(epoch: int) -> dict[str, Any]:
+        more = {} if after_epoch is None else after_epoch(model, epoch)
+        return {"samples_per_second": speed(trainer.position), **more}
+
+    trainer = Trainer.on_features(
+        model,
+        training,
+        len(loader),
+        device=device,
+        run_dir=run_dir,
+        batches=batches,
+        progress=progress,
+        details=lambda position: {"samples_per_second": round(speed(position), 1)},
+    )
+    trainer.resume()
+    resumed_from = trainer.epochs_trained
+    trainer.train(measured)
+    write_metrics(run_dir, trainer.position.metrics)
+    return trainer.position.metrics, resumed_from
 
 
 GPU_SHARE = 0.5

@@ -193,7 +193,7 @@ def test_subset_routing_gives_every_sample_its_subsets_expert(placement: Placeme
 def test_subset_routing_teaches_an_expert_by_its_own_subset_only() -> None:
     head = make_head(routing="subset", layers=1)
     recipe = TrainConfig(merged_weight=0, feature_weight=0, precision="fp32")
-    trainer = Trainer(head, recipe, 1)
+    trainer = Trainer.on_features(head, recipe, 1)
     draw = RoutingDraw.sample(head.config, torch.Generator())
     subsets = torch.tensor([0, 0, 0, 1, 1, 1])
     trainer.step(FEATURES, LABELS, draw, subsets)
@@ -339,7 +339,7 @@ def test_loss_terms_are_weighted_or_off(weights: tuple[float, float, float]) -> 
         precision="fp32",
     )
     draw = RoutingDraw((0, 2), (0.6, math.inf))
-    trainer = Trainer(head, recipe, 1)
+    trainer = Trainer.on_features(head, recipe, 1)
     terms = trainer.step(FEATURES, LABELS, draw)
     scale = head.logit_scale.exp()
     with torch.no_grad():
@@ -374,7 +374,7 @@ def test_something_must_be_left_to_train() -> None:
     with pytest.raises(UserError, match="all three loss weights are 0"):
         TrainConfig(expert_weight=0, merged_weight=0, feature_weight=0)
     with pytest.raises(UserError, match="plain transformer has no other loss"):
-        Trainer(make_head(kind="transformer"), TrainConfig(expert_weight=0), 1)
+        Trainer.on_features(make_head(kind="transformer"), TrainConfig(expert_weight=0), 1)
 
 
 @pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.05), (5, 0.05), (3, 0.5), (9, 2.0)])

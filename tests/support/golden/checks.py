@@ -221,7 +221,9 @@ def check_trainstep(file: Path) -> Iterator[Check]:
         head = golden_head(data, dtype)
         head.logit_scale.fill_(float(data["logit_scale0"]))
         text = tensor(data["text"], dtype)
-        trainer = Trainer(head, config, int(data["iters_per_epoch"]), class_embeddings=text)
+        trainer = Trainer.on_features(
+            head, config, int(data["iters_per_epoch"]), class_embeddings=text
+        )
         rates = trainer.rates[int(data["epoch"])]
         losses = dict.fromkeys(("loss", "ce_expert", "ce_merged", "mse"), 0.0)
         numbers: dict[str, float] = {}
@@ -247,7 +249,7 @@ def check_trainstep(file: Path) -> Iterator[Check]:
             if (i + 1) % config.accumulation:
                 continue
             if steps == 0:
-                gradients = {k: p.grad for k, p in trainer.parameters().items()}
+                gradients = {k: p.grad for k, p in trainer.parameters.items()}
                 numbers["gradients"] = largest_error(
                     {k: g for k, g in gradients.items() if g is not None},
                     golden_entries(data, "grad_f64/"),
@@ -275,7 +277,7 @@ def check_trainstep(file: Path) -> Iterator[Check]:
 
 def _moved(trainer: Trainer, data: Mapping[str, Any], prefix: str) -> float:
     expected = golden_entries(data, prefix)
-    return largest_error(trainer.parameters(), expected, lambda name, value: trainer.config.lr)
+    return largest_error(trainer.parameters, expected, lambda name, value: trainer.config.lr)
 
 
 def whole_model(file: Path) -> tuple[dict[str, Any], EndToEndModel]:
