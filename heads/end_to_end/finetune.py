@@ -28,7 +28,6 @@ from heads.end_to_end.publish import publish
 from heads.end_to_end.run_folder import (
     open_run,
     read_failed_clips,
-    record_training_videos,
     starting_head,
     write_failed_clips,
 )
@@ -48,6 +47,7 @@ from heads.training.run_settings import setting_differences
 from heads.training.schedule import build_optimizer
 from heads.training.state import Position, restore_best, save_best
 from heads.training.trainer import Trainer, TrainingBatch
+from heads.training.training_keys import write_training_keys
 from pipeline.video_clips.stream import ClipStream
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _run(
     if trainer.resume():
         resumed_from = trainer.position.epoch * trainer.steps_per_epoch + trainer.position.step
     ranks.only_first(
-        lambda: record_training_videos(
+        lambda: write_training_keys(
             run_dir,
             plan.dataset.name,
             plan.clips.keys,
@@ -232,7 +232,8 @@ def end_to_end_trainer(
     def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
         with closing(clips.epoch(epoch, start)) as stream:
             for b in stream:
-                yield TrainingBatch(b.frames, b.labels, b.positions, b.keys, b.failed, b.waited)
+                failed = [(failure.key, failure.reason) for failure in b.failed]
+                yield TrainingBatch(b.frames, b.labels, b.positions, b.keys, failed, b.waited)
 
     def details(position: Position) -> dict[str, Any]:
         seconds = max(position.seconds, 1e-9)
@@ -281,7 +282,7 @@ def _close_epoch(
             modulate=can_modulate(plan.model.head, len(plan.dataset.class_names)),
             in_step=plan.shard,
         )
-        trainer.failures += [(failure, "evaluation") for failure in failed]
+        trainer.failures += [(failure.key, failure.reason, "evaluation") for failure in failed]
         if found is not None:
             evaluation = found.to_json()
             if position.best is None or found.top1 > position.best["top1"]:

@@ -129,11 +129,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         logit_scale = begun.logit_scale.clone()
     chosen = method(head.config.kind)
     chosen.require("trained end to end", chosen.end_to_end)
-    if head.most_frames is not None and config.frames > head.most_frames:
-        raise UserError(
-            f"{config.frames} frames per clip are more than the head's {head.most_frames} "
-            "positions: choose fewer with --frames"
-        )
+    head.require_frames(config.frames)
     shared: dict[str, Any] = {
         "frames": config.frames,
         "preprocessing": encoder.preprocessing,

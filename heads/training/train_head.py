@@ -53,7 +53,7 @@ from heads.training.subsets import (
     warn_of_classes_without_videos,
 )
 from heads.training.trainer import Trainer, TrainingBatch
-from heads.training.training_keys import read_training_keys, rows_hash, write_training_keys
+from heads.training.training_keys import rows_hash, write_training_keys
 
 log = logging.getLogger(__name__)
 
@@ -203,9 +203,7 @@ def train_head(
             return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
 
         keys = (store.keys[at] for at in store.positions(usable).tolist())
-        write_training_keys(run_dir, store.provenance.dataset, keys)
-        for dataset, seen in (read_training_keys(initial_run) or {}).items() if initial_run else ():
-            write_training_keys(run_dir, dataset, seen)
+        write_training_keys(run_dir, store.provenance.dataset, keys, initial_run)
         model = build_head(
             head,
             torch.from_numpy(text.embeddings),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -47,18 +47,6 @@ LOOK_EVERY: Final = {"cpu": 1, "cuda": 10}
 _NAMED = 6  # keys of a bad batch in the message; the file has all
 
 
-class Failure(Protocol):
-    """A video that could not be decoded."""
-
-    @property
-    def key(self) -> str:
-        """Its key in the data set."""
-
-    @property
-    def reason(self) -> str:
-        """Why, in words."""
-
-
 @dataclass(frozen=True)
 class TrainingBatch:
     """This process's part of one batch; n may be 0 where videos could not be decoded."""
@@ -71,7 +59,8 @@ class TrainingBatch:
     """[n] int64, which sample of the data set each is."""
     keys: tuple[str, ...] = ()
     """Of the samples, where a message is to name them."""
-    failed: Sequence[Failure] = ()
+    failed: Sequence[tuple[str, str]] = ()
+    """Key and reason of every video of the batch that could not be decoded."""
     waited: float = 0.0
     """Seconds spent waiting for the batch."""
 
@@ -143,7 +132,7 @@ class Trainer:
         self.rates = learning_rates(self.config, self.steps_per_epoch)
         self.loss_names = method(self.head.config.kind).losses
         self.position.sums = [0.0] * (1 + len(self.loss_names))
-        self.failures: list[tuple[Failure, str]] = []
+        self.failures: list[tuple[str, str, str]] = []  # key, reason and split of each
         self.state_file = self.run_dir / STATE_FILE
         self._unseen: list[_Step] = []
         self._saved = (0, time.monotonic())
@@ -299,7 +288,7 @@ class Trainer:
             position.pending = 0
         losses = torch.stack(terms).detach().double() * (good / ranks.world_size)
         self._unseen.append(_Step(number, batch.keys, losses))
-        self.failures += [(failure, "train") for failure in batch.failed]
+        self.failures += [(*failure, "train") for failure in batch.failed]
         self._changed = True
         position.step = number
         position.samples += good
@@ -400,7 +389,7 @@ class Trainer:
         """All failures so far, of all processes, by key; every process comes here."""
         new, self.failures = self.failures, []
         epoch = self.position.epoch + 1
-        for part in self.ranks.gathered([(f.key, f.reason, split) for f, split in new]):
+        for part in self.ranks.gathered(new):
             for key, reason, split in part:
                 known = self.position.failures
                 known.setdefault(key, {"epoch": epoch, "split": split, "reason": reason})

@@ -169,7 +169,7 @@ class OfficialCheckpoint:
             "the original CLIP",
         )
         _require(
-            {name: tuple(value.shape) for name, value in self.tower_state.items()},
+            {name: value.shape for name, value in self.tower_state.items()},
             tower,
             f"the original CLIP given for {self.name}",
         )
@@ -269,14 +269,10 @@ def _of_tower(name: str) -> bool:
     return name.startswith("visual.") or name == "logit_scale"
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
 def _require(
     wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str
 ) -> None:
-    if faults := describe_faults(wanted, _shapes(found)):
+    if faults := describe_faults(wanted, found):
         raise UserError(f"{where} does not fit MoTE's released code: {faults}")
 
 
@@ -333,16 +329,7 @@ def _config_of(head: Mapping[str, Tensor], where: str, attention_heads: int = 0)
 def _head_shapes(config: HeadConfig, classes: int) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a head under its official name."""
     with torch.device("meta"):
-        state = TemporalHead(
-            HeadConfig(
-                dim=config.dim,
-                layers=config.layers,
-                experts=config.experts,
-                attention_heads=config.attention_heads,
-                positions=config.positions,
-            ),
-            classes,
-        ).state_dict()
+        state = TemporalHead(config, classes).state_dict()
     return {
         official: tuple(state[ours].shape[0 if expert is None else 1 :])
         for official, ours, expert in _entries(config.layers, config.experts)
