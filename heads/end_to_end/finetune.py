@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -41,10 +41,10 @@ from heads.files.run_files import (
     TOWER_FILE,
     read_metrics,
 )
+from heads.methods.settings import AsJson
 from heads.scoring.scores import can_modulate
 from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
-from heads.training.schedule import build_optimizer
 from heads.training.state import Position, restore_best, save_best
 from heads.training.trainer import Trainer, TrainingBatch
 from heads.training.training_keys import write_training_keys
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FinetuneSummary:
+class FinetuneSummary(AsJson):
     """What a finished run did; counts and times are of all its processes and calls."""
 
     run: str
@@ -105,10 +105,6 @@ class FinetuneSummary:
     failures: list[dict[str, Any]]
     """The first few, with reasons; all are in failures.csv."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
-        return asdict(self)
-
 
 LISTED_FAILURES: Final = 5
 TRAINED: Final = {"head": "head and logit scale"}
@@ -131,7 +127,8 @@ def finetune(
             with ranks.agreeing():
                 plan = make_plan(request, ranks)
             _require_same_plan(plan, ranks)
-            ranks.only_first(lambda: held.enter_context(_lock(request)))
+            lock = exclusive(request.run_dir / LOCK_FILE, f"training {request.run_dir}")
+            ranks.only_first(lambda: held.enter_context(lock))
             ranks.only_first(
                 lambda: open_run(
                     request.run_dir,
@@ -147,10 +144,6 @@ def finetune(
             f"rank {ranks.rank} of {ranks.world_size}: the GPU's memory is not enough: lower "
             "--batch-size (and raise --accumulation), or add --checkpointing or --shard fsdp"
         ) from error
-
-
-def _lock(request: FinetuneRequest) -> AbstractContextManager[None]:
-    return exclusive(request.run_dir / LOCK_FILE, f"training {request.run_dir}")
 
 
 def _run(
@@ -198,8 +191,6 @@ def _run(
         run_dir,
         request.encoder_dir,
         origin=plan.origin,
-        encoder=plan.encoder,
-        encoder_fingerprint=plan.encoder_fingerprint,
         encoders_dir=request.encoders_dir,
         blend=config.blend,
         epoch=epoch,
@@ -223,11 +214,6 @@ def end_to_end_trainer(
     The class texts are the head's training classes.
     """
     module = spread(TrainingStep(model, **config.loss_weights), ranks, shard)
-    optimizer = build_optimizer(model.head, model.tower_parameters(), config)
-    group = optimizer.param_groups[0]
-    if shard and len(group["params"]) > 1:  # the whole logit scale is in no group with shares
-        group["params"] = [p for p in group["params"] if p is not model.logit_scale]
-        optimizer.add_param_group({**group, "params": [model.logit_scale]})
 
     def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
         with closing(clips.epoch(epoch, start)) as stream:
@@ -249,10 +235,9 @@ def end_to_end_trainer(
         head=model.head,
         logit_scale=model.logit_scale,
         losses=module,
-        optimizer=optimizer,
+        tower_parameters=model.tower_parameters(),
         config=config,
         steps_per_epoch=clips.steps_per_epoch,
-        class_embeddings=model.head.training_class_embeddings.clone(),
         precision=precision,
         ranks=ranks,
         batches=batches,
@@ -274,7 +259,7 @@ def _close_epoch(
         found, failed = validate(
             plan.model,
             plan.evaluation,
-            trainer.class_embeddings,
+            trainer.classes,
             split=plan.eval_split,
             ranks=ranks,
             batch_size=config.batch_size,
@@ -319,8 +304,17 @@ def _gpu_mb(device: torch.device) -> float:
 
 
 def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
-    """UserError unless all processes were started alike and see the same data and encoder."""
-    unlike = sorted({n for other in ranks.gathered(plan.settings) for n in _unlike(plan, other)})
+    """UserError unless all processes were started alike and see the same data and encoder.
+
+    The path to the encoder may differ.
+    """
+    unlike = sorted(
+        {
+            phrase.split()[0]
+            for other in ranks.gathered(plan.settings)
+            for phrase in setting_differences(other, plan.settings, ("data.encoder",))
+        }
+    )
     if unlike:
         raise agreed(
             UserError(
@@ -329,12 +323,6 @@ def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
             ),
             ranks.first,
         )
-
-
-def _unlike(plan: Plan, other: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ; a path to the same encoder may."""
-    phrases = setting_differences(other, plan.settings, ("data.encoder",))
-    return [phrase.split()[0] for phrase in phrases]
 
 
 def _summary(
@@ -358,7 +346,7 @@ def _summary(
         run=run_dir.name,
         dataset=plan.dataset.name,
         head=plan.model.head.config.kind,
-        encoder=plan.encoder,
+        encoder=plan.origin.encoder,
         trained=config.train,
         epochs=len(metrics),
         frames=config.frames,

@@ -84,10 +84,8 @@ class Plan:
     dataset: Dataset
     model: EndToEndModel
     """On this process's device."""
-    encoder: str
-    encoder_fingerprint: str
     origin: HeadOrigin
-    """Of the head to be published, but for the encoder."""
+    """Of the head to be published, but for the encoder: that is the one it begins with."""
     clip_shape: tuple[int, ...]
     """T, 3, height and width of the pixels of a clip."""
     clips: ClipStream
@@ -207,8 +205,6 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     return Plan(
         dataset=dataset,
         model=model.to(ranks.device),
-        encoder=spec,
-        encoder_fingerprint=encoder.fingerprint,
         origin=origin,
         clip_shape=(config.frames, 3, *encoder.preprocessing.size),
         clips=clips,

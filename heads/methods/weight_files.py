@@ -90,6 +90,21 @@ def _is_plain(value: Tensor) -> bool:
     )
 
 
+def blended(
+    tuned: Mapping[str, Tensor], original: Mapping[str, Tensor], blend: float
+) -> dict[str, Tensor]:
+    """`blend` of the tuned tower and the rest of the original, tensor by tensor; 1 is the tuned.
+
+    MoTE's released test code blends tower and logit scale 0.99 to 0.01 (Zhu et al., NeurIPS 2024).
+    """
+    return {
+        name: (blend * value + (1 - blend) * original[name].float()).reshape(original[name].shape)
+        if value.is_floating_point()
+        else value.clone()
+        for name, value in tuned.items()
+    }
+
+
 LISTED_FAULTS: Final = 3  # how many tensors an error names before it counts the rest
 
 

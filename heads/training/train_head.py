@@ -9,10 +9,9 @@ and head.safetensors (written last: a run with it is finished).
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +33,26 @@ from heads.files.head_file import (
     save_head,
 )
 from heads.files.run_files import (
-    CONFIG_FILE,
     HEAD_FILE,
     LOCK_FILE,
+    read_config,
     read_metrics,
     write_metrics,
 )
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
-from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.methods.settings import AsJson, HeadOrigin, MethodConfig
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
 from heads.training.state import Position
-from heads.training.subsets import (
+from heads.training.trainer import Trainer, TrainingBatch
+from heads.training.training_keys import rows_hash, write_training_keys
+from heads.training.training_set import (
     renumbered,
     start_from,
     subset_text,
     warn_of_classes_without_videos,
 )
-from heads.training.trainer import Trainer, TrainingBatch
-from heads.training.training_keys import rows_hash, write_training_keys
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ RUN_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class TrainSummary:
+class TrainSummary(AsJson):
     """What a finished run did; `seconds` counts training only, over all its processes."""
 
     run: str
@@ -85,10 +84,6 @@ class TrainSummary:
     path: str
     trained_on: str = ""
     """Which videos, in words; "" where the caller did not say."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
-        return asdict(self)
 
 
 def train_head(
@@ -296,13 +291,10 @@ def _holding(run_dir: Path, nbytes: int, mappable: bool) -> Holding:
     free differs between machines and days.
     """
     holding = choose_holding(nbytes, mappable=mappable)
-    config_file = run_dir / CONFIG_FILE
-    if not config_file.is_file():
+    settings = read_config(run_dir)
+    if settings is None or not isinstance(data := settings.get("data"), dict):
         return holding
-    try:
-        begun = json.loads(config_file.read_text())["data"].get("order")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return holding  # opening the run says what is wrong with it
+    begun = data.get("order")
     if begun == BLOCK_ORDER and holding != "streamed":
         log.info("the run was begun with streamed features: they are streamed again")
         return "streamed"

@@ -34,7 +34,7 @@ from heads.methods.registry import method
 from heads.training.config import TrainConfig
 from heads.training.ranks import Ranks, agreed
 from heads.training.schedule import build_optimizer, data_subsets, draw_generator, learning_rates
-from heads.training.state import Position, all_finite, restore_state, save_state
+from heads.training.state import Position, all_finite, in_shares, restore_state, save_state
 
 log = logging.getLogger(__name__)
 
@@ -105,12 +105,14 @@ class Trainer:
     losses: Callable[[Tensor, Tensor, Tensor, Any, Tensor | None, float], Any]
     """(inputs, labels, class_embeddings, draw, subsets, weight) -> the losses of
     `Head.training_loss`, each times `weight`."""
-    optimizer: torch.optim.AdamW
+    tower_parameters: list[nn.Parameter]
+    """What is trained at the rate of tower and logit scale; they are spread over processes before.
+    """
     config: TrainConfig
     steps_per_epoch: int
-    class_embeddings: Tensor
-    """[C,D] on the model's device."""
     precision: str
+    class_embeddings: Tensor | None = None
+    """[C,D]; None: those of the head's training classes."""
     ranks: Ranks = field(default_factory=Ranks)
     run_dir: Path = Path()
     batches: Batches | None = None
@@ -127,7 +129,15 @@ class Trainer:
     def __post_init__(self) -> None:
         require_trainable(self.head, self.config, self.steps_per_epoch)
         own = {"logit_scale": self.logit_scale, **dict(self.model.named_parameters())}
+        classes = self.class_embeddings
+        classes = self.head.training_class_embeddings.clone() if classes is None else classes
+        self.classes = classes.to(self.ranks.device)
         self.parameters = {name: value for name, value in own.items() if value.requires_grad}
+        self.optimizer = build_optimizer(self.head, self.tower_parameters, self.config)
+        group = self.optimizer.param_groups[0]
+        if any(map(in_shares, group["params"])):  # with which the whole logit scale has no group
+            group["params"] = [p for p in group["params"] if p is not self.logit_scale]
+            self.optimizer.add_param_group({**group, "params": [self.logit_scale]})
         self.scaler = scaler(self.precision, self.ranks.device)
         self.rates = learning_rates(self.config, self.steps_per_epoch)
         self.loss_names = method(self.head.config.kind).losses
@@ -147,18 +157,16 @@ class Trainer:
         config: TrainConfig,
         steps_per_epoch: int,
         *,
-        class_embeddings: Tensor | None = None,
         device: torch.device | None = None,
         **more: Any,
     ) -> Trainer:
         """A trainer of one head on features [B,T,D], its logit scale beside it (group 0).
 
-        `class_embeddings` [C,D] default to the head's training classes; `more` are other fields.
+        `more` are other fields.
         """
         device = device or torch.device("cpu")
         head = head.to(device)
         scale = nn.Parameter(head.logit_scale.detach().clone())
-        classes = head.training_class_embeddings if class_embeddings is None else class_embeddings
 
         def losses(
             features: Tensor,
@@ -179,10 +187,9 @@ class Trainer:
             head=head,
             logit_scale=scale,
             losses=losses,
-            optimizer=build_optimizer(head, [scale], config),
+            tower_parameters=[scale],
             config=config,
             steps_per_epoch=steps_per_epoch,
-            class_embeddings=classes.to(device),
             precision=resolve_precision(config.precision, head.config.dim, device),
             ranks=Ranks(device=device),
             **more,
@@ -316,7 +323,7 @@ class Trainer:
         """
         with autocast(self.precision, self.ranks.device):
             inputs = inputs.to(self.ranks.device, non_blocking=True)
-            terms = self.losses(inputs, labels, self.class_embeddings, draw, subsets, weight)
+            terms = self.losses(inputs, labels, self.classes, draw, subsets, weight)
         self.scaler.scale(terms.total / self.config.accumulation).backward()
         return terms
 

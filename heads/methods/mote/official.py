@@ -33,7 +33,7 @@ from featstore.files.durable import write_bytes
 from heads.methods.head import Head
 from heads.methods.mote.config import POSITIONS, HeadConfig
 from heads.methods.mote.model import TemporalHead
-from heads.methods.weight_files import describe_faults, load_weight_file, plain_tensors
+from heads.methods.weight_files import blended, describe_faults, load_weight_file, plain_tensors
 
 BLEND: Final = 0.99
 """Share of the tuned tower in what the released test scripts evaluate; the rest is CLIP's own."""
@@ -180,10 +180,7 @@ class OfficialCheckpoint:
                 "it is the CLIP that the tower was tuned from",
                 *(self.name, likeness),
             )
-        return {
-            name: blend * value + (1 - blend) * tower[name]
-            for name, value in self.tower_state.items()
-        }
+        return blended(self.tower_state, tower, blend)
 
 
 @dataclass(frozen=True)
@@ -262,6 +259,15 @@ def save_official_checkpoint(
     buffer = io.BytesIO()
     torch.save(official_checkpoint(head, tower_state, epoch), buffer)
     write_bytes(path, buffer.getbuffer())
+
+
+def is_of(content: Mapping[str, Any]) -> bool:
+    """Whether a file with these entries is a checkpoint of MoTE's released code."""
+    return _HEAD in content
+
+
+# As the registry knows them.
+read, write = OfficialCheckpoint.read, save_official_checkpoint
 
 
 def _of_tower(name: str) -> bool:

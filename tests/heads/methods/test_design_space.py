@@ -32,7 +32,7 @@ from heads import (
 from heads.methods.mote.config import TEMPERATURES, Placement
 from heads.methods.mote.experts import quick_gelu, temperature_weights
 from heads.methods.mote.modulation import modulation
-from heads.methods.mote.routing import expert_probabilities, routing_prior
+from heads.methods.mote.routing import expert_probabilities
 from heads.methods.mote.temporal_transformer import Block
 from heads.training.schedule import data_subsets
 from heads.training.trainer import Trainer
@@ -160,7 +160,9 @@ def test_multinomial_routing_follows_any_prior() -> None:
     torch.testing.assert_close(share, torch.tensor([3, 0, 1, 4]) / 8, atol=0.02, rtol=0)
     assert share[1] == 0
     torch.testing.assert_close(expert_probabilities(config), torch.tensor([3, 0, 1, 4]) / 8)
-    torch.testing.assert_close(expert_probabilities(HeadConfig(dim=16)), routing_prior(4))
+    torch.testing.assert_close(
+        expert_probabilities(HeadConfig(dim=16)), torch.arange(1.0, 5.0).softmax(0)
+    )
 
 
 def test_uniform_routing_is_even() -> None:

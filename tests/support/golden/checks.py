@@ -23,7 +23,7 @@ from heads.evaluation.protocols.half_class import half_class_accuracy
 from heads.methods.mote.config import TEMPERATURES, HeadConfig
 from heads.methods.mote.experts import ExpertFeedForward, temperature_weights
 from heads.methods.mote.modulation import modulation
-from heads.methods.mote.routing import RoutingDraw, routing_prior
+from heads.methods.mote.routing import RoutingDraw, expert_probabilities
 from heads.methods.text_classifier import class_cosines, video_embeddings
 from heads.training.config import TrainConfig
 from heads.training.schedule import build_optimizer, learning_rates
@@ -91,7 +91,11 @@ def check_ffn(file: Path) -> Iterator[Check]:
     dim, experts = int(data["d_model"]), int(data["num_experts"])
     shares = torch.stack([temperature_weights(t, experts) for t in TEMPERATURES])
     yield Check("merging weights", worst(shares, data["fusion_w_train"]), 1e-7)
-    yield Check("routing prior", worst(routing_prior(experts), data["route_prob"]), 1e-7)
+    yield Check(
+        "routing prior",
+        worst(expert_probabilities(HeadConfig(dim=64, experts=experts)), data["route_prob"]),
+        1e-7,
+    )
     for suffix, dtype in DTYPES.items():
         layer = ExpertFeedForward(HeadConfig(dim=dim, experts=experts)).eval()
         stacked = (layer.up_weight, layer.up_bias, layer.down_weight, layer.down_bias)
