@@ -49,7 +49,7 @@ def ours(
     generator = torch.Generator().manual_seed(0)
     trained = build_head(HEAD, text, generator=generator).train()
     chosen = "bf16" if precision == "bf16" else "fp32"
-    trainer = Trainer(trained, TrainConfig(precision=chosen, epochs=1), 1)  # type: ignore[arg-type]
+    trainer = Trainer.on_features(trained, TrainConfig(precision=chosen, epochs=1), 1)  # type: ignore[arg-type]
     rates = trainer.rates[0, 0]
     head = build_head(HEAD, text, generator=generator)
 
@@ -231,7 +231,7 @@ def curves(steps: int) -> tuple[list[list[object]], dict[str, object]]:
         generator = torch.Generator().manual_seed(2)
         head = build_head(HEAD, world.text, generator=generator).train()
         config = TrainConfig(epochs=1, warmup_epochs=0.1, lr=2e-4, precision=precision)  # type: ignore[arg-type]
-        trainer = Trainer(head, config, steps)
+        trainer = Trainer.on_features(head, config, steps)
         losses[precision] = []
         for step in range(steps):
             draw = RoutingDraw.sample(HEAD, generator)

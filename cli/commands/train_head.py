@@ -100,9 +100,9 @@ def train_head(
     from heads.compatibility import check_fits, training_prompt_set
     from heads.files.choose import choose_head
     from heads.recipes import DEFAULT_RECIPE, load_recipe
-    from heads.training.shots import choose_training_set
     from heads.training.train_head import train_head as run
     from heads.training.train_head import training_rows
+    from heads.training.training_set import choose_training_set
 
     workspace = options.workspace(root)
     if name == MEAN_OF_FRAMES:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from featstore.errors import UserError
-from heads.methods.settings import known_fields
 from heads.training.config import TrainConfig
 
 Draws = Literal["shared", "per-rank"]
@@ -26,6 +24,7 @@ class FinetuneConfig(TrainConfig):
     relative to the head's. Raises UserError when a value is out of range.
     """
 
+    WHAT: ClassVar[str] = "fine-tuning"
     PRECISIONS: ClassVar[tuple[str, ...]] = ("auto", "fp32", "bf16", "fp16")
 
     train: str = "tower"
@@ -70,11 +69,6 @@ class FinetuneConfig(TrainConfig):
             raise UserError(f"blend {self.blend:g} is no share: it must be from 0 to 1")
         if self.save == "best" and not self.evaluate_every:
             raise UserError("save best needs evaluations: evaluate_every is 0")
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> FinetuneConfig:
-        """The inverse of `to_json`; UserError names fields this version does not know."""
-        return cls(**known_fields(cls, value, "fine-tuning"))
 
 
 def last_blocks(train: object) -> int | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Generator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -19,39 +19,42 @@ import torch
 from featstore.batches.loader import available_memory
 from featstore.errors import UserError, WorkError
 from featstore.files.locks import exclusive
+from featstore.files.machine import peak_rss_mb
 from featstore.progress import ProgressSink, no_progress
 from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.model import EndToEndModel, TrainingStep
 from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
 from heads.end_to_end.publish import publish
 from heads.end_to_end.run_folder import (
     open_run,
     read_failed_clips,
-    record_training_videos,
     starting_head,
     write_failed_clips,
 )
-from heads.end_to_end.state import restore_best, restore_state, save_best
-from heads.end_to_end.trainer import Finetuner
+from heads.end_to_end.sharding import spread
 from heads.end_to_end.validate import validate
 from heads.files.head_file import load_head, open_tensors
 from heads.files.run_files import (
     BEST_FILE,
     HEAD_FILE,
     LOCK_FILE,
-    STATE_FILE,
     TOWER_FILE,
     read_metrics,
-    write_metrics,
 )
+from heads.methods.settings import AsJson
 from heads.scoring.scores import can_modulate
 from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
+from heads.training.state import Position, restore_best, save_best
+from heads.training.trainer import Trainer, TrainingBatch
+from heads.training.training_keys import write_training_keys
+from pipeline.video_clips.stream import ClipStream
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FinetuneSummary:
+class FinetuneSummary(AsJson):
     """What a finished run did; counts and times are of all its processes and calls."""
 
     run: str
@@ -102,10 +105,6 @@ class FinetuneSummary:
     failures: list[dict[str, Any]]
     """The first few, with reasons; all are in failures.csv."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
-        return asdict(self)
-
 
 LISTED_FAILURES: Final = 5
 TRAINED: Final = {"head": "head and logit scale"}
@@ -128,7 +127,8 @@ def finetune(
             with ranks.agreeing():
                 plan = make_plan(request, ranks)
             _require_same_plan(plan, ranks)
-            ranks.only_first(lambda: held.enter_context(_lock(request)))
+            lock = exclusive(request.run_dir / LOCK_FILE, f"training {request.run_dir}")
+            ranks.only_first(lambda: held.enter_context(lock))
             ranks.only_first(
                 lambda: open_run(
                     request.run_dir,
@@ -146,10 +146,6 @@ def finetune(
         ) from error
 
 
-def _lock(request: FinetuneRequest) -> AbstractContextManager[None]:
-    return exclusive(request.run_dir / LOCK_FILE, f"training {request.run_dir}")
-
-
 def _run(
     request: FinetuneRequest, plan: Plan, ranks: Ranks, progress: ProgressSink
 ) -> FinetuneSummary:
@@ -160,54 +156,41 @@ def _run(
         return ranks.only_first(lambda: _summary(request, plan, ranks, steps))
     model = plan.model
     _describe(plan, config, ranks)
-    classes = model.head.training_class_embeddings.clone()
-    finetuner = Finetuner(
+    trainer = end_to_end_trainer(
         model,
         config,
         plan.clips,
-        classes,
         plan.precision,
         ranks,
         plan.shard,
-        run_dir / STATE_FILE,
-        request.checkpoint_every,
-        progress,
+        run_dir=run_dir,
+        checkpoint_every=request.checkpoint_every,
+        progress=progress,
     )
-    state_file, resumed_from = run_dir / STATE_FILE, 0
-    if ranks.only_first(state_file.is_file):
-        with ranks.agreeing():
-            position = restore_state(state_file, model, finetuner.optimizer, finetuner.scaler)
-        finetuner.restored(position)
-        resumed_from = position.epoch * plan.clips.steps_per_epoch + position.step
-        log.info(
-            "continuing %s in epoch %d after step %d of %d",
-            *(run_dir.name, position.epoch + 1, position.step, plan.clips.steps_per_epoch),
-        )
+    resumed_from = 0
+    if trainer.resume():
+        resumed_from = trainer.position.epoch * trainer.steps_per_epoch + trainer.position.step
     ranks.only_first(
-        lambda: record_training_videos(
+        lambda: write_training_keys(
             run_dir,
             plan.dataset.name,
             plan.clips.keys,
             request.from_head and starting_head(run_dir, request.from_head),
         )
     )
-    while finetuner.position.epoch < config.epochs:
-        finetuner.run_epoch()
-        _close_epoch(request, plan, finetuner)
-    position = finetuner.position
+    trainer.train(lambda epoch: _close_epoch(request, plan, trainer, epoch))
+    position = trainer.position
     epoch = config.epochs
     if config.save == "best" and position.best is not None:
         epoch = position.best["epoch"]
         if epoch != config.epochs:
             with ranks.agreeing():
-                restore_best(run_dir / BEST_FILE, model, epoch)
+                restore_best(run_dir / BEST_FILE, trainer.parameters, epoch)
     publish(
         model.eval(),
         run_dir,
         request.encoder_dir,
         origin=plan.origin,
-        encoder=plan.encoder,
-        encoder_fingerprint=plan.encoder_fingerprint,
         encoders_dir=request.encoders_dir,
         blend=config.blend,
         epoch=epoch,
@@ -217,48 +200,121 @@ def _run(
     return ranks.only_first(lambda: _summary(request, plan, ranks, resumed_from))
 
 
-def _close_epoch(request: FinetuneRequest, plan: Plan, finetuner: Finetuner) -> None:
-    """Evaluate where it is due, and write down the epoch."""
-    config, ranks, position = request.config, finetuner.ranks, finetuner.position
-    epoch, began, evaluation = position.epoch + 1, time.perf_counter(), None
-    every = config.evaluate_every
+def end_to_end_trainer(
+    model: EndToEndModel,
+    config: FinetuneConfig,
+    clips: ClipStream,
+    precision: str,
+    ranks: Ranks,
+    shard: bool,
+    **more: Any,
+) -> Trainer:
+    """A trainer of tower and head on clips, the model spread over `ranks`; `more` are its fields.
+
+    The class texts are the head's training classes.
+    """
+    module = spread(TrainingStep(model, **config.loss_weights), ranks, shard)
+
+    def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
+        with closing(clips.epoch(epoch, start)) as stream:
+            for b in stream:
+                failed = [(failure.key, failure.reason) for failure in b.failed]
+                yield TrainingBatch(b.frames, b.labels, b.positions, b.keys, failed, b.waited)
+
+    def details(position: Position) -> dict[str, Any]:
+        seconds = max(position.seconds, 1e-9)
+        return {
+            "clips_per_second": round(position.samples / seconds, 2),
+            "waiting": f"{position.waited / seconds:.0%}",
+            "memory": _memory_words(ranks.device),
+            **({"failed": position.failed} if position.failed else {}),
+        }
+
+    return Trainer(
+        model=model,
+        head=model.head,
+        logit_scale=model.logit_scale,
+        losses=module,
+        tower_parameters=model.tower_parameters(),
+        config=config,
+        steps_per_epoch=clips.steps_per_epoch,
+        precision=precision,
+        ranks=ranks,
+        batches=batches,
+        n_listed=clips.n_listed,
+        draw_seed=config.seed + (ranks.rank if config.draws == "per-rank" else 0),
+        details=details,
+        **more,
+    )
+
+
+def _close_epoch(
+    request: FinetuneRequest, plan: Plan, trainer: Trainer, epoch: int
+) -> dict[str, Any]:
+    """Evaluate where it is due, and write down the failures; what the epoch's record adds."""
+    config, ranks, position = request.config, trainer.ranks, trainer.position
+    began, evaluation, every = time.perf_counter(), None, config.evaluate_every
     if plan.evaluation is not None and every and (epoch % every == 0 or epoch == config.epochs):
         assert plan.eval_split is not None
         found, failed = validate(
-            finetuner.model,
+            plan.model,
             plan.evaluation,
-            finetuner.class_embeddings,
+            trainer.classes,
             split=plan.eval_split,
             ranks=ranks,
             batch_size=config.batch_size,
             shape=plan.clip_shape,
-            modulate=can_modulate(finetuner.model.head, len(plan.dataset.class_names)),
+            modulate=can_modulate(plan.model.head, len(plan.dataset.class_names)),
             in_step=plan.shard,
         )
-        finetuner.failures += [(failure, "evaluation") for failure in failed]
+        trainer.failures += [(failure.key, failure.reason, "evaluation") for failure in failed]
         if found is not None:
             evaluation = found.to_json()
             if position.best is None or found.top1 > position.best["top1"]:
                 position.best = {"epoch": epoch, "top1": found.top1}
-                save_best(request.run_dir / BEST_FILE, finetuner.model, epoch, ranks)
+                save_best(request.run_dir / BEST_FILE, trainer.parameters, epoch, ranks)
             log.info("epoch %d: top-1 %.1f %% on %s", epoch, found.top1, found.split)
         else:
             log.warning("none of the videos of %s could be decoded", plan.eval_split)
-    record = finetuner.record(evaluation, time.perf_counter() - began)
-    position.metrics.append(record)
-    failures = finetuner.merged_failures()
+    failures = trainer.merged_failures()
+    ranks.only_first(lambda: write_failed_clips(request.run_dir, failures))
+    seconds = max(position.seconds, 1e-9)
+    whole = position.seconds + time.perf_counter() - began
+    on_gpu = ranks.device.type == "cuda"
+    return {
+        "tower_lr": float(trainer.rates[position.epoch, -1, 0]),
+        "failed": position.failed,
+        "clips_per_second": position.samples / seconds,
+        "waiting": ranks.largest(position.waited / seconds),
+        "peak_rss_mb": round(ranks.largest(peak_rss_mb()), 1),
+        "peak_gpu_mb": round(ranks.largest(_gpu_mb(ranks.device)), 1) if on_gpu else None,
+        "seconds_left": round((config.epochs - epoch) * whole, 1),
+        "evaluation": evaluation,
+    }
 
-    def write() -> None:
-        write_metrics(request.run_dir, position.metrics)
-        write_failed_clips(request.run_dir, failures)
 
-    ranks.only_first(write)
-    finetuner.next_epoch()
+def _memory_words(device: torch.device) -> str:
+    """The most memory this process has held so far, in words."""
+    words = f"{peak_rss_mb() / 1000:.1f} GB"
+    return words if device.type != "cuda" else f"{words}, GPU {_gpu_mb(device) / 1000:.1f} GB"
+
+
+def _gpu_mb(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 1e6
 
 
 def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
-    """UserError unless all processes were started alike and see the same data and encoder."""
-    unlike = sorted({n for other in ranks.gathered(plan.settings) for n in _unlike(plan, other)})
+    """UserError unless all processes were started alike and see the same data and encoder.
+
+    The path to the encoder may differ.
+    """
+    unlike = sorted(
+        {
+            phrase.split()[0]
+            for other in ranks.gathered(plan.settings)
+            for phrase in setting_differences(other, plan.settings, ("data.encoder",))
+        }
+    )
     if unlike:
         raise agreed(
             UserError(
@@ -267,12 +323,6 @@ def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
             ),
             ranks.first,
         )
-
-
-def _unlike(plan: Plan, other: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ; a path to the same encoder may."""
-    phrases = setting_differences(other, plan.settings, ("data.encoder",))
-    return [phrase.split()[0] for phrase in phrases]
 
 
 def _summary(
@@ -296,7 +346,7 @@ def _summary(
         run=run_dir.name,
         dataset=plan.dataset.name,
         head=plan.model.head.config.kind,
-        encoder=plan.encoder,
+        encoder=plan.origin.encoder,
         trained=config.train,
         epochs=len(metrics),
         frames=config.frames,

@@ -179,12 +179,7 @@ class EndToEndModel(nn.Module):
             raise ValueError(f"frames must be [B,T,3,{size}], not {list(frames.shape)}")
         if not frames.is_floating_point():
             raise ValueError(f"frames are {frames.dtype}: they must be preprocessed, floating")
-        most = self.head.most_frames
-        if most is not None and frames.shape[1] > most:
-            raise UserError(
-                f"{frames.shape[1]} frames per view are more than the head's {most} "
-                "positions: choose fewer frames"
-            )
+        self.head.require_frames(frames.shape[1])
 
 
 class TrainingStep(nn.Module):

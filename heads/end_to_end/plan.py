@@ -29,6 +29,7 @@ from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.training.ranks import Ranks
+from heads.training.trainer import require_trainable
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.encoders.specs import lasting_spec
 from pipeline.prompts import (
@@ -83,10 +84,8 @@ class Plan:
     dataset: Dataset
     model: EndToEndModel
     """On this process's device."""
-    encoder: str
-    encoder_fingerprint: str
     origin: HeadOrigin
-    """Of the head to be published, but for the encoder."""
+    """Of the head to be published, but for the encoder: that is the one it begins with."""
     clip_shape: tuple[int, ...]
     """T, 3, height and width of the pixels of a clip."""
     clips: ClipStream
@@ -128,11 +127,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         logit_scale = begun.logit_scale.clone()
     chosen = method(head.config.kind)
     chosen.require("trained end to end", chosen.end_to_end)
-    if head.most_frames is not None and config.frames > head.most_frames:
-        raise UserError(
-            f"{config.frames} frames per clip are more than the head's {head.most_frames} "
-            "positions: choose fewer with --frames"
-        )
+    head.require_frames(config.frames)
     shared: dict[str, Any] = {
         "frames": config.frames,
         "preprocessing": encoder.preprocessing,
@@ -206,17 +201,10 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     shard = sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError where it has none
-    if config.accumulation > clips.steps_per_epoch:
-        raise UserError(
-            f"accumulation {config.accumulation} is more than the {clips.steps_per_epoch} batches "
-            "of an epoch: lower the accumulation or the batch size"
-        )
-    head.check_loss_weights(config.loss_weights)
+    require_trainable(head, config, clips.steps_per_epoch)
     return Plan(
         dataset=dataset,
         model=model.to(ranks.device),
-        encoder=spec,
-        encoder_fingerprint=encoder.fingerprint,
         origin=origin,
         clip_shape=(config.frames, 3, *encoder.preprocessing.size),
         clips=clips,

@@ -7,22 +7,19 @@ the tuned tower unblended, `heads/RUN/head.safetensors` the head, bound to the p
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
 from heads.end_to_end.model import EndToEndModel
-from heads.end_to_end.sharding import whole
 from heads.files.head_file import save_head, save_tensors
 from heads.files.run_files import HEAD_FILE, TOWER_FILE
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
+from heads.methods.weight_files import blended
 from heads.training.ranks import Ranks
+from heads.training.state import whole_tensors
 from pipeline.clip_encoder import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.encoders.tuned import tower_of, tuned_clip
@@ -36,8 +33,6 @@ def publish(
     encoder_dir: Path,
     *,
     origin: HeadOrigin,
-    encoder: str,
-    encoder_fingerprint: str,
     encoders_dir: Path,
     blend: float,
     epoch: int,
@@ -46,31 +41,31 @@ def publish(
 ) -> str:
     """Write encoder, tower and head; returns the fingerprint of the published encoder.
 
-    `encoder` is the spec of the CLIP that the training began with, `encoder_fingerprint` what it
-    was then; `origin` is the head's but for the encoder. `epoch` counts from 1, `epoch_choice` says
+    `origin` is the head's but for the encoder, which is the CLIP that the training began with, as
+    it was then. `epoch` counts from 1, `epoch_choice` says
     how it was chosen. Every process must come here. The head is written last: encoder and head
     appear together or, when the writing fails, not at all; after a kill between the two the same
     call completes them. Raises WorkError when the CLIP has changed since, or another encoder of
     that name was made.
     """
-    tower = _whole_state("visual.", model.image_tower.state_dict(), ranks)
-    tower["logit_scale"] = whole(model.logit_scale)
-    head_state = _whole_state("", model.head.state_dict(), ranks)
+    tower_state = {f"visual.{name}": v for name, v in model.image_tower.state_dict().items()}
+    tower = whole_tensors({**tower_state, "logit_scale": model.logit_scale}.items(), ranks)
+    head_state = whole_tensors(model.head.state_dict().items(), ranks)
 
     def write() -> str:
-        original = load_clip(encoder, encoders_dir)
-        if fingerprint(original.model, original.model_config) != encoder_fingerprint:
+        original = load_clip(origin.encoder, encoders_dir)
+        if fingerprint(original.model, original.model_config) != origin.encoder_fingerprint:
             raise WorkError(
-                f"encoder {encoder} is not the one that the run began with any more: put it back, "
-                "then run the same command with --resume"
+                f"encoder {origin.encoder} is not the one that the run began with any more: put it "
+                "back, then run the same command with --resume"
             )
-        blended = blended_tower(tower, tower_of(original), blend)
-        tuned = tuned_clip(original, blended, encoder_dir.name)
+        parts = blended(tower, tower_of(original), blend)
+        tuned = tuned_clip(original, parts, encoder_dir.name)
         published = fingerprint(tuned.model, tuned.model_config)
         shape = model.head.config
         head = method(shape.kind).head(shape, head_state["training_class_embeddings"].shape[0])
         head.load_state_dict(head_state)
-        head.logit_scale.copy_(blended["logit_scale"])
+        head.logit_scale.copy_(parts["logit_scale"])
         head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=published)
         facts = {"epoch": epoch - 1, "blend": blend, "epoch_choice": epoch_choice}
         save_tensors(run_dir / TOWER_FILE, tower, facts)
@@ -80,21 +75,6 @@ def publish(
         return published
 
     return ranks.only_first(write)
-
-
-def blended_tower(
-    tuned: Mapping[str, Tensor], original: Mapping[str, Tensor], blend: float
-) -> dict[str, Tensor]:
-    """`blend` of the tuned tower and the rest of the original, tensor by tensor; 1 is the tuned.
-
-    MoTE's released test code blends tower and logit scale 0.99 to 0.01 (Zhu et al., NeurIPS 2024).
-    """
-    return {
-        name: (blend * value + (1 - blend) * original[name].float()).reshape(original[name].shape)
-        if value.is_floating_point()
-        else value.clone()
-        for name, value in tuned.items()
-    }
 
 
 def _place_encoder(tuned: LoadedClip, encoder_dir: Path, published: str, root: Path) -> None:
@@ -118,11 +98,3 @@ def _fingerprint_of(encoder_dir: Path) -> str | None:
     except (UserError, WorkError):
         return None
     return fingerprint(clip.model, clip.model_config)
-
-
-def _whole_state(prefix: str, state: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    return {
-        f"{prefix}{name}": whole(value)
-        for name, value in state.items()
-        if ranks.first or isinstance(value, DTensor)
-    }

@@ -11,7 +11,7 @@ import csv
 import io
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,8 +28,7 @@ from heads.files.run_files import (
     STATE_FILE,
     read_config,
 )
-from heads.training.run_settings import setting_differences
-from heads.training.training_keys import read_training_keys, write_training_keys
+from heads.training.run_settings import require_same_run
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +75,10 @@ def open_run(
     """
     begun = read_config(run_dir)
     if begun is not None and begun.get("mode") == MODE:
-        if not resume:
-            raise UserError(
-                f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
-                "--name for another one"
-            )
-        _require_same(run_dir, begun, settings)
+        # Other processes make other draws, where every process makes its own.
+        per_rank = settings["training"]["draws"] == "per-rank"
+        may_differ = _INFORMATIVE - ({"batch.processes"} if per_rank else set())
+        require_same_run(run_dir, begun, settings, resume, FinetuneConfig, may_differ)
         return
     if encoder_dir.exists():
         raise UserError(
@@ -97,16 +94,6 @@ def open_run(
     elif resume:
         log.info("there is no run %s to continue: starting it", run_dir.name)
     write_json(run_dir / CONFIG_FILE, dict(settings))
-
-
-def record_training_videos(
-    run_dir: Path, dataset: str, keys: Iterable[str], began_with: Path | None
-) -> None:
-    """Record which videos move the run's weights, those of the run it `began_with` included."""
-    write_training_keys(run_dir, dataset, keys)
-    seen = None if began_with is None else read_training_keys(began_with)
-    for name, earlier in (seen or {}).items():
-        write_training_keys(run_dir, name, earlier)
 
 
 def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]]) -> None:
@@ -130,19 +117,6 @@ def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
 
 def _has_head(run_dir: Path) -> bool:
     return (run_dir / HEAD_FILE).is_file()
-
-
-def _require_same(run_dir: Path, begun: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    had = begun | {"training": FinetuneConfig.from_json(begun.get("training", {})).to_json()}
-    per_rank = settings["training"]["draws"] == "per-rank"
-    differences = setting_differences(
-        had, settings, _INFORMATIVE - ({"batch.processes"} if per_rank else set())
-    )
-    if differences:
-        raise UserError(
-            f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
-            "use the same ones or another --name"
-        )
 
 
 def _keep_first_stage(run_dir: Path) -> None:

@@ -1,16 +1,13 @@
-"""How a model is spread over the processes of one training, and put together again."""
+"""How a model is spread over the processes of one training."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Final
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from heads.end_to_end.model import TrainingStep
 from heads.end_to_end.trained_parts import trained_blocks
@@ -66,29 +63,3 @@ def _average_gradient(parameter: Tensor, world_size: int) -> None:
     assert parameter.grad is not None
     dist.all_reduce(parameter.grad)
     parameter.grad /= world_size
-
-
-@contextmanager
-def gradients_shared(module: nn.Module, now: bool) -> Iterator[None]:
-    """The backward pass inside averages gradients over the processes, or (`now` off) later."""
-    if now or not isinstance(module, nn.parallel.DistributedDataParallel):
-        yield  # sharded gradients are averaged at once: whole ones would need the memory saved
-    else:
-        with module.no_sync():
-            yield
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; a sharded one is put together, for which all must ask."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor.cpu()
-
-
-def like(full: Tensor, place: Tensor) -> Tensor:
-    """`full`, given whole, as `place` is: on its device, sharded as it is."""
-    moved = full.to(place.device, place.dtype)
-    if isinstance(place, DTensor):
-        return distribute_tensor(moved, place.device_mesh, place.placements, src_data_rank=None)
-    return moved

@@ -18,8 +18,8 @@ from heads.evaluation.protocols.protocol import TestSet
 from heads.files.run_files import CONFIG_FILE
 from heads.methods.head import Head
 from heads.methods.registry import untrained
-from heads.training.subsets import shown
 from heads.training.training_keys import read_training_keys, rows_hash
+from heads.training.training_set import shown
 from pipeline.annotations.formats.kinetics import official_clip
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,6 @@ from heads.methods.settings import HeadOrigin
 from heads.methods.weight_files import describe_faults
 
 HEAD_FORMAT: Final = 1
-STATE_FORMAT: Final = 1
 _METADATA_KEY: Final = "mote"
 
 
@@ -122,10 +121,7 @@ def _training_classes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _check_shapes(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    faults = describe_faults(
-        {name: tuple(tensor.shape) for name, tensor in wanted.items()},
-        {name: tuple(tensor.shape) for name, tensor in found.items()},
-    )
+    faults = describe_faults({name: tensor.shape for name, tensor in wanted.items()}, found)
     strange = [f"{n} is {t.dtype}" for n, t in found.items() if not t.is_floating_point()]
     if faults or strange:
         raise UserError(

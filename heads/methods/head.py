@@ -138,13 +138,18 @@ class Head(nn.Module):
                 f"{'[batch, frames, ' if rank == 3 else '[classes, '}{self.config.dim}]; "
                 "use features of the encoder it was trained on"
             )
-        most = self.most_frames
-        if rank == 3 and most is not None and values.shape[1] > most:
-            raise UserError(
-                f"{values.shape[1]} frames per view are more than the head's {most} "
-                "positions: choose fewer frames"
-            )
+        if rank == 3:
+            self.require_frames(values.shape[1])
         return values.to(self.logit_scale.dtype)
+
+    def require_frames(self, frames: int) -> None:
+        """Raise UserError when `frames` per view are more than the head takes."""
+        most = self.most_frames
+        if most is not None and frames > most:
+            raise UserError(
+                f"{frames} frames per view are more than the head's {most} positions: choose fewer "
+                "frames"
+            )
 
 
 def build_head(

@@ -1,9 +1,9 @@
 """The methods, by name: what the commands and everything else outside a method asks about it.
 
-A method is a folder `heads/methods/NAME/` with its configuration, model, losses and official names,
-and a module `method.py` whose `METHOD` is registered here by a line in `_FOLDERS`. That module is
-imported when the method is first asked for, and it imports the model only where that is used: so
-this module needs no torch, and `import heads` loads no method that needs video decoding.
+A method is a folder `heads/methods/NAME/` with its configuration, model, losses and official names
+(or, where it shares them, a module), whose `METHOD` is registered here by its name in `_BUILT_IN`.
+It is imported when the method is first asked for, and imports the model only where that is used:
+so this module needs no torch, and `import heads` loads no method that needs video decoding.
 
 Who asks what:
 
@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, Any, Final
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from heads.methods.head import Head
     from heads.methods.settings import MethodConfig
 
@@ -37,18 +35,6 @@ DEFAULT_METHOD: Final = "mote"
 """What a configuration without `kind` is of."""
 MEAN_OF_FRAMES: Final = "mean"
 """The method without parameters, and the name by which commands ask for no head."""
-
-
-@dataclass(frozen=True)
-class CheckpointFormat:
-    """The format in which the authors of a method publish weights, in and out."""
-
-    is_of: Callable[[Mapping[str, Any]], bool]
-    """Whether what a file holds is such a checkpoint, as far as its entries' names say."""
-    read: Callable[[Path], Any]
-    """The checkpoint in a file, every tensor checked; UserError for what is none."""
-    write: Callable[[Path, Head, Mapping[str, Tensor], int], None]
-    """Write a head, its tower and the epoch (from 0); UserError where the format has no place."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,16 @@ class Method:
     """Whether temporal feature modulation can hold back what it adds to the frames."""
     portable: bool = True
     """Whether it can be exported as safetensors and ONNX."""
-    checkpoint: CheckpointFormat | None = None
+    official: str | None = None
+    """Module of the format in which its authors publish weights: `is_of(content)`, whether what a
+    file holds is such a checkpoint as far as its entries' names say; `read(path)`, the checkpoint,
+    every tensor checked; `write(path, head, tower_state, epoch)`. UserError for what does not fit.
+    """
+
+    @property
+    def checkpoint(self) -> Any:
+        """The module `official`; None without an official format."""
+        return None if self.official is None else import_module(self.official)
 
     def require(self, what: str, possible: bool) -> None:
         """UserError unless it is `possible` to do `what` with this method."""
@@ -82,8 +77,8 @@ class Method:
             raise UserError(f"{self.title} cannot be {what}: choose another --head")
 
 
-_FOLDERS: Final = ("mote", "transformer", "mean")
-_registered: dict[str, Method | None] = dict.fromkeys(_FOLDERS)
+_BUILT_IN: Final = ("mote", "transformer", "mean")
+_registered: dict[str, Method | None] = dict.fromkeys(_BUILT_IN)
 
 
 def register(added: Method) -> None:
@@ -102,7 +97,7 @@ def method(name: str) -> Method:
         raise UserError(f"head kind {name!r} is unknown: choose one of {', '.join(_registered)}")
     found = _registered[name]
     if found is None:
-        found = _registered[name] = import_module(f"heads.methods.{name}.method").METHOD
+        found = _registered[name] = import_module(f"heads.methods.{name}").METHOD
         assert isinstance(found, Method)
     return found
 
@@ -127,9 +122,8 @@ def read_checkpoint(file: Path) -> tuple[Method, Any]:
     from heads.methods.weight_files import load_weight_file
 
     content = load_weight_file(file)
-    known = [found for found in map(method, _registered) if found.checkpoint is not None]
-    fitting = [m for m in known if m.checkpoint is not None and m.checkpoint.is_of(content)]
+    known = [found for found in map(method, _registered) if found.official is not None]
+    fitting = [found for found in known if found.checkpoint.is_of(content)]
     # A file of no format known gets the first one's errors, which say what such a file holds.
     chosen = (fitting or known)[0]
-    assert chosen.checkpoint is not None
     return chosen, chosen.checkpoint.read(file)

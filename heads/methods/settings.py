@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self, cast
 
 from featstore.errors import UserError
 
@@ -58,6 +58,26 @@ def known_fields(kind: type[Any], value: Mapping[str, Any], what: str) -> dict[s
     if missing:
         raise UserError(f"the {what} configuration lacks {', '.join(missing)}: it is incomplete")
     return dict(value)
+
+
+class AsJson:
+    """A dataclass that is written as strict JSON values."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as strict JSON values."""
+        return asdict(cast(Any, self))
+
+
+class Settings(AsJson):
+    """A dataclass of settings, written as JSON and read again."""
+
+    WHAT: ClassVar[str]
+    """Which configuration it is, in errors."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`; UserError names fields this version does not know."""
+        return cls(**known_fields(cls, value, cls.WHAT))
 
 
 _LATER_ORIGIN = frozenset({"trained_on", "initial_head", "label_map"})

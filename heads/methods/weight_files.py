@@ -90,19 +90,32 @@ def _is_plain(value: Tensor) -> bool:
     )
 
 
+def blended(
+    tuned: Mapping[str, Tensor], original: Mapping[str, Tensor], blend: float
+) -> dict[str, Tensor]:
+    """`blend` of the tuned tower and the rest of the original, tensor by tensor; 1 is the tuned.
+
+    MoTE's released test code blends tower and logit scale 0.99 to 0.01 (Zhu et al., NeurIPS 2024).
+    """
+    return {
+        name: (blend * value + (1 - blend) * original[name].float()).reshape(original[name].shape)
+        if value.is_floating_point()
+        else value.clone()
+        for name, value in tuned.items()
+    }
+
+
 LISTED_FAULTS: Final = 3  # how many tensors an error names before it counts the rest
 
 
-def describe_faults(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> str:
+def describe_faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> str:
     """Which tensors are missing, extra or misshapen, as a phrase; empty when all fit."""
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is extra" for name in found if name not in wanted]
     faults += [
-        f"{name} is {list(found[name])}, not {list(shape)}"
+        f"{name} is {list(found[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()
-        if name in found and tuple(found[name]) != tuple(shape)
+        if name in found and tuple(found[name].shape) != tuple(shape)
     ]
     more = f" and {len(faults) - LISTED_FAULTS} more" if len(faults) > LISTED_FAULTS else ""
     return "; ".join(faults[:LISTED_FAULTS]) + more

@@ -239,13 +239,6 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     return ((scores > truth) | ((scores == truth) & lower)).sum(1)
 
 
-def topk(scores: Tensor, labels: Tensor, k: int) -> float | None:
-    """Percent of videos whose true class is among the k best; None with fewer than k classes."""
-    if scores.shape[1] < k:
-        return None
-    return percent(ranks(scores, labels) < k)
-
-
 def percent(hits: Tensor) -> float:
     """Share of true values in percent."""
     return 100.0 * float(hits.double().mean())

@@ -6,21 +6,21 @@ Source: MoTE (Zhu et al., NeurIPS 2024) and its released code and configurations
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from featstore.errors import UserError
-from heads.methods.settings import known_fields
+from heads.methods.settings import Settings
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """The training recipe; defaults are the released ViT-B/16 Kinetics-400 configuration.
 
     Raises UserError when a value is out of range.
     """
 
+    WHAT: ClassVar[str] = "training"
     PRECISIONS: ClassVar[tuple[str, ...]] = ("auto", "fp32", "bf16")
 
     epochs: int = 30
@@ -83,12 +83,3 @@ class TrainConfig:
             "merged_weight": self.merged_weight,
             "feature_weight": self.feature_weight,
         }
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of `to_json`; UserError names fields this version does not know."""
-        return cls(**known_fields(cls, value, "training"))

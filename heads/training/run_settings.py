@@ -31,12 +31,31 @@ def open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
             log.info("there is no run %s to continue: starting it", run_dir.name)
         write_json(run_dir / CONFIG_FILE, settings)
         return
+    require_same_run(run_dir, begun, settings, resume, TrainConfig, _INFORMATIVE)
+
+
+def require_same_run(
+    run_dir: Path,
+    begun: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    resume: bool,
+    training: type[TrainConfig],
+    informative: Collection[str],
+) -> None:
+    """UserError unless the run that was `begun` may go on with `settings`.
+
+    Fields that this version knows and that of the run did not have their default, those of the
+    recipe by its class `training`; `informative` as `setting_differences` takes it.
+    """
     if not resume:
         raise UserError(
             f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
             "--name for another one"
         )
-    differences = setting_differences(_completed(begun), settings, _INFORMATIVE)
+    had = {**begun, "training": training.from_json(begun.get("training", {})).to_json()}
+    if "head" in begun:
+        had["head"] = config_from_json(begun["head"]).to_json()
+    differences = setting_differences(had, settings, informative)
     if differences:
         raise UserError(
             f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
@@ -57,14 +76,6 @@ def setting_differences(
         for name in sorted(asked.keys() | had.keys())
         if name not in informative and asked.get(name) != had.get(name)
     ]
-
-
-def _completed(settings: Any) -> Any:
-    """Settings with the fields that this version knows and that of the run did not."""
-    return settings | {
-        "head": config_from_json(settings.get("head", {})).to_json(),
-        "training": TrainConfig.from_json(settings.get("training", {})).to_json(),
-    }
 
 
 def _flat(settings: Any) -> dict[str, Any]:

@@ -3,16 +3,15 @@
 n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
 
 A run folder holds config.json (written first), training-keys.json (`heads.training.training_keys`),
-state/last.safetensors (after every epoch), metrics.jsonl (one line per epoch) and head.safetensors
-(written last: a run with it is finished).
+state/last.safetensors (after every epoch and every ten minutes), metrics.jsonl (one line per epoch)
+and head.safetensors (written last: a run with it is finished).
 """
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,33 +29,30 @@ from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
 from heads.files.head_file import (
-    STATE_FORMAT,
     head_fingerprint,
-    load_tensors,
     save_head,
-    save_tensors,
 )
 from heads.files.run_files import (
-    CONFIG_FILE,
     HEAD_FILE,
     LOCK_FILE,
-    STATE_FILE,
+    read_config,
     read_metrics,
     write_metrics,
 )
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
-from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.methods.settings import AsJson, HeadOrigin, MethodConfig
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
-from heads.training.subsets import (
+from heads.training.state import Position
+from heads.training.trainer import Trainer, TrainingBatch
+from heads.training.training_keys import rows_hash, write_training_keys
+from heads.training.training_set import (
     renumbered,
     start_from,
     subset_text,
     warn_of_classes_without_videos,
 )
-from heads.training.trainer import Trainer
-from heads.training.training_keys import read_training_keys, rows_hash, write_training_keys
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +63,7 @@ RUN_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class TrainSummary:
+class TrainSummary(AsJson):
     """What a finished run did; `seconds` counts training only, over all its processes."""
 
     run: str
@@ -88,10 +84,6 @@ class TrainSummary:
     path: str
     trained_on: str = ""
     """Which videos, in words; "" where the caller did not say."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
-        return asdict(self)
 
 
 def train_head(
@@ -125,7 +117,7 @@ def train_head(
 
     Rows whose extraction failed are left out, counted and logged. Features stay in memory when
     they fit. The same seed on the same machine gives the same bits, also through `resume`, which
-    continues after the last whole epoch (and starts a run that is not there yet). A store with
+    continues after the last checkpoint (and starts a run that is not there yet). A store with
     fewer frames per view than `training.frames` is used with all it has.
 
     `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
@@ -206,9 +198,7 @@ def train_head(
             return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
 
         keys = (store.keys[at] for at in store.positions(usable).tolist())
-        write_training_keys(run_dir, store.provenance.dataset, keys)
-        for dataset, seen in (read_training_keys(initial_run) or {}).items() if initial_run else ():
-            write_training_keys(run_dir, dataset, seen)
+        write_training_keys(run_dir, store.provenance.dataset, keys, initial_run)
         model = build_head(
             head,
             torch.from_numpy(text.embeddings),
@@ -257,43 +247,33 @@ def _train(
     after_epoch: AfterEpoch | None,
 ) -> tuple[list[dict[str, Any]], int]:
     """Run the epochs that are not done yet; returns all epochs' records and how many were done."""
-    trainer = Trainer(model, training, len(loader), device=device)
-    state_file = run_dir / STATE_FILE
-    metrics: list[dict[str, Any]] = []
-    if state_file.is_file():
-        tensors, card = load_tensors(state_file)
-        if card.get("format") != STATE_FORMAT:
-            raise UserError(
-                f"{state_file} has format {card.get('format')!r}, this version writes "
-                f"{STATE_FORMAT}: finish the run with the version that began it"
-            )
-        trainer.restore(tensors)
-        metrics = card["metrics"]
-        log.info("continuing %s after epoch %d", run_dir.name, trainer.epoch)
-    resumed_from = trainer.epoch
-    steps = len(loader)
-    total = training.epochs * steps
-    while trainer.epoch < training.epochs:
-        before = trainer.epoch
 
-        def report(step: int, loss: float, rate: float, before: int = before) -> None:
-            progress(
-                before * steps + step,
-                total,
-                epoch=before + 1,
-                loss=round(loss, 4),
-                samples_per_second=round(rate, 1),
-            )
+    def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
+        for batch in loader.epoch(epoch, start):
+            yield TrainingBatch(batch.features, batch.labels, batch.rows)
 
-        record = trainer.run_epoch(loader.epoch(trainer.epoch), report)
-        measured = after_epoch(model, trainer.epoch) if after_epoch is not None else {}
-        metrics.append({**record, **measured})
-        # The state carries the records, so the two cannot disagree after a kill between them.
-        card = {"format": STATE_FORMAT, "metrics": metrics}
-        save_tensors(state_file, trainer.state(), card)
-        write_metrics(run_dir, metrics)
-    write_metrics(run_dir, metrics)
-    return metrics, resumed_from
+    def speed(position: Position) -> float:
+        return position.samples / max(position.seconds, 1e-9)
+
+    def measured(epoch: int) -> dict[str, Any]:
+        more = {} if after_epoch is None else after_epoch(model, epoch)
+        return {"samples_per_second": speed(trainer.position), **more}
+
+    trainer = Trainer.on_features(
+        model,
+        training,
+        len(loader),
+        device=device,
+        run_dir=run_dir,
+        batches=batches,
+        progress=progress,
+        details=lambda position: {"samples_per_second": round(speed(position), 1)},
+    )
+    trainer.resume()
+    resumed_from = trainer.epochs_trained
+    trainer.train(measured)
+    write_metrics(run_dir, trainer.position.metrics)
+    return trainer.position.metrics, resumed_from
 
 
 GPU_SHARE = 0.5
@@ -311,13 +291,10 @@ def _holding(run_dir: Path, nbytes: int, mappable: bool) -> Holding:
     free differs between machines and days.
     """
     holding = choose_holding(nbytes, mappable=mappable)
-    config_file = run_dir / CONFIG_FILE
-    if not config_file.is_file():
+    settings = read_config(run_dir)
+    if settings is None or not isinstance(data := settings.get("data"), dict):
         return holding
-    try:
-        begun = json.loads(config_file.read_text())["data"].get("order")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return holding  # opening the run says what is wrong with it
+    begun = data.get("order")
     if begun == BLOCK_ORDER and holding != "streamed":
         log.info("the run was begun with streamed features: they are streamed again")
         return "streamed"

@@ -1,206 +1,442 @@
-"""One head trained from batches of features: steps, epochs, and the state between them.
+"""The loop of every training, from a store and end to end, on one process or many.
 
-B = batch, T = frames, D = embedding width, S = training classes.
+n = samples of this process's part of a batch, N = good samples of the whole batch, W = processes,
+B = batch, T = frames, D = embedding width, C = classes.
+
+What differs between the two is handed in: where batches come from, and how one becomes losses. A
+video that cannot be decoded leaves its batch smaller: the loss of a step is the mean over the good
+samples of all processes. They average gradients, so each weighs its own mean by n * W / N.
+
+Source: MoTE (Zhu et al., NeurIPS 2024) and its released code (schedule, groups, draws).
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from featstore.errors import UserError, WorkError
-from heads.arithmetic import autocast, resolve_precision
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.durable import write_json
+from featstore.progress import ProgressSink, no_progress
+from heads.arithmetic import autocast, resolve_precision, scaler
+from heads.files.run_files import NOT_FINITE_FILE, STATE_FILE, write_metrics
 from heads.methods.head import Head
 from heads.methods.registry import method
 from heads.training.config import TrainConfig
+from heads.training.ranks import Ranks, agreed
 from heads.training.schedule import build_optimizer, data_subsets, draw_generator, learning_rates
+from heads.training.state import Position, all_finite, in_shares, restore_state, save_state
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_EVERY_S: Final = 600.0
+"""Seconds between checkpoints where no number of steps was asked for."""
+
+LOOK_EVERY: Final = {"cpu": 1, "cuda": 10}
+"""Steps between looks at the losses; a GPU waits for each look."""
+
+_NAMED = 6  # keys of a bad batch in the message; the file has all
 
 
-class TrainingBatch(Protocol):
-    """What `Trainer.run_epoch` takes: `featstore.batches.loader.Batch` has it."""
+@dataclass(frozen=True)
+class TrainingBatch:
+    """This process's part of one batch; n may be 0 where videos could not be decoded."""
 
-    @property
-    def features(self) -> Tensor:
-        """[B,T,D] floating."""
-
-    @property
-    def labels(self) -> Tensor:
-        """[B] int64."""
-
-    @property
-    def rows(self) -> Tensor:
-        """[B] int64, which sample of the data set each is."""
-
-
-StepReport = Callable[[int, float, float], None]
-"""Called with (batches done in this epoch, mean loss so far, samples per second)."""
+    inputs: Tensor
+    """What the losses are computed from: features [n,T,D], or frames [n,T,3,s,s]."""
+    labels: Tensor
+    """[n] int64."""
+    positions: Tensor
+    """[n] int64, which sample of the data set each is."""
+    keys: tuple[str, ...] = ()
+    """Of the samples, where a message is to name them."""
+    failed: Sequence[tuple[str, str]] = ()
+    """Key and reason of every video of the batch that could not be decoded."""
+    waited: float = 0.0
+    """Seconds spent waiting for the batch."""
 
 
-def _no_report(step: int, loss: float, rate: float) -> None:
-    pass
+Batches = Callable[[int, int], Generator[TrainingBatch, None, None]]
+"""(epoch, step) -> the batches of an epoch from a step on."""
 
 
+@dataclass
+class _Step:
+    """A step whose losses have not been looked at."""
+
+    number: int
+    keys: tuple[str, ...]
+    losses: Tensor
+    """[losses, the total first] float64, this process's share of the sums over samples."""
+
+
+def require_trainable(head: Head, config: TrainConfig, steps_per_epoch: int) -> None:
+    """UserError when an epoch is shorter than an optimiser step, or no loss the head has is on."""
+    if config.accumulation > steps_per_epoch:
+        raise UserError(
+            f"accumulation {config.accumulation} is more than the {steps_per_epoch} batches "
+            "of an epoch: lower the accumulation or the batch size"
+        )
+    head.check_loss_weights(config.loss_weights)
+
+
+@dataclass
 class Trainer:
-    """Trains one head from batches of features; its whole state is a dict of tensors.
+    """Trains a model on batches; `position` says how far it is.
 
-    The logit scale starts at the head's and is trained beside it (group 0). Routing draws depend
-    on (seed, epoch) only, so an epoch repeats exactly from the state before it.
+    The model must be on its device. Build it once per process, then `resume`, then `train`. Draws
+    depend on (seed, epoch) only, so that an epoch repeats exactly from any state inside it.
     """
 
-    def __init__(
-        self,
+    model: nn.Module
+    """What is trained, with `logit_scale`: the head, or the tower with it."""
+    head: Head
+    logit_scale: nn.Parameter
+    """Natural logarithm of the multiplier of cosines."""
+    losses: Callable[[Tensor, Tensor, Tensor, Any, Tensor | None, float], Any]
+    """(inputs, labels, class_embeddings, draw, subsets, weight) -> the losses of
+    `Head.training_loss`, each times `weight`."""
+    tower_parameters: list[nn.Parameter]
+    """What is trained at the rate of tower and logit scale; they are spread over processes before.
+    """
+    config: TrainConfig
+    steps_per_epoch: int
+    precision: str
+    class_embeddings: Tensor | None = None
+    """[C,D]; None: those of the head's training classes."""
+    ranks: Ranks = field(default_factory=Ranks)
+    run_dir: Path = Path()
+    batches: Batches | None = None
+    n_listed: int = 0
+    checkpoint_every: int | None = None
+    """Steps between checkpoints inside an epoch; None: every ten minutes."""
+    draw_seed: int | None = None
+    """Seed of the draws; None: the recipe's."""
+    progress: ProgressSink = no_progress
+    details: Callable[[Position], Mapping[str, Any]] = lambda position: {}
+    """What progress says besides epoch and loss."""
+    position: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        require_trainable(self.head, self.config, self.steps_per_epoch)
+        own = {"logit_scale": self.logit_scale, **dict(self.model.named_parameters())}
+        classes = self.class_embeddings
+        classes = self.head.training_class_embeddings.clone() if classes is None else classes
+        self.classes = classes.to(self.ranks.device)
+        self.parameters = {name: value for name, value in own.items() if value.requires_grad}
+        self.optimizer = build_optimizer(self.head, self.tower_parameters, self.config)
+        group = self.optimizer.param_groups[0]
+        if any(map(in_shares, group["params"])):  # with which the whole logit scale has no group
+            group["params"] = [p for p in group["params"] if p is not self.logit_scale]
+            self.optimizer.add_param_group({**group, "params": [self.logit_scale]})
+        self.scaler = scaler(self.precision, self.ranks.device)
+        self.rates = learning_rates(self.config, self.steps_per_epoch)
+        self.loss_names = method(self.head.config.kind).losses
+        self.position.sums = [0.0] * (1 + len(self.loss_names))
+        self.failures: list[tuple[str, str, str]] = []  # key, reason and split of each
+        self.state_file = self.run_dir / STATE_FILE
+        self._unseen: list[_Step] = []
+        self._saved = (0, time.monotonic())
+        self._changed = False  # since the state was written
+        self._said = 0.0
+        self._moment = time.perf_counter()  # when the step under way began
+
+    @classmethod
+    def on_features(
+        cls,
         head: Head,
         config: TrainConfig,
         steps_per_epoch: int,
         *,
-        class_embeddings: Tensor | None = None,
         device: torch.device | None = None,
-    ) -> None:
-        """`class_embeddings` [S,D] default to the head's training classes.
+        **more: Any,
+    ) -> Trainer:
+        """A trainer of one head on features [B,T,D], its logit scale beside it (group 0).
 
-        Raises UserError when an epoch has fewer batches than one optimiser step takes, or no loss
-        term that the head has is on.
+        `more` are other fields.
         """
-        head.check_loss_weights(config.loss_weights)
-        if config.accumulation > steps_per_epoch:
-            raise UserError(
-                f"accumulation {config.accumulation} is more than the {steps_per_epoch} batches "
-                "of an epoch: lower the accumulation or the batch size"
+        device = device or torch.device("cpu")
+        head = head.to(device)
+        scale = nn.Parameter(head.logit_scale.detach().clone())
+
+        def losses(
+            features: Tensor,
+            labels: Tensor,
+            classes: Tensor,
+            draw: Any,
+            subsets: Any,
+            weight: float,
+        ) -> Any:
+            labels = labels.to(device, non_blocking=True)
+            terms = head.training_loss(
+                features.to(scale.dtype), labels, classes, scale, draw, subsets, config.loss_weights
             )
-        self.device = device or torch.device("cpu")
-        self.head = head.to(self.device)
-        self.config = config
-        self.losses = method(head.config.kind).losses
-        self.precision = resolve_precision(config.precision, head.config.dim, self.device)
-        classes = head.training_class_embeddings if class_embeddings is None else class_embeddings
-        self.class_embeddings = classes.to(self.device)
-        self.logit_scale = nn.Parameter(head.logit_scale.detach().clone())
-        self.optimizer = build_optimizer(head, [self.logit_scale], config)
-        self.rates = learning_rates(config, steps_per_epoch)
-        self.epoch = 0
-        """Epochs done."""
+            return terms._make(weight * term for term in terms)
+
+        return cls(
+            model=head,
+            head=head,
+            logit_scale=scale,
+            losses=losses,
+            tower_parameters=[scale],
+            config=config,
+            steps_per_epoch=steps_per_epoch,
+            precision=resolve_precision(config.precision, head.config.dim, device),
+            ranks=Ranks(device=device),
+            **more,
+        )
+
+    @property
+    def epochs_trained(self) -> int:
+        """Epochs whose steps are all done."""
+        return self.position.epoch + (self.position.step == self.steps_per_epoch)
+
+    def resume(self) -> bool:
+        """Continue from the state that the run left, if it did; every process comes here.
+
+        Raises WorkError when the state is damaged or does not fit.
+        """
+        if not self.ranks.only_first(self.state_file.is_file):
+            return False
+        with self.ranks.agreeing():
+            self.position = restore_state(
+                self.state_file, self.parameters, self.optimizer, self.scaler
+            )
+        self.position.sums = self.position.sums or [0.0] * (1 + len(self.loss_names))
+        self.head.logit_scale.copy_(self.logit_scale.detach().reshape(()))
+        self._saved = (self.position.step, time.monotonic())
+        log.info(
+            "continuing %s in epoch %d after step %d of %d",
+            *(self.run_dir.name, self.position.epoch + 1, self.position.step, self.steps_per_epoch),
+        )
+        return True
+
+    def train(self, after_epoch: Callable[[int], Mapping[str, Any]]) -> None:
+        """Train what is left of all epochs; every process comes here.
+
+        `after_epoch` is called with the number of epochs done and the model in evaluation mode;
+        what it returns joins the epoch's record in metrics.jsonl. Errors as `run_epoch`.
+        """
+        while self.position.epoch < self.config.epochs:
+            self.run_epoch()
+            more = after_epoch(self.position.epoch + 1)
+            self.position.metrics.append({**self._record(), **more})
+            self.ranks.only_first(lambda: write_metrics(self.run_dir, self.position.metrics))
+            self.next_epoch()
+
+    def run_epoch(self) -> None:
+        """Train what is left of the epoch and save the state; the epoch is not closed yet.
+
+        Raises WorkError when the loss stops being a number or no video can be decoded.
+        """
+        position, config = self.position, self.config
+        seed = config.seed if self.draw_seed is None else self.draw_seed
+        draws = draw_generator(seed, position.epoch)
+        for _ in range(position.step):
+            self.head.draw(draws)
+        self.model.train()
+        assert self.batches is not None
+        with closing(self.batches(position.epoch, position.step)) as batches:
+            self._moment = time.perf_counter()
+            for batch in batches:
+                due = self._train_on(batch, self.head.draw(draws))
+                if due and position.step < self.steps_per_epoch:
+                    self.save()
+                    self._moment = time.perf_counter()  # it does not count as training
+        self._look()
+        self._report(last=True)
+        if not position.samples:
+            reasons = self.merged_failures()
+            first = next(iter(reasons.values()), {"reason": "unknown"})["reason"]
+            raise agreed(
+                WorkError(
+                    f"none of the {self.n_listed} training videos could be decoded "
+                    f"({one_line(first, 160)}): pack them again, or see the reasons in failures.csv"
+                ),
+                self.ranks.first,
+            )
+        if self._changed:
+            self.save()
+        self.model.eval()
+        self.head.logit_scale.copy_(self.logit_scale.detach().reshape(()))
+
+    def next_epoch(self) -> None:
+        """The epoch is done, its evaluation included."""
+        self.position.next_epoch()
+        self._saved = (0, self._saved[1])
+
+    def _train_on(self, batch: TrainingBatch, draw: Any) -> bool:
+        """Train on one batch; returns whether a checkpoint is due now."""
+        position, config, ranks = self.position, self.config, self.ranks
+        number, mine = position.step + 1, len(batch.labels)
+        complete = number % config.accumulation == 0
+        facts = [mine, len(batch.failed), self._checkpoint_due(number)]
+        good, failed, due = ranks.summed(torch.tensor(facts, dtype=torch.int64)).tolist()
+        subsets, count = None, self.head.data_subsets
+        if count:
+            subsets = data_subsets(batch.positions, count, config.seed).to(ranks.device)
+        weight = mine * ranks.world_size / max(good, 1)
+        with gradients_shared(self.losses, complete or number == self.steps_per_epoch):
+            terms = self.step(batch.inputs, batch.labels, draw, subsets, weight)
+        position.pending += good
+        if complete:
+            if position.pending:  # else weight decay would be all that a step does
+                self.update(self.rates[position.epoch, number // config.accumulation - 1])
+            self.optimizer.zero_grad(set_to_none=True)
+            position.pending = 0
+        losses = torch.stack(terms).detach().double() * (good / ranks.world_size)
+        self._unseen.append(_Step(number, batch.keys, losses))
+        self.failures += [(*failure, "train") for failure in batch.failed]
+        self._changed = True
+        position.step = number
+        position.samples += good
+        position.failed += failed
+        position.waited += batch.waited
+        now = time.perf_counter()
+        position.seconds += now - self._moment
+        self._moment = now
+        if len(self._unseen) >= LOOK_EVERY[ranks.device.type]:
+            self._look()
+            self._report()
+        return bool(due) and complete
 
     def step(
-        self, features: Tensor, labels: Tensor, draw: Any, subsets: Tensor | None = None
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        draw: Any,
+        subsets: Tensor | None = None,
+        weight: float = 1.0,
     ) -> Any:
         """Forward and backward of one batch; gradients add up until `update`.
 
         `draw` and `subsets` [B] as `Head.training_loss` takes them, whose losses are returned.
         """
-        config = self.config
-        with autocast(self.precision, self.device):
-            terms = self.head.training_loss(
-                features,
-                labels,
-                self.class_embeddings,
-                self.logit_scale,
-                draw,
-                subsets,
-                config.loss_weights,
-            )
-        (terms.total / config.accumulation).backward()
+        with autocast(self.precision, self.ranks.device):
+            inputs = inputs.to(self.ranks.device, non_blocking=True)
+            terms = self.losses(inputs, labels, self.classes, draw, subsets, weight)
+        self.scaler.scale(terms.total / self.config.accumulation).backward()
         return terms
 
-    def update(self, rates: npt.NDArray[np.float64]) -> None:
-        """One optimiser step at the two groups' `rates` [2]; clears the gradients."""
-        for group, rate in zip(self.optimizer.param_groups, rates.tolist(), strict=True):
+    def update(self, rates: Any) -> None:
+        """One optimiser step at `rates` [2] of tower and head; clears the gradients."""
+        tower, head = rates.tolist()
+        for group, rate in zip(self.optimizer.param_groups, (tower, head, tower), strict=False):
             group["lr"] = rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def run_epoch(
-        self, batches: Iterable[TrainingBatch], report: StepReport = _no_report
-    ) -> dict[str, float | int]:
-        """Train on `batches`; returns the epoch's record for metrics.jsonl.
+    def _checkpoint_due(self, number: int) -> bool:
+        """Whether the first process wants a checkpoint; the others follow."""
+        if not self.ranks.first:
+            return False
+        step, moment = self._saved
+        if self.checkpoint_every is not None:
+            return number - step >= self.checkpoint_every
+        return time.monotonic() - moment >= CHECKPOINT_EVERY_S
 
-        Losses are means over samples. Raises WorkError when the loss stops being a number; the
-        weights are spoilt then, and the state before the epoch is the last good one.
-        """
-        self.head.train()
-        draws = draw_generator(self.config.seed, self.epoch)
-        sums = torch.zeros(1 + len(self.losses), dtype=torch.float64, device=self.device)
-        samples, done, began = 0, 0, time.perf_counter()
-        rates = self.rates[self.epoch]
-        report_every = 1 if self.device.type == "cpu" else 10  # a GPU waits for each look
-        for done, batch in enumerate(batches, start=1):
-            features = batch.features.to(self.device, torch.float32, non_blocking=True)
-            labels = batch.labels.to(self.device, non_blocking=True)
-            terms = self.step(features, labels, self.head.draw(draws), self._subsets(batch))
-            sums += torch.stack(terms).detach() * len(labels)
-            samples += len(labels)
-            if done % self.config.accumulation == 0:
-                self.update(rates[done // self.config.accumulation - 1])
-            if done % report_every == 0:
-                loss = self._mean_loss(sums, samples)
-                report(done, loss, samples / (time.perf_counter() - began))
-        loss = self._mean_loss(sums, samples)
-        seconds = time.perf_counter() - began
-        report(done, loss, samples / seconds)
-        means = (sums / samples).tolist()
-        self.epoch += 1
-        self.head.eval()
-        self.head.logit_scale.copy_(self.logit_scale.detach())
+    def _look(self) -> None:
+        """Add up the losses of the steps since the last look; WorkError when one is no number."""
+        unseen, self._unseen = self._unseen, []
+        if not unseen:
+            return
+        position = self.position
+        rows = self.ranks.summed(torch.stack([step.losses for step in unseen]).cpu()).tolist()
+        for step, row in zip(unseen, rows, strict=True):
+            if not math.isfinite(row[0]):
+                self._stop(step, f"the loss became {row[0] / max(position.samples, 1)}")
+            # One by one: the sum must not depend on how often one looks.
+            position.sums = [total + value for total, value in zip(position.sums, row, strict=True)]
+
+    def _stop(self, step: _Step, what: str) -> None:
+        keys = [key for part in self.ranks.gathered(step.keys) for key in part]
+        epoch = self.position.epoch + 1
+        note = self.run_dir / NOT_FINITE_FILE
+        if self.ranks.first:
+            write_json(note, {"epoch": epoch, "step": step.number, "keys": keys})
+        named = ", ".join(keys[:_NAMED])
+        if len(keys) > _NAMED:
+            named += f" and {len(keys) - _NAMED} more"
+        videos = f", with the videos {named} (all in {note})" if keys else ""
+        kept = "the last good checkpoint" if self.state_file.is_file() else "nothing"
+        raise agreed(
+            WorkError(
+                f"{what} in epoch {epoch}, step {step.number}{videos}: {kept} is kept; lower --lr "
+                f"(now {self.config.lr:g}) in a new run"
+            ),
+            self.ranks.first,
+        )
+
+    def save(self) -> None:
+        """Write the state, unless a weight is no number (WorkError); every process comes here."""
+        nothing = _Step(self.position.step, (), torch.zeros(0))
+        last = self._unseen[-1] if self._unseen else nothing
+        self._look()
+        if not all_finite(self.parameters, self.ranks):
+            self._stop(last, "a weight stopped being a number")
+        self.merged_failures()
+        save_state(
+            *(self.state_file, self.parameters, self.optimizer, self.scaler),
+            *(self.position, self.ranks),
+        )
+        self._saved = (self.position.step, time.monotonic())
+        self._changed = False
+
+    def merged_failures(self) -> dict[str, dict[str, Any]]:
+        """All failures so far, of all processes, by key; every process comes here."""
+        new, self.failures = self.failures, []
+        epoch = self.position.epoch + 1
+        for part in self.ranks.gathered(new):
+            for key, reason, split in part:
+                known = self.position.failures
+                known.setdefault(key, {"epoch": epoch, "split": split, "reason": reason})
+        return self.position.failures
+
+    def _report(self, last: bool = False) -> None:
+        """Tell the progress sink, at most ten times a second and at the end of an epoch."""
+        now = time.monotonic()
+        if not last and now - self._said < 0.1:
+            return
+        self._said = now
+        position, steps = self.position, self.steps_per_epoch
+        self.progress(
+            position.epoch * steps + position.step,
+            self.config.epochs * steps,
+            epoch=position.epoch + 1,
+            loss=round(position.sums[0] / max(position.samples, 1), 4),
+            **self.details(position),
+        )
+
+    def _record(self) -> dict[str, Any]:
+        """What both modes say in the epoch's line of metrics.jsonl."""
+        position = self.position
+        means = [total / max(position.samples, 1) for total in position.sums]
         return {
-            "epoch": self.epoch,
+            "epoch": position.epoch + 1,
             "loss": means[0],
-            **{f"{name}_loss": v for name, v in zip(self.losses, means[1:], strict=True)},
-            "lr": float(rates[-1, 1]),
+            **{f"{name}_loss": v for name, v in zip(self.loss_names, means[1:], strict=True)},
+            "lr": float(self.rates[position.epoch, -1, 1]),
             "logit_scale": math.exp(self.logit_scale.item()),
-            "samples": samples,
-            "samples_per_second": samples / seconds,
-            "seconds": seconds,
+            "samples": position.samples,
+            "seconds": position.seconds,
         }
 
-    def _subsets(self, batch: TrainingBatch) -> Tensor | None:
-        count = self.head.data_subsets
-        return data_subsets(batch.rows, count, self.config.seed).to(self.device) if count else None
 
-    def _mean_loss(self, sums: Tensor, samples: int) -> float:
-        loss = float(sums[0]) / samples
-        if not math.isfinite(loss):
-            raise WorkError(
-                f"the loss became {loss} in epoch {self.epoch + 1}: the weights after epoch "
-                f"{self.epoch} are kept; lower --lr (now {self.config.lr:g}) and start a new run"
-            )
-        return loss
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name, in the optimiser's order."""
-        return {"logit_scale": self.logit_scale, **dict(self.head.named_parameters())}
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything the next epoch depends on, besides configuration and data."""
-        tensors = {"epoch": torch.tensor(self.epoch)}
-        for name, parameter in self.parameters().items():
-            tensors[f"parameter.{name}"] = parameter.detach()
-            if parameter.grad is not None:  # a remainder of accumulated batches
-                tensors[f"gradient.{name}"] = parameter.grad
-            for field, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{field}.{name}"] = value
-        return tensors
-
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what `state` gave; WorkError when a tensor is missing."""
-        try:
-            self.epoch = int(tensors["epoch"])
-            for name, parameter in self.parameters().items():
-                with torch.no_grad():
-                    parameter.copy_(tensors[f"parameter.{name}"])
-                gradient = tensors.get(f"gradient.{name}")
-                parameter.grad = None if gradient is None else gradient.to(self.device)
-                self.optimizer.state[parameter] = {
-                    field: tensors[f"{field}.{name}"].to(self.device)
-                    for field in ("step", "exp_avg", "exp_avg_sq")
-                }
-        except (KeyError, RuntimeError) as error:
-            raise WorkError(
-                f"the saved state does not fit this head ({error}): delete the run and train again"
-            ) from error
-        self.head.logit_scale.copy_(self.logit_scale.detach())
+@contextmanager
+def gradients_shared(module: object, now: bool) -> Iterator[None]:
+    """The backward pass inside averages gradients over the processes, or (`now` off) later."""
+    if now or not isinstance(module, nn.parallel.DistributedDataParallel):
+        yield  # sharded gradients are averaged at once: whole ones would need the memory saved
+    else:
+        with module.no_sync():
+            yield

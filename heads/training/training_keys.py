@@ -20,15 +20,19 @@ def rows_hash(rows: RowArray) -> str:
     return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:16]
 
 
-def write_training_keys(run_dir: Path, dataset: str, keys: Iterable[str]) -> None:
+def write_training_keys(
+    run_dir: Path, dataset: str, keys: Iterable[str], began_with: Path | None = None
+) -> None:
     """Record in a run folder that it trains on these videos of a data set.
 
-    What was recorded before stays: a head that goes on from another one has seen both.
+    What was recorded before stays, and what the run it `began_with` records joins it: a head that
+    goes on from another one has seen both.
     """
-    known = read_training_keys(run_dir) or {}
-    merged = {name: sorted(known[name]) for name in known}
-    merged[dataset] = sorted(set(keys) | known.get(dataset, frozenset()))
-    write_json(run_dir / KEYS_FILE, merged, indent=0)
+    seen = {dataset: set(keys)}
+    for folder in (run_dir, began_with):
+        for name, earlier in ((folder and read_training_keys(folder)) or {}).items():
+            seen.setdefault(name, set()).update(earlier)
+    write_json(run_dir / KEYS_FILE, {name: sorted(seen[name]) for name in seen}, indent=0)
 
 
 def read_training_keys(run_dir: Path) -> dict[str, frozenset[str]] | None:

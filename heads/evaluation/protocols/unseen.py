@@ -15,7 +15,7 @@ from featstore.workspace import OpenedStores
 from heads.evaluation.protocols.choose import known_dataset
 from heads.evaluation.protocols.protocol import TestSet
 from heads.methods.settings import HeadOrigin
-from heads.training.shots import rows_of_classes
+from heads.training.training_set import rows_of_classes
 from pipeline.annotations.label_names import read_names
 from pipeline.annotations.published_lists import KeyIndex, read_keys
 from pipeline.annotations.unseen_classes import unseen_classes

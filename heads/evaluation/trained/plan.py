@@ -1,6 +1,6 @@
 """The runs of a few-shot or base-to-novel protocol: what each trains on and is tested on.
 
-Videos are drawn by key (`heads.training.shots`), or given by keys from a published list.
+Videos are drawn by key (`heads.training.training_set`), or given by keys from a published list.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from featstore.reading.store import Store
 from heads.evaluation.leaks import require_disjoint
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.trained.run import ShotRun
-from heads.training.shots import (
+from heads.training.training_set import (
     TrainingSet,
     choose_training_set,
     draw_shots,
     frequency_halves,
     repeats_of,
     rows_of_classes,
+    shown,
 )
-from heads.training.subsets import shown
 
 log = logging.getLogger(__name__)
 

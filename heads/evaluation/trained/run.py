@@ -28,8 +28,8 @@ from heads.methods.head import Head
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
 from heads.training.config import TrainConfig
-from heads.training.shots import TrainingSet
 from heads.training.train_head import TrainSummary, train_head
+from heads.training.training_set import TrainingSet
 
 log = logging.getLogger(__name__)
 

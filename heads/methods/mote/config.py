@@ -7,12 +7,11 @@ R = routings of a layer: 1, or 2 where both projections are routed separately.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Final, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Final, Literal, get_args
 
 from featstore.errors import UserError
-from heads.methods.settings import known_fields
+from heads.methods.settings import Settings
 
 KINDS: Final = ("mote", "transformer", "mean")
 """The methods whose heads this module describes."""
@@ -42,7 +41,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Settings):
     """The shape of a temporal head; validated and completed on construction.
 
     `kind="transformer"` is the plain temporal transformer: one expert, no merged pass; what is
@@ -53,6 +52,8 @@ class HeadConfig:
     MoTE (Zhu et al., NeurIPS 2024) compares them with. Files written before a field existed
     mean its default.
     """
+
+    WHAT: ClassVar[str] = "head"
 
     dim: int
     """D, the embedding width of the encoder."""
@@ -167,15 +168,10 @@ class HeadConfig:
     def to_json(self) -> dict[str, Any]:
         """The fields as strict JSON values; an infinite temperature is the text "inf"."""
         temperatures = [t if math.isfinite(t) else str(t) for t in self.temperatures]
-        return asdict(self) | {
+        return super().to_json() | {
             "expert_prior": list(self.expert_prior),
             "temperatures": temperatures,
         }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> HeadConfig:
-        """The inverse of `to_json`; UserError names fields this version does not know."""
-        return cls(**known_fields(cls, value, "head"))
 
 
 def _is_number(value: object) -> bool:

@@ -33,7 +33,7 @@ from featstore.files.durable import write_bytes
 from heads.methods.head import Head
 from heads.methods.mote.config import POSITIONS, HeadConfig
 from heads.methods.mote.model import TemporalHead
-from heads.methods.weight_files import describe_faults, load_weight_file, plain_tensors
+from heads.methods.weight_files import blended, describe_faults, load_weight_file, plain_tensors
 
 BLEND: Final = 0.99
 """Share of the tuned tower in what the released test scripts evaluate; the rest is CLIP's own."""
@@ -169,7 +169,7 @@ class OfficialCheckpoint:
             "the original CLIP",
         )
         _require(
-            {name: tuple(value.shape) for name, value in self.tower_state.items()},
+            {name: value.shape for name, value in self.tower_state.items()},
             tower,
             f"the original CLIP given for {self.name}",
         )
@@ -180,10 +180,7 @@ class OfficialCheckpoint:
                 "it is the CLIP that the tower was tuned from",
                 *(self.name, likeness),
             )
-        return {
-            name: blend * value + (1 - blend) * tower[name]
-            for name, value in self.tower_state.items()
-        }
+        return blended(self.tower_state, tower, blend)
 
 
 @dataclass(frozen=True)
@@ -264,19 +261,24 @@ def save_official_checkpoint(
     write_bytes(path, buffer.getbuffer())
 
 
+def is_of(content: Mapping[str, Any]) -> bool:
+    """Whether a file with these entries is a checkpoint of MoTE's released code."""
+    return _HEAD in content
+
+
+# As the registry knows them.
+read, write = OfficialCheckpoint.read, save_official_checkpoint
+
+
 def _of_tower(name: str) -> bool:
     name = name.removeprefix("module.")
     return name.startswith("visual.") or name == "logit_scale"
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in tensors.items()}
-
-
 def _require(
     wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], where: str
 ) -> None:
-    if faults := describe_faults(wanted, _shapes(found)):
+    if faults := describe_faults(wanted, found):
         raise UserError(f"{where} does not fit MoTE's released code: {faults}")
 
 
@@ -333,16 +335,7 @@ def _config_of(head: Mapping[str, Tensor], where: str, attention_heads: int = 0)
 def _head_shapes(config: HeadConfig, classes: int) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a head under its official name."""
     with torch.device("meta"):
-        state = TemporalHead(
-            HeadConfig(
-                dim=config.dim,
-                layers=config.layers,
-                experts=config.experts,
-                attention_heads=config.attention_heads,
-                positions=config.positions,
-            ),
-            classes,
-        ).state_dict()
+        state = TemporalHead(config, classes).state_dict()
     return {
         official: tuple(state[ours].shape[0 if expert is None else 1 :])
         for official, ours, expert in _entries(config.layers, config.experts)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from heads.methods.mote.config import HeadConfig
+from heads.methods.mote.experts import temperature_weights
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,9 @@ class RoutingDraw:
 
 
 def expert_probabilities(config: HeadConfig) -> torch.Tensor:
-    """Probabilities [E] float32 of the expert draw."""
+    """Probabilities [E] float32 of the expert draw; the released heads' are softmax(1, ..., E)."""
     if config.routing == "uniform":
         return torch.full((config.experts,), 1 / config.experts)
     if not config.expert_prior:
-        return routing_prior(config.experts)
+        return temperature_weights(1.0, config.experts)
     return torch.tensor(config.expert_prior) / sum(config.expert_prior)
-
-
-def routing_prior(experts: int) -> torch.Tensor:
-    """The released heads' probabilities [E] float32 of the expert draw: softmax(1, 2, ..., E)."""
-    return torch.arange(1, experts + 1, dtype=torch.float32).softmax(0)

@@ -15,15 +15,16 @@ import torch
 from featstore.errors import UserError, WorkError
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.finetune import end_to_end_trainer
 from heads.end_to_end.sharding import sharded
-from heads.end_to_end.state import restore_best, restore_state, save_best
-from heads.end_to_end.trainer import Finetuner
 from heads.files.run_files import BEST_FILE
 from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig
 from heads.methods.mote.routing import RoutingDraw
 from heads.training.ranks import Ranks, contact, joined
 from heads.training.schedule import build_optimizer, draw_generator, learning_rates
+from heads.training.state import restore_best, save_best
+from heads.training.trainer import Trainer
 from pipeline.encoders.sources import build_model
 from pipeline.video_clips.loader import ClipBatch, ClipFailure
 from tests.support.worlds.tiny_world import CLIP
@@ -83,15 +84,15 @@ def finetuner(
     config: FinetuneConfig = CONFIG,
     precision: str = "fp32",
     **more: Any,
-) -> Finetuner:
+) -> Trainer:
     made = more.pop("model", None) or model()
-    classes = made.head.training_class_embeddings.clone()
-    state = folder / "run/state/last.safetensors"
     streamed: Any = clips
-    return Finetuner(made, config, streamed, classes, precision, Ranks(), False, state, **more)
+    return end_to_end_trainer(
+        made, config, streamed, precision, Ranks(), False, run_dir=folder / "run", **more
+    )
 
 
-def weights(trained: Finetuner) -> dict[str, torch.Tensor]:
+def weights(trained: Trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trained.model.named_parameters()}
 
 
@@ -136,8 +137,8 @@ def test_batches_without_good_videos_change_nothing(tmp_path: Path) -> None:
     config = replace(CONFIG, warmup_epochs=0)
     tuned = finetuner(tmp_path, Clips([batch(0, 4), batch(1, 0, failed=4)]), config)
     seen: list[dict[str, torch.Tensor]] = []
-    original = tuned._step
-    tuned._step = lambda *a: (original(*a), seen.append(weights(tuned)))[0]  # type: ignore[method-assign]
+    original = tuned._train_on
+    tuned._train_on = lambda *a: (original(*a), seen.append(weights(tuned)))[0]  # type: ignore[method-assign]
     tuned.run_epoch()
     assert equal(seen[0], seen[1])
     assert (tuned.position.samples, tuned.position.failed) == (4, 4)
@@ -166,7 +167,7 @@ def test_resuming_inside_an_epoch_changes_no_bit(tmp_path: Path, precision: str)
     first.next_epoch()
     clips = Clips(batches)
     second = finetuner(tmp_path / "b", clips, config, precision, checkpoint_every=1)
-    second.restored(restore_state(first.state_file, second.model, second.optimizer, second.scaler))
+    assert second.resume()
     assert (second.position.epoch, second.position.step, second.position.pending) == (0, 5, 4)
     second.run_epoch()  # nothing is left of it
     second.next_epoch()
@@ -186,7 +187,7 @@ def test_resuming_inside_an_epoch_changes_no_bit(tmp_path: Path, precision: str)
         second.run_epoch()
     clips = Clips(batches)
     third = finetuner(tmp_path / "b", clips, config, precision)
-    third.restored(restore_state(second.state_file, third.model, third.optimizer, third.scaler))
+    assert third.resume()
     assert (third.position.epoch, third.position.step) == (1, 2)
     third.run_epoch()
     assert clips.asked == [(1, 2)]
@@ -206,8 +207,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_state(tmp_path: Path) -> N
     )
     assert "the last good checkpoint is kept" in str(caught.value)
     again = finetuner(tmp_path, Clips([batch(0, 4), bad]))
-    position = restore_state(tuned.state_file, again.model, again.optimizer, again.scaler)
-    assert position.step == 1
+    assert again.resume()
+    assert again.position.step == 1
     assert all(p.isfinite().all() for p in again.model.parameters())
 
 
@@ -216,14 +217,14 @@ def test_a_weight_that_is_no_number_is_never_saved(tmp_path: Path) -> None:
     tuned.run_epoch()
     kept = tuned.state_file.read_bytes()
     with torch.no_grad():
-        tuned.model.logit_scale.fill_(math.inf)
+        tuned.logit_scale.fill_(math.inf)
     with pytest.raises(WorkError, match="a weight stopped being a number"):
         tuned.save()
     assert tuned.state_file.read_bytes() == kept
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heads.end_to_end.trainer.CHECKPOINT_EVERY_S", 0.0)
+    monkeypatch.setattr("heads.training.trainer.CHECKPOINT_EVERY_S", 0.0)
     tuned = finetuner(tmp_path, Clips([batch(n, 1) for n in range(3)]))
     saves: list[int] = []
     original = tuned.save
@@ -252,14 +253,14 @@ def test_progress_says_speed_waiting_and_memory(tmp_path: Path) -> None:
 def test_the_best_weights_are_those_of_their_epoch(tmp_path: Path) -> None:
     tuned = finetuner(tmp_path, Clips([batch(0, 4)]))
     file = tmp_path / BEST_FILE
-    save_best(file, tuned.model, 2, Ranks())
+    save_best(file, tuned.parameters, 2, Ranks())
     other = model()
     with torch.no_grad():
         other.logit_scale.zero_()
-    restore_best(file, other, 2)
+    restore_best(file, dict(other.named_parameters()), 2)
     assert equal(weights(tuned), {n: p.detach() for n, p in other.named_parameters()})
     with pytest.raises(WorkError, match="is of epoch 2, the best was 3"):
-        restore_best(file, other, 3)
+        restore_best(file, dict(other.named_parameters()), 3)
 
 
 def test_a_state_of_another_model_or_damaged(tmp_path: Path) -> None:
@@ -267,11 +268,11 @@ def test_a_state_of_another_model_or_damaged(tmp_path: Path) -> None:
     tuned.run_epoch()
     other = finetuner(tmp_path, Clips([batch(0, 4)]), model=model(kind="transformer"))
     with pytest.raises(WorkError, match="does not fit this run"):
-        restore_state(tuned.state_file, other.model, other.optimizer, other.scaler)
+        other.resume()
     content = tuned.state_file.read_bytes()
     tuned.state_file.write_bytes(content[: len(content) // 2])
     with pytest.raises(WorkError, match="not a complete safetensors file"):
-        restore_state(tuned.state_file, tuned.model, tuned.optimizer, tuned.scaler)
+        tuned.resume()
 
 
 @pytest.mark.parametrize(

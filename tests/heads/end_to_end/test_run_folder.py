@@ -16,7 +16,6 @@ from featstore.errors import UserError
 from heads.end_to_end import EndToEndModel, run_folder
 from heads.end_to_end import publish as publishing
 from heads.end_to_end.config import FinetuneConfig
-from heads.end_to_end.publish import blended_tower
 from heads.end_to_end.run_folder import (
     open_run,
     read_failed_clips,
@@ -27,6 +26,7 @@ from heads.files.head_file import save_head
 from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig
 from heads.methods.settings import HeadOrigin
+from heads.methods.weight_files import blended
 from heads.training.ranks import Ranks
 from pipeline.clip_encoder import load_encoder
 from tests.support.worlds.tiny_world import make_encoder
@@ -161,10 +161,10 @@ def test_failures_are_written_as_a_table(tmp_path: Path) -> None:
 def test_blending_is_that_of_the_released_code() -> None:
     tuned = {"visual.a": torch.tensor([1.0, 2.0]), "logit_scale": torch.tensor(4.0)}
     start = {"visual.a": torch.tensor([3.0, 0.0]), "logit_scale": torch.tensor(2.0)}
-    half = blended_tower(tuned, start, 0.5)
+    half = blended(tuned, start, 0.5)
     assert half["visual.a"].tolist() == [2.0, 1.0]
     assert float(half["logit_scale"]) == 3.0
-    assert all(torch.equal(v, tuned[n]) for n, v in blended_tower(tuned, start, 1).items())
+    assert all(torch.equal(v, tuned[n]) for n, v in blended(tuned, start, 1).items())
 
 
 def test_publishing_shows_both_or_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +180,7 @@ def test_publishing_shows_both_or_neither(tmp_path: Path, monkeypatch: pytest.Mo
             model,
             run,
             encoders / "r",
-            origin=HeadOrigin("d", "", "tiny", "", "", "", 1, {}, "name", None, 2),
-            encoder="tiny",
-            encoder_fingerprint=encoder.fingerprint,
+            origin=HeadOrigin("d", "", "tiny", encoder.fingerprint, "", "", 1, {}, "name", None, 2),
             encoders_dir=encoders,
             blend=0.9,
             epoch=3,

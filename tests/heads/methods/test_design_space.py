@@ -32,7 +32,7 @@ from heads import (
 from heads.methods.mote.config import TEMPERATURES, Placement
 from heads.methods.mote.experts import quick_gelu, temperature_weights
 from heads.methods.mote.modulation import modulation
-from heads.methods.mote.routing import expert_probabilities, routing_prior
+from heads.methods.mote.routing import expert_probabilities
 from heads.methods.mote.temporal_transformer import Block
 from heads.training.schedule import data_subsets
 from heads.training.trainer import Trainer
@@ -160,7 +160,9 @@ def test_multinomial_routing_follows_any_prior() -> None:
     torch.testing.assert_close(share, torch.tensor([3, 0, 1, 4]) / 8, atol=0.02, rtol=0)
     assert share[1] == 0
     torch.testing.assert_close(expert_probabilities(config), torch.tensor([3, 0, 1, 4]) / 8)
-    torch.testing.assert_close(expert_probabilities(HeadConfig(dim=16)), routing_prior(4))
+    torch.testing.assert_close(
+        expert_probabilities(HeadConfig(dim=16)), torch.arange(1.0, 5.0).softmax(0)
+    )
 
 
 def test_uniform_routing_is_even() -> None:
@@ -193,7 +195,7 @@ def test_subset_routing_gives_every_sample_its_subsets_expert(placement: Placeme
 def test_subset_routing_teaches_an_expert_by_its_own_subset_only() -> None:
     head = make_head(routing="subset", layers=1)
     recipe = TrainConfig(merged_weight=0, feature_weight=0, precision="fp32")
-    trainer = Trainer(head, recipe, 1)
+    trainer = Trainer.on_features(head, recipe, 1)
     draw = RoutingDraw.sample(head.config, torch.Generator())
     subsets = torch.tensor([0, 0, 0, 1, 1, 1])
     trainer.step(FEATURES, LABELS, draw, subsets)
@@ -339,7 +341,7 @@ def test_loss_terms_are_weighted_or_off(weights: tuple[float, float, float]) -> 
         precision="fp32",
     )
     draw = RoutingDraw((0, 2), (0.6, math.inf))
-    trainer = Trainer(head, recipe, 1)
+    trainer = Trainer.on_features(head, recipe, 1)
     terms = trainer.step(FEATURES, LABELS, draw)
     scale = head.logit_scale.exp()
     with torch.no_grad():
@@ -374,7 +376,7 @@ def test_something_must_be_left_to_train() -> None:
     with pytest.raises(UserError, match="all three loss weights are 0"):
         TrainConfig(expert_weight=0, merged_weight=0, feature_weight=0)
     with pytest.raises(UserError, match="plain transformer has no other loss"):
-        Trainer(make_head(kind="transformer"), TrainConfig(expert_weight=0), 1)
+        Trainer.on_features(make_head(kind="transformer"), TrainConfig(expert_weight=0), 1)
 
 
 @pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.05), (5, 0.05), (3, 0.5), (9, 2.0)])

@@ -12,7 +12,7 @@ from torch import Tensor
 from heads.methods.mote.config import TEMPERATURES, HeadConfig
 from heads.methods.mote.experts import ExpertFeedForward, temperature_weights
 from heads.methods.mote.modulation import modulation
-from heads.methods.mote.routing import routing_prior
+from heads.methods.mote.routing import expert_probabilities
 from heads.methods.text_classifier import class_cosines, video_embeddings
 from tests.support.golden.checks import worst
 from tests.support.golden.head import golden_head
@@ -48,7 +48,9 @@ def test_expert_layer(golden: Path, name: str, suffix: str, dtype: torch.dtype) 
     with torch.no_grad():
         layer.fusion_logits.copy_(torch.from_numpy(data["custom_fusion_logits"]))
     assert worst(run(None)[0], data[f"y_eval_custom_{suffix}"]) <= tolerance
-    assert worst(routing_prior(experts), data["route_prob"]) <= 1e-7
+    assert (
+        worst(expert_probabilities(HeadConfig(dim=64, experts=experts)), data["route_prob"]) <= 1e-7
+    )
     merged = layer.combine(weights[data["merged_tau_idx"]])
     for got, key in zip(merged, ("up_w", "up_b", "dn_w", "dn_b"), strict=True):
         assert worst(got, data[f"merged_{key}"]) <= 2e-6

@@ -15,7 +15,7 @@ from heads import HeadConfig, RoutingDraw, TemporalHead, build_head
 from heads.arithmetic import resolve_precision
 from heads.methods.mote.config import TEMPERATURES
 from heads.methods.mote.experts import ExpertFeedForward, temperature_weights
-from heads.methods.mote.routing import routing_prior
+from heads.methods.mote.routing import expert_probabilities
 
 
 def small_head(seed: int = 0, **config: Any) -> TemporalHead:
@@ -153,7 +153,9 @@ def test_draws_follow_the_prior_and_the_generator() -> None:
     generator = torch.Generator().manual_seed(0)
     draws = [RoutingDraw.sample(config, generator) for _ in range(3000)]
     share = torch.bincount(torch.tensor([d.experts for d in draws]).flatten(), minlength=4) / 12000
-    torch.testing.assert_close(share, routing_prior(4), atol=0.02, rtol=0)
+    torch.testing.assert_close(
+        share, expert_probabilities(HeadConfig(dim=64, experts=4)), atol=0.02, rtol=0
+    )
     seen = [t for d in draws for t in d.temperatures]
     assert all(abs(seen.count(t) / len(seen) - 1 / 11) < 0.02 for t in TEMPERATURES)
     again = RoutingDraw.sample(config, torch.Generator().manual_seed(0))

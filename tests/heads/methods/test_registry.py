@@ -24,8 +24,8 @@ from heads import (
     predict_scores,
     train_head,
 )
-from heads.files.head_file import load_tensors
 from heads.files.portable import save_merged_head
+from heads.files.run_files import read_metrics
 from heads.methods import registry
 from heads.methods.head import Head
 from heads.methods.registry import Method
@@ -108,9 +108,8 @@ def test_a_new_method_is_trained_saved_loaded_and_scored(tmp_path: Path) -> None
         store, run, config, recipe, rows=store.split("train"), prompt_set="mote28", device="cpu"
     )
     assert summary.head == "toy"
-    _, card = load_tensors(run / "state/last.safetensors")
-    assert {"loss", "right_loss", "size_loss"} <= card["metrics"][0].keys()
-    assert "expert_loss" not in card["metrics"][0]
+    assert {"loss", "right_loss", "size_loss"} <= read_metrics(run)[0].keys()
+    assert "expert_loss" not in read_metrics(run)[0]
     head = load_head(run)
     assert isinstance(head, ToyHead)
     assert head.config == ToyConfig(16, width=4)
@@ -135,7 +134,9 @@ def test_a_new_method_is_trained_saved_loaded_and_scored(tmp_path: Path) -> None
 def test_a_step_of_a_new_method_changes_its_weights() -> None:
     classes = functional.normalize(torch.randn(5, 16), dim=-1)
     head = build_head(ToyConfig(16), classes)
-    trainer = Trainer(head, TrainConfig(epochs=1, warmup_epochs=0, lr=1e-2, batch_size=2), 1)
+    trainer = Trainer.on_features(
+        head, TrainConfig(epochs=1, warmup_epochs=0, lr=1e-2, batch_size=2), 1
+    )
     before = {name: value.clone() for name, value in head.named_parameters()}
     draw = head.draw(torch.Generator().manual_seed(1))
     total, right, size = trainer.step(torch.randn(2, 3, 16), torch.tensor([0, 4]), draw)

@@ -46,7 +46,7 @@ def test_training_steps(golden: Path, name: str, suffix: str, dtype: torch.dtype
     head = golden_head(data, dtype)
     head.logit_scale.fill_(float(data["logit_scale0"]))
     text = torch.from_numpy(data["text"]).to(dtype)
-    trainer = Trainer(head, config, int(data["iters_per_epoch"]), class_embeddings=text)
+    trainer = Trainer.on_features(head, config, int(data["iters_per_epoch"]), class_embeddings=text)
     rates = trainer.rates[int(data["epoch"])]
     exact = suffix == "f64"
     loss_limit, gradient_limit = (1e-12, 1e-12) if exact else (1e-4, 5e-6)
@@ -80,9 +80,7 @@ def test_training_steps(golden: Path, name: str, suffix: str, dtype: torch.dtype
                 assert worst(cosines, data[f"{key}_{suffix}"]) <= (1e-12 if exact else 1e-6)
         if (i + 1) % config.accumulation == 0:
             if steps == 0:
-                gradients = {
-                    k: p.grad for k, p in trainer.parameters().items() if p.grad is not None
-                }
+                gradients = {k: p.grad for k, p in trainer.parameters.items() if p.grad is not None}
                 assert_close(
                     gradients, golden_entries(data, "grad_f64/"), gradient_limit, relative=True
                 )
@@ -91,9 +89,9 @@ def test_training_steps(golden: Path, name: str, suffix: str, dtype: torch.dtype
             steps += 1
             if steps == 1:
                 after = golden_entries(data, "after1_f64/")
-                assert_close(trainer.parameters(), after, parameter_limit, relative=False)
+                assert_close(trainer.parameters, after, parameter_limit, relative=False)
     if last := golden_entries(data, "afterK_f64/"):
-        assert_close(trainer.parameters(), last, parameter_limit, relative=False)
+        assert_close(trainer.parameters, last, parameter_limit, relative=False)
     for key, buffer in head.named_buffers():
         assert torch.equal(buffer, frozen[key]), key
 

@@ -15,7 +15,7 @@ import torch
 
 from featstore import Store, UserError, WorkError
 from heads import HeadConfig, TrainConfig, TrainSummary, load_head, train_head
-from heads.files.head_file import load_tensors
+from heads.files.head_file import load_tensors, save_tensors
 from tests.support.stores.action_store import action_store
 
 HEAD = HeadConfig(dim=16, layers=2, experts=3)
@@ -83,8 +83,8 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, store: Store) -> Non
     train(store, whole)
     run_and_kill(store, broken, at=8)  # in the middle of epoch 2
     assert not (broken / "head.safetensors").exists()
-    state, _ = load_tensors(broken / "state/last.safetensors")
-    assert int(state["epoch"]) == 1
+    state, card = load_tensors(broken / "state/last.safetensors")
+    assert (card["position"]["epoch"], card["position"]["step"]) == (0, 5)
     assert any(name.startswith("gradient.") for name in state)
     summary = train(store, broken, resume=True)
     assert summary.resumed_from == 1
@@ -93,6 +93,22 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, store: Store) -> Non
     a, b = load_head(whole).state_dict(), load_head(broken).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert (whole / "head.safetensors").read_bytes() == (broken / "head.safetensors").read_bytes()
+
+
+def test_a_state_of_the_first_format_is_continued_bit_for_bit(tmp_path: Path, store: Store) -> None:
+    """Version 1 kept the epochs done as a tensor and the records beside the card's format."""
+    train(store, tmp_path / "whole")
+    run_and_kill(store, tmp_path / "run", at=8)
+    file = tmp_path / "run/state/last.safetensors"
+    tensors, card = load_tensors(file)
+    done = metrics(tmp_path / "whole")[:1]
+    records = [record | {"seconds": 1.0, "samples_per_second": 19.0} for record in done]
+    assert card["position"]["step"] == 5
+    save_tensors(file, tensors | {"epoch": torch.tensor(1)}, {"format": 1, "metrics": records})
+    assert train(store, tmp_path / "run", resume=True).resumed_from == 1
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    heads = [(tmp_path / name / "head.safetensors").read_bytes() for name in ("run", "whole")]
+    assert heads[0] == heads[1]
 
 
 def test_a_run_killed_before_its_first_state_starts_again(tmp_path: Path, store: Store) -> None:

@@ -23,7 +23,7 @@ from heads.evaluation.protocols.half_class import half_class_accuracy
 from heads.methods.mote.config import TEMPERATURES, HeadConfig
 from heads.methods.mote.experts import ExpertFeedForward, temperature_weights
 from heads.methods.mote.modulation import modulation
-from heads.methods.mote.routing import RoutingDraw, routing_prior
+from heads.methods.mote.routing import RoutingDraw, expert_probabilities
 from heads.methods.text_classifier import class_cosines, video_embeddings
 from heads.training.config import TrainConfig
 from heads.training.schedule import build_optimizer, learning_rates
@@ -91,7 +91,11 @@ def check_ffn(file: Path) -> Iterator[Check]:
     dim, experts = int(data["d_model"]), int(data["num_experts"])
     shares = torch.stack([temperature_weights(t, experts) for t in TEMPERATURES])
     yield Check("merging weights", worst(shares, data["fusion_w_train"]), 1e-7)
-    yield Check("routing prior", worst(routing_prior(experts), data["route_prob"]), 1e-7)
+    yield Check(
+        "routing prior",
+        worst(expert_probabilities(HeadConfig(dim=64, experts=experts)), data["route_prob"]),
+        1e-7,
+    )
     for suffix, dtype in DTYPES.items():
         layer = ExpertFeedForward(HeadConfig(dim=dim, experts=experts)).eval()
         stacked = (layer.up_weight, layer.up_bias, layer.down_weight, layer.down_bias)
@@ -221,7 +225,9 @@ def check_trainstep(file: Path) -> Iterator[Check]:
         head = golden_head(data, dtype)
         head.logit_scale.fill_(float(data["logit_scale0"]))
         text = tensor(data["text"], dtype)
-        trainer = Trainer(head, config, int(data["iters_per_epoch"]), class_embeddings=text)
+        trainer = Trainer.on_features(
+            head, config, int(data["iters_per_epoch"]), class_embeddings=text
+        )
         rates = trainer.rates[int(data["epoch"])]
         losses = dict.fromkeys(("loss", "ce_expert", "ce_merged", "mse"), 0.0)
         numbers: dict[str, float] = {}
@@ -247,7 +253,7 @@ def check_trainstep(file: Path) -> Iterator[Check]:
             if (i + 1) % config.accumulation:
                 continue
             if steps == 0:
-                gradients = {k: p.grad for k, p in trainer.parameters().items()}
+                gradients = {k: p.grad for k, p in trainer.parameters.items()}
                 numbers["gradients"] = largest_error(
                     {k: g for k, g in gradients.items() if g is not None},
                     golden_entries(data, "grad_f64/"),
@@ -275,7 +281,7 @@ def check_trainstep(file: Path) -> Iterator[Check]:
 
 def _moved(trainer: Trainer, data: Mapping[str, Any], prefix: str) -> float:
     expected = golden_entries(data, prefix)
-    return largest_error(trainer.parameters(), expected, lambda name, value: trainer.config.lr)
+    return largest_error(trainer.parameters, expected, lambda name, value: trainer.config.lr)
 
 
 def whole_model(file: Path) -> tuple[dict[str, Any], EndToEndModel]:

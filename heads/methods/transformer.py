@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from heads.methods.mote import OFFICIAL, temporal_head
 from heads.methods.mote.config import HeadConfig
-from heads.methods.mote.method import CHECKPOINT, temporal_head
 from heads.methods.registry import Method
 
 METHOD = Method(
@@ -12,5 +12,5 @@ METHOD = Method(
     config=HeadConfig,
     head=temporal_head,
     losses=("expert", "merged", "feature"),
-    checkpoint=CHECKPOINT,
+    official=OFFICIAL,
 )

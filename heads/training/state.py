@@ -1,4 +1,4 @@
-"""What a fine-tuning continues from: one file with everything the next step depends on.
+"""What a run continues from: one file with everything the next step depends on.
 
 `state/last.safetensors` holds the trained parameters, what the optimiser knows of each, gradients
 of a batch group that is not complete, and (as its card) the place in the data, the scaler, partial
@@ -10,20 +10,23 @@ Random draws need no state: they depend on seed, epoch, step and position only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from featstore.errors import UserError, WorkError
-from heads.end_to_end.sharding import like, whole
 from heads.files.head_file import open_tensors, save_tensors
 from heads.training.ranks import Ranks
 
-FINETUNE_STATE_FORMAT: Final = 1
+STATE_FORMAT: Final = 2
+"""1 is read as well: heads trained from a store kept epoch and records in another place there."""
+
+Parameters = Mapping[str, nn.Parameter]
+"""What is trained, by the name that files have it under."""
 
 
 @dataclass
@@ -60,42 +63,33 @@ class Position:
         self.seconds = self.waited = 0.0
 
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def all_finite(model: nn.Module, ranks: Ranks) -> bool:
+def all_finite(parameters: Parameters, ranks: Ranks) -> bool:
     """Whether every trained weight is a number, on all processes."""
     bad = 0
-    for parameter in trained_parameters(model).values():
-        value = parameter.detach()
-        value = value.to_local() if isinstance(value, DTensor) else value
-        bad += not bool(value.isfinite().all())
+    for parameter in parameters.values():
+        value: Any = parameter.detach()
+        bad += not bool((value.to_local() if in_shares(value) else value).isfinite().all())
     return not int(ranks.summed(torch.tensor(bad)))
 
 
 def save_state(
     path: Path,
-    model: nn.Module,
+    parameters: Parameters,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     position: Position,
     ranks: Ranks,
 ) -> None:
     """Write the state, complete or not at all; every process must come here, the first writes."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trained_parameters(model).items():
-        parts = {"parameter": parameter.detach(), **optimizer.state.get(parameter, {})}
+    parts: list[tuple[str, Tensor]] = []
+    for name, parameter in parameters.items():
+        parts.append((f"parameter.{name}", parameter))
+        parts += [(f"{part}.{name}", v) for part, v in optimizer.state.get(parameter, {}).items()]
         if parameter.grad is not None:  # of batches that are not a whole optimiser step yet
-            parts["gradient"] = parameter.grad
-        for part, value in parts.items():
-            if ranks.first or isinstance(value, DTensor):
-                held = whole(value)
-                if ranks.first:
-                    tensors[f"{part}.{name}"] = held
+            parts.append((f"gradient.{name}", parameter.grad))
+    tensors = whole_tensors(parts, ranks)
     card = {
-        "format": FINETUNE_STATE_FORMAT,
+        "format": STATE_FORMAT,
         "position": asdict(position),
         "scaler": scaler.state_dict(),
     }
@@ -104,16 +98,16 @@ def save_state(
 
 def restore_state(
     path: Path,
-    model: nn.Module,
+    parameters: Parameters,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Position:
-    """Continue from what `save_state` wrote; WorkError when the file does not fit the model."""
+    """Take over what `save_state` wrote; WorkError when the file does not fit the model."""
     with open_tensors(path) as (names, read, card):
         _require_format(path, card)
         known = set(names)
         try:
-            for name, parameter in trained_parameters(model).items():
+            for name, parameter in parameters.items():
                 _copy(parameter, read(f"parameter.{name}"))
                 if f"gradient.{name}" in known:
                     parameter.grad = like(read(f"gradient.{name}"), parameter)
@@ -123,6 +117,9 @@ def restore_state(
                         "exp_avg": like(read(f"exp_avg.{name}"), parameter),
                         "exp_avg_sq": like(read(f"exp_avg_sq.{name}"), parameter),
                     }
+            if "epoch" in known:  # format 1 of a head trained from a store
+                kept = any(parameter.grad is not None for parameter in parameters.values())
+                return Position(int(read("epoch")), pending=int(kept), metrics=card["metrics"])
             scaler.load_state_dict(card["scaler"]) if card["scaler"] else None
             position = Position(**card["position"])
             if {f.name for f in fields(Position)} != set(card["position"]):
@@ -134,19 +131,14 @@ def restore_state(
     return position
 
 
-def save_best(path: Path, model: nn.Module, epoch: int, ranks: Ranks) -> None:
+def save_best(path: Path, parameters: Parameters, epoch: int, ranks: Ranks) -> None:
     """Write the trained parameters after `epoch` epochs; every process must come here."""
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in trained_parameters(model).items():
-        if ranks.first or isinstance(parameter, DTensor):
-            held = whole(parameter)
-            if ranks.first:
-                tensors[f"parameter.{name}"] = held
-    card = {"format": FINETUNE_STATE_FORMAT, "epoch": epoch}
+    tensors = whole_tensors(((f"parameter.{n}", p) for n, p in parameters.items()), ranks)
+    card = {"format": STATE_FORMAT, "epoch": epoch}
     ranks.only_first(lambda: save_tensors(path, tensors, card))
 
 
-def restore_best(path: Path, model: nn.Module, epoch: int) -> None:
+def restore_best(path: Path, parameters: Parameters, epoch: int) -> None:
     """Take over the parameters that `save_best` wrote after `epoch`; WorkError where it did not."""
     with open_tensors(path) as (_, read, card):
         _require_format(path, card)
@@ -154,8 +146,45 @@ def restore_best(path: Path, model: nn.Module, epoch: int) -> None:
             raise WorkError(
                 f"{path} is of epoch {card.get('epoch')}, the best was {epoch}: train again"
             )
-        for name, parameter in trained_parameters(model).items():
+        for name, parameter in parameters.items():
             _copy(parameter, read(f"parameter.{name}"))
+
+
+def whole_tensors(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
+    """Each tensor by its name, whole and on the CPU, in the first process; nothing in the others.
+
+    Every process must come here: those of a sharded tensor put it together.
+    """
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if ranks.first:
+            held[name] = whole(tensor)
+        elif in_shares(tensor):
+            whole(tensor)
+    return held
+
+
+def in_shares(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, told without its module, which takes a while to import."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU; a sharded one is put together, for which all must ask."""
+    value: Any = tensor.detach()
+    full: Tensor = value.full_tensor() if in_shares(value) else value
+    return full.cpu()
+
+
+def like(full: Tensor, place: Tensor) -> Tensor:
+    """`full`, given whole, as `place` is: on its device, sharded as it is."""
+    moved = full.to(place.device, place.dtype)
+    if not in_shares(place):
+        return moved
+    from torch.distributed.tensor import distribute_tensor
+
+    shares: Any = place
+    return distribute_tensor(moved, shares.device_mesh, shares.placements, src_data_rank=None)
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:
@@ -166,8 +195,8 @@ def _copy(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def _require_format(path: Path, card: dict[str, Any]) -> None:
-    if card.get("format") != FINETUNE_STATE_FORMAT:
+    if card.get("format") not in (1, STATE_FORMAT):
         raise UserError(
             f"{path} has format {card.get('format')!r}, this version writes "
-            f"{FINETUNE_STATE_FORMAT}: finish the run with the version that began it"
+            f"{STATE_FORMAT}: finish the run with the version that began it"
         )

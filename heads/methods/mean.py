@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from heads.methods.mote import temporal_head
 from heads.methods.mote.config import HeadConfig
-from heads.methods.mote.method import temporal_head
 from heads.methods.registry import MEAN_OF_FRAMES, Method
 
 METHOD = Method(

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from featstore import Store, UserError
 from heads import HeadConfig, TrainConfig, TrainSummary, load_head, train_head
-from heads.training.shots import (
+from heads.training.training_keys import read_training_keys
+from heads.training.training_set import (
     choose_training_set,
     draw_shots,
     frequency_halves,
     repeats_of,
     rows_of_classes,
 )
-from heads.training.training_keys import read_training_keys
 from tests.support.stores.action_store import action_store
 
 HEAD = HeadConfig(dim=16, layers=1, experts=2)

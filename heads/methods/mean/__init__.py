@@ -1,1 +1,0 @@
-"""CLIP's mean of frames: no parameters, every other method's baseline."""
