@@ -11,7 +11,7 @@ Who asks what:
   `end_to_end` say whether there is something to train, and from what (`require`); the head itself
   gives its draws and losses (`heads.methods.head.Head`), and `losses` names them in the records.
 - `import-checkpoint`: `read_checkpoint(file)` finds the method whose authors wrote the file.
-- `export`: `method(kind).checkpoint`, None without an official format; `portable` for the others.
+- `export`: `method(kind).official`, None without an official format; `portable` for the others.
 - `eval`, `predict`: `modulated`, whether temporal feature modulation does anything, and so
   whether its settings can be swept; `untrained(kind)` for records of any version.
 - `tradeoff`, `demo`: `title`, the name in pictures.
