@@ -136,10 +136,10 @@ def build_test_sets(
     lists = listed_rows(protocol, store, split)
     if protocol.kind != "halfclass":
         return tuple(TestSet(name, rows) for name, rows in lists.items())
-    (rows,) = lists.values()
+    ((listed, rows),) = lists.items()
     draws = half_class_draws(store.labels[store.positions(rows)], len(store.class_names))
     return tuple(
-        TestSet(f"draw{seed}", rows[kept], candidates, modulation_classes="all")
+        TestSet(f"draw{seed}", rows[kept], candidates, "all", (listed, len(rows)))
         for seed, (kept, candidates) in enumerate(draws)
     )
 
