@@ -24,6 +24,20 @@ log = logging.getLogger(__name__)
 USUAL_PROMPT_SET: Final = "mote28"
 
 
+def require_fits(store: Store, head: Head, prompt_set: str | None) -> tuple[str, ClassText]:
+    """The prompt set (default: the head's, else the store's only one) and its texts to test with.
+
+    UserError when head, store and texts do not belong together or the store holds no embeddings,
+    WorkError when it is not complete.
+    """
+    check_complete(store)
+    check_fits(head, store)
+    chosen = prompt_set or default_prompt_set(store, head)
+    text = store.class_text(chosen)
+    check_class_text(head, text, chosen)
+    return chosen, text
+
+
 def check_fits(head: Head, store: Store) -> None:
     """Raise UserError when `head` was trained on features of another encoder than the store's."""
     provenance = store.provenance

@@ -118,7 +118,7 @@ def print_published(found: Mapping[str, Any]) -> None:
 
 
 def _print(comparison: Comparison) -> None:
-    from heads.evaluation.comparing.compare import GROUPS
+    from heads.evaluation.results import GROUPS
 
     results.print(f"A  {comparison.a}", markup=False)
     results.print(f"B  {comparison.b}", markup=False)

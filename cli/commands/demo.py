@@ -219,19 +219,16 @@ def _finetuned(workspace: Workspace, dataset: str, seed: int, epochs: int) -> st
 def _measured(stores: Mapping[str, Store], head: Head | None, row: _Scored) -> dict[str, float]:
     """Close-set accuracy on the known classes, zero-shot accuracy on the new ones."""
     from heads.evaluation.evaluate import evaluate_store
-    from heads.evaluation.protocols.choose import closeset_tests, zeroshot_tests
+    from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
 
     top1 = {}
-    for protocol, kind, choose in (
-        ("closeset", "known", closeset_tests),
-        ("zeroshot", "new", zeroshot_tests),
-    ):
+    for protocol, kind in (("closeset", "known"), ("zeroshot", "new")):
         top1[protocol] = evaluate_store(
             stores[kind],
             head,
             protocol=protocol,
             dataset=stores[kind].provenance.dataset,
-            tests=choose(stores[kind]),
+            tests=build_test_sets(PROTOCOLS[protocol], stores[kind]),
             head_name=row.head,
             modulate=row.modulated,
             device="cpu",

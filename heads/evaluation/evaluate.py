@@ -19,24 +19,16 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.segments import segment_positions
 from heads.arithmetic import Precision, resolve_device, resolve_precision
-from heads.compatibility import (
-    check_class_text,
-    check_complete,
-    check_fits,
-    default_prompt_set,
-    knows_classes,
-    mean_head,
-)
+from heads.compatibility import knows_classes, mean_head, require_fits
 from heads.evaluation.measure import ClipFeatures, Measurement, check_candidates
 from heads.evaluation.protocols.choose import (
     Protocol,
     count_notes,
-    listed_rows,
     protocol_named,
     views_of,
 )
 from heads.evaluation.protocols.protocol import LabelIds, TestSet
-from heads.evaluation.results import EvalResult, RunFacts, SplitDetail, SplitResult
+from heads.evaluation.results import EvalResult, RunFacts, SplitDetail, SplitResult, taken_from
 from heads.files.head_file import head_fingerprint
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES
@@ -69,10 +61,10 @@ def evaluate_store(
     (`build_test_sets`). The score settings are those of `Scoring.of_head`; `fusion` defaults to
     the protocol's. `options` and errors are those of `evaluate_many`.
     """
-    config = (head or mean_head(store.provenance.dim)).config
+    model = head or mean_head(store.provenance.dim, store.provenance.logit_scale)
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
     scoring = Scoring.of_head(
-        config,
+        model.config,
         fusion=fusion or named.fusion,
         modulate=modulate,
         modulation_neighbours=modulation_neighbours,
@@ -80,14 +72,14 @@ def evaluate_store(
         ensemble=ensemble,
     )
     (result,) = evaluate_many(
-        store, head, [scoring], protocol=named, dataset=dataset, tests=tests, **options
+        store, model, [scoring], protocol=named, dataset=dataset, tests=tests, **options
     )
     return result
 
 
 def evaluate_many(
     store: Store,
-    head: Head | None,
+    head: Head,
     scorings: Sequence[Scoring],
     *,
     protocol: Protocol | str,
@@ -122,31 +114,25 @@ def evaluate_many(
     or no row can be evaluated; WorkError when a store is not complete or a score is not finite.
     """
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
-    check_complete(store)
-    if views is not None and views != views_of(store):
-        raise UserError(
-            f"{store.path.name} has {views_of(store)} views, {views} were asked for: choose or "
-            "extract a store with those"
-        )
     if not tests:
         raise UserError(f"no split of {store.path.name} was chosen: name one with --split")
-    where = resolve_device(device)
-    provenance = store.provenance
-    arithmetic = resolve_precision(precision, provenance.dim, where)
-    model = head or mean_head(provenance.dim, provenance.logit_scale)
-    check_fits(model, store)
-    prompt_set = prompt_set or default_prompt_set(store, model)
-    text = store.class_text(prompt_set)
-    check_class_text(model, text, prompt_set)
-    if named.kind == "closeset" and not knows_classes(model, text):
+    prompt_set, text = require_fits(store, head, prompt_set)
+    stored_views = views_of(store)
+    if views is not None and views != stored_views:
         raise UserError(
-            f"{head_name} was trained on {model.training_class_embeddings.shape[0]} classes that "
+            f"{store.path.name} has {stored_views} views, {views} were asked for: choose or "
+            "extract a store with those"
+        )
+    if named.kind == "closeset" and not knows_classes(head, text):
+        raise UserError(
+            f"{head_name} was trained on {head.training_class_embeddings.shape[0]} classes that "
             f"are not the {len(text.names)} of {dataset}: evaluate it with --zeroshot {dataset}"
         )
-    check_candidates(tests, scorings, text, model)
-
+    check_candidates(tests, scorings, text, head)
+    where = resolve_device(device)
+    arithmetic = resolve_precision(precision, head.config.dim, where)
     stored = store.schema.frames
-    wanted = frames or (model.origin.frames if model.origin is not None else stored)
+    wanted = frames or (head.origin.frames if head.origin is not None else stored)
     if wanted > stored:
         log.warning("%d frames asked for, %d are stored: using those", wanted, stored)
     used = min(wanted, stored)
@@ -157,7 +143,7 @@ def evaluate_many(
         clip = ClipFeatures(clip_store, store, prompt_set, chosen, where)
         measured.leave_out(clip.failed(measured.listed_keys(np.arange(len(measured.listed)))))
     measured.run(
-        model.to(where).eval(),
+        head.to(where).eval(),
         scorings,
         text,
         frames=chosen,
@@ -165,7 +151,7 @@ def evaluate_many(
         clip=clip,
         progress=progress,
     )
-    record = _record(store, model, named, measured, text, facts or RunFacts())
+    record = _record(store, head, named, measured, text, stored_views, facts or RunFacts())
     record |= {
         "dataset": dataset,
         "head": head_name,
@@ -175,7 +161,7 @@ def evaluate_many(
         "precision": arithmetic,
     }
     return [
-        _result(measured, number, scoring, record, None if clip is None else clip.store.path.name)
+        _result(measured, number, scoring, named, record, clip)
         for number, scoring in enumerate(scorings)
     ]
 
@@ -186,25 +172,28 @@ def _record(
     protocol: Protocol,
     measured: Measurement,
     text: ClassText,
+    views: str,
     facts: RunFacts,
 ) -> dict[str, Any]:
     """The fields of a result that all settings share."""
     provenance = store.provenance
-    tested = {
-        t.name: range(len(text.names)) if t.classes is None else t.classes.tolist()
-        for t in measured.tests
-    }
-    names = {text.names[label] for labels in tested.values() for label in labels}
+    tested = [_candidates(test, text) for test in measured.tests]
+    names = {text.names[label] for labels in tested for label in labels}
     origin = head.origin
     trained = None if origin is None or origin.class_names is None else set(origin.class_names)
     missing = sum(
         store.reasons[at].startswith(NO_FILE)
         for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
     )
-    agreeing, notes = _counts(protocol, store, measured)
-    if protocol.views and views_of(store) not in protocol.views:
-        notes.append(f"{views_of(store)} views, published with {', '.join(protocol.views)}")
-    n_classes = max(len(labels) for labels in tested.values())
+    listed = {
+        name: len(members) if test.drawn_from is None else test.drawn_from[1]
+        for test, members in zip(measured.tests, measured.members, strict=True)
+        for name in [test.name if test.drawn_from is None else test.drawn_from[0]]
+    }
+    agreeing, notes = count_notes(protocol, listed)
+    if protocol.views and views not in protocol.views:
+        notes.append(f"{views} views, published with {', '.join(protocol.views)}")
+    n_classes = max(len(labels) for labels in tested)
     if protocol.n_classes not in (None, n_classes):
         notes.append(f"{n_classes} classes, published with {protocol.n_classes}")
     outside = _in_no_split(store, measured)
@@ -215,51 +204,43 @@ def _record(
         log.warning("%s: %s", protocol.name, note)
     templates = facts.prompt_templates or text.templates
     return {
+        **taken_from(protocol=protocol, provenance=provenance, facts=facts),
+        **pixels_text(provenance.preprocessing, provenance.crops),
         "protocol": protocol.kind,
         "protocol_name": protocol.name,
         "n_listed": len(measured.listed),
         "n_found": len(measured.listed) - missing,
         "n_evaluated": len(measured.usable),
         "n_failed": len(measured.listed) - len(measured.usable),
-        "views": views_of(store),
-        "sampling": provenance.sampling,
+        "views": views,
         "sampler": provenance.sampling.partition(":")[0],
-        **pixels_text(provenance.preprocessing, provenance.crops),
         "prompt_templates": list(templates) if templates else None,
-        "encoder": provenance.encoder,
-        "encoder_fingerprint": provenance.encoder_fingerprint,
         "kind": head.config.kind,
         "n_classes": n_classes,
         "n_classes_trained": None if trained is None else len(trained & names),
         "head_fingerprint": head_fingerprint(head),
-        "blend": facts.blend,
-        "epoch": facts.epoch,
-        "epoch_choice": facts.epoch_choice,
         "trained_on": origin.dataset or None if origin is not None else None,
         "training_videos": origin.trained_on or None if origin is not None else None,
-        "shots": facts.shots,
-        "n_trained_on": facts.n_trained_on,
-        "source": protocol.source,
-        "test_list": protocol.test_list,
         "published_counts": agreeing,
         "notes": notes,
         "list_hash": _hash(measured.listed_keys(np.arange(len(measured.listed)))),
         "class_names_hash": _hash(text.names),
+        # One list that is tested thrice is one class list.
         "class_list_hash": _hash(
-            text.names[label] for labels in _distinct(tested.values()) for label in labels
+            text.names[label] for labels in dict.fromkeys(tested) for label in labels
         ),
         "class_names_source": facts.class_names_source or f"data set {provenance.dataset}",
         "label_map": facts.label_map or provenance.label_map or None,
         "prompts_hash": text.sentences_hash,
-        "dataset_fingerprint": provenance.dataset_fingerprint,
         "store": store.path.name,
-        "preprocessing": dict(provenance.preprocessing),
         "encoder_precision": provenance.precision,
-        "quantised": provenance.quantised,
-        "decoder": provenance.decoder,
         "class_names": text.names,
-        "protocol_fusion": protocol.fusion,
     }
+
+
+def _candidates(test: TestSet, text: ClassText) -> tuple[int, ...]:
+    """Label ids of the classes that the videos of a test set are scored against."""
+    return tuple(range(len(text.names)) if test.classes is None else test.classes.tolist())
 
 
 def _in_no_split(store: Store, measured: Measurement) -> list[str]:
@@ -271,57 +252,44 @@ def _in_no_split(store: Store, measured: Measurement) -> list[str]:
     return [store.keys[at] for at in outside.tolist()]
 
 
-def _counts(protocol: Protocol, store: Store, measured: Measurement) -> tuple[list[str], list[str]]:
-    """Whose published counts the tested lists have; for half-class those of the list drawn from."""
-    if protocol.kind == "halfclass":
-        listed = {name: len(rows) for name, rows in listed_rows(protocol, store).items()}
-    else:
-        listed = {
-            test.name: len(members)
-            for test, members in zip(measured.tests, measured.members, strict=True)
-        }
-    return count_notes(protocol, listed)
-
-
 def _result(
     measured: Measurement,
     number: int,
     scoring: Scoring,
+    protocol: Protocol,
     record: Mapping[str, Any],
-    clip_store: str | None,
+    clip: ClipFeatures | None,
 ) -> EvalResult:
     """What one setting came to."""
-    classes = len(record["class_names"])
+    classes = np.arange(len(record["class_names"]))
     parts = [
-        _split(measured, number, t, np.arange(classes) if test.classes is None else test.classes)
+        _split(measured, number, t, classes if test.classes is None else test.classes)
         for t, test in enumerate(measured.tests)
     ]
     results = [result for result, _ in parts]
     top1 = [result.top1 for result in results]
     top5 = [result.top5 for result in results if result.top5 is not None]
-    usual = record["protocol_fusion"]
     notes = list(record["notes"])
-    if scoring.fusion != usual:
-        notes.append(f"views are fused by {scoring.fusion}, published with {usual}")
-    shared = {name: record[name] for name in record if name not in ("notes", "protocol_fusion")}
-    return EvalResult(
-        **shared,
-        notes=notes,
-        top1=float(np.mean(top1)),
-        top5=float(np.mean(top5)) if top5 else None,
-        per_split=tuple(results),
-        mean=float(np.mean(top1)),
-        std=float(np.std(top1)),
-        mean_top5=float(np.mean(top5)) if top5 else None,
-        std_top5=float(np.std(top5)) if top5 else None,
-        modulate=scoring.modulate,
-        modulation_neighbours=scoring.modulation_neighbours if scoring.modulate else None,
-        modulation_temperature=scoring.modulation_temperature if scoring.modulate else None,
-        fusion=scoring.fusion,
-        ensemble=scoring.ensemble,
-        clip_store=clip_store if scoring.ensemble is not None else None,
-        details=tuple(detail for _, detail in parts),
-    )
+    if scoring.fusion != protocol.fusion:
+        notes.append(f"views are fused by {scoring.fusion}, published with {protocol.fusion}")
+    mean, mean_top5 = float(np.mean(top1)), float(np.mean(top5)) if top5 else None
+    values = {
+        **record,
+        **taken_from(scoring=scoring),
+        "notes": notes,
+        "top1": mean,
+        "top5": mean_top5,
+        "per_split": tuple(results),
+        "mean": mean,
+        "std": float(np.std(top1)),
+        "mean_top5": mean_top5,
+        "std_top5": float(np.std(top5)) if top5 else None,
+        "modulation_neighbours": scoring.modulation_neighbours if scoring.modulate else None,
+        "modulation_temperature": scoring.modulation_temperature if scoring.modulate else None,
+        "clip_store": clip.store.path.name if clip and scoring.ensemble is not None else None,
+        "details": tuple(detail for _, detail in parts),
+    }
+    return EvalResult(**values)
 
 
 def _split(
@@ -376,11 +344,6 @@ def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
         "resize": f"{how}, {interpolation}",
         "crop": f"{height}x{width} {cut}" if known else "unknown",
     }
-
-
-def _distinct(lists: Iterable[Iterable[int]]) -> list[tuple[int, ...]]:
-    """Lists of labels without repetition, in order: one list tested thrice is one class list."""
-    return list(dict.fromkeys(tuple(labels) for labels in lists))
 
 
 def _hash(lines: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from featstore.errors import UserError
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
-from heads.files.run_files import CONFIG_FILE
+from heads.files.run_files import read_config
 from heads.methods.head import Head
 from heads.methods.registry import untrained
 from heads.training.training_keys import read_training_keys, rows_hash
@@ -33,7 +32,7 @@ def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | No
     Videos are told by data set and key, clips of Kinetics by their YouTube id and start in every
     data set. A run that recorded no keys but trained on this store is told by its rows.
     """
-    settings = _settings(run_dir)
+    settings = read_config(run_dir) or {}
     if untrained(settings.get("head", {}).get("kind")):
         return np.zeros(0, np.int64)
     known = read_training_keys(run_dir)
@@ -131,14 +130,6 @@ def _rows_by_hash(store: Store, rows: RowArray, data: Mapping[str, Any]) -> RowA
             both: RowArray = np.intersect1d(rows, usable).astype(np.int64)
             return both
     return None
-
-
-def _settings(run_dir: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads((run_dir / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _clip(key: str) -> str | None:

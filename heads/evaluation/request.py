@@ -222,12 +222,14 @@ def _measure(
     overlap = None
     if head is not None:
         overlap = require_no_leak(store, opened.tests, run_dir, allow=request.allow_overlap)
-    config = (head or mean_head(store.provenance.dim)).config
-    scorings = sweeps.settings(config, vars(request.score), request.swept, opened.protocol.fusion)
+    model = head or mean_head(store.provenance.dim, store.provenance.logit_scale)
+    scorings = sweeps.settings(
+        model.config, vars(request.score), request.swept, opened.protocol.fusion
+    )
     with stages("eval", "videos") as progress:
         measured = evaluate_many(
             store,
-            head,
+            model,
             scorings,
             protocol=opened.protocol,
             dataset=request.dataset,

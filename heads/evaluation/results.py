@@ -12,18 +12,18 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import WorkError
 from featstore.files.durable import write_bytes, write_json
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.protocols.protocol import LabelIds
 from heads.files.imported_run import tower_facts
-from heads.files.run_files import CONFIG_FILE
+from heads.files.run_files import read_config
 from heads.methods.registry import untrained
 
 RESULT_FORMAT: Final = 2
@@ -93,98 +93,120 @@ class RunFacts:
     """Training videos per class, of few-shot and base-to-novel."""
 
 
+Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
+GROUPS: Final[tuple[Group, ...]] = get_args(Group)
+
+
+def _in(group: Group, **roles: Any) -> dict[str, Any]:
+    """Metadata of a field that is compared in `group`; `EvalResult` says what the others mean."""
+    return {"group": group, **roles}
+
+
+_tested = partial(_in, "what was tested")
+_how = partial(_in, "how")
+_with = partial(_in, "with what")
+_arithmetic = partial(_in, "arithmetic")
+
+
 @dataclass(frozen=True)
 class EvalResult:
     """One evaluation, with what is needed to compare it with another.
 
     Over several test sets, `top1` and `top5` are means of theirs and the counts are of distinct
     samples. `mean` and `std` (population) are of their top-1.
+
+    A field is declared here and nowhere else. Its metadata say the `group` it is compared in, none
+    for the numbers and for what says nothing about how they came about; `decisive`, that two
+    numbers which differ in it do not measure the same thing, whatever head they are of;
+    `identity`, that it is part of the hash in the file's name; `none_known`, that None says "none
+    of it", where elsewhere it says that nobody knows; and `of`, the part of the evaluation that
+    has it under the same name (`taken_from`).
     """
 
-    protocol: str
+    protocol: str = field(metadata=_tested(decisive=True))
     """Kind of the protocol: "closeset", "zeroshot", "halfclass", "fewshot", "base-to-novel"."""
-    protocol_name: str
-    dataset: str
-    head: str
-    n_listed: int
-    n_found: int
+    protocol_name: str = field(metadata=_tested(decisive=True, identity=True))
+    dataset: str = field(metadata=_tested(decisive=True, identity=True))
+    head: str = field(metadata=_with())
+    n_listed: int = field(metadata=_tested(decisive=True))
+    n_found: int = field(metadata=_tested())
     """Listed videos whose file was there when the data set was packed."""
-    n_evaluated: int
-    n_failed: int
+    n_evaluated: int = field(metadata=_tested(decisive=True))
+    n_failed: int = field(metadata=_tested())
     top1: float
     top5: float | None
-    views: str
+    views: str = field(metadata=_how(decisive=True, identity=True))
     """Clips x crops, for example "4x3"."""
-    sampling: str
+    sampling: str = field(metadata=_how(decisive=True, identity=True, of="provenance"))
     """Sampling of the store, for example "clips:8x4"."""
-    sampler: str
+    sampler: str = field(metadata=_how(decisive=True))
     """How frames are chosen: the first word of `sampling`."""
-    resize: str
+    resize: str = field(metadata=_how(decisive=True, identity=True))
     """What the short side was scaled to, with the interpolation, for example "224 bicubic"."""
-    crop: str
+    crop: str = field(metadata=_how(decisive=True, identity=True))
     """What was cut from it, for example "224, 3 along the long side"."""
-    frames: int
+    frames: int = field(metadata=_how(decisive=True, identity=True))
     """T, frames per view the head was given."""
-    prompt_set: str
-    prompt_templates: list[str] | None
-    encoder: str
-    encoder_fingerprint: str
-    per_split: tuple[SplitResult, ...]
+    prompt_set: str = field(metadata=_how(identity=True))
+    prompt_templates: list[str] | None = field(metadata=_how(decisive=True))
+    encoder: str = field(metadata=_with(of="provenance"))
+    encoder_fingerprint: str = field(metadata=_with(identity=True, of="provenance"))
+    per_split: tuple[SplitResult, ...] = field(metadata=_tested(decisive=True))
     mean: float
     std: float
     mean_top5: float | None
     std_top5: float | None
-    kind: str
-    modulate: bool
-    modulation_neighbours: int | None
+    kind: str = field(metadata=_with())
+    modulate: bool = field(metadata=_with(identity=True, of="scoring"))
+    modulation_neighbours: int | None = field(metadata=_with(identity=True, none_known=True))
     """None where the head was not modulated; so is the temperature."""
-    modulation_temperature: float | None
-    fusion: str
-    ensemble: float | None
+    modulation_temperature: float | None = field(metadata=_with(identity=True, none_known=True))
+    fusion: str = field(metadata=_how(decisive=True, identity=True, of="scoring"))
+    ensemble: float | None = field(metadata=_with(identity=True, none_known=True, of="scoring"))
     """Weight of CLIP's own scores; None for the head alone."""
-    clip_store: str | None
+    clip_store: str | None = field(metadata=_with(identity=True, none_known=True))
     """Store CLIP's scores came from, where it is not the tested one."""
-    n_classes: int
+    n_classes: int = field(metadata=_tested(decisive=True))
     """Candidates of a test set, the most where they differ."""
-    n_classes_trained: int | None
+    n_classes_trained: int | None = field(metadata=_with())
     """Candidates whose name the head was trained on; None when that is not known."""
-    head_fingerprint: str
-    blend: float | None
-    epoch: int | None
-    epoch_choice: str | None
-    trained_on: str | None
+    head_fingerprint: str = field(metadata=_with())
+    blend: float | None = field(metadata=_with(of="facts"))
+    epoch: int | None = field(metadata=_with(of="facts"))
+    epoch_choice: str | None = field(metadata=_with(decisive=True, identity=True, of="facts"))
+    trained_on: str | None = field(metadata=_tested(decisive=True))
     """Data set the head was trained on; None where it is not known."""
-    training_videos: str | None
+    training_videos: str | None = field(metadata=_tested())
     """Which of its videos, in words; None where it is not known."""
-    shots: int | None
+    shots: int | None = field(metadata=_tested(decisive=True, of="facts"))
     """Videos per class among them, of few-shot and base-to-novel; None elsewhere."""
-    n_trained_on: int | None
+    n_trained_on: int | None = field(metadata=_tested(of="facts"))
     """Listed videos that are training videos of the head; None where that is not known."""
-    source: str
+    source: str = field(metadata={"of": "protocol"})
     """Publications the protocol comes from."""
-    test_list: str
+    test_list: str = field(metadata=_tested(of="protocol"))
     published_counts: list[str]
     """Sources whose published counts of videos are the ones listed here."""
     notes: list[str]
     """In what this is not the protocol as published (counts of videos, views, fusion), and
     videos of the store that no split lists."""
-    list_hash: str
+    list_hash: str = field(metadata=_tested(decisive=True, identity=True))
     """Hash of the keys listed, in the store's order."""
-    class_names_hash: str
+    class_names_hash: str = field(metadata=_tested(decisive=True))
     """Of all class names of the store."""
-    class_list_hash: str
+    class_list_hash: str = field(metadata=_tested(decisive=True, identity=True))
     """Of the candidates of every test set."""
-    class_names_source: str
-    label_map: str | None
-    prompts_hash: str
-    dataset_fingerprint: str
-    store: str
-    preprocessing: dict[str, Any]
-    encoder_precision: str
-    quantised: str
-    decoder: str
-    device: str
-    precision: str
+    class_names_source: str = field(metadata=_tested())
+    label_map: str | None = field(metadata=_how(decisive=True, identity=True, none_known=True))
+    prompts_hash: str = field(metadata=_how(decisive=True, identity=True))
+    dataset_fingerprint: str = field(metadata=_tested(of="provenance"))
+    store: str = field(metadata=_tested(identity=True))
+    preprocessing: dict[str, Any] = field(metadata=_how(decisive=True, of="provenance"))
+    encoder_precision: str = field(metadata=_arithmetic(identity=True))
+    quantised: str = field(metadata=_arithmetic(identity=True, of="provenance"))
+    decoder: str = field(metadata=_arithmetic(identity=True, of="provenance"))
+    device: str = field(metadata=_arithmetic())
+    precision: str = field(metadata=_arithmetic(identity=True))
     """Arithmetic of the head: "fp32" or "bf16"."""
     result_format: int = RESULT_FORMAT
     details: tuple[SplitDetail, ...] = field(default=(), repr=False, compare=False)
@@ -213,19 +235,19 @@ class EvalResult:
 
     def _identity(self) -> str:
         """Eight digits of a hash of what was measured, not of what came out."""
-        chosen = {name: getattr(self, name) for name in _IDENTITY}
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
         splits = [part.split for part in self.per_split]
         text = json.dumps([chosen, splits], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 _BESIDE: Final = ("details", "class_names")
-_IDENTITY: Final = (
-    *("protocol_name", "dataset", "store", "views", "sampling", "frames", "prompt_set", "fusion"),
-    *("prompts_hash", "list_hash", "class_list_hash", "label_map", "encoder_fingerprint"),
-    *("modulate", "modulation_neighbours", "modulation_temperature", "ensemble", "clip_store"),
-    *("epoch_choice", "precision", "encoder_precision", "quantised", "resize", "crop", "decoder"),
-)
+
+
+def taken_from(**parts: Any) -> dict[str, Any]:
+    """The fields of a result that one of `parts` has under the same name, by that name."""
+    named = {f.name: f.metadata.get("of") for f in fields(EvalResult)}
+    return {name: getattr(parts[of], name) for name, of in named.items() if of in parts}
 
 
 def save_result(result: EvalResult, run_dir: Path) -> Path:
@@ -290,12 +312,9 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
     A run trained here has the weights of its last epoch, one that was imported or fine-tuned says
     which. WorkError when the file is not JSON; a folder without one says nothing.
     """
-    try:
-        settings = json.loads((run_dir / CONFIG_FILE).read_text())
-    except OSError:
+    settings = read_config(run_dir)
+    if settings is None:
         return RunFacts(**known)
-    except ValueError as error:
-        raise WorkError(f"{run_dir / CONFIG_FILE} is not JSON: train or import again") from error
     facts = settings.get("imported")
     if isinstance(facts, Mapping):
         said = {name: facts.get(name) for name in ("blend", "epoch", "epoch_choice")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Final, get_args
 from featstore.errors import UserError, WorkError
 from featstore.workspace import Workspace
 from heads.files.imported_run import tower_facts, tower_hash
+from heads.files.run_files import read_config
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
 from heads.scoring.scores import Fusion, Scoring
@@ -149,9 +149,9 @@ class _Tuned:
 
 def _tuned(run_dir: Path) -> _Tuned | None:
     try:
-        value = json.loads((run_dir / "config.json").read_text())
+        value = read_config(run_dir) or {}
         facts = tower_facts(run_dir) or {}
-    except (OSError, ValueError, WorkError):
+    except (OSError, WorkError):
         return None
     imported = value.get("imported")
     file, options = None, ""

@@ -6,17 +6,19 @@ result files (docs/comparing.md); a field that a file lacks is unknown, and unkn
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from featstore.errors import UserError
 from featstore.workspace import FIRST_STAGE, Workspace
 from heads.evaluation.outcomes import Paired, paired_outcomes
+from heads.evaluation.results import GROUPS, EvalResult, Group
 
 log = logging.getLogger(__name__)
 
@@ -25,77 +27,21 @@ EVAL_FOLDER: Final = "eval"
 
 ALL_SETS: Final = "mean of all test sets"
 
-Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
-
-# Fields by group, and whether a difference makes two numbers incomparable: then they do not
-# measure the same thing, whatever head they are of.
-_DECISIVE: Final = True
-_TOLD: Final = False
-FIELDS: Final[dict[str, tuple[Group, bool]]] = {
-    "protocol": ("what was tested", _DECISIVE),
-    "protocol_name": ("what was tested", _DECISIVE),
-    "dataset": ("what was tested", _DECISIVE),
-    "trained_on": ("what was tested", _DECISIVE),
-    "shots": ("what was tested", _DECISIVE),
-    "training_videos": ("what was tested", _TOLD),
-    "n_trained_on": ("what was tested", _TOLD),
-    "test_list": ("what was tested", _TOLD),
-    "splits": ("what was tested", _DECISIVE),
-    "n_listed": ("what was tested", _DECISIVE),
-    "n_found": ("what was tested", _TOLD),
-    "n_evaluated": ("what was tested", _DECISIVE),
-    "n_failed": ("what was tested", _TOLD),
-    "list_hash": ("what was tested", _DECISIVE),
-    "n_classes": ("what was tested", _DECISIVE),
-    "class_list_hash": ("what was tested", _DECISIVE),
-    "class_names_hash": ("what was tested", _DECISIVE),
-    "class_names_source": ("what was tested", _TOLD),
-    "dataset_fingerprint": ("what was tested", _TOLD),
-    "store": ("what was tested", _TOLD),
-    "views": ("how", _DECISIVE),
-    "sampling": ("how", _DECISIVE),
-    "sampler": ("how", _DECISIVE),
-    "frames": ("how", _DECISIVE),
-    "resize": ("how", _DECISIVE),
-    "crop": ("how", _DECISIVE),
-    "preprocessing": ("how", _DECISIVE),
-    "fusion": ("how", _DECISIVE),
-    "prompt_set": ("how", _TOLD),
-    "prompts_hash": ("how", _DECISIVE),
-    "prompt_templates": ("how", _DECISIVE),
-    "label_map": ("how", _DECISIVE),
-    "head": ("with what", _TOLD),
-    "kind": ("with what", _TOLD),
-    "head_fingerprint": ("with what", _TOLD),
-    "n_classes_trained": ("with what", _TOLD),
-    "encoder": ("with what", _TOLD),
-    "encoder_fingerprint": ("with what", _TOLD),
-    "blend": ("with what", _TOLD),
-    "modulate": ("with what", _TOLD),
-    "modulation_neighbours": ("with what", _TOLD),
-    "modulation_temperature": ("with what", _TOLD),
-    "ensemble": ("with what", _TOLD),
-    "clip_store": ("with what", _TOLD),
-    "epoch": ("with what", _TOLD),
-    "epoch_choice": ("with what", _DECISIVE),
-    "encoder_precision": ("arithmetic", _TOLD),
-    "quantised": ("arithmetic", _TOLD),
-    "precision": ("arithmetic", _TOLD),
-    "decoder": ("arithmetic", _TOLD),
-    "device": ("arithmetic", _TOLD),
+# Group and decisiveness by the name a difference is told under: `EvalResult` declares both.
+_DECLARED: Final = {
+    "splits" if field.name == "per_split" else field.name: field.metadata
+    for field in dataclasses.fields(EvalResult)
 }
-GROUPS: Final[tuple[Group, ...]] = (
-    *("what was tested", "how", "with what", "arithmetic", "other"),
-)
-# null says "none of it" in these; everywhere else it says that nobody knows.
-_NONE_IS_KNOWN: Final = frozenset(
-    {"ensemble", "clip_store", "modulation_neighbours", "modulation_temperature", "label_map"}
-)
-# The numbers themselves, and what says nothing about how they came about.
+FIELDS: Final[dict[str, tuple[Group, bool]]] = {
+    name: (said["group"], said.get("decisive", False))
+    for name, said in _DECLARED.items()
+    if "group" in said
+}
+# What results say that is not compared, also those of earlier versions and those printed by `eval`.
 _NO_FIELDS: Final = frozenset(
-    {"top1", "top5", "per_split", "mean", "std", "mean_top5", "std_top5", "result_format", "file"}
-    | {"source", "published_counts", "count_notes", "notes", "published", "nearest"}
+    {"per_split", "file", "count_notes", "published", "nearest"} | _DECLARED.keys() - FIELDS.keys()
 )
+_NONE_IS_KNOWN: Final = {name for name, said in _DECLARED.items() if said.get("none_known")}
 _UNKNOWN: Final = "unknown"
 
 
@@ -220,11 +166,6 @@ class Comparison:
         }
 
 
-def not_compared() -> frozenset[str]:
-    """Fields of results that say nothing about how the numbers came about, and the numbers."""
-    return _NO_FIELDS
-
-
 def read_result(path: Path) -> SavedResult:
     """Read a result file of `eval`, of any version; UserError when it is none."""
     try:
@@ -319,7 +260,7 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
 def differences(a: SavedResult, b: SavedResult) -> list[Difference]:
     """The fields in which two results differ or of which one says nothing, group by group."""
     others = (a.values.keys() | b.values.keys()) - FIELDS.keys() - _NO_FIELDS
-    fields = {**FIELDS, **dict.fromkeys(sorted(others), ("other", _TOLD))}
+    fields = {**FIELDS, **dict.fromkeys(sorted(others), ("other", False))}
     found: list[Difference] = []
     for name, (group, decisive) in fields.items():
         (knows_a, of_a), (knows_b, of_b) = a.field(name), b.field(name)

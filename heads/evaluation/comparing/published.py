@@ -22,17 +22,11 @@ PUBLISHED_FILE: Final = Path(__file__).with_name("published.toml")
 
 SURE: Final = ("README", "paper", "log", "third-party notes", "third-party table")
 MEASURES: Final = ("top1", "base", "novel", "harmonic mean", "tradeoff")
-# The fields that must agree, in the order in which a difference weighs.
-COMPARED: Final = (
-    "dataset",
-    "protocol",
-    "shots",
-    "backbone",
-    "views",
-    "frames",
-    "prompts",
-    "fusion",
-)
+# The fields that must agree, in the order in which a difference weighs, with a result's names.
+COMPARED: Final = {
+    **{"dataset": "dataset", "protocol": "protocol_name", "shots": "shots", "backbone": "encoder"},
+    **{"views": "views", "frames": "frames", "prompts": "prompt_set", "fusion": "fusion"},
+}
 TRADEOFF: Final = "tradeoff"  # composite scores: no protocol of one test
 UNKNOWN: Final = "unknown"
 _VIEWS = re.compile(r"[1-9]\d?x[1-9]\d?")
@@ -104,7 +98,8 @@ def published_figures(path: Path = PUBLISHED_FILE) -> tuple[Published, ...]:
             raise UserError(f"{path}, source {number}: it has no figures")
         for place, figure in enumerate(figures, start=1):
             found.append(_figure({**shared, **figure}, f"{path}, source {number}, figure {place}"))
-    keys = [(f.method, *_compared_values(f), f.measure, f.trained_on, f.source) for f in found]
+    told = ("method", *COMPARED, "measure", "trained_on", "source")
+    keys = [tuple(getattr(figure, name) for name in told) for figure in found]
     for key, figure in zip(keys, found, strict=True):
         if figure.measure != "tradeoff" and keys.count(key) > 1:
             raise UserError(f"{path}: {figure.method} on {figure.dataset} is there twice: {key}")
@@ -198,20 +193,11 @@ def architecture(encoder: str) -> str | None:
 def _ours(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
     """The compared fields of a result; None where its file does not say."""
     return {
+        **{name: result.get(field) for name, field in COMPARED.items()},
         "dataset": known_dataset(str(result.get("dataset", ""))),
-        "protocol": result.get("protocol_name"),
-        "shots": result.get("shots"),
         "backbone": backbone or architecture(str(result.get("encoder", ""))),
-        "views": result.get("views"),
-        "frames": result.get("frames"),
-        "prompts": result.get("prompt_set"),
-        "fusion": result.get("fusion"),
         "measure": result.get("measure", "top1"),
     }
-
-
-def _compared_values(figure: Published) -> tuple[Any, ...]:
-    return tuple(getattr(figure, name) for name in COMPARED)
 
 
 def _counts(counts: list[Any]) -> str:

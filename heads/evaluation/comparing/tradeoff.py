@@ -8,7 +8,6 @@ computed from unrounded accuracies; whoever prints rounds once.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
 from heads.evaluation.comparing.compare import SavedResult, differences, saved_results
 from heads.evaluation.protocols.choose import PROTOCOLS, known_dataset
-from heads.files.run_files import CONFIG_FILE
+from heads.files.run_files import read_config
 from heads.methods.registry import MEAN_OF_FRAMES
 
 log = logging.getLogger(__name__)
@@ -49,11 +48,6 @@ def harmonic_mean(accuracies: Sequence[float]) -> float:
             "percent, from 0 to 100"
         )
     return float(statistics.harmonic_mean(accuracies))
-
-
-def tradeoff_score(closeset: float, zeroshot: Sequence[float]) -> float:
-    """Harmonic mean of close-set top-1 and of the harmonic mean of zero-shot top-1, in percent."""
-    return harmonic_mean([closeset, harmonic_mean(zeroshot)])
 
 
 @dataclass(frozen=True, order=True)
@@ -262,8 +256,8 @@ def is_scored(run: Path) -> bool:
 def own_prompts(run: Path, results: Sequence[SavedResult]) -> str | None:
     """The prompt set of a run's training; of a run that does not say, that of most results."""
     try:
-        own = json.loads((run / CONFIG_FILE).read_text())["data"]["prompt_set"]
-    except (OSError, ValueError, KeyError, TypeError):
+        own = (read_config(run) or {})["data"]["prompt_set"]
+    except (WorkError, OSError, KeyError, TypeError):
         own = None
     if isinstance(own, str):
         return own

@@ -11,28 +11,22 @@ from featstore.format.schema import RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.catalogue import PROTOCOLS
 from heads.evaluation.protocols.half_class import half_class_draws
-from heads.evaluation.protocols.protocol import Expected, Kind, LabelIds, Lists, Protocol, TestSet
+from heads.evaluation.protocols.protocol import Kind, Protocol, TestSet
 from pipeline.annotations.known_sets import known_dataset
 
 __all__ = [
     "PROTOCOLS",
-    "Expected",
-    "Kind",
-    "LabelIds",
-    "Lists",
     "Protocol",
     "TestSet",
-    "closeset_tests",
+    "build_test_sets",
     "count_notes",
-    "listed_rows",
+    "count_views",
     "known_dataset",
+    "listed_rows",
     "protocol_named",
     "takes_given_lists",
-    "build_test_sets",
-    "count_views",
     "usual_protocol",
     "views_of",
-    "zeroshot_tests",
 ]
 
 ALL_ROWS: Final = "all"
@@ -136,29 +130,12 @@ def build_test_sets(
     lists = listed_rows(protocol, store, split)
     if protocol.kind != "halfclass":
         return tuple(TestSet(name, rows) for name, rows in lists.items())
-    (rows,) = lists.values()
+    ((listed, rows),) = lists.items()
     draws = half_class_draws(store.labels[store.positions(rows)], len(store.class_names))
     return tuple(
-        TestSet(f"draw{seed}", rows[kept], candidates, modulation_classes="all")
+        TestSet(f"draw{seed}", rows[kept], candidates, "all", (listed, len(rows)))
         for seed, (kept, candidates) in enumerate(draws)
     )
-
-
-def closeset_tests(store: Store, split: str | None = None) -> tuple[TestSet, ...]:
-    """The test set of a close-set evaluation: the split named, else "val", else "test".
-
-    Raises UserError when there is none of that name, or neither val nor test.
-    """
-    return build_test_sets(PROTOCOLS["closeset"], store, split)
-
-
-def zeroshot_tests(store: Store, split: str | None = None) -> tuple[TestSet, ...]:
-    """The test sets of a zero-shot evaluation.
-
-    The split named; else test1, test2, ... of data sets with several official test lists (HMDB51,
-    UCF101: the number reported is their mean); else all rows.
-    """
-    return build_test_sets(PROTOCOLS["zeroshot"], store, split)
 
 
 def count_notes(protocol: Protocol, listed: Mapping[str, int]) -> tuple[list[str], list[str]]:

@@ -39,6 +39,9 @@ class TestSet:
     rows: RowArray
     classes: LabelIds | None = None
     modulation_classes: Literal["candidates", "all"] = "candidates"
+    drawn_from: tuple[str, int] | None = None
+    """Name and number of videos of the list it was drawn from, whose count is published; None
+    where it is a list of its own."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from featstore import Store, UserError
 from heads import HeadConfig, TemporalHead, TrainConfig, build_head, load_head, train_head
 from heads.evaluation.evaluate import evaluate_store
-from heads.evaluation.protocols.choose import TestSet, closeset_tests, views_of, zeroshot_tests
+from heads.evaluation.protocols.choose import PROTOCOLS, TestSet, build_test_sets, views_of
 from heads.evaluation.protocols.half_class import half_class_accuracy
 from heads.evaluation.results import EvalResult
 from heads.reporting.figures import tradeoff_plot
@@ -36,7 +36,7 @@ def evaluate(store: Store, head: TemporalHead | None, **changes: Any) -> EvalRes
     arguments: dict[str, Any] = {
         "protocol": "zeroshot",
         "dataset": "toy",
-        "tests": zeroshot_tests(store),
+        "tests": build_test_sets(PROTOCOLS["zeroshot"], store),
         "device": "cpu",
     }
     return evaluate_store(store, head, **(arguments | changes))
@@ -151,7 +151,7 @@ def test_accuracy_is_what_one_counts_by_hand(tmp_path: Path) -> None:
 def test_numbered_test_lists_are_averaged_and_rows_counted_once(tmp_path: Path) -> None:
     names = ("train1", "test1", "test2", "test3")
     store = action_store(tmp_path / "toy.zarr", split_names=names, noise=4.0)
-    tests = list(zeroshot_tests(store))
+    tests = list(build_test_sets(PROTOCOLS["zeroshot"], store))
     assert [test.name for test in tests] == ["test1", "test2", "test3"]
     more = np.concatenate([tests[2].rows, tests[0].rows[:4]])  # they may overlap
     result = evaluate(store, None, tests=[*tests[:2], TestSet("test3", more)])
@@ -161,20 +161,22 @@ def test_numbered_test_lists_are_averaged_and_rows_counted_once(tmp_path: Path) 
     assert len(set(top1)) > 1
     assert result.top1 == result.mean == pytest.approx(np.mean(top1))
     assert result.std == pytest.approx(np.std(top1))
-    assert [test.name for test in zeroshot_tests(store, "test2")] == ["test2"]
+    assert [test.name for test in build_test_sets(PROTOCOLS["zeroshot"], store, "test2")] == [
+        "test2"
+    ]
 
 
 def test_closeset_takes_val_then_test(tmp_path: Path) -> None:
     a = action_store(tmp_path / "a.zarr", split_names=("train", "val", "test"))
-    assert [test.name for test in closeset_tests(a)] == ["val"]
+    assert [test.name for test in build_test_sets(PROTOCOLS["closeset"], a)] == ["val"]
     b = action_store(tmp_path / "b.zarr", split_names=("train", "test"))
-    assert [test.name for test in closeset_tests(b)] == ["test"]
-    assert [test.name for test in closeset_tests(b, "train")] == ["train"]
+    assert [test.name for test in build_test_sets(PROTOCOLS["closeset"], b)] == ["test"]
+    assert [test.name for test in build_test_sets(PROTOCOLS["closeset"], b, "train")] == ["train"]
     c = action_store(tmp_path / "c.zarr", split_names=("everything",))
     with pytest.raises(UserError, match=r"has everything.*--split"):
-        closeset_tests(c)
+        build_test_sets(PROTOCOLS["closeset"], c)
     with pytest.raises(UserError, match="choose one of train, test"):
-        closeset_tests(b, "val")
+        build_test_sets(PROTOCOLS["closeset"], b, "val")
 
 
 def trained(store: Store, run: Path) -> TemporalHead:
@@ -193,7 +195,9 @@ def trained(store: Store, run: Path) -> TemporalHead:
 def test_a_trained_head_uses_its_own_frames_and_prompts(tmp_path: Path) -> None:
     store = action_store(tmp_path / "toy.zarr", noise=3.0)
     head = trained(store, tmp_path / "run")
-    result = evaluate(store, head, protocol="closeset", tests=closeset_tests(store))
+    result = evaluate(
+        store, head, protocol="closeset", tests=build_test_sets(PROTOCOLS["closeset"], store)
+    )
     assert result.frames == 4
     assert result.prompt_set == "mote28"
     assert result.modulate

@@ -16,7 +16,7 @@ from featstore import WorkError
 from heads import EvalResult, RunFacts, TestSet, evaluate_store, save_result
 from heads.evaluation.evaluate import pixels_text
 from heads.evaluation.outcomes import read_outcomes
-from heads.evaluation.protocols.choose import zeroshot_tests
+from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
 from heads.evaluation.results import RESULT_FORMAT, SplitDetail, run_facts
 from heads.files.head_file import save_tensors
 from heads.files.run_files import TOWER_FILE
@@ -34,7 +34,11 @@ FIELDS = {  # what explains the differences between published numbers
 
 def result_of(path: Path, **options: Any) -> EvalResult:
     store = action_store(path / "toy.zarr", noise=4.0, split_names=("test1", "test2", "rest"))
-    given = {"protocol": "zeroshot", "tests": zeroshot_tests(store), "dataset": "toy"}
+    given = {
+        "protocol": "zeroshot",
+        "tests": build_test_sets(PROTOCOLS["zeroshot"], store),
+        "dataset": "toy",
+    }
     return evaluate_store(store, None, device="cpu", **(given | options))  # type: ignore[arg-type]
 
 
@@ -64,7 +68,12 @@ def test_videos_that_were_not_there_are_not_found(tmp_path: Path) -> None:
     reasons[1] = "no such file in the videos folder"
     vars(store)["reasons"] = reasons
     result = evaluate_store(
-        store, None, protocol="zeroshot", dataset="toy", tests=zeroshot_tests(store), device="cpu"
+        store,
+        None,
+        protocol="zeroshot",
+        dataset="toy",
+        tests=build_test_sets(PROTOCOLS["zeroshot"], store),
+        device="cpu",
     )
     counts = (result.n_listed, result.n_found, result.n_evaluated, result.n_failed)
     assert counts == (40, 39, 38, 2)

@@ -33,7 +33,7 @@ from heads import (
     save_head,
     train_head,
 )
-from heads.evaluation.protocols.choose import zeroshot_tests
+from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
 from heads.scoring.scores import BlockScores, fuse_views, view_cosines, view_features
 from heads.scoring.view_summaries import summarise
 from tests.support.stores.action_store import action_store
@@ -156,7 +156,10 @@ def everything(store: Store, head: TemporalHead, **options: Any) -> list[EvalRes
         Scoring(fusion, ensemble=weight)
         for fusion, weight in itertools.product(("softmax", "cosine", "features"), (None, 0.5))
     ]
-    tests = [*zeroshot_tests(store), TestSet("half", store.rows, np.arange(8), "all")]
+    tests = [
+        *build_test_sets(PROTOCOLS["zeroshot"], store),
+        TestSet("half", store.rows, np.arange(8), "all"),
+    ]
     return evaluate_many(
         store, head, scorings, protocol="zeroshot", dataset="toy", tests=tests, **options
     )
@@ -183,7 +186,7 @@ def test_many_settings_cost_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyP
             head,
             protocol="zeroshot",
             dataset="toy",
-            tests=zeroshot_tests(store),
+            tests=build_test_sets(PROTOCOLS["zeroshot"], store),
             fusion=result.fusion,  # type: ignore[arg-type]
             ensemble=result.ensemble,
             device="cpu",
@@ -219,7 +222,7 @@ def evaluate_of(store: Store, head: TemporalHead | None, **options: Any) -> Eval
         *(store, head),
         protocol="zeroshot",
         dataset="toy",
-        tests=zeroshot_tests(store),
+        tests=build_test_sets(PROTOCOLS["zeroshot"], store),
         device="cpu",
         **options,
     )

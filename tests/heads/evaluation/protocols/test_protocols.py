@@ -18,16 +18,14 @@ from featstore import Store, UserError
 from heads import HeadConfig, TestSet, build_head, build_test_sets, evaluate_store
 from heads.evaluation.protocols.choose import (
     PROTOCOLS,
-    Expected,
-    closeset_tests,
     count_notes,
     known_dataset,
     listed_rows,
     protocol_named,
     usual_protocol,
-    zeroshot_tests,
 )
 from heads.evaluation.protocols.half_class import half_class_accuracy
+from heads.evaluation.protocols.protocol import Expected
 from heads.evaluation.results import EvalResult
 from heads.scoring.scores import view_features
 from tests.support.stores.action_store import ACTIONS, action_store
@@ -126,7 +124,7 @@ def test_lists_of_a_protocol(tmp_path: Path) -> None:
 def test_ten_test_lists_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     names = [f"test{n}" for n in range(1, 12)]
     store = action_store(tmp_path / "toy.zarr", split_names=names)
-    assert [test.name for test in zeroshot_tests(store)] == names
+    assert [test.name for test in build_test_sets(PROTOCOLS["zeroshot"], store)] == names
 
 
 def test_half_class_is_the_released_protocol(tmp_path: Path) -> None:
@@ -238,20 +236,22 @@ def test_counts_do_not_change_after_they_are_written() -> None:
 
 def test_closeset_takes_the_split_of_any_views(tmp_path: Path) -> None:
     store = action_store(tmp_path / "toy.zarr", views=6, crops=3, noise=3.0)
-    result = evaluate(store, "closeset", tests=closeset_tests(store))
+    result = evaluate(store, "closeset", tests=build_test_sets(PROTOCOLS["closeset"], store))
     assert (result.views, result.protocol_name, result.n_found) == ("2x3", "closeset", 20)
     assert "3 along the long side" in result.crop
 
 
 def test_videos_in_no_split_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = action_store(tmp_path / "toy.zarr", split_names=("train", "val", "spare"))
-    result = evaluate(store, "closeset", tests=closeset_tests(store))
+    result = evaluate(store, "closeset", tests=build_test_sets(PROTOCOLS["closeset"], store))
     assert result.notes == []
     store._metadata = replace(store._metadata, split_names=("train", "val"))
-    result = evaluate(store, "closeset", tests=closeset_tests(store))
+    result = evaluate(store, "closeset", tests=build_test_sets(PROTOCOLS["closeset"], store))
     assert result.notes == ["13 of 40 videos are in no split: clip002, clip005, clip008, ..."]
     assert "13 of 40 videos are in no split" in caplog.text
-    assert evaluate(store, "zeroshot", tests=zeroshot_tests(store)).notes == []
+    assert (
+        evaluate(store, "zeroshot", tests=build_test_sets(PROTOCOLS["zeroshot"], store)).notes == []
+    )
 
 
 @pytest.fixture(scope="module")
