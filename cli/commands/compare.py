@@ -40,7 +40,6 @@ def compare(
     backbone: Annotated[
         str | None,
         typer.Option(
-            "--backbone",
             metavar="ARCH",
             help="Architecture of A's image tower, such as ViT-B/16; default: as its name or its "
             "folder says.",

@@ -42,14 +42,13 @@ FINETUNED_ROWS = (_Scored("mote-finetuned", False), _Scored("mote-finetuned", Tr
 
 
 def demo(
-    seed: Annotated[int, typer.Option("--seed", help="Draws the world and starts the heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the world and starts the heads.")] = 0,
     seeds: Annotated[
-        int, typer.Option("--seeds", metavar="N", min=1, help="Repeat with N seeds: mean, spread.")
+        int, typer.Option(metavar="N", min=1, help="Repeat with N seeds: mean, spread.")
     ] = 1,
     finetune: Annotated[
         int,
         typer.Option(
-            "--finetune",
             metavar="EPOCHS",
             min=0,
             help="Then also fine-tune the CLIP's tower with MoTE's head for so many epochs, half a "

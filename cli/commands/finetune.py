@@ -27,7 +27,6 @@ def finetune(
     encoder: Annotated[
         str | None,
         typer.Option(
-            "--encoder",
             metavar="SPEC",
             help="The CLIP to begin with, as --encoder of extract takes it; default: the one that "
             f"--from-head was trained on, else {options.DEFAULT_ENCODER}.",
@@ -36,7 +35,6 @@ def finetune(
     from_head: Annotated[
         str | None,
         typer.Option(
-            "--from-head",
             metavar="RUN",
             help="Begin with the head of this run instead of a new one; RUN may be --name: the "
             "first stage is kept in its folder frozen/.",
@@ -45,7 +43,6 @@ def finetune(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe",
             metavar="NAME|FILE",
             help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo) "
             "or from a TOML file; options given beside it win.",
@@ -54,7 +51,6 @@ def finetune(
     name: Annotated[
         str | None,
         typer.Option(
-            "--name",
             metavar="RUN",
             help="Name of the run, of its head and of its encoder; default: DATASET-finetuned.",
         ),
@@ -62,7 +58,6 @@ def finetune(
     train: Annotated[
         str | None,
         typer.Option(
-            "--train",
             metavar="tower|head|tower-last-N",
             help="What is trained: everything, all but the tower, or the tower's last N blocks "
             "with the head.",
@@ -71,30 +66,23 @@ def finetune(
     split: options.Split = None,
     eval_split: Annotated[
         str | None,
-        typer.Option(
-            "--eval-split", metavar="NAME", help="Evaluate on this split; default: val, else test."
-        ),
+        typer.Option(metavar="NAME", help="Evaluate on this split; default: val, else test."),
     ] = None,
     evaluate_every: Annotated[
         int | None,
-        typer.Option(
-            "--evaluate-every", metavar="EPOCHS", min=0, help="Epochs between evaluations; 0: none."
-        ),
+        typer.Option(metavar="EPOCHS", min=0, help="Epochs between evaluations; 0: none."),
     ] = None,
     prompts: options.PromptSet = None,
     epochs: options.Epochs = None,
     warmup_epochs: options.WarmupEpochs = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", min=1, help="Videos per step of each process."),
+        int | None, typer.Option(min=1, help="Videos per step of each process.")
     ] = None,
     accumulation: Annotated[
-        int | None,
-        typer.Option("--accumulation", metavar="N", min=1, help="Batches per optimiser step."),
+        int | None, typer.Option(metavar="N", min=1, help="Batches per optimiser step.")
     ] = None,
     lr: Annotated[
-        float | None,
-        typer.Option("--lr", help="Learning rate of the head; the tower's is a share of it."),
+        float | None, typer.Option(help="Learning rate of the head; the tower's is a share of it.")
     ] = None,
     weight_decay: options.WeightDecay = None,
     frames: options.TrainedFrames = None,
@@ -104,7 +92,6 @@ def finetune(
     draws: Annotated[
         str | None,
         typer.Option(
-            "--draws",
             metavar="shared|per-rank",
             help="Experts and temperatures of a step: one draw for all processes, or one each.",
         ),
@@ -118,7 +105,6 @@ def finetune(
     precision: Annotated[
         str | None,
         typer.Option(
-            "--precision",
             metavar="auto|fp32|bf16|fp16",
             help="Arithmetic of training; auto takes bf16 (fp16 on older ones) on a GPU.",
         ),
@@ -134,7 +120,6 @@ def finetune(
     shard: Annotated[
         str | None,
         typer.Option(
-            "--shard",
             metavar="auto|ddp|fsdp",
             help="Several processes: whole copies (DDP) or shares of the model (FSDP2); auto "
             "shards towers from 200 million parameters, which ViT-L has.",
@@ -142,14 +127,11 @@ def finetune(
     ] = None,
     save: Annotated[
         str | None,
-        typer.Option(
-            "--save", metavar="last|best", help="Which weights become the encoder and the head."
-        ),
+        typer.Option(metavar="last|best", help="Which weights become the encoder and the head."),
     ] = None,
     blend: Annotated[
         float | None,
         typer.Option(
-            "--blend",
             metavar="SHARE",
             min=0.0,
             max=1.0,
@@ -160,7 +142,6 @@ def finetune(
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            "--checkpoint-every",
             metavar="STEPS",
             min=1,
             help="Steps between checkpoints inside an epoch; default: every ten minutes.",
@@ -168,13 +149,10 @@ def finetune(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            "--workers", min=1, help="Decode threads of each process; default: its share of cores."
-        ),
+        typer.Option(min=1, help="Decode threads of each process; default: its share of cores."),
     ] = None,
     decoder: Annotated[
-        str,
-        typer.Option("--decoder", metavar="auto|pyav|dali", help="What decodes the videos."),
+        str, typer.Option(metavar="auto|pyav|dali", help="What decodes the videos.")
     ] = "auto",
     device: options.Device = "auto",
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,

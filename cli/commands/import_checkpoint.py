@@ -19,13 +19,10 @@ def import_checkpoint(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="Checkpoint of MoTE's released code (`.pt`).")
     ],
-    name: Annotated[
-        str, typer.Option("--name", metavar="NAME", help="Name of the new encoder and head.")
-    ],
+    name: Annotated[str, typer.Option(metavar="NAME", help="Name of the new encoder and head.")],
     clip: Annotated[
         str | None,
         typer.Option(
-            "--clip",
             metavar="SPEC",
             help="The CLIP it was tuned from, as --encoder of extract takes it: gives the text "
             "tower and the blend. Default: OpenAI's of the same shape.",
@@ -34,7 +31,6 @@ def import_checkpoint(
     class_names: Annotated[
         Path | None,
         typer.Option(
-            "--class-names",
             metavar="FILE",
             help="CSV `id,name` of the training classes; the checkpoint holds only their features, "
             "which the names are checked against.",
@@ -43,7 +39,6 @@ def import_checkpoint(
     blend: Annotated[
         float,
         typer.Option(
-            "--blend",
             metavar="SHARE",
             min=0.0,
             max=1.0,
@@ -53,7 +48,6 @@ def import_checkpoint(
     attention_heads: Annotated[
         int | None,
         typer.Option(
-            "--attention-heads",
             metavar="N",
             min=1,
             help="Of the head; default: those of the CLIP's text tower, as published.",
@@ -61,9 +55,7 @@ def import_checkpoint(
     ] = None,
     frames: Annotated[
         int,
-        typer.Option(
-            "--frames", metavar="T", min=1, help="Frames per view it was trained with; not in FILE."
-        ),
+        typer.Option(metavar="T", min=1, help="Frames per view it was trained with; not in FILE."),
     ] = 8,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,

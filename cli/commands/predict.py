@@ -17,7 +17,6 @@ def predict(
     classes: Annotated[
         str | None,
         typer.Option(
-            "--classes",
             metavar='"a,b,c"',
             help="Classes in your own words, separated by commas; default: the head's own.",
         ),
@@ -25,13 +24,11 @@ def predict(
     head: options.Head = None,
     encoder: Annotated[
         str | None,
-        typer.Option(
-            "--encoder", metavar="SPEC", help="Default: the encoder the head was trained with."
-        ),
+        typer.Option(metavar="SPEC", help="Default: the encoder the head was trained with."),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to show per video.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show per video.")] = 5,
     frames: Annotated[
-        int | None, typer.Option("--frames", min=1, help="Frames per video; default: the head's.")
+        int | None, typer.Option(min=1, help="Frames per video; default: the head's.")
     ] = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,

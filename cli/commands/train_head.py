@@ -17,7 +17,6 @@ def train_head(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe",
             metavar="NAME|FILE",
             help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo, "
             "end-to-end) or from a TOML file; options given beside it win.",
@@ -26,15 +25,13 @@ def train_head(
     head: Annotated[
         str | None,
         typer.Option(
-            "--head",
             metavar="mote|transformer|mean",
             help="Mixture of temporal experts, the plain transformer, or no parameters at all; "
             "default: the recipe's.",
         ),
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="RUN", help="Name of the run; default: DATASET-HEAD."),
+        str | None, typer.Option(metavar="RUN", help="Name of the run; default: DATASET-HEAD.")
     ] = None,
     split: options.Split = None,
     sampling: options.StoreSampling = None,
@@ -42,33 +39,25 @@ def train_head(
     prompts: options.PromptSet = None,
     epochs: options.Epochs = None,
     warmup_epochs: options.WarmupEpochs = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Videos per step.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the head.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Videos per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the head.")] = None,
     weight_decay: options.WeightDecay = None,
     frames: options.TrainedFrames = None,
     layers: options.Layers = None,
     experts: options.Experts = None,
     seed: options.TrainingSeed = None,
     precision: Annotated[
-        str | None,
-        typer.Option("--precision", metavar="auto|fp32|bf16", help="Arithmetic of training."),
+        str | None, typer.Option(metavar="auto|fp32|bf16", help="Arithmetic of training.")
     ] = None,
     device: options.Device = "auto",
     shots: Annotated[
         int | None,
-        typer.Option(
-            "--shots", metavar="K", min=1, help="Train on K videos of each class, drawn by key."
-        ),
+        typer.Option(metavar="K", min=1, help="Train on K videos of each class, drawn by key."),
     ] = None,
-    draw_seed: Annotated[
-        int, typer.Option("--draw-seed", metavar="S", min=0, help="Which draw of --shots.")
-    ] = 1,
+    draw_seed: Annotated[int, typer.Option(metavar="S", min=0, help="Which draw of --shots.")] = 1,
     classes: Annotated[
         str,
         typer.Option(
-            "--classes",
             metavar="all|base|novel",
             help="Train on all classes, or on the half with more (base) or fewer training videos.",
         ),
@@ -76,14 +65,12 @@ def train_head(
     repeat: Annotated[
         str,
         typer.Option(
-            "--repeat",
             metavar="N|full",
             help="Have every video N times in an epoch; full: until they are as many as all.",
         ),
     ] = "1",
     from_head: Annotated[
-        str | None,
-        typer.Option("--from-head", metavar="RUN", help="Start from this head's weights."),
+        str | None, typer.Option(metavar="RUN", help="Start from this head's weights.")
     ] = None,
     resume: options.Resume = False,
     root: options.Root = options.DEFAULT_ROOT,

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 def verify(
     store: Annotated[
-        str,
-        typer.Argument(metavar="STORE", help="Folder of a store, or its name under features/."),
+        str, typer.Argument(metavar="STORE", help="Folder of a store, or its name under features/.")
     ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Read every byte and compare every checksum.")
@@ -26,13 +25,12 @@ def verify(
     reencode: Annotated[
         int,
         typer.Option(
-            "--reencode",
             metavar="N",
             min=0,
             help="Encode N videos again, drawn at random, with the recorded encoder, and compare.",
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which videos --reencode draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which videos --reencode draws.")] = 0,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
