@@ -15,6 +15,7 @@ import typer
 from cli.output import fail
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX, Workspace
+from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
@@ -165,8 +166,6 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
 ]
 
-DEFAULT_PROMPTS = "mote28"
-DEFAULT_ENCODER = "ViT-B-16/openai"
 DEFAULT_MAX_FAILURES = 0.05
 
 

@@ -146,6 +146,7 @@ def extract(
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
     # Nothing here imports torch: a finished store is recognised without it.
+    from featstore.format.class_texts import DEFAULT_PROMPTS
     from featstore.format.tiers import Tier
     from pipeline.encoders.specs import encoder_label
     from pipeline.extraction.request import ExtractionRequest, Share
@@ -187,7 +188,7 @@ def extract(
         decoder=decoder,
         strict="auto" if strict_decode is None else "always" if strict_decode else "never",
         prompt_sets=prompt_sets_from(
-            prompts or ([] if descriptions else [options.DEFAULT_PROMPTS]),
+            prompts or ([] if descriptions else [DEFAULT_PROMPTS]),
             descriptions or [],
             prompt_set_name,
         ),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, print_table, progress_of
+from cli.output import print_answer, print_facts, print_json, print_table, progress_of
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX
 
@@ -133,10 +133,9 @@ def add_tars(
         encoders_dir=workspace.root / "encoders",
         device=options.known_device(device),
     )
-    if json:
-        print_json(grown.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        grown.to_json(),
         {
             "store": grown.store,
             "tars": f"{grown.tars}, {grown.tars_added} of them new",
@@ -145,7 +144,7 @@ def add_tars(
             "next": f"{repair_command(path, read_metadata(path))} (does {grown.pending} tars)"
             if grown.pending
             else "nothing to extract",
-        }
+        },
     )
 
 
@@ -169,10 +168,9 @@ def merge(
     paths = [options.store_path(root, store) for store in stores]
     with progress_of("merge", "tars") as progress:
         merged = run(paths, out, prefix_keys=prefix_keys, progress=progress)
-    if json:
-        print_json(merged.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        merged.to_json(),
         {
             "store": merged.store,
             "tars": f"{merged.tars}, {merged.tars_linked} linked",
@@ -181,7 +179,7 @@ def merge(
             "splits": ", ".join(merged.splits) or "none",
             "class texts": ", ".join(merged.prompt_sets) or "none",
             "next": _use(out),
-        }
+        },
     )
 
 
@@ -215,15 +213,14 @@ def export(
             rows_per_file=rows_per_file,
             progress=progress,
         )
-    if json:
-        print_json(exported.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        exported.to_json(),
         {
             "folder": exported.folder,
             "rows": f"{exported.rows}, {exported.failed_left_out} failed left out",
             "files": f"{exported.files} ({in_bytes(exported.bytes)} in all)",
-        }
+        },
     )
 
 
@@ -243,16 +240,15 @@ def convert(
 
     with progress_of("convert", "tars") as progress:
         converted = run(options.store_path(root, store), out, codec, progress=progress)
-    if json:
-        print_json(converted.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        converted.to_json(),
         {
             "store": converted.store,
             "rows": converted.rows,
             "features": _sizes(converted.bytes_before, converted.bytes_after),
             "next": _use(out),
-        }
+        },
     )
 
 
@@ -274,10 +270,9 @@ def quantize(
 
     with progress_of("quantize", "tars") as progress:
         quantised = run(options.store_path(root, store), out, progress=progress)
-    if json:
-        print_json(quantised.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        quantised.to_json(),
         {
             "store": quantised.store,
             "rows": quantised.rows,
@@ -286,9 +281,9 @@ def quantize(
             f"largest {quantised.cosine_error_max:.2e}",
             **({} if quantised.agreement else {"accuracy": "not measured: no class texts"}),
             "next": _use(out),
-        }
+        },
     )
-    if not quantised.agreement:
+    if json or not quantised.agreement:
         return
     print_table(
         "CLIP, mean of frames",

@@ -96,7 +96,7 @@ def tradeoff(
         warn(f"not of one protocol: {line}")
     for line in (*table.unknown, *table.missing):
         warn(line)
-    results.print(f"plot {figure}", markup=False)
+    results.print(f"plot {figure}")
 
 
 def _zeroshot_title(table: Tradeoff) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, progress_of
+from cli.output import print_answer, progress_of
 from featstore.errors import UserError
 from heads.methods.registry import MEAN_OF_FRAMES
 
@@ -151,10 +151,9 @@ def train_head(
             device=options.device(device),
             progress=progress,
         )
-    if json:
-        print_json(summary.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        summary.to_json(),
         {
             "run": f"{summary.run} in {summary.path}",
             "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
@@ -164,5 +163,5 @@ def train_head(
             "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
             "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"
             + options.same_root(root),
-        }
+        },
     )

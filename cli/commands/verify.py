@@ -99,9 +99,9 @@ def verify(
         if reencode and again is None:
             warn("nothing was encoded again: repair the damage first")
         if partitions:
-            results.print(f"to repair: {repair}", markup=False)
+            results.print(f"to repair: {repair}")
         elif ok:
-            results.print("no damage found", markup=False)
+            results.print("no damage found")
     raise typer.Exit(0 if ok else 1)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from featstore.errors import UserError
 from featstore.files.durable import write_json
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from heads.files.head_file import load_tensors, open_tensors, save_head, save_tensors
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE
 from heads.methods.head import Head
@@ -97,7 +98,7 @@ def imported_origin(
         sampling="",
         crops=1,
         preprocessing=dict(preprocessing),
-        prompt_set="mote28",
+        prompt_set=DEFAULT_PROMPTS,
         class_names=class_names,
         frames=frames,
     )
