@@ -14,7 +14,6 @@ from cli.output import PACKAGES, percent, print_facts, print_json, progress_of
 from featstore.errors import UserError, WorkError
 from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
-from heads.methods.registry import MEAN_OF_FRAMES
 
 if TYPE_CHECKING:
     from heads.end_to_end.finetune import FinetuneSummary
@@ -169,6 +168,7 @@ def finetune(
     Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
     """
     from heads.end_to_end.plan import FinetuneRequest
+    from heads.methods.registry import require_run_name
     from heads.recipes import FINETUNE_RECIPE, load_recipe
     from heads.training.ranks import contact, joined, left
 
@@ -179,8 +179,7 @@ def finetune(
             with ranks.agreeing():
                 workspace = options.workspace(root)
                 run = name or f"{dataset}-finetuned"
-                if run == MEAN_OF_FRAMES:
-                    raise UserError(f"--name {run}: --head {run} means no head; use another name")
+                require_run_name(run)
                 settings = load_recipe(recipe or FINETUNE_RECIPE)
                 request = FinetuneRequest(
                     dataset_dir=workspace.dataset_dir(dataset),

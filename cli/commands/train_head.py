@@ -9,7 +9,6 @@ import typer
 from cli import options
 from cli.output import print_answer, progress_of
 from featstore.errors import UserError
-from heads.methods.registry import MEAN_OF_FRAMES
 
 
 def train_head(
@@ -86,16 +85,14 @@ def train_head(
     """
     from heads.compatibility import check_fits, training_prompt_set
     from heads.files.choose import choose_head
+    from heads.methods.registry import require_run_name
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.training.shots import choose_training_set
     from heads.training.train_head import train_head as run
     from heads.training.train_head import training_rows
 
     workspace = options.workspace(root)
-    if name == MEAN_OF_FRAMES:
-        raise UserError(
-            f"--name {name}: --head {name} means no head in other commands; use another name"
-        )
+    require_run_name(name or "")
     settings = load_recipe(recipe or DEFAULT_RECIPE)
     training = settings.train_config(
         epochs=epochs,

@@ -25,7 +25,6 @@ from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
 from heads.end_to_end.publish import publish
 from heads.end_to_end.run_folder import (
     open_run,
-    read_failed_clips,
     record_training_videos,
     starting_head,
     write_failed_clips,
@@ -40,6 +39,7 @@ from heads.files.run_files import (
     LOCK_FILE,
     STATE_FILE,
     TOWER_FILE,
+    read_failed_clips,
     read_metrics,
     write_metrics,
 )
