@@ -26,7 +26,14 @@ def extract(
         str | None,
         typer.Option(metavar="NAME", help="Only the tars of this split (disjoint splits only)."),
     ] = None,
-    encoder: options.Encoder = options.DEFAULT_ENCODER,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
+            "file, or a name under encoders/ of the workspace (`./NAME` is one here).",
+        ),
+    ] = options.DEFAULT_ENCODER,
     sampling: Annotated[
         str,
         typer.Option(
@@ -132,7 +139,14 @@ def extract(
             help="The store to write, such as s3://BUCKET/my-clips.zarr; default: under --root.",
         ),
     ] = None,
-    root: options.RootOrUrl = str(options.DEFAULT_ROOT),
+    root: Annotated[
+        str,
+        typer.Option(
+            envvar="MOTE_ROOT",
+            metavar="DIR|URL",
+            help="Workspace: data sets and features live under it; also s3://BUCKET/PREFIX.",
+        ),
+    ] = str(options.DEFAULT_ROOT),
     json: options.Json = False,
 ) -> None:
     """Decode, preprocess and encode every video once; features land in a Zarr store.

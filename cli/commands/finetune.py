@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import options
-from cli.output import PACKAGES, percent, print_facts, print_json, progress_of
+from cli.output import leave_it_to_the_first, percent, print_facts, print_json, progress_of
 from featstore.errors import UserError, WorkError
-from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.end_to_end.finetune import FinetuneSummary
-    from heads.end_to_end.plan import FinetuneRequest
     from heads.training.ranks import Ranks
 
 
@@ -167,13 +164,15 @@ def finetune(
 
     Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
     """
+    from heads.end_to_end.finetune import finetune as run_finetune
     from heads.end_to_end.plan import FinetuneRequest
     from heads.methods.registry import require_run_name
     from heads.recipes import FINETUNE_RECIPE, load_recipe
     from heads.training.ranks import contact, joined, left
 
     ranks = joined(options.known_device(device))
-    _hush_others(ranks)
+    if not ranks.first:
+        leave_it_to_the_first()
     try:
         with contact(ranks):
             with ranks.agreeing():
@@ -216,7 +215,8 @@ def finetune(
                     workers=workers,
                     checkpoint_every=checkpoint_every,
                 )
-            summary = _train(request, ranks)
+            with progress_of("finetune", "steps") as progress:
+                summary = run_finetune(request, ranks, progress)
     except BaseException as error:
         _say(error, ranks)
         raise
@@ -241,16 +241,6 @@ def _first_stage(workspace: Workspace, from_head: str | None, run: str) -> Path 
     return workspace.run_dir(run) if from_head == run else workspace.choose_run(from_head)
 
 
-def _train(request: FinetuneRequest, ranks: Ranks) -> FinetuneSummary:
-    from heads.end_to_end.finetune import finetune as run
-
-    sink: ProgressSink = no_progress
-    if not ranks.first:
-        return run(request, ranks, sink)
-    with progress_of("finetune", "steps") as sink:
-        return run(request, ranks, sink)
-
-
 def _say(error: BaseException, ranks: Ranks) -> None:
     """Raise what this process should end with in place of `error`, if not that."""
     if ranks.alone:
@@ -265,13 +255,6 @@ def _say(error: BaseException, ranks: Ranks) -> None:
     if isinstance(error, UserError | WorkError) and not getattr(error, "speaks", True):
         # Another process says it.
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-
-
-def _hush_others(ranks: Ranks) -> None:
-    """Notices are the same on all processes: the first one gives them."""
-    if not ranks.first:
-        for package in PACKAGES:
-            logging.getLogger(package).setLevel(logging.ERROR)
 
 
 def _print_summary(summary: FinetuneSummary, json: bool, same_root: str) -> None:

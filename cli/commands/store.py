@@ -22,14 +22,9 @@ app = typer.Typer(
     ),
 )
 
-# Every option of these commands, each defined once; those that other commands have, too, are in
-# `cli.options`.
+# What several of these commands take; what other commands take, too, is in `cli.options`.
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
-]
-StorePaths = Annotated[
-    list[str],
-    typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
 ]
 OutStore = Annotated[
     Path,
@@ -40,17 +35,6 @@ OutStore = Annotated[
         "features/NAME/ of the workspace, NAME being the `--dataset` that they are given.",
     ),
 ]
-OutFolder = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
-]
-Packed = Annotated[
-    str,
-    typer.Option(
-        "--dataset",
-        metavar="NAME|DIR",
-        help="The store's data set, packed again with more tars: its name or folder.",
-    ),
-]
 TextEncoder = Annotated[
     str | None,
     typer.Option(
@@ -59,52 +43,18 @@ TextEncoder = Annotated[
         help="Where the store's encoder is, when it is not found by its recorded name.",
     ),
 ]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--prompts",
-        metavar="SET|FILE.txt",
-        help="Sentences for class names: mote28, name, video, or a file with one sentence per "
-        "line and {} for the class name. May be repeated.",
-    ),
-]
-PrefixKeys = Annotated[
-    bool, typer.Option("--prefix-keys", help="Put the data set's name before every key.")
-]
-ExportFormat = Annotated[
-    str,
-    typer.Option(
-        "--to",
-        metavar="safetensors|parquet|npy",
-        help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
-    ),
-]
-OnlyClasses = Annotated[
-    str | None,
-    typer.Option(
-        "--classes",
-        metavar='"A,B"',
-        help="Only videos of these classes; a name with a comma goes in quotes, '\"a, b\",c'.",
-    ),
-]
-RowsPerFile = Annotated[
-    int | None,
-    typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
-]
-Codec = Annotated[
-    str,
-    typer.Option(
-        "--codec",
-        metavar="none|zstd|lz4",
-        help="none is fastest to read; zstd is smallest, lz4 quicker.",
-    ),
-]
 
 
 @app.command("add-tars")
 def add_tars(
     store: StorePath,
-    dataset: Packed,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="The store's data set, packed again with more tars: its name or folder.",
+        ),
+    ],
     encoder: TextEncoder = None,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
@@ -150,9 +100,13 @@ def add_tars(
 
 @app.command("merge")
 def merge(
-    stores: StorePaths,
+    stores: Annotated[
+        list[str], typer.Argument(metavar="STORE...", help="Two or more stores: paths or names.")
+    ],
     out: OutStore,
-    prefix_keys: PrefixKeys = False,
+    prefix_keys: Annotated[
+        bool, typer.Option("--prefix-keys", help="Put the data set's name before every key.")
+    ] = False,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -186,11 +140,25 @@ def merge(
 @app.command("export")
 def export(
     store: StorePath,
-    to: ExportFormat,
-    out: OutFolder,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="safetensors|parquet|npy",
+            help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make; must not exist.")],
     split: options.Split = None,
-    classes: OnlyClasses = None,
-    rows_per_file: RowsPerFile = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar='"A,B"',
+            help="Only videos of these classes; a name with a comma goes in quotes, '\"a, b\",c'.",
+        ),
+    ] = None,
+    rows_per_file: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Default: files of about 256 MB.")
+    ] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -227,7 +195,12 @@ def export(
 @app.command("convert")
 def convert(
     store: StorePath,
-    codec: Codec,
+    codec: Annotated[
+        str,
+        typer.Option(
+            metavar="none|zstd|lz4", help="none is fastest to read; zstd is smallest, lz4 quicker."
+        ),
+    ],
     out: OutStore,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -298,7 +271,14 @@ def quantize(
 @app.command("add-texts")
 def add_texts(
     store: StorePath,
-    prompts: Prompts = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET|FILE.txt",
+            help="Sentences for class names: mote28, name, video, or a file with one sentence per "
+            "line and {} for the class name. May be repeated.",
+        ),
+    ] = None,
     descriptions: options.Descriptions = None,
     prompt_set_name: options.PromptSetName = None,
     encoder: TextEncoder = None,

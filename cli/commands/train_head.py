@@ -9,10 +9,13 @@ import typer
 from cli import options
 from cli.output import print_answer, progress_of
 from featstore.errors import UserError
+from heads.methods.registry import names, require_run_name
 
 
 def train_head(
-    dataset: options.OptionalDataset = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Data set; default: the only one extracted.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -24,7 +27,7 @@ def train_head(
     head: Annotated[
         str | None,
         typer.Option(
-            metavar="mote|transformer|mean",
+            metavar="|".join(names()),
             help="Mixture of temporal experts, the plain transformer, or no parameters at all; "
             "default: the recipe's.",
         ),
@@ -85,7 +88,6 @@ def train_head(
     """
     from heads.compatibility import check_fits, training_prompt_set
     from heads.files.choose import choose_head
-    from heads.methods.registry import require_run_name
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.training.shots import choose_training_set
     from heads.training.train_head import train_head as run
