@@ -107,8 +107,9 @@ def train_head(
         precision=precision,
     )
     chosen = workspace.choose_dataset(dataset)
-    split = split or workspace.default_split(chosen, ("train",))
-    store = workspace.choose_store(chosen, split=split, sampling=sampling, name=store_name)
+    stores = workspace.opened(chosen)
+    split = split or stores.default_split(("train",))
+    store = stores.choose(split=split, sampling=sampling, name=store_name)
     initial, initial_run = None, None
     if from_head is not None:
         if (head, layers, experts) != (None, None, None):
