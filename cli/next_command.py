@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.format.metadata import StoreMetadata, prompt_set_names
 from featstore.format.tiers import EMBEDDINGS
 from featstore.workspace import Workspace
@@ -32,7 +33,7 @@ def repair_command(store: Path, metadata: StoreMetadata, root: Path | None = Non
     if made.split:
         words += ["--split", made.split]
     prompt_sets = prompt_set_names(store)
-    if prompt_sets and "mote28" not in prompt_sets:
+    if prompt_sets and DEFAULT_PROMPTS not in prompt_sets:
         words += ["--prompts", prompt_sets[0]]
     if made.strict_decode != "auto":
         words.append("--strict-decode" if made.strict_decode == "always" else "--no-strict-decode")

@@ -15,6 +15,7 @@ import typer
 from cli.output import fail
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX, Workspace
+from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
@@ -30,23 +31,10 @@ Root = Annotated[
         help="Workspace: data sets, features, heads and encoders live under it.",
     ),
 ]
-RootOrUrl = Annotated[
-    str,
-    typer.Option(
-        "--root",
-        envvar="MOTE_ROOT",
-        metavar="DIR|URL",
-        help="Workspace: data sets and features live under it; also s3://BUCKET/PREFIX.",
-    ),
-]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout; the rest goes to stderr.")
 ]
 Dataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name of the data set.")]
-OptionalDataset = Annotated[
-    str | None,
-    typer.Option("--dataset", metavar="NAME", help="Data set; default: the only one extracted."),
-]
 Split = Annotated[
     str | None,
     typer.Option("--split", metavar="NAME", help="Use the videos of this split."),
@@ -88,15 +76,6 @@ PromptSetName = Annotated[
         "--prompt-set-name",
         metavar="NAME",
         help="Name of the prompt set in a file; default: the file's, without its suffix.",
-    ),
-]
-Encoder = Annotated[
-    str,
-    typer.Option(
-        "--encoder",
-        metavar="SPEC",
-        help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
-        "file, or a name under encoders/ of the workspace (`./NAME` is one here).",
     ),
 ]
 Device = Annotated[
@@ -165,8 +144,6 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
 ]
 
-DEFAULT_PROMPTS = "mote28"
-DEFAULT_ENCODER = "ViT-B-16/openai"
 DEFAULT_MAX_FAILURES = 0.05
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,9 @@ PLAIN_INTERVAL_S = 10.0
 WHOLE_NAME = 32
 PLAIN_WIDTH = 200  # of tables without a terminal
 
-results = Console(highlight=False, soft_wrap=True)
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+# File names and class names may hold brackets: nothing that is printed is markup.
+results = Console(highlight=False, soft_wrap=True, markup=False)
+messages = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
 class _StderrHandler(logging.Handler):
@@ -31,7 +32,7 @@ class _StderrHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        messages.print(prefix + record.getMessage(), markup=False)
+        messages.print(prefix + record.getMessage())
 
 
 def log_to_stderr() -> None:
@@ -56,12 +57,12 @@ def leave_it_to_the_first() -> None:
 
 def fail(message: str) -> None:
     """Print the one line of an error."""
-    messages.print(f"error: {message}", markup=False)
+    messages.print(f"error: {message}")
 
 
 def warn(message: str) -> None:
     """Print one line about something that went wrong and does not end the command."""
-    messages.print(f"warning: {message}", markup=False)
+    messages.print(f"warning: {message}")
 
 
 def print_json(value: Any) -> None:
@@ -69,34 +70,43 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table of text on stdout; columns after the first are right-aligned.
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table on stdout; columns after the first are right-aligned.
 
     Names in the first column stay whole up to `WHOLE_NAME` letters.
     """
+    cells = [[str(cell) for cell in row] for row in rows]
     table = Table(title=title or None, title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(
             column,
             justify="right" if number else "left",
             overflow="fold",
-            min_width=min(WHOLE_NAME, max((len(row[0]) for row in rows), default=0))
+            min_width=min(WHOLE_NAME, max((len(row[0]) for row in cells), default=0))
             if not number
             else None,
         )
-    for row in rows:
+    for row in cells:
         table.add_row(*row)
     if results.is_terminal or "COLUMNS" in os.environ:
         results.print(table)
     else:  # a file or another program has no width to fold the words for
-        Console(highlight=False, width=PLAIN_WIDTH).print(table)
+        Console(highlight=False, width=PLAIN_WIDTH, markup=False).print(table)
 
 
-def print_facts(facts: dict[str, Any]) -> None:
+def print_answer(json: bool, value: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Print what a command found: with --json the object `value`, otherwise the lines `facts`."""
+    if json:
+        print_json(value)
+    else:
+        print_facts(facts)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
     """Print "name: value" lines on stdout."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        results.print(f"{name:<{width}}  {value}", markup=False)
+        results.print(f"{name:<{width}}  {value}")
 
 
 @contextmanager
@@ -178,7 +188,7 @@ class _PlainLines:
             f"{_duration((total - done) / rate)} left" if rate > 0 else "",
             _describe(details),
         ]
-        messages.print(", ".join(filter(None, words)), markup=False)
+        messages.print(", ".join(filter(None, words)))
 
 
 def _speed(rate: float) -> str:

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from featstore.errors import UserError, WorkError
 from featstore.format.tiers import EMBEDDINGS
@@ -130,14 +130,6 @@ class Workspace:
     def opened(self, dataset: str) -> OpenedStores:
         """The stores of a data set for several questions in a row: each is opened once."""
         return OpenedStores(self, dataset)
-
-    def default_split(self, dataset: str, names: Sequence[str]) -> str | None:
-        """The first of `names` that a readable store of embeddings has rows of, if any."""
-        return self.opened(dataset).default_split(names)
-
-    def choose_store(self, dataset: str, **asked: Any) -> Store:
-        """`OpenedStores.choose` for one question about a data set."""
-        return self.opened(dataset).choose(**asked)
 
     def _packed_splits(self, dataset: str) -> dict[str, bool] | None:
         """The splits that dataset.json names, and whether each has tars of its own.

@@ -6,13 +6,12 @@ C = classes, D = embedding width.
 from __future__ import annotations
 
 import logging
-from typing import Final
 
 import torch
 from torch.nn import functional
 
 from featstore.errors import UserError, WorkError
-from featstore.format.class_texts import ClassText
+from featstore.format.class_texts import DEFAULT_PROMPTS, ClassText
 from featstore.reading.store import Store
 from heads.methods.head import Head, build_head
 from heads.methods.registry import MEAN_OF_FRAMES, method
@@ -20,8 +19,6 @@ from heads.methods.settings import HeadOrigin
 from heads.methods.text_classifier import SAME_CLASS, class_cosines
 
 log = logging.getLogger(__name__)
-
-USUAL_PROMPT_SET: Final = "mote28"
 
 
 def require_fits(store: Store, head: Head, prompt_set: str | None) -> tuple[str, ClassText]:
@@ -152,6 +149,6 @@ def training_prompt_set(store: Store, initial: Head | None) -> str:
     """
     if initial is not None and initial.origin is not None:
         return initial.origin.prompt_set
-    if USUAL_PROMPT_SET in store.prompt_sets:
-        return USUAL_PROMPT_SET
+    if DEFAULT_PROMPTS in store.prompt_sets:
+        return DEFAULT_PROMPTS
     return default_prompt_set(store, mean_head(store.provenance.dim))

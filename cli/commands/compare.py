@@ -40,7 +40,6 @@ def compare(
     backbone: Annotated[
         str | None,
         typer.Option(
-            "--backbone",
             metavar="ARCH",
             help="Architecture of A's image tower, such as ViT-B/16; default: as its name or its "
             "folder says.",
@@ -103,7 +102,7 @@ def print_published(found: Mapping[str, Any]) -> None:
             ],
         )
         for note in dict.fromkeys(f"{f['method']}: {f['note']}" for f in found["published"]):
-            results.print(note, markup=False)
+            results.print(note)
         return
     if not found["nearest"]:
         results.print("no published figure is of this data set")
@@ -112,16 +111,15 @@ def print_published(found: Mapping[str, Any]) -> None:
     for near in found["nearest"]:
         results.print(
             f"  {near['method']} {near['backbone']} {near['value']:g} ({near['source']}): "
-            f"{'; '.join(near['differs'])}",
-            markup=False,
+            f"{'; '.join(near['differs'])}"
         )
 
 
 def _print(comparison: Comparison) -> None:
     from heads.evaluation.results import GROUPS
 
-    results.print(f"A  {comparison.a}", markup=False)
-    results.print(f"B  {comparison.b}", markup=False)
+    results.print(f"A  {comparison.a}")
+    results.print(f"B  {comparison.b}")
     known = [d for d in comparison.differences if not d.unknown]
     for group in GROUPS:
         rows = [
@@ -138,8 +136,8 @@ def _print(comparison: Comparison) -> None:
         ]
         if names:
             verb = "do" if of_a and of_b else "does"
-            results.print(f"unknown: {who} {verb} not say {', '.join(names)}", markup=False)
-    results.print(_verdict(comparison), markup=False)
+            results.print(f"unknown: {who} {verb} not say {', '.join(names)}")
+    results.print(_verdict(comparison))
     if comparison.numbers:
         print_table(
             "Accuracy in per cent, difference in points",
@@ -151,13 +149,13 @@ def _print(comparison: Comparison) -> None:
         )
     for who, only in (("A", comparison.only_a), ("B", comparison.only_b)):
         if only:
-            results.print(f"only {who} has {', '.join(only)}", markup=False)
+            results.print(f"only {who} has {', '.join(only)}")
     if len(comparison.paired) > PAIRED_LINES:
-        results.print(_many(comparison.paired), markup=False)
+        results.print(_many(comparison.paired))
         return
     for pair in comparison.paired:
         line = _GAINS.format(only_a=pair.only_a, only_b=pair.only_b, p=pair.p)
-        results.print(f"{pair.split}, {pair.n} videos: {line}", markup=False)
+        results.print(f"{pair.split}, {pair.n} videos: {line}")
 
 
 def _many(pairs: Sequence[Paired]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
 
 from cli import options
-from cli.commands import eval_options
 from cli.commands.eval_print import print_base_to_novel, print_evaluation, print_fewshot
 from cli.output import leave_it_to_the_first, progress_of
 from featstore.errors import UserError
@@ -23,42 +25,173 @@ KINDS: Final[dict[str, Kind]] = {
 
 
 def evaluate(
-    closeset: eval_options.CloseSet = None,
-    zeroshot: eval_options.ZeroShot = None,
-    fewshot: eval_options.FewShot = None,
-    base_to_novel: eval_options.BaseToNovel = None,
-    protocol: eval_options.ProtocolName = None,
-    dataset: eval_options.ProtocolDataset = None,
+    closeset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Data set with the head's own classes.")
+    ] = None,
+    zeroshot: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Data set with new classes.")
+    ] = None,
+    fewshot: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Train on K videos per class, then test (--shots)."),
+    ] = None,
+    base_to_novel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Train on 16 videos of each frequent class, test frequent and rare classes.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(metavar="PROTOCOL", help="A protocol by its name: `mote-cli protocols list`."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Data set of --protocol; default: the protocol's own."),
+    ] = None,
     head: options.Head = None,
     split: options.Split = None,
-    views: eval_options.Views = None,
+    views: Annotated[
+        str | None, typer.Option(metavar="CLIPSxCROPS", help="Take the store with these views.")
+    ] = None,
     sampling: options.StoreSampling = None,
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,
-    modulation_neighbours: eval_options.ModulationNeighbours = None,
-    modulation_temperature: eval_options.ModulationTemperature = None,
-    ensemble: eval_options.Ensemble = None,
-    clip_store: eval_options.ClipStore = None,
-    fusion: eval_options.Fusion = None,
-    sweeps: eval_options.Sweeps = None,
-    allow_overlap: eval_options.AllowOverlap = False,
-    label_map: eval_options.LabelMapOption = "corrected",
-    k600_source: eval_options.K600Source = None,
-    class_lists: eval_options.ClassLists = None,
-    k400_names: eval_options.K400Names = None,
-    shots: eval_options.Shots = None,
-    draw_seeds: eval_options.DrawSeeds = None,
-    lists_from: eval_options.ListsFrom = None,
-    train_store: eval_options.TrainStore = None,
-    recipe: eval_options.Recipe = None,
-    epochs: eval_options.Epochs = None,
-    batch_size: eval_options.BatchSize = None,
-    lr: eval_options.LearningRate = None,
-    repeat: eval_options.Repeat = "full",
-    name: eval_options.RunName = None,
-    best_epoch: eval_options.BestEpoch = True,
-    precision: eval_options.HeadPrecision = "auto",
+    modulation_neighbours: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K",
+            help="Classes modulation compares on either side; default: the head's, 5 as published.",
+        ),
+    ] = None,
+    modulation_temperature: Annotated[
+        str | None,
+        typer.Option(
+            metavar="T",
+            help="The larger, the less the head is held back, none: not at all; default: the "
+            "head's, 0.05 as published.",
+        ),
+    ] = None,
+    ensemble: Annotated[
+        float | None,
+        typer.Option(
+            metavar="WEIGHT",
+            min=0.0,
+            max=1.0,
+            help="Add CLIP's own cosines per frame with this weight; 0.5 as DiST in zero-shot.",
+        ),
+    ] = None,
+    clip_store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Store of the same data set with CLIP's own features, for --ensemble with a head "
+            "whose tower was tuned.",
+        ),
+    ] = None,
+    fusion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="softmax|cosine|features|all",
+            help="How views become one score: mean of softmax, of cosines, or of features; "
+            "default: the protocol's.",
+        ),
+    ] = None,
+    sweeps: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sweep",
+            metavar="NAME=V,V,...",
+            help="Many settings from one pass: modulation-temperature, modulation-neighbours, "
+            "ensemble, fusion; or blend, over imported towers. May be repeated.",
+        ),
+    ] = None,
+    allow_overlap: Annotated[
+        bool,
+        typer.Option("--allow-overlap", help="Measure although tested videos are training videos."),
+    ] = False,
+    label_map: Annotated[
+        str,
+        typer.Option(
+            metavar="corrected|as-published",
+            help="Class names that published label files exchange (HMDB51): right, or as they are.",
+        ),
+    ] = "corrected",
+    k600_source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="test|val|FILE",
+            help="Videos of Kinetics-600 zero-shot: a split, or a list of names or YouTube ids; "
+            "default: test where it was extracted, else val.",
+        ),
+    ] = None,
+    class_lists: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR|FILE",
+            help="Class splits of Kinetics-600 zero-shot, a file of names or numbers each (repeat "
+            "the option, or name a folder); default: three drawn here.",
+        ),
+    ] = None,
+    k400_names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Class names of Kinetics-400; default: the head's, else those of the packed k400.",
+        ),
+    ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,K,...", help="Videos per class; default: 2,4,8,16 (base-to-novel 16)."
+        ),
+    ] = None,
+    draw_seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="S,S,...", help="Draws of the shots; default: 1, for base-to-novel 1,2,3."
+        ),
+    ] = None,
+    lists_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Take the shots from a clone of a repository with published lists."
+        ),
+    ] = None,
+    train_store: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Store to train from, where several fit.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help="Settings of training, as train-head's.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Of training.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of training.")] = None,
+    repeat: Annotated[
+        str,
+        typer.Option(
+            metavar="N|full", help="Repeat the shots N times an epoch, or to the full size."
+        ),
+    ] = "full",
+    name: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Name that the runs trained here begin with.")
+    ] = None,
+    best_epoch: Annotated[
+        bool,
+        typer.Option(
+            "--best-epoch/--no-best-epoch",
+            help="Test every epoch too, and report the best one separately.",
+        ),
+    ] = True,
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|fp32|bf16",
+            help="Arithmetic of the head; auto takes bf16 for wide heads where it is faster.",
+        ),
+    ] = "auto",
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,

@@ -41,7 +41,7 @@ def print_evaluation(
     )
     if is_sweep:
         _print_sweep(title, measured)
-        results.print(f"kept under {files[0].parent}", markup=False)
+        results.print(f"kept under {files[0].parent}")
         return
     print_table(
         title,
@@ -61,8 +61,8 @@ def print_evaluation(
     if len(result.per_split) > 1:
         results.print(f"mean top-1 {result.mean:.2f}, population std {result.std:.2f}")
     for note in result.notes:
-        results.print(f"not as published: {note}", markup=False)
-    results.print(f"kept as {files[0]}", markup=False)
+        results.print(f"not as published: {note}")
+    results.print(f"kept as {files[0]}")
     if beside["published"] or beside["nearest"]:
         print_published(beside)
 
@@ -114,7 +114,7 @@ def print_fewshot(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome], jso
             for outcome in outcomes
         ],
     )
-    results.print(f"kept under {Path(value['files'][0]).parents[2]}", markup=False)
+    results.print(f"kept under {Path(value['files'][0]).parents[2]}")
     for outcome, found in zip(outcomes, value["runs"], strict=True):
         if found["published"] or found["nearest"]:
             results.print(f"{outcome.run.shots} shots:")
@@ -154,8 +154,7 @@ def print_base_to_novel(value: Mapping[str, Any], file: Path, json: bool) -> Non
     )
     results.print(
         f"HM of the means; the mean of the draws' HMs is {value['mean_of_harmonic_means']:.2f}. "
-        f"Kept as {file}",
-        markup=False,
+        f"Kept as {file}"
     )
     if value["published"] or value["nearest"]:
         print_published(value)

@@ -19,17 +19,15 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            "--format",
             metavar="safetensors|onnx|official",
             help="safetensors and onnx: experts merged into one feed-forward; official: what the "
             "released MoTE code loads.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="File to write.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")],
     encoder: Annotated[
         str | None,
         typer.Option(
-            "--encoder",
             metavar="SPEC",
             help="Tower for the official format, where the head's own is not found by its name.",
         ),

@@ -24,15 +24,19 @@ def extract(
     dataset: options.Dataset,
     split: Annotated[
         str | None,
-        typer.Option(
-            "--split", metavar="NAME", help="Only the tars of this split (disjoint splits only)."
-        ),
+        typer.Option(metavar="NAME", help="Only the tars of this split (disjoint splits only)."),
     ] = None,
-    encoder: options.Encoder = options.DEFAULT_ENCODER,
+    encoder: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
+            "file, or a name under encoders/ of the workspace (`./NAME` is one here).",
+        ),
+    ] = options.DEFAULT_ENCODER,
     sampling: Annotated[
         str,
         typer.Option(
-            "--sampling",
             metavar="uniform:F|clips:TxV",
             help="F frames over the whole video, or V clips of T frames each.",
         ),
@@ -40,19 +44,17 @@ def extract(
     tier: Annotated[
         str,
         typer.Option(
-            "--tier",
             metavar="embeddings|frames|tokens:K",
             help="What is kept of every frame: its pooled embedding, its pixels after resize and "
             "crop, or all tokens of block K of the image tower, counted from 0.",
         ),
     ] = "embeddings",
     crops: Annotated[
-        int, typer.Option("--crops", metavar="1|3", help="Centre, or three along the long side.")
+        int, typer.Option(metavar="1|3", help="Centre, or three along the long side.")
     ] = 1,
     prompts: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompts",
             metavar="SET|FILE.txt",
             help="Sentences for class names: mote28 (default), name, video, or a file with one "
             "sentence per line and {} for the class name. May be repeated.",
@@ -65,7 +67,6 @@ def extract(
     decoder: Annotated[
         str,
         typer.Option(
-            "--decoder",
             metavar="auto|pyav|dali",
             help="What decodes the videos: pyav on the CPU, dali on the GPU (docs/gpu.md); auto "
             "takes dali where --device is a GPU that can.",
@@ -83,7 +84,6 @@ def extract(
     partition: Annotated[
         str,
         typer.Option(
-            "--partition",
             metavar="K/N|all|auto",
             help="Do every N-th tar only, so that N processes share the work; auto takes K and N "
             "from torchrun's or SLURM's environment variables.",
@@ -99,21 +99,14 @@ def extract(
         ),
     ] = False,
     workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", min=1, help="Threads (of each Ray worker); default: one per core."
-        ),
+        int | None, typer.Option(min=1, help="Threads (of each Ray worker); default: one per core.")
     ] = None,
     engine: Annotated[
-        str,
-        typer.Option(
-            "--engine", metavar="local|ray", help="This process, or workers of a Ray cluster."
-        ),
+        str, typer.Option(metavar="local|ray", help="This process, or workers of a Ray cluster.")
     ] = "local",
     address: Annotated[
         str | None,
         typer.Option(
-            "--address",
             metavar="HOST:PORT|auto|local",
             help="The Ray cluster; default: that of RAY_ADDRESS, else one on this machine for this "
             "command.",
@@ -122,22 +115,17 @@ def extract(
     ray_workers: Annotated[
         int | None,
         typer.Option(
-            "--ray-workers",
             metavar="N",
             min=1,
             help="Ray workers; default: one per machine, or per GPU with --gpus-per-worker.",
         ),
     ] = None,
     cpus_per_worker: Annotated[
-        int | None,
-        typer.Option(
-            "--cpus-per-worker", metavar="N", min=1, help="CPUs and threads of a Ray worker."
-        ),
+        int | None, typer.Option(metavar="N", min=1, help="CPUs and threads of a Ray worker.")
     ] = None,
     gpus_per_worker: Annotated[
         float | None,
         typer.Option(
-            "--gpus-per-worker",
             metavar="N",
             min=0,
             help="GPUs of a Ray worker, such as 1 or 0.5; default: none, 1 with --device cuda.",
@@ -147,12 +135,18 @@ def extract(
     store: Annotated[
         str | None,
         typer.Option(
-            "--store",
             metavar="DIR|URL",
             help="The store to write, such as s3://BUCKET/my-clips.zarr; default: under --root.",
         ),
     ] = None,
-    root: options.RootOrUrl = str(options.DEFAULT_ROOT),
+    root: Annotated[
+        str,
+        typer.Option(
+            envvar="MOTE_ROOT",
+            metavar="DIR|URL",
+            help="Workspace: data sets and features live under it; also s3://BUCKET/PREFIX.",
+        ),
+    ] = str(options.DEFAULT_ROOT),
     json: options.Json = False,
 ) -> None:
     """Decode, preprocess and encode every video once; features land in a Zarr store.
@@ -166,6 +160,7 @@ def extract(
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
     # Nothing here imports torch: a finished store is recognised without it.
+    from featstore.format.class_texts import DEFAULT_PROMPTS
     from featstore.format.tiers import Tier
     from pipeline.encoders.specs import encoder_label
     from pipeline.extraction.request import ExtractionRequest, Share
@@ -207,7 +202,7 @@ def extract(
         decoder=decoder,
         strict="auto" if strict_decode is None else "always" if strict_decode else "never",
         prompt_sets=prompt_sets_from(
-            prompts or ([] if descriptions else [options.DEFAULT_PROMPTS]),
+            prompts or ([] if descriptions else [DEFAULT_PROMPTS]),
             descriptions or [],
             prompt_set_name,
         ),

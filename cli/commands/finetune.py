@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,15 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import options
-from cli.output import PACKAGES, percent, print_facts, print_json, progress_of
+from cli.output import leave_it_to_the_first, percent, print_facts, print_json, progress_of
 from featstore.errors import UserError, WorkError
-from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
-from heads.methods.registry import MEAN_OF_FRAMES
 
 if TYPE_CHECKING:
     from heads.end_to_end.finetune import FinetuneSummary
-    from heads.end_to_end.plan import FinetuneRequest
     from heads.training.ranks import Ranks
 
 
@@ -27,7 +23,6 @@ def finetune(
     encoder: Annotated[
         str | None,
         typer.Option(
-            "--encoder",
             metavar="SPEC",
             help="The CLIP to begin with, as --encoder of extract takes it; default: the one that "
             f"--from-head was trained on, else {options.DEFAULT_ENCODER}.",
@@ -36,7 +31,6 @@ def finetune(
     from_head: Annotated[
         str | None,
         typer.Option(
-            "--from-head",
             metavar="RUN",
             help="Begin with the head of this run instead of a new one; RUN may be --name: the "
             "first stage is kept in its folder frozen/.",
@@ -45,7 +39,6 @@ def finetune(
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe",
             metavar="NAME|FILE",
             help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo) "
             "or from a TOML file; options given beside it win.",
@@ -54,7 +47,6 @@ def finetune(
     name: Annotated[
         str | None,
         typer.Option(
-            "--name",
             metavar="RUN",
             help="Name of the run, of its head and of its encoder; default: DATASET-finetuned.",
         ),
@@ -62,7 +54,6 @@ def finetune(
     train: Annotated[
         str | None,
         typer.Option(
-            "--train",
             metavar="tower|head|tower-last-N",
             help="What is trained: everything, all but the tower, or the tower's last N blocks "
             "with the head.",
@@ -71,30 +62,23 @@ def finetune(
     split: options.Split = None,
     eval_split: Annotated[
         str | None,
-        typer.Option(
-            "--eval-split", metavar="NAME", help="Evaluate on this split; default: val, else test."
-        ),
+        typer.Option(metavar="NAME", help="Evaluate on this split; default: val, else test."),
     ] = None,
     evaluate_every: Annotated[
         int | None,
-        typer.Option(
-            "--evaluate-every", metavar="EPOCHS", min=0, help="Epochs between evaluations; 0: none."
-        ),
+        typer.Option(metavar="EPOCHS", min=0, help="Epochs between evaluations; 0: none."),
     ] = None,
     prompts: options.PromptSet = None,
     epochs: options.Epochs = None,
     warmup_epochs: options.WarmupEpochs = None,
     batch_size: Annotated[
-        int | None,
-        typer.Option("--batch-size", min=1, help="Videos per step of each process."),
+        int | None, typer.Option(min=1, help="Videos per step of each process.")
     ] = None,
     accumulation: Annotated[
-        int | None,
-        typer.Option("--accumulation", metavar="N", min=1, help="Batches per optimiser step."),
+        int | None, typer.Option(metavar="N", min=1, help="Batches per optimiser step.")
     ] = None,
     lr: Annotated[
-        float | None,
-        typer.Option("--lr", help="Learning rate of the head; the tower's is a share of it."),
+        float | None, typer.Option(help="Learning rate of the head; the tower's is a share of it.")
     ] = None,
     weight_decay: options.WeightDecay = None,
     frames: options.TrainedFrames = None,
@@ -104,7 +88,6 @@ def finetune(
     draws: Annotated[
         str | None,
         typer.Option(
-            "--draws",
             metavar="shared|per-rank",
             help="Experts and temperatures of a step: one draw for all processes, or one each.",
         ),
@@ -118,7 +101,6 @@ def finetune(
     precision: Annotated[
         str | None,
         typer.Option(
-            "--precision",
             metavar="auto|fp32|bf16|fp16",
             help="Arithmetic of training; auto takes bf16 (fp16 on older ones) on a GPU.",
         ),
@@ -134,7 +116,6 @@ def finetune(
     shard: Annotated[
         str | None,
         typer.Option(
-            "--shard",
             metavar="auto|ddp|fsdp",
             help="Several processes: whole copies (DDP) or shares of the model (FSDP2); auto "
             "shards towers from 200 million parameters, which ViT-L has.",
@@ -142,14 +123,11 @@ def finetune(
     ] = None,
     save: Annotated[
         str | None,
-        typer.Option(
-            "--save", metavar="last|best", help="Which weights become the encoder and the head."
-        ),
+        typer.Option(metavar="last|best", help="Which weights become the encoder and the head."),
     ] = None,
     blend: Annotated[
         float | None,
         typer.Option(
-            "--blend",
             metavar="SHARE",
             min=0.0,
             max=1.0,
@@ -160,7 +138,6 @@ def finetune(
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            "--checkpoint-every",
             metavar="STEPS",
             min=1,
             help="Steps between checkpoints inside an epoch; default: every ten minutes.",
@@ -168,13 +145,10 @@ def finetune(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            "--workers", min=1, help="Decode threads of each process; default: its share of cores."
-        ),
+        typer.Option(min=1, help="Decode threads of each process; default: its share of cores."),
     ] = None,
     decoder: Annotated[
-        str,
-        typer.Option("--decoder", metavar="auto|pyav|dali", help="What decodes the videos."),
+        str, typer.Option(metavar="auto|pyav|dali", help="What decodes the videos.")
     ] = "auto",
     device: options.Device = "auto",
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
@@ -190,19 +164,21 @@ def finetune(
 
     Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
     """
+    from heads.end_to_end.finetune import finetune as run_finetune
     from heads.end_to_end.plan import FinetuneRequest
+    from heads.methods.registry import require_run_name
     from heads.recipes import FINETUNE_RECIPE, load_recipe
     from heads.training.ranks import contact, joined, left
 
     ranks = joined(options.known_device(device))
-    _hush_others(ranks)
+    if not ranks.first:
+        leave_it_to_the_first()
     try:
         with contact(ranks):
             with ranks.agreeing():
                 workspace = options.workspace(root)
                 run = name or f"{dataset}-finetuned"
-                if run == MEAN_OF_FRAMES:
-                    raise UserError(f"--name {run}: --head {run} means no head; use another name")
+                require_run_name(run)
                 settings = load_recipe(recipe or FINETUNE_RECIPE)
                 request = FinetuneRequest(
                     dataset_dir=workspace.dataset_dir(dataset),
@@ -239,7 +215,8 @@ def finetune(
                     workers=workers,
                     checkpoint_every=checkpoint_every,
                 )
-            summary = _train(request, ranks)
+            with progress_of("finetune", "steps") as progress:
+                summary = run_finetune(request, ranks, progress)
     except BaseException as error:
         _say(error, ranks)
         raise
@@ -264,16 +241,6 @@ def _first_stage(workspace: Workspace, from_head: str | None, run: str) -> Path 
     return workspace.run_dir(run) if from_head == run else workspace.choose_run(from_head)
 
 
-def _train(request: FinetuneRequest, ranks: Ranks) -> FinetuneSummary:
-    from heads.end_to_end.finetune import finetune as run
-
-    sink: ProgressSink = no_progress
-    if not ranks.first:
-        return run(request, ranks, sink)
-    with progress_of("finetune", "steps") as sink:
-        return run(request, ranks, sink)
-
-
 def _say(error: BaseException, ranks: Ranks) -> None:
     """Raise what this process should end with in place of `error`, if not that."""
     if ranks.alone:
@@ -288,13 +255,6 @@ def _say(error: BaseException, ranks: Ranks) -> None:
     if isinstance(error, UserError | WorkError) and not getattr(error, "speaks", True):
         # Another process says it.
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
-
-
-def _hush_others(ranks: Ranks) -> None:
-    """Notices are the same on all processes: the first one gives them."""
-    if not ranks.first:
-        for package in PACKAGES:
-            logging.getLogger(package).setLevel(logging.ERROR)
 
 
 def _print_summary(summary: FinetuneSummary, json: bool, same_root: str) -> None:

@@ -16,7 +16,6 @@ def pack(
     videos: Annotated[
         Path,
         typer.Option(
-            "--videos",
             metavar="DIR",
             help="Folder of the videos: class folders (also under train/, val/, test/), or what "
             "the annotations name.",
@@ -25,7 +24,6 @@ def pack(
     annotations: Annotated[
         Path | None,
         typer.Option(
-            "--annotations",
             metavar="PATH",
             help="Official annotation file or folder (Kinetics, HMDB51, UCF101, Something-"
             "Something V2), or a `path label` / CSV list.",
@@ -33,14 +31,11 @@ def pack(
     ] = None,
     class_names: Annotated[
         Path | None,
-        typer.Option(
-            "--class-names", metavar="FILE", help="CSV `id,name` for lists with numbers as labels."
-        ),
+        typer.Option(metavar="FILE", help="CSV `id,name` for lists with numbers as labels."),
     ] = None,
     label_map: Annotated[
         str,
         typer.Option(
-            "--label-map",
             metavar="corrected|as-published",
             help="A file of class names that exchanges some against what the videos are called "
             "(X-CLIP's for HMDB51): put right, or kept for comparison.",
@@ -49,18 +44,14 @@ def pack(
     class_names_as: Annotated[
         str,
         typer.Option(
-            "--class-names-as",
             metavar="words|raw",
             help="Natural words (`ApplyEyeMakeup`: apply eye makeup), or the data set's spelling.",
         ),
     ] = "words",
     samples_per_shard: Annotated[
-        int,
-        typer.Option(
-            "--samples-per-shard", metavar="N", min=1, help="Videos per tar (= rows per shard)."
-        ),
+        int, typer.Option(metavar="N", min=1, help="Videos per tar (= rows per shard).")
     ] = 256,
-    seed: Annotated[int, typer.Option("--seed", help="Order of the videos in the tars.")] = 0,
+    seed: Annotated[int, typer.Option(help="Order of the videos in the tars.")] = 0,
     append: Annotated[
         bool,
         typer.Option(

@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_json, print_table, progress_of, warn
-from featstore.errors import UserError
+from cli.output import print_json, print_table, progress_of
 
 
 def predict(
@@ -17,7 +16,6 @@ def predict(
     classes: Annotated[
         str | None,
         typer.Option(
-            "--classes",
             metavar='"a,b,c"',
             help="Classes in your own words, separated by commas; default: the head's own.",
         ),
@@ -25,13 +23,11 @@ def predict(
     head: options.Head = None,
     encoder: Annotated[
         str | None,
-        typer.Option(
-            "--encoder", metavar="SPEC", help="Default: the encoder the head was trained with."
-        ),
+        typer.Option(metavar="SPEC", help="Default: the encoder the head was trained with."),
     ] = None,
-    top: Annotated[int, typer.Option("--top", min=1, help="Classes to show per video.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Classes to show per video.")] = 5,
     frames: Annotated[
-        int | None, typer.Option("--frames", min=1, help="Frames per video; default: the head's.")
+        int | None, typer.Option(min=1, help="Frames per video; default: the head's.")
     ] = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,
@@ -47,90 +43,33 @@ def predict(
 
     Example: `mote-cli predict clip.mp4 --classes "arm wrestling, cooking, crossing a street"`
     """
-    import torch
+    from heads.end_to_end.predict import predict as run
 
-    from heads.compatibility import check_encoder, mean_head
-    from heads.files.choose import choose_head
-    from heads.scoring.scores import can_modulate, predict_scores
-    from pipeline.clip_encoder import load_encoder
-    from pipeline.decoding import decoder_named
-    from pipeline.decoding.contract import DecodeError
-    from pipeline.extraction.cpu_pool import encode_video
-    from pipeline.prompts import as_prompt_set, trained_prompt_set
-    from pipeline.sampling import parse_sampling
-
-    for path in videos:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise UserError(f"{path} {what}: predict takes video files")
-    workspace = options.workspace(root)
-    model, run_dir = choose_head(workspace, head, or_mean=True)
-    name = workspace.head_name(run_dir)
-    origin = None if model is None else model.origin
-    own = None if origin is None else origin.class_names
-    if classes is None and own is None:
-        raise UserError('no classes to choose from: name them with --classes "a,b,c"')
-    names = options.class_list(classes) if classes is not None else list(own or ())
-    spec = encoder or (options.DEFAULT_ENCODER if origin is None else origin.encoder)
-    try:
-        clip = load_encoder(
-            spec, precision, options.device(device), encoders_dir=workspace.root / "encoders"
-        )
-    except UserError as error:
-        if encoder is not None or origin is None:
-            raise
-        raise UserError(f"head {name}: {error}; name its encoder with --encoder") from error
-    if origin is not None:
-        check_encoder(origin, spec, clip.fingerprint)
-    if prompts is not None or origin is None:
-        prompt_set = as_prompt_set(prompts or options.DEFAULT_PROMPTS)
-    else:
-        prompt_set = trained_prompt_set(origin.prompt_set, origin.prompt_templates)
-    embeddings = clip.class_embeddings(names, prompt_set)
-    scorer = model or mean_head(clip.dim, clip.logit_scale)
-    modulate = modulate and can_modulate(scorer, len(names))
-    sampling = parse_sampling(f"uniform:{frames or (8 if origin is None else origin.frames)}")
-    decoder = decoder_named("auto")
-    answers: list[dict[str, object]] = []
-    failed = 0
+    names = None if classes is None else options.class_list(classes)
     with progress_of("predict", "videos") as progress:
-        for number, path in enumerate(videos, start=1):
-            try:
-                video = encode_video(path, decoder, clip, sampling)
-            except DecodeError as error:
-                warn(f"{path}: {error.reason}")
-                answers.append(
-                    {
-                        "path": str(path),
-                        "num_frames": None,
-                        "predictions": [],
-                        "error": error.reason,
-                    }
-                )
-                failed += 1
-                progress(number, len(videos))
-                continue
-            scores = predict_scores(
-                scorer, torch.from_numpy(video.features), embeddings.cpu(), names, modulate
-            )
-            answers.append(
-                {
-                    "path": str(path),
-                    "num_frames": video.info.num_frames,
-                    "predictions": [
-                        {"class_name": name, "score": score} for name, score in scores[:top]
-                    ],
-                }
-            )
-            progress(number, len(videos))
+        found = run(
+            options.workspace(root),
+            videos,
+            names,
+            head=head,
+            encoder=encoder,
+            top=top,
+            frames=frames,
+            prompts=prompts,
+            modulate=modulate,
+            precision=precision,
+            device=device,
+            progress=progress,
+        )
+    decoded = [video for video in found["videos"] if "error" not in video]
     if json:
-        print_json({"head": name, "encoder": spec, "videos": answers})
+        print_json(found)
     else:
-        for answer in answers:
-            if "error" not in answer:
-                print_table(
-                    f"{answer['path']} ({answer['num_frames']} frames, head {name})",
-                    ["class", "score"],
-                    [[p["class_name"], f"{p['score']:.3f}"] for p in answer["predictions"]],  # type: ignore[attr-defined]
-                )
+        for video in decoded:
+            print_table(
+                f"{video['path']} ({video['num_frames']} frames, head {found['head']})",
+                ["class", "score"],
+                [[p["class_name"], f"{p['score']:.3f}"] for p in video["predictions"]],
+            )
+    failed = len(videos) - len(decoded)
     raise typer.Exit(options.exit_code(failed, len(videos), max_failures, "the reasons are above"))

@@ -95,7 +95,7 @@ def show_protocol(
         if lines:
             results.print(heading)
             for line in lines:
-                results.print(f"  - {line}", markup=False)
+                results.print(f"  - {line}")
 
 
 def _figure(figure: Published) -> str:

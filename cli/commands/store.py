@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, print_table, progress_of
+from cli.output import print_answer, print_facts, print_json, print_table, progress_of
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX
 
@@ -22,14 +22,9 @@ app = typer.Typer(
     ),
 )
 
-# Every option of these commands, each defined once; those that other commands have, too, are in
-# `cli.options`.
+# What several of these commands take; what other commands take, too, is in `cli.options`.
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
-]
-StorePaths = Annotated[
-    list[str],
-    typer.Argument(metavar="STORE...", help="Two or more stores: paths or names."),
 ]
 OutStore = Annotated[
     Path,
@@ -40,17 +35,6 @@ OutStore = Annotated[
         "features/NAME/ of the workspace, NAME being the `--dataset` that they are given.",
     ),
 ]
-OutFolder = Annotated[
-    Path, typer.Option("--out", metavar="DIR", help="Folder to make; must not exist.")
-]
-Packed = Annotated[
-    str,
-    typer.Option(
-        "--dataset",
-        metavar="NAME|DIR",
-        help="The store's data set, packed again with more tars: its name or folder.",
-    ),
-]
 TextEncoder = Annotated[
     str | None,
     typer.Option(
@@ -59,52 +43,18 @@ TextEncoder = Annotated[
         help="Where the store's encoder is, when it is not found by its recorded name.",
     ),
 ]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--prompts",
-        metavar="SET|FILE.txt",
-        help="Sentences for class names: mote28, name, video, or a file with one sentence per "
-        "line and {} for the class name. May be repeated.",
-    ),
-]
-PrefixKeys = Annotated[
-    bool, typer.Option("--prefix-keys", help="Put the data set's name before every key.")
-]
-ExportFormat = Annotated[
-    str,
-    typer.Option(
-        "--to",
-        metavar="safetensors|parquet|npy",
-        help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
-    ),
-]
-OnlyClasses = Annotated[
-    str | None,
-    typer.Option(
-        "--classes",
-        metavar='"A,B"',
-        help="Only videos of these classes; a name with a comma goes in quotes, '\"a, b\",c'.",
-    ),
-]
-RowsPerFile = Annotated[
-    int | None,
-    typer.Option("--rows-per-file", metavar="N", min=1, help="Default: files of about 256 MB."),
-]
-Codec = Annotated[
-    str,
-    typer.Option(
-        "--codec",
-        metavar="none|zstd|lz4",
-        help="none is fastest to read; zstd is smallest, lz4 quicker.",
-    ),
-]
 
 
 @app.command("add-tars")
 def add_tars(
     store: StorePath,
-    dataset: Packed,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|DIR",
+            help="The store's data set, packed again with more tars: its name or folder.",
+        ),
+    ],
     encoder: TextEncoder = None,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
@@ -133,10 +83,9 @@ def add_tars(
         encoders_dir=workspace.root / "encoders",
         device=options.known_device(device),
     )
-    if json:
-        print_json(grown.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        grown.to_json(),
         {
             "store": grown.store,
             "tars": f"{grown.tars}, {grown.tars_added} of them new",
@@ -145,15 +94,19 @@ def add_tars(
             "next": f"{repair_command(path, read_metadata(path))} (does {grown.pending} tars)"
             if grown.pending
             else "nothing to extract",
-        }
+        },
     )
 
 
 @app.command("merge")
 def merge(
-    stores: StorePaths,
+    stores: Annotated[
+        list[str], typer.Argument(metavar="STORE...", help="Two or more stores: paths or names.")
+    ],
     out: OutStore,
-    prefix_keys: PrefixKeys = False,
+    prefix_keys: Annotated[
+        bool, typer.Option("--prefix-keys", help="Put the data set's name before every key.")
+    ] = False,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -169,10 +122,9 @@ def merge(
     paths = [options.store_path(root, store) for store in stores]
     with progress_of("merge", "tars") as progress:
         merged = run(paths, out, prefix_keys=prefix_keys, progress=progress)
-    if json:
-        print_json(merged.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        merged.to_json(),
         {
             "store": merged.store,
             "tars": f"{merged.tars}, {merged.tars_linked} linked",
@@ -181,18 +133,32 @@ def merge(
             "splits": ", ".join(merged.splits) or "none",
             "class texts": ", ".join(merged.prompt_sets) or "none",
             "next": _use(out),
-        }
+        },
     )
 
 
 @app.command("export")
 def export(
     store: StorePath,
-    to: ExportFormat,
-    out: OutFolder,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="safetensors|parquet|npy",
+            help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make; must not exist.")],
     split: options.Split = None,
-    classes: OnlyClasses = None,
-    rows_per_file: RowsPerFile = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar='"A,B"',
+            help="Only videos of these classes; a name with a comma goes in quotes, '\"a, b\",c'.",
+        ),
+    ] = None,
+    rows_per_file: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Default: files of about 256 MB.")
+    ] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -215,22 +181,26 @@ def export(
             rows_per_file=rows_per_file,
             progress=progress,
         )
-    if json:
-        print_json(exported.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        exported.to_json(),
         {
             "folder": exported.folder,
             "rows": f"{exported.rows}, {exported.failed_left_out} failed left out",
             "files": f"{exported.files} ({in_bytes(exported.bytes)} in all)",
-        }
+        },
     )
 
 
 @app.command("convert")
 def convert(
     store: StorePath,
-    codec: Codec,
+    codec: Annotated[
+        str,
+        typer.Option(
+            metavar="none|zstd|lz4", help="none is fastest to read; zstd is smallest, lz4 quicker."
+        ),
+    ],
     out: OutStore,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -243,16 +213,15 @@ def convert(
 
     with progress_of("convert", "tars") as progress:
         converted = run(options.store_path(root, store), out, codec, progress=progress)
-    if json:
-        print_json(converted.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        converted.to_json(),
         {
             "store": converted.store,
             "rows": converted.rows,
             "features": _sizes(converted.bytes_before, converted.bytes_after),
             "next": _use(out),
-        }
+        },
     )
 
 
@@ -274,10 +243,9 @@ def quantize(
 
     with progress_of("quantize", "tars") as progress:
         quantised = run(options.store_path(root, store), out, progress=progress)
-    if json:
-        print_json(quantised.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        quantised.to_json(),
         {
             "store": quantised.store,
             "rows": quantised.rows,
@@ -286,9 +254,9 @@ def quantize(
             f"largest {quantised.cosine_error_max:.2e}",
             **({} if quantised.agreement else {"accuracy": "not measured: no class texts"}),
             "next": _use(out),
-        }
+        },
     )
-    if not quantised.agreement:
+    if json or not quantised.agreement:
         return
     print_table(
         "CLIP, mean of frames",
@@ -303,7 +271,14 @@ def quantize(
 @app.command("add-texts")
 def add_texts(
     store: StorePath,
-    prompts: Prompts = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SET|FILE.txt",
+            help="Sentences for class names: mote28, name, video, or a file with one sentence per "
+            "line and {} for the class name. May be repeated.",
+        ),
+    ] = None,
     descriptions: options.Descriptions = None,
     prompt_set_name: options.PromptSetName = None,
     encoder: TextEncoder = None,

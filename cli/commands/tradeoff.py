@@ -25,7 +25,6 @@ def tradeoff(
     closeset: Annotated[
         str | None,
         typer.Option(
-            "--closeset",
             metavar="NAME",
             help="Data set or protocol of the known classes; default: k400, or the only one.",
         ),
@@ -33,7 +32,6 @@ def tradeoff(
     zeroshot: Annotated[
         list[str] | None,
         typer.Option(
-            "--zeroshot",
             metavar="NAME,...",
             help="Data sets or protocols of new classes; default: ucf101, hmdb51 and k600 where "
             "there are results on them, else all that have some.",
@@ -46,8 +44,7 @@ def tradeoff(
         ),
     ] = False,
     out: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="FILE", help="Plot, .png or .svg; default: under --root."),
+        Path | None, typer.Option(metavar="FILE", help="Plot, .png or .svg; default: under --root.")
     ] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -99,7 +96,7 @@ def tradeoff(
         warn(f"not of one protocol: {line}")
     for line in (*table.unknown, *table.missing):
         warn(line)
-    results.print(f"plot {figure}", markup=False)
+    results.print(f"plot {figure}")
 
 
 def _zeroshot_title(table: Tradeoff) -> str:

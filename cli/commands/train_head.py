@@ -7,17 +7,18 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, progress_of
+from cli.output import print_answer, progress_of
 from featstore.errors import UserError
-from heads.methods.registry import MEAN_OF_FRAMES
+from heads.methods.registry import names, require_run_name
 
 
 def train_head(
-    dataset: options.OptionalDataset = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Data set; default: the only one extracted.")
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe",
             metavar="NAME|FILE",
             help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo, "
             "end-to-end) or from a TOML file; options given beside it win.",
@@ -26,15 +27,13 @@ def train_head(
     head: Annotated[
         str | None,
         typer.Option(
-            "--head",
-            metavar="mote|transformer|mean",
+            metavar="|".join(names()),
             help="Mixture of temporal experts, the plain transformer, or no parameters at all; "
             "default: the recipe's.",
         ),
     ] = None,
     name: Annotated[
-        str | None,
-        typer.Option("--name", metavar="RUN", help="Name of the run; default: DATASET-HEAD."),
+        str | None, typer.Option(metavar="RUN", help="Name of the run; default: DATASET-HEAD.")
     ] = None,
     split: options.Split = None,
     sampling: options.StoreSampling = None,
@@ -42,33 +41,25 @@ def train_head(
     prompts: options.PromptSet = None,
     epochs: options.Epochs = None,
     warmup_epochs: options.WarmupEpochs = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Videos per step.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Learning rate of the head.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Videos per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the head.")] = None,
     weight_decay: options.WeightDecay = None,
     frames: options.TrainedFrames = None,
     layers: options.Layers = None,
     experts: options.Experts = None,
     seed: options.TrainingSeed = None,
     precision: Annotated[
-        str | None,
-        typer.Option("--precision", metavar="auto|fp32|bf16", help="Arithmetic of training."),
+        str | None, typer.Option(metavar="auto|fp32|bf16", help="Arithmetic of training.")
     ] = None,
     device: options.Device = "auto",
     shots: Annotated[
         int | None,
-        typer.Option(
-            "--shots", metavar="K", min=1, help="Train on K videos of each class, drawn by key."
-        ),
+        typer.Option(metavar="K", min=1, help="Train on K videos of each class, drawn by key."),
     ] = None,
-    draw_seed: Annotated[
-        int, typer.Option("--draw-seed", metavar="S", min=0, help="Which draw of --shots.")
-    ] = 1,
+    draw_seed: Annotated[int, typer.Option(metavar="S", min=0, help="Which draw of --shots.")] = 1,
     classes: Annotated[
         str,
         typer.Option(
-            "--classes",
             metavar="all|base|novel",
             help="Train on all classes, or on the half with more (base) or fewer training videos.",
         ),
@@ -76,14 +67,12 @@ def train_head(
     repeat: Annotated[
         str,
         typer.Option(
-            "--repeat",
             metavar="N|full",
             help="Have every video N times in an epoch; full: until they are as many as all.",
         ),
     ] = "1",
     from_head: Annotated[
-        str | None,
-        typer.Option("--from-head", metavar="RUN", help="Start from this head's weights."),
+        str | None, typer.Option(metavar="RUN", help="Start from this head's weights.")
     ] = None,
     resume: options.Resume = False,
     root: options.Root = options.DEFAULT_ROOT,
@@ -105,10 +94,7 @@ def train_head(
     from heads.training.training_set import choose_training_set
 
     workspace = options.workspace(root)
-    if name == MEAN_OF_FRAMES:
-        raise UserError(
-            f"--name {name}: --head {name} means no head in other commands; use another name"
-        )
+    require_run_name(name or "")
     settings = load_recipe(recipe or DEFAULT_RECIPE)
     training = settings.train_config(
         epochs=epochs,
@@ -121,8 +107,9 @@ def train_head(
         precision=precision,
     )
     chosen = workspace.choose_dataset(dataset)
-    split = split or workspace.default_split(chosen, ("train",))
-    store = workspace.choose_store(chosen, split=split, sampling=sampling, name=store_name)
+    stores = workspace.opened(chosen)
+    split = split or stores.default_split(("train",))
+    store = stores.choose(split=split, sampling=sampling, name=store_name)
     initial, initial_run = None, None
     if from_head is not None:
         if (head, layers, experts) != (None, None, None):
@@ -164,10 +151,9 @@ def train_head(
             device=options.device(device),
             progress=progress,
         )
-    if json:
-        print_json(summary.to_json())
-        return
-    print_facts(
+    print_answer(
+        json,
+        summary.to_json(),
         {
             "run": f"{summary.run} in {summary.path}",
             "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
@@ -177,5 +163,5 @@ def train_head(
             "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
             "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"
             + options.same_root(root),
-        }
+        },
     )

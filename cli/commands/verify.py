@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +15,7 @@ if TYPE_CHECKING:
 
 def verify(
     store: Annotated[
-        str,
-        typer.Argument(metavar="STORE", help="Folder of a store, or its name under features/."),
+        str, typer.Argument(metavar="STORE", help="Folder of a store, or its name under features/.")
     ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Read every byte and compare every checksum.")
@@ -26,13 +23,12 @@ def verify(
     reencode: Annotated[
         int,
         typer.Option(
-            "--reencode",
             metavar="N",
             min=0,
             help="Encode N videos again, drawn at random, with the recorded encoder, and compare.",
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which videos --reencode draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which videos --reencode draws.")] = 0,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -45,7 +41,7 @@ def verify(
     Example: `mote-cli verify ViT-B-16-openai--uniform-16 --deep`
     """
     from cli.next_command import repair_command
-    from featstore.checking.verify import Damage, Report
+    from featstore.checking.verify import Damage, Report, note_partitions
     from featstore.checking.verify import verify as check
     from featstore.errors import one_line
     from featstore.format.metadata import DamagedMetadata, read_metadata
@@ -61,7 +57,11 @@ def verify(
     damaged: list[dict[str, Any]] = [vars(finding) for finding in report.damaged]
     again: Reencoding | None = None
     if reencode and not damaged:
-        again = _encode_again(path, reencode, seed, options.device(device), root)
+        from pipeline.extraction.reencode import reencode_store
+
+        on, place = options.device(device), options.workspace(root)
+        with progress_of("encode", "videos") as progress:
+            again = reencode_store(path, place, reencode, seed=seed, device=on, progress=progress)
         damaged += [
             {
                 "partition": row.partition,
@@ -72,7 +72,7 @@ def verify(
             if row.cosine < again.tolerance and not row.reason
         ]
     partitions = {f["partition"]: f["reason"] for f in damaged if isinstance(f["partition"], int)}
-    note = _note(path, deep, partitions) if repair else None
+    note = note_partitions(path, deep, partitions) if repair else None
     ok = not damaged and (again is None or again.ok)
     if json:
         print_json(
@@ -86,7 +86,7 @@ def verify(
                 "rows_failed": report.rows_failed,
                 "damaged": damaged,
                 "reencoded": None if again is None else again.to_json(),
-                "note": note,
+                "note": None if note is None else str(note),
                 "repair": repair if partitions else None,
             }
         )
@@ -101,53 +101,10 @@ def verify(
         if reencode and again is None:
             warn("nothing was encoded again: repair the damage first")
         if partitions:
-            results.print(f"to repair: {repair}", markup=False)
+            results.print(f"to repair: {repair}")
         elif ok:
-            results.print("no damage found", markup=False)
+            results.print("no damage found")
     raise typer.Exit(0 if ok else 1)
-
-
-def _encode_again(path: Path, count: int, seed: int, device: str, root: Path) -> Reencoding:
-    from featstore import open_store
-    from featstore.checking.verify import reencode
-    from pipeline.extraction.reencode import Reencoder
-
-    store = open_store(path)
-    # A store in its place knows its workspace; --root says where the data set of another lies.
-    folder = path.resolve().parent
-    inside = folder.parent.name == "features" and folder.name == store.provenance.dataset
-    workspace = options.workspace(folder.parents[1] if inside else root)
-    with (
-        Reencoder(
-            store,
-            workspace.dataset_dir(store.provenance.dataset),
-            workspace.root / "encoders",
-            device,
-        ) as encoder,
-        progress_of("encode", "videos") as progress,
-    ):
-        return reencode(store, count, encoder, seed=seed, progress=progress)
-
-
-def _note(path: Path, deep: bool, partitions: Mapping[int, str]) -> str | None:
-    """Note the damage beside the store; returns the note's path, None when there is none."""
-    from featstore.format.metadata import read_metadata
-    from featstore.reading.chunk_files import ChunkFiles
-    from featstore.reading.damage_notes import DamageNote, note_damage, note_path
-
-    files = ChunkFiles(path, read_metadata(path))
-    # What a deep check found stays noted until it is repaired, in the words it was found with.
-    noted = {} if deep else DamageNote(files).reasons()
-    try:
-        note = note_damage(files, {**partitions, **noted})
-    except OSError as error:
-        where = ", ".join(str(path / "commit" / "c" / str(tar)) for tar in sorted(partitions))
-        warn(
-            f"{note_path(path)} cannot be written ({error.strerror}), so that extract will not "
-            f"know of the damage: delete {where or 'that file'} before it is run"
-        )
-        return None
-    return None if note is None else str(note)
 
 
 def _print(facts: dict[str, Any], damaged: list[dict[str, Any]], again: Reencoding | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +25,11 @@ from featstore.format.schema import (
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition, read_class_text
 from featstore.reading.coded_shards import CodedFeatures
-from featstore.reading.damage_notes import DamageNote
+from featstore.reading.damage_notes import DamageNote, note_damage, note_path
 from featstore.reading.shards import ShardFile
 from featstore.reading.store import Store
+
+logger = logging.getLogger(__name__)
 
 # Cosine of every frame that is encoded again with the one stored. Features are equal bit for bit on
 # the same machine; another processor adds in another order, in the precision's own rounding.
@@ -111,6 +114,27 @@ def verify(
     return Report(
         not damaged, deep, partitions, rows_ok, rows_failed, tuple(damaged), tuple(pending)
     )
+
+
+def note_partitions(path: Path, deep: bool, damaged: Mapping[int, str]) -> Path | None:
+    """Note beside the store what a check found, so that `extract` does those partitions again.
+
+    `damaged` is the reason by partition. Returns the note's path; None without findings, or where
+    it cannot be written, which is logged with a remedy.
+    """
+    files = ChunkFiles(path, read_metadata(path))
+    # What a deep check found stays noted until it is repaired, in the words it was found with.
+    noted = {} if deep else DamageNote(files).reasons()
+    try:
+        return note_damage(files, {**damaged, **noted})
+    except OSError as error:
+        where = ", ".join(str(path / "commit" / "c" / str(tar)) for tar in sorted(damaged))
+        logger.warning(
+            "%s cannot be written (%s), so that extract will not know of the damage: delete %s "
+            "before it is run",
+            *(note_path(path), error.strerror, where or "that file"),
+        )
+        return None
 
 
 def _status(files: ChunkFiles, tar: int, commit: Commit) -> npt.NDArray[np.uint8]:

@@ -19,7 +19,7 @@ from featstore.format.array_checks import whole_numbers
 from featstore.format.class_texts import ClassText
 from featstore.format.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.format.provenance import Provenance
-from featstore.format.schema import FeatureArray, RowArray, StoreSchema
+from featstore.format.schema import STATUS_FAILED, FeatureArray, RowArray, StoreSchema
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit, read_class_text
 from featstore.reading.features import FeatureFiles
@@ -129,6 +129,29 @@ class Store:
         return iter(sorted(self._commits))
 
     # What it lists
+
+    def facts(self) -> dict[str, Any]:
+        """What the store holds, JSON-ready: counts, shapes, provenance and why videos failed."""
+        failed = np.flatnonzero(self.status == STATUS_FAILED).tolist()
+        keys, reasons = self.keys, self.reasons
+        return {
+            "rows_ok": len(self) - len(failed),
+            "rows_failed": len(failed),
+            "tars_done": len(list(self.partitions())),
+            "tars": self.schema.tars,
+            "complete": self.complete,
+            "views": self.schema.views,
+            "frames": self.schema.frames,
+            "dim": self.schema.dim,
+            "tier": self.tier,
+            "item": list(self.schema.item),
+            "features": self.schema.storage,
+            "classes": len(self.class_names),
+            "splits": {name: len(self.split(name)) for name in self.split_names},
+            "prompt_sets": list(self.prompt_sets),
+            "provenance": self.provenance.to_json(),
+            "failures": [{"key": keys[i], "reason": reasons[i]} for i in failed],
+        }
 
     def __len__(self) -> int:
         """Listed samples, ok or failed, in committed partitions."""

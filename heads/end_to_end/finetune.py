@@ -27,7 +27,6 @@ from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
 from heads.end_to_end.publish import publish
 from heads.end_to_end.run_folder import (
     open_run,
-    read_failed_clips,
     starting_head,
     write_failed_clips,
 )
@@ -39,6 +38,7 @@ from heads.files.run_files import (
     HEAD_FILE,
     LOCK_FILE,
     TOWER_FILE,
+    read_failed_clips,
     read_metrics,
 )
 from heads.methods.settings import AsJson

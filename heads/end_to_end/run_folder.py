@@ -106,15 +106,6 @@ def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]])
     write_bytes(run_dir / FAILURES_FILE, text.getvalue().encode())
 
 
-def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of failures.csv; none where there is no such file."""
-    try:
-        text = (run_dir / FAILURES_FILE).read_text()
-    except FileNotFoundError:
-        return []
-    return [dict(line) for line in csv.DictReader(io.StringIO(text, newline=""))]
-
-
 def _has_head(run_dir: Path) -> bool:
     return (run_dir / HEAD_FILE).is_file()
 

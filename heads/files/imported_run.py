@@ -1,9 +1,8 @@
-"""A run folder of an imported head: what is known of it, and the tower it came with."""
+"""What an imported or fine-tuned run keeps beside its head: the tower as it was trained."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from featstore.errors import UserError
-from featstore.files.durable import write_json
-from heads.files.head_file import load_tensors, open_tensors, save_head, save_tensors
-from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE
+from heads.files.head_file import load_tensors, open_tensors
+from heads.files.run_files import TOWER_FILE
 from heads.methods.head import Head
-from heads.methods.mote.official import OfficialCheckpoint
-from heads.methods.settings import HeadOrigin
 from heads.methods.text_classifier import SAME_CLASS, class_cosines
-
-
-def save_imported_run(
-    folder: Path,
-    head: Head,
-    checkpoint: OfficialCheckpoint,
-    facts: Mapping[str, Any],
-) -> None:
-    """Make `folder` a run of the imported `head`, whose origin must be set.
-
-    The unblended tower stays beside it, for an export that is the same to the bit. `facts` says
-    where the head came from (strict JSON).
-    """
-    assert head.origin is not None
-    save_tensors(folder / TOWER_FILE, checkpoint.tower_state, {"epoch": checkpoint.epoch})
-    save_head(head, folder / HEAD_FILE)
-    write_json(
-        folder / CONFIG_FILE,
-        {
-            "head": head.config.to_json(),
-            "data": head.origin.to_json(),
-            "imported": dict(facts),
-        },
-    )
 
 
 def imported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
@@ -77,30 +49,6 @@ def tower_hash(run_dir: Path) -> str | None:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def imported_origin(
-    *,
-    encoder: str,
-    encoder_fingerprint: str,
-    preprocessing: Mapping[str, Any],
-    class_names: tuple[str, ...] | None,
-    frames: int,
-) -> HeadOrigin:
-    """What is known of an imported head: its tower, its prompts and what the user says."""
-    return HeadOrigin(
-        dataset="",
-        dataset_fingerprint="",
-        encoder=encoder,
-        encoder_fingerprint=encoder_fingerprint,
-        encoder_precision="",
-        sampling="",
-        crops=1,
-        preprocessing=dict(preprocessing),
-        prompt_set="mote28",
-        class_names=class_names,
-        frames=frames,
-    )
 
 
 def require_class_names(head: Head, class_names: tuple[str, ...], embeddings: Tensor) -> None:

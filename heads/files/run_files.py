@@ -13,12 +13,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import write_bytes
+from featstore.workspace import FIRST_STAGE
 
 CONFIG_FILE: Final = "config.json"
 KEYS_FILE: Final = "training-keys.json"
@@ -62,13 +65,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []  # they describe a finished run; its head is what counts
 
 
+def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of failures.csv; none where there is no such file."""
+    try:
+        text = (run_dir / FAILURES_FILE).read_text()
+    except FileNotFoundError:
+        return []
+    return [dict(line) for line in csv.DictReader(io.StringIO(text, newline=""))]
+
+
 def describe_run(run_dir: Path) -> dict[str, Any]:
     """What a run is and how far it got, JSON-ready; UserError when `run_dir` is no run."""
     settings = read_config(run_dir)
     if settings is None:
         raise UserError(f"{run_dir} is no run: it has no {CONFIG_FILE}")
     epochs = read_metrics(run_dir)
-    return {
+    facts = {
         "name": run_dir.name,
         "finished": (run_dir / HEAD_FILE).is_file(),
         "epochs_done": len(epochs),
@@ -80,3 +92,17 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
         **({"imported": settings["imported"]} if "imported" in settings else {}),
         "results": sorted(path.name for path in (run_dir / "eval").glob("*.json")),
     }
+    if facts.get("mode") == "finetune":
+        facts["top1_by_epoch"] = {
+            f"epoch {record['epoch']}": round(record["evaluation"]["top1"], 2)
+            for record in epochs
+            if record["evaluation"]
+        }
+        facts["clips_per_second"] = round(epochs[-1]["clips_per_second"], 2) if epochs else None
+        if (run_dir / FIRST_STAGE).is_dir():
+            facts["first_stage"] = str(run_dir / FIRST_STAGE)
+        facts["failures"] = [
+            {"key": failure["key"], "reason": failure["reason"]}
+            for failure in read_failed_clips(run_dir)
+        ]
+    return facts

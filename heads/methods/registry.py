@@ -102,6 +102,12 @@ def method(name: str) -> Method:
     return found
 
 
+def require_run_name(name: str) -> None:
+    """UserError for a name that no run can have: that by which commands ask for no head."""
+    if name == MEAN_OF_FRAMES:
+        raise UserError(f"--name {name}: --head {name} means no head; use another name")
+
+
 def config_from_json(value: Any) -> MethodConfig:
     """The configuration that `to_json` of some method's gave; UserError where it is none."""
     kind = value.get("kind", DEFAULT_METHOD) if isinstance(value, Mapping) else DEFAULT_METHOD

@@ -14,6 +14,7 @@ from featstore.files.durable import write_json
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_ENCODER = "ViT-B-16/openai"
 CONFIG_FILE = "open_clip_config.json"
 # Layers and width of the towers that papers name (Dosovitskiy et al., ICLR 2021).
 _SIZES = {(12, 768): "B", (24, 1024): "L", (32, 1280): "H"}

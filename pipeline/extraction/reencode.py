@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy.typing as npt
 
-from featstore import Store
+from featstore import Store, open_store
+from featstore.checking.verify import Reencoding, reencode
 from featstore.errors import UserError, WorkError
 from featstore.format.tiers import Tier
+from featstore.progress import ProgressSink, no_progress
+from featstore.workspace import Workspace
 from pipeline.clip_encoder import load_encoder
 from pipeline.decoding import decoder_named
 from pipeline.decoding.contract import Strictness
@@ -19,6 +22,30 @@ from pipeline.extraction.tiers import frame_output
 from pipeline.sampling import parse_sampling
 from pipeline.tars.dataset import load_dataset
 from pipeline.tars.reading import DamagedTar, open_tar
+
+
+def reencode_store(
+    path: Path,
+    workspace: Workspace,
+    count: int,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: ProgressSink = no_progress,
+) -> Reencoding:
+    """Encode `count` rows of a store again, drawn by `seed`, and compare them with what is stored.
+
+    A store in its place knows its workspace; `workspace` has the data set and the encoder of any
+    other. Raises what `Reencoder` and `featstore.checking.verify.reencode` do.
+    """
+    store = open_store(path)
+    dataset = store.provenance.dataset
+    folder = path.resolve().parent
+    if folder.parent.name == "features" and folder.name == dataset:
+        workspace = Workspace(folder.parents[1])
+    encoders = workspace.root / "encoders"
+    with Reencoder(store, workspace.dataset_dir(dataset), encoders, device) as encoder:
+        return reencode(store, count, encoder, seed=seed, progress=progress)
 
 
 class Reencoder:

@@ -110,6 +110,22 @@ class Dataset:
         """Videos in tars."""
         return sum(tar.samples for tar in self.tars)
 
+    def facts(self) -> dict[str, Any]:
+        """What the data set holds, JSON-ready: counts, classes, splits and why videos failed."""
+        return {
+            "name": self.name,
+            "videos_listed": self.listed,
+            "videos_packed": self.packed,
+            "videos_failed": self.listed - self.packed,
+            "classes": len(self.class_names),
+            "class_names": list(self.class_names),
+            "splits": {name: len(self.keys_by_split[name]) for name in self.split_names},
+            "tars": len(self.tars),
+            "bytes": sum(tar.bytes for tar in self.tars),
+            "fingerprint": self.fingerprint,
+            "failures": [{"key": f.key, "reason": f.reason} for t in self.tars for f in t.failed],
+        }
+
     def write(self) -> None:
         """Write `dataset.json`, complete or not at all."""
         write_json(

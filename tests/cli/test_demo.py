@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import cli.commands.demo
+import heads.demo
 import pipeline.demo.world
 from tests.support.processes.command_line import done, mote
 
@@ -24,7 +24,7 @@ def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     short = tmp_path / "short.toml"
     short.write_text('[training]\nepochs = 2\nprecision = "fp32"\n')
-    monkeypatch.setattr(cli.commands.demo, "RECIPE", str(short))
+    monkeypatch.setattr(heads.demo, "RECIPE", str(short))
 
 
 def test_the_demo_runs_every_stage_and_reports_it(small_world: None, tmp_path: Path) -> None:

@@ -49,24 +49,24 @@ def test_data_sets_are_those_that_are_packed(workspace: Workspace) -> None:
 
 def test_no_store_names_the_command(workspace: Workspace) -> None:
     with pytest.raises(UserError, match="run `mote-cli extract --dataset k400` first"):
-        workspace.choose_store("k400")
+        workspace.opened("k400").choose()
 
 
 def test_the_one_that_fits(workspace: Workspace) -> None:
     folder = workspace.features_dir("toy")
     make_store(folder / "train.zarr", row_shape=(1, 4, 16), sampling="uniform:4")
     make_store(folder / "val.zarr", row_shape=(3, 4, 16), sampling="clips:4x3")
-    assert workspace.choose_store("toy", views=3).path.name == "val.zarr"
-    assert workspace.choose_store("toy", sampling="uniform:4").path.name == "train.zarr"
+    assert workspace.opened("toy").choose(views=3).path.name == "val.zarr"
+    assert workspace.opened("toy").choose(sampling="uniform:4").path.name == "train.zarr"
     with pytest.raises(UserError, match=r"2 stores .* fit: train.zarr \(.*\), val.zarr \(") as info:
-        workspace.choose_store("toy")
+        workspace.opened("toy").choose()
     assert "\n" not in str(info.value)
     with pytest.raises(UserError, match=r"train.zarr has 1 views, not 9; val.zarr has 3 views"):
-        workspace.choose_store("toy", views=9)
+        workspace.opened("toy").choose(views=9)
     with pytest.raises(UserError, match=r"no rows of split 'test'.*extract --dataset toy --split"):
-        workspace.choose_store("toy", split="test")
+        workspace.opened("toy").choose(split="test")
     with pytest.raises(UserError, match="another encoder"):
-        workspace.choose_store("toy", encoder_fingerprint="ffff")
+        workspace.opened("toy").choose(encoder_fingerprint="ffff")
 
 
 @pytest.mark.parametrize("own_tars", [True, False])
@@ -77,11 +77,11 @@ def test_a_split_that_the_data_set_lacks(workspace: Workspace, own_tars: bool) -
     names = ["train", "val", "test"]
     packed.write_text(json.dumps({"split_names": names, "splits_disjoint": own_tars}))
     with pytest.raises(UserError) as none:
-        workspace.choose_store("toy", split="nope")
+        workspace.opened("toy").choose(split="nope")
     assert str(none.value) == "data set 'toy' has no split 'nope': choose one of train, val, test"
     # A split that it has is to be extracted: by itself where it has tars of its own.
     with pytest.raises(UserError, match="no rows of split 'test'") as known:
-        workspace.choose_store("toy", split="test")
+        workspace.opened("toy").choose(split="test")
     assert ("--split test" in str(known.value)) is own_tars
 
 
@@ -94,14 +94,14 @@ def test_a_data_set_that_does_not_say_its_splits(workspace: Workspace, content: 
     packed.parent.mkdir(parents=True)
     packed.write_text(content)
     with pytest.raises(UserError, match=r"of split 'nope'|split 'nope': it has none"):
-        workspace.choose_store("toy", split="nope")
+        workspace.opened("toy").choose(split="nope")
 
 
 def test_an_unfinished_store_is_not_used(workspace: Workspace) -> None:
     path = workspace.features_dir("toy") / "s.zarr"
     init_store(path, StoreSchema.create(2, 4, 1, 2, 8), [4, 4])
     with pytest.raises(WorkError, match="holds 0 of 2 partitions: finish it with"):
-        workspace.choose_store("toy")
+        workspace.opened("toy").choose()
 
 
 def test_a_damaged_store_is_reported_when_nothing_else_fits(
@@ -111,9 +111,9 @@ def test_a_damaged_store_is_reported_when_nothing_else_fits(
     make_store(folder / "a.zarr")
     (folder / "a.zarr/features/c/0/0/0/0").unlink()
     with pytest.raises(WorkError, match="partition 0"):
-        workspace.choose_store("toy")
+        workspace.opened("toy").choose()
     make_store(folder / "b.zarr")
-    assert workspace.choose_store("toy").path.name == "b.zarr"
+    assert workspace.opened("toy").choose().path.name == "b.zarr"
     assert "left out: partition 0" in caplog.text
 
 

@@ -339,13 +339,13 @@ def test_the_workspace_gives_heads_embeddings_only(tmp_path: Path) -> None:
     filled(paths["frames"], FRAMES)
     filled(paths["tokens:7"], TOKENS)
     with pytest.raises(UserError, match="holds frames, not the embeddings that heads work on"):
-        workspace.choose_store("toy")
-    assert workspace.default_split("toy", ["val"]) is None
+        workspace.opened("toy").choose()
+    assert workspace.opened("toy").default_split(["val"]) is None
     make_store(paths["embeddings"])
-    assert workspace.choose_store("toy").path == paths["embeddings"]
-    assert workspace.default_split("toy", ["val"]) == "val"
+    assert workspace.opened("toy").choose().path == paths["embeddings"]
+    assert workspace.opened("toy").default_split(["val"]) == "val"
     with pytest.raises(UserError, match="holds tokens:7, not the embeddings that heads work on"):
-        workspace.choose_store("toy", name="vit--uniform-4--tokens-7")
+        workspace.opened("toy").choose(name="vit--uniform-4--tokens-7")
     for path in (paths["frames"], paths["tokens:7"]):
         with pytest.raises(UserError, match="choose or extract a store without --tier"):
             open_store(path).require_embeddings()

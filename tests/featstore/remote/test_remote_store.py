@@ -462,7 +462,7 @@ def test_frames_go_up_and_come_down(bucket: str, tmp_path: Path) -> None:
                 writer.write_partition(tar, replace(made, features=rows))
     assert writer.pending() == []
     with pytest.raises(UserError, match="holds frames, not the embeddings"):
-        Workspace(tmp_path).choose_store("toy", name=url)
+        Workspace(tmp_path).opened("toy").choose(name=url)
     assert not list((tmp_path / "cache").glob("stores/*"))
     store = open_store(url)
     found = store.features(store.rows)

@@ -18,11 +18,11 @@ from heads.end_to_end import publish as publishing
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.run_folder import (
     open_run,
-    read_failed_clips,
     starting_head,
     write_failed_clips,
 )
 from heads.files.head_file import save_head
+from heads.files.run_files import read_failed_clips
 from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig
 from heads.methods.settings import HeadOrigin

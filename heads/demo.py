@@ -1,0 +1,172 @@
+"""The demo's work: one generated world through every stage, from making its videos to accuracy."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from featstore import Store, open_store
+from featstore.progress import Stages, no_stages
+from featstore.workspace import Workspace
+from heads.end_to_end.finetune import finetune
+from heads.end_to_end.plan import FinetuneRequest
+from heads.evaluation.evaluate import evaluate_store
+from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
+from heads.files.head_file import load_head
+from heads.methods.head import Head
+from heads.methods.registry import MEAN_OF_FRAMES
+from heads.recipes import load_recipe
+from heads.training.ranks import Ranks
+from heads.training.train_head import train_head, training_rows
+from pipeline.demo import world
+from pipeline.demo.small_clip import ENCODER_NAME, make_encoder_folder
+from pipeline.extraction.request import ExtractionRequest
+from pipeline.extraction.run import extract
+from pipeline.sampling import parse_sampling
+from pipeline.tars.packing import pack
+
+PROMPTS: Final = "name"  # the demo's small CLIP learned from captions, not from prompt sentences
+SAMPLING: Final = parse_sampling("uniform:16")
+RECIPE = "demo"
+TRAINED: Final = ("transformer", "mote")
+"""The methods that are trained; the last of them is fine-tuned."""
+MEASURES: Final = ("closeset_top1", "zeroshot_top1", "harmonic_mean")
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the table: a head, its temporal feature modulation on or off."""
+
+    head: str
+    modulated: bool
+
+
+def demo_rows(finetuned: bool) -> list[DemoRow]:
+    """The lines of the table, those of the fine-tuned head last."""
+    trained = [*TRAINED, *([f"{TRAINED[-1]}-finetuned"] if finetuned else [])]
+    return [DemoRow(MEAN_OF_FRAMES, False)] + [
+        DemoRow(head, modulated) for head in trained for modulated in (False, True)
+    ]
+
+
+def run_world(
+    workspace: Workspace, seed: int, finetune_epochs: int = 0, stages: Stages = no_stages
+) -> list[dict[str, float]]:
+    """Make, pack, extract, train and evaluate the world of one seed.
+
+    Gives the `MEASURES` of each of `demo_rows`, in per cent. What an earlier run of the same seed
+    finished is not done again.
+    """
+    make_encoder_folder(workspace.encoder_dir(ENCODER_NAME))
+    with stages(f"make videos (seed {seed})", "videos") as progress:
+        folder = workspace.root / "demo" / f"videos-{seed}"
+        folders = world.write_world(world.draw_world(seed), folder, progress=progress)
+    datasets = {kind: f"demo-{kind}-{seed}" for kind in ("known", "new")}
+    for kind, videos in (("known", folders.known), ("new", folders.new)):
+        name = datasets[kind]
+        with stages(f"pack {kind}", "videos") as progress:
+            pack(videos, name, workspace.dataset_dir(name), progress=progress)
+    stores = _extracted(workspace, datasets, ENCODER_NAME, stages)
+    heads: dict[str, Head | None] = {MEAN_OF_FRAMES: None}
+    recipe = load_recipe(RECIPE)
+    for head in TRAINED:
+        run_dir = workspace.run_dir(f"demo-{head}-{seed}")
+        with stages(f"train {head}", "steps") as progress:
+            train_head(
+                stores["known"],
+                run_dir,
+                recipe.head_config(stores["known"].provenance.dim, kind=head),
+                recipe.train_config(seed=seed),
+                rows=training_rows(stores["known"], "train"),
+                prompt_set=PROMPTS,
+                resume=run_dir.exists(),
+                device="cpu",
+                progress=progress,
+            )
+        heads[head] = load_head(run_dir)
+    rows = demo_rows(finetuned=False)
+    measured = [_measured(stores, heads[row.head], row) for row in rows]
+    if finetune_epochs:
+        name = f"demo-finetuned-{seed}-{finetune_epochs}"
+        run_dir = workspace.run_dir(name)
+        with stages(f"finetune {datasets['known']}", "steps") as progress:
+            finetune(
+                FinetuneRequest(
+                    dataset_dir=workspace.dataset_dir(datasets["known"]),
+                    run_dir=run_dir,
+                    encoder_dir=workspace.encoder_dir(name),
+                    encoders_dir=workspace.root / "encoders",
+                    config=recipe.finetune_config(seed=seed, epochs=finetune_epochs),
+                    head=recipe.head_config,
+                    from_head=workspace.run_dir(f"demo-{TRAINED[-1]}-{seed}"),
+                    resume=run_dir.exists(),
+                ),
+                Ranks(),
+                progress,
+            )
+        stores = _extracted(workspace, datasets, name, stages)
+        tuned = load_head(run_dir)
+        measured += [
+            _measured(stores, tuned, row) for row in demo_rows(finetuned=True)[len(rows) :]
+        ]
+    return measured
+
+
+def demo_table(runs: Sequence[list[dict[str, float]]], finetuned: bool) -> list[dict[str, Any]]:
+    """The rows of `run_world`'s runs, JSON-ready: `head`, `modulated` and the mean of each measure.
+
+    Of several runs also `_std`, the population's standard deviation, and `_per_seed`.
+    """
+    table = []
+    for row, *measured in zip(demo_rows(finetuned), *runs, strict=True):
+        line: dict[str, Any] = vars(row).copy()
+        for measure in MEASURES:
+            values = [run[measure] for run in measured]
+            line[measure] = statistics.fmean(values)
+            if len(values) > 1:
+                line[f"{measure}_std"] = statistics.pstdev(values)
+                line[f"{measure}_per_seed"] = values
+        table.append(line)
+    return table
+
+
+def _extracted(
+    workspace: Workspace, datasets: Mapping[str, str], encoder: str, stages: Stages
+) -> dict[str, Store]:
+    """The stores of the data sets by an encoder of the workspace."""
+    stores = {}
+    for kind, dataset in datasets.items():
+        path = workspace.store_path(dataset, encoder=encoder, sampling=SAMPLING.text)
+        request = ExtractionRequest(
+            dataset_dir=workspace.dataset_dir(dataset),
+            store_path=path,
+            encoder=encoder,
+            sampling=SAMPLING,
+            encoders_dir=workspace.root / "encoders",
+            precision="fp32",
+            prompt_sets=(PROMPTS,),
+        )
+        with stages(f"extract {dataset}", "videos") as progress:
+            extract(request, progress=progress)
+        stores[kind] = open_store(path)
+    return stores
+
+
+def _measured(stores: Mapping[str, Store], head: Head | None, row: DemoRow) -> dict[str, float]:
+    """Close-set accuracy on the known classes, zero-shot accuracy on the new ones."""
+    top1 = [
+        evaluate_store(
+            store,
+            head,
+            protocol=protocol,
+            dataset=store.provenance.dataset,
+            tests=build_test_sets(PROTOCOLS[protocol], store),
+            head_name=row.head,
+            modulate=row.modulated,
+            device="cpu",
+        ).top1
+        for protocol, store in (("closeset", stores["known"]), ("zeroshot", stores["new"]))
+    ]
+    return dict(zip(MEASURES, (*top1, statistics.harmonic_mean(top1)), strict=True))

@@ -1,0 +1,123 @@
+"""Weights that a method's authors released, made an encoder and a head of a workspace."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from featstore.errors import UserError, WorkError
+from featstore.files.durable import new_folders, write_json
+from featstore.format.class_texts import DEFAULT_PROMPTS
+from featstore.progress import ProgressSink, no_progress
+from featstore.workspace import Workspace
+from heads.arithmetic import resolve_device
+from heads.files.head_file import save_head, save_tensors
+from heads.files.imported_run import require_class_names
+from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE
+from heads.methods.mote.official import import_official_checkpoint
+from heads.methods.registry import read_checkpoint, require_run_name
+from heads.methods.settings import HeadOrigin
+from pipeline.annotations.class_names import natural_class_name
+from pipeline.annotations.label_names import read_names
+from pipeline.clip_encoder import Encoder, save_open_clip_folder
+from pipeline.encoders.tuned import (
+    original_clip,
+    published_clip,
+    text_attention_heads,
+    tower_of,
+    tuned_clip,
+)
+
+
+def import_checkpoint(
+    workspace: Workspace,
+    file: Path,
+    name: str,
+    *,
+    clip: str | None = None,
+    class_names_file: Path | None = None,
+    blend: float = 0.99,
+    attention_heads: int | None = None,
+    frames: int = 8,
+    device: str = "auto",
+    progress: ProgressSink = no_progress,
+) -> dict[str, Any]:
+    """Make encoders/`name` and heads/`name` of a checkpoint; either both appear or neither.
+
+    `clip` is the spec of the CLIP that the tower was tuned from; None: OpenAI's of its shape.
+    `blend` is the share of the tuned tower, the rest is that CLIP's own. `class_names_file`, CSV
+    `id,name`, names the training classes, which are checked against the features in the
+    checkpoint; `progress` counts their sentences. Returns what the import is about, JSON-ready.
+    UserError for a name in use and for a file, a CLIP or names that do not fit, WorkError when the
+    CLIP cannot be had.
+    """
+    encoder_dir, run_dir = workspace.encoder_dir(name), workspace.run_dir(name)
+    require_run_name(name)
+    for folder in (encoder_dir, run_dir):
+        if folder.exists():
+            raise UserError(f"{folder} exists already: choose another --name or remove it")
+    names = None if class_names_file is None else tuple(read_names(class_names_file).values())
+    _, checkpoint = read_checkpoint(file)
+    spec = clip or published_clip(checkpoint.tower_state)
+    try:
+        original = original_clip(spec, workspace.root / "encoders")
+    except WorkError as error:
+        raise WorkError(f"{error}; or name the original CLIP with --clip SPEC") from error
+    imported = import_official_checkpoint(
+        checkpoint, tower_of(original), blend, attention_heads or text_attention_heads(original)
+    )
+    tuned = tuned_clip(original, imported.tower_state, name)
+    encoder = Encoder(tuned, name, "fp32", resolve_device(device).type)
+    head = imported.head
+    if names is not None:
+        embeddings = encoder.class_embeddings(names, DEFAULT_PROMPTS, progress)
+        require_class_names(head, names, embeddings.cpu())
+    head.origin = origin = HeadOrigin(
+        dataset="",
+        dataset_fingerprint="",
+        encoder=name,
+        encoder_fingerprint=encoder.fingerprint,
+        encoder_precision="",
+        sampling="",
+        crops=1,
+        preprocessing=encoder.preprocessing.to_json(),
+        prompt_set=DEFAULT_PROMPTS,
+        # As data sets write them.
+        class_names=None if names is None else tuple(map(natural_class_name, names)),
+        frames=frames,
+    )
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    facts = {
+        "file": file.name,
+        "sha256": digest,
+        "epoch": imported.epoch,
+        "clip": spec,
+        "blend": blend,
+        "logit_scale": imported.logit_scale,
+    }
+    config = {"head": head.config.to_json(), "data": origin.to_json(), "imported": facts}
+    staging = workspace.root / f".importing-{name}"
+    with new_folders(staging, encoder_dir, run_dir) as (encoder_folder, run_folder):
+        save_open_clip_folder(
+            tuned.model.cpu(), tuned.model_config, tuned.preprocess_config, encoder_folder
+        )
+        # The unblended tower stays beside the head, for an export that is the same to the bit.
+        save_tensors(run_folder / TOWER_FILE, checkpoint.tower_state, {"epoch": checkpoint.epoch})
+        save_head(head, run_folder / HEAD_FILE)
+        write_json(run_folder / CONFIG_FILE, config)
+    return {
+        "name": name,
+        "encoder": str(encoder_dir),
+        "head": str(run_dir),
+        "encoder_fingerprint": encoder.fingerprint,
+        **facts,
+        "dim": head.config.dim,
+        "layers": head.config.layers,
+        "experts": head.config.experts,
+        "attention_heads": head.config.attention_heads,
+        "n_classes": head.training_class_embeddings.shape[0],
+        "class_names_known": names is not None,
+        "frames": frames,
+    }
