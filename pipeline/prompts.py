@@ -191,8 +191,13 @@ def trained_prompt_set(name: str, templates: tuple[str, ...]) -> PromptSet:
     return PromptSet(name, templates or PROMPT_SETS[name])
 
 
-def prompt_sets_of(prompts: Sequence[str | PromptSet]) -> tuple[PromptSet, ...]:
-    """The prompt sets meant, each once; UserError as `as_prompt_set`, and for two of one name."""
+def prompt_sets_of(
+    prompts: Sequence[str | PromptSet], class_names: Sequence[str] | None = None
+) -> tuple[PromptSet, ...]:
+    """The prompt sets meant, each once; with `class_names`, for these classes.
+
+    Raises UserError as `as_prompt_set` and `require_classes`, and for two sets of one name.
+    """
     found: dict[str, PromptSet] = {}
     for prompt_set in map(as_prompt_set, prompts):
         if found.setdefault(prompt_set.name, prompt_set) != prompt_set:
@@ -200,6 +205,8 @@ def prompt_sets_of(prompts: Sequence[str | PromptSet]) -> tuple[PromptSet, ...]:
                 f"two prompt sets have the name {prompt_set.name!r}: name one with "
                 "--prompt-set-name"
             )
+        if class_names is not None:
+            prompt_set.require_classes(class_names)
     return tuple(found.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.files.durable import write_json
+from featstore.files.scratch import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +109,30 @@ def signature(spec: str, encoders_dir: Path | None) -> dict[str, Any]:
     }
 
 
-def remember_fingerprint(note: Path, files: dict[str, Any], fingerprint: str) -> None:
-    """Note that an encoder of this `signature` has this fingerprint."""
-    write_json(note, {"signature": files, "fingerprint": fingerprint})
+def remember_fingerprint(
+    store: Path | str, spec: str, encoders_dir: Path | None, fingerprint: str
+) -> None:
+    """Note beside the store that the encoder has this fingerprint as its files are now."""
+    value = {"signature": signature(spec, encoders_dir), "fingerprint": fingerprint}
+    write_json(_fingerprint_note(store), value)
 
 
-def remembered_fingerprint(note: Path, files: dict[str, Any]) -> str | None:
-    """The fingerprint noted for this `signature`; None when there is none."""
+def remembered_fingerprint(store: Path | str, spec: str, encoders_dir: Path | None) -> str | None:
+    """The fingerprint noted for the encoder's files as they are now; None when there is none."""
+    files = signature(spec, encoders_dir)
     try:
-        value = json.loads(note.read_bytes())
+        value = json.loads(_fingerprint_note(store).read_bytes())
     except (OSError, ValueError):
         return None
     if not isinstance(value, dict) or value.get("signature") != files:
         return None
     fingerprint = value.get("fingerprint")
     return fingerprint if isinstance(fingerprint, str) else None
+
+
+def _fingerprint_note(store: Path | str) -> Path:
+    """The note's file: beside a store on disk, in the cache for one at a URL."""
+    if isinstance(store, str):
+        digest = hashlib.sha256(store.encode()).hexdigest()[:16]
+        return cache_folder() / "stores" / f"{digest}.encoder.json"
+    return store.with_name(f"{store.name}.encoder.json")

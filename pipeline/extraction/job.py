@@ -20,10 +20,10 @@ from featstore.writing.writer import StoreExists
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import Decoder
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, dali_version
-from pipeline.encoders.specs import lasting_spec, remember_fingerprint, signature
+from pipeline.encoders.specs import lasting_spec, remember_fingerprint
 from pipeline.extraction.cpu_pool import VideoPool, decoder_for, open_pool
 from pipeline.extraction.engine import Engine
-from pipeline.extraction.plan import ExtractionPlan, fingerprint_note
+from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import Totals
 from pipeline.extraction.tiers import frame_output
 from pipeline.prompts import PromptSet
@@ -73,9 +73,7 @@ class ExtractionJob:
                 assert writer is not None
                 self._require_same(writer)
         remember_fingerprint(
-            fingerprint_note(request.store_path),
-            signature(request.encoder, request.encoders_dir),
-            self.encoder.fingerprint,
+            request.store_path, request.encoder, request.encoders_dir, self.encoder.fingerprint
         )
         return writer
 

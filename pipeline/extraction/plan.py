@@ -5,7 +5,6 @@ A finished store is recognised here, so that running the same command again take
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -13,15 +12,15 @@ from typing import Final
 import numpy as np
 
 from featstore import StoreSchema
-from featstore.errors import UserError, WorkError
+from featstore.errors import WorkError
 from featstore.files.disk import free_bytes, has_room, in_bytes
 from featstore.files.scratch import ScratchFolder, cache_folder
 from featstore.format.schema import STATUS_FAILED
-from featstore.opening import AnyWriter, StorePlace, open_rows, writer_of
-from pipeline.encoders.specs import remembered_fingerprint, signature
+from featstore.opening import AnyWriter, open_rows, writer_of
+from pipeline.encoders.specs import remembered_fingerprint
 from pipeline.extraction.request import ExtractionRequest
 from pipeline.prompts import PROMPT_SETS, PromptSet, prompt_sets_of
-from pipeline.tars.dataset import Dataset, Tar, load_dataset
+from pipeline.tars.dataset import load_dataset, tars_of
 from pipeline.tars.sources import LocalTars, RemoteTars, TarSource, remote_dataset
 
 # Keys, reasons and numbers of a row beside its features and frame times, generously.
@@ -39,18 +38,19 @@ class ExtractionPlan:
     def __init__(self, request: ExtractionRequest) -> None:
         """Read what is on disk; raises UserError and `WorkError` for what cannot be done."""
         self.request = request
-        self.writer: AnyWriter | None = writer_of(request.store_path)  # None before it is made
-        # An unknown or wrong set of prompts is refused before the work begins.
-        self.prompt_sets = prompt_sets_of([self._meant(p) for p in request.prompt_sets])
         self._scratch: ScratchFolder | None = None
         if isinstance(request.dataset_dir, str):
             self._scratch = ScratchFolder()
             self.dataset = remote_dataset(request.dataset_dir, self._scratch.path)
         else:
             self.dataset = load_dataset(request.dataset_dir)
-        for prompts in self.prompt_sets:
-            prompts.require_classes(self.dataset.class_names)
         self.tars = tars_of(self.dataset, request.split)
+        self.writer: AnyWriter | None = writer_of(request.store_path)  # None before it is made
+        # An unknown or wrong set of prompts is refused before the work begins. The sentences of a
+        # set that the store has are not needed again: its name is enough.
+        held = {*self.writer.prompt_sets} - PROMPT_SETS.keys() if self.writer else set()
+        asked = [PromptSet(p) if p in held else p for p in request.prompt_sets]
+        self.prompt_sets = prompt_sets_of(asked, self.dataset.class_names)
 
     def tar_source(self) -> TarSource:
         """A new source of the data set's tars."""
@@ -154,11 +154,8 @@ class ExtractionPlan:
             return False
         made = self.writer.provenance
         request = self.request
-        files = signature(request.encoder, request.encoders_dir)
         return (
-            remembered_fingerprint(fingerprint_note(request.store_path), files)
-            == made.encoder_fingerprint
-            and request.precision in ("auto", made.precision)
+            request.precision in ("auto", made.precision)
             and request.decoder in ("auto", made.decoder)
             and request.strict == made.strict_decode
             and request.sampling.text == made.sampling
@@ -169,13 +166,9 @@ class ExtractionPlan:
             and self.dataset.fingerprint == made.dataset_fingerprint
             and not {prompts.name for prompts in self.prompt_sets} - set(self.writer.prompt_sets)
             and self.require_same_sentences(self.writer)
+            and made.encoder_fingerprint
+            == remembered_fingerprint(request.store_path, request.encoder, request.encoders_dir)
         )
-
-    def _meant(self, prompts: str | PromptSet) -> str | PromptSet:
-        """`prompts`, or a set of the store by its name: its sentences are not needed again."""
-        if isinstance(prompts, str) and prompts not in PROMPT_SETS and self.writer is not None:
-            return PromptSet(prompts) if prompts in self.writer.prompt_sets else prompts
-        return prompts
 
     def require_same_sentences(self, writer: AnyWriter) -> bool:
         """Raise UserError when the store has a prompt set of that name with other sentences."""
@@ -193,32 +186,3 @@ class ExtractionPlan:
         numbers, positions = np.divmod(failed, store.schema.capacity)
         packed = np.array([tar.samples for tar in self.tars])
         return set(numbers[positions < packed[numbers]].tolist())
-
-
-def fingerprint_note(store_path: StorePlace) -> Path:
-    """Where the encoder's files and fingerprint are noted: beside a store, or in the cache."""
-    if isinstance(store_path, str):
-        digest = hashlib.sha256(store_path.encode()).hexdigest()[:16]
-        return cache_folder() / "stores" / f"{digest}.encoder.json"
-    return store_path.with_name(f"{store_path.name}.encoder.json")
-
-
-def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
-    """The tars of a split, all when None.
-
-    Raises UserError for an unknown split, one without videos, and where splits share tars.
-    """
-    if split is None:
-        return list(dataset.tars)
-    if split not in dataset.split_names:
-        names = ", ".join(dataset.split_names) or "none"
-        raise UserError(f"{dataset.name} has no split {split!r}: its splits are {names}")
-    if not dataset.splits_disjoint:
-        raise UserError(
-            f"the splits of {dataset.name} overlap, so they share tars and one extraction: "
-            "leave --split out, and name the split when training or evaluating"
-        )
-    tars = [tar for tar in dataset.tars if tar.split == split]
-    if not tars:
-        raise UserError(f"split {split} of {dataset.name} lists no videos: choose another")
-    return tars

@@ -176,6 +176,27 @@ def write_failures(dataset_dir: Path, failures: Sequence[FailedVideo]) -> None:
     write_bytes(dataset_dir / FAILURES_FILE, text.getvalue().encode())
 
 
+def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
+    """The tars of a split, all when None.
+
+    Raises UserError for an unknown split, one without videos, and where splits share tars.
+    """
+    if split is None:
+        return list(dataset.tars)
+    if split not in dataset.split_names:
+        names = ", ".join(dataset.split_names) or "none"
+        raise UserError(f"{dataset.name} has no split {split!r}: its splits are {names}")
+    if not dataset.splits_disjoint:
+        raise UserError(
+            f"the splits of {dataset.name} overlap, so they share tars and one extraction: "
+            "leave --split out, and name the split when training or evaluating"
+        )
+    tars = [tar for tar in dataset.tars if tar.split == split]
+    if not tars:
+        raise UserError(f"split {split} of {dataset.name} lists no videos: choose another")
+    return tars
+
+
 def load_dataset(dataset_dir: Path) -> Dataset:
     """Read `dataset.json` of a packed data set.
 

@@ -9,8 +9,8 @@ U frames of a video without repeats.
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from threading import Condition
 from typing import Generic, TypeVar
@@ -21,7 +21,6 @@ import numpy.typing as npt
 from featstore.errors import one_line
 from featstore.segments import IntArray
 from pipeline.decoding.contract import DecodeError, VideoInfo
-from pipeline.decoding.nvdec.buckets import Buckets
 from pipeline.decoding.nvdec.graphs import Clip
 from pipeline.decoding.nvdec.rule import (
     DecoderSizes,
@@ -57,6 +56,46 @@ class NvdecPlan:
     places: IntArray
     clip: Clip
     cost: int
+
+
+class Buckets(Generic[Item]):
+    """Collects items by key into batches of at most `items` items and `cost` in all.
+
+    No clock is involved: a batch is complete when it is full, when more than `open_keys` keys wait,
+    or when nothing is on its way that could fill it.
+    """
+
+    def __init__(self, *, items: int, cost: int, open_keys: int) -> None:
+        self._items, self._cost, self._open_keys = items, cost, open_keys
+        self._open: dict[Hashable, list[Item]] = {}
+        self._costs: dict[Hashable, int] = {}
+        self._full: deque[list[Item]] = deque()
+
+    def __len__(self) -> int:
+        """Items that wait."""
+        return sum(map(len, (*self._open.values(), *self._full)))
+
+    def add(self, key: Hashable, item: Item, cost: int) -> None:
+        """Put `item` with those of its key; one that costs more than a batch may gets its own."""
+        if key in self._open and self._costs[key] + cost > self._cost:
+            self._complete(key)
+        self._open.setdefault(key, []).append(item)
+        self._costs[key] = self._costs.get(key, 0) + cost
+        if len(self._open[key]) == self._items or self._costs[key] >= self._cost:
+            self._complete(key)
+
+    def take(self, *, more_coming: bool) -> list[Item] | None:
+        """The next complete batch, None when none is. `more_coming`: items are on their way."""
+        if not self._full and self._open:
+            # Of those that are not full the fullest, of several the oldest.
+            fullest = max(self._open, key=lambda key: len(self._open[key]))
+            if not more_coming or len(self._open) > self._open_keys:
+                self._complete(fullest)
+        return self._full.popleft() if self._full else None
+
+    def _complete(self, key: Hashable) -> None:
+        self._full.append(self._open.pop(key))
+        del self._costs[key]
 
 
 class NvdecBatcher(Generic[Item, Output]):

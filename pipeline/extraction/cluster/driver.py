@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from featstore import StoreWriter
 from featstore.errors import WorkError, one_line
 from featstore.opening import AnyWriter
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.specs import lasting_spec
 from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
-from pipeline.extraction.cluster.worker import Answer, Failure, TarWorker
+from pipeline.extraction.cluster.worker import Answer, TarWorker
 from pipeline.extraction.job import code_versions
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, Totals
@@ -33,7 +32,6 @@ SHARE_TARS: Final = 4
 RETRIES: Final = 3
 # A worker of a killed command may live for some seconds and hold a partition meanwhile.
 CLAIM_WAIT_S: Final = 120.0
-CLAIM_RETRY_S: Final = 2.0
 # Workers that die before they have done anything are not replaced for ever.
 FAILED_STARTS: Final = 3
 SHOWN_S: Final = 0.5
@@ -93,8 +91,6 @@ def _everywhere(place: Path | str) -> Path | str:
 class _Share:
     numbers: list[int]  # of tars
     deaths: int = 0  # of workers that had it in hand
-    not_before: float = 0.0
-    claimed_since: float | None = None
 
 
 @dataclass(eq=False)
@@ -158,7 +154,7 @@ class _Crew:
                 num_gpus=self.size.gpus,
                 max_restarts=0,
                 scheduling_strategy="SPREAD",
-            ).remote(self.request)
+            ).remote(self.request, CLAIM_WAIT_S)
             self.workers.append(_Worker(actor, actor.start.remote(code_versions())))
 
     def hand_out(self) -> None:
@@ -172,11 +168,7 @@ class _Crew:
             size = min(SHARE_TARS, max(1, len(self.fresh) // (2 * self.size.workers)))
             share, self.fresh = _Share(self.fresh[:size]), self.fresh[size:]
             return share
-        now = time.monotonic()
-        ready = next((share for share in self.again if share.not_before <= now), None)
-        if ready is not None:
-            self.again.remove(ready)
-        return ready
+        return self.again.popleft() if self.again else None
 
     def wait(self) -> None:
         """Take an answer when there is one; wait for it, but not longer than the progress may."""
@@ -198,32 +190,17 @@ class _Crew:
         result, share = answer.result, worker.share
         if isinstance(result, str):
             worker.where = result
-        for notice in answer.notices:
-            logging.getLogger(notice.logger).log(
-                notice.level, "%s (worker on %s)", notice.message, worker.where
-            )
+        for record in answer.logged:
+            record.msg = f"{record.msg} (worker on {worker.where})"
+            log = logging.getLogger(record.name)
+            if log.isEnabledFor(record.levelno):
+                log.handle(record)
         worker.call = worker.share = None
-        if isinstance(result, Failure):
-            if share is None or not result.claimed:
-                raise result.error()
-            self.put_off(share, result.message)
-        elif isinstance(result, Totals) and share is not None:
+        if isinstance(result, Exception):
+            raise result
+        if isinstance(result, Totals) and share is not None:
             self.totals.add(result)
             self.left.difference_update(share.numbers)
-
-    def put_off(self, share: _Share, claimed: str) -> None:
-        """Try the tars again later, each alone: only one of them may be claimed."""
-        now = time.monotonic()
-        since = share.claimed_since or now
-        if len(share.numbers) == 1 and now - since > CLAIM_WAIT_S:
-            self.give_up(share.numbers[0], claimed)
-            return
-        for number in share.numbers:
-            self.again.append(_Share([number], share.deaths, now + CLAIM_RETRY_S, since))
-
-    def give_up(self, number: int, why: str) -> None:
-        self.totals.damaged.append(f"{self.plan.tars[number].file}: {why}")
-        self.left.discard(number)
 
     def bury(self, worker: _Worker, error: Exception) -> None:
         """Put back the tars that a dead worker had not done."""
@@ -242,25 +219,20 @@ class _Crew:
         if worker.share is None:
             return
         deaths = worker.share.deaths + 1
-        lacking = self.lacking(worker.share.numbers)
+        lacking = worker.share.numbers
+        if not self.request.retry_failed:  # the store does not tell what was done once more
+            pending = set(self.writer.pending())
+            lacking = [number for number in lacking if number in pending]
         written = [number for number in worker.share.numbers if number not in lacking]
         self.totals.add(Totals(videos=self.samples(written), done=written))
         self.left.difference_update(written)
         for number in lacking:
             if deaths > RETRIES:
                 why = f"{deaths} workers died over it, the last on {where}: {reason}"
-                self.give_up(number, why)
+                self.totals.damaged.append(f"{self.plan.tars[number].file}: {why}")
+                self.left.discard(number)
             else:  # alone, so that no other is blamed for it
                 self.again.append(_Share([number], deaths))
-
-    def lacking(self, numbers: list[int]) -> list[int]:
-        """Those of a dead worker's tars that it had not written."""
-        if self.request.retry_failed:
-            return numbers  # the store does not tell what was done once more
-        if isinstance(self.writer, StoreWriter):
-            return [number for number in numbers if not self.writer.done(number)]
-        pending = set(self.writer.pending())  # one listing of the remote store
-        return [number for number in numbers if number in pending]
 
     def show(self) -> None:
         started = sum(bool(worker.where) for worker in self.workers)

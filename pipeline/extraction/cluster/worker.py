@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections import deque
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from logging.handlers import QueueHandler
+from queue import SimpleQueue
 from typing import Final
 
 from featstore.errors import UserError, WorkError
@@ -20,56 +22,36 @@ from pipeline.extraction.job import ExtractionJob, code_versions
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, Totals
 
-# Notices kept until the next answer takes them.
-MAX_NOTICES: Final = 100
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why nothing came of a call, as a value. It ends the whole work unless `claimed`."""
-
-    message: str
-    users_fault: bool = False  # `UserError`, else `WorkError`
-    claimed: bool = False  # another process is writing one of the partitions
-
-    @classmethod
-    def of(cls, error: UserError | WorkError | OSError) -> Failure:
-        """The value for an error of this process."""
-        if isinstance(error, OSError):  # a full disk, a folder without permission
-            where = f"{error.filename}: " if error.filename else ""
-            message = f"{socket.gethostname()}: {where}{error.strerror or error}: mend it and run "
-            return cls(f"{message}the same command again")
-        return cls(str(error), isinstance(error, UserError))
-
-    def error(self) -> UserError | WorkError:
-        """The error to raise."""
-        return UserError(self.message) if self.users_fault else WorkError(self.message)
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A line for the log of the command that the user runs."""
-
-    logger: str
-    level: int
-    message: str
+# Log records kept until the next answer takes them.
+MAX_RECORDS: Final = 100
+CLAIM_RETRY_S: Final = 2.0
 
 
 @dataclass(frozen=True)
 class Answer:
     """What came of a call, and what was logged meanwhile."""
 
-    result: str | Totals | Failure
-    notices: list[Notice]
+    result: str | Totals | UserError | WorkError
+    logged: list[logging.LogRecord]
 
 
 class TarWorker:
     """Does shares of the tars, one after another."""
 
-    def __init__(self, request: ExtractionRequest) -> None:
-        """Nothing is loaded before `start`, whose errors can be told."""
+    def __init__(self, request: ExtractionRequest, claim_wait_s: float) -> None:
+        """Nothing is loaded before `start`, whose errors can be told.
+
+        `claim_wait_s` is how long a worker waits, in seconds, for a tar that another process holds.
+        """
         self._request = request
-        self._notices = _KeptNotices()
+        self._claim_wait_s = claim_wait_s
+        self._logged: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        # The handler makes records that can be pickled.
+        handler = QueueHandler(self._logged)
+        for package in ("pipeline", "featstore"):
+            logger = logging.getLogger(package)
+            logger.addHandler(handler)
+            logger.setLevel(logging.INFO)
 
     def start(self, versions: Mapping[str, str]) -> Answer:
         """Open the store, load the encoder and compare the two; "HOST, pid PID" when all is well.
@@ -88,43 +70,59 @@ class TarWorker:
             self._writer = plan.writer
             self._job = ExtractionJob(plan)
         except (UserError, WorkError, OSError) as error:
-            return Answer(Failure.of(error), self._notices.take())
-        return Answer(here, self._notices.take())
+            return self._answer(_told(error))
+        return self._answer(here)
 
     def do(self, numbers: Sequence[int]) -> Answer:
-        """Encode the tars `numbers` and write their partitions; those that are done are skipped."""
-        return Answer(self._done(numbers), self._notices.take())
+        """Encode the tars `numbers` and write their partitions; those that are done are skipped.
 
-    def _done(self, numbers: Sequence[int]) -> Totals | Failure:
+        A tar that another process keeps to itself is named as a damaged one is.
+        """
+        try:
+            return self._answer(self._run(numbers))
+        except (UserError, WorkError, OSError) as error:
+            return self._answer(_told(error))
+
+    def _run(self, numbers: Sequence[int]) -> Totals:
         with ExitStack() as claim:
-            try:
-                # Held while writing: a worker that outlives a killed command must not write
-                # beside one of the next.
-                claim.enter_context(self._writer.claim(numbers))
-            except WorkError as error:
-                return Failure(str(error), claimed=True)
-            try:
+            # Held while writing: a worker that outlives a killed command must not write beside one
+            # of the next.
+            held = self._claim(claim, numbers)
+            if held is None:
                 return self._job.run(self._writer, numbers)
-            except (UserError, WorkError, OSError) as error:
-                return Failure.of(error)
+        if len(numbers) == 1:
+            return Totals(damaged=[f"{self._job.plan.tars[numbers[0]].file}: {held}"])
+        totals = Totals()
+        for number in numbers:  # each alone: perhaps only one of them is held
+            totals.add(self._run([number]))
+        return totals
+
+    def _claim(self, claim: ExitStack, numbers: Sequence[int]) -> str | None:
+        """Claim the partitions, waiting for a single one; returns who holds one of them if not."""
+        until = time.monotonic() + (self._claim_wait_s if len(numbers) == 1 else 0.0)
+        while True:
+            try:
+                claim.enter_context(self._writer.claim(numbers))
+                return None
+            except WorkError as error:
+                if time.monotonic() >= until:
+                    return str(error)
+            time.sleep(CLAIM_RETRY_S)
+
+    def _answer(self, result: str | Totals | UserError | WorkError) -> Answer:
+        logged = [self._logged.get() for _ in range(self._logged.qsize())]
+        return Answer(result, logged[-MAX_RECORDS:])
 
 
-class _KeptNotices(logging.Handler):
-    """Keeps what the packages log until somebody takes it."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._kept: deque[Notice] = deque(maxlen=MAX_NOTICES)
-        for package in ("pipeline", "featstore"):
-            logger = logging.getLogger(package)
-            logger.addHandler(self)
-            logger.setLevel(logging.INFO)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._kept.append(Notice(record.name, record.levelno, record.getMessage()))
-
-    def take(self) -> list[Notice]:
-        return [self._kept.popleft() for _ in range(len(self._kept))]
+def _told(error: UserError | WorkError | OSError) -> UserError | WorkError:
+    """The error without its causes, which other processes may not know; a disk's in one line."""
+    if isinstance(error, OSError):  # a full disk, a folder without permission
+        where = f"{error.filename}: " if error.filename else ""
+        return WorkError(
+            f"{socket.gethostname()}: {where}{error.strerror or error}: mend it and run the same "
+            "command again"
+        )
+    return UserError(str(error)) if isinstance(error, UserError) else WorkError(str(error))
 
 
 def _require_versions(versions: Mapping[str, str], here: str) -> None:

@@ -20,7 +20,7 @@ from featstore.errors import UserError, WorkError
 from pipeline.extraction.cluster import driver as cluster_engine
 from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
 from pipeline.extraction.cluster.driver import run_on_ray
-from pipeline.extraction.cluster.worker import Answer, Failure, Notice, TarWorker
+from pipeline.extraction.cluster.worker import Answer, TarWorker
 from pipeline.extraction.job import code_versions
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, Share, Totals
@@ -139,7 +139,6 @@ def test_missing_and_claimed_tars_are_named_and_the_others_done(
     with (
         StoreWriter.open(store).claim([7]),
         mock.patch.object(cluster_engine, "CLAIM_WAIT_S", 0.0),
-        mock.patch.object(cluster_engine, "CLAIM_RETRY_S", 0.0),
     ):
         line = refused(1, *command, *on_ray)
     assert "2 of 16 tars cannot be used, the others are done" in line
@@ -153,21 +152,20 @@ def test_missing_and_claimed_tars_are_named_and_the_others_done(
 def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    told = TarWorker(request).start({**code_versions(), "torch": "0.1"}).result
-    assert isinstance(told, Failure)
-    assert isinstance(told.error(), UserError)
-    assert "and 0.1 where the command runs" in told.message
+    told = TarWorker(request, 0.0).start({**code_versions(), "torch": "0.1"}).result
+    assert isinstance(told, UserError)
+    assert "and 0.1 where the command runs" in str(told)
     shutil.rmtree(root / "encoders/tiny")
     make_encoder(root / "encoders/tiny", seed=1)  # as on a machine with another copy
-    told = TarWorker(request).start(code_versions()).result
-    assert isinstance(told, Failure)
-    assert "was made in another way and is never mixed (encoder" in told.message
+    told = TarWorker(request, 0.0).start(code_versions()).result
+    assert isinstance(told, UserError)
+    assert "was made in another way and is never mixed (encoder" in str(told)
 
 
 def test_a_worker_does_shares_and_skips_what_is_done(root: Path, whole: dict[str, bytes]) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    worker = TarWorker(request)
+    worker = TarWorker(request, 0.0)
     with mock.patch.object(StoreWriter, "open", wraps=StoreWriter.open) as opened:
         assert isinstance(worker.start(code_versions()).result, str)
         done = []
@@ -184,14 +182,39 @@ def test_a_worker_does_shares_and_skips_what_is_done(root: Path, whole: dict[str
 def test_an_encoder_that_fails_in_a_worker(root: Path) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    worker = TarWorker(request)
+    worker = TarWorker(request, 0.0)
     worker.start(code_versions())
     with mock.patch(
         "pipeline.extraction.cpu_pool.encode_video", side_effect=RuntimeError("no memory")
     ):
         failure = worker.do([1]).result
-    assert isinstance(failure, Failure)
-    assert "the encoder failed at" in str(failure.error())
+    assert isinstance(failure, WorkError)
+    assert "the encoder failed at" in str(failure)
+
+
+def test_a_worker_waits_for_a_claimed_tar(root: Path) -> None:
+    """The others of the share are done meanwhile or after; what stays claimed is named."""
+    request = request_for(root, share=Share(0, 8))
+    extract(request)
+    store = StoreWriter.open(request.store_path)
+    with store.claim([2]):
+        worker = TarWorker(request, 0.0)
+        worker.start(code_versions())
+        totals = worker.do([1, 2, 3]).result
+    assert isinstance(totals, Totals)
+    assert totals.done == [1, 3]
+    assert len(totals.damaged) == 1
+    assert totals.damaged[0].startswith("clips-000002.tar: another process (pid ")
+    assert "is writing partition 2 of" in totals.damaged[0]
+    held = store.claim([4])
+    held.__enter__()
+    worker = TarWorker(request, 60.0)
+    worker.start(code_versions())
+    with mock.patch("time.sleep", side_effect=lambda _: held.__exit__(None, None, None)) as waited:
+        totals = worker.do([4, 5]).result
+    assert waited.call_count == 1
+    assert isinstance(totals, Totals)
+    assert (totals.done, totals.damaged) == ([4, 5], [])
 
 
 @pytest.mark.slow
@@ -269,7 +292,7 @@ class MadeUpRay:
     """Calls at once, in this process, what Ray would call elsewhere; stands for the store as well.
 
     `script[tar]` lists what becomes of the tar, try by try: "done", "dies", "dies after writing",
-    "claimed", or what `do` is to give back. A share is done tar by tar.
+    or what `do` is to give back. A share is done tar by tar.
     """
 
     script: dict[int, list[Any]] = field(default_factory=dict)
@@ -294,7 +317,7 @@ class MadeUpRay:
         return self
 
     def options(self, **_: Any) -> Any:
-        return mock.Mock(remote=lambda request: MadeUpWorker(self))
+        return mock.Mock(remote=lambda *_: MadeUpWorker(self))
 
     def wait(self, calls: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
         return calls[:1], calls[1:]
@@ -315,16 +338,12 @@ class MadeUpWorker:
         self.dead = False
         start = ray.starts.pop(0) if ray.starts else "here"
 
-        def do(share: list[int]) -> Totals | Failure:
+        def do(share: list[int]) -> Totals | Exception:
             ray.shares.append(share)
-            for tar in share:
-                if ray.script.get(tar, [])[:1] == ["claimed"]:
-                    ray.script[tar].pop(0)
-                    return Failure(f"another process is writing partition {tar}", claimed=True)
             for tar in share:
                 ray.tried.append(tar)
                 what = (ray.script.get(tar) or ["done"]).pop(0)
-                if isinstance(what, Failure):
+                if isinstance(what, Exception):
                     return what
                 if what != "dies":
                     ray.written.add(tar)
@@ -348,8 +367,10 @@ class MadeUpWorker:
         def call(*arguments: Any) -> Any:
             if self.dead:
                 raise Died("it is dead")
-            notice = Notice("pipeline.somewhere", 30, "something is odd")
-            return Answer(work(*arguments), [notice])
+            record = logging.makeLogRecord(
+                {"name": "pipeline.somewhere", "levelno": 30, "msg": "something is odd"}
+            )
+            return Answer(work(*arguments), [record])
 
         return mock.Mock(remote=lambda *arguments: lambda: call(*arguments))
 
@@ -360,10 +381,7 @@ def plan(packed: Path) -> ExtractionPlan:
 
 
 def run(ray: MadeUpRay, plan: ExtractionPlan, workers: int = 2) -> Totals:
-    with (
-        mock.patch("pipeline.extraction.cluster.connection._import_ray", return_value=ray),
-        mock.patch.object(cluster_engine, "CLAIM_RETRY_S", 0.0),
-    ):
+    with mock.patch("pipeline.extraction.cluster.connection._import_ray", return_value=ray):
         cluster = Cluster(workers=workers, cpus_per_worker=1)
         return run_on_ray(plan, cast(Any, ray), cluster)
 
@@ -409,16 +427,6 @@ def test_a_tar_that_no_worker_survives_is_named(
     assert caplog.text.count("a worker died (here)") == 4
 
 
-def test_a_claimed_tar_is_tried_again(plan: ExtractionPlan) -> None:
-    ray = MadeUpRay({2: ["claimed", "claimed", "done"]})
-    assert sorted(run(ray, plan).done) == list(range(TARS))
-    ray = MadeUpRay({2: ["claimed"] * 1000})
-    with mock.patch.object(cluster_engine, "CLAIM_WAIT_S", 0.0):
-        totals = run(ray, plan)
-    assert len(totals.done) == TARS - 1
-    assert totals.damaged == ["clips-000002.tar: another process is writing partition 2"]
-
-
 def test_a_tar_whose_worker_died_after_writing_it_counts(plan: ExtractionPlan) -> None:
     ray = MadeUpRay({2: ["dies after writing"]})
     totals = run(ray, plan)
@@ -428,11 +436,11 @@ def test_a_tar_whose_worker_died_after_writing_it_counts(plan: ExtractionPlan) -
 
 
 def test_failures_end_the_work(plan: ExtractionPlan) -> None:
-    ray = MadeUpRay({2: [Failure("the encoder failed")]})
+    ray = MadeUpRay({2: [WorkError("the encoder failed")]})
     with pytest.raises(WorkError, match=r"^the encoder failed$"):
         run(ray, plan)
     assert ray.killed == 2
-    ray = MadeUpRay(starts=[Failure("no such encoder", users_fault=True)])
+    ray = MadeUpRay(starts=[UserError("no such encoder")])
     with pytest.raises(UserError, match=r"^no such encoder$"):
         run(ray, plan)
 

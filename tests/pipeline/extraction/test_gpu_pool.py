@@ -27,8 +27,7 @@ from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding import chosen_frames
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.nvdec import batcher as nvdec_batcher
-from pipeline.decoding.nvdec.batcher import GIVE_UP_AFTER
-from pipeline.decoding.nvdec.buckets import Buckets
+from pipeline.decoding.nvdec.batcher import GIVE_UP_AFTER, Buckets
 from pipeline.decoding.nvdec.graphs import Clip, DaliPixels, import_problem
 from pipeline.decoding.nvdec.rule import DecoderSizes, NvdecCapabilities, survey_video
 from pipeline.decoding.pyav import PyAVDecoder
