@@ -25,7 +25,7 @@ def open_store(path: str | Path, *, mapped: bool = True) -> Store:
     """Open the store at `path` for reading; of one at a URL (s3://...), a mirror on disk.
 
     Reads the metadata, the commit entries and the sizes of the features shards. `mapped` False
-    reads features through zarr instead of memory maps (slower; for file systems that cannot map).
+    reads features chunk by chunk instead of memory maps (slower; for file systems that cannot map).
     A `~` at the beginning of the path is the user's folder.
     Raises UserError when it is no store of this format, or one that is not safe to open, WorkError
     when the shard of a committed partition is missing or has another size.

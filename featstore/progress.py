@@ -1,9 +1,10 @@
-"""How library code reports progress without printing: it calls a sink the caller hands in."""
+"""How library code reports without printing: progress to a sink of the caller, then the outcome."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 
 class ProgressSink(Protocol):
@@ -27,3 +28,12 @@ class Stages(Protocol):
 def no_stages(what: str, unit: str) -> AbstractContextManager[ProgressSink]:
     """Ignore the progress of every stage."""
     return nullcontext(no_progress)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a piece of work returns when it is done; base of dataclasses of JSON values."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready dict."""
+        return asdict(self)

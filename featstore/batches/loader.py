@@ -153,7 +153,7 @@ def choose_holding(nbytes: int, available: int | None = None, *, mappable: bool 
     """How to hold `nbytes` of features; the choice is logged with its reason.
 
     `available` is the free memory in bytes, that of this process by default. Features that are
-    not `mappable` are decoded, or read through zarr: a random row then costs a whole chunk, so
+    not `mappable` are read chunk by chunk: a random row then costs a whole chunk, so
     that they are streamed where others are mapped.
     """
     free = available_memory() if available is None else available

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from featstore.format.schema import (
     STATUS_OK,
     FeatureArray,
 )
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition, read_class_text
 from featstore.reading.coded_shards import CodedFeatures
 from featstore.reading.damage_notes import DamageNote, note_damage, note_path
@@ -45,7 +45,7 @@ class Damage:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Outcome):
     """What a check found: committed partitions, rows by status, damage, partitions not yet done.
 
     `ok` says that nothing is damaged; an unfinished store is not damaged. `deep` says that every
@@ -59,10 +59,6 @@ class Report:
     rows_failed: int
     damaged: tuple[Damage, ...]
     pending: tuple[int, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
-        return asdict(self)
 
 
 def verify(
@@ -260,17 +256,13 @@ class ReencodedRow:
 
 
 @dataclass(frozen=True)
-class Reencoding:
+class Reencoding(Outcome):
     """Rows encoded again and compared; `ok` when every cosine reaches `tolerance`."""
 
     ok: bool
     tolerance: float
     equal: int
     rows: tuple[ReencodedRow, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
-        return asdict(self)
 
 
 def reencode(

@@ -1,18 +1,20 @@
 """Features that are not mapped: compressed or int8 ones, and any where the system cannot map.
 
-zarr reads and decodes them. What a compressed chunk announces about its length is held against the
-schema before it is decoded, so that a small file cannot fill the memory.
+They are decoded an inner chunk at a time; zarr would read the same and takes twice as long for it.
+What a compressed chunk announces about its length is held against the schema before it is decoded,
+so that a small file cannot fill the memory.
 """
 
 from __future__ import annotations
 
 import os
-from functools import cached_property
-from typing import Any, Final
+from functools import cached_property, lru_cache
+from typing import Final
 
 import numpy as np
 
 from featstore.errors import WorkError
+from featstore.format.checksums import crc32c
 from featstore.format.int8 import dequantise
 from featstore.format.schema import CRC_BYTES, FEATURE_SCALE, FeatureArray, FloatArray
 from featstore.reading.chunk_files import ChunkFiles, Commit
@@ -21,6 +23,9 @@ from featstore.reading.shards import Bytes, chunk_entries
 _HEADER: Final = np.dtype([("flags", "<u4"), ("decoded", "<u4"), ("block", "<u4"), ("all", "<u4")])
 """Of a Blosc chunk (c-blosc, README_CHUNK_FORMAT): bytes 4-7 say its decoded length, bytes 12-15
 its encoded one."""
+
+_KEPT_BYTES: Final = 50_000_000
+"""Of the chunks of a store that were decoded last, which are kept."""
 
 
 def read_scale(files: ChunkFiles) -> FloatArray | None:
@@ -44,10 +49,13 @@ def read_scale(files: ChunkFiles) -> FloatArray | None:
 
 
 class CodedFeatures:
-    """The features of a store, read through zarr. Safe to share between threads."""
+    """The features of a store, decoded. Safe to share between threads."""
 
     def __init__(self, files: ChunkFiles) -> None:
         self._files = files
+        # A whole chunk is decoded for each row, and the next row asked for is often in the same.
+        chunk_bytes = files.schema.chunk_rows * files.schema.row_bytes
+        self._chunk = lru_cache(max(1, _KEPT_BYTES // chunk_bytes))(self._decoded)
 
     def read(self, tar: int, commit: Commit, first: int, out: FeatureArray) -> None:
         """Fill `out` [n, V, F, D] with rows first, first + 1, ... of a partition.
@@ -55,20 +63,11 @@ class CodedFeatures:
         They must lie in one inner chunk. ValueError for a chunk that cannot be read, WorkError
         for a shard of another size and a damaged scale.
         """
-        schema = self._files.schema
-        number = first // schema.chunk_rows
-        if not schema.mappable:
-            self._check_chunk(tar, commit, number)
-        begin = tar * schema.capacity + first
-        try:
-            stored = self._array[begin : begin + len(out)]
-        except (ValueError, RuntimeError, MemoryError, OSError) as error:
-            found = "fails its checksum" if "checksum" in str(error) else "cannot be decoded"
-            raise ValueError(f"features chunk {number} {found}") from error
-        out[:] = stored if self._scale is None else dequantise(stored, self._scale)
+        number, row = divmod(first, self._files.schema.chunk_rows)
+        out[:] = self._chunk(tar, commit, number)[row : row + len(out)]
 
-    def _check_chunk(self, tar: int, commit: Commit, number: int) -> None:
-        """ValueError unless an inner chunk is where it must be and announces its true length."""
+    def _decoded(self, tar: int, commit: Commit, number: int) -> FeatureArray:
+        """An inner chunk, [chunk_rows, V, F, D]; errors as `read`."""
         schema = self._files.schema
         start = commit.features_bytes - schema.index_bytes
         with open(self._files.check_shard(tar, commit), "rb", buffering=0) as file:
@@ -76,24 +75,25 @@ class CodedFeatures:
             if len(index) < schema.index_bytes:
                 raise ValueError("the features shard ends too early")
             offset, length = chunk_entries(index, schema, commit.rows, start)[number]
-            header = os.pread(file.fileno(), _HEADER.itemsize, offset)
+            body = os.pread(file.fileno(), length, offset)
+        data = body[:-CRC_BYTES]
+        if crc32c(data) != int.from_bytes(body[-CRC_BYTES:], "little"):
+            raise ValueError(f"features chunk {number} fails its checksum")
         if schema.codec != "none":
-            announced = np.frombuffer(header, _HEADER)[0]
-            if (announced["decoded"], announced["all"]) != (schema.chunk_bytes, length - CRC_BYTES):
+            announced = np.frombuffer(data[: _HEADER.itemsize], _HEADER)[0]
+            if (announced["decoded"], announced["all"]) != (schema.chunk_bytes, len(data)):
                 raise ValueError("a features chunk announces an impossible length")
+            # Imported here: it takes longer than opening a store, and most are read without.
+            from numcodecs.blosc import decompress
+
+            try:
+                data = decompress(data)
+            except (ValueError, RuntimeError, MemoryError) as error:
+                raise ValueError(f"features chunk {number} cannot be decoded") from error
+        stored: FeatureArray = np.frombuffer(data, self._files.specs["features"].numpy_dtype)
+        stored = stored.reshape(schema.chunk_rows, *schema.row_shape)
+        return stored if self._scale is None else dequantise(stored, self._scale)
 
     @cached_property
     def _scale(self) -> FloatArray | None:
         return read_scale(self._files)
-
-    @cached_property
-    def _array(self) -> Any:
-        # Imported here: it takes longer than opening a store, and most stores are read without.
-        import zarr
-
-        return zarr.open_array(
-            zarr.storage.LocalStore(self._files.store, read_only=True),
-            path="features",
-            mode="r",
-            zarr_format=3,
-        )

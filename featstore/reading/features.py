@@ -65,7 +65,7 @@ class FeatureFiles:
 
     @property
     def mapped(self) -> bool:
-        """Whether features are memory-mapped, else read through zarr."""
+        """Whether features are memory-mapped, else decoded chunk by chunk."""
         return self._map is not None
 
     def gather(self, rows: RowArray, views: RowArray | None, frames: RowArray | None) -> Tensor:
@@ -112,7 +112,7 @@ class FeatureFiles:
         `progress` counts rows.
         """
         schema = self._schema
-        # What zarr reads is taken chunk by chunk.
+        # What is decoded is taken chunk by chunk.
         runs = list(_runs(rows, schema.chunk_rows if self._map is None else schema.capacity))
         runs.sort(key=lambda run: int(rows[run[0]]))
         tars = rows[[start for start, _ in runs]] // schema.capacity
@@ -213,7 +213,7 @@ class FeatureFiles:
 
     @contextmanager
     def _reading(self, tar: int, check: bool) -> Iterator[Callable[[int, FeatureArray], list[int]]]:
-        """What reads rows of a partition from some position in it, from its file or by zarr.
+        """What reads rows of a partition from some position in it, from its file or decoded.
 
         It returns, if `check`, the crc32c of the parts that lie in one inner chunk each; what is
         not read from the file itself must be of one chunk.
@@ -222,11 +222,11 @@ class FeatureFiles:
         path = self._files.check_shard(tar, commit)
         if self._map is None:
 
-            def through_zarr(position: int, out: FeatureArray) -> list[int]:
+            def decoded(position: int, out: FeatureArray) -> list[int]:
                 self._coded.read(tar, commit, position, out)
                 return [crc32c(out)] if check else []
 
-            yield through_zarr
+            yield decoded
             return
         try:
             file = ShardFile(path, self._schema, commit.rows)
@@ -240,7 +240,7 @@ class FeatureFiles:
             return ShardMap(self._schema)
         except (OSError, OverflowError) as error:
             log.warning(
-                "%s is read through zarr, which is slower: its features cannot be mapped (%s)",
+                "%s is read chunk by chunk, which is slower: its features cannot be mapped (%s)",
                 *(self._files.store, error),
             )
             return None

@@ -77,7 +77,7 @@ class Store:
 
     @property
     def mapped(self) -> bool:
-        """Whether features are memory-mapped, else decoded or read through zarr."""
+        """Whether features are memory-mapped, else decoded chunk by chunk."""
         return self._features.mapped
 
     def require_embeddings(self) -> None:

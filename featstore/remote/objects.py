@@ -5,7 +5,8 @@ AWS, Google Cloud and Azure); none is taken from a URL or an argument, and no me
 
 Storage of this kind has no folders, no locks and no renames; what it has is that an object put
 under a name appears there whole or not at all. obstore repeats requests that fail on the way
-(connection refused or lost, 5xx, time-outs); bodies that end early are resumed here.
+(connection refused or lost, 5xx, time-outs) and resumes bodies that end early, both for a few
+seconds; after that they begin anew here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
@@ -36,7 +36,7 @@ from featstore.remote.urls import (
 )
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, ObjectMeta
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore, S3Config
 
 log = logging.getLogger(__name__)
@@ -75,6 +75,10 @@ class MissingObject(WorkError):
 
 class ChangedObject(WorkError):
     """An object is not the one that was listed or begun: its size or its version differs."""
+
+
+class _BrokenOff(Exception):
+    """A transfer ended before the object did."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,9 @@ class ObjectFolder:
                     f"{self.at(name)} has {size} bytes, at most {limit} make sense there: "
                     "check what was put under this name"
                 )
+            content.clear()
 
-        self._receive(name, content.extend, begin, None)
+        self._ask(name, lambda: self._receive(name, content.extend, begin, None, None))
         return bytes(content)
 
     def download(
@@ -160,19 +165,22 @@ class ObjectFolder:
         """Write an object's bytes to `path`, which appears complete or not at all.
 
         Once `stop` is set, a transfer ends with a WorkError.
-        Raises MissingObject, ChangedObject when it has not the `size` or `version` expected or
-        changes on the way, OSError when the disk is full.
+        A transfer that breaks off begins anew, so that the bytes of two versions never mix.
+        Raises MissingObject, ChangedObject when it has not the `size` or `version` expected,
+        OSError when the disk is full.
         """
 
         def begin(found: int) -> None:
             if size is not None and found != size:
                 raise ChangedObject(f"{self.at(name)} has {found} bytes, not {size}")
+            file.truncate(0)
+            file.seek(0)
 
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         try:
             with open(unfinished, "wb") as file:
-                self._receive(name, file.write, begin, version, stop)
+                self._ask(name, lambda: self._receive(name, file.write, begin, version, stop), stop)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -235,56 +243,32 @@ class ObjectFolder:
         write: Callable[[Any], Any],
         begin: Callable[[int], None],
         version: str | None,
-        stop: Event | None = None,
+        stop: Event | None,
     ) -> None:
-        """Hand the object's bytes to `write` in order, once each, however often it breaks off.
+        """Hand the object's bytes to `write` in order; `begin` gets the size before the first byte.
 
-        `begin` gets the size before the first byte and may refuse it.
+        One attempt, for `_ask`: `begin` may refuse the size, or throw away what an earlier attempt
+        wrote. ChangedObject when it is not the `version` expected.
         """
         import obstore
         from obstore.exceptions import BaseError, PreconditionError
 
-        key = self._key(name)
-        offset, failures, first = 0, 0, None
-        deadline = time.monotonic() + self.patience
-        while True:
-            options: GetOptions = {"range": {"offset": offset}} if offset else {}
-            if first is not None and (tag := first["e_tag"]):
-                options["if_match"] = tag
-            try:
-                get = partial(obstore.get, self._store, key, options=options)
-                answer = self._ask(name, get, stop)
-            except PreconditionError:
-                raise self._changed(name) from None
-            meta = answer.meta
-            if first is None:
-                if version is not None and _version(meta) != version:
-                    raise self._changed(name)
-                begin(int(meta["size"]))
-                first = meta
-            elif (_version(meta), meta["size"]) != (_version(first), first["size"]):
-                raise self._changed(name)
-            problem = "the connection was closed"
-            try:
-                for block in answer.stream(min_chunk_size=_BLOCK_BYTES):
-                    self._go_on(name, stop)
-                    write(block)
-                    offset += len(block)
-                    deadline, failures = time.monotonic() + self.patience, 0
-            except PreconditionError:
-                raise self._changed(name) from None
-            except BaseError as error:
-                problem = _reason(error)
-            if offset >= int(meta["size"]):
-                return
-            failures += 1
-            if time.monotonic() > deadline:
-                raise WorkError(
-                    f"{self.at(name)} breaks off after {offset} of {meta['size']} bytes "
-                    f"({problem}): check the network, then run the same command again"
-                )
-            log.info("%s broke off after %d bytes (%s): resuming", self.at(name), offset, problem)
-            self._go_on(name, stop, _pause(failures))
+        answer = obstore.get(self._store, self._key(name))
+        size, offset, problem = int(answer.meta["size"]), 0, "the connection was closed"
+        if version is not None and _version(answer.meta) != version:
+            raise self._changed(name)
+        begin(size)
+        try:
+            for block in answer.stream(min_chunk_size=_BLOCK_BYTES):
+                self._go_on(name, stop)
+                write(block)
+                offset += len(block)
+        except PreconditionError:
+            raise self._changed(name) from None
+        except BaseError as error:
+            problem = _reason(error)
+        if offset < size:
+            raise _BrokenOff(f"it breaks off after {offset} of {size} bytes: {problem}")
 
     def _changed(self, name: str) -> ChangedObject:
         return ChangedObject(
@@ -295,23 +279,23 @@ class ObjectFolder:
         """Answer to one of obstore's calls, repeated while it fails on the way.
 
         obstore repeats by itself, but does not notice Ctrl-C: it gets a few seconds at a time.
-        A failed condition (PreconditionError, AlreadyExistsError) passes as it is.
+        `patience` counts from the first failure. AlreadyExistsError passes as it is.
         """
-        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+        from obstore.exceptions import AlreadyExistsError, BaseError
 
-        deadline = time.monotonic() + self.patience
-        failures = 0
+        deadline, failures = 0.0, 0
         while True:
             try:
                 return request()
-            except (PreconditionError, AlreadyExistsError):
+            except AlreadyExistsError:
                 raise
-            except (BaseError, ValueError, FileNotFoundError) as error:
+            except (BaseError, ValueError, FileNotFoundError, _BrokenOff) as error:
                 final, reason = self._final(error, name), _reason(error)
             # Outside of `except`: the text of obstore's errors may hold an access key.
             if final is not None:
                 raise final
             failures += 1
+            deadline = deadline or time.monotonic() + self.patience
             if time.monotonic() > deadline:
                 raise WorkError(
                     f"{self.at(name)} cannot be reached ({reason}; tried for {self.patience:g} s): "
@@ -336,6 +320,8 @@ class ObjectFolder:
         """What to tell of an error that repeating does not mend; None for one that passes."""
         from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
 
+        if isinstance(error, _BrokenOff):
+            return None
         code, reason = _code(error), _reason(error)
         if code == "NoSuchBucket":
             return WorkError(

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from featstore.errors import UserError
 from featstore.files.exchange import new_folder
 from featstore.format.schema import CODECS
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.coded_shards import read_scale
 from featstore.rewriting.source import claimed_source
 
 
 @dataclass(frozen=True)
-class Converted:
+class Converted(Outcome):
     """What `convert` made: bytes of all features files before and after."""
 
     store: str
@@ -24,10 +23,6 @@ class Converted:
     rows: int
     bytes_before: int
     bytes_after: int
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
-        return asdict(self)
 
 
 def convert(

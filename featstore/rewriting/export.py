@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ from featstore.errors import UserError
 from featstore.files.durable import make_folder, write_bytes, write_json
 from featstore.files.exchange import new_folder
 from featstore.format.schema import STATUS_OK, RowArray
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.rewriting.export_rows import Rows, read_rows
 from featstore.rewriting.source import claimed_source
@@ -47,7 +47,7 @@ Writer = Callable[[Path, str, Rows, Store], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Outcome):
     """What `export` wrote, and the rows that were asked for and left out because they failed."""
 
     folder: str
@@ -56,10 +56,6 @@ class Exported:
     failed_left_out: int
     files: int
     bytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
-        return asdict(self)
 
 
 def export(

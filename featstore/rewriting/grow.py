@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from featstore.format.metadata import (
     tar_entry,
 )
 from featstore.format.schema import CLASS_TEXT_GROUP, PARTITION_ARRAYS
+from featstore.progress import Outcome
 from featstore.rewriting.source import SourceStore, claimed_source
 from featstore.writing.writer import StoreWriter, write_class_text, write_skeleton
 
 
 @dataclass(frozen=True)
-class Grown:
+class Grown(Outcome):
     """What `add_tars` did: tars and rows that the store has now, and how many of them are new.
 
     `pending` partitions are still to be extracted, the new ones and those that were not done.
@@ -37,10 +38,6 @@ class Grown:
     rows_added: int
     classes_added: int
     pending: int
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
-        return asdict(self)
 
 
 def add_tars(

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from featstore.files.exchange import new_folder
 from featstore.format.class_texts import ClassText
 from featstore.format.provenance import Provenance
 from featstore.format.schema import MAX_SPLITS, StoreSchema
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.rewriting.source import SourceStore, claimed_source
 from featstore.writing.partition import Partition
 from featstore.writing.writer import StoreWriter
@@ -30,7 +29,7 @@ _SAME_TEXT = 0.9999
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Outcome):
     """What `merge` made; `tars_linked` of the tars kept their features file as it was."""
 
     store: str
@@ -42,10 +41,6 @@ class Merged:
     splits: tuple[str, ...]
     prompt_sets: tuple[str, ...]
     prompt_sets_left_out: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
-        return asdict(self)
 
 
 def merge(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from featstore.errors import UserError
 from featstore.files.exchange import new_folder
 from featstore.format.int8 import scale_of
 from featstore.format.schema import STATUS_OK, FloatArray, HalfArray, RowArray
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.rewriting.source import SourceStore, claimed_source
 
@@ -35,7 +35,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantised(Outcome):
     """What `quantize` made and what it costs.
 
     `cosine_error` is 1 - cosine of a frame's embedding before and after, over all frames of rows
@@ -50,10 +50,6 @@ class Quantised:
     cosine_error_mean: float
     cosine_error_max: float
     agreement: tuple[Agreement, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
-        return asdict(self)
 
 
 def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> Quantised:
