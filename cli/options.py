@@ -151,11 +151,11 @@ def workspace(root: Path) -> Workspace:
     """The workspace at `root`; `UserError` when no folder can be there."""
     if re.match(r"[a-z0-9]{2,}:/", str(root)):  # a Path has lost the second "/"
         raise UserError(f"{root} looks like a URL: only `mote-cli extract` takes one as --root")
-    for place in (root, *root.absolute().parents):
-        if place.is_dir():
+    for folder in (root, *root.absolute().parents):
+        if folder.is_dir():
             return Workspace(root)
-        if place.exists():
-            raise UserError(f"{place} is not a folder: --root takes one, which may be new")
+        if folder.exists():
+            raise UserError(f"{folder} is not a folder: --root takes one, which may be new")
     return Workspace(root)
 
 
@@ -209,20 +209,20 @@ def prompt_set(store: Store, text: str | None) -> str | None:
     return None if text is None else held_prompt_set(store, text)
 
 
-def architecture(place: Workspace, result: Mapping[str, Any]) -> str | None:
+def architecture(workspace: Workspace, result: Mapping[str, Any]) -> str | None:
     """Architecture of a result's image tower as its name or its folder in the workspace says."""
     from pipeline.encoders.specs import local_architecture
 
-    return local_architecture(str(result.get("encoder", "")), place.root / "encoders")
+    return local_architecture(str(result.get("encoder", "")), workspace.root / "encoders")
 
 
-def packed_class_names(place: Workspace, dataset: str) -> Sequence[str] | None:
+def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | None:
     """Class names of a packed data set; None where it is not packed."""
     from pipeline.tars.dataset import load_dataset
 
-    if dataset not in place.dataset_names():
+    if dataset not in workspace.dataset_names():
         return None
-    return load_dataset(place.dataset_dir(dataset)).class_names
+    return load_dataset(workspace.dataset_dir(dataset)).class_names
 
 
 def class_list(text: str) -> list[str]:

@@ -176,14 +176,14 @@ def whole(tensor: Tensor) -> Tensor:
     return full.cpu()
 
 
-def like(full: Tensor, place: Tensor) -> Tensor:
-    """`full`, given whole, as `place` is: on its device, sharded as it is."""
-    moved = full.to(place.device, place.dtype)
-    if not in_shares(place):
+def like(full: Tensor, model: Tensor) -> Tensor:
+    """`full`, given whole, as `model` is: on its device, sharded as it is."""
+    moved = full.to(model.device, model.dtype)
+    if not in_shares(model):
         return moved
     from torch.distributed.tensor import distribute_tensor
 
-    shares: Any = place
+    shares: Any = model
     return distribute_tensor(moved, shares.device_mesh, shares.placements, src_data_rank=None)
 
 
