@@ -523,13 +523,12 @@ def test_load_dataset_refuses_damage(packed: tuple[Path, Path], edit: Any, messa
 
 
 def test_memory_does_not_grow_with_the_number_of_videos(tmp_path: Path) -> None:
+    """How many videos are in hand at a time depends on threads, but it has a bound."""
     data = clip() + bytes(2_000_000)
-    peaks = []
-    for count in (6, 24):
-        for number in range(count):
-            put(tmp_path / str(count), f"a/{number}.mp4", data=data)
-        tracemalloc.start()
-        pack(tmp_path / str(count), "own", tmp_path / f"out{count}", workers=2)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < peaks[0] + 1_000_000
+    for number in range(24):
+        put(tmp_path / "videos", f"a/{number}.mp4", data=data)
+    tracemalloc.start()
+    pack(tmp_path / "videos", "own", tmp_path / "out", workers=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7 * len(data), "three are begun and one is written, of 24"
