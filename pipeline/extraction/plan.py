@@ -49,7 +49,9 @@ class ExtractionPlan:
         # An unknown or wrong set of prompts is refused before the work begins. The sentences of a
         # set that the store has are not needed again: its name is enough.
         held = {*self.writer.prompt_sets} - PROMPT_SETS.keys() if self.writer else set()
-        asked = [PromptSet(p) if p in held else p for p in request.prompt_sets]
+        asked = [
+            PromptSet(p) if isinstance(p, str) and p in held else p for p in request.prompt_sets
+        ]
         self.prompt_sets = prompt_sets_of(asked, self.dataset.class_names)
 
     def tar_source(self) -> TarSource:
