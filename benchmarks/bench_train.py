@@ -17,7 +17,7 @@ import torch
 from featstore import Store
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head, mote_loss, train_head
 from heads.arithmetic import autocast, resolve_device, resolve_precision
-from heads.training.train_head import build_optimizer
+from heads.training.schedule import build_optimizer
 
 DIM, FRAMES, STORED_FRAMES, BATCH, CLASSES = 512, 8, 16, 192, 400  # ViT-B/16 on Kinetics-400
 KINDS = ("mote", "transformer")
