@@ -39,9 +39,11 @@ def _kind(kind: str) -> Iterator[str]:
     yield from (_row(protocol) for protocol in protocols)
     yield "\nDifferences from the papers:\n"
     yield from (f"- {difference}" for difference in general.differences)
+    own: dict[str, list[str]] = {}
     for protocol in protocols:
-        own = [d for d in protocol.differences if d not in general.differences]
-        yield from (f"- `{protocol.name}`: {difference}" for difference in own)
+        for difference in protocol.differences[len(general.differences) :]:
+            own.setdefault(difference, []).append(f"`{protocol.name}`")
+    yield from (f"- {', '.join(names)}: {difference}" for difference, names in own.items())
 
 
 def _row(protocol: Protocol) -> str:
