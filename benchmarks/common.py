@@ -338,7 +338,7 @@ def _random_clip(name: str, config: dict[str, Any] | None) -> Path:
     import open_clip
     import torch
 
-    from pipeline.clip_encoder import save_open_clip_folder
+    from pipeline.encoders.sources import save_open_clip_folder
 
     folder = WORK / "encoders" / name
     if not (folder / "open_clip_config.json").is_file():

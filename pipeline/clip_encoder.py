@@ -22,17 +22,9 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 from featstore.errors import UserError, one_line
 from featstore.files.machine import cpu_has_bf16
 from featstore.progress import ProgressSink, no_progress
-from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
+from pipeline.encoders.sources import LoadedClip, load_clip
 from pipeline.preprocessing import FrameInput, Preprocessing
 from pipeline.prompts import PromptSet, as_prompt_set
-
-__all__ = [
-    "Encoder",
-    "Precision",
-    "image_embeddings",
-    "load_encoder",
-    "save_open_clip_folder",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +151,8 @@ class Encoder:
 
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         model = cast(Any, self.model)
-        if type(model) is not open_clip.CLIP or model.text_pool_type != "argmax":
-            return cast(torch.Tensor, model.encode_text(tokens)).float()
-        if model.attn_mask is None:
+        usual = type(model) is open_clip.CLIP and model.text_pool_type == "argmax"
+        if not usual or model.attn_mask is None:
             return cast(torch.Tensor, model.encode_text(tokens)).float()
         # Attention looks back only, and the embedding is read at the end-of-text token (the
         # largest id): what follows the last of them changes nothing, so most of the 77 places
@@ -172,11 +163,11 @@ class Encoder:
         hidden = model.transformer(hidden, attn_mask=model.attn_mask[:used, :used])
         hidden = model.ln_final(hidden[torch.arange(len(tokens), device=self.device), ends])
         projection = model.text_projection
-        if projection is None:
-            return cast(torch.Tensor, hidden).float()
         if isinstance(projection, torch.nn.Linear):
-            return cast(torch.Tensor, projection(hidden)).float()
-        return cast(torch.Tensor, hidden @ projection).float()
+            hidden = projection(hidden)
+        elif projection is not None:
+            hidden = hidden @ projection
+        return cast(torch.Tensor, hidden).float()
 
     @torch.no_grad()
     def class_embeddings(
@@ -209,10 +200,8 @@ class Encoder:
         return F.normalize(torch.stack([lines.mean(dim=0) for lines in of_classes]), dim=-1)
 
     def _choose_precision(self, wanted: str) -> Precision:
-        if wanted in PRECISIONS:
-            return cast(Precision, wanted)
         if wanted != "auto":
-            raise UserError(f"unknown precision {wanted!r}: use auto, {', '.join(PRECISIONS)}")
+            return cast(Precision, wanted)
         candidate: Precision = "fp16" if self.device.type == "cuda" else "bf16"
         parameters = sum(parameter.numel() for parameter in self.image_tower.parameters())
         if parameters < MIN_TIMED_PARAMETERS:
@@ -344,12 +333,7 @@ def _tokenizer(loaded: LoadedClip) -> Any:
                 f"the tokeniser of {loaded.name} cannot be loaded ({one_line(error, 160)}): "
                 "install the package `transformers`, or use a CLIP with the standard tokeniser"
             ) from None
-    return standard_tokenizer(
-        text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+    return open_clip.SimpleTokenizer(
+        context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
         **text.get("tokenizer_kwargs", {}),
     )
-
-
-def standard_tokenizer(context_length: int, **options: Any) -> Any:
-    """CLIP's byte pair encoding: called with n sentences it gives int64 [n,context_length]."""
-    return open_clip.SimpleTokenizer(context_length=context_length, **options)

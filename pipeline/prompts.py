@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,16 +145,6 @@ class PromptSet:
         )
 
 
-def named_prompt_set(name: str) -> PromptSet:
-    """The prompt set that comes with the program under this name; UserError when there is none."""
-    if name not in PROMPT_SETS:
-        raise UserError(
-            f"unknown prompt set {name!r}: use one of {', '.join(PROMPT_SETS)}, or a file "
-            f"FILE{TEMPLATES_SUFFIX} with one sentence per line and {{}} for the class name"
-        )
-    return PromptSet(name, PROMPT_SETS[name])
-
-
 def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSet:
     """A prompt set from what a user writes: a set's name, or the path of a template file.
 
@@ -162,15 +153,20 @@ def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSe
     """
     if isinstance(prompts, PromptSet):
         return prompts
-    if prompts in PROMPT_SETS:
-        if name not in (None, prompts):
-            raise UserError(f"prompt set {prompts!r} has its own name: leave {name!r} out")
-        return named_prompt_set(prompts)
     if is_template_file(prompts):
         return read_templates(Path(prompts), name)
-    if prompts.lower().endswith(".json"):
-        raise UserError(f"{prompts} is no template file: descriptions go with --descriptions FILE")
-    return named_prompt_set(prompts)
+    if prompts not in PROMPT_SETS:
+        if is_descriptions_file(prompts):
+            raise UserError(
+                f"{prompts} is no template file: descriptions go with --descriptions FILE"
+            )
+        raise UserError(
+            f"unknown prompt set {prompts!r}: use one of {', '.join(PROMPT_SETS)}, or a file "
+            f"FILE{TEMPLATES_SUFFIX} with one sentence per line and {{}} for the class name"
+        )
+    if name not in (None, prompts):
+        raise UserError(f"prompt set {prompts!r} has its own name: leave {name!r} out")
+    return PromptSet(prompts, PROMPT_SETS[prompts])
 
 
 def is_template_file(text: str) -> bool:
@@ -210,11 +206,6 @@ def prompt_sets_of(
     return tuple(found.values())
 
 
-def sentences(prompts: str | PromptSet, class_name: str) -> list[str]:
-    """The sentences of one class in a prompt set; UserError as `as_prompt_set`."""
-    return as_prompt_set(prompts).sentences(class_name)
-
-
 def read_templates(path: Path, name: str | None = None) -> PromptSet:
     """The prompt set of a template file: one sentence per line with "{}" for the class name.
 
@@ -246,15 +237,12 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
     return PromptSet(_set_name(path, name), tuple(templates), source=str(path))
 
 
-def read_descriptions(
-    path: Path, name: str | None = None, class_names: Sequence[str] | None = None
-) -> PromptSet:
-    """The prompt set of a file of descriptions, held against `class_names` where given.
+def read_descriptions(path: Path, name: str | None = None) -> PromptSet:
+    """The prompt set of a file of descriptions.
 
     `name` is the set's, by default the file's without its suffix. Raises UserError, which names
     the class, for a file that is not such an object: too large, no JSON, a class named twice,
-    values that are no lists of sentences, empty lists and sentences, over-long sentences, a class
-    too many or too few, numbers in place of class names.
+    values that are no lists of sentences, empty lists and sentences, over-long sentences.
     """
     text = _read_limited(path, DESCRIPTIONS_LIMIT)
     try:
@@ -266,10 +254,7 @@ def read_descriptions(
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds no object with class names: write {_SHAPE}")
     descriptions = {key: _sentences(path, key, lines) for key, lines in value.items()}
-    found = PromptSet(_set_name(path, name), (), descriptions, str(path))
-    if class_names is not None:
-        found.require_classes(class_names)
-    return found
+    return PromptSet(_set_name(path, name), (), descriptions, str(path))
 
 
 def prompt_sets_from(
@@ -303,13 +288,10 @@ def held_prompt_set(store: Store, text: str) -> str:
     Raises UserError for a file that is none, and when the store's set of that file has other
     sentences than the file has now, or was never made.
     """
-    suffix = Path(text).suffix.lower()
-    if text in store.prompt_sets or suffix not in (TEMPLATES_SUFFIX, DESCRIPTIONS_SUFFIX):
+    if text in store.prompt_sets or not (is_template_file(text) or is_descriptions_file(text)):
         return text
-    if suffix == TEMPLATES_SUFFIX:
-        prompts = read_templates(Path(text))
-    else:
-        prompts = read_descriptions(Path(text), class_names=store.class_names)
+    prompts = (read_templates if is_template_file(text) else read_descriptions)(Path(text))
+    prompts.require_classes(store.class_names)
     prompts.require_held(store)
     return prompts.name
 
@@ -355,8 +337,7 @@ def _require_length(sentence: str, where: str) -> None:
 def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise UserError(
             f"{path} has {one_line(twice, 60)!r} twice: name every class once, with all its "
             "sentences"

@@ -20,7 +20,8 @@ from heads.methods.registry import read_checkpoint, require_run_name
 from heads.methods.settings import HeadOrigin
 from pipeline.annotations.class_names import natural_class_name
 from pipeline.annotations.label_names import read_names
-from pipeline.clip_encoder import Encoder, save_open_clip_folder
+from pipeline.clip_encoder import Encoder
+from pipeline.encoders.sources import save_open_clip_folder
 from pipeline.encoders.tuned import (
     original_clip,
     published_clip,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -60,6 +61,21 @@ def natural_class_name(raw: str) -> str:
 def comparable(name: str) -> str:
     """`name` as Kinetics copies agree on it: lower case, no quotes, spaces for underscores."""
     return " ".join(name.lower().replace("_", " ").replace('"', "").replace("'", "").split())
+
+
+def comparable_words(name: str) -> str:
+    """The natural words of a class name, comparable."""
+    return comparable(natural_class_name(name))
+
+
+def one_spelling(labels: Iterable[str]) -> dict[str, str]:
+    """The spelling to use for each label, the one with spaces where files disagree.
+
+    Labels that differ only in case, quotes or underscores are one class.
+    """
+    chosen: dict[str, str] = {}
+    spellings = sorted(set(labels), key=lambda text: ("_" in text, '"' in text, text))
+    return {label: chosen.setdefault(comparable(label), label) for label in spellings}
 
 
 def _humps(word: str) -> list[str]:

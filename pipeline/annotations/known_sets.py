@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_class_name
+from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.formats.class_folders import has_class_folders, read_class_folders
 from pipeline.annotations.formats.hmdb51 import is_hmdb51, read_hmdb51
 from pipeline.annotations.formats.kinetics import is_kinetics, read_kinetics
@@ -18,114 +19,51 @@ from pipeline.annotations.formats.ssv2 import is_ssv2, read_ssv2
 from pipeline.annotations.formats.ucf101 import is_ucf101, read_ucf101
 from pipeline.annotations.label_names import is_name_file
 from pipeline.annotations.listing import Listing
+from pipeline.annotations.tables import TABLES
 from pipeline.annotations.text_files import list_files
 from pipeline.annotations.video_folder import VideoFolder
 
-__all__ = ["KNOWN_DATASETS", "KnownDataset", "known_dataset", "natural_class_name", "read_listing"]
-
 logger = logging.getLogger(__name__)
-
-_Reader = Callable[[Sequence[Path], VideoFolder], Listing]
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """An official annotation format: how its files are told, read, and what folder they fill."""
+    """An official annotation format: how its files are told, read, and what folders they fill."""
 
-    title: str
     recognises: Callable[[Path], bool]
-    read: _Reader
-    folders: tuple[str, ...]
+    read: Callable[[Sequence[Path], VideoFolder], Listing]
+    title: str
+    folders: list[str]
 
 
-_KINETICS = _Format("Kinetics", is_kinetics, read_kinetics, ("annotations",))
-_HMDB51 = _Format(
-    "HMDB51",
-    is_hmdb51,
-    read_hmdb51,
-    (
-        "testTrainMulti_7030_splits",
-        "test_train_splits/testTrainMulti_7030_splits",
-        "test_train_splits",
-        "annotations",
-        "splits",
-    ),
-)
-_UCF101 = _Format(
-    "UCF101",
-    is_ucf101,
-    read_ucf101,
-    (
-        "ucfTrainTestlist",
-        "UCF101TrainTestSplits-RecognitionTask/ucfTrainTestlist",
-        "annotations",
-        "splits",
-    ),
-)
-_SSV2 = _Format(
-    "Something-Something V2", is_ssv2, read_ssv2, ("annotations", "labels", "annotation")
-)
-# In the order in which a file is tried; names tell HMDB51 and UCF101, contents the others.
-_FORMATS = (_HMDB51, _UCF101, _KINETICS, _SSV2)
+_READERS = {
+    "hmdb51": (is_hmdb51, read_hmdb51),
+    "ucf101": (is_ucf101, read_ucf101),
+    "kinetics": (is_kinetics, read_kinetics),
+    "ssv2": (is_ssv2, read_ssv2),
+}
+_FORMATS = {name: _Format(*_READERS[name], **table) for name, table in TABLES["formats"].items()}
 
 
 @dataclass(frozen=True, slots=True)
 class KnownDataset:
-    """A data set with official annotations; `files` says which files a user has to fetch.
+    """A data set with official annotations, as `tables.toml` describes it."""
 
-    `called` are the names that people, lists and paths have for it.
-    """
-
-    name: str
     title: str
     classes: int
     files: str
-    format: _Format
-    called: tuple[str, ...]
+    format: str
+    called: list[str]
+    paths: list[str] = field(default_factory=list)
 
 
-def _kinetics(classes: int) -> KnownDataset:
-    called = (f"k{classes}", *(f"kinetics{dash}{classes}" for dash in ("", "-", "_")))
-    files = "train.csv, val.csv, test.csv"
-    return KnownDataset(called[0], f"Kinetics-{classes}", classes, files, _KINETICS, called)
-
-
-KNOWN_DATASETS = {
-    known.name: known
-    for known in (
-        *map(_kinetics, (400, 600, 700)),
-        KnownDataset(
-            "hmdb51",
-            "HMDB51",
-            51,
-            "testTrainMulti_7030_splits/*_test_split1.txt",
-            _HMDB51,
-            ("hmdb51", "hmdb"),
-        ),
-        KnownDataset(
-            "ucf101",
-            "UCF101",
-            101,
-            "ucfTrainTestlist/ (classInd.txt, trainlist01.txt)",
-            _UCF101,
-            ("ucf101", "ucf"),
-        ),
-        KnownDataset(
-            "ssv2",
-            "Something-Something V2",
-            174,
-            "something-something-v2-labels.json, -train.json, -validation.json",
-            _SSV2,
-            ("ssv2", "somethingsomethingv2"),
-        ),
-    )
-}
+KNOWN_DATASETS: Final = {name: KnownDataset(**table) for name, table in TABLES["sets"].items()}
 
 
 def known_dataset(name: str) -> str:
     """The usual short name of a data set: "HMDB" -> "hmdb51"; unknown names come back as given."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    return next((known.name for known in KNOWN_DATASETS.values() if plain in known.called), name)
+    return next((known for known, facts in KNOWN_DATASETS.items() if plain in facts.called), name)
 
 
 def read_listing(
@@ -151,13 +89,14 @@ def read_listing(
     folder = VideoFolder(videos_dir, leave_out=leave_out)
     if class_names_file is not None and not class_names_file.is_file():
         raise UserError(f"file of class names {str(class_names_file)!r} does not exist")
-    found = _official_files(known.format, videos_dir) if known and annotations is None else []
+    official = _FORMATS[known.format] if known else None
+    found = _official_files(official, videos_dir) if official and annotations is None else []
     if annotations is not None:
         listing = _read_annotations(annotations, folder, class_names_file, naming)
-    elif known and found:
+    elif known and official and found:
         _refuse_class_names(class_names_file, known.title)
         logger.info("annotations found in %s", found[0].parent)
-        listing = _without_absent_splits(known.format.read(found, folder))
+        listing = _without_absent_splits(official.read(found, folder))
     elif known and not has_class_folders(folder):
         raise UserError(
             f"no {known.title} annotations in or beside {str(videos_dir)!r}, and no class "
@@ -207,7 +146,7 @@ def _read_annotations(
             )
     else:
         raise UserError(f"annotations {str(path)!r} do not exist: name a file or a folder")
-    for official in _FORMATS:
+    for official in _FORMATS.values():
         own = [file for file in files if official.recognises(file)]
         if own:
             _refuse_class_names(class_names_file, official.title)
@@ -231,27 +170,19 @@ def _may_be_list(path: Path) -> bool:
 
 
 def _recognised(files: Sequence[Path]) -> bool:
-    return any(
-        _may_be_list(file) or any(known.recognises(file) for known in _FORMATS) for file in files
-    )
+    known = (_may_be_list, *(official.recognises for official in _FORMATS.values()))
+    return any(recognises(file) for file in files for recognises in known)
 
 
 def _official_files(official: _Format, videos_dir: Path) -> list[Path]:
     """The official annotation files in the usual places in, beside and above the videos folder."""
-    for place in _usual_places(official, videos_dir):
-        if place.is_dir():
-            files = [path for path in list_files(place) if official.recognises(path)]
-            if files:
-                return files
-    return []
-
-
-def _usual_places(official: _Format, videos_dir: Path) -> Iterator[Path]:
     here = videos_dir.absolute()
     for base in dict.fromkeys((here, here.parent, here.parent.parent)):
-        for name in official.folders:
-            yield base / name
-        yield base
+        for folder in (*(base / name for name in official.folders), base):
+            files = list_files(folder) if folder.is_dir() else []
+            if own := [path for path in files if official.recognises(path)]:
+                return own
+    return []
 
 
 def _without_absent_splits(listing: Listing) -> Listing:
@@ -283,8 +214,7 @@ def _without_absent_splits(listing: Listing) -> Listing:
 def _add_notes(
     listing: Listing, folder: VideoFolder, known: KnownDataset | None, *, annotated: bool
 ) -> None:
-    used = {record.class_name for record in listing.records}
-    used.update(video.class_name for video in listing.missing)
+    used = {video.class_name for video in (*listing.records, *listing.missing)}
     empty = [name for name in listing.class_names if name not in used]
     if empty:
         names = ", ".join(repr(name) for name in empty[:5]) + (", ..." if len(empty) > 5 else "")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
+from pipeline.annotations.class_names import LabelMap, comparable_words
 from pipeline.annotations.listing import split_from_folder
 from pipeline.annotations.text_files import header, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import path_stem
@@ -23,7 +23,17 @@ class "kick" of HMDB51 "kick ball" and the other way round, and so on (Ni et al.
 # (label, path of the file found or as listed, path as listed)
 Evidence = tuple[int, str, str]
 
-_AGREEMENT = 0.8  # share of a label's files that must speak for another name
+_AGREEMENT = 0.8  # share of a label's videos that must speak for another one
+
+
+def agreed_changes(votes: Mapping[int, Counter[int]]) -> dict[int, int]:
+    """The labels whose videos speak for another label, with that label."""
+    first = {label: counter.most_common(1)[0] for label, counter in votes.items()}
+    return {
+        label: other
+        for label, (other, count) in first.items()
+        if other != label and count >= _AGREEMENT * votes[label].total()
+    }
 
 
 def is_name_file(path: Path) -> bool:
@@ -112,11 +122,7 @@ def exchanged_names(
         spoken = _spoken_label(found, listed, by_form, pattern)
         if spoken is not None:
             votes[label][spoken] += 1
-    moved: dict[int, int] = {}
-    for label, counter in votes.items():
-        spoken, count = counter.most_common(1)[0]
-        if spoken != label and count >= _AGREEMENT * counter.total():
-            moved[label] = spoken
+    moved = agreed_changes(votes)
     if moved and set(moved) != set(moved.values()):
         label, spoken = next(iter(moved.items()))
         note(
@@ -169,7 +175,7 @@ def _spoken_label(
 
 def _form(name: str) -> str:
     """ " kick ball " for "kick_ball", "Kick ball" and "KickBall": whole words only can match."""
-    words = re.findall(r"[^\W_]+", comparable(natural_class_name(name)))
+    words = re.findall(r"[^\W_]+", comparable_words(name))
     return f" {' '.join(words)} " if words else ""
 
 

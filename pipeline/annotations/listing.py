@@ -8,22 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from featstore.errors import UserError
+from pipeline.annotations.tables import TABLES
 
 MAX_NAME_LENGTH = 200
 MAX_SPLITS = 32  # a row of the store holds its splits as the bits of one uint32
 
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validate": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-    "holdout_test": "test",  # Kinetics-600
+_SPLIT_WORDS: dict[str, str] = {
+    word: split for split, words in TABLES["splits"].items() for word in words
 }
-_SPLIT_ORDER = {"train": 0, "val": 1, "test": 2}
+_SPLIT_ORDER = ("train", "val", "test")
 _WORDS = "|".join(sorted(_SPLIT_WORDS, key=len, reverse=True))
 # "train", "videos_val" (mmaction2), "train_256" and "val_320p" (compressed copies)
 _SPLIT_FOLDER = re.compile(rf"(?:videos?[_-])?({_WORDS})(?:[_-]\d+(?:p|px)?)?")
@@ -33,12 +26,14 @@ _NUMBER_IN_FILE_NAME = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class VideoRecord:
-    """One video file that was listed and found.
+    """One listed video.
 
-    `path` is relative to the videos folder, with slashes; `source` is the name as it was listed;
-    `class_name` is the raw name; `splits` are those the video belongs to (none, one or several).
+    `path` is relative to the videos folder, with slashes, and empty where there is no file;
+    `source` is the name as it was listed; `class_name` is the raw name; `splits` are those the
+    video belongs to (none, one or several). `reason` says why it cannot be packed: no such file,
+    or a name that is refused.
     """
 
     key: str
@@ -46,23 +41,14 @@ class VideoRecord:
     source: str
     class_name: str
     splits: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class MissingVideo:
-    """One listed video that cannot be packed, and why: no such file, or a name that is refused."""
-
-    key: str
-    source: str
-    class_name: str
-    splits: tuple[str, ...]
-    reason: str
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Listing:
     """All that annotations and a videos folder say together.
 
+    `records` are the videos that can be packed, `missing` those that cannot, both sorted by key.
     `class_names` are raw names in label order; `split_names` in their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
     sentences the user should read. `label_map` says what was done with a file of class names that
@@ -72,7 +58,7 @@ class Listing:
     records: list[VideoRecord]
     class_names: list[str]
     split_names: list[str]
-    missing: list[MissingVideo] = field(default_factory=list)
+    missing: list[VideoRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     overlapping_splits: bool = False
     label_map: str = ""
@@ -127,7 +113,7 @@ def ordered_splits(names: Iterable[str]) -> list[str]:
         match = re.fullmatch(r"(train|val|test)(\d*)", name)
         if match is None:
             return (1_000_000, 0, name)
-        return (int(match[2] or 0), _SPLIT_ORDER[match[1]], name)
+        return (int(match[2] or 0), _SPLIT_ORDER.index(match[1]), name)
 
     ordered = sorted(set(names), key=place)
     if len(ordered) > MAX_SPLITS:
@@ -138,20 +124,11 @@ def ordered_splits(names: Iterable[str]) -> list[str]:
     return ordered
 
 
-@dataclass(slots=True)
-class _Mention:
-    source: str
-    path: str
-    class_name: str
-    splits: list[str]
-    reason: str
-
-
 class ListingBuilder:
     """Collects mentions of videos; a second mention of a file adds its splits to the first."""
 
     def __init__(self) -> None:
-        self._by_key: dict[str, _Mention] = {}
+        self._by_key: dict[str, VideoRecord] = {}
         self._key_of_path: dict[str, str] = {}
         self._repeated = 0
         self._notes: list[str] = []
@@ -168,7 +145,7 @@ class ListingBuilder:
         *,
         source: str,
         class_name: str,
-        splits: Sequence[str] = (),
+        split: str = "",
         path: str | None,
         reason: str = "no such file in the videos folder",
     ) -> None:
@@ -176,19 +153,16 @@ class ListingBuilder:
 
         Raises UserError when the name or the file is already there as something else.
         """
-        key = key_from_name(name)
+        key, source, splits = key_from_name(name), _printable(source), (split,) if split else ()
         if path is not None:
             key = self._key_of_path.setdefault(path, key)
         first = self._by_key.get(key)
         if first is None:
-            problem = "" if path is not None else reason
-            if refusal := _refused_name(name) or _refused_name(path or "", limit=None):
-                problem = refusal
-            self._by_key[key] = _Mention(
-                _printable(source), path or "", class_name, list(dict.fromkeys(splits)), problem
-            )
+            refusal = _refused_name(name) or _refused_name(path or "", limit=None)
+            problem = refusal or ("" if path is not None else reason)
+            self._by_key[key] = VideoRecord(key, path or "", source, class_name, splits, problem)
             return
-        if not first.path and path is not None and first.source == _printable(source):
+        if not first.path and path is not None and first.source == source:
             first.path, first.reason = path, _refused_name(name)
         elif path is not None and first.path != path:
             raise UserError(
@@ -202,7 +176,7 @@ class ListingBuilder:
                 "annotations or move one file away"
             )
         self._repeated += 1
-        first.splits.extend(split for split in splits if split not in first.splits)
+        first.splits = tuple(dict.fromkeys((*first.splits, *splits)))
 
     def build(
         self, class_names: Sequence[str] | None = None, *, overlapping_splits: bool = False
@@ -212,29 +186,16 @@ class ListingBuilder:
             self._notes.append(
                 f"{self._repeated} repeated mentions of a video were merged with the first"
             )
-        split_names = ordered_splits(
-            split for mention in self._by_key.values() for split in mention.splits
-        )
+        videos = [self._by_key[key] for key in sorted(self._by_key)]
+        split_names = ordered_splits(split for video in videos for split in video.splits)
         place = {name: index for index, name in enumerate(split_names)}
-        records, missing = [], []
-        used: set[str] = set()
-        for key in sorted(self._by_key):
-            mention = self._by_key[key]
-            used.add(mention.class_name)
-            splits = tuple(sorted(mention.splits, key=place.__getitem__))
-            if mention.reason:
-                missing.append(
-                    MissingVideo(key, mention.source, mention.class_name, splits, mention.reason)
-                )
-            else:
-                records.append(
-                    VideoRecord(key, mention.path, mention.source, mention.class_name, splits)
-                )
+        for video in videos:
+            video.splits = tuple(sorted(video.splits, key=place.__getitem__))
         return Listing(
-            records=records,
-            class_names=sorted(used) if class_names is None else list(class_names),
+            records=[video for video in videos if not video.reason],
+            class_names=list(class_names or sorted({video.class_name for video in videos})),
             split_names=split_names,
-            missing=missing,
+            missing=[video for video in videos if video.reason],
             notes=self._notes,
             overlapping_splits=overlapping_splits,
             label_map=self.label_map,

@@ -14,29 +14,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import LabelMap, comparable, natural_class_name
+from pipeline.annotations.class_names import LabelMap, comparable, comparable_words
 from pipeline.annotations.formats.kinetics import id_and_start
 from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_list
 from pipeline.annotations.known_sets import KNOWN_DATASETS
-from pipeline.annotations.label_names import is_name_file, read_names
+from pipeline.annotations.label_names import agreed_changes, is_name_file, read_names
 from pipeline.annotations.listing import name_from_key, split_from_folder
 from pipeline.annotations.text_files import read_lines
 from pipeline.annotations.video_folder import normal_path, path_stem
 
 log = logging.getLogger(__name__)
 
-# Words by which paths in repositories name a data set, beside the names it is called by.
-_LOOSE_WORDS: Final = {"ssv2": ("sthv2", "something"), "k400": ("kinetics",)}
-_WORDS: Final = {
-    name: known.called + _LOOSE_WORDS.get(name, ()) for name, known in KNOWN_DATASETS.items()
-}
 _SHOWN = 5
-_AGREEMENT = 0.8  # share of a label's videos that must be of one class
-
-Test = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class KeyIndex:
             self._by_clip[clip].append(key)
             self._by_id[clip[0]].append(key)
 
-    def find_listed(self, listed: str, split: str | None = None) -> tuple[str | None, str]:
+    def find_listed(self, listed: str, split: str = "") -> tuple[str | None, str]:
         """The key that a list's entry means, or (None, why not); `split` is not looked at."""
         if listed in self._keys:
             return listed, ""
@@ -157,7 +148,7 @@ class ListRepository:
             fitting = [p for p in fitting if "label" in self._place(p)] or fitting
         return fitting[0] if len(fitting) == 1 else None
 
-    def _only(self, what: str, fits: Test) -> Path:
+    def _only(self, what: str, fits: Callable[[str], bool]) -> Path:
         found = [path for path in self._lists if fits(self._place(path))]
         training = [path for path in found if "train" in path.stem.lower()] or found
         if len(training) != 1:
@@ -179,44 +170,40 @@ def read_published_list(path: Path, index: KeyIndex) -> PublishedList:
 
     Videos that are not packed are counted and named; one with two labels is an error.
     """
-    rows = read_list(path, index)
-    labels: dict[str, str] = {}
-    missing: dict[str, str] = {}
-    repeated = 0
-    for row in rows:
-        key, reason = index.find_listed(row.path)
-        if key is None:
-            missing.setdefault(row.path, reason)
-        elif labels.setdefault(key, row.label) != row.label:
-            raise UserError(
-                f"{str(path)!r} gives video {row.path!r} the labels {labels[key]!r} and "
-                f"{row.label!r}: a video has one class; correct the list"
-            )
-        else:
-            repeated += 1
-    repeated -= len(labels)
-    _tell_missing(path, missing, len(labels))
-    return PublishedList(path, tuple(labels), tuple(labels.values()), tuple(missing), repeated)
+    return _matched(path, [((row.path,), row.label) for row in read_list(path, index)], index)
 
 
 def read_keys(path: Path, index: KeyIndex) -> PublishedList:
     """A list of keys, file names or YouTube ids, one per line, whatever follows them."""
     if not path.is_file():
         raise UserError(f"list {str(path)!r} does not exist: name a file")
-    keys: dict[str, str] = {}
+    lines = [text for _, text in read_lines(path)]
+    names = [(t, re.split(r"[,\t]", t)[0].strip(), t.rsplit(None, 1)[0]) for t in lines]
+    return _matched(path, [(several, "") for several in names], index)
+
+
+def _matched(
+    path: Path, rows: Sequence[tuple[Sequence[str], str]], index: KeyIndex
+) -> PublishedList:
+    """The list of these rows: possible names, the first one as written, and label."""
+    labels: dict[str, str] = {}
     missing: dict[str, str] = {}
     repeated = 0
-    for _, text in read_lines(path):
-        tries = (text, re.split(r"[,\t]", text)[0].strip(), text.rsplit(None, 1)[0])
-        found = [index.find_listed(name) for name in dict.fromkeys(tries) if name]
+    for names, label in rows:
+        found = [index.find_listed(name) for name in dict.fromkeys(names) if name]
         key = next((key for key, _ in found if key is not None), None)
         if key is None:
-            missing.setdefault(text, found[0][1])
+            missing.setdefault(names[0], found[0][1])
+        elif labels.setdefault(key, label) != label:
+            raise UserError(
+                f"{str(path)!r} gives video {names[0]!r} the labels {labels[key]!r} and "
+                f"{label!r}: a video has one class; correct the list"
+            )
         else:
-            repeated += key in keys
-            keys[key] = ""
-    _tell_missing(path, missing, len(keys))
-    return PublishedList(path, tuple(keys), tuple(keys.values()), tuple(missing), repeated)
+            repeated += 1
+    repeated -= len(labels)
+    _tell_missing(path, missing, len(labels))
+    return PublishedList(path, tuple(labels), tuple(labels.values()), tuple(missing), repeated)
 
 
 def _tell_missing(path: Path, missing: Mapping[str, str], found: int) -> None:
@@ -251,7 +238,7 @@ def label_exchange(
     and when names to be kept are no exchange.
     """
     votes: dict[int, Counter[int]] = defaultdict(Counter)
-    known = {_form(name): label for label, name in enumerate(class_names)}
+    known = {comparable_words(name): label for label, name in enumerate(class_names)}
     for listed, file in lists:
         if file is None:
             if label_map == "as-published":
@@ -263,18 +250,14 @@ def label_exchange(
         names = read_names(file)
         for key, text in zip(listed.keys, listed.labels, strict=True):
             name = names.get(int(text)) if text.isdigit() else text
-            if name is None or _form(name) not in known:
+            if name is None or comparable_words(name) not in known:
                 what = f"label {text} has no name" if name is None else f"{name!r} is no class"
                 raise UserError(
                     f"{str(file)!r} does not fit {str(listed.path)!r} and the data set: {what}; "
                     "name the lists of this data set"
                 )
-            votes[label_of[key]][known[_form(name)]] += 1
-    exchange: dict[int, int] = {}
-    for label, counter in votes.items():
-        other, count = counter.most_common(1)[0]
-        if other != label and count >= _AGREEMENT * counter.total():
-            exchange[label] = other
+            votes[label_of[key]][known[comparable_words(name)]] += 1
+    exchange = agreed_changes(votes)
     if not exchange:
         if label_map == "as-published":
             log.warning("--label-map as-published changes nothing: the lists' names are right")
@@ -301,7 +284,12 @@ def label_exchange(
 
 def _datasets_of(place: str) -> set[str]:
     """The data sets whose words a path holds; "kinetics" says nothing beside "kinetics600"."""
-    found = {(word, name) for name, words in _WORDS.items() for word in words if word in place}
+    found = {
+        (word, name)
+        for name, known in KNOWN_DATASETS.items()
+        for word in (*known.called, *known.paths)
+        if word in place
+    }
     return {name for word, name in found if not any(word in other != word for other, _ in found)}
 
 
@@ -326,7 +314,3 @@ def _base_or_novel(place: str) -> bool:
 
 def _half_of(stem: str) -> str:
     return next((half for half in ("base", "novel") if half in stem.lower()), "")
-
-
-def _form(name: str) -> str:
-    return comparable(natural_class_name(name))

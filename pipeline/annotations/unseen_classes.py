@@ -16,26 +16,14 @@ from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable, natural_class_name
+from pipeline.annotations.class_names import comparable_words
 from pipeline.annotations.label_names import read_names
+from pipeline.annotations.tables import TABLES
 from pipeline.annotations.text_files import list_files
 
 log = logging.getLogger(__name__)
 
-RENAMED: Final = (
-    "changing wheel (not on bike)",
-    "cooking sausages (not on barbeque)",
-    "dyeing hair",
-    "hugging (not baby)",
-    "inflating balloons",
-    "making the bed",
-    "opening bottle (not wine)",
-    "passing american football (not in game)",
-    "person collecting garbage",
-    "throwing ball (not baseball or American football)",
-    "tying necktie",
-    "waking up",
-)
+RENAMED: Final = frozenset(TABLES["kinetics600"]["renamed"])
 """Kinetics-600 names of classes that Kinetics-400 has under another name."""
 
 NEW_NAMES: Final = 232
@@ -66,9 +54,9 @@ def unseen_labels(k600_names: Sequence[str], k400_names: Sequence[str]) -> tuple
     Names are compared in lower case, without quotes, with spaces for underscores. UserError when
     none is left, or when the two lists share no name at all.
     """
-    known = {_form(name) for name in k400_names}
-    renamed = {_form(name) for name in RENAMED}
-    forms = [_form(name) for name in k600_names]
+    known = {comparable_words(name) for name in k400_names}
+    renamed = {comparable_words(name) for name in RENAMED}
+    forms = [comparable_words(name) for name in k600_names]
     if not known.intersection(forms):
         example = next(iter(k400_names), "")
         raise UserError(
@@ -142,11 +130,11 @@ def _class_lists(lists: Sequence[Path]) -> list[Path]:
 
 def _read_split(path: Path, names: Sequence[str], unseen: Sequence[int]) -> tuple[int, ...]:
     listed = list(read_names(path).values())
-    by_form = {_form(name): label for label, name in enumerate(names)}
+    by_form = {comparable_words(name): label for label, name in enumerate(names)}
     numbers = all(name.isdigit() for name in listed)
     labels = []
     for name in listed:
-        label = int(name) if numbers else by_form.get(_form(name), -1)
+        label = int(name) if numbers else by_form.get(comparable_words(name), -1)
         if not 0 <= label < len(names):
             raise UserError(
                 f"{str(path)!r} lists {name!r}, which is none of the {len(names)} classes of the "
@@ -164,12 +152,8 @@ def _read_split(path: Path, names: Sequence[str], unseen: Sequence[int]) -> tupl
 
 def _drawn(number: int, names: Sequence[str], unseen: Sequence[int]) -> tuple[int, ...]:
     def place(label: int) -> tuple[bytes, int]:
-        text = f"k600-unseen/{number}/{_form(names[label])}".encode()
+        text = f"k600-unseen/{number}/{comparable_words(names[label])}".encode()
         return hashlib.blake2b(text, digest_size=16).digest(), label
 
     count = max(1, round(len(unseen) * TEST_CLASSES / UNSEEN))
     return tuple(sorted(sorted(unseen, key=place)[:count]))
-
-
-def _form(name: str) -> str:
-    return comparable(natural_class_name(name))

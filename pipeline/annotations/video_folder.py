@@ -11,27 +11,9 @@ from pathlib import Path
 from featstore.errors import UserError
 from pipeline.annotations.class_names import comparable
 from pipeline.annotations.listing import split_from_folder
+from pipeline.annotations.tables import TABLES
 
-VIDEO_EXTENSIONS = frozenset(
-    [
-        "mp4",
-        "m4v",
-        "mov",
-        "avi",
-        "mkv",
-        "webm",
-        "mpg",
-        "mpeg",
-        "wmv",
-        "flv",
-        "3gp",
-        "ts",
-        "m2ts",
-        "mts",
-        "ogv",
-        "vob",
-    ]
-)
+VIDEO_EXTENSIONS = frozenset(TABLES["videos"]["extensions"])
 
 
 class VideoFolder:
@@ -125,7 +107,7 @@ class VideoFolder:
     def _files(self) -> frozenset[str]:
         return frozenset(self.files)
 
-    def find_listed(self, listed: str, split: str | None = None) -> tuple[str | None, str]:
+    def find_listed(self, listed: str, split: str = "") -> tuple[str | None, str]:
         """The file that a list's entry means, or (None, why not).
 
         Tried in turn: the path as listed; the same with another extension or none; the path
@@ -185,7 +167,7 @@ def normal_path(listed: str, root: Path) -> str:
     return path
 
 
-def _splits_agree(listed_folders: list[str], candidate: str, split: str | None) -> bool:
+def _splits_agree(listed_folders: list[str], candidate: str, split: str) -> bool:
     """Whether no split folder of a file found by name alone speaks against the listed split."""
     wanted = split.rstrip("0123456789") if split else first_split(listed_folders)
     there = first_split(candidate.split("/")[:-1])

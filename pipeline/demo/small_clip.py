@@ -1,35 +1,25 @@
-"""The demo's small CLIP: how it was trained, and how the shipped weights become an encoder folder.
+"""The demo's small CLIP: how the shipped weights become an encoder folder.
 
-No pretrained CLIP can be assumed on a machine without a network, so one is trained on single frames
-of the generated world with captions as the web would give them. Its weights are shipped with the
-package (`data/demo_clip.safetensors`, float16, under 1 MB) and were made by
-
-    python -m pipeline.demo.small_clip --out pipeline/demo/data/demo_clip.safetensors
+No pretrained CLIP can be assumed on a machine without a network, so one was trained on single
+frames of the generated world (`tests/support/worlds/demo_clip.py`). Its weights are shipped here
+(`data/demo_clip.safetensors`, float16, under 1 MB).
 
 It is an ordinary CLIP of open_clip's own class with CLIP's own tokeniser. Only tokens that occur in
 the world's captions have a trained embedding; `unpack` restores the full vocabulary with zeros, so
 that the encoder folder loads like any other.
-
-Letters: B batch, S image side.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
-from featstore.files.durable import write_bytes
-from pipeline.demo.world import ALL_CLASSES, SIDE, SpriteClass, render_clip
+from pipeline.demo.world import SIDE
 from pipeline.encoders.sources import save_open_clip_folder
 from pipeline.encoders.specs import CONFIG_FILE
 
@@ -57,124 +47,21 @@ PREPROCESSING: dict[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "shortest",
 }
-PAIRS = sorted({sprite_class.pair for sprite_class in ALL_CLASSES})
-TEXT_WEIGHT = 0.01
-HARD_PAIRS = 4  # of the 36 (colour, shape) pairs, in every second batch
+TOKEN_IDS = "token_ids"
 _TOKEN_EMBEDDING = "token_embedding.weight"
-_TOKEN_IDS = "token_ids"
-
-
-def caption(sprite_class: SpriteClass, rng: np.random.Generator) -> str:
-    """A caption as the web would give it: often no motion, sometimes no colour."""
-    draw = rng.random()
-    if draw < 0.35:
-        article = "an" if sprite_class.colour[0] in "aeiou" else "a"
-        return f"{article} {sprite_class.colour} {sprite_class.shape}"
-    if draw < 0.80:
-        return sprite_class.name
-    return f"a photo of a {sprite_class.shape} {sprite_class.motion}"
-
-
-def _tokenise(sentences: list[str]) -> torch.Tensor:
-    tokens = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
-    result: torch.Tensor = tokens(sentences)
-    return result
-
-
-def train_small_clip(
-    *,
-    seed: int = 0,
-    images: int = 24_000,
-    epochs: int = 10,
-    batch: int = 256,
-    lr: float = 1e-3,
-) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Contrastive training on random single frames; targets are spread over identical captions.
-
-    Returns the packed weights (float16, with the int64 `token_ids` of the kept embedding rows) and
-    the mean loss of each epoch. About two minutes on one core.
-    """
-    rng = np.random.default_rng([seed, 7])
-    torch.manual_seed(seed)
-    chosen = [ALL_CLASSES[i] for i in rng.integers(len(ALL_CLASSES), size=images)]
-    pictures = np.concatenate([render_clip(c, rng, rng.random(1)) for c in chosen])
-    captions = [caption(c, rng) for c in chosen]
-    unique = sorted(set(captions))
-    which = torch.tensor([unique.index(c) for c in captions])
-    tokens = _tokenise(unique)
-    token_ids = torch.unique(tokens)  # sorted, so that the end token keeps the largest id
-    tokens = torch.searchsorted(token_ids, tokens)
-
-    config = json.loads(json.dumps(MODEL_CONFIG))
-    config["text_cfg"]["vocab_size"] = len(token_ids)
-    model = open_clip.CLIP(**config, quick_gelu=False)
-    mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
-    steps = epochs * (images // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=steps, pct_start=0.1, anneal_strategy="cos"
-    )
-    pairs = torch.tensor([PAIRS.index(c.pair) for c in chosen])
-    generator = torch.Generator().manual_seed(seed)
-    losses: list[float] = []
-    for _ in range(epochs):
-        order = torch.randperm(images, generator=generator)
-        total = 0.0
-        for step in range(images // batch):
-            rows = order[step * batch : (step + 1) * batch]
-            if step % 2:
-                # Batches of a few (colour, shape) pairs leave only the motion to tell captions
-                # apart; without them texts that differ in the motion alone fall together.
-                few = torch.randperm(len(PAIRS), generator=generator)[:HARD_PAIRS]
-                near = torch.isin(pairs, few).nonzero()[:, 0]
-                rows = near[torch.randint(len(near), (batch,), generator=generator)]
-            picture = (pixels[rows].float() / 255 - mean) / std
-            texts, position = torch.unique(which[rows], return_inverse=True)
-            image = F.normalize(model.encode_image(picture), dim=-1)
-            named = F.normalize(model.encode_text(tokens[texts]), dim=-1)
-            text = named[position]
-            scale = model.logit_scale.exp()
-            logits = scale * image @ text.T
-            same = (position[:, None] == position[None, :]).float()
-            target = same / same.sum(1, keepdim=True)
-            loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-            # Language alone tells "left" from "right", even where no single picture does.
-            apart = F.cross_entropy(scale * named @ named.T, torch.arange(len(named)))
-            loss = loss + TEXT_WEIGHT * apart
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                model.logit_scale.clamp_(max=np.log(100))
-            total += loss.item()
-        losses.append(total / (images // batch))
-    state = {
-        name: value.detach().half().contiguous()
-        for name, value in model.state_dict().items()
-        if name != "attn_mask"
-    }
-    state[_TOKEN_IDS] = token_ids
-    return state, losses
-
-
-def shipped_weights() -> bytes:
-    """The packed weights that came with this installation."""
-    return resources.files("pipeline.demo").joinpath("data/demo_clip.safetensors").read_bytes()
 
 
 def make_encoder_folder(folder: Path) -> None:
     """Put the shipped small CLIP into `folder` as an encoder, unless it is there already."""
     if not (folder / CONFIG_FILE).is_file():
-        unpack(shipped_weights(), folder)
+        shipped = resources.files("pipeline.demo").joinpath("data/demo_clip.safetensors")
+        unpack(shipped.read_bytes(), folder)
 
 
 def unpack(packed: bytes, folder: Path) -> None:
     """Write packed weights as an encoder folder in open_clip's own format."""
     state = safetensors.torch.load(packed)
-    token_ids, rows = state.pop(_TOKEN_IDS), state.pop(_TOKEN_EMBEDDING)
+    token_ids, rows = state.pop(TOKEN_IDS), state.pop(_TOKEN_EMBEDDING)
     full = torch.zeros(MODEL_CONFIG["text_cfg"]["vocab_size"], rows.shape[1])
     full[token_ids] = rows.float()
     model = open_clip.CLIP(**MODEL_CONFIG, quick_gelu=False)
@@ -182,28 +69,3 @@ def unpack(packed: bytes, folder: Path) -> None:
         {**{name: value.float() for name, value in state.items()}, _TOKEN_EMBEDDING: full}
     )
     save_open_clip_folder(model, MODEL_CONFIG, PREPROCESSING, folder)
-
-
-def main() -> None:
-    """Train the small CLIP anew and write its packed weights."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--images", type=int, default=24_000)
-    options = parser.parse_args()
-    torch.set_num_threads(1)  # sums in another order would give other last bits
-    started = time.perf_counter()
-    state, losses = train_small_clip(
-        seed=options.seed, epochs=options.epochs, images=options.images
-    )
-    recipe = {name: str(getattr(options, name)) for name in ("seed", "images", "epochs")}
-    write_bytes(options.out, safetensors.torch.save(state, metadata=recipe))
-    print(f"loss per epoch: {', '.join(f'{loss:.3f}' for loss in losses)}")
-    print(
-        f"{options.out}: {options.out.stat().st_size} bytes, {time.perf_counter() - started:.0f} s"
-    )
-
-
-if __name__ == "__main__":
-    main()

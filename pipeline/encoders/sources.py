@@ -143,22 +143,17 @@ def _load_folder(folder: Path) -> LoadedClip:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise UserError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an encoder config")
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise UserError(
-                f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an encoder config"
-            )
         config = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"{path} cannot be read as JSON: {one_line(error, 160)}; fetch or write it again"
         ) from None
     if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
         raise UserError(f"{path} has no entry 'model_cfg': it is not an open_clip config")
-    config.setdefault("preprocess_cfg", {})
-    if not isinstance(config["preprocess_cfg"], dict):
+    if not isinstance(config.setdefault("preprocess_cfg", {}), dict):
         raise UserError(f"the entry 'preprocess_cfg' of {path} is not an object")
     return config
 
@@ -235,7 +230,7 @@ def _load_openai_file(path: Path) -> LoadedClip:
     return LoadedClip(
         name=_safe_name(path.stem),
         model=_evaluating(model),
-        model_config=_openai_config(model, state),
+        model_config=_openai_config(model),
         preprocess_config={},
         tokenizer_source="",
     )
@@ -277,36 +272,26 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _openai_config(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The open_clip config of a model built from an OpenAI state dict (read off its tensors)."""
-    vision: dict[str, Any] = {"image_size": model.visual.image_size}
-    if isinstance(vision["image_size"], tuple):
-        vision["image_size"] = vision["image_size"][0]
-    if "visual.proj" in state:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        layers = sum(
-            name.startswith("visual.") and name.endswith(".attn.in_proj_weight") for name in state
-        )
-        vision.update(layers=layers, width=width, patch_size=patch)
+def _openai_config(model: Any) -> dict[str, Any]:
+    """The open_clip config of a model built from an OpenAI state dict (read off its modules)."""
+    visual, text = model.visual, model.transformer
+    if isinstance(visual, open_clip.transformer.VisionTransformer):
+        layers: int | list[int] = len(visual.transformer.resblocks)
+        width, patch = visual.conv1.out_channels, visual.conv1.kernel_size[0]
     else:
-        stages = [
-            len({name.split(".")[2] for name in state if name.startswith(f"visual.layer{stage}.")})
-            for stage in (1, 2, 3, 4)
-        ]
-        width = state["visual.layer1.0.conv1.weight"].shape[0]
-        vision.update(layers=stages, width=width, patch_size=None)
-    text_width = state["ln_final.weight"].shape[0]
-    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.resblocks.")}
+        layers = [len(getattr(visual, f"layer{stage}")) for stage in (1, 2, 3, 4)]
+        width, patch = visual.layer1[0].conv1.out_channels, None
+    size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
     return {
-        "embed_dim": state["text_projection"].shape[1],
+        "embed_dim": model.text_projection.shape[1],
         "quick_gelu": True,
-        "vision_cfg": vision,
+        "vision_cfg": {"image_size": size, "layers": layers, "width": width, "patch_size": patch},
         "text_cfg": {
-            "context_length": state["positional_embedding"].shape[0],
-            "vocab_size": state["token_embedding.weight"].shape[0],
-            "width": text_width,
-            "heads": text_width // 64,
-            "layers": len(blocks),
+            "context_length": model.context_length,
+            "vocab_size": model.vocab_size,
+            "width": text.width,
+            "heads": text.width // 64,
+            "layers": text.layers,
         },
     }
 
@@ -322,29 +307,24 @@ def _known_pretrained(spec: str) -> tuple[str, str] | None:
 
 def _unknown_spec(spec: str, encoders_dir: Path | None) -> str:
     bare = spec.strip().replace("/", "-")
+    tags = open_clip.list_pretrained_tags_by_model(bare)
+    if tags:
+        return f"encoder {spec!r} needs a tag: for example {bare}/{tags[0]} (of {len(tags)})"
     if bare in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(bare)
-        if tags:
-            return f"encoder {spec!r} needs a tag: for example {bare}/{tags[0]} (of {len(tags)})"
         return f"encoder {spec!r}: open_clip has no weights for it; pass a folder or a .pt file"
-    names = ["/".join(known) for known in open_clip.list_pretrained()]
-    if encoders_dir is not None and encoders_dir.is_dir():
-        names += [folder.name for folder in encoders_dir.iterdir() if folder.is_dir()]
-    close = difflib.get_close_matches(spec, names, n=3, cutoff=0.6)
     architecture = spec.strip().rpartition("/")[0].replace("/", "-")
-    if architecture in open_clip.list_models():
-        close = [
-            f"{architecture}/{tag}" for tag in open_clip.list_pretrained_tags_by_model(architecture)
-        ][:5]
-    hint = (
-        f"did you mean {', '.join(close)}?"
-        if close
-        else "ARCH/TAG is, for example, ViT-B-16/openai"
-    )
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    close = [f"{architecture}/{tag}" for tag in tags[:5]]
+    if architecture not in open_clip.list_models():
+        names = ["/".join(known) for known in open_clip.list_pretrained()]
+        if encoders_dir is not None and encoders_dir.is_dir():
+            names += [folder.name for folder in encoders_dir.iterdir() if folder.is_dir()]
+        close = difflib.get_close_matches(spec, names, n=3, cutoff=0.6)
+    hint = "ARCH/TAG is, for example, ViT-B-16/openai"
     return (
         f"unknown encoder {spec!r}: it is no folder, no .pt file, no name under encoders/ of the "
         "workspace and no ARCH/TAG of open_clip; "
-        f"{hint}"
+        + (f"did you mean {', '.join(close)}?" if close else hint)
     )
 
 

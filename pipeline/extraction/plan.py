@@ -21,7 +21,7 @@ from pipeline.encoders.specs import remembered_fingerprint
 from pipeline.extraction.request import ExtractionRequest
 from pipeline.prompts import PROMPT_SETS, PromptSet, prompt_sets_of
 from pipeline.tars.dataset import load_dataset, tars_of
-from pipeline.tars.sources import LocalTars, RemoteTars, TarSource, remote_dataset
+from pipeline.tars.sources import RemoteTars, TarSource, remote_dataset
 
 # Keys, reasons and numbers of a row beside its features and frame times, generously.
 ROW_EXTRA_BYTES: Final = 256
@@ -57,7 +57,7 @@ class ExtractionPlan:
     def tar_source(self) -> TarSource:
         """A new source of the data set's tars."""
         if self._scratch is None:
-            return LocalTars(self.dataset)
+            return TarSource(self.dataset)
         return RemoteTars(str(self.request.dataset_dir), self._scratch.path)
 
     @property

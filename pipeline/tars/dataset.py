@@ -20,23 +20,15 @@ TARS_FOLDER = "shards"
 FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class FailedSample:
-    """A listed video that is in no tar, and why. `class_name` is in natural words."""
-
-    key: str
-    label: int
-    class_name: str
-    splits: tuple[str, ...]
-    reason: str
+FAILURE_COLUMNS = ("key", "path", "class_name", "splits", "reason")
 
 
 @dataclass(frozen=True, slots=True)
 class FailedVideo:
-    """One line of `failures.csv`."""
+    """A listed video that is in no tar, and why. `class_name` is in natural words."""
 
     key: str
-    path: str
+    label: int
     class_name: str
     splits: tuple[str, ...]
     reason: str
@@ -52,7 +44,7 @@ class Tar:
     file: str
     split: str | None
     samples: int
-    failed: tuple[FailedSample, ...]
+    failed: tuple[FailedVideo, ...]
     bytes: int
     sha256: str
 
@@ -149,30 +141,19 @@ class Dataset:
             "raw_class_names": list(self.raw_class_names),
             "split_names": list(self.split_names),
             "splits_disjoint": self.splits_disjoint,
-            "shards": [
-                {
-                    **asdict(tar),
-                    "failed": [
-                        {**asdict(failed), "splits": list(failed.splits)} for failed in tar.failed
-                    ],
-                }
-                for tar in self.tars
-            ],
+            "shards": [asdict(tar) for tar in self.tars],
             "splits": {split: list(self.keys_by_split[split]) for split in self.split_names},
             # Only where there is something to say, so that other data sets keep their fingerprint.
             **({"label_map": self.label_map} if self.label_map else {}),
         }
 
 
-def write_failures(dataset_dir: Path, failures: Sequence[FailedVideo]) -> None:
+def write_failures(dataset_dir: Path, failures: Sequence[Mapping[str, Any]]) -> None:
     """Write `failures.csv`, complete or not at all; one with a header only when none failed."""
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["key", "path", "class_name", "splits", "reason"])
-    for video in failures:
-        table.writerow(
-            [video.key, video.path, video.class_name, ";".join(video.splits), video.reason]
-        )
+    table = csv.DictWriter(text, FAILURE_COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows({**video, "splits": ";".join(video["splits"])} for video in failures)
     write_bytes(dataset_dir / FAILURES_FILE, text.getvalue().encode())
 
 
@@ -233,30 +214,11 @@ def load_dataset(dataset_dir: Path) -> Dataset:
 def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
     tars = []
     for entry in value["shards"]:
-        file = str(entry["file"])
+        file = entry["file"]
         if PurePosixPath(file).name != file or file in (".", "..") or "\\" in file:
             raise ValueError(f"tar {file!r} is not a plain file name")
-        failed = tuple(
-            FailedSample(
-                str(sample["key"]),
-                int(sample["label"]),
-                str(sample["class_name"]),
-                tuple(map(str, sample["splits"])),
-                str(sample["reason"]),
-            )
-            for sample in entry["failed"]
-        )
-        split = entry["split"]
-        tars.append(
-            Tar(
-                file,
-                None if split is None else str(split),
-                int(entry["samples"]),
-                failed,
-                int(entry["bytes"]),
-                str(entry["sha256"]),
-            )
-        )
+        failed = (FailedVideo(**{**v, "splits": tuple(v["splits"])}) for v in entry["failed"])
+        tars.append(Tar(**{**entry, "failed": tuple(failed)}))
     return Dataset(
         folder=folder,
         name=str(value["name"]),
@@ -265,9 +227,7 @@ def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
         split_names=tuple(map(str, value["split_names"])),
         splits_disjoint=bool(value["splits_disjoint"]),
         tars=tuple(tars),
-        keys_by_split={
-            str(split): tuple(map(str, keys)) for split, keys in value["splits"].items()
-        },
+        keys_by_split={split: tuple(map(str, keys)) for split, keys in value["splits"].items()},
         fingerprint=str(value["fingerprint"]),
         label_map=str(value.get("label_map", "")),
     )

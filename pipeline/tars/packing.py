@@ -15,8 +15,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +26,7 @@ from webdataset import TarWriter
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import durable_file, sweep_partials
+from featstore.files.locks import exclusive
 from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import NAME_PATTERN
@@ -34,10 +37,10 @@ from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.tars.dataset import (
     DATASET_FILE,
+    FAILURE_COLUMNS,
     FAILURES_FILE,
     TARS_FOLDER,
     Dataset,
-    FailedSample,
     FailedVideo,
     Tar,
     load_dataset,
@@ -48,9 +51,7 @@ from pipeline.tars.finished import (
     HashingStream,
     TarRecord,
     VideoOutcome,
-    packing_lock,
     read_record,
-    write_record,
 )
 from pipeline.tars.plan import (
     PlannedTar,
@@ -62,16 +63,6 @@ from pipeline.tars.plan import (
     read_plan,
 )
 
-__all__ = [
-    "Dataset",
-    "FailedSample",
-    "FailedVideo",
-    "PackSummary",
-    "Tar",
-    "load_dataset",
-    "pack",
-]
-
 logger = logging.getLogger(__name__)
 
 _PLAN_FILE = "plan.json"
@@ -79,6 +70,7 @@ _SHOWN_FAILURES = 5
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_Sample = dict[str, str | bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +78,8 @@ class PackSummary:
     """What one run of `pack` did, and what the data set holds now.
 
     `videos_*`, `shards` and `bytes` (of all tars) are the data set's; `shards_written`,
-    `shards_skipped` and `seconds` are this run's. `failures` are the first few.
+    `shards_skipped` and `seconds` are this run's. `failures` are the first lines of
+    `failures.csv`.
     """
 
     dataset: str
@@ -101,17 +94,12 @@ class PackSummary:
     bytes: int
     seconds: float
     too_many_failures: bool
-    failures: tuple[FailedVideo, ...]
+    failures: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The summary as strict JSON values."""
-        value = asdict(self)
-        value["failures"] = [
-            {**asdict(failed), "splits": list(failed.splits)} for failed in self.failures
-        ]
-        value["notes"] = list(self.notes)
-        return value
+        return asdict(self)
 
 
 def pack(
@@ -150,12 +138,12 @@ def pack(
         name=name,
         samples_per_shard=samples_per_shard,
         seed=seed,
-        naming=naming,
+        names_as=naming.names_as,
     )
     notes = list(listing.notes)
     del listing  # as large as the plan
     try:
-        with packing_lock(dataset_dir):
+        with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             packing = _Packing(plan, videos_dir, dataset_dir)
             packing.settle_plan(append)
             plan = packing.plan
@@ -216,7 +204,8 @@ class _Packing:
         """
         path = self._records_dir / _PLAN_FILE
         if not path.exists():
-            if (self._dataset_dir / DATASET_FILE).exists() or self._tars():
+            packed = self._dataset_dir.glob(f"{TARS_FOLDER}/*.tar")
+            if (self._dataset_dir / DATASET_FILE).exists() or any(packed):
                 raise UserError(
                     f"{str(self._dataset_dir)!r} holds a data set without the records of its "
                     f"packing: {self._remedy()}"
@@ -241,8 +230,8 @@ class _Packing:
         if earlier.tars != self.plan.tars:
             self.plan.write(path)  # copied files: same content, other times
         for tar in self.plan.tars:
-            record = self.records.get(tar.file)
-            if record is not None and not _has_size(self._tar_path(tar), record.bytes):
+            record, path = self.records.get(tar.file), self._tar_path(tar)
+            if record and not (path.is_file() and path.stat().st_size == record.bytes):
                 logger.warning("%s is not as it was written and is packed again", tar.file)
                 del self.records[tar.file]
 
@@ -266,37 +255,38 @@ class _Packing:
                 with durable_file(self._tar_path(tar)) as file:
                     stream = HashingStream(file)
                     with TarWriter(stream, mtime=0, encoder=False) as archive:
-                        for outcome in islice(outcomes, len(tar.videos)):
-                            if outcome.sample is not None:
-                                archive.write(outcome.sample)
-                            failed += outcome.sample is None
-                            finished.append(replace(outcome, sample=None))
+                        for outcome, sample in islice(outcomes, len(tar.videos)):
+                            if sample is not None:
+                                archive.write(sample)
+                            failed += sample is None
+                            finished.append(outcome)
                             done += 1
                             progress(done, total, failed=failed, shard=tar.file)
-                record = TarRecord(stream.bytes, stream.sha256(), tuple(finished))
-                write_record(self._record_path(tar), record)
+                    size = file.tell()
+                record = TarRecord(size, stream.hash.hexdigest(), tuple(finished))
+                record.write(self._record_path(tar))
                 self.records[tar.file] = record
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def finish(self) -> tuple[Dataset, list[FailedVideo], bool]:
-        """Write `failures.csv`, then `dataset.json`, unless they are there; whether it wrote."""
+    def finish(self) -> tuple[Dataset, list[dict[str, Any]], bool]:
+        """Write `failures.csv`, then `dataset.json`, unless they are there.
+
+        Returns the data set, the lines of `failures.csv`, and whether they were written now.
+        """
         tars, failures = [], []
         keys: dict[str, list[str]] = {split: [] for split in self.plan.split_names}
         for planned in self.plan.tars:
             record = self.records[planned.file]
             failed = []
-            for video, outcome in zip(planned.videos, record.outcomes, strict=True):
+            for video, (key, _, reason) in zip(planned.videos, record.videos, strict=True):
                 for split in video.splits:
-                    keys[split].append(video.key)
-                if outcome.reason:
-                    words = self.plan.words[video.label]
-                    failed.append(
-                        FailedSample(video.key, video.label, words, video.splits, outcome.reason)
-                    )
-                    failures.append(
-                        FailedVideo(video.key, video.path, words, video.splits, outcome.reason)
-                    )
+                    keys[split].append(key)
+                if reason:
+                    words, splits = self.plan.words[video.label], video.splits
+                    failed.append(FailedVideo(key, video.label, words, splits, reason))
+                    line = (key, video.path, words, splits, reason)
+                    failures.append(dict(zip(FAILURE_COLUMNS, line, strict=True)))
             tars.append(
                 Tar(
                     file=planned.file,
@@ -318,71 +308,70 @@ class _Packing:
             keys_by_split={split: tuple(sorted(group)) for split, group in keys.items()},
             label_map=self.plan.label_map,
         )
-        failures.sort(key=lambda video: video.key)
-        if self._is_written(dataset):
-            return dataset, failures, False
+        failures.sort(key=itemgetter("key"))
+        if (self._dataset_dir / FAILURES_FILE).is_file():
+            with suppress(UserError, WorkError):
+                if load_dataset(self._dataset_dir).fingerprint == dataset.fingerprint:
+                    return dataset, failures, False
         write_failures(self._dataset_dir, failures)
         dataset.write()
         return dataset, failures, True
 
-    def _is_written(self, dataset: Dataset) -> bool:
-        if not (self._dataset_dir / FAILURES_FILE).is_file():
-            return False
-        try:
-            return load_dataset(self._dataset_dir).fingerprint == dataset.fingerprint
-        except (UserError, WorkError):
-            return False
-
-    def _read_video(self, video: PlannedVideo) -> VideoOutcome:
-        """Read and probe one video; every way to fail becomes a reason."""
+    def _read_video(self, video: PlannedVideo) -> tuple[VideoOutcome, _Sample | None]:
+        """Read and probe one video; every way to fail becomes a reason, without a sample."""
         if video.reason:
-            return VideoOutcome(video.key, None, video.reason)
+            return VideoOutcome(video.key, None, video.reason), None
         try:
             with open(self._videos_dir / video.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 data = file.read()
         except OSError as error:
-            return VideoOutcome(video.key, None, f"the file cannot be read: {error.strerror}")
+            reason = f"the file cannot be read: {error.strerror}"
+            return VideoOutcome(video.key, None, reason), None
         if (status.st_size, status.st_mtime_ns) != (video.size, video.mtime_ns):
             raise UserError(
                 f"{video.path!r} changed while it was being packed: wait until the videos are "
                 f"complete; {self._remedy()}"
             )
         digest = hashlib.sha256(data).hexdigest()
-        if not data:
-            return VideoOutcome(video.key, digest, "the file is empty (zero bytes)")
         try:
-            info = self._decoder.probe(data)
-            sidecar = {
-                "key": video.key,
-                "class_name": self.plan.words[video.label],
-                "raw_class_name": self.plan.class_names[video.label],
-                "label": video.label,
-                "num_frames": info.num_frames,
-                "fps": info.fps,
-                "width": info.width,
-                "height": info.height,
-                "duration_s": info.duration_s,
-                "codec": info.codec,
-                "source_path": video.path,
-                "sha256": digest,
-                "splits": list(video.splits),
-            }
-            text = json.dumps(sidecar, ensure_ascii=False, allow_nan=False)
+            return VideoOutcome(video.key, digest, ""), self._sample(video, data, digest)
         except DecodeError as error:
-            return VideoOutcome(video.key, digest, one_line(error.reason))
+            reason = one_line(error.reason)
         except Exception as error:
             # One file must not stop hundreds of thousands; it is recorded, not passed over.
             logger.exception("unexpected error in %s", video.path)
-            return VideoOutcome(video.key, digest, one_line(f"{type(error).__name__}: {error}"))
+            reason = one_line(f"{type(error).__name__}: {error}")
+        return VideoOutcome(video.key, digest, reason), None
+
+    def _sample(self, video: PlannedVideo, data: bytes, digest: str) -> _Sample:
+        """What goes into the tar. Raises DecodeError for a video without frames."""
+        if not data:
+            raise DecodeError("the file is empty (zero bytes)")
+        info = self._decoder.probe(data)
         if info.num_frames < 1:
-            return VideoOutcome(video.key, digest, "the video has no frames")
-        sample: dict[str, str | bytes] = {
+            raise DecodeError("the video has no frames")
+        sidecar = {
+            "key": video.key,
+            "class_name": self.plan.words[video.label],
+            "raw_class_name": self.plan.class_names[video.label],
+            "label": video.label,
+            "num_frames": info.num_frames,
+            "fps": info.fps,
+            "width": info.width,
+            "height": info.height,
+            "duration_s": info.duration_s,
+            "codec": info.codec,
+            "source_path": video.path,
+            "sha256": digest,
+            "splits": video.splits,
+        }
+        text = json.dumps(sidecar, ensure_ascii=False, allow_nan=False)
+        return {
             "__key__": video.key,
             extension(video.path) or "video": data,
             "json": text.encode(),
         }
-        return VideoOutcome(video.key, digest, "", sample)
 
     def _changed_content(self) -> Callable[[str], bool]:
         """Whether a video's content differs from what is in its finished tar.
@@ -392,10 +381,10 @@ class _Packing:
         hashes = {
             outcome.key: outcome.sha256
             for record in self.records.values()
-            for outcome in record.outcomes
+            for outcome in record.videos
             if outcome.sha256 is not None
         }
-        paths = {video.key: video.path for video in self.plan.videos()}
+        paths = {video.key: video.path for video in self.plan.videos}
 
         def changed(key: str) -> bool:
             if key not in hashes:
@@ -410,9 +399,6 @@ class _Packing:
 
     def _remedy(self) -> str:
         return f"use another --dataset name or delete {str(self._dataset_dir)!r}"
-
-    def _tars(self) -> list[Path]:
-        return list((self._dataset_dir / TARS_FOLDER).glob("*.tar"))
 
     def _tar_path(self, tar: PlannedTar) -> Path:
         return self._dataset_dir / TARS_FOLDER / tar.file
@@ -435,10 +421,6 @@ def _in_order(
             yield begun.popleft().result()
     while begun:
         yield begun.popleft().result()
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
 
 
 def _check_arguments(

@@ -9,23 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import write_json
-from pipeline.annotations import Listing, key_from_name
-from pipeline.annotations.class_names import USUAL_NAMING, NamesAs, Naming
+from pipeline.annotations.class_names import NamesAs, Naming
+from pipeline.annotations.listing import Listing, VideoRecord, key_from_name
 
 PLAN_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedVideo:
+class PlannedVideo(NamedTuple):
     """One listed video. `reason` is set for those that fail before they are read.
 
     `path` is relative to the videos folder, or the name as listed where there is no file;
@@ -54,7 +53,7 @@ class PlannedTar:
 
 @dataclass(frozen=True)
 class TarPlan:
-    """All tars of a data set and the options that shape them."""
+    """The videos of a data set, in any order, and the options that shape its tars."""
 
     name: str
     samples_per_shard: int
@@ -62,7 +61,7 @@ class TarPlan:
     class_names: tuple[str, ...]
     split_names: tuple[str, ...]
     splits_disjoint: bool
-    tars: tuple[PlannedTar, ...] = field(repr=False)
+    videos: tuple[PlannedVideo, ...] = field(repr=False)
     label_map: str = ""
     names_as: NamesAs = "words"
 
@@ -71,37 +70,46 @@ class TarPlan:
         """The class names that sentences are made from."""
         return Naming(names_as=self.names_as).names(self.class_names)
 
-    def videos(self) -> Iterator[PlannedVideo]:
-        """All videos, tar by tar."""
-        for tar in self.tars:
-            yield from tar.videos
-
     @property
     def last_batch(self) -> int:
         """How often videos were appended."""
-        return max((video.batch for video in self.videos()), default=0)
+        return max((video.batch for video in self.videos), default=0)
+
+    @cached_property
+    def tars(self) -> tuple[PlannedTar, ...]:
+        """The videos ordered by a hash of seed and key and cut into tars, per split if disjoint.
+
+        The order depends on nothing but keys and seed, so that annotations may list them in any
+        order, and mixes the classes of every tar. Videos that were appended get tars of their own,
+        so that earlier ones stay as they are.
+        """
+        groups: dict[str | None, list[PlannedVideo]] = {}
+        if self.splits_disjoint:
+            groups.update((split, []) for split in self.split_names)
+        groups[None] = []
+        for video in self.videos:
+            groups[video.splits[0] if self.splits_disjoint and video.splits else None].append(video)
+        tars = []
+        for split, members in groups.items():
+            members.sort(key=lambda video: (video.batch, *_shuffled_place(self.seed, video.key)))
+            stem = self.name if split is None else f"{self.name}-{key_from_name(split)}"
+            number = 0
+            for _, appended in groupby(members, key=lambda video: video.batch):
+                together = tuple(appended)
+                for start in range(0, len(together), self.samples_per_shard):
+                    chosen = together[start : start + self.samples_per_shard]
+                    tars.append(PlannedTar(f"{stem}-{number:06d}.tar", split, chosen))
+                    number += 1
+        return tuple(tars)
 
     def write(self, path: Path) -> None:
         """Keep the plan's input, from which the same plan can be made again."""
-        write_json(
-            path,
-            {
-                "version": PLAN_VERSION,
-                "name": self.name,
-                "samples_per_shard": self.samples_per_shard,
-                "seed": self.seed,
-                "class_names": list(self.class_names),
-                "split_names": list(self.split_names),
-                "splits_disjoint": self.splits_disjoint,
-                "label_map": self.label_map,
-                "names_as": self.names_as,
-                "videos": [
-                    [v.key, v.path, v.label, list(v.splits), v.size, v.mtime_ns, v.reason, v.batch]
-                    for v in self.videos()
-                ],
-            },
-            indent=None,
-        )
+        videos = [video for tar in self.tars for video in tar.videos]
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        write_json(path, {"version": PLAN_VERSION, **options, "videos": videos}, indent=None)
+
+
+_OPTIONS = [option.name for option in fields(TarPlan) if option.name != "videos"]
 
 
 def make_plan(
@@ -111,124 +119,51 @@ def make_plan(
     name: str,
     samples_per_shard: int,
     seed: int,
-    naming: Naming = USUAL_NAMING,
+    names_as: NamesAs,
 ) -> TarPlan:
-    """Order the videos by a hash of seed and key and cut them into tars, per split if disjoint.
-
-    The order depends on nothing but keys and seed, so that annotations may list them in any
-    order, and mixes the classes of every tar.
-    """
+    """The plan for the videos of a listing; what is no readable file has a reason."""
     labels = {class_name: label for label, class_name in enumerate(listing.class_names)}
     videos = [
-        _planned(videos_dir, record.key, record.path, labels[record.class_name], record.splits)
-        for record in listing.records
+        _planned(videos_dir, video, labels[video.class_name])
+        for video in (*listing.records, *listing.missing)
     ]
-    videos += [
-        PlannedVideo(
-            video.key,
-            video.source,
-            labels[video.class_name],
-            video.splits,
-            -1,
-            -1,
-            video.reason,
-        )
-        for video in listing.missing
-    ]
-    disjoint = (
-        not listing.overlapping_splits
-        and bool(listing.split_names)
-        and all(len(video.splits) <= 1 for video in videos)
-    )
-    return plan_from_videos(
-        videos,
-        name=name,
-        samples_per_shard=samples_per_shard,
-        seed=seed,
-        class_names=listing.class_names,
-        split_names=listing.split_names,
-        splits_disjoint=disjoint,
-        label_map=listing.label_map,
-        names_as=naming.names_as,
-    )
-
-
-def plan_from_videos(
-    videos: Sequence[PlannedVideo],
-    *,
-    name: str,
-    samples_per_shard: int,
-    seed: int,
-    class_names: Sequence[str],
-    split_names: Sequence[str],
-    splits_disjoint: bool,
-    label_map: str = "",
-    names_as: NamesAs = "words",
-) -> TarPlan:
-    """The plan that these videos and options give, in whatever order the videos come.
-
-    Videos that were appended get tars of their own, so that earlier ones stay as they are.
-    """
-    groups: dict[str | None, list[PlannedVideo]] = {}
-    if splits_disjoint:
-        groups.update((split, []) for split in split_names)
-    groups[None] = []
-    for video in videos:
-        group = video.splits[0] if splits_disjoint and video.splits else None
-        groups[group].append(video)
-    tars = []
-    for split, members in groups.items():
-        members.sort(key=lambda video: (video.batch, *_shuffled_place(seed, video.key)))
-        stem = name if split is None else f"{name}-{key_from_name(split)}"
-        number = 0
-        for _, appended in groupby(members, key=lambda video: video.batch):
-            together = tuple(appended)
-            for start in range(0, len(together), samples_per_shard):
-                chosen = together[start : start + samples_per_shard]
-                tars.append(PlannedTar(f"{stem}-{number:06d}.tar", split, chosen))
-                number += 1
     return TarPlan(
         name=name,
         samples_per_shard=samples_per_shard,
         seed=seed,
-        class_names=tuple(class_names),
-        split_names=tuple(split_names),
-        splits_disjoint=splits_disjoint,
-        tars=tuple(tars),
-        label_map=label_map,
+        class_names=tuple(listing.class_names),
+        split_names=tuple(listing.split_names),
+        splits_disjoint=not listing.overlapping_splits
+        and bool(listing.split_names)
+        and all(len(video.splits) <= 1 for video in videos),
+        videos=tuple(videos),
+        label_map=listing.label_map,
         names_as=names_as,
     )
 
 
 def read_plan(path: Path) -> TarPlan:
     """The plan that an earlier run kept. Raises WorkError when it is damaged."""
+    folder, names = str(path.parent.parent), ("class_names", "split_names")
     try:
         value: dict[str, Any] = json.loads(path.read_bytes())
-        if value["version"] != PLAN_VERSION:
+        if value.pop("version") != PLAN_VERSION:
             raise UserError(
-                f"{str(path.parent.parent)!r} was begun by another version of this program: "
-                "delete it and pack again"
+                f"{folder!r} was begun by another version of this program: delete it and pack again"
             )
-        return plan_from_videos(
-            [
-                PlannedVideo(key, file, label, tuple(splits), size, mtime_ns, reason, *batch)
-                for key, file, label, splits, size, mtime_ns, reason, *batch in value["videos"]
-            ],
-            name=value["name"],
-            samples_per_shard=value["samples_per_shard"],
-            seed=value["seed"],
-            class_names=value["class_names"],
-            split_names=value["split_names"],
-            splits_disjoint=value["splits_disjoint"],
-            label_map=value.get("label_map", ""),
-            names_as=value.get("names_as", "words"),
-        )
+        videos = [
+            PlannedVideo(key, file, label, tuple(splits), *rest)
+            for key, file, label, splits, *rest in value.pop("videos")
+        ]
+        value.update({name: tuple(value[name]) for name in names}, videos=tuple(videos))
+        plan = TarPlan(**value)
+        _ = plan.tars  # cutting the videos into tars shows whether splits and options fit
+        return plan
     except UserError:
         raise
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise WorkError(
-            f"{str(path)!r} is damaged ({one_line(error)}): delete {str(path.parent.parent)!r} "
-            "and pack again"
+            f"{str(path)!r} is damaged ({one_line(error)}): delete {folder!r} and pack again"
         ) from error
 
 
@@ -237,29 +172,18 @@ def continued(old: TarPlan, new: TarPlan) -> TarPlan:
 
     Classes and splits keep their numbers; new ones come after them.
     """
-    classes = [*old.class_names, *(name for name in new.class_names if name not in old.class_names)]
-    splits = [*old.split_names, *(name for name in new.split_names if name not in old.split_names)]
+    classes = tuple(dict.fromkeys((*old.class_names, *new.class_names)))
     labels = {name: label for label, name in enumerate(classes)}
-    batches = {video.key: video.batch for video in old.videos()}
-    videos = [
-        replace(
-            video,
-            label=labels[new.class_names[video.label]],
-            batch=batches.get(video.key, old.last_batch + 1),
+    batches = {video.key: video.batch for video in old.videos}
+    next_batch = old.last_batch + 1
+    videos = tuple(
+        video._replace(
+            label=labels[new.class_names[video.label]], batch=batches.get(video.key, next_batch)
         )
-        for video in new.videos()
-    ]
-    return plan_from_videos(
-        videos,
-        name=new.name,
-        samples_per_shard=new.samples_per_shard,
-        seed=new.seed,
-        class_names=classes,
-        split_names=splits,
-        splits_disjoint=new.splits_disjoint,
-        label_map=new.label_map,
-        names_as=new.names_as,
+        for video in new.videos
     )
+    splits = tuple(dict.fromkeys((*old.split_names, *new.split_names)))
+    return replace(new, class_names=classes, split_names=splits, videos=videos)
 
 
 def differences(
@@ -282,8 +206,8 @@ def differences(
     known = new.class_names[: len(old.class_names)] if may_grow else new.class_names
     if old.class_names != known:
         phrases.append(_class_difference(old.class_names, new.class_names))
-    before = {video.key: video for video in old.videos()}
-    after = {video.key: video for video in new.videos()}
+    before = {video.key: video for video in old.videos}
+    after = {video.key: video for video in new.videos}
     added = [after[key].path for key in sorted(after.keys() - before.keys()) if not may_grow]
     removed = [before[key].path for key in sorted(before.keys() - after.keys())]
     by_kind: dict[str, list[str]] = {"added": added, "removed": removed}
@@ -337,17 +261,19 @@ def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:
     return f"{len(old)} classes were {len(new)} now ({', '.join(examples)})"
 
 
-def _planned(
-    videos_dir: Path, key: str, path: str, label: int, splits: tuple[str, ...]
-) -> PlannedVideo:
-    try:
-        status = (videos_dir / path).stat()
-    except OSError as error:
-        reason = f"the file cannot be read: {error.strerror}"
-        return PlannedVideo(key, path, label, splits, -1, -1, reason)
-    # Opening a pipe or a device would wait for ever.
-    reason = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
-    return PlannedVideo(key, path, label, splits, status.st_size, status.st_mtime_ns, reason)
+def _planned(videos_dir: Path, video: VideoRecord, label: int) -> PlannedVideo:
+    size, mtime_ns, path, reason = -1, -1, video.path, video.reason
+    if reason:
+        path = video.source
+    else:
+        try:
+            status = (videos_dir / path).stat()
+            size, mtime_ns = status.st_size, status.st_mtime_ns
+            # Opening a pipe or a device would wait for ever.
+            reason = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
+        except OSError as error:
+            reason = f"the file cannot be read: {error.strerror}"
+    return PlannedVideo(video.key, path, label, video.splits, size, mtime_ns, reason)
 
 
 def _shuffled_place(seed: int, key: str) -> tuple[bytes, str]:

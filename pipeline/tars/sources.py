@@ -11,10 +11,8 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Lock
-from typing import Protocol
 
 from featstore.errors import UserError, WorkError
 from featstore.files.disk import has_room
@@ -32,44 +30,28 @@ TARS_ON_DISK = 2
 _DATASET_FILE_LIMIT = 2**30
 
 
-class TarSource(Protocol):
-    """Gives the tars of a data set as local files, a few at a time."""
+class TarSource:
+    """Gives the tars of a data set as local files, a few at a time; here where packing left them.
 
-    def open_order(self, tars: Sequence[Tar]) -> None:
-        """Tell the order in which `path` will be asked, so that tars can be fetched ahead."""
-        ...
-
-    def path(self, tar: Tar) -> Path:
-        """The tar as a local file; raises `DamagedTar` when it cannot be had."""
-        ...
-
-    def release(self, tar: Tar) -> None:
-        """Say that the tar is not needed any more."""
-        ...
-
-    def close(self) -> None:
-        """Free what is held."""
-        ...
-
-
-class LocalTars:
-    """The tars where packing left them."""
+    Whoever reads them says first with `open_order` in which order that will be, so that tars can be
+    fetched ahead, and after each one with `release` that it is not needed any more.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
 
     def open_order(self, tars: Sequence[Tar]) -> None:
-        """Nothing is fetched."""
+        """Say in which order `path` will be asked; here nothing is fetched."""
 
     def path(self, tar: Tar) -> Path:
         """Where the tar lies, whether it is there or not."""
         return self._dataset.tar_path(tar)
 
     def release(self, tar: Tar) -> None:
-        """Nothing is held."""
+        """Say that the tar is not needed any more; here nothing is held."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Free what is held."""
 
 
 def remote_dataset(url: str, scratch: Path) -> Dataset:
@@ -95,17 +77,8 @@ def remote_dataset(url: str, scratch: Path) -> Dataset:
         raise type(error)(str(error).replace(str(folder), url)) from error
 
 
-@dataclass
-class _Fetch:
-    """A tar on its way to disk, or there."""
-
-    tar: Tar
-    path: Path
-    future: Future[Path] = field(init=False)
-
-
-class RemoteTars:
-    """Tars of the data set at `url`, as local files in `scratch`: a TarSource.
+class RemoteTars(TarSource):
+    """Tars of the data set at `url`, as local files in `scratch`.
 
     One thread fetches in the order announced by `open_order`, ahead of `path` as long as fewer
     than two tars are on disk; what `path` asks for is fetched in any case. `release` deletes.
@@ -119,7 +92,7 @@ class RemoteTars:
         self._lock = Lock()
         self._stop = Event()
         self._waiting: list[Tar] = []  # in order, not begun
-        self._fetches: dict[str, _Fetch] = {}
+        self._fetches: dict[str, Future[Path]] = {}  # on their way to disk, or there
 
     def open_order(self, tars: Sequence[Tar]) -> None:
         """Say in which order the tars will be asked for; fetching begins."""
@@ -136,10 +109,10 @@ class RemoteTars:
         with self._lock:
             fetch = self._fetches.get(tar.file)
             # What failed ahead of time (no room, storage away) may go well now.
-            if fetch is None or (fetch.future.done() and fetch.future.exception() is not None):
+            if fetch is None or (fetch.done() and fetch.exception() is not None):
                 fetch = self._begin(tar)
         try:
-            return fetch.future.result()
+            return fetch.result()
         except BaseException:
             self.release(tar)
             raise
@@ -148,8 +121,9 @@ class RemoteTars:
         """Delete the tar's file; the next one may be fetched."""
         with self._lock:
             fetch = self._fetches.pop(tar.file, None)
-            if fetch is not None and not fetch.future.cancel():
-                fetch.future.add_done_callback(lambda _: fetch.path.unlink(missing_ok=True))
+            if fetch is not None and not fetch.cancel():
+                path = self._scratch / tar.file
+                fetch.add_done_callback(lambda _: path.unlink(missing_ok=True))
             self._prefetch()
 
     def close(self) -> None:
@@ -160,8 +134,8 @@ class RemoteTars:
         self._pool.shutdown(cancel_futures=True)
         with self._lock:  # whoever waited for a tar may release it at this moment
             fetches, self._fetches = self._fetches, {}
-        for fetch in fetches.values():
-            fetch.path.unlink(missing_ok=True)
+        for file in fetches:
+            (self._scratch / file).unlink(missing_ok=True)
 
     def _prefetch(self) -> None:
         """Begin with the next tars as far as number and disk allow; the lock is held."""
@@ -170,28 +144,26 @@ class RemoteTars:
                 break  # `path` says so when it is needed and there is still no room
             self._begin(self._waiting[0])
 
-    def _begin(self, tar: Tar) -> _Fetch:
+    def _begin(self, tar: Tar) -> Future[Path]:
         self._waiting = [other for other in self._waiting if other.file != tar.file]
-        fetch = _Fetch(tar, self._scratch / tar.file)
-        fetch.future = self._pool.submit(self._fetch, fetch)
-        self._fetches[tar.file] = fetch
+        fetch = self._fetches[tar.file] = self._pool.submit(self._fetch, tar)
         return fetch
 
-    def _fetch(self, fetch: _Fetch) -> Path:
-        tar, url = fetch.tar, self._objects.at(fetch.tar.file)
+    def _fetch(self, tar: Tar) -> Path:
+        path, url = self._scratch / tar.file, self._objects.at(tar.file)
         require_room(self._scratch, tar.bytes, url)
         remedy = "copy the packed tar there again"
         try:
-            self._objects.download(tar.file, fetch.path, tar.bytes, stop=self._stop)
+            self._objects.download(tar.file, path, tar.bytes, stop=self._stop)
         except MissingObject:
             raise DamagedTar(f"{url} is missing: {remedy}") from None
         except ChangedObject as error:
             raise DamagedTar(f"{error}; {remedy}") from None
-        with open(fetch.path, "rb") as file:
+        with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != tar.sha256:
             raise DamagedTar(
                 f"{url} is damaged: its sha256 is not that of what was packed; {remedy}"
             )
         logger.debug("fetched %s (%d bytes)", url, tar.bytes)
-        return fetch.path
+        return path

@@ -16,7 +16,7 @@ import pytest
 
 from featstore import open_store
 from heads import load_head
-from pipeline.annotations import name_from_key
+from pipeline.annotations.listing import name_from_key
 from pipeline.annotations.unseen_classes import unseen_classes
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.stores.one_hot_stores import one_hot_store

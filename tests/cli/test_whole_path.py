@@ -129,7 +129,7 @@ def test_predict_agrees_with_the_store(own: World) -> None:
 
 
 def key_name(key: str) -> str:
-    from pipeline.annotations import name_from_key
+    from pipeline.annotations.listing import name_from_key
 
     return name_from_key(key)
 

@@ -107,7 +107,8 @@ def json_file(folder: Path, value: Any) -> Path:
 
 def test_descriptions(tmp_path: Path) -> None:
     file = json_file(tmp_path, DESCRIPTIONS)
-    found = read_descriptions(file, class_names=CLASSES)
+    found = read_descriptions(file)
+    found.require_classes(CLASSES)
     assert found.name == "mine"
     assert found.templates == ()
     assert found.sentences("kick ball") == ["A ball flies.", "A foot."]
@@ -144,12 +145,14 @@ def test_descriptions(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_descriptions_that_do_not_fit(tmp_path: Path, value: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_descriptions(json_file(tmp_path, value), class_names=CLASSES)
+        read_descriptions(json_file(tmp_path, value)).require_classes(CLASSES)
 
 
 def test_numbers_may_be_class_names(tmp_path: Path) -> None:
     file = json_file(tmp_path, {"0": ["a zero"], "1": ["a one"]})
-    assert read_descriptions(file, class_names=("0", "1")).sentences("1") == ["a one"]
+    found = read_descriptions(file)
+    found.require_classes(("0", "1"))
+    assert found.sentences("1") == ["a one"]
 
 
 @settings(max_examples=50)

@@ -6,15 +6,15 @@ import hashlib
 import json
 from pathlib import Path
 
+import open_clip
 import pytest
 
 from featstore.errors import UserError
-from pipeline.clip_encoder import standard_tokenizer
-from pipeline.prompts import PROMPT_SETS, sentences
+from pipeline.prompts import PROMPT_SETS, as_prompt_set
 
 
 def test_the_28_sentences_of_the_method() -> None:
-    written = sentences("mote28", "juggling balls")
+    written = as_prompt_set("mote28").sentences("juggling balls")
     assert len(written) == 28
     assert written[0] == "a photo of juggling balls."
     assert written[7:14] == [
@@ -33,8 +33,8 @@ def test_the_28_sentences_of_the_method() -> None:
 @pytest.mark.parametrize("data_set", ["ucf101", "k600_split1"])
 def test_tokens_are_the_authors(data_set: str, golden: Path) -> None:
     case = json.loads((golden / "token_hashes.json").read_text())[data_set]
-    tokenizer = standard_tokenizer(77)
-    per_class = [sentences("mote28", name) for name in case["classes"]]
+    tokenizer = open_clip.SimpleTokenizer(context_length=77)
+    per_class = [as_prompt_set("mote28").sentences(name) for name in case["classes"]]
     rows = [tokenizer([texts[prompt] for texts in per_class]) for prompt in range(28)]
     tokens = [row.numpy().astype("<i8") for row in rows]
     assert [len(tokens), *tokens[0].shape] == case["shape"]
@@ -43,8 +43,8 @@ def test_tokens_are_the_authors(data_set: str, golden: Path) -> None:
 
 
 def test_small_sets_and_braces_in_names() -> None:
-    assert sentences("name", "a {} b") == ["a {} b"]
-    assert sentences("video", "surfing") == ["a video of surfing"]
+    assert as_prompt_set("name").sentences("a {} b") == ["a {} b"]
+    assert as_prompt_set("video").sentences("surfing") == ["a video of surfing"]
     assert all(len(set(templates)) == len(templates) for templates in PROMPT_SETS.values())
 
 
@@ -52,6 +52,6 @@ def test_wrong_names_are_refused() -> None:
     with pytest.raises(
         UserError, match="unknown prompt set 'mote': use one of mote28, name, video"
     ):
-        sentences("mote", "surfing")
+        as_prompt_set("mote").sentences("surfing")
     with pytest.raises(UserError, match="class name is empty"):
-        sentences("name", "  ")
+        as_prompt_set("name").sentences("  ")

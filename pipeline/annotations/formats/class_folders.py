@@ -55,7 +55,7 @@ def read_class_folders(folder: VideoFolder) -> Listing:
             path_stem(path),
             source=path,
             class_name=class_name,
-            splits=(splits[parts[0]],) if splits else (),
+            split=splits[parts[0]] if splits else "",
             path=path,
         )
     if outside:

@@ -44,12 +44,11 @@ def read_hmdb51(files: Sequence[Path], folder: VideoFolder) -> Listing:
                     "official split files again"
                 )
             name = name.strip()
-            kind = _KINDS[flag]
             builder.add(
                 path_stem(name),
                 source=name,
                 class_name=class_name,
-                splits=(kind + number,) if kind else (),
+                split=f"{_KINDS[flag]}{number}" if flag != "0" else "",
                 path=folder.find_in_class(name, class_name),
             )
     return builder.build(sorted(classes), overlapping_splits=True)

@@ -8,12 +8,12 @@ written as floats, "validate" for "val", test files without labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable
+from pipeline.annotations.class_names import one_spelling
 from pipeline.annotations.listing import (
     Listing,
     ListingBuilder,
@@ -85,7 +85,7 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
         names = ", ".join(path.name for path in files)
         raise UserError(f"no row of {names} has a label: name the annotation files of train or val")
 
-    spelling = _spellings(clip.label for clip in clips)
+    spelling = one_spelling(clip.label for clip in clips)
     index = _ClipIndex(folder)
     replaced = 0
     for clip in clips:
@@ -94,8 +94,8 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
         builder.add(
             _stem(path_found) if path_found is not None else clip.name,
             source=clip.name + ".mp4",
-            class_name=spelling[comparable(clip.label)],
-            splits=(clip.split,) if clip.split else (),
+            class_name=spelling[clip.label],
+            split=clip.split,
             path=path_found,
         )
     if replaced:
@@ -160,14 +160,6 @@ def _clip(path: Path, youtube_id: str, start: str, end: str, label: str, split: 
     return _Clip(
         youtube_id, first, last, label.strip().strip('"'), split_from_word(split) or split.lower()
     )
-
-
-def _spellings(labels: Iterable[str]) -> dict[str, str]:
-    """The spelling to use for each class: the one with spaces where files disagree."""
-    chosen: dict[str, str] = {}
-    for label in sorted(set(labels), key=lambda text: ("_" in text, '"' in text, text)):
-        chosen.setdefault(comparable(label), label)
-    return chosen
 
 
 class _ClipIndex:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import LabelMap, comparable
+from pipeline.annotations.class_names import LabelMap, comparable, one_spelling
 from pipeline.annotations.label_names import (
     correct_names,
     is_name_file,
@@ -27,6 +27,7 @@ from pipeline.annotations.listing import (
     split_from_file_name,
     split_from_word,
 )
+from pipeline.annotations.tables import TABLES
 from pipeline.annotations.text_files import read_lines, read_table
 from pipeline.annotations.video_folder import (
     VIDEO_EXTENSIONS,
@@ -37,31 +38,7 @@ from pipeline.annotations.video_folder import (
 
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".list", ".lst"})
 
-_PATH_WORDS = frozenset(
-    [
-        "path",
-        "video",
-        "video_path",
-        "filepath",
-        "file_path",
-        "file",
-        "filename",
-        "file_name",
-        "name",
-        "video_name",
-        "clip",
-        "clip_path",
-        "clip_name",
-        "video_id",
-        "id",
-    ]
-)
-_NAME_WORDS = frozenset(["class_name", "classname", "label_name", "action", "category"])
-_LABEL_WORDS = _NAME_WORDS | frozenset(
-    ["label", "class", "target", "label_id", "label_idx", "class_id", "class_idx"]
-)
-_SPLIT_COLUMN_WORDS = frozenset(["split", "subset", "partition", "set"])
-
+_COLUMNS = TABLES["columns"]
 _SAMPLE = 100  # rows tried against the folder to tell the separator
 _FILE_THEN_REST = re.compile(
     rf"(.*\.(?:{'|'.join(sorted(VIDEO_EXTENSIONS))}))\s+(\S.*)", re.IGNORECASE
@@ -70,11 +47,11 @@ _FILE_THEN_REST = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ListRow:
-    """One line: the path and the label as written, and the splits it gives."""
+    """One line: the path and the label as written, and the split, empty where it gives none."""
 
     path: str
     label: str
-    splits: tuple[str, ...]
+    split: str
 
 
 def read_lists(
@@ -99,7 +76,7 @@ def read_lists(
         class_names_file = named[0]
     builder = ListingBuilder()
     rows = [row for path in lists for row in read_list(path, folder)]
-    found = [folder.find_listed(row.path, row.splits[0] if row.splits else None) for row in rows]
+    found = [folder.find_listed(row.path, row.split) for row in rows]
     paths = [path for path, _ in found]
     names, order = _label_names(rows, paths, class_names_file, folder, builder, label_map)
     for row, (path, reason) in zip(rows, found, strict=True):
@@ -109,7 +86,7 @@ def read_lists(
             path_stem(name.lstrip("/")),
             source=row.path,
             class_name=names[row.label],
-            splits=row.splits,
+            split=row.split,
             path=path,
             reason=reason,
         )
@@ -119,7 +96,7 @@ def read_lists(
 class Finder(Protocol):
     """What finds a listed video: a folder of videos, or the keys of a data set."""
 
-    def find_listed(self, listed: str, split: str | None = None) -> tuple[str | None, str]:
+    def find_listed(self, listed: str, split: str = "") -> tuple[str | None, str]:
         """The video that a list's entry means, or (None, why not)."""
 
 
@@ -197,16 +174,14 @@ def _last_space(text: str) -> tuple[str, str]:
 def _header(row: Sequence[str]) -> dict[str, int] | None:
     """Which column is what, when the row is a header; several label columns: the one of names."""
     words = [cell.strip().lower() for cell in row]
-    paths = [place for place, word in enumerate(words) if word in _PATH_WORDS]
-    labels = [place for place, word in enumerate(words) if word in _LABEL_WORDS]
-    if not paths or not labels:
+    places = {
+        kind: [place for place, word in enumerate(words) if word in names]
+        for kind, names in _COLUMNS.items()
+    }
+    labels = places.pop("name") + places["label"]
+    if not places["path"] or not labels:
         return None
-    names = [place for place in labels if words[place] in _NAME_WORDS]
-    columns = {"path": paths[0], "label": (names or labels)[0]}
-    splits = [place for place, word in enumerate(words) if word in _SPLIT_COLUMN_WORDS]
-    if splits:
-        columns["split"] = splits[0]
-    return columns
+    return {kind: found[0] for kind, found in {**places, "label": labels}.items() if found}
 
 
 def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
@@ -216,7 +191,7 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
         raise UserError(f"annotation file {str(path)!r} has a header and no rows")
     if columns is None:
         columns = _columns_without_header(path, body)
-    of_file = split_from_file_name(path.stem)
+    of_file = split_from_file_name(path.stem) or ""
     rows = []
     for row in body:
         listed, label = row[columns["path"]], row[columns["label"]]
@@ -226,7 +201,7 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
             )
         word = row[columns["split"]] if "split" in columns else ""
         split = (split_from_word(word) or word.lower()) if word else of_file
-        rows.append(ListRow(listed, label, (split,) if split else ()))
+        rows.append(ListRow(listed, label, split))
     return rows
 
 
@@ -263,7 +238,7 @@ def _label_names(
         )
     if not numbers:
         if names is None:
-            return _same_spelling(labels)
+            return one_spelling(labels), None
         known = {comparable(name): name for name in names.values()}
         for label in labels:
             if comparable(label) not in known:
@@ -296,11 +271,3 @@ def _label_names(
         else:
             builder.note("class names are those of the folders that the labels point at")
     return {label: names[int(label)] for label in numbers}, list(names.values())
-
-
-def _same_spelling(labels: Sequence[str]) -> tuple[dict[str, str], None]:
-    """Labels that differ only in case, quotes or underscores are one class, spelt with spaces."""
-    chosen: dict[str, str] = {}
-    for label in sorted(labels, key=lambda text: ("_" in text, text)):
-        chosen.setdefault(comparable(label), label)
-    return {label: chosen[comparable(label)] for label in labels}, None

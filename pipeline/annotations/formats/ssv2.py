@@ -60,7 +60,7 @@ def read_ssv2(files: Sequence[Path], folder: VideoFolder) -> Listing:
                 video,
                 source=f"{video}.webm",
                 class_name=class_name,
-                splits=(split,) if split else (),
+                split=split,
                 path=min(candidates, key=lambda p: (p.count("/"), p)) if candidates else None,
             )
     if unlabelled:

@@ -71,7 +71,7 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
                 names.setdefault(stem.lower(), stem),
                 source=listed,
                 class_name=class_name,
-                splits=(split,),
+                split=split,
                 path=found,
             )
     order = [numbered[number] for number in sorted(numbered)] or None

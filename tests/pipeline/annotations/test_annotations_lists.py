@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from featstore.errors import UserError
-from pipeline.annotations import Listing
 from pipeline.annotations.known_sets import read_listing
+from pipeline.annotations.listing import Listing
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -7,13 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import UserError
-from pipeline.annotations import (
+from pipeline.annotations.class_names import natural_class_name
+from pipeline.annotations.listing import (
     ListingBuilder,
     key_from_name,
     name_from_key,
-    natural_class_name,
-)
-from pipeline.annotations.listing import (
     ordered_splits,
     split_from_file_name,
     split_from_folder,
@@ -111,8 +109,8 @@ def test_splits_come_in_reading_order() -> None:
 
 def test_the_same_file_again_adds_its_splits() -> None:
     builder = ListingBuilder()
-    builder.add("x", source="x.mp4", class_name="run", splits=("test1",), path="run/x.mp4")
-    builder.add("run/x", source="run/x.mp4", class_name="run", splits=("train2",), path="run/x.mp4")
+    builder.add("x", source="x.mp4", class_name="run", split="test1", path="run/x.mp4")
+    builder.add("run/x", source="run/x.mp4", class_name="run", split="train2", path="run/x.mp4")
     listing = builder.build()
     (record,) = listing.records
     assert (record.key, record.splits) == ("x", ("test1", "train2"))

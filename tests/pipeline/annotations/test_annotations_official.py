@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from featstore.errors import UserError
-from pipeline.annotations import Listing, VideoRecord
 from pipeline.annotations.known_sets import read_listing
+from pipeline.annotations.listing import Listing, VideoRecord
 
 
 def touch(folder: Path, *names: str) -> None:

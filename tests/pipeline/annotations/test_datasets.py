@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from featstore.errors import UserError
-from pipeline.annotations.known_sets import KNOWN_DATASETS, natural_class_name, read_listing
+from pipeline.annotations.known_sets import KNOWN_DATASETS, read_listing
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -28,7 +28,6 @@ def test_known_sets_have_their_numbers_of_classes() -> None:
         "ucf101": 101,
         "ssv2": 174,
     }
-    assert natural_class_name("brush_hair") == "brush hair"
 
 
 def test_rows_and_share_are_logged_before_work(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import UserError
-from pipeline.annotations import key_from_name
+from pipeline.annotations.listing import key_from_name
 from pipeline.annotations.published_lists import (
     KeyIndex,
     ListRepository,

@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from torch.nn.functional import normalize
 
+import pipeline.demo
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.pyav import PyAVDecoder
-from pipeline.demo.small_clip import make_encoder_folder, shipped_weights, train_small_clip, unpack
+from pipeline.demo.small_clip import make_encoder_folder, unpack
 from pipeline.demo.world import (
     ALL_CLASSES,
     COLOURS,
@@ -27,7 +28,9 @@ from pipeline.demo.world import (
     render_clip,
     write_world,
 )
+from tests.support.worlds.demo_clip import train_small_clip
 
+SHIPPED = Path(pipeline.demo.__file__).parent / "data" / "demo_clip.safetensors"
 WHOLE = np.linspace(0.0, 1.0, FRAMES)
 
 
@@ -137,7 +140,7 @@ def test_the_shipped_clip_does_not_know_motions_from_one_frame(small_clip: Encod
 
 
 def test_the_shipped_file_is_small_and_says_how_it_was_made() -> None:
-    packed = shipped_weights()
+    packed = SHIPPED.read_bytes()
     assert len(packed) < 1_000_000
     tensors = safetensors.torch.load(packed)
     assert all(t.dtype in (torch.float16, torch.int64) for t in tensors.values())
@@ -149,7 +152,7 @@ def test_training_learns_and_gives_the_same_weights_for_the_same_seed() -> None:
     assert losses[-1] < losses[0]
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    shipped = safetensors.torch.load(shipped_weights())
+    shipped = safetensors.torch.load(SHIPPED.read_bytes())
     assert {n: t.shape for n, t in first.items()} == {n: t.shape for n, t in shipped.items()}
 
 
@@ -158,7 +161,7 @@ def test_training_learns_and_gives_the_same_weights_for_the_same_seed() -> None:
 def test_training_anew_gives_a_clip_as_good_as_the_shipped_one(
     small_clip: Encoder, tmp_path: Path
 ) -> None:
-    with safetensors.safe_open(_written(shipped_weights(), tmp_path), "pt") as file:
+    with safetensors.safe_open(SHIPPED, "pt") as file:
         recipe = {name: int(value) for name, value in file.metadata().items()}
     state, _ = train_small_clip(**recipe)
     unpack(safetensors.torch.save(state), tmp_path / "anew")
@@ -168,9 +171,3 @@ def test_training_anew_gives_a_clip_as_good_as_the_shipped_one(
     assert accuracy(anew, names, sentence) == pytest.approx(
         accuracy(small_clip, names, sentence), abs=0.05
     )
-
-
-def _written(data: bytes, folder: Path) -> Path:
-    path = folder / "packed.safetensors"
-    path.write_bytes(data)
-    return path

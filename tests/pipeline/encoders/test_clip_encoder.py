@@ -16,9 +16,10 @@ import torch.nn.functional as F
 
 from featstore.errors import UserError, WorkError
 from pipeline import clip_encoder
-from pipeline.clip_encoder import Encoder, fingerprint, load_encoder, save_open_clip_folder
+from pipeline.clip_encoder import Encoder, fingerprint, load_encoder
 from pipeline.encoders import sources, specs
-from pipeline.prompts import sentences
+from pipeline.encoders.sources import save_open_clip_folder
+from pipeline.prompts import as_prompt_set
 from tests.support.golden.checks import worst
 
 CONFIG: dict[str, Any] = {
@@ -163,7 +164,7 @@ def test_class_embeddings_follow_the_recipe(
     names = ["surfing", "playing trumpet", "ice skating"]
     expected = []
     for name in names:
-        each = F.normalize(encoder.encode_text(sentences("mote28", name)), dim=-1)
+        each = F.normalize(encoder.encode_text(as_prompt_set("mote28").sentences(name)), dim=-1)
         expected.append(F.normalize(each.mean(dim=0), dim=-1))
     monkeypatch.setattr(clip_encoder, "SENTENCES_PER_BATCH", 10)
     seen: list[tuple[float, float]] = []

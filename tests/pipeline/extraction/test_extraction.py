@@ -20,7 +20,7 @@ import torch
 from cli.next_command import repair_command
 from featstore import Store, StoreWriter, UserError, WorkError, open_store
 from featstore.format.metadata import attributes_checksum, read_metadata
-from pipeline.annotations import name_from_key
+from pipeline.annotations.listing import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.pyav import PyAVDecoder

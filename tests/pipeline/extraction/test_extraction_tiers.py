@@ -23,7 +23,7 @@ from featstore import Store, UserError, WorkError, open_store, verify
 from featstore.checking.verify import reencode
 from featstore.files.disk import SPARE_BYTES
 from featstore.format.tiers import Tier
-from pipeline.annotations import name_from_key
+from pipeline.annotations.listing import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.extraction.cluster.worker import TarWorker
 from pipeline.extraction.estimate import estimate

@@ -21,8 +21,9 @@ import webdataset
 
 from featstore.errors import UserError, WorkError
 from featstore.files.locks import exclusive
-from pipeline.annotations import name_from_key
-from pipeline.tars.packing import Dataset, PackSummary, load_dataset, pack
+from pipeline.annotations.listing import name_from_key
+from pipeline.tars.dataset import Dataset, load_dataset
+from pipeline.tars.packing import PackSummary, pack
 from tests.support.worlds.media import make_video
 
 
@@ -229,7 +230,7 @@ def test_a_decoder_that_breaks_costs_one_sample(
     monkeypatch.setattr("pipeline.tars.packing.PyAVDecoder.probe", probe)
     summary = pack(videos, "own", tmp_path / "out")
     assert summary.videos_failed == 3
-    assert summary.failures[0].reason == "ZeroDivisionError: surprise"
+    assert summary.failures[0]["reason"] == "ZeroDivisionError: surprise"
 
 
 def test_keys_of_hostile_names_come_back(tmp_path: Path) -> None:

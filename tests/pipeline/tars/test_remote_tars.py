@@ -105,7 +105,7 @@ def test_the_next_tar_comes_while_one_is_in_use(
     tars.open_order(SHARDS)
     tars.path(SHARDS[0])
     # Fetched without having been asked for; what comes after it would be a third on disk.
-    tars._fetches[SHARDS[1].file].future.result(timeout=30)
+    tars._fetches[SHARDS[1].file].result(timeout=30)
     assert [path.rpartition("/")[2] for _, path, _ in proxy.requests] == [
         s.file for s in SHARDS[:2]
     ]
@@ -113,7 +113,7 @@ def test_the_next_tar_comes_while_one_is_in_use(
     tars.path(SHARDS[1])
     assert len(proxy.requests) == before
     tars.release(SHARDS[0])
-    tars._fetches[SHARDS[2].file].future.result(timeout=30)
+    tars._fetches[SHARDS[2].file].result(timeout=30)
     tars.close()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,9 +30,9 @@ from heads.training.config import TrainConfig
 from heads.training.schedule import build_optimizer, learning_rates
 from heads.training.trainer import Trainer
 from pipeline.augmentation import AugmentationDraw, augmented_pixels, crop_size, resized_clip
-from pipeline.clip_encoder import load_encoder, standard_tokenizer
+from pipeline.clip_encoder import load_encoder
 from pipeline.preprocessing import CLIP_STD, Preprocessing, evaluation_crops
-from pipeline.prompts import sentences
+from pipeline.prompts import as_prompt_set
 from pipeline.sampling import (
     dense_train_indices,
     dense_train_starts,
@@ -528,8 +529,8 @@ def check_tokens(file: Path) -> Iterator[Check]:
 
 def prompt_tokens(classes: list[str]) -> Any:
     """Tokens of the 28 prompts, int64 [28, classes, 77]."""
-    tokenizer = standard_tokenizer(77)
-    per_class = [sentences("mote28", name) for name in classes]
+    tokenizer = open_clip.SimpleTokenizer(context_length=77)
+    per_class = [as_prompt_set("mote28").sentences(name) for name in classes]
     return np.stack(
         [tokenizer([texts[prompt] for texts in per_class]).numpy() for prompt in range(28)]
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from featstore.workspace import Workspace
-from pipeline.annotations import name_from_key
+from pipeline.annotations.listing import name_from_key
 from pipeline.tars.dataset import load_dataset
 from tests.support.processes.command_line import done, refused
 from tests.support.stores.one_hot_stores import one_hot_store
