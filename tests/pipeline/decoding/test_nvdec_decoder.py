@@ -192,8 +192,8 @@ def test_the_stream_is_the_same_with_either_decoder(
     }
     stage = Stage()
     nvdec = decoder(stage)
-    on_gpu = ClipStream(dataset, dataset.folder, decoder=nvdec, **options)
-    on_cpu = ClipStream(dataset, dataset.folder, decoder="pyav", **options)
+    on_gpu = ClipStream(dataset, decoder=nvdec, **options)
+    on_cpu = ClipStream(dataset, decoder="pyav", **options)
     assert (on_gpu.decoder_name, on_cpu.decoder_name) == ("dali", "pyav")
     for got, want in zip(on_gpu.epoch(0), on_cpu.epoch(0), strict=True):
         assert torch.equal(got.frames, want.frames)
