@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 2 << 30  # of all frames asked for in one call
 MAX_PIXELS = 1 << 26  # of one frame: 8192 x 8192, twice the area of an 8K video frame
+UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16)  # the display matrix of a frame that is shown as it is
 MAX_SIDE = 12288  # the width of a 12K camera's frame; a longer side is a broken or hostile header
 
 
@@ -102,12 +103,15 @@ class FrameStack:
         return self._frames
 
 
-def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """The display matrix at right angles: (a, b, c, d) of x' = a x + c y, y' = b x + d y."""
+def display_matrix(frame: VideoFrame) -> tuple[int, ...]:
+    """(a, b, 0, c, d) of x' = a x + c y, y' = b x + d y, as 16.16 fixed-point numbers."""
     matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
-    if matrix is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    return UPRIGHT if matrix is None else tuple(np.frombuffer(bytes(matrix), np.int32)[:5].tolist())
+
+
+def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the display matrix, rounded to right angles."""
+    a, b, _, c, d = display_matrix(frame)
     if abs(b) > abs(a):
         return 0, (1 if b > 0 else -1), (1 if c > 0 else -1), 0
     return (1 if a >= 0 else -1), 0, 0, (1 if d >= 0 else -1)

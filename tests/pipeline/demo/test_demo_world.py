@@ -27,6 +27,7 @@ from pipeline.demo.world import (
     render_clip,
     write_world,
 )
+from tests.support.worlds.frames import frames_of
 
 WHOLE = np.linspace(0.0, 1.0, FRAMES)
 
@@ -90,7 +91,7 @@ def test_the_files_hold_what_was_drawn(tmp_path: Path) -> None:
     frames = render_clip(sprite_class, np.random.default_rng(0), WHOLE)
     path = tmp_path / "clip.mp4"
     encode_clip(frames, path)
-    decoded = PyAVDecoder().decode(path, range(FRAMES))
+    decoded = frames_of(PyAVDecoder(), path, range(FRAMES))
     assert np.abs(decoded.astype(int) - frames).mean() < 4  # grey levels; H.264 at crf 6
 
 

@@ -27,6 +27,7 @@ from pipeline.tars.dataset import Dataset
 from pipeline.video_clips.loader import BATCHES_AHEAD, ClipBatch, _ByteBudget
 from pipeline.video_clips.order import augmentation_rng, epoch_order, training_frames
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tar_sets import write_dataset
 
@@ -47,23 +48,20 @@ class Pictures:
     def __init__(self, before: Callable[[int], None] = lambda number: None, side: int = 40) -> None:
         self.before, self.side = before, side
 
-    def probe(self, source: Source) -> VideoInfo:
+    @property
+    def info(self) -> VideoInfo:
         return VideoInfo(12, 25.0, self.side, self.side, "none", 0.48, 12, 0)
-
-    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
-        raise NotImplementedError
 
     def decode_with_info(
         self, source: Source, choose: ChooseFrames
     ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
         assert isinstance(source, bytes)
         number = int(source)
-        info = self.probe(source)
-        indices = np.asarray(choose(info))
+        indices = np.asarray(choose(self.info))
         self.before(number)
         rng = np.random.default_rng(number)
         frames = rng.integers(0, 256, (12, self.side, self.side, 3), np.uint8)
-        return info, frames[indices], indices / 25
+        return self.info, frames[indices], indices / 25
 
 
 def numbered(folder: Path, tars: int = 4, per_tar: int = 5, **extra: Any) -> Dataset:
@@ -113,7 +111,7 @@ def test_a_clip_of_the_stream_is_decoder_and_draw_by_hand(tmp_path: Path) -> Non
             ):
                 data = video(int(key[1:]))
                 chosen = training_frames(12, 4, 11, epoch, position)
-                decoded = PyAVDecoder().decode(data, chosen)
+                decoded = frames_of(PyAVDecoder(), data, chosen)
                 resized = resized_clip(decoded, 32)
                 height, width = resized.shape[-2:]
                 assert (height, width) == (32, 48)
@@ -132,7 +130,7 @@ def test_no_more_frames_are_asked_for_than_needed(numbers: Dataset) -> None:
 
     class Counting(Pictures):
         def decode_with_info(self, source: Source, choose: ChooseFrames) -> Any:
-            asked.append(len(np.asarray(choose(self.probe(source)))))
+            asked.append(len(np.asarray(choose(self.info))))
             return super().decode_with_info(source, choose)
 
     list(stream(numbers, decoder=Counting()).epoch(0))
@@ -262,7 +260,8 @@ def test_a_batch_of_nothing_but_failures_is_empty(numbers: Dataset) -> None:
 
 def test_frames_that_would_become_too_large_fail_as_in_extraction(numbers: Dataset) -> None:
     class Strip(Pictures):
-        def probe(self, source: Source) -> VideoInfo:
+        @property
+        def info(self) -> VideoInfo:
             return VideoInfo(12, 25.0, 1 << 13, 1, "none", 0.48, 12, 0)
 
     batch = next(stream(numbers, decoder=Strip(), preprocessing=Preprocessing()).epoch(0))
