@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -42,9 +41,6 @@ class FrameStack:
             raise ValueError("no frame indices given: ask for at least one frame")
         if self.indices.min() < 0:
             raise DecodeError(f"there is no frame {self.indices.min()}: indices start at 0")
-        self._places: dict[int, list[int]] = defaultdict(list)
-        for place, index in enumerate(self.indices.tolist()):
-            self._places[index].append(place)
         self.start_again()
         self.seconds = np.full(len(self.indices), np.nan)
         self._frames: Frames | None = None
@@ -53,7 +49,7 @@ class FrameStack:
 
     def start_again(self) -> None:
         """Take no frame for stored that was put so far."""
-        self.missing = set(self._places)
+        self.missing = set(self.indices.tolist())
 
     def require_within(self, num_frames: int) -> None:
         """Raise `DecodeError` when an index is not below `num_frames`."""
@@ -89,10 +85,9 @@ class FrameStack:
             )
         # threads=1: by default swscale takes every core, and many videos are decoded at once.
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        upright = _upright(rgb, frame)
-        for place in self._places[index]:
-            self._frames[place] = upright
-            self.seconds[place] = seconds
+        places = self.indices == index
+        self._frames[places] = _upright(rgb, frame)
+        self.seconds[places] = seconds
         self.missing.discard(index)
 
     @property
