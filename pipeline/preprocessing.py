@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,13 @@ _INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
 }
 
+ResizeMode = Literal["shortest", "squash", "longest"]
+_CHOICES = {
+    "interpolation": tuple(_INTERPOLATIONS),
+    "resize_mode": get_args(ResizeMode),
+    "mode": ("RGB",),
+}
+
 FrameInput = npt.NDArray[np.uint8] | torch.Tensor
 
 
@@ -51,7 +58,7 @@ class Preprocessing:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    resize_mode: Literal["shortest", "squash", "longest"] = "shortest"
+    resize_mode: ResizeMode = "shortest"
     fill_color: int = 0
 
     @classmethod
@@ -63,18 +70,21 @@ class Preprocessing:
         `size`, the input size of the tower itself, wins over the one in the config, as in
         open_clip. Raises UserError for a value this cannot do.
         """
-        chosen = size if size is not None else config.get("size")
-        interpolation = _choice(config, "interpolation", "bicubic", tuple(_INTERPOLATIONS))
-        resize_mode = _choice(config, "resize_mode", "shortest", ("shortest", "squash", "longest"))
-        _choice(config, "mode", "RGB", ("RGB",))
-        return cls(
-            size=_size(224 if chosen is None else chosen),
-            mean=_three_numbers(config, "mean", CLIP_MEAN),
-            std=_three_numbers(config, "std", CLIP_STD),
-            interpolation=cast(Literal["bicubic", "bilinear"], interpolation),
-            resize_mode=cast(Literal["shortest", "squash", "longest"], resize_mode),
-            fill_color=_grey_level(config),
-        )
+        given = {name: value for name, value in config.items() if value is not None}
+        for name, allowed in _CHOICES.items():
+            if name in given and given[name] not in allowed:
+                raise UserError(
+                    f"preprocessing {name} {given[name]!r} is not supported: use "
+                    f"{' or '.join(allowed)}"
+                )
+        given["size"] = _size(size if size is not None else given.get("size", 224))
+        for name in given.keys() & {"mean", "std"}:
+            given[name] = _three_numbers(name, given[name])
+        grey = given.get("fill_color", 0)
+        if not isinstance(grey, int) or not 0 <= grey <= 255:
+            raise UserError(f"preprocessing fill_color {grey!r} is not a grey level from 0 to 255")
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in given.items() if name in known})
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for provenance: two stores can be mixed only where these agree."""
@@ -105,7 +115,9 @@ class Preprocessing:
         resized = self.resize(images)
         height, width = resized.shape[-2:]
         if self.resize_mode == "longest":
-            return _pad_centred(resized, self.size, self.fill_color)[None]
+            x, y = self.size[1] - width, self.size[0] - height
+            sides = x // 2, x - x // 2, y // 2, y - y // 2
+            return torch.nn.functional.pad(resized, sides, value=self.fill_color)[None]
         views = [
             resized[..., y : y + self.size[0], x : x + self.size[1]]
             for x, y in crop_corners(height, width, self.size, crops)
@@ -146,12 +158,11 @@ def evaluation_crops(
 
     `preprocessing` gives everything but the size; CLIP's by default.
     """
-    settings = preprocessing or Preprocessing()
-    return Preprocessing(**{**settings.__dict__, "size": _size(size)}).crops(frames, crops)
+    return replace(preprocessing or Preprocessing(), size=_size(size)).crops(frames, crops)
 
 
 def resized_size(
-    height: int, width: int, size: tuple[int, int], resize_mode: str = "shortest"
+    height: int, width: int, size: tuple[int, int], resize_mode: ResizeMode = "shortest"
 ) -> tuple[int, int]:
     """(height, width) after resizing a picture towards an input of `size` (height, width)."""
     if resize_mode == "squash":
@@ -186,26 +197,15 @@ def crop_corners(
 
 def as_images(frames: FrameInput) -> torch.Tensor:
     """[T,H,W,3] uint8 as a tensor [T,3,H,W] without copying; its memory stays channels-last."""
-    tensor = frames if isinstance(frames, torch.Tensor) else torch.from_numpy(_writable(frames))
+    # torch warns about arrays it may not write to, and refuses negative strides.
+    tensor = torch.as_tensor(
+        frames if isinstance(frames, torch.Tensor) else np.require(frames, requirements=["C", "W"])
+    )
     if tensor.dtype != torch.uint8 or tensor.ndim != 4 or tensor.shape[-1] != 3:
         raise ValueError(f"frames must be uint8 [T,H,W,3], not {tensor.dtype} {list(tensor.shape)}")
     if 0 in tensor.shape:
         raise ValueError(f"frames are empty: {list(tensor.shape)}")
     return rearrange(tensor, "t h w c -> t c h w")
-
-
-def _writable(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """torch warns about arrays it may not write to, and refuses negative strides."""
-    usable = frames.flags.writeable and all(stride >= 0 for stride in frames.strides)
-    return frames if usable else frames.copy()
-
-
-def _pad_centred(images: torch.Tensor, size: tuple[int, int], fill: int) -> torch.Tensor:
-    height, width = images.shape[-2:]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    padded = images.new_full((*images.shape[:-2], *size), fill)
-    padded[..., top : top + height, left : left + width] = images
-    return padded
 
 
 def _size(value: object) -> tuple[int, int]:
@@ -223,23 +223,7 @@ def _size(value: object) -> tuple[int, int]:
     return cast(int, pair[0]), cast(int, pair[1])
 
 
-def _choice(config: Mapping[str, Any], name: str, default: str, allowed: tuple[str, ...]) -> str:
-    value = config.get(name)
-    if value is None:
-        return default
-    if value not in allowed:
-        raise UserError(
-            f"preprocessing {name} {value!r} is not supported: use {' or '.join(allowed)}"
-        )
-    return cast(str, value)
-
-
-def _three_numbers(
-    config: Mapping[str, Any], name: str, default: tuple[float, ...]
-) -> tuple[float, ...]:
-    value = config.get(name)
-    if value is None:
-        return default
+def _three_numbers(name: str, value: object) -> tuple[float, ...]:
     numbers = list(value) if isinstance(value, list | tuple) else []
     if (
         len(numbers) != 3
@@ -248,12 +232,3 @@ def _three_numbers(
     ):
         raise UserError(f"preprocessing {name} {value!r} is not supported: give three numbers")
     return tuple(float(number) for number in numbers)
-
-
-def _grey_level(config: Mapping[str, Any]) -> int:
-    value = config.get("fill_color")
-    if value is None:
-        return 0
-    if not isinstance(value, int) or not 0 <= value <= 255:
-        raise UserError(f"preprocessing fill_color {value!r} is not a grey level from 0 to 255")
-    return value

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -103,16 +103,11 @@ class Sampling:
 
 def parse_sampling(text: str) -> Sampling:
     """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError naming the syntax."""
-    match = re.fullmatch(
-        r"(uniform):([0-9]{1,6})|(clips|dense):([0-9]{1,6})x([0-9]{1,6})", text.strip()
-    )
-    if match is None:
+    match = re.fullmatch(r"(uniform|clips|dense):([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip())
+    if match is None or (match[1] == "uniform") != (match[3] is None):
         raise UserError(f"sampling {text!r} is not understood: write {SYNTAX}")
-    if match[1]:
-        sampling = Sampling("uniform", int(match[2]), 1)
-    else:
-        kind: Literal["clips", "dense"] = "clips" if match[3] == "clips" else "dense"
-        sampling = Sampling(kind, int(match[4]), int(match[5]))
+    kind = cast(Literal["uniform", "clips", "dense"], match[1])
+    sampling = Sampling(kind, int(match[2]), int(match[3] or 1))
     if not 1 <= sampling.frames * sampling.clips <= MAX_FRAMES:
         raise UserError(
             f"sampling {text!r} takes {sampling.frames * sampling.clips} frames of a video: ask "

@@ -21,6 +21,7 @@ from pipeline.sampling import parse_sampling
 from tests.support.golden.checks import worst
 from tests.support.golden.end_to_end import RUNS, GoldenRun
 from tests.support.processes.command_line import done
+from tests.support.worlds.frames import frames_of
 
 CLIPS = [run for run in RUNS if run != "zs_test_3x1"]  # the same views as zs_3x1
 
@@ -97,7 +98,7 @@ def workspace(run: GoldenRun) -> Path:
     for name, frames in zip(run.meta["video_names"], run.videos, strict=True):
         data = (videos / f"{Path(name).stem}.mkv").read_bytes()
         assert decoder.probe(data).num_frames == len(frames)
-        assert np.array_equal(decoder.decode(data, np.arange(len(frames))), frames)
+        assert np.array_equal(frames_of(decoder, data, np.arange(len(frames))), frames)
     for which in ("k400", "zs"):
         done(
             *("pack", "--dataset", f"golden-{which}", "--videos", videos, "--root", root),

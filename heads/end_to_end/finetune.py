@@ -218,8 +218,7 @@ def end_to_end_trainer(
     def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
         with closing(clips.epoch(epoch, start)) as stream:
             for b in stream:
-                failed = [(failure.key, failure.reason) for failure in b.failed]
-                yield TrainingBatch(b.frames, b.labels, b.positions, b.keys, failed, b.waited)
+                yield TrainingBatch(b.frames, b.labels, b.positions, b.keys, b.failed, b.waited)
 
     def details(position: Position) -> dict[str, Any]:
         seconds = max(position.seconds, 1e-9)
@@ -267,7 +266,7 @@ def _close_epoch(
             modulate=can_modulate(plan.model.head, len(plan.dataset.class_names)),
             in_step=plan.shard,
         )
-        trainer.failures += [(failure.key, failure.reason, "evaluation") for failure in failed]
+        trainer.failures += [(*failure, "evaluation") for failure in failed]
         if found is not None:
             evaluation = found.to_json()
             if position.best is None or found.top1 > position.best["top1"]:

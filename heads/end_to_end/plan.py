@@ -140,7 +140,6 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     }
     clips = ClipStream(
         dataset,
-        request.dataset_dir,
         split=split,
         seed=config.seed,
         augment=config.augment,
@@ -148,7 +147,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     )
     evaluation = None
     if eval_split is not None and config.evaluate_every:
-        evaluation = EvaluationClips(dataset, request.dataset_dir, split=eval_split, **shared)
+        evaluation = EvaluationClips(dataset, split=eval_split, **shared)
     precision = resolve_training_precision(config.precision, ranks.device)
     origin = HeadOrigin(
         dataset=dataset.name,

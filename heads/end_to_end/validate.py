@@ -17,7 +17,6 @@ from heads.scoring.scores import TOP_K, fuse_views
 from heads.scoring.scores import ranks as places
 from heads.training.ranks import Ranks
 from pipeline.tars.dataset import Dataset
-from pipeline.video_clips.loader import ClipFailure
 from pipeline.video_clips.stream import EvaluationClips
 
 SPLITS = ("val", "test")
@@ -65,8 +64,8 @@ def validate(
     shape: tuple[int, ...],
     modulate: bool,
     in_step: bool,
-) -> tuple[Validation | None, list[ClipFailure]]:
-    """Accuracy of `model` on `clips`, None when none of them can be decoded; failures of this rank.
+) -> tuple[Validation | None, list[tuple[str, str]]]:
+    """Accuracy of `model` on `clips`, None when none of them can be decoded; this rank's failures.
 
     `class_embeddings` [C,D] on the model's device, in the order of labels. `in_step`: every process
     must run the model equally often, those without videos left on a black clip of `shape`.
@@ -74,14 +73,14 @@ def validate(
     training = model.training
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64)  # evaluated, right, right among five
-    failed: list[ClipFailure] = []
+    failed: list[tuple[str, str]] = []
     passes = 0
     for batch in clips.batches():
         failed += batch.failed
         if not len(batch.keys):
             continue
         passes += 1
-        pixels = batch.frames[:, 0].to(ranks.device, non_blocking=True)
+        pixels = batch.frames.to(ranks.device, non_blocking=True)
         cosines = model(pixels, class_embeddings, modulate)
         scores = fuse_views(cosines.cpu()[:, None])
         place = places(scores, batch.labels)

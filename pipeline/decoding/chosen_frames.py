@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +14,9 @@ import numpy.typing as npt
 from featstore.errors import one_line
 from featstore.segments import IntArray
 from pipeline.decoding.contract import DecodeError, Decoder, Frames, Source, VideoInfo
-from pipeline.preprocessing import resized_size
+from pipeline.preprocessing import ResizeMode, resized_size
 
 logger = logging.getLogger(__name__)
-
-ResizeMode = Literal["shortest", "squash", "longest"]
 
 # Of one frame after its short side has the encoder's size: a strip of 8192x2 pixels would become a
 # picture of 600 MB.

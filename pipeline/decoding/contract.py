@@ -64,26 +64,16 @@ class Decoder(Protocol):
         """Short name for provenance."""
         ...
 
-    def probe(self, source: Source) -> VideoInfo:
-        """Count the frames and check that the last one comes out. Raises `DecodeError`."""
-        ...
-
-    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
-        """The frames asked for as RGB uint8 [n, height, width, 3], in the order asked.
-
-        Indices are zero-based in display order; any order and repeats are allowed.
-        Raises `DecodeError` when a frame asked for does not exist or cannot be produced.
-        """
-        ...
-
     def decode_with_info(
         self, source: Source, choose: ChooseFrames
     ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
-        """`decode` with indices chosen from the counted frames, reading the file once.
+        """Count the frames, let `choose` pick indices [n], and decode those; read the file once.
 
-        Returns (info, RGB uint8 [n, height, width, 3], seconds float64 [n]); the seconds are
+        Indices are zero-based in display order; any order and repeats are allowed. Returns (info,
+        RGB uint8 [n, height, width, 3] in the order asked, seconds float64 [n]); the seconds are
         presentation times on the container's clock (frame number / fps in AVI, which has none).
         `choose` should depend on nothing but its argument: where only decoding can count the
-        frames, it is asked with the likely count first, and again if that was wrong.
+        frames, it is called with the likely count first, and again if that was wrong.
+        Raises `DecodeError` when a frame asked for does not exist or cannot be produced.
         """
         ...

@@ -29,19 +29,9 @@ from featstore.errors import WorkError, one_line
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding.chosen_frames import decode_chosen, within_limit
 from pipeline.decoding.contract import DecodeError, Decoder, VideoInfo
-from pipeline.decoding.nvdec.batcher import (
-    BATCH_VIDEOS,
-    PROCESS_SIZES,
-    NvdecBatcher,
-    NvdecPlan,
-)
+from pipeline.decoding.nvdec.batcher import BATCH_VIDEOS, NvdecBatcher, NvdecPlan
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, Clip, DaliPixels
-from pipeline.decoding.nvdec.rule import (
-    DecoderSizes,
-    NvdecCapabilities,
-    NvdecSurvey,
-    survey_video,
-)
+from pipeline.decoding.nvdec.rule import nvdec_codecs
 from pipeline.extraction.cpu_pool import EncodedVideo
 from pipeline.sampling import Sampling
 
@@ -91,8 +81,7 @@ _Launched = tuple[list[_Decoded], "RunningBatch"]
 class DaliVideoPool:
     """A `VideoPool` around NVDEC, with `decoder` for the videos that NVDEC is not sure to decode.
 
-    The encoder's GPU does all the work; `pixels` and `capabilities` replace what DALI and the GPU
-    would be asked for.
+    The encoder's GPU does all the work; `pixels` replaces `DaliPixels`, `codecs` those of the GPU.
     """
 
     name = DECODER_NAME
@@ -106,9 +95,7 @@ class DaliVideoPool:
         workers: int,
         *,
         pixels: PixelSource | None = None,
-        capabilities: NvdecCapabilities | None = None,
-        survey: Callable[[bytes], NvdecSurvey] = survey_video,
-        sizes: DecoderSizes = PROCESS_SIZES,
+        codecs: frozenset[str] | None = None,
         batch_videos: int = BATCH_VIDEOS,
     ) -> None:
         self.window = batch_videos * WINDOW_BATCHES
@@ -119,9 +106,6 @@ class DaliVideoPool:
         self._batch_videos = batch_videos
         self._batches = BatchEncoder(encoder)
         device = encoder.device.index or 0
-        capabilities = capabilities or NvdecCapabilities.of(
-            torch.cuda.get_device_capability(device)
-        )
         height, width = encoder.preprocessing.size
         self._changed = Condition()  # guards everything below
         self._batcher: NvdecBatcher[_Video, torch.Tensor] = NvdecBatcher(
@@ -135,10 +119,8 @@ class DaliVideoPool:
                 half=encoder.precision == "fp16",
             ),
             self._check,
-            capabilities,
+            codecs or nvdec_codecs(torch.cuda.get_device_capability(device)),
             pixels_per_frame=crops * 3 * height * width * 4,
-            survey=survey,
-            sizes=sizes,
             batch_videos=batch_videos,
             changed=self._changed,
         )

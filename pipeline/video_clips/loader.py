@@ -1,38 +1,39 @@
 """Batches of clips decoded ahead by threads, in order: what training and its evaluation read from.
 
-n clips of a batch that are there, T frames of a clip, h, w input of the tower; a clip's pixels have
-whatever shape the loader is told, ending in [3,h,w].
+n usable clips of a batch, T frames of a clip, h, w input of the tower.
 
-Every clip is read, decoded and put into its place of the batch by one thread. What is ahead of the
-consumer is bounded: whole batches by number and bytes, files and decoded frames by bytes. Nothing a
-thread does depends on another, so the batches are the same for any number of them.
+One thread reads a clip, decodes it and writes it into the batch. What is ahead of the consumer is
+bounded: whole batches by number and bytes, files and decoded frames by bytes. Nothing a thread does
+depends on another, so the batches are the same for any number of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from time import perf_counter
 
 import torch
 
 from featstore.errors import one_line
 from featstore.segments import IntArray
+from pipeline.decoding import decoder_named
 from pipeline.decoding.chosen_frames import decode_chosen
 from pipeline.decoding.contract import DecodeError, Decoder, Frames, VideoInfo
+from pipeline.decoding.nvdec.decoder import NvdecDecoder
+from pipeline.decoding.nvdec.graphs import wants_dali
+from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import Preprocessing
-from pipeline.tars.dataset import TARS_FOLDER, Dataset
+from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, read_video
-from pipeline.video_clips.order import ListedClip
-
-logger = logging.getLogger(__name__)
+from pipeline.video_clips.order import ListedClip, listed_clips
 
 BATCHES_AHEAD = 2
 AHEAD_BYTES = 2 << 30  # of those batches; one is always prepared ahead
@@ -40,67 +41,74 @@ FILE_BYTES = 1 << 30  # of the files being decoded; a larger one is alone
 FRAME_BYTES = 2 << 30  # of the decoded frames on their way to pixels; likewise
 
 
-@dataclass(frozen=True, slots=True)
-class ClipFailure:
-    """A listed clip that could not be used, and why."""
-
-    key: str
-    reason: str
-    position: int
-
-
 @dataclass(frozen=True)
 class ClipBatch:
     """One rank's part of a global batch.
 
-    `frames` float32 [n, ..., 3, h, w], normalised, in pinned memory where the device is a GPU;
-    `labels` and `positions` int64 [n]; `keys` of the same clips. `failed` are those whose places
-    stay empty: n + len(failed) = `listed`, and n may be 0. `waited` is how many seconds the
-    consumer waited for the batch.
+    `frames` float32 [n,T,3,h,w], normalised, in pinned memory where the device is a GPU; `labels`
+    and `positions` int64 [n]; `keys` of the same clips; n may be 0. `failed` holds key and reason
+    of the clips that could not be used. `waited` is how many seconds the consumer waited for the
+    batch.
     """
 
     frames: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     keys: tuple[str, ...]
-    failed: tuple[ClipFailure, ...]
-    listed: int
+    failed: tuple[tuple[str, str], ...]
     waited: float = 0.0
 
 
 class ClipLoader:
-    """Decodes listed clips into batches; holds no threads between uses."""
+    """Decodes the clips of a split into batches; holds no threads between uses.
+
+    `n_listed` clips; `decoder_name` is that of the decoder in use.
+    """
 
     def __init__(
         self,
         dataset: Dataset,
-        folder: Path,
-        clips: Sequence[ListedClip],
         *,
-        decoder: Decoder,
+        split: str | None,
+        frames: int,
         preprocessing: Preprocessing,
-        resized: tuple[int, int],
-        shape: tuple[int, ...],
         batch_size: int,
         workers: int,
-        pinned: bool,
+        resized: tuple[int, int] | None = None,
+        decoder: str | Decoder = "auto",
+        device: str | torch.device = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        """`clips` by position; `resized` is the size whose short side frames are resized to.
+        """T = `frames`; `batch_size` is this rank's part of a global batch.
 
-        `shape` is that of one clip's pixels, `batch_size` the most clips of a batch.
+        `resized` is the size whose short side frames are resized to, by default the input's.
+        `workers` threads decode: ranks that share a machine must share its cores out. Raises
+        UserError for a split that is unknown or empty and for a decoder that cannot be used here.
         """
-        self._paths = [folder / TARS_FOLDER / tar.file for tar in dataset.tars]
-        self._clips = clips
-        self._decoder = decoder
-        self._preprocessing = preprocessing
-        self._resized = resized
-        self._shape = shape
-        self._workers = workers
-        self._pinned = pinned
-        bytes_of_batch = batch_size * 4 * torch.Size(shape).numel()
+        self._dataset = dataset
+        self._clips = listed_clips(dataset, split)
+        self.n_listed = len(self._clips)
+        self._frames, self._preprocessing = frames, preprocessing
+        self._resized = resized or preprocessing.size
+        self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        device = torch.device(device)
+        self._pinned = device.type == "cuda"
+        if isinstance(decoder, str):
+            if wants_dali(decoder, str(device)):
+                decoder = NvdecDecoder(PyAVDecoder(), device, threads=max(workers, 4))
+            else:
+                decoder = decoder_named(decoder)
+        if isinstance(decoder, NvdecDecoder):
+            # Most threads wait: one batch is being decoded, the next one collected.
+            workers = max(workers, 2 * decoder.batch_videos)
+        self._decoder, self._workers = decoder, workers
+        self.decoder_name = decoder.name
+        self._shape = (frames, 3, *preprocessing.size)
+        bytes_of_batch = batch_size * 4 * math.prod(self._shape)
         self._ahead = min(BATCHES_AHEAD, max(1, AHEAD_BYTES // bytes_of_batch))
 
-    def batches(
+    def decoded(
         self,
         parts: Iterable[IntArray],
         choose: Callable[[ListedClip, int], IntArray],
@@ -108,11 +116,12 @@ class ClipLoader:
     ) -> Generator[ClipBatch, None, None]:
         """A batch for each of `parts` (positions, int64), in their order.
 
-        `choose` gives the frames of a clip by their number, `pixels` uint8 [*shape] of the decoded
-        ones; both are called from several threads. Closing the iterator, or an error in whoever
-        uses it, ends the threads after the clips that they are at. Raises what `pixels` raises.
+        `choose` gives the frames of a clip by their number, `pixels` uint8 [T,3,h,w] of the decoded
+        ones; both are called from several threads. Closing the iterator, or an error in its user,
+        ends the threads after the clips that they are at. Raises what `pixels` raises.
         """
-        work = _Work(self, choose, pixels)
+        budgets = _ByteBudget(FILE_BYTES), _ByteBudget(FRAME_BYTES)
+        load = partial(self._load, choose, pixels, *budgets)
         begun: deque[_Begun] = deque()
         remaining = iter(parts)
         threads = worker_threads(self._workers)
@@ -120,117 +129,116 @@ class ClipLoader:
             while True:
                 began = perf_counter()
                 while len(begun) <= self._ahead and (part := next(remaining, None)) is not None:
-                    begun.append(self._begin(part, threads, work))
+                    begun.append(self._begin(part, threads, load))
                 if not begun:
                     return
                 # No name for the batch: it must not live on while the next one is waited for.
-                yield begun.popleft().finish(began)
+                yield _finished(began, *begun.popleft())
         finally:
-            work.stop()
+            for budget in budgets:
+                budget.stop()
             threads.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, part: IntArray, threads: ThreadPoolExecutor, work: _Work) -> _Begun:
+    def _begin(
+        self,
+        part: IntArray,
+        threads: ThreadPoolExecutor,
+        load: Callable[[ListedClip, torch.Tensor], str],
+    ) -> _Begun:
         clips = [self._clips[position] for position in part.tolist()]
         usable = sum(not clip.reason for clip in clips)
         frames = torch.empty((usable, *self._shape), pin_memory=self._pinned and usable > 0)
         slots = iter(frames)
-        results: list[Future[str] | str] = [
-            clip.reason or threads.submit(work.load, clip, next(slots)) for clip in clips
-        ]
-        return _Begun(clips, results, frames)
+        return (
+            clips,
+            [clip.reason or threads.submit(load, clip, next(slots)) for clip in clips],
+            frames,
+        )
 
-    def load(self, clip: ListedClip, slot: torch.Tensor, work: _Work) -> None:
-        """Fill float32 `slot` [*shape]. Raises `DecodeError` and `DamagedTar`."""
-        with work.files.holding(clip.size), ExitStack() as held:
-            data = self._read(clip)
-
-            def choose(found: VideoInfo) -> IntArray:
-                chosen = work.choose(clip, found.num_frames)
-                held.close()  # decoders may ask twice
-                held.enter_context(
-                    work.frames.holding(3 * found.width * found.height * len(chosen))
-                )
-                return chosen
-
-            info, frames, _ = decode_chosen(data, self._decoder, choose, self._resized)
-            del data
-            if info.num_frames != clip.num_frames:
-                raise DecodeError(
-                    f"{info.num_frames} frames are found, {clip.num_frames} were packed"
-                )
-            self._preprocessing.normalise(work.pixels(clip, frames), out=slot)
-
-    def _read(self, clip: ListedClip) -> bytes:
-        path = self._paths[clip.tar]
-        data = read_video(path, clip.key, clip.offset, clip.size)
-        # A tenth of a millisecond where decoding takes twenty, and the only sign of much damage.
-        if clip.sha256 and hashlib.sha256(data).hexdigest() != clip.sha256:
-            raise DamagedTar.of(path, f"is damaged: the sha256 of {clip.key!r} is another")
-        return data
-
-
-class _Work:
-    """What the threads of one iteration share."""
-
-    def __init__(
+    def _load(
         self,
-        loader: ClipLoader,
         choose: Callable[[ListedClip, int], IntArray],
         pixels: Callable[[ListedClip, Frames], torch.Tensor],
-    ) -> None:
-        self._loader = loader
-        self.choose = choose
-        self.pixels = pixels
-        self._stopped = threading.Event()
-        self.files = _ByteBudget(FILE_BYTES, self._stopped)
-        self.frames = _ByteBudget(FRAME_BYTES, self._stopped)
-
-    def load(self, clip: ListedClip, slot: torch.Tensor) -> str:
-        """Fill the slot; returns why it stays empty, "" when it does not."""
+        file_budget: _ByteBudget,
+        frame_budget: _ByteBudget,
+        clip: ListedClip,
+        slot: torch.Tensor,
+    ) -> str:
+        """Fill float32 `slot` [T,3,h,w]; returns why it stays empty, "" when it does not."""
+        path = self._dataset.tar_path(self._dataset.tars[clip.tar])
         try:
-            if self._stopped.is_set():
-                raise _Stopped
-            self._loader.load(clip, slot, self)
-        except DecodeError as error:
-            return one_line(error.reason)
-        except DamagedTar as error:
+            with file_budget.holding(clip.size), ExitStack() as held:
+                data = read_video(path, clip.key, clip.offset, clip.size)
+                # A tenth of a millisecond where decoding takes twenty, and the only sign of much
+                # damage.
+                if clip.sha256 and hashlib.sha256(data).hexdigest() != clip.sha256:
+                    raise DamagedTar.of(path, f"is damaged: the sha256 of {clip.key!r} is another")
+
+                def chosen(found: VideoInfo) -> IntArray:
+                    indices = choose(clip, found.num_frames)
+                    held.close()  # decoders may ask twice
+                    needed = 3 * found.width * found.height * len(indices)
+                    held.enter_context(frame_budget.holding(needed))
+                    return indices
+
+                info, frames, _ = decode_chosen(data, self._decoder, chosen, self._resized)
+                del data
+                if info.num_frames != clip.num_frames:
+                    raise DecodeError(
+                        f"{info.num_frames} frames are found, {clip.num_frames} were packed"
+                    )
+                self._preprocessing.normalise(pixels(clip, frames), out=slot)
+        except (DecodeError, DamagedTar) as error:
             return one_line(error)
         return ""
 
-    def stop(self) -> None:
-        """Have the threads take nothing up any more."""
-        self._stopped.set()
-        self.files.wake()
-        self.frames.wake()
+
+# A batch whose clips are with the threads: its clips, why each stays empty, frames of the others.
+_Begun = tuple[list[ListedClip], list[Future[str] | str], torch.Tensor]
 
 
-class _Stopped(DecodeError):
-    """The consumer has gone: nobody will read the reason."""
-
-    def __init__(self) -> None:
-        super().__init__("not decoded: the work was stopped")
+def _finished(
+    began: float,
+    clips: list[ListedClip],
+    results: list[Future[str] | str],
+    frames: torch.Tensor,
+) -> ClipBatch:
+    """Wait for the clips of a batch; `began` is when the consumer began to wait."""
+    reasons = [x if isinstance(x, str) else x.result() for x in results]
+    good = [clip for clip, reason in zip(clips, reasons, strict=True) if not reason]
+    if len(good) < len(frames):
+        pinned = frames.is_pinned() and len(good) > 0
+        filled = [not r for clip, r in zip(clips, reasons, strict=True) if not clip.reason]
+        frames = frames[torch.tensor(filled)]
+        frames = frames.pin_memory() if pinned else frames
+    return ClipBatch(
+        frames=frames,
+        labels=torch.tensor([clip.label for clip in good], dtype=torch.int64),
+        positions=torch.tensor([clip.position for clip in good], dtype=torch.int64),
+        keys=tuple(clip.key for clip in good),
+        failed=tuple((c.key, why) for c, why in zip(clips, reasons, strict=True) if why),
+        waited=perf_counter() - began,
+    )
 
 
 class _ByteBudget:
     """Lets threads hold at most `limit` bytes together, or one of them more."""
 
-    def __init__(self, limit: int, stopped: threading.Event) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._stopped = stopped
         self._used = 0
+        self._stopped = False
         self._changed = threading.Condition()
 
     @contextmanager
     def holding(self, count: int) -> Iterator[None]:
-        """Wait until `count` more bytes are allowed. Raises `_Stopped`."""
+        """Wait until `count` more bytes are allowed. Raises `DecodeError` once it is stopped."""
         with self._changed:
             self._changed.wait_for(
-                lambda: (
-                    self._stopped.is_set() or not self._used or self._used + count <= self._limit
-                )
+                lambda: self._stopped or not self._used or self._used + count <= self._limit
             )
-            if self._stopped.is_set():
-                raise _Stopped
+            if self._stopped:  # the consumer has gone: nobody will read the reason
+                raise DecodeError("not decoded: the work was stopped")
             self._used += count
         try:
             yield
@@ -239,42 +247,11 @@ class _ByteBudget:
                 self._used -= count
                 self._changed.notify_all()
 
-    def wake(self) -> None:
-        """Let waiting threads see that the work was stopped."""
+    def stop(self) -> None:
+        """Allow no more bytes to anybody, and wake the threads that wait."""
         with self._changed:
+            self._stopped = True
             self._changed.notify_all()
-
-
-@dataclass
-class _Begun:
-    """A batch whose clips are with the threads."""
-
-    clips: list[ListedClip]
-    results: list[Future[str] | str]  # why a place stays empty
-    frames: torch.Tensor  # of the clips that could be begun
-
-    def finish(self, began: float) -> ClipBatch:
-        """Wait for the clips; `began` is when the consumer began to wait."""
-        reasons = [x if isinstance(x, str) else x.result() for x in self.results]
-        good = [clip for clip, reason in zip(self.clips, reasons, strict=True) if not reason]
-        frames = self.frames
-        if len(good) < len(frames):
-            filled = [not x.result() for x in self.results if not isinstance(x, str)]
-            frames = frames[torch.tensor(filled)]
-            frames = frames.pin_memory() if self.frames.is_pinned() and good else frames
-        return ClipBatch(
-            frames=frames,
-            labels=torch.tensor([clip.label for clip in good], dtype=torch.int64),
-            positions=torch.tensor([clip.position for clip in good], dtype=torch.int64),
-            keys=tuple(clip.key for clip in good),
-            failed=tuple(
-                ClipFailure(clip.key, reason, clip.position)
-                for clip, reason in zip(self.clips, reasons, strict=True)
-                if reason
-            ),
-            listed=len(self.clips),
-            waited=perf_counter() - began,
-        )
 
 
 def worker_threads(count: int) -> ThreadPoolExecutor:

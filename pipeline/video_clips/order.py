@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
-from pathlib import Path
+from itertools import chain, repeat
 
 import numpy as np
 
 from featstore.errors import UserError, one_line
 from featstore.segments import IntArray, segment_ranges
-from pipeline.tars.dataset import TARS_FOLDER, Dataset
+from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, open_tar, require_packed
 
 # Tars whose clips are mixed. Packing has mixed the classes of every tar already; this keeps what is
@@ -40,7 +39,7 @@ class ListedClip:
     tar: int
     key: str
     label: int
-    position: int
+    position: int = -1
     num_frames: int = 0
     offset: int = 0
     size: int = 0
@@ -48,11 +47,11 @@ class ListedClip:
     reason: str = ""
 
 
-def listed_clips(dataset: Dataset, folder: Path, split: str | None) -> list[ListedClip]:
+def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
     """All listed videos of `split`, in the order of their keys; of all splits where it is None.
 
-    `folder` is the packed data set's: its tars are looked for in there. Nothing is left out: what
-    cannot be read has a reason. Videos of a damaged tar are those that are in no other.
+    Nothing is left out: what cannot be read has a reason. Videos of a damaged tar are those that
+    are in no other; of several damaged tars it is not known which video was in which.
 
     Raises UserError for a split that does not exist or is empty, `DamagedTar` when not even the
     names of the videos in a damaged tar are known (they belong to no split).
@@ -63,21 +62,20 @@ def listed_clips(dataset: Dataset, folder: Path, split: str | None) -> list[List
             f"{', '.join(map(repr, dataset.split_names)) or 'no splits'}"
         )
     found: dict[str, ListedClip] = {}
-    damaged: list[tuple[int, int, str]] = []  # tar, its videos, reason
+    damaged: list[tuple[int, str]] = []  # tar and reason, once for each of its videos
     for number, tar in enumerate(dataset.tars):
         if dataset.splits_disjoint and split is not None and tar.split != split:
             continue
         for failed in tar.failed:
             if split is None or split in failed.splits:
                 found[failed.key] = ListedClip(
-                    number, failed.key, failed.label, 0, reason=failed.reason
+                    number, failed.key, failed.label, reason=failed.reason
                 )
-        path = folder / TARS_FOLDER / tar.file
         try:
-            with open_tar(path, tar.bytes) as archive:
+            with open_tar(dataset.tar_path(tar), tar.bytes) as archive:
                 require_packed(archive, dataset, tar)
         except DamagedTar as error:
-            damaged.append((number, tar.samples, one_line(error)))
+            damaged += [(number, one_line(error))] * tar.samples
             continue
         for sample in archive.samples:
             sidecar = sample.sidecar
@@ -86,19 +84,20 @@ def listed_clips(dataset: Dataset, folder: Path, split: str | None) -> list[List
                     number,
                     sample.key,
                     sidecar["label"],
-                    0,
-                    sidecar["num_frames"],
-                    sample.offset,
-                    sample.size,
-                    str(sidecar.get("sha256") or ""),
+                    num_frames=sidecar["num_frames"],
+                    offset=sample.offset,
+                    size=sample.size,
+                    sha256=str(sidecar.get("sha256") or ""),
                 )
-    keys = _listed_keys(dataset, split)
-    for key, (number, reason) in zip(sorted(keys - found.keys()), _places(damaged), strict=False):
-        found[key] = ListedClip(number, key, -1, 0, reason=reason)
+    splits = dataset.split_names if split is None else (split,)
+    lost = {key for name in splits for key in dataset.keys_by_split[name]} - found.keys()
+    reasons = chain(damaged, repeat((0, "it is in none of the tars")))
+    for key, (number, reason) in zip(sorted(lost), reasons, strict=False):
+        found[key] = ListedClip(number, key, -1, reason=reason)
     unknown = sum(tar.rows for tar in dataset.tars) - len(found) if split is None else 0
     if unknown:
         raise DamagedTar(
-            f"{damaged[0][2]} ({unknown} videos without a split cannot be named without it)"
+            f"{damaged[0][1]} ({unknown} videos without a split cannot be named without it)"
         )
     if not found:
         raise UserError(
@@ -157,19 +156,3 @@ def training_frames(
 def augmentation_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
     """The chance of a clip's augmentation in this epoch."""
     return np.random.default_rng([_AUGMENTATION, seed, epoch, position])
-
-
-def _listed_keys(dataset: Dataset, split: str | None) -> set[str]:
-    """Keys of a split, or of all splits; failed videos included."""
-    splits = dataset.split_names if split is None else (split,)
-    return {key for name in splits for key in dataset.keys_by_split[name]}
-
-
-def _places(damaged: Sequence[tuple[int, int, str]]) -> Iterator[tuple[int, str]]:
-    """(tar, reason) for the videos that were not found, without end.
-
-    Of several damaged tars it is not known which video was in which.
-    """
-    for number, samples, reason in damaged:
-        yield from repeat((number, reason), samples)
-    yield from repeat((0, "it is in none of the tars"))

@@ -22,13 +22,7 @@ from featstore.errors import one_line
 from featstore.segments import IntArray
 from pipeline.decoding.contract import DecodeError, VideoInfo
 from pipeline.decoding.nvdec.graphs import Clip
-from pipeline.decoding.nvdec.rule import (
-    DecoderSizes,
-    NvdecCapabilities,
-    NvdecSurvey,
-    nvdec_refusal,
-    survey_video,
-)
+from pipeline.decoding.nvdec.rule import survey_video
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +33,12 @@ OPEN_SIZES = 24  # picture sizes that wait for a full batch; DALI keeps 100 deco
 # So many batches in a row of which nothing came out, and everything goes to PyAV.
 GIVE_UP_AFTER = 3
 
-PROCESS_SIZES = DecoderSizes()  # DALI's decoders live as long as the process
+# Which picture size each coded size (codec, width, height) stands for in this process. DALI keeps
+# decoders by size as long as the process lives, and can give one made for 640x368 to a video of
+# 640x360: both are coded as 640x368, but the crop is the decoder's, and the colours come from the
+# wrong rows. So the first picture size of a coded size goes to NVDEC, others of it to PyAV.
+SHOWN_SIZES: dict[tuple[str, int, int], tuple[int, int]] = {}
+_BLOCK = 16  # sizes are coded in blocks of at most this many pixels
 
 Item = TypeVar("Item")  # what its user knows a video by
 Output = TypeVar("Output")  # what the decode stage gives of a video: frames or pixels
@@ -70,10 +69,6 @@ class Buckets(Generic[Item]):
         self._open: dict[Hashable, list[Item]] = {}
         self._costs: dict[Hashable, int] = {}
         self._full: deque[list[Item]] = deque()
-
-    def __len__(self) -> int:
-        """Items that wait."""
-        return sum(map(len, (*self._open.values(), *self._full)))
 
     def add(self, key: Hashable, item: Item, cost: int) -> None:
         """Put `item` with those of its key; one that costs more than a batch may gets its own."""
@@ -109,11 +104,9 @@ class NvdecBatcher(Generic[Item, Output]):
         self,
         decode: Callable[[Sequence[Clip]], list[Output]],
         check: Callable[[Clip, Output], None],
-        capabilities: NvdecCapabilities,
+        codecs: frozenset[str],
         *,
         pixels_per_frame: int = 0,
-        survey: Callable[[bytes], NvdecSurvey] = survey_video,
-        sizes: DecoderSizes = PROCESS_SIZES,
         batch_videos: int = BATCH_VIDEOS,
         changed: Condition | None = None,
     ) -> None:
@@ -126,11 +119,8 @@ class NvdecBatcher(Generic[Item, Output]):
         self.changed = changed or Condition()
         self._decode = decode
         self._check = check
-        self._capabilities = capabilities
+        self._codecs = codecs
         self._pixels_per_frame = pixels_per_frame
-        self._batch_bytes = BATCH_BYTES
-        self._survey = survey
-        self._sizes = sizes
         self._fruitless = 0
         self._counts: Counter[str] = Counter()
         self._buckets: Buckets[tuple[Item, NvdecPlan]] = Buckets(
@@ -141,12 +131,6 @@ class NvdecBatcher(Generic[Item, Output]):
     def refusal(self) -> str:
         """Why a video that NVDEC did not decode goes to PyAV."""
         return self.given_up or "NVDEC failed"
-
-    @property
-    def waiting(self) -> int:
-        """Videos that wait for the rest of their batch, or for their batch's turn."""
-        with self.changed:
-            return len(self._buckets)
 
     def count(self, by: str, videos: int = 1) -> None:
         """Note which decoder gave `videos` videos."""
@@ -163,29 +147,25 @@ class NvdecBatcher(Generic[Item, Output]):
         if self.given_up:
             return self.given_up
         try:
-            survey = self._survey(data)
+            survey = survey_video(data, self._codecs)
         except DecodeError:
             return "cannot be surveyed"  # PyAV has the last word, and the reason
         except Exception as error:
             logger.exception("unexpected error of the survey: %s", one_line(error))
             return "cannot be surveyed"
-        facts = survey.facts
-        refusal = nvdec_refusal(facts, self._capabilities)
-        if refusal is not None:
-            return refusal
-        assert survey.info is not None
-        assert survey.seconds is not None
+        if isinstance(survey, str):
+            return survey
         indices = choose(survey.info)
         # Repeated frames are decoded once: for NVDEC each repeat is a jump back.
         frames, places = np.unique(indices, return_inverse=True)
-        clip = Clip(np.frombuffer(data, np.uint8), frames, facts.height, facts.width, facts.codec)
-        cost = len(frames) * (3 * clip.height * clip.width + self._pixels_per_frame)
-        if cost > self._batch_bytes:
+        codec, width, height = survey.codec, survey.width, survey.height
+        clip = Clip(np.frombuffer(data, np.uint8), frames, height, width, codec)
+        cost = len(frames) * (3 * height * width + self._pixels_per_frame)
+        if cost > BATCH_BYTES:
             return "too many or too large frames for the GPU's memory"
-        with self.changed:
-            refusal = self._sizes.refusal(facts)
-        if refusal is not None:
-            return refusal
+        coded = codec, -(-width // _BLOCK) * _BLOCK, -(-height // _BLOCK) * _BLOCK
+        if SHOWN_SIZES.setdefault(coded, (width, height)) != (width, height):
+            return "another picture size shares its coded size"
         seconds = survey.seconds[indices]
         return NvdecPlan(survey.info, indices, seconds, places.reshape(-1), clip, cost)
 

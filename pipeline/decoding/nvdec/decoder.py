@@ -10,9 +10,8 @@ U frames of a video without repeats, H, W height and width of its picture.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,41 +19,18 @@ import torch
 
 from featstore.segments import IntArray
 from pipeline.decoding.contract import ChooseFrames, Decoder, Frames, Source, VideoInfo
-from pipeline.decoding.nvdec.batcher import (
-    BATCH_VIDEOS,
-    PROCESS_SIZES,
-    NvdecBatcher,
-    NvdecPlan,
-)
+from pipeline.decoding.nvdec.batcher import BATCH_VIDEOS, NvdecBatcher, NvdecPlan
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, Clip, DaliFrames
-from pipeline.decoding.nvdec.rule import (
-    DecoderSizes,
-    NvdecCapabilities,
-    NvdecSurvey,
-    survey_video,
-)
+from pipeline.decoding.nvdec.rule import nvdec_codecs
 
-
-class FrameSource(Protocol):
-    """Decodes a batch: see `DaliFrames`."""
-
-    def __call__(self, clips: Sequence[Clip]) -> list[npt.NDArray[np.uint8]]:
-        """RGB uint8 [U,H,W,3] of each clip; raises when any of them fails."""
-        ...
-
-
-@dataclass(eq=False)
-class _Waiting:
-    """A clip on its way. `frames` [U,H,W,3] when it is `done`, None where NVDEC failed."""
-
-    done: bool = False
-    frames: Frames | None = None
+# RGB uint8 [U,H,W,3] of a clip that waits for its batch, None where NVDEC failed.
+_Waiting = Future[Frames | None]
 
 
 class NvdecDecoder:
     """A `Decoder` around NVDEC, with `fallback` for the videos that NVDEC is not sure to decode.
 
-    `device` is a GPU; `source` and `capabilities` replace what DALI and the GPU would be asked for.
+    `device` is a GPU; `source` replaces `DaliFrames`, `codecs` those of the GPU.
     At least `batch_videos` threads should use it at the same time.
     """
 
@@ -66,39 +42,22 @@ class NvdecDecoder:
         device: torch.device,
         *,
         threads: int = 4,
-        source: FrameSource | None = None,
-        capabilities: NvdecCapabilities | None = None,
-        survey: Callable[[bytes], NvdecSurvey] = survey_video,
-        sizes: DecoderSizes = PROCESS_SIZES,
+        source: Callable[[Sequence[Clip]], list[Frames]] | None = None,
+        codecs: frozenset[str] | None = None,
         batch_videos: int = BATCH_VIDEOS,
     ) -> None:
         self.batch_videos = batch_videos
         self._fallback = fallback
-        if source is None or capabilities is None:
+        if source is None or codecs is None:
             index = device.index if device.index is not None else torch.cuda.current_device()
-            capabilities = capabilities or NvdecCapabilities.of(
-                torch.cuda.get_device_capability(index)
-            )
+            codecs = codecs or nvdec_codecs(torch.cuda.get_device_capability(index))
             source = source or DaliFrames(batch_size=batch_videos, threads=threads, device_id=index)
         self._batcher: NvdecBatcher[_Waiting, Frames] = NvdecBatcher(
-            source, _check, capabilities, survey=survey, sizes=sizes, batch_videos=batch_videos
+            source, _check, codecs, batch_videos=batch_videos
         )
         self._changed = self._batcher.changed  # guards everything below
         self._planning = 0  # threads that may soon have a clip
         self._decoding = False
-
-    @property
-    def waiting(self) -> int:
-        """Clips that wait for the rest of their batch, or for their batch's turn."""
-        return self._batcher.waiting
-
-    def probe(self, source: Source) -> VideoInfo:
-        """See `Decoder.probe`."""
-        return self._fallback.probe(source)
-
-    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
-        """See `Decoder.decode`."""
-        return self.decode_with_info(source, lambda _: frame_indices)[1]
 
     def decode_with_info(
         self, source: Source, choose: ChooseFrames
@@ -115,10 +74,6 @@ class NvdecDecoder:
             refusal = self._batcher.refusal
         self._batcher.count(f"{self._fallback.name} ({refusal})")
         return self._fallback.decode_with_info(data, choose)
-
-    def report(self) -> list[str]:
-        """One line per decoder and reason: how many videos it was."""
-        return self._batcher.report()
 
     def _planned(self, data: bytes, choose: ChooseFrames) -> NvdecPlan | str:
         def waiting_for_nothing(found: VideoInfo) -> IntArray:
@@ -142,10 +97,10 @@ class NvdecDecoder:
 
     def _decoded(self, plan: NvdecPlan) -> Frames | None:
         """Wait for the clip's batch, decoding batches meanwhile; None where NVDEC failed."""
-        clip = _Waiting()
+        clip: _Waiting = Future()
         with self._changed:
             self._batcher.add(clip, plan)
-            while not clip.done:
+            while not clip.done():
                 batch = None
                 if not self._decoding:
                     batch = self._batcher.take(more_coming=self._planning > 0)
@@ -156,14 +111,15 @@ class NvdecDecoder:
                 self._changed.release()
                 try:
                     for waiting, _, frames in self._batcher.decode(batch):
-                        waiting.frames = frames
+                        waiting.set_result(frames)
                 finally:
                     self._changed.acquire()
                     self._decoding = False
                     for waiting, _ in batch:
-                        waiting.done = True
+                        if not waiting.done():
+                            waiting.set_result(None)
                     self._changed.notify_all()
-            return clip.frames
+            return clip.result()
 
 
 def _check(clip: Clip, frames: Frames) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from ctypes import CDLL
 from dataclasses import dataclass
 from functools import cache
@@ -96,10 +97,8 @@ def _device_problem() -> str | None:
 def dali_version() -> dict[str, str]:
     """The installed DALI as {package: version}, for provenance."""
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             return {package: version(package)}
-        except PackageNotFoundError:
-            continue
     return {}
 
 
@@ -138,35 +137,68 @@ def nvdec_decode(encoded: Any, frames: Any) -> Any:
     return fn.decoders.video(encoded, device="mixed", frames=frames, pad_mode="none", affine=False)
 
 
-class DaliPixels:
-    """Batches of clips to what the tower takes. One thread at a time may use it.
+class _Graph:
+    """Batches of clips through DALI: `decode`, then what a kind of graph does with the frames.
 
-    `preprocessing` and `crops` as in `Preprocessing.crops`; at most `batch_size` clips at a time;
-    `half` gives float16 instead of float32; `device_id` is the GPU, None for DALI's CPU operators,
-    which then need a `decode` of their own and clips with `rank`-dimensional data.
+    At most `batch_size` clips at a time, from one thread at a time; `device_id` is the GPU, None
+    for DALI's CPU operators, which then need a `decode` of their own and clips with
+    `rank`-dimensional data.
     """
 
     def __init__(
         self,
-        preprocessing: Preprocessing,
-        crops: int,
         *,
         batch_size: int,
         threads: int,
         device_id: int | None,
-        half: bool = False,
         decode: Decode = nvdec_decode,
         rank: int = 1,
     ) -> None:
+        dali = importlib.import_module("nvidia.dali")
+        fn = importlib.import_module("nvidia.dali.fn")
+        types = importlib.import_module("nvidia.dali.types")
+        cuda: Any = torch.cuda  # the streams' annotations are incomplete
+        self._stream = cuda.Stream(device_id) if device_id is not None else None
+        # Depth 1: inputs are given with `run`, and the user's queue holds what is decoded ahead.
+        self._graph = dali.Pipeline(
+            batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1
+        )
+        with self._graph:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=rank)
+            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
+            self._graph.set_outputs(*self._outputs(fn, types, decode(encoded, frames)))
+        self._graph.build()
+
+    def _outputs(self, fn: Any, types: Any, frames: Any) -> list[Any]:
+        """The graph's outputs from the decoded frames."""
+        raise NotImplementedError
+
+    def _run(self, clips: Sequence[Clip], **inputs: list[Any]) -> Any:
+        """DALI's outputs, each with a tensor per clip, to be used on the graph's stream."""
+        return self._graph.run(
+            encoded=[clip.data for clip in clips],
+            frames=[clip.frames.astype(np.int32) for clip in clips],
+            **inputs,
+        )
+
+
+class DaliPixels(_Graph):
+    """Batches of clips to what the tower takes.
+
+    `preprocessing` and `crops` as in `Preprocessing.crops`; `half` gives float16 instead of
+    float32; `machine` as in `_Graph`.
+    """
+
+    def __init__(
+        self, preprocessing: Preprocessing, crops: int, *, half: bool = False, **machine: Any
+    ) -> None:
         preprocessing.require_crops(crops)
         self._preprocessing = preprocessing
-        self._crops = crops
         # Ten crops are five and their mirror images, in turn.
         self._corners = 5 if crops == 10 else crops
         self._mirror = (0, 1) if crops == 10 else (0,)
-        cuda: Any = torch.cuda  # the streams' annotations are incomplete
-        self._stream = cuda.Stream(device_id) if device_id is not None else None
-        self._graph = self._build(batch_size, threads, device_id, half, decode, rank)
+        self._half = half
+        super().__init__(**machine)
 
     def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
         """Normalised pixels [C,F,3,h,w] of each clip, on the graph's device and complete.
@@ -175,85 +207,58 @@ class DaliPixels:
         call works again.
         """
         with torch.cuda.stream(self._stream):  # nothing where there is none
-            outputs = self._graph.run(**self._inputs(clips))
-            per_crop = [[from_dlpack(output[i]) for i in range(len(clips))] for output in outputs]
-            pixels = [torch.stack(crops) for crops in zip(*per_crop, strict=True)]
+            outputs = self._run(clips, **self._inputs(clips))
+            pixels = [
+                torch.stack([from_dlpack(output[i]) for output in outputs])
+                for i in range(len(clips))
+            ]
             if self._stream is not None:
                 self._stream.synchronize()  # another stream will read them
             return pixels
 
-    def _build(
-        self,
-        batch_size: int,
-        threads: int,
-        device_id: int | None,
-        half: bool,
-        decode: Decode,
-        rank: int,
-    ) -> Any:
-        dali = importlib.import_module("nvidia.dali")
-        fn = importlib.import_module("nvidia.dali.fn")
-        types = importlib.import_module("nvidia.dali.types")
+    def _outputs(self, fn: Any, types: Any, frames: Any) -> list[Any]:
         settings = self._preprocessing
         modes = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
-        # Depth 1: inputs are given with `run`, and the pool's queue holds what is decoded ahead.
-        graph = dali.Pipeline(
-            batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1
+        size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+        resized = fn.resize(
+            frames, size=size, interp_type=modes[settings.interpolation], antialias=True
         )
-        with graph:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=rank)
-            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-            size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-            resized = fn.resize(
-                decode(encoded, frames),
-                size=size,
-                interp_type=modes[settings.interpolation],
-                antialias=True,
-            )
-            outputs = []
-            for number in range(self._corners):
-                corner = {
-                    f"crop_pos_{axis}": fn.external_source(
-                        name=f"{axis}{number}", dtype=types.FLOAT, ndim=0
-                    )
-                    for axis in "xy"
-                }
-                outputs += [
-                    fn.crop_mirror_normalize(
-                        resized,
-                        crop=settings.size,
-                        **corner,
-                        # The corners are whole numbers, but for the error of a float32.
-                        rounding="round",
-                        mirror=mirror,
-                        dtype=types.FLOAT16 if half else types.FLOAT,
-                        output_layout="FCHW",
-                        mean=[255 * value for value in settings.mean],
-                        std=[255 * value for value in settings.std],
-                        # Only resize mode "longest" leaves a border.
-                        out_of_bounds_policy="pad",
-                        fill_values=self._fill(),
-                    )
-                    for mirror in self._mirror
-                ]
-            graph.set_outputs(*outputs)
-        graph.build()
-        return graph
-
-    def _fill(self) -> list[float]:
-        settings = self._preprocessing
-        grey = settings.fill_color / 255
-        return [(grey - mean) / std for mean, std in zip(settings.mean, settings.std, strict=True)]
+        outputs = []
+        for number in range(self._corners):
+            corner = {
+                f"crop_pos_{axis}": fn.external_source(
+                    name=f"{axis}{number}", dtype=types.FLOAT, ndim=0
+                )
+                for axis in "xy"
+            }
+            outputs += [
+                fn.crop_mirror_normalize(
+                    resized,
+                    crop=settings.size,
+                    **corner,
+                    # The corners are whole numbers, but for the error of a float32.
+                    rounding="round",
+                    mirror=mirror,
+                    dtype=types.FLOAT16 if self._half else types.FLOAT,
+                    output_layout="FCHW",
+                    mean=[255 * value for value in settings.mean],
+                    std=[255 * value for value in settings.std],
+                    # Only resize mode "longest" leaves a border.
+                    out_of_bounds_policy="pad",
+                    fill_values=[
+                        (settings.fill_color / 255 - mean) / std
+                        for mean, std in zip(settings.mean, settings.std, strict=True)
+                    ],
+                )
+                for mirror in self._mirror
+            ]
+        return outputs
 
     def _inputs(self, clips: Sequence[Clip]) -> dict[str, list[Any]]:
-        """The graph's inputs by name, one value per clip."""
+        """The graph's further inputs by name, one value per clip."""
         target, mode = self._preprocessing.size, self._preprocessing.resize_mode
         sizes = [resized_size(clip.height, clip.width, target, mode) for clip in clips]
-        inputs: dict[str, list[Any]] = {
-            "encoded": [clip.data for clip in clips],
-            "frames": [clip.frames.astype(np.int32) for clip in clips],
-            "size": [np.array(size, np.float32) for size in sizes],
-        }
+        inputs: dict[str, list[Any]] = {"size": [np.array(size, np.float32) for size in sizes]}
         for number in range(self._corners):
             corners = [self._corner(size, number) for size in sizes]
             spare = [(width - target[1], height - target[0]) for height, width in sizes]
@@ -273,41 +278,18 @@ class DaliPixels:
         return crop_corners(*size, target, self._corners)[number]
 
 
-class DaliFrames:
-    """Batches of clips to decoded frames in memory. One thread at a time may use it.
+class DaliFrames(_Graph):
+    """Batches of clips to decoded frames in memory.
 
     As `DaliPixels` without its resizing: the frames go on to the CPU's augmentation, which is
     exact, and cross the bus as bytes.
     """
 
-    def __init__(
-        self,
-        *,
-        batch_size: int,
-        threads: int,
-        device_id: int | None,
-        decode: Decode = nvdec_decode,
-        rank: int = 1,
-    ) -> None:
-        dali = importlib.import_module("nvidia.dali")
-        fn = importlib.import_module("nvidia.dali.fn")
-        types = importlib.import_module("nvidia.dali.types")
-        cuda: Any = torch.cuda  # the streams' annotations are incomplete
-        self._stream = cuda.Stream(device_id) if device_id is not None else None
-        self._graph = dali.Pipeline(
-            batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1
-        )
-        with self._graph:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=rank)
-            frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-            self._graph.set_outputs(decode(encoded, frames))
-        self._graph.build()
+    def _outputs(self, fn: Any, types: Any, frames: Any) -> list[Any]:
+        return [frames]
 
     def __call__(self, clips: Sequence[Clip]) -> list[npt.NDArray[np.uint8]]:
         """RGB uint8 [F,H,W,3] of each clip, in memory of its own. Raises as `DaliPixels`."""
         with torch.cuda.stream(self._stream):  # nothing where there is none
-            (output,) = self._graph.run(
-                encoded=[clip.data for clip in clips],
-                frames=[clip.frames.astype(np.int32) for clip in clips],
-            )
+            (output,) = self._run(clips)
             return [from_dlpack(output[i]).to("cpu", copy=True).numpy() for i in range(len(clips))]

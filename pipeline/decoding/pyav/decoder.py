@@ -67,44 +67,23 @@ class PyAVDecoder:
             survey = read_survey(media)
             if _must_decode_all(media, survey):
                 return _decode_all(media, survey, None)[0]
-            last = _OneFrame(survey.num_frames - 1)
+            last = _OneFrame(survey.likely_frames - 1)
             damaged = _decode_chosen(media, survey, last)
-            info = survey.info(media, last.frame, survey.num_frames)
-            return replace(info, damaged_packets=damaged)
-
-    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
-        """Decode the frames `frame_indices` [n]: RGB uint8 [n, height, width, 3].
-
-        Raises `DecodeError` naming a frame that does not exist or cannot be produced.
-        """
-        if self.strict == "always":
-            return self.decode_with_info(source, lambda _: frame_indices)[1]
-        with VideoFile(source, self.strict) as media:
-            survey = read_survey(media)
-            stack = FrameStack(frame_indices)
-            if survey.reliable:
-                stack.require_within(survey.num_frames)
-            _decode_chosen(media, survey, stack)
-            return stack.frames
+            return replace(survey.info(media, last.frame), damaged_packets=damaged)
 
     def decode_with_info(
         self, source: Source, choose: ChooseFrames
     ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
-        """Count the frames, let `choose(info)` pick indices [n], decode those.
-
-        Returns (info, RGB uint8 [n, height, width, 3], presentation seconds float64 [n]).
-        Where only decoding can count, `choose` is asked with the likely count first and again if
-        that was wrong. Raises `DecodeError`.
-        """
+        """See `Decoder.decode_with_info`."""
         with VideoFile(source, self.strict) as media:
             survey = read_survey(media)
             if _must_decode_all(media, survey):
                 info, stack = _decode_all(media, survey, choose)
                 assert stack is not None
             else:
-                first = _OneFrame(0)  # tells the rotation, which the container keeps to itself
+                first = _OneFrame(0)  # it has the rotation, which PyAV does not read elsewhere
                 _decode_chosen(media, survey, first)
-                info = survey.info(media, first.frame, survey.num_frames)
+                info = survey.info(media, first.frame)
                 stack = FrameStack(choose(info))
                 stack.require_within(info.num_frames)
                 info = replace(info, damaged_packets=_decode_chosen(media, survey, stack))
@@ -143,8 +122,10 @@ def _decode_all(
     frames = _FramesInOrder(media, survey)
     for index, frame in frames:
         if info is None:
-            info = survey.info(media, frame, survey.likely_frames)
-            stack = _likely_stack(choose, info)
+            info = survey.info(media, frame)
+            if choose is not None:
+                with suppress(DecodeError, ValueError):  # they come again if the count was right
+                    stack = FrameStack(choose(info))
         if stack is not None and index in stack.missing:
             try:
                 stack.put(index, frame, survey.seconds_of(frame))
@@ -156,8 +137,8 @@ def _decode_all(
             f"no frame can be decoded{frames.first_cause}; the limit is {frame_stack.MAX_PIXELS} "
             "pixels a frame"
         )
-    if survey.reliable and frames.shown != survey.num_frames:
-        raise DecodeError(f"damaged: {frames.shown} of {survey.num_frames} frames come out")
+    if survey.reliable and frames.shown != survey.likely_frames:
+        raise DecodeError(f"damaged: {frames.shown} of {survey.likely_frames} frames come out")
     if frames.shown != survey.likely_frames:
         info, stack = survey.with_count(info, frames.shown), None
     info = replace(info, damaged_packets=frames.damaged)
@@ -166,15 +147,6 @@ def _decode_all(
         stack.require_within(info.num_frames)
         _decode_chosen(media, survey, stack)
     return info, stack
-
-
-def _likely_stack(choose: ChooseFrames | None, info: VideoInfo) -> FrameStack | None:
-    """Room for the frames that would be chosen if `info` were right; None when none can be."""
-    if choose is None:
-        return None
-    with suppress(DecodeError, ValueError):
-        return FrameStack(choose(info))
-    return None
 
 
 def _decode_chosen(media: VideoFile, survey: Survey, stack: FrameStack) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 2 << 30  # of all frames asked for in one call
 MAX_PIXELS = 1 << 26  # of one frame: 8192 x 8192, twice the area of an 8K video frame
+UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16)  # the display matrix of a frame that is shown as it is
 MAX_SIDE = 12288  # the width of a 12K camera's frame; a longer side is a broken or hostile header
 
 
@@ -41,9 +41,6 @@ class FrameStack:
             raise ValueError("no frame indices given: ask for at least one frame")
         if self.indices.min() < 0:
             raise DecodeError(f"there is no frame {self.indices.min()}: indices start at 0")
-        self._places: dict[int, list[int]] = defaultdict(list)
-        for place, index in enumerate(self.indices.tolist()):
-            self._places[index].append(place)
         self.start_again()
         self.seconds = np.full(len(self.indices), np.nan)
         self._frames: Frames | None = None
@@ -52,7 +49,7 @@ class FrameStack:
 
     def start_again(self) -> None:
         """Take no frame for stored that was put so far."""
-        self.missing = set(self._places)
+        self.missing = set(self.indices.tolist())
 
     def require_within(self, num_frames: int) -> None:
         """Raise `DecodeError` when an index is not below `num_frames`."""
@@ -88,10 +85,9 @@ class FrameStack:
             )
         # threads=1: by default swscale takes every core, and many videos are decoded at once.
         rgb = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        upright = _upright(rgb, frame)
-        for place in self._places[index]:
-            self._frames[place] = upright
-            self.seconds[place] = seconds
+        places = self.indices == index
+        self._frames[places] = _upright(rgb, frame)
+        self.seconds[places] = seconds
         self.missing.discard(index)
 
     @property
@@ -102,12 +98,15 @@ class FrameStack:
         return self._frames
 
 
-def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
-    """The display matrix at right angles: (a, b, c, d) of x' = a x + c y, y' = b x + d y."""
+def display_matrix(frame: VideoFrame) -> tuple[int, ...]:
+    """(a, b, 0, c, d) of x' = a x + c y, y' = b x + d y, as 16.16 fixed-point numbers."""
     matrix = cast("SideData | None", frame.side_data.get("DISPLAYMATRIX"))
-    if matrix is None:
-        return 1, 0, 0, 1
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    return UPRIGHT if matrix is None else tuple(np.frombuffer(bytes(matrix), np.int32)[:5].tolist())
+
+
+def _display_axes(frame: VideoFrame) -> tuple[int, int, int, int]:
+    """(a, b, c, d) of the display matrix, rounded to right angles."""
+    a, b, _, c, d = display_matrix(frame)
     if abs(b) > abs(a):
         return 0, (1 if b > 0 else -1), (1 if c > 0 else -1), 0
     return (1 if a >= 0 else -1), 0, 0, (1 if d >= 0 else -1)

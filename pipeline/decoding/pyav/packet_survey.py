@@ -55,12 +55,6 @@ class Survey:
     likely_frames: int
     damaged_when_read: int
 
-    @property
-    def num_frames(self) -> int:
-        """The number of frames; only where the table is reliable."""
-        assert self.reliable
-        return self.likely_frames
-
     def index_of(self, pts: int | None) -> int:
         """Which frame is shown at `pts`, -1 for none."""
         if pts is None:
@@ -72,11 +66,11 @@ class Survey:
         """When the frame is shown, on the container's clock; NaN when it does not say."""
         return frame.pts * self.seconds_per_tick if frame.pts is not None else float("nan")
 
-    def info(self, media: VideoFile, frame: VideoFrame, num_frames: int) -> VideoInfo:
-        """The video's description; a decoded frame tells rotation and size."""
+    def info(self, media: VideoFile, frame: VideoFrame) -> VideoInfo:
+        """The video's description, with rotation and size of a decoded frame."""
         width, height = shown_size(frame)
         info = VideoInfo(
-            num_frames=num_frames,
+            num_frames=self.likely_frames,
             fps=self.declared_fps,
             width=width,
             height=height,
@@ -86,7 +80,7 @@ class Survey:
             rotation=shown_rotation(frame),
             damaged_packets=self.damaged_when_read,
         )
-        return self.with_count(info, num_frames)
+        return self.with_count(info, self.likely_frames)
 
     def with_count(self, info: VideoInfo, num_frames: int) -> VideoInfo:
         """`info` for another number of frames, on which rate and duration may depend."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Self, cast
 
 import av
-from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
@@ -30,53 +30,47 @@ class VideoFile:
     """An open video stream that can be started again from the beginning.
 
     `fails_on_damage`: whether the strictness asks that damage in this codec fails the video.
-    `broken_off` is the reason why reading packets ended before the file's end, if it did.
+    `broken_off` is the reason why reading packets ended before the file's end, if it did;
+    `ends_early`: the file is shorter than its RIFF header (AVI) says.
     """
 
     def __init__(self, source: Source, strict: Strictness) -> None:
         self._source = source
         self.strict = strict
-        self._file: BinaryIO | None = None
-        self._container: InputContainer | None = None
+        self._opened = ExitStack()
 
     def __enter__(self) -> Self:
-        try:
-            self.restart()
-        except BaseException:
-            self._close()
-            raise
+        self.restart()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-            self._container = None
-        if self._file is not None and self._file is not self._source:
-            self._file.close()
-        self._file = None
+        self._opened.close()
 
     def restart(self) -> None:
         """Open the source from its beginning with a fresh decoder."""
-        self._close()
+        self._opened.close()
+        with ExitStack() as opening:
+            self._open(opening)
+            self._opened = opening.pop_all()
+
+    def _open(self, opening: ExitStack) -> None:
         self.broken_off: str | None = None
-        self._file = _binary_file(self._source)
-        self.ends_early = _riff_ends_early(self._file)
+        file = self._binary_file(opening)
         limits = {"max_pixels": str(frame_stack.MAX_PIXELS)}
         try:
             # A playlist must not make us open other files: no protocol is allowed.
-            self._container = av.open(
-                _Nameless(self._file),
-                "r",
-                options={"protocol_whitelist": "none", **limits},
-                metadata_errors="ignore",
-                buffer_size=READ_BUFFER_BYTES,
+            self.container = opening.enter_context(
+                av.open(
+                    _Nameless(file),
+                    "r",
+                    options={"protocol_whitelist": "none", **limits},
+                    metadata_errors="ignore",
+                    buffer_size=READ_BUFFER_BYTES,
+                )
             )
         except (av.FFmpegError, OSError, ValueError) as error:
             raise DecodeError(f"not a readable video file ({plain_cause(error)})") from None
-        stream = self._container.streams.best("video")
+        stream = self.container.streams.best("video")
         if stream is None or stream.disposition & Disposition.attached_pic:
             raise DecodeError("no video stream")
         if stream.codec_context is None:
@@ -95,12 +89,6 @@ class VideoFile:
             context.options = {**limits, "err_detect": ERR_DETECT[self.codec]}
 
     @property
-    def container(self) -> InputContainer:
-        """The container now open."""
-        assert self._container is not None
-        return self._container
-
-    @property
     def formats(self) -> set[str]:
         """FFmpeg's names for the container's format."""
         return set(self.container.format.name.split(","))
@@ -114,38 +102,33 @@ class VideoFile:
         except av.FFmpegError as error:
             self.broken_off = plain_cause(error)
 
+    def _binary_file(self, opening: ExitStack) -> BinaryIO:
+        """The source as a file at its beginning; sets `ends_early`."""
+        source = self._source
+        try:
+            if isinstance(source, Path):
+                file: BinaryIO = opening.enter_context(source.open("rb"))
+            elif isinstance(source, bytes | bytearray | memoryview):
+                file = BytesIO(source)
+            else:
+                file = source
+            size = file.seek(0, 2)
+            file.seek(0)
+            head = file.read(8)
+            file.seek(0)
+        except OSError as error:
+            raise DecodeError(f"the file cannot be read ({plain_cause(error)})") from None
+        if size == 0:
+            raise DecodeError("the file is empty")
+        self.ends_early = head[:4] == b"RIFF" and size < 8 + int.from_bytes(head[4:], "little")
+        return file
+
 
 class _Nameless:
     """A file without its name, so that neither format detection nor a message depends on it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
-
-
-def _binary_file(source: Source) -> BinaryIO:
-    try:
-        if isinstance(source, Path):
-            file: BinaryIO = source.open("rb")
-        elif isinstance(source, bytes | bytearray | memoryview):
-            file = BytesIO(source)
-        else:
-            file = source
-        if file.seek(0, 2) == 0:
-            if file is not source:
-                file.close()
-            raise DecodeError("the file is empty")
-        file.seek(0)
-    except OSError as error:
-        raise DecodeError(f"the file cannot be read ({plain_cause(error)})") from None
-    return file
-
-
-def _riff_ends_early(file: BinaryIO) -> bool:
-    """Whether the file is shorter than its RIFF header (AVI) says; False for other formats."""
-    head = file.read(8)
-    size = file.seek(0, 2)
-    file.seek(0)
-    return head[:4] == b"RIFF" and size < 8 + int.from_bytes(head[4:8], "little")
 
 
 def plain_cause(error: BaseException) -> str:

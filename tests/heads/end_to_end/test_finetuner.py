@@ -26,7 +26,7 @@ from heads.training.schedule import build_optimizer, draw_generator, learning_ra
 from heads.training.state import restore_best, save_best
 from heads.training.trainer import Trainer
 from pipeline.encoders.sources import build_model
-from pipeline.video_clips.loader import ClipBatch, ClipFailure
+from pipeline.video_clips.loader import ClipBatch
 from tests.support.worlds.tiny_world import CLIP
 
 CLASSES, DIM, FRAMES = 6, 32, 2
@@ -40,8 +40,7 @@ def batch(number: int, good: int, failed: int = 0) -> ClipBatch:
         labels=torch.randint(CLASSES, (good,), generator=generator),
         positions=torch.arange(good) + 10 * number,
         keys=tuple(f"clip{number}.{i}" for i in range(good)),
-        failed=tuple(ClipFailure(f"bad{number}.{i}", "broken", i) for i in range(failed)),
-        listed=good + failed,
+        failed=tuple((f"bad{number}.{i}", "broken") for i in range(failed)),
         waited=0.25,
     )
 
@@ -55,7 +54,7 @@ class Clips:
 
     @property
     def n_listed(self) -> int:
-        return sum(b.listed for b in self.batches)
+        return sum(len(b.keys) + len(b.failed) for b in self.batches)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from pipeline.decoding.contract import DecodeError, Decoder
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import frame_number, make_video
 
 
@@ -32,15 +33,15 @@ class DecoderContract:
         data = make_video(frames=40, gop=12)
         truth = sequential_frames(data)
         asked = [39, 0, 13, 13, 5, 12, 38]
-        frames = decoder.decode(data, asked)
+        frames = frames_of(decoder, data, asked)
         assert frames.dtype == np.uint8
         assert frames.shape == (7, 64, 96, 3)
         assert [frame_number(frame) for frame in frames] == asked
         for frame, index in zip(frames, asked, strict=True):
             self.assert_same(frame, truth[index])
 
-    def test_probe_counts_frames_and_describes_the_video(self, decoder: Decoder) -> None:
-        info = decoder.probe(make_video(frames=33, fps=25))
+    def test_counts_frames_and_describes_the_video(self, decoder: Decoder) -> None:
+        info = decoder.decode_with_info(make_video(frames=33, fps=25), lambda _: [32])[0]
         assert (info.num_frames, info.width, info.height) == (33, 96, 64)
         assert (info.fps, info.codec, info.rotation) == (25.0, "h264", 0)
         assert info.duration_s == pytest.approx(33 / 25)
@@ -54,13 +55,12 @@ class DecoderContract:
 
     def test_one_frame_is_a_video(self, decoder: Decoder) -> None:
         data = make_video(frames=1)
-        assert decoder.probe(data).num_frames == 1
-        assert [frame_number(frame) for frame in decoder.decode(data, [0, 0])] == [0, 0]
+        assert [frame_number(frame) for frame in frames_of(decoder, data, [0, 0])] == [0, 0]
 
     @pytest.mark.parametrize("index", [40, 10**9, -1])
     def test_a_frame_that_does_not_exist_is_an_error(self, decoder: Decoder, index: int) -> None:
         with pytest.raises(DecodeError, match=f"there is no frame {index}"):
-            decoder.decode(make_video(frames=40), [0, index])
+            frames_of(decoder, make_video(frames=40), [0, index])
 
     @pytest.mark.parametrize(
         ("data", "reason"),
@@ -75,9 +75,8 @@ class DecoderContract:
     def test_unreadable_files_fail_with_a_plain_reason(
         self, decoder: Decoder, data: bytes, reason: str
     ) -> None:
-        for attempt in (lambda: decoder.probe(data), lambda: decoder.decode(data, [0])):
-            with pytest.raises(DecodeError) as caught:
-                attempt()
-            assert caught.value.reason.startswith(reason)
-            assert "\n" not in caught.value.reason
-            assert "0x" not in caught.value.reason
+        with pytest.raises(DecodeError) as caught:
+            frames_of(decoder, data, [0])
+        assert caught.value.reason.startswith(reason)
+        assert "\n" not in caught.value.reason
+        assert "0x" not in caught.value.reason

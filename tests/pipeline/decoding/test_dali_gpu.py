@@ -19,12 +19,13 @@ import torch
 from pipeline.clip_encoder import load_encoder
 from pipeline.decoding.nvdec.decoder import NvdecDecoder
 from pipeline.decoding.nvdec.graphs import Clip, DaliPixels, dali_problem
-from pipeline.decoding.nvdec.rule import NvdecCapabilities, nvdec_refusal, survey_video
+from pipeline.decoding.nvdec.rule import NvdecSurvey, nvdec_codecs, survey_video
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.cpu_pool import EncodedVideo, encode_video
 from pipeline.extraction.gpu_pool import DaliVideoPool
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import parse_sampling
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import frame_number, make_video
 from tests.support.worlds.tiny_world import make_encoder
 
@@ -41,7 +42,7 @@ def decode() -> Decode:
     """Frames uint8 [n,height,width,3] of each video, all of one size, as NVDEC gives them."""
     graphs: dict[tuple[int, int], DaliPixels] = {}
 
-    def frames_of(videos: Sequence[bytes], asked: Sequence[int], width: int, height: int) -> Any:
+    def decoded(videos: Sequence[bytes], asked: Sequence[int], width: int, height: int) -> Any:
         if (width, height) not in graphs:
             # An input of the picture's own size: nothing is resized, cropped or normalised.
             plain = Preprocessing((height, width), (0.0,) * 3, (1 / 255,) * 3)
@@ -55,12 +56,12 @@ def decode() -> Decode:
             for found in pixels
         ]
 
-    return frames_of
+    return decoded
 
 
 def accepted(video: bytes) -> bool:
-    gpu = NvdecCapabilities.of(torch.cuda.get_device_capability())
-    return nvdec_refusal(survey_video(video).facts, gpu) is None
+    codecs = nvdec_codecs(torch.cuda.get_device_capability())
+    return isinstance(survey_video(video, codecs), NvdecSurvey)
 
 
 def assert_same_frames(got: Frames, want: Frames) -> None:
@@ -94,7 +95,7 @@ def test_frames_are_pyavs(decode: Decode, recipe: dict[str, Any]) -> None:
     assert accepted(video)
     asked = [0, 1, 11, 12, 13, 24, 30, 47, 59]
     (got,) = decode([video], asked, settings["width"], settings["height"])
-    assert_same_frames(got, PyAVDecoder().decode(video, asked))
+    assert_same_frames(got, frames_of(PyAVDecoder(), video, asked))
 
 
 def test_every_single_frame_can_be_asked_for(decode: Decode) -> None:
@@ -110,7 +111,7 @@ def test_pictures_that_share_a_coded_size(decode: Decode) -> None:
     videos = [make_video(frames=20, width=480, height=height) for height in (272, 270, 272)]
     for video, height in zip(videos, (272, 270, 272), strict=True):
         (got,) = decode([video], [0, 19], 480, height)
-        assert_same_frames(got, PyAVDecoder().decode(video, [0, 19]))
+        assert_same_frames(got, frames_of(PyAVDecoder(), video, [0, 19]))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -140,10 +141,10 @@ def test_the_decoder_of_training_agrees_with_the_cpu_path() -> None:
     decoder = NvdecDecoder(PyAVDecoder(), torch.device("cuda"), batch_videos=8)
     asked = [2, 5, 5, 17]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda video: decoder.decode(video, asked), videos))
-    assert "40 videos decoded by NVDEC" in decoder.report()
+        found = list(threads.map(lambda video: frames_of(decoder, video, asked), videos))
+    assert "40 videos decoded by NVDEC" in decoder._batcher.report()
     for got, video in zip(found, videos, strict=True):
-        assert_same_frames(got, PyAVDecoder().decode(video, asked))
+        assert_same_frames(got, frames_of(PyAVDecoder(), video, asked))
 
 
 def test_the_pool_agrees_with_the_cpu_path(tmp_path: Path) -> None:

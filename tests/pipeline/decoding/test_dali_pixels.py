@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.decoding.nvdec.graphs import Clip, DaliPixels, import_problem
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import Preprocessing
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 
 pytestmark = pytest.mark.skipif(
@@ -185,7 +186,7 @@ def test_frames_come_in_the_order_asked_with_dalis_own_decoder() -> None:
         ]
     )
     for d, got in zip(data, pixels, strict=True):
-        want = preprocessing.crops(PyAVDecoder().decode(d, asked), 1)
+        want = preprocessing.crops(frames_of(PyAVDecoder(), d, asked), 1)
         # Another FFmpeg turns YUV into RGB here: a grey level, more beside edges of colour.
         assert (got - want).abs().mean() < 0.03
         assert (got[:, 1:] - want[:, :-1]).abs().mean() > 0.1

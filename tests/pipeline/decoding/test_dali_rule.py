@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -12,24 +13,51 @@ import numpy as np
 import pytest
 
 from pipeline.decoding.contract import DecodeError
-from pipeline.decoding.nvdec.rule import (
-    DecoderSizes,
-    NvdecCapabilities,
-    StreamFacts,
-    nvdec_refusal,
-    survey_video,
-)
+from pipeline.decoding.nvdec import batcher as nvdec_batcher
+from pipeline.decoding.nvdec import rule
+from pipeline.decoding.nvdec.batcher import NvdecBatcher
+from pipeline.decoding.nvdec.rule import NvdecSurvey, nvdec_codecs, survey_video
 from pipeline.decoding.pyav import PyAVDecoder
+from pipeline.decoding.pyav.gop_plan import PacketTable
+from pipeline.decoding.pyav.packet_survey import read_survey
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 
 TURING, AMPERE, GA10X, HOPPER = ((7, 5), (8, 0), (8, 6), (9, 0))
-SOUND = StreamFacts(
-    frozenset({"mov", "mp4"}), "h264", reliable=True, pixel_format="yuv420p", width=340, height=256
-)
+QUARTER = {"frames": 30, "width": 320, "height": 240}
+UNTOUCHED = make_video(**QUARTER)
+DISCARDED = PacketTable(np.arange(30), np.arange(30) == 0, np.arange(30) == 29, complete_pts=True)
 
 
-def refusal(facts: StreamFacts, gpu: tuple[int, int] = HOPPER) -> str | None:
-    return nvdec_refusal(facts, NvdecCapabilities.of(gpu))
+def refusal(data: bytes, gpu: tuple[int, int] = HOPPER) -> str | None:
+    found = survey_video(data, nvdec_codecs(gpu))
+    return found if isinstance(found, str) else None
+
+
+class Frame:
+    """Stands in for the first frame of a video."""
+
+    format = SimpleNamespace(name="yuv420p")
+    width, height = 340, 256
+    interlaced_frame = False
+    colorspace, color_range = 2, 1
+    side_data: Mapping[str, bytes] = {}
+
+
+@pytest.fixture
+def seen_as(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has every H.264 video taken for one of another codec, first frame or packet survey."""
+
+    def change(codec: str = "h264", survey: Mapping[str, Any] | None = None, **frame: Any) -> None:
+        first = type("Changed", (Frame,), frame)()
+        monkeypatch.setitem(rule._CODEC_NAMES, "h264", codec)
+        monkeypatch.setattr(rule, "_first_frame", lambda media, packet: first)
+        changed = dict(survey or {})
+        monkeypatch.setattr(
+            rule, "read_survey", lambda media: replace(read_survey(media), **changed)
+        )
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -37,61 +65,69 @@ def refusal(facts: StreamFacts, gpu: tuple[int, int] = HOPPER) -> str | None:
     [
         {},
         {"codec": "hevc"},
-        {"codec": "vp9", "formats": frozenset({"matroska", "webm"})},
-        {"colour_space": 5},
-        {"colour_space": 6},
+        {"colorspace": 5},
+        {"colorspace": 6},
         {"width": 4096, "height": 4096},
         {"width": 48, "height": 16},
         {"codec": "hevc", "width": 8192, "height": 4320},
-        {"leading": True},  # H.264: DALI jumps to IDR pictures only
     ],
     ids=str,
 )
-def test_what_nvdec_decodes(changes: dict[str, Any]) -> None:
-    assert refusal(replace(SOUND, **changes)) is None
+def test_what_nvdec_decodes(seen_as: Callable[..., None], changes: dict[str, Any]) -> None:
+    seen_as(**changes)
+    assert refusal(UNTOUCHED) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"formats": frozenset({"avi"})}, "container other than mp4, mkv or webm"),
         ({"codec": "mpeg4"}, "codec mpeg4, which this GPU does not decode"),
-        ({"reliable": False}, "frames cannot be numbered from the packets"),
-        ({"video_streams": 2}, "several video streams"),
-        ({"discarded": 1}, "edit list or frames that are not shown"),
-        ({"negative_times": True}, "edit list or frames that are not shown"),
-        ({"damaged": 1}, "damaged packets"),
-        ({"pixel_format": "yuv420p10le"}, "pixel format yuv420p10le instead of 8-bit 4:2:0"),
-        ({"pixel_format": "yuv444p"}, "pixel format yuv444p instead of 8-bit 4:2:0"),
-        ({"pixel_format": "gray"}, "pixel format gray instead of 8-bit 4:2:0"),
-        ({"interlaced": True}, "interlaced"),
-        ({"upright": False}, "turned or mirrored by its metadata"),
-        ({"colour_space": 1}, "colours other than BT.601, limited range"),
-        ({"colour_space": 9}, "colours other than BT.601, limited range"),
-        ({"full_range": True}, "colours other than BT.601, limited range"),
+        ({"survey": {"reliable": False}}, "frames cannot be numbered from the packets"),
+        ({"survey": {"packets": None}}, "frames cannot be numbered from the packets"),
+        ({"survey": {"table": DISCARDED}}, "edit list or frames that are not shown"),
+        (
+            {"survey": {"shown_pts": np.arange(-1, 29)}},
+            "edit list or frames that are not shown",
+        ),
+        ({"survey": {"damaged_when_read": 1}}, "damaged packets"),
+        (
+            {"format": SimpleNamespace(name="yuv444p")},
+            "pixel format yuv444p instead of 8-bit 4:2:0",
+        ),
+        ({"colorspace": 1}, "colours other than BT.601, limited range"),
+        ({"colorspace": 9}, "colours other than BT.601, limited range"),
+        ({"color_range": 2}, "colours other than BT.601, limited range"),
         ({"width": 341}, "odd width or height"),
         ({"height": 255}, "odd width or height"),
         ({"width": 4098}, "size beyond what NVDEC decodes"),
         ({"width": 46}, "size beyond what NVDEC decodes"),
         ({"codec": "hevc", "height": 142}, "size beyond what NVDEC decodes"),
-        ({"codec": "vp9", "hidden": True}, "VP9 with hidden or repeated pictures"),
-        ({"codec": "hevc", "leading": True}, "HEVC with open groups of pictures"),
-        ({"close_keyframes": True}, "keyframes so close that a jump can miss"),
     ],
     ids=str,
 )
-def test_what_goes_to_pyav_and_why(changes: dict[str, Any], why: str) -> None:
-    assert refusal(replace(SOUND, **changes)) == why
+def test_what_goes_to_pyav_and_why(
+    seen_as: Callable[..., None], changes: dict[str, Any], why: str
+) -> None:
+    seen_as(**changes)
+    assert refusal(UNTOUCHED) == why
 
 
-def test_av1_goes_to_nvdec_only_where_the_gpu_has_it() -> None:
-    av1 = replace(SOUND, codec="av1")
-    assert refusal(av1, GA10X) is None
+def test_several_streams_go_to_pyav() -> None:
+    file = io.BytesIO()
+    with av.open(io.BytesIO(UNTOUCHED)) as source, av.open(file, "w", format="mp4") as target:
+        copies = [target.add_stream_from_template(source.streams.video[0]) for _ in range(2)]
+        for packet in source.demux(video=0):
+            for copy in copies if packet.size else []:
+                packet.stream = copy
+                target.mux(packet)
+    assert refusal(file.getvalue()) == "several video streams"
+
+
+def test_av1_goes_to_nvdec_only_where_the_gpu_has_it(seen_as: Callable[..., None]) -> None:
+    seen_as(codec="av1")
+    assert refusal(UNTOUCHED, GA10X) is None
     for gpu in (TURING, AMPERE, HOPPER):
-        assert refusal(av1, gpu) == "codec av1, which this GPU does not decode"
-
-
-QUARTER = {"frames": 30, "width": 320, "height": 240}
+        assert refusal(UNTOUCHED, gpu) == "codec av1, which this GPU does not decode"
 
 
 @pytest.mark.parametrize(
@@ -122,13 +158,14 @@ QUARTER = {"frames": 30, "width": 320, "height": 240}
 )
 def test_facts_of_made_files(recipe: dict[str, Any], why: str | None) -> None:
     data = make_video(**{**QUARTER, **recipe})
-    survey = survey_video(data)
-    assert refusal(survey.facts) == why
-    if why is None:
+    survey = survey_video(data, nvdec_codecs(HOPPER))
+    if why is not None:
+        assert survey == why
+    else:
+        assert isinstance(survey, NvdecSurvey)
         asked = [0, 29, 3, 17]
         info, _, seconds = PyAVDecoder().decode_with_info(data, lambda _: asked)
         assert survey.info == info
-        assert survey.seconds is not None
         np.testing.assert_allclose(survey.seconds[asked], seconds)
 
 
@@ -162,16 +199,16 @@ def repeat(number: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("change", [superframe, repeat])
 def test_vp9_packets_of_other_than_one_new_picture(change: Callable[[int, bytes], bytes]) -> None:
     plain = make_video(**QUARTER, codec="libvpx-vp9", container="webm")
-    assert refusal(survey_video(rewritten(plain, lambda _, data: data)).facts) is None
+    assert refusal(rewritten(plain, lambda _, data: data)) is None
     changed = rewritten(plain, change)
-    assert refusal(survey_video(changed).facts) == "VP9 with hidden or repeated pictures"
-    assert len(PyAVDecoder().decode(changed, [0, 29])) == 2
+    assert refusal(changed) == "VP9 with hidden or repeated pictures"
+    assert len(frames_of(PyAVDecoder(), changed, [0, 29])) == 2
 
 
 def test_a_truncated_file_is_an_error_as_it_is_for_pyav() -> None:
     data = make_video(frames=40, container_options={"movflags": "faststart"})
     with pytest.raises(DecodeError, match="truncated: "):
-        survey_video(data[: len(data) * 3 // 4])
+        refusal(data[: len(data) * 3 // 4])
 
 
 @pytest.mark.parametrize(
@@ -195,21 +232,25 @@ def test_damaged_files_are_surveyed_or_fail_plainly(recipe: dict[str, Any]) -> N
             for place in rng.integers(0, len(data), 20):
                 damaged[place] = int(rng.integers(256))
         try:
-            survey = survey_video(bytes(damaged))
+            survey = survey_video(bytes(damaged), nvdec_codecs(HOPPER))
         except DecodeError:
             continue
-        if refusal(survey.facts) is None:
-            assert survey.info is not None
-            assert survey.seconds is not None
+        if isinstance(survey, NvdecSurvey):
             assert len(survey.seconds) == survey.info.num_frames > 0
 
 
-def test_one_picture_size_for_each_coded_size() -> None:
-    sizes = DecoderSizes()
-    tall, low = (replace(SOUND, width=640, height=height) for height in (368, 360))
-    assert tall.coded_size == low.coded_size
-    assert sizes.refusal(low) is None
-    assert sizes.refusal(tall) == "another picture size shares its coded size"
-    assert sizes.refusal(low) is None
-    assert sizes.refusal(replace(tall, codec="hevc")) is None
-    assert sizes.refusal(SOUND) is None
+def test_one_picture_size_for_each_coded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvdec_batcher, "SHOWN_SIZES", {})
+    batcher: Any = NvdecBatcher(lambda clips: [], lambda clip, output: None, nvdec_codecs(HOPPER))
+
+    def refusal_of(height: int, **recipe: Any) -> str | None:
+        plan = batcher.plan(
+            make_video(frames=5, width=640, height=height, **recipe), lambda info: np.arange(2)
+        )
+        return plan if isinstance(plan, str) else None
+
+    assert refusal_of(360) is None
+    assert refusal_of(368) == "another picture size shares its coded size"
+    assert refusal_of(360) is None
+    assert refusal_of(368, codec="libvpx-vp9", container="webm") is None
+    assert refusal_of(256) is None

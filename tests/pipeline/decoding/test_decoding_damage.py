@@ -19,6 +19,7 @@ import pytest
 from pipeline.decoding.contract import DecodeError, Strictness
 from pipeline.decoding.pyav import PyAVDecoder
 from tests.pipeline.decoding.decoder_contract import sequential_frames
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import KINDS, make_video
 
 KINDS_DAMAGED = [
@@ -152,7 +153,7 @@ def test_a_truncated_file_is_named_so(recipe: dict[str, object], listed: int, ke
     with pytest.raises(DecodeError, match=rf"^truncated: \d+ of {listed} frames can be read$"):
         PyAVDecoder().probe(cut)
     with pytest.raises(DecodeError, match=r"^truncated"):
-        PyAVDecoder().decode(cut, [0])
+        frames_of(PyAVDecoder(), cut, [0])
 
 
 def test_a_matroska_file_that_lost_its_tail_is_truncated() -> None:
@@ -177,7 +178,7 @@ def test_strictness_auto_fails_damaged_h264_and_never_counts_it() -> None:
     data = with_damaged_packet(gop=60, options={"bf": "0", "crf": "10"})
     for strict in ("auto", "always"):
         with pytest.raises(DecodeError, match=r"^damaged after 10 frames \(the decoder marks"):
-            PyAVDecoder(strict).decode(data, [40])
+            frames_of(PyAVDecoder(strict), data, [40])
     info, frames, _ = PyAVDecoder("never").decode_with_info(data, lambda _: [40])
     assert frames.shape == (1, 64, 96, 3)
     assert info.damaged_packets >= 1
@@ -186,9 +187,9 @@ def test_strictness_auto_fails_damaged_h264_and_never_counts_it() -> None:
 def test_strictness_always_looks_at_frames_that_nobody_asked_for() -> None:
     data = with_damaged_packet(40, gop=12, options={"bf": "0", "crf": "10"})
     truth = sequential_frames(data)
-    np.testing.assert_array_equal(PyAVDecoder().decode(data, [3])[0], truth[3])
+    np.testing.assert_array_equal(frames_of(PyAVDecoder(), data, [3])[0], truth[3])
     for attempt in (
-        lambda: PyAVDecoder("always").decode(data, [3]),
+        lambda: frames_of(PyAVDecoder("always"), data, [3]),
         lambda: PyAVDecoder("always").probe(data),
     ):
         with pytest.raises(DecodeError, match=r"^damaged after 40 frames"):
@@ -207,11 +208,11 @@ def test_strictness_always_fails_what_other_codecs_pass_over() -> None:
 def test_a_file_that_decodes_to_fewer_frames_than_packets_is_damaged_when_strict() -> None:
     """An AV1 packet that the decoder refuses takes the frames that lean on it along."""
     data = with_damaged_packet(1, codec="libsvtav1", gop=60)
-    assert PyAVDecoder("never").decode(data, [5]).shape == (1, 64, 96, 3)
+    assert frames_of(PyAVDecoder("never"), data, [5]).shape == (1, 64, 96, 3)
     with pytest.raises(DecodeError, match=r"^frame \d+ cannot be decoded"):
-        PyAVDecoder("never").decode(data, range(60))
+        frames_of(PyAVDecoder("never"), data, range(60))
     with pytest.raises(DecodeError, match=r"^damaged"):
-        PyAVDecoder("always").decode(data, [5])
+        frames_of(PyAVDecoder("always"), data, [5])
 
 
 def test_picture_hashes_in_hevc_are_checked() -> None:
@@ -220,7 +221,7 @@ def test_picture_hashes_in_hevc_are_checked() -> None:
     assert PyAVDecoder("always").probe(sound).damaged_packets == 0
     data = with_damaged_packet(codec="libx265", options=options)
     with pytest.raises(DecodeError, match=r"^damaged after"):
-        PyAVDecoder().decode(data, range(20))
+        frames_of(PyAVDecoder(), data, range(20))
 
 
 def test_the_container_s_count_stands_beside_the_counted_frames() -> None:

@@ -14,6 +14,7 @@ import pytest
 from pipeline.decoding.contract import DecodeError, Strictness, VideoInfo
 from pipeline.decoding.pyav import PyAVDecoder, frame_stack
 from pipeline.decoding.pyav import decoder as pyav
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import frame_number, make_video, repeat_video
 
 TEN_HOURS = 900_000  # frames at 25 a second
@@ -195,9 +196,9 @@ def test_a_size_that_the_container_hides_is_refused_too(later: bool, tmp_path: P
 def test_absurd_sizes_are_refused_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     data = make_video()
     monkeypatch.setattr(frame_stack, "MAX_BYTES", 10 * 96 * 64 * 3)
-    assert len(PyAVDecoder().decode(data, [0] * 10)) == 10
+    assert len(frames_of(PyAVDecoder(), data, [0] * 10)) == 10
     with pytest.raises(DecodeError, match="11 frames of 96x64 need more than the limit"):
-        PyAVDecoder().decode(data, [0] * 11)
+        frames_of(PyAVDecoder(), data, [0] * 11)
     monkeypatch.setattr(frame_stack, "MAX_PIXELS", 96 * 64 - 1)
     with pytest.raises(DecodeError, match="frames of 96x64 pixels are larger than the limit"):
         PyAVDecoder().probe(data)

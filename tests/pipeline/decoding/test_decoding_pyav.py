@@ -20,6 +20,7 @@ from pipeline.decoding.pyav import PyAVDecoder, packet_survey
 from pipeline.decoding.pyav import decoder as pyav
 from pipeline.decoding.pyav.gop_plan import PacketTable
 from tests.pipeline.decoding.decoder_contract import DecoderContract, sequential_frames
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import KINDS, frame_number, make_video
 
 
@@ -71,10 +72,10 @@ def test_the_plan_itself_gives_the_frames(kind: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(pyav, "_FramesInOrder", never)
     data, truth = made(kind)
     decoder = PyAVDecoder()
-    frames = decoder.decode(data, range(len(truth)))
+    frames = frames_of(decoder, data, range(len(truth)))
     np.testing.assert_array_equal(frames, np.stack(truth))
     for index in range(len(truth)):
-        np.testing.assert_array_equal(decoder.decode(data, [index])[0], truth[index])
+        np.testing.assert_array_equal(frames_of(decoder, data, [index])[0], truth[index])
 
 
 def test_decodes_only_the_group_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +89,8 @@ def test_decodes_only_the_group_that_is_needed(monkeypatch: pytest.MonkeyPatch) 
         return runs
 
     monkeypatch.setattr(PacketTable, "runs", spy)
-    PyAVDecoder().decode(data, [26])
-    assert taken == [3]  # keyframe 24, 25, 26 of 40
+    frames_of(PyAVDecoder(), data, [26])
+    assert taken == [1, 3]  # the first frame; keyframe 24, 25, 26 of 40
 
 
 def test_runs_reach_back_for_leading_pictures_and_join() -> None:
@@ -138,7 +139,7 @@ def test_frames_missing_before_the_first_keyframe_are_not_counted() -> None:
     decoder = PyAVDecoder()
     info = decoder.probe(cut.getvalue())
     assert info.num_frames == len(truth) < len(packets) - second_keyframe
-    frames = decoder.decode(cut.getvalue(), range(info.num_frames))
+    frames = frames_of(decoder, cut.getvalue(), range(info.num_frames))
     np.testing.assert_array_equal(frames, np.stack(truth))
 
 
@@ -173,7 +174,7 @@ def test_reads_paths_and_files_like_bytes(kind: str, tmp_path: Path) -> None:
     with path.open("rb") as file:
         assert decoder.probe(path) == decoder.probe(file) == decoder.probe(data)
         assert not file.closed
-    np.testing.assert_array_equal(decoder.decode(path, [7])[0], truth[7])
+    np.testing.assert_array_equal(frames_of(decoder, path, [7])[0], truth[7])
     with pytest.raises(DecodeError, match=r"the file cannot be read \(No such file"):
         decoder.probe(tmp_path / "missing.mp4")
 
@@ -205,7 +206,7 @@ def test_a_playlist_cannot_open_other_files(
 @pytest.mark.parametrize("indices", [[], [0.5]])
 def test_indices_must_be_whole_numbers(indices: list[float]) -> None:
     with pytest.raises(ValueError, match="frame indices"):
-        PyAVDecoder().decode(made("h264 one gop")[0], indices)
+        frames_of(PyAVDecoder(), made("h264 one gop")[0], indices)
 
 
 def test_threads_may_share_a_decoder() -> None:
@@ -214,7 +215,7 @@ def test_threads_may_share_a_decoder() -> None:
 
     def work(kind: str) -> bool:
         data, truth = made(kind)
-        frames = decoder.decode(data, [39, 3, 20])
+        frames = frames_of(decoder, data, [39, 3, 20])
         return all(
             np.array_equal(frame, truth[index])
             for frame, index in zip(frames, [39, 3, 20], strict=True)

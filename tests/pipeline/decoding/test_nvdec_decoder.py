@@ -19,19 +19,21 @@ import pytest
 import torch
 
 from pipeline.decoding.contract import DecodeError
+from pipeline.decoding.nvdec import batcher
 from pipeline.decoding.nvdec.batcher import GIVE_UP_AFTER
 from pipeline.decoding.nvdec.decoder import NvdecDecoder
 from pipeline.decoding.nvdec.graphs import Clip, DaliFrames, import_problem
-from pipeline.decoding.nvdec.rule import DecoderSizes, NvdecCapabilities
+from pipeline.decoding.nvdec.rule import nvdec_codecs
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import Preprocessing
 from pipeline.video_clips import loader as clip_loader
 from pipeline.video_clips.stream import ClipStream
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tar_sets import write_dataset
 
 PATIENCE = 60
-HOPPER = NvdecCapabilities.of((9, 0))
+HOPPER = nvdec_codecs((9, 0))
 CPU = torch.device("cpu")
 SMALL = [make_video(frames=12 + n, first=50 * n) for n in range(6)]
 CHOSEN = np.array([1, 4, 4, 9])
@@ -47,12 +49,22 @@ class Stage:
     def __call__(self, clips: Sequence[Clip]) -> list[npt.NDArray[np.uint8]]:
         self.batches.append(len(clips))
         self.before(clips)
-        return [PyAVDecoder().decode(clip.data.tobytes(), clip.frames) for clip in clips]
+        return [frames_of(PyAVDecoder(), clip.data.tobytes(), clip.frames) for clip in clips]
 
 
 def decoder(source: Any, **extra: Any) -> NvdecDecoder:
-    options = {"capabilities": HOPPER, "sizes": DecoderSizes(), "batch_videos": 4, **extra}
+    options = {"codecs": HOPPER, "batch_videos": 4, **extra}
     return NvdecDecoder(PyAVDecoder(), CPU, source=source, **options)
+
+
+@pytest.fixture(autouse=True)
+def no_sizes_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher, "SHOWN_SIZES", {})
+
+
+def waiting(using: NvdecDecoder) -> int:
+    buckets = using._batcher._buckets
+    return sum(map(len, (*buckets._open.values(), *buckets._full)))
 
 
 def decode_all(using: NvdecDecoder, videos: Sequence[bytes], threads: int = 8) -> list[Any]:
@@ -85,13 +97,13 @@ def test_frames_are_pyavs_whoever_decodes() -> None:
     for got, video in zip(decode_all(using, videos), videos, strict=True):
         assert_pyavs(got, video)
     assert sum(stage.batches) == 7
-    report = using.report()
+    report = using._batcher.report()
     assert report[0] == "7 videos decoded by NVDEC"
     assert set(report[1:]) == {
         "1 videos decoded by pyav (turned or mirrored by its metadata)",
         "1 videos decoded by pyav (container other than mp4, mkv or webm)",
     }
-    assert np.array_equal(using.decode(SMALL[0], [3]), PyAVDecoder().decode(SMALL[0], [3]))
+    assert np.array_equal(frames_of(using, SMALL[0], [3]), frames_of(PyAVDecoder(), SMALL[0], [3]))
 
 
 def test_clips_asked_for_meanwhile_become_one_batch() -> None:
@@ -101,7 +113,7 @@ def test_clips_asked_for_meanwhile_become_one_batch() -> None:
         if len(stage.batches) == 1:  # the first batch lasts until the others wait
             begun.set()
             end = time.monotonic() + PATIENCE
-            while using.waiting < 5:
+            while waiting(using) < 5:
                 assert time.monotonic() < end, "the others do not wait"
 
     stage = Stage(before)
@@ -123,7 +135,7 @@ def test_a_bad_clip_in_a_batch_goes_to_pyav_alone() -> None:
     using = decoder(Stage(before))
     for got, video in zip(decode_all(using, SMALL), SMALL, strict=True):
         assert_pyavs(got, video)
-    assert using.report() == [
+    assert using._batcher.report() == [
         "5 videos decoded by NVDEC",
         "1 videos decoded by pyav (NVDEC failed)",
     ]
@@ -139,7 +151,7 @@ def test_a_gpu_that_decodes_nothing_is_left_alone() -> None:
         for got, video in zip(decode_all(using, SMALL, 1), SMALL, strict=True):
             assert_pyavs(got, video)
     assert len(stage.batches) == GIVE_UP_AFTER
-    assert "16 videos decoded by pyav (NVDEC failed again and again)" in using.report()
+    assert "16 videos decoded by pyav (NVDEC failed again and again)" in using._batcher.report()
 
 
 @pytest.mark.parametrize("wrong", ["shape", "type", "count"])
@@ -156,7 +168,7 @@ def test_frames_that_were_not_asked_for_are_not_taken(wrong: str) -> None:
 @pytest.mark.parametrize("data", [b"", b"words " * 200, SMALL[0][: len(SMALL[0]) // 2]])
 def test_a_file_that_cannot_be_read_gets_pyavs_reason(data: bytes) -> None:
     with pytest.raises(DecodeError) as error:
-        PyAVDecoder().decode(data, CHOSEN)
+        frames_of(PyAVDecoder(), data, CHOSEN)
     results = decode_all(decoder(Stage()), [SMALL[0], data, SMALL[1]])
     assert results[1] == error.value.reason
     assert_pyavs(results[2], SMALL[1])
@@ -192,14 +204,14 @@ def test_the_stream_is_the_same_with_either_decoder(
     }
     stage = Stage()
     nvdec = decoder(stage)
-    on_gpu = ClipStream(dataset, dataset.folder, decoder=nvdec, **options)
-    on_cpu = ClipStream(dataset, dataset.folder, decoder="pyav", **options)
+    on_gpu = ClipStream(dataset, decoder=nvdec, **options)
+    on_cpu = ClipStream(dataset, decoder="pyav", **options)
     assert (on_gpu.decoder_name, on_cpu.decoder_name) == ("dali", "pyav")
     for got, want in zip(on_gpu.epoch(0), on_cpu.epoch(0), strict=True):
         assert torch.equal(got.frames, want.frames)
         assert (got.keys, got.failed) == (want.keys, want.failed)
     assert sum(stage.batches) == 6
-    assert nvdec.report() == [
+    assert nvdec._batcher.report() == [
         "6 videos decoded by NVDEC",
         "1 videos decoded by pyav (cannot be surveyed)",
     ]

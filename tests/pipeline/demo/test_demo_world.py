@@ -29,6 +29,7 @@ from pipeline.demo.world import (
     write_world,
 )
 from tests.support.worlds.demo_clip import train_small_clip
+from tests.support.worlds.frames import frames_of
 
 SHIPPED = Path(pipeline.demo.__file__).parent / "data" / "demo_clip.safetensors"
 WHOLE = np.linspace(0.0, 1.0, FRAMES)
@@ -93,7 +94,7 @@ def test_the_files_hold_what_was_drawn(tmp_path: Path) -> None:
     frames = render_clip(sprite_class, np.random.default_rng(0), WHOLE)
     path = tmp_path / "clip.mp4"
     encode_clip(frames, path)
-    decoded = PyAVDecoder().decode(path, range(FRAMES))
+    decoded = frames_of(PyAVDecoder(), path, range(FRAMES))
     assert np.abs(decoded.astype(int) - frames).mean() < 4  # grey levels; H.264 at crf 6
 
 

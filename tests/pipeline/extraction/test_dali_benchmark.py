@@ -14,11 +14,12 @@ import torch
 
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.nvdec.graphs import Clip
-from pipeline.decoding.nvdec.rule import DecoderSizes, NvdecCapabilities
+from pipeline.decoding.nvdec.rule import nvdec_codecs
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.cpu_pool import encode_video
 from pipeline.extraction.gpu_pool import DaliVideoPool
 from pipeline.sampling import Sampling, parse_sampling
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tiny_world import make_encoder
 
@@ -46,7 +47,7 @@ def make_pool(tower: Any, sampling: Sampling) -> DaliVideoPool:
     def decode(clips: Sequence[Clip]) -> list[torch.Tensor]:
         decoder = PyAVDecoder()
         return [
-            tower.preprocessing.crops(decoder.decode(clip.data.tobytes(), clip.frames))
+            tower.preprocessing.crops(frames_of(decoder, clip.data.tobytes(), clip.frames))
             for clip in clips
         ]
 
@@ -57,8 +58,7 @@ def make_pool(tower: Any, sampling: Sampling) -> DaliVideoPool:
         1,
         2,
         pixels=decode,
-        capabilities=NvdecCapabilities.of((9, 0)),
-        sizes=DecoderSizes(),
+        codecs=nvdec_codecs((9, 0)),
         batch_videos=2,
     )
 

@@ -370,12 +370,6 @@ class Counting:
         self.inner = PyAVDecoder()
         self.begun = 0
 
-    def probe(self, source: Any) -> Any:
-        return self.inner.probe(source)
-
-    def decode(self, source: Any, frame_indices: Any) -> Any:
-        return self.inner.decode(source, frame_indices)
-
     def decode_with_info(self, source: Any, choose: Any) -> Any:
         self.begun += 1
         return self.inner.decode_with_info(source, choose)

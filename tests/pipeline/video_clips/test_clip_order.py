@@ -161,7 +161,7 @@ def tar_of(dataset: Dataset, split: str, number: int = 0) -> tuple[int, Path]:
 
 def test_listed_clips_are_those_of_the_split_in_the_order_of_keys(packed: Path) -> None:
     dataset = load_dataset(packed)
-    clips = listed_clips(dataset, packed, "train")
+    clips = listed_clips(dataset, "train")
     assert [clip.key for clip in clips] == sorted(dataset.keys_by_split["train"])
     assert [clip.position for clip in clips] == list(range(11))
     by_key = {clip.key: clip for clip in clips}
@@ -176,7 +176,7 @@ def test_listed_clips_are_those_of_the_split_in_the_order_of_keys(packed: Path) 
             path = dataset.tar_path(dataset.tars[clip.tar])
             data = read_video(path, clip.key, clip.offset, clip.size)
             assert data[4:8] == b"ftyp"
-    everything = listed_clips(dataset, packed, None)
+    everything = listed_clips(dataset, None)
     assert [clip.key for clip in everything] == sorted(
         {*dataset.keys_by_split["train"], *dataset.keys_by_split["val"]}
     )
@@ -187,7 +187,7 @@ def test_videos_of_a_damaged_tar_keep_their_places_and_get_a_reason(
     damaged: Path, harm: str
 ) -> None:
     dataset = load_dataset(damaged)
-    before = listed_clips(dataset, damaged, "train")
+    before = listed_clips(dataset, "train")
     tar, path = tar_of(dataset, "train", 1)
     data = path.read_bytes()
     if harm == "gone":
@@ -196,7 +196,7 @@ def test_videos_of_a_damaged_tar_keep_their_places_and_get_a_reason(
         path.write_bytes(data[:-700])
     else:
         path.write_bytes(b"\xff" * 512 + data[512:])
-    after = listed_clips(dataset, damaged, "train")
+    after = listed_clips(dataset, "train")
     assert [clip.key for clip in after] == [clip.key for clip in before]
     for was, now in zip(before, after, strict=True):
         assert now.tar == was.tar
@@ -210,13 +210,13 @@ def test_videos_of_a_damaged_tar_keep_their_places_and_get_a_reason(
 
 def test_videos_of_several_damaged_tars_are_all_named(damaged: Path) -> None:
     dataset = load_dataset(damaged)
-    before = listed_clips(dataset, damaged, None)
+    before = listed_clips(dataset, None)
     gone = set()
     for split in ("train", "val"):
         tar, path = tar_of(dataset, split)
         gone.add(tar)
         path.unlink()
-    after = listed_clips(dataset, damaged, None)
+    after = listed_clips(dataset, None)
     assert [clip.key for clip in after] == [clip.key for clip in before]
     lost = {clip.key for clip in before if clip.tar in gone and not clip.reason}
     assert {clip.key for clip in after if "is missing" in clip.reason} == lost
@@ -226,18 +226,17 @@ def test_videos_without_a_split_cannot_be_named_when_their_tar_is_gone(tmp_path:
     for number in range(4):
         make_clip(tmp_path / f"videos/{'ab'[number % 2]}/{number}.mp4", number)
     done("pack", "--dataset", "plain", "--videos", tmp_path / "videos", "--root", tmp_path)
-    folder = tmp_path / "datasets/plain"
-    dataset = load_dataset(folder)
-    assert len(listed_clips(dataset, folder, None)) == 4
+    dataset = load_dataset(tmp_path / "datasets/plain")
+    assert len(listed_clips(dataset, None)) == 4
     dataset.tar_path(dataset.tars[0]).unlink()
     with pytest.raises(DamagedTar, match=r"is missing.*4 videos without a split"):
-        listed_clips(dataset, folder, None)
+        listed_clips(dataset, None)
 
 
 def test_a_split_that_is_unknown_or_empty_is_refused(packed: Path) -> None:
     dataset = load_dataset(packed)
     with pytest.raises(UserError, match=r"split 'test' does not exist.*'train', 'val'"):
-        listed_clips(dataset, packed, "test")
+        listed_clips(dataset, "test")
 
 
 def test_overlapping_splits_share_tars(tmp_path: Path) -> None:
@@ -252,16 +251,15 @@ def test_overlapping_splits_share_tars(tmp_path: Path) -> None:
         *("pack", "--dataset", "two", "--videos", videos, "--annotations", tmp_path / "lists"),
         *("--samples-per-shard", "2", "--root", tmp_path),
     )
-    folder = tmp_path / "datasets/two"
-    dataset = load_dataset(folder)
+    dataset = load_dataset(tmp_path / "datasets/two")
     for split in dataset.split_names:
-        clips = listed_clips(dataset, folder, split)
+        clips = listed_clips(dataset, split)
         assert [clip.key for clip in clips] == sorted(dataset.keys_by_split[split])
         assert len(clips) == 4
-    before = listed_clips(dataset, folder, "train2")
+    before = listed_clips(dataset, "train2")
     gone = before[0].tar
     dataset.tar_path(dataset.tars[gone]).unlink()
-    after = listed_clips(dataset, folder, "train2")
+    after = listed_clips(dataset, "train2")
     assert [(clip.key, clip.tar) for clip in after] == [(clip.key, clip.tar) for clip in before]
     assert [bool(clip.reason) for clip in after] == [clip.tar == gone for clip in before]
 

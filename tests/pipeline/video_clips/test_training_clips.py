@@ -19,14 +19,15 @@ import torch
 
 from featstore.errors import UserError
 from pipeline.augmentation import AugmentationDraw, augmented_pixels, resized_clip
-from pipeline.decoding.contract import ChooseFrames, Frames, Source, VideoInfo
+from pipeline.decoding.contract import ChooseFrames, DecodeError, Frames, Source, VideoInfo
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
-from pipeline.sampling import Sampling
+from pipeline.sampling import validation_indices
 from pipeline.tars.dataset import Dataset
-from pipeline.video_clips.loader import BATCHES_AHEAD, _ByteBudget, _Stopped
+from pipeline.video_clips.loader import BATCHES_AHEAD, ClipBatch, _ByteBudget
 from pipeline.video_clips.order import augmentation_rng, epoch_order, training_frames
-from pipeline.video_clips.stream import ClipBatch, ClipStream, EvaluationClips
+from pipeline.video_clips.stream import ClipStream, EvaluationClips
+from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tar_sets import write_dataset
 
@@ -47,23 +48,20 @@ class Pictures:
     def __init__(self, before: Callable[[int], None] = lambda number: None, side: int = 40) -> None:
         self.before, self.side = before, side
 
-    def probe(self, source: Source) -> VideoInfo:
+    @property
+    def info(self) -> VideoInfo:
         return VideoInfo(12, 25.0, self.side, self.side, "none", 0.48, 12, 0)
-
-    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
-        raise NotImplementedError
 
     def decode_with_info(
         self, source: Source, choose: ChooseFrames
     ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
         assert isinstance(source, bytes)
         number = int(source)
-        info = self.probe(source)
-        indices = np.asarray(choose(info))
+        indices = np.asarray(choose(self.info))
         self.before(number)
         rng = np.random.default_rng(number)
         frames = rng.integers(0, 256, (12, self.side, self.side, 3), np.uint8)
-        return info, frames[indices], indices / 25
+        return self.info, frames[indices], indices / 25
 
 
 def numbered(folder: Path, tars: int = 4, per_tar: int = 5, **extra: Any) -> Dataset:
@@ -88,16 +86,15 @@ def stream(dataset: Dataset, **changes: Any) -> ClipStream:
         "seed": 11,
         "decoder": Pictures(),
         "workers": 2,
-        "tars_together": 2,
     }
-    return ClipStream(dataset, dataset.folder, **{**options, **changes})
+    return ClipStream(dataset, **{**options, **changes})
 
 
 def assert_same(got: ClipBatch, want: ClipBatch) -> None:
     assert torch.equal(got.frames, want.frames)
     assert got.labels.tolist() == want.labels.tolist()
     assert got.positions.tolist() == want.positions.tolist()
-    assert (got.keys, got.failed, got.listed) == (want.keys, want.failed, want.listed)
+    assert (got.keys, got.failed) == (want.keys, want.failed)
 
 
 def clip_threads() -> list[str]:
@@ -114,7 +111,7 @@ def test_a_clip_of_the_stream_is_decoder_and_draw_by_hand(tmp_path: Path) -> Non
             ):
                 data = video(int(key[1:]))
                 chosen = training_frames(12, 4, 11, epoch, position)
-                decoded = PyAVDecoder().decode(data, chosen)
+                decoded = frames_of(PyAVDecoder(), data, chosen)
                 resized = resized_clip(decoded, 32)
                 height, width = resized.shape[-2:]
                 assert (height, width) == (32, 48)
@@ -133,7 +130,7 @@ def test_no_more_frames_are_asked_for_than_needed(numbers: Dataset) -> None:
 
     class Counting(Pictures):
         def decode_with_info(self, source: Source, choose: ChooseFrames) -> Any:
-            asked.append(len(np.asarray(choose(self.probe(source)))))
+            asked.append(len(np.asarray(choose(self.info))))
             return super().decode_with_info(source, choose)
 
     list(stream(numbers, decoder=Counting()).epoch(0))
@@ -166,9 +163,9 @@ def test_boxes_of_the_stream_are_distributed_like_the_authors(golden: Path) -> N
 
 def test_batches_are_the_same_for_any_number_of_workers_and_any_start(numbers: Dataset) -> None:
     whole = list(stream(numbers, workers=1).epoch(2))
-    assert [batch.listed for batch in whole] == [3] * 6 + [2]
+    assert [len(batch.keys) for batch in whole] == [3] * 6 + [2]
     assert sorted(key for batch in whole for key in batch.keys) == [f"v{n:03d}" for n in range(20)]
-    assert all(batch.frames.shape == (batch.listed, 4, 3, 32, 32) for batch in whole)
+    assert all(batch.frames.shape == (len(batch.keys), 4, 3, 32, 32) for batch in whole)
     assert all(batch.frames.dtype == torch.float32 for batch in whole)
     for workers, start in ((1, 3), (2, 0), (5, 0), (3, 6), (2, 7)):
         rest = list(stream(numbers, workers=workers).epoch(2, start=start))
@@ -195,7 +192,7 @@ def test_ranks_share_the_global_batch(numbers: Dataset, world_size: int) -> None
             assert torch.equal(part[step].frames, want.frames[rank::world_size])
     if world_size == 7:  # the last global batch of 6 leaves the last rank nothing
         last = parts[6][-1]
-        assert (last.listed, last.frames.shape) == (0, (0, 4, 3, 32, 32))
+        assert last.frames.shape == (0, 4, 3, 32, 32)
 
 
 def test_bad_videos_leave_their_places_empty(tmp_path: Path) -> None:
@@ -210,13 +207,12 @@ def test_bad_videos_leave_their_places_empty(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "made", tars)
     healthy = stream(dataset, decoder="auto", batch_size=11)
     (before,) = healthy.epoch(0)
-    reasons = {failure.key: failure.reason for failure in before.failed}
+    reasons = dict(before.failed)
     assert reasons.keys() == bad.keys()
     assert reasons["longer"] == "15 frames are found, 12 were packed"
     assert reasons["nothing"] == "the file is empty"
     assert "not a readable video file" in reasons["half"]
     assert len(before.keys) == 7
-    assert before.listed == 11
     # The order, and what is good, are those of a data set in which nothing is bad.
     order = epoch_order(np.zeros(11, np.int64), 0, 0)
     assert len(order) == 11
@@ -228,7 +224,7 @@ def test_bad_videos_leave_their_places_empty(tmp_path: Path) -> None:
     path.write_bytes(data)
     for other in (healthy, stream(dataset, decoder="auto", batch_size=11)):
         (after,) = other.epoch(0)
-        reasons = {failure.key: failure.reason for failure in after.failed}
+        reasons = dict(after.failed)
         assert reasons.keys() == {*bad, "v6", "v7"}
         assert "made-000001.tar is missing" in reasons["v6"]
         assert "sha256 of 'v7' is another" in reasons["v7"]
@@ -246,9 +242,8 @@ def test_a_decoder_that_breaks_fails_that_video_only(
             raise RuntimeError("the library\nis broken")
 
     batches = list(stream(numbers, decoder=Pictures(before)).epoch(0))
-    (failure,) = [failure for batch in batches for failure in batch.failed]
-    assert (failure.key, failure.position) == ("v007", 7)
-    assert failure.reason == "RuntimeError: the library is broken"
+    failed = [failure for batch in batches for failure in batch.failed]
+    assert failed == [("v007", "RuntimeError: the library is broken")]
     assert sum(len(batch.keys) for batch in batches) == 19
     assert "unexpected error of the decoder" in caplog.text
 
@@ -265,11 +260,12 @@ def test_a_batch_of_nothing_but_failures_is_empty(numbers: Dataset) -> None:
 
 def test_frames_that_would_become_too_large_fail_as_in_extraction(numbers: Dataset) -> None:
     class Strip(Pictures):
-        def probe(self, source: Source) -> VideoInfo:
+        @property
+        def info(self) -> VideoInfo:
             return VideoInfo(12, 25.0, 1 << 13, 1, "none", 0.48, 12, 0)
 
     batch = next(stream(numbers, decoder=Strip(), preprocessing=Preprocessing()).epoch(0))
-    assert "more than the limit of 4194304 pixels" in batch.failed[0].reason
+    assert "more than the limit of 4194304 pixels" in batch.failed[0][1]
 
 
 def test_what_is_ahead_of_the_consumer_is_bounded(numbers: Dataset) -> None:
@@ -376,20 +372,13 @@ def test_without_augmentation_frames_are_drawn_and_cropped_as_in_evaluation(
         stream(numbers, preprocessing=oblong)
 
 
-@pytest.mark.parametrize(("clips", "crops"), [(1, 1), (4, 3), (3, 1)])
-def test_evaluation_gives_every_video_once_in_the_views_of_the_protocol(
-    numbers: Dataset, clips: int, crops: int
-) -> None:
-    sampling = Sampling("uniform" if clips == 1 else "clips", 4, clips)
+def test_evaluation_gives_every_video_once(numbers: Dataset) -> None:
     seen: dict[int, str] = {}
     for rank in range(3):
         found = EvaluationClips(
             numbers,
-            numbers.folder,
             split="train",
             frames=4,
-            clips=clips,
-            crops=crops,
             preprocessing=SMALL,
             batch_size=4,
             decoder=Pictures(),
@@ -399,22 +388,19 @@ def test_evaluation_gives_every_video_once_in_the_views_of_the_protocol(
         )
         positions = []
         for batch in found.batches():
-            assert batch.frames.shape == (batch.listed, clips * crops, 4, 3, 32, 32)
+            assert batch.frames.shape == (len(batch.keys), 4, 3, 32, 32)
             positions += batch.positions.tolist()
             seen.update(zip(batch.positions.tolist(), batch.keys, strict=True))
             for frames, key in zip(batch.frames, batch.keys, strict=True):
                 rng = np.random.default_rng(int(key[1:]))
                 pictures = rng.integers(0, 256, (12, 40, 40, 3), np.uint8)
-                chosen = pictures[sampling.indices(12).reshape(-1)]
-                expected = SMALL.crops(chosen, crops).reshape(crops * clips, 4, 3, 32, 32)
-                assert torch.equal(frames, expected)
+                assert torch.equal(frames, SMALL.crops(pictures[validation_indices(12, 4)])[0])
         assert positions == list(range(rank, 20, 3))
     assert [seen[position] for position in range(20)] == [f"v{n:03d}" for n in range(20)]
 
 
 def test_bytes_held_together_are_bounded() -> None:
-    stopped = threading.Event()
-    budget = _ByteBudget(100, stopped)
+    budget = _ByteBudget(100)
     order: list[str] = []
     entered = threading.Event()
 
@@ -445,20 +431,17 @@ def test_bytes_held_together_are_bounded() -> None:
             try:
                 with budget.holding(30):
                     failed.append("held")
-            except _Stopped:
+            except DecodeError:
                 failed.append("stopped")
 
         thread = threading.Thread(target=waits)
         thread.start()
-        stopped.set()
-        budget.wake()
+        budget.stop()
         thread.join(PATIENCE)
         assert failed == ["stopped"]
 
 
 def test_wrong_arguments(numbers: Dataset) -> None:
-    with pytest.raises(UserError, match="batch size 0: it must be at least 1"):
-        stream(numbers, batch_size=0)
     with pytest.raises(UserError, match="decoder 'mystery' is unknown"):
         stream(numbers, decoder="mystery")
     with pytest.raises(ValueError, match="step 8 of an epoch of 7 steps"):

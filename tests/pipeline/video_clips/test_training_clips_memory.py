@@ -32,7 +32,6 @@ def test_memory_does_not_grow_over_500_steps(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "made", tars)
     stream = ClipStream(
         dataset,
-        dataset.folder,
         split="train",
         frames=4,
         preprocessing=Preprocessing(),
