@@ -39,6 +39,7 @@ from featstore import (
 from featstore.batches.loader import FeatureLoader, MappedFeatures, StreamedFeatures, resident
 from featstore.batches.streaming import POOL_BYTES
 from featstore.format.checksums import crc32c
+from featstore.format.metadata import StoreMetadata, TarEntry
 from featstore.segments import SegmentSampler
 
 DIM, STORED, FRAMES, BATCH = 512, 32, 8, 256
@@ -61,16 +62,13 @@ def make(path: Path, tars: int, frames: int, *, distinct: int) -> Store:
     text = np.eye(len(names), DIM, dtype=np.float32)
     writer = StoreWriter.init(
         made,
-        StoreSchema.create(tars, TAR_ROWS, 1, frames, DIM),
-        Provenance("random", "0" * 64, DIM, 100.0, "fp32", f"uniform:{frames}", 1, {}, "none"),
-        tars=[
-            {"file": f"{i:06d}.tar", "rows": TAR_ROWS, "bytes": 1, "sha256": "0" * 64}
-            for i in range(tars)
-        ],
-        class_names=names,
-        raw_class_names=names,
-        split_names=["train"],
-        class_texts={"name": ClassText(names, text, "0" * 64)},
+        StoreMetadata(
+            StoreSchema.create(tars, TAR_ROWS, 1, frames, DIM),
+            Provenance("random", "0" * 64, DIM, 100.0, "fp32", f"uniform:{frames}", 1, {}, "none"),
+            tuple(TarEntry(f"{i:06d}.tar", TAR_ROWS, 1, "0" * 64) for i in range(tars)),
+            *(names, names, ("train",)),
+        ),
+        {"name": ClassText(names, text, "0" * 64)},
     )
     rng = np.random.default_rng(0)
     for tar in range(max(1, distinct)):

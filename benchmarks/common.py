@@ -140,25 +140,23 @@ def random_store(
     import numpy as np
 
     from featstore import ClassText, Partition, Provenance, StoreSchema, StoreWriter, open_store
+    from featstore.format.metadata import StoreMetadata, TarEntry
 
     rng = np.random.default_rng(0)
     path = fresh(WORK / name) / "random.zarr"
-    names = [f"class {i}" for i in range(classes)]
+    names = tuple(f"class {i}" for i in range(classes))
     text = rng.normal(size=(classes, dim)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     sampling = f"uniform:{frames}" if views == 1 else f"clips:{frames}x{views}"
     writer = StoreWriter.init(
         path,
-        StoreSchema.create(tars, TAR_ROWS, views, frames, dim),
-        Provenance("random", "0" * 64, dim, 100.0, "fp32", sampling, 1, {}, "none"),
-        tars=[
-            {"file": f"{i:06d}.tar", "rows": TAR_ROWS, "bytes": 1, "sha256": "0" * 64}
-            for i in range(tars)
-        ],
-        class_names=names,
-        raw_class_names=names,
-        split_names=[split],
-        class_texts={"name": ClassText(tuple(names), text, "0" * 64)},
+        StoreMetadata(
+            StoreSchema.create(tars, TAR_ROWS, views, frames, dim),
+            Provenance("random", "0" * 64, dim, 100.0, "fp32", sampling, 1, {}, "none"),
+            tuple(TarEntry(f"{i:06d}.tar", TAR_ROWS, 1, "0" * 64) for i in range(tars)),
+            *(names, names, (split,)),
+        ),
+        {"name": ClassText(names, text, "0" * 64)},
     )
     shape = (TAR_ROWS, views, frames)
     index = np.broadcast_to(np.arange(frames, dtype=np.int32), shape)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeAlias
 
+from featstore.format.class_texts import ClassText
+from featstore.format.metadata import StoreMetadata
 from featstore.reading.store import Store
 from featstore.remote.mirror import open_remote
 from featstore.remote.urls import is_url
@@ -45,11 +46,13 @@ def writer_of(place: StorePlace) -> AnyWriter | None:
     return StoreWriter.open(place) if place.exists() else None
 
 
-def writer_maker(place: StorePlace) -> Callable[..., AnyWriter]:
-    """`init` of the place's kind of writer, to be called with all its arguments but the first."""
+def new_writer(
+    place: StorePlace, metadata: StoreMetadata, class_texts: Mapping[str, ClassText]
+) -> AnyWriter:
+    """Make an empty store there; errors as the `init` of its kind of writer."""
     if isinstance(place, str):
-        return partial(RemoteStoreWriter.init, place)
-    return partial(StoreWriter.init, place)
+        return RemoteStoreWriter.init(place, metadata, class_texts)
+    return StoreWriter.init(place, metadata, class_texts)
 
 
 def open_rows(place: StorePlace) -> Store:

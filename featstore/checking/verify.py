@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -158,81 +159,57 @@ def _check_bytes(
     checksums = files.numbers("checksum", tar)[: commit.rows]
     if crc32c(checksums) != commit.checksum_crc32c:
         raise files.damaged(tar, "row checksums are not those of the commit entry")
-    if files.schema.mappable:
-        wrong = _wrong_features(files, tar, status, checksums)
-    else:
-        wrong = _wrong_coded_features(files, tar, commit, status, checksums)
-    if wrong:
+    if wrong := _wrong_features(files, tar, commit, status, checksums):
         raise files.damaged(tar, wrong)
 
 
 def _wrong_features(
-    files: ChunkFiles, tar: int, status: npt.NDArray[np.uint8], checksums: Checksums
-) -> str:
-    """What is wrong with the features of a partition; "" when nothing is."""
-    schema, rows = files.schema, len(status)
-    expected = chunk_checksums(checksums, schema.chunk_rows, schema.row_bytes).tolist()
-    step = max(1, PIECE_BYTES // schema.row_bytes)
-    buffer: FeatureArray = np.empty((step, *schema.row_shape), schema.dtype)
-    try:
-        with ShardFile(files.path("features", tar), schema, rows) as shard:
-            for number, first in enumerate(range(0, rows, schema.chunk_rows)):
-                end, last = first + schema.chunk_rows, min(first + schema.chunk_rows, rows)
-                checksum = listed_checksum = 0
-                contradicting = -1
-                # What follows the listed rows is in the chunk's checksum, not in that of the rows.
-                for at, stop in [*_pieces(first, last, step), *_pieces(last, end, step)]:
-                    piece = buffer[: stop - at]
-                    shard.read(at, piece)
-                    checksum = crc32c(piece, checksum)
-                    if at >= last:
-                        continue
-                    listed_checksum = checksum
-                    if piece.dtype.kind != "f":
-                        continue  # zeros may be a failed row and a black picture
-                    wrong = not_finite(piece) != (status[at:stop] != STATUS_OK)
-                    if wrong.any() and contradicting < 0:
-                        contradicting = at + int(wrong.argmax())
-                if checksum != shard.recorded_checksum(number):
-                    return f"features chunk {number} fails its checksum"
-                if listed_checksum != expected[number]:
-                    return f"features of rows {first} to {last - 1} fail their checksums"
-                if contradicting >= 0:
-                    return f"features of row {contradicting} contradict its status"
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _wrong_coded_features(
     files: ChunkFiles,
     tar: int,
     commit: Commit,
     status: npt.NDArray[np.uint8],
     checksums: Checksums,
 ) -> str:
-    """As `_wrong_features`, of compressed or int8 ones; WorkError for a damaged scale."""
-    schema, coded = files.schema, CodedFeatures(files)
-    for first in range(0, commit.rows, schema.chunk_rows):
-        rows = min(schema.chunk_rows, commit.rows - first)
-        chunk: FeatureArray = np.empty((rows, *schema.row_shape), schema.dtype)
-        try:
-            coded.read(tar, commit, first, chunk)
-        except ValueError as error:
-            return str(error)
-        wrong = np.array([crc32c(row) for row in chunk]) != checksums[first : first + rows]
-        if wrong.any():
-            return f"features of row {first + int(wrong.argmax())} fail their checksum"
-        # Zeros may be a failed row and a black picture.
-        wrong = not_finite(chunk) != (status[first : first + rows] != STATUS_OK)
-        if wrong.any() and chunk.dtype.kind == "f":
-            return f"features of row {first + int(wrong.argmax())} contradict its status"
+    """What is wrong with the features of a partition, "" when nothing is.
+
+    WorkError for a damaged scale of int8 features.
+    """
+    schema, rows = files.schema, commit.rows
+    expected = chunk_checksums(checksums, schema.chunk_rows, schema.row_bytes).tolist()
+    step = max(1, PIECE_BYTES // schema.row_bytes)
+    buffer: FeatureArray = np.empty((step, *schema.row_shape), schema.dtype)
+    wrong = np.zeros(rows, np.bool_)
+    coded = CodedFeatures(files)
+    try:
+        with ExitStack() as stack:
+            shard = None
+            if schema.mappable:
+                shard = stack.enter_context(ShardFile(files.path("features", tar), schema, rows))
+            for number, first in enumerate(range(0, rows, schema.chunk_rows)):
+                last, end = min(first + schema.chunk_rows, rows), first + schema.chunk_rows
+                checksum = 0
+                for at in range(first, last, step):
+                    piece = buffer[: last - at]
+                    if shard is None:
+                        coded.read(tar, commit, at, piece)
+                    else:
+                        shard.read(at, piece)
+                    checksum = crc32c(piece, checksum)
+                    wrong[at : at + len(piece)] = not_finite(piece)
+                if shard is not None:
+                    unlisted = np.empty((end - last, *schema.row_shape), schema.dtype)
+                    shard.read(last, unlisted)  # only the checksum of the chunk covers these
+                    if crc32c(unlisted, checksum) != shard.recorded_checksum(number):
+                        return f"features chunk {number} fails its checksum"
+                if checksum != expected[number]:
+                    return f"features of rows {first} to {last - 1} fail their checksums"
+        contradicting = np.flatnonzero(wrong != (status != STATUS_OK))
+        # Zeros of whole numbers may be a failed row or a black picture.
+        if len(contradicting) and schema.dtype.kind == "f":
+            return f"features of row {contradicting[0]} contradict its status"
+    except ValueError as error:
+        return str(error)
     return ""
-
-
-def _pieces(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
-    for at in range(start, stop, step):
-        yield at, min(at + step, stop)
 
 
 EncodeRow = Callable[[int, str], "npt.NDArray[Any] | str"]

@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Unpack
 
 from featstore.errors import UserError
 from featstore.files.durable import write_bytes
 from featstore.files.scratch import ScratchFolder
-from featstore.format.metadata import GROUP_METADATA_LIMIT
-from featstore.format.provenance import Provenance
-from featstore.format.schema import PARTITION_ARRAYS, StoreSchema
+from featstore.format.class_texts import ClassText
+from featstore.format.metadata import GROUP_METADATA_LIMIT, StoreMetadata
+from featstore.format.schema import PARTITION_ARRAYS, FloatArray
 from featstore.remote.contents import (
     ARRAY_NODES,
     CHUNK,
@@ -31,7 +30,7 @@ from featstore.remote.contents import (
 from featstore.remote.objects import ObjectFolder, RemoteObject
 from featstore.writing.partition import Partition
 from featstore.writing.shard_rows import FeatureRows
-from featstore.writing.writer import NewStore, PartitionWriter, StoreExists, StoreWriter
+from featstore.writing.writer import PartitionWriter, StoreExists, StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class RemoteStoreWriter(PartitionWriter):
         meanwhile is theirs, and the next opening sees it.
         """
         self._staging = StoreWriter.open(scratch.path / "store")
-        super().__init__(objects.url, self._staging.path, self._staging.metadata)
+        super().__init__(self._staging.path, self._staging.metadata)
         self.url = objects.url
         self._objects = objects
         self._scratch = scratch
@@ -63,9 +62,9 @@ class RemoteStoreWriter(PartitionWriter):
     def init(
         cls,
         url: str,
-        schema: StoreSchema,
-        provenance: Provenance,
-        **new: Unpack[NewStore],
+        metadata: StoreMetadata,
+        class_texts: Mapping[str, ClassText],
+        feature_scale: FloatArray | None = None,
     ) -> RemoteStoreWriter:
         """Make an empty store; its `zarr.json` is put last, so that it is there whole or not.
 
@@ -77,7 +76,7 @@ class RemoteStoreWriter(PartitionWriter):
         scratch = ScratchFolder()
         try:
             folder = scratch.path / "store"
-            StoreWriter.init(folder, schema, provenance, **new)
+            StoreWriter.init(folder, metadata, class_texts, feature_scale)
             names = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
             names.remove(GROUP)
             _clear(objects, names)

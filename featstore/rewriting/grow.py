@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder
@@ -14,14 +13,12 @@ from featstore.format.class_texts import ClassText
 from featstore.format.metadata import (
     StoreMetadata,
     TarEntry,
-    check_prompt_set,
     prompt_set_names,
-    tar_entry,
 )
 from featstore.format.schema import CLASS_TEXT_GROUP, PARTITION_ARRAYS
 from featstore.progress import Outcome
-from featstore.rewriting.source import SourceStore, claimed_source
-from featstore.writing.writer import StoreWriter, write_class_text, write_skeleton
+from featstore.rewriting.source import claimed_source
+from featstore.writing.writer import StoreWriter, require_fitting, write_class_text, write_skeleton
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Grown(Outcome):
 def add_tars(
     path: Path,
     *,
-    tars: Sequence[Mapping[str, Any]],
+    tars: Sequence[TarEntry],
     class_names: Sequence[str],
     raw_class_names: Sequence[str],
     split_names: Sequence[str],
@@ -52,9 +49,9 @@ def add_tars(
 ) -> Grown:
     """Give a store the tars of a data set that was packed again with more of them.
 
-    `tars` as `StoreWriter.init` takes them: all of them in the data set's order, the earlier ones
-    unchanged (file, rows and sha256) and wherever they are now. Names may only be added at the
-    end. `class_texts` replaces those of the store, and is needed where classes are new.
+    `tars` are all of them in the data set's order, the earlier ones unchanged (file, rows and
+    sha256) and wherever they are now. Names may only be added at the end. `class_texts` replaces
+    those of the store, and is needed where classes are new.
 
     A new store is built beside the old one, with the partitions that are done linked into their
     places, and exchanged with it; killed at any moment, the old or the new one is there. A `Store`
@@ -70,7 +67,7 @@ def add_tars(
                 f"{path} is quantised ({old.provenance.quantised}), and features are extracted in "
                 "float16: add the tars to the store it was made of and quantise that again"
             )
-        entries = tuple(tar_entry(tar) for tar in tars)
+        entries = tuple(tars)
         places = _places(path, old, entries)
         _require_continued(path, "class names", old.class_names, class_names)
         _require_continued(path, "raw class names", old.raw_class_names, raw_class_names)
@@ -85,12 +82,18 @@ def add_tars(
             split_names=tuple(split_names),
         )
         texts = dict(source.texts() if class_texts is None else class_texts)
-        _require_texts(path, source, metadata, texts)
+        lost = set(source.store.prompt_sets) - set(texts)
+        if lost:
+            raise ValueError(f"class texts {', '.join(sorted(lost))} of {path} would be lost")
         if metadata != old:
             with replacement(path) as folder:
                 write_skeleton(folder, metadata, texts)
-                _link(path, folder, places)
-    writer = StoreWriter.open(path)
+                old_store, new_store = StoreWriter.open(path), StoreWriter.open(folder)
+                # No file of a partition says its number, so that it can be linked elsewhere.
+                for tar in filter(old_store.done, places):
+                    for name in PARTITION_ARRAYS:
+                        target = new_store.file(name, places[tar])
+                        link_or_copy(old_store.file(name, tar), target)
     return Grown(
         store=str(path),
         tars=len(entries),
@@ -98,7 +101,7 @@ def add_tars(
         rows=sum(tar.rows for tar in entries),
         rows_added=sum(tar.rows for tar in entries) - sum(tar.rows for tar in old.tars),
         classes_added=len(class_names) - len(old.class_names),
-        pending=len(writer.pending()),
+        pending=len(StoreWriter.open(path).pending()),
     )
 
 
@@ -109,10 +112,8 @@ def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
     of other classes, another size, another encoder, or other sentences than those of that name,
     WorkError while a process writes to the store.
     """
-    check_prompt_set(prompt_set)
     _require_folder(path)
     with claimed_source(path) as source:
-        schema, names = source.metadata.schema, source.metadata.class_names
         made = source.metadata.provenance
         if text.encoder_fingerprint not in ("", made.encoder_fingerprint):
             raise UserError(
@@ -120,12 +121,7 @@ def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
                 f"{text.encoder_fingerprint[:16]}) than {path}, which has {made.encoder} (weights "
                 f"{made.encoder_fingerprint[:16]}): compute them with that one"
             )
-        if text.names != names or text.embeddings.shape[1] != schema.dim:
-            raise UserError(
-                f"class texts {prompt_set!r} are of {len(text.names)} classes with "
-                f"{text.embeddings.shape[1]} numbers each, {path} has {len(names)} with "
-                f"{schema.dim}: compute them for the store's classes with its encoder"
-            )
+        require_fitting(prompt_set, text, source.metadata)
         if prompt_set in prompt_set_names(path):
             held = source.store.class_text(prompt_set)
             if held.sentences_hash == text.sentences_hash:
@@ -155,15 +151,14 @@ def _places(path: Path, old: StoreMetadata, entries: Sequence[TarEntry]) -> dict
     numbers = {entry.file: number for number, entry in enumerate(entries)}
     places = {}
     for number, tar in enumerate(old.tars):
-        found = numbers.get(tar.file)
-        now = None if found is None else entries[found]
-        if found is None or now is None or (now.rows, now.sha256) != (tar.rows, tar.sha256):
+        now = numbers.get(tar.file)
+        if now is None or replace(entries[now], bytes=tar.bytes) != tar:
             raise UserError(
                 f"{tar.file} of {path} {'is not listed any more' if now is None else 'was changed'}"
                 ": a store grows only by new tars, the earlier ones unchanged; extract the data "
                 "set as a new store"
             )
-        places[number] = found
+        places[number] = now
     for entry in entries:
         if entry.rows > old.schema.capacity:
             raise UserError(
@@ -184,29 +179,3 @@ def _require_continued(path: Path, what: str, old: Sequence[str], new: Sequence[
         f"{has!r}, and labels would change; new ones may come at the end only, so extract the "
         "data set as a new store"
     )
-
-
-def _require_texts(
-    path: Path, source: SourceStore, metadata: StoreMetadata, texts: Mapping[str, ClassText]
-) -> None:
-    lost = set(source.store.prompt_sets) - set(texts)
-    if lost:
-        raise ValueError(f"class texts {', '.join(sorted(lost))} of {path} would be lost")
-    for name, text in texts.items():
-        check_prompt_set(name)
-        if text.names != metadata.class_names or text.embeddings.shape[1] != metadata.schema.dim:
-            raise UserError(
-                f"class texts {name!r} of {path} are of {len(text.names)} classes, the data set "
-                f"has {len(metadata.class_names)}: compute them for all classes with its encoder"
-            )
-
-
-def _link(path: Path, folder: Path, places: Mapping[int, int]) -> None:
-    """Link the partitions that are done into `folder`: no file of one says its number."""
-    old, new = StoreWriter.open(path), StoreWriter.open(folder)
-    for tar, place in places.items():
-        if not old.done(tar):
-            continue
-        for name in PARTITION_ARRAYS:
-            target = new.file(name, place)
-            link_or_copy(old.file(name, tar), target)

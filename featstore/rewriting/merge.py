@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ import numpy.typing as npt
 from featstore.errors import UserError
 from featstore.files.exchange import new_folder
 from featstore.format.class_texts import ClassText
+from featstore.format.metadata import StoreMetadata
 from featstore.format.provenance import Provenance
-from featstore.format.schema import MAX_SPLITS, StoreSchema
+from featstore.format.schema import MAX_SPLITS
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.rewriting.source import SourceStore, claimed_source
 from featstore.writing.partition import Partition
@@ -72,27 +73,25 @@ def merge(
         splits = _united_splits(sources)
         prefixes = _prefixes(sources, prefix_keys)
         texts, left_out = _united_texts(sources, tuple(classes))
-        schema = _united_schema(sources)
-        folder = stack.enter_context(new_folder(out))
-        writer = StoreWriter.init(
-            folder,
-            schema,
+        # The sizes of the store whose partitions are largest, for all tars.
+        schema = max((source.metadata.schema for source in sources), key=lambda s: s.capacity)
+        tars = [
+            replace(tar, file=f"{prefix}{tar.file}")
+            for source, prefix in zip(sources, prefixes, strict=True)
+            for tar in source.metadata.tars
+        ]
+        metadata = StoreMetadata(
+            replace(schema, tars=len(tars)),
             _united_provenance([source.store.provenance for source in sources]),
-            tars=[
-                {**asdict(tar), "file": f"{prefix}{tar.file}"}
-                for source, prefix in zip(sources, prefixes, strict=True)
-                for tar in source.metadata.tars
-            ],
-            class_names=tuple(classes),
-            raw_class_names=tuple(classes.values()),
-            split_names=splits,
-            class_texts=texts,
+            *(tuple(tars), tuple(classes), tuple(classes.values()), tuple(splits)),
         )
+        folder = stack.enter_context(new_folder(out))
+        writer = StoreWriter.init(folder, metadata, texts)
         linked = _write(writer, sources, prefixes, list(classes), splits, progress)
     return Merged(
         store=str(out),
         stores=tuple(map(str, paths)),
-        tars=schema.tars,
+        tars=len(tars),
         tars_linked=linked,
         rows=sum(len(source.store) for source in sources),
         classes=len(classes),
@@ -254,12 +253,6 @@ def _joined(prompt_set: str, texts: Sequence[ClassText], classes: tuple[str, ...
         # The stores have one encoder, and reading has refused texts of another.
         encoder_fingerprint=min(text.encoder_fingerprint for text in texts),
     )
-
-
-def _united_schema(sources: Sequence[SourceStore]) -> StoreSchema:
-    """The sizes of the store whose partitions are largest, for all tars."""
-    largest = max((source.metadata.schema for source in sources), key=lambda s: s.capacity)
-    return replace(largest, tars=sum(source.metadata.schema.tars for source in sources))
 
 
 def _united_provenance(made: Sequence[Provenance]) -> Provenance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +66,8 @@ class SourceStore:
 
         `scale` float32 [D] is that of int8 features. Errors as `StoreWriter.init`.
         """
-        made = self.metadata
-        return StoreWriter.init(
-            folder,
-            schema,
-            provenance,
-            tars=[asdict(tar) for tar in made.tars],
-            class_names=made.class_names,
-            raw_class_names=made.raw_class_names,
-            split_names=made.split_names,
-            class_texts=self.texts(),
-            feature_scale=scale,
-        )
+        metadata = replace(self.metadata, schema=schema, provenance=provenance)
+        return StoreWriter.init(folder, metadata, self.texts(), scale)
 
     def bytes(self) -> int:
         """Bytes of the features files of all committed partitions."""

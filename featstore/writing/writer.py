@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final, NotRequired, TypedDict, Unpack
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from featstore.files.durable import (
     write_bytes,
     write_json,
 )
+from featstore.files.exchange import staging
 from featstore.files.locks import claimed
 from featstore.format.checksums import Checksums, crc32c
 from featstore.format.class_texts import ClassText, class_text_attributes
@@ -36,9 +36,7 @@ from featstore.format.metadata import (
     check_prompt_set,
     prompt_set_names,
     read_metadata,
-    tar_entry,
 )
-from featstore.format.provenance import Provenance
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
     FEATURE_SCALE,
@@ -47,7 +45,6 @@ from featstore.format.schema import (
     SMALL_ARRAYS,
     FeatureArray,
     FloatArray,
-    StoreSchema,
     class_text_spec,
 )
 from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit
@@ -59,40 +56,15 @@ from featstore.writing.shard_rows import FeatureRows, compressed_shard, write_ch
 log = logging.getLogger(__name__)
 
 
-class NewStore(TypedDict):
-    """What a new store is told beside its sizes and its provenance.
-
-    `tars`: per tar {"file", "rows" (listed samples, failed ones included), "bytes", "sha256"}.
-    `class_texts` by prompt set, names in the order of `class_names`. `feature_scale` float32 [D]
-    for a schema whose features are int8, and only then.
-    """
-
-    tars: Sequence[Mapping[str, Any]]
-    class_names: Sequence[str]
-    raw_class_names: Sequence[str]
-    split_names: Sequence[str]
-    class_texts: Mapping[str, ClassText]
-    feature_scale: NotRequired[FloatArray | None]
-
-
 class PartitionWriter(ABC):
     """What writers have in common, wherever their store lies."""
 
-    def __init__(self, place: Path | str, folder: Path, metadata: StoreMetadata) -> None:
-        """`place` is told in messages; `folder` holds the metadata."""
-        self.place = place
+    def __init__(self, folder: Path, metadata: StoreMetadata) -> None:
+        """`folder` is where the metadata files are."""
         self.metadata = metadata
+        self.schema = metadata.schema
+        self.provenance = metadata.provenance
         self._folder = folder
-
-    @property
-    def schema(self) -> StoreSchema:
-        """Sizes of the store."""
-        return self.metadata.schema
-
-    @property
-    def provenance(self) -> Provenance:
-        """How the features in it were made."""
-        return self.metadata.provenance
 
     @property
     def prompt_sets(self) -> list[str]:
@@ -107,16 +79,6 @@ class PartitionWriter(ABC):
         """Numbers of the partitions that are not done."""
         return [tar for tar in range(self.schema.tars) if not self.done(tar)]
 
-    def finalise(self) -> None:
-        """Return when every partition is done; WorkError names those that are missing."""
-        missing = self.pending()
-        if missing:
-            shown = ", ".join(map(str, missing[:20])) + (", ..." if len(missing) > 20 else "")
-            raise WorkError(
-                f"{self.place} lacks {len(missing)} of {self.schema.tars} partitions ({shown}): "
-                f"run `mote-cli extract --dataset {self.provenance.dataset or 'NAME'}` again"
-            )
-
 
 class StoreWriter(PartitionWriter):
     """Adds partitions to a store. Make one with `init` (new store) or `open` (existing store).
@@ -126,7 +88,7 @@ class StoreWriter(PartitionWriter):
     """
 
     def __init__(self, path: Path, metadata: StoreMetadata) -> None:
-        super().__init__(path, path, metadata)
+        super().__init__(path, metadata)
         self.path = path
         self._files = ChunkFiles(path, metadata)
 
@@ -134,45 +96,27 @@ class StoreWriter(PartitionWriter):
     def init(
         cls,
         path: Path,
-        schema: StoreSchema,
-        provenance: Provenance,
-        **new: Unpack[NewStore],
+        metadata: StoreMetadata,
+        class_texts: Mapping[str, ClassText],
+        feature_scale: FloatArray | None = None,
     ) -> StoreWriter:
         """Make an empty store that appears under `path` complete or not at all.
 
-        Another process that makes the same store at this moment is waited for.
-        Raises StoreExists when `path` exists, UserError when a name cannot be stored, ValueError
-        when the arguments do not fit together.
+        `class_texts` by prompt set. `feature_scale` float32 [D] for int8 features, and only then.
+        Waits for another process that makes the same store at this moment. Raises StoreExists when
+        `path` exists, UserError when a name cannot be stored or class texts do not fit, ValueError
+        for a scale that does not, WorkError when the disk is full.
         """
-        class_texts, feature_scale = new["class_texts"], new.get("feature_scale")
-        metadata = StoreMetadata(
-            schema,
-            provenance,
-            tuple(tar_entry(tar) for tar in new["tars"]),
-            tuple(new["class_names"]),
-            tuple(new["raw_class_names"]),
-            tuple(new["split_names"]),
-        )
-        for prompt_set, text in class_texts.items():
-            check_prompt_set(prompt_set)
-            if text.names != metadata.class_names or text.embeddings.shape[1] != schema.dim:
-                raise ValueError(f"class text {prompt_set!r} has other class names or another size")
-        if (feature_scale is not None) != schema.quantised:
+        if (feature_scale is not None) != metadata.schema.quantised:
             raise ValueError("int8 features need a scale, and no others do")
         make_folder(path.parent)
-        with claimed(lock_file(path), [WHOLE_STORE], lambda _: f"making {path}", wait=True):
+        with claimed(lock_file(path), [0], lambda _: f"making {path}", wait=True):
             if path.exists():
                 raise StoreExists(f"{path} exists already: remove it or continue it")
-            for leftover in path.parent.glob(f"{path.name}.*{PARTIAL_SUFFIX}"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            folder = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-            try:
+            with staging(path) as folder:
                 write_skeleton(folder, metadata, class_texts, feature_scale)
                 folder.rename(path)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-            sync_folder(path.parent)
+                sync_folder(path.parent)
         return cls(path, metadata)
 
     @classmethod
@@ -275,16 +219,16 @@ class StoreWriter(PartitionWriter):
         scale = read_scale(self._files)
         stored: FeatureArray = features if scale is None else quantise(features, scale)
         readable = features if scale is None else dequantise(stored, scale)
-        if same is not None:
-            yield _row_checksums(readable), partial(link_or_copy, same, path)
-        elif self.schema.codec != "none":
-            content = compressed_shard(self.schema, stored)
-            yield _row_checksums(readable), partial(write_bytes, path, content)
-        else:
+        if same is None and self.schema.codec == "none":
             with FeatureRows(path, self.schema, len(stored)) as rows:
                 rows.put_all(stored)
                 checksums = rows.finish()
                 yield checksums if scale is None else _row_checksums(readable), rows.place
+        elif same is None:
+            content = compressed_shard(self.schema, stored)
+            yield _row_checksums(readable), partial(write_bytes, path, content)
+        else:
+            yield _row_checksums(readable), partial(link_or_copy, same, path)
 
     @contextmanager
     def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
@@ -295,30 +239,24 @@ class StoreWriter(PartitionWriter):
         removed. Raises WorkError when another process holds one of them.
         """
         mine = frozenset(range(self.schema.tars) if tars is None else tars)
-
-        def work(record: int) -> str:
-            return f"writing partition {record - 1} of {self.path}"
-
-        with claimed(lock_file(self.path), [1 + tar for tar in sorted(mine)], work):
-            swept = self._sweep(mine)
+        records = [1 + tar for tar in sorted(mine)]
+        with claimed(
+            lock_file(self.path), records, lambda n: f"writing partition {n - 1} of {self.path}"
+        ):
+            swept = 0
+            # Unfinished files of other partitions may be in the making.
+            for leftover in list(self.path.rglob(f"*{PARTIAL_SUFFIX}")):
+                _, chunks, tar, *_ = (*leftover.relative_to(self.path).parts, "", "")
+                number = tar.partition(".")[0]  # of a file in the array's folder, or of the folder
+                if chunks == "c" and number.isdecimal() and int(number) in mine:
+                    swept += 1
+                    if leftover.is_dir() and not leftover.is_symlink():  # none of ours
+                        shutil.rmtree(leftover)
+                    else:
+                        leftover.unlink(missing_ok=True)
             if swept:
                 log.info("%s: removed %d files of interrupted writes", self.path, swept)
             yield
-
-    def _sweep(self, tars: frozenset[int]) -> int:
-        """Delete unfinished files of these partitions; those of others may be in the making."""
-        leftovers = []
-        for leftover in self.path.rglob(f"*{PARTIAL_SUFFIX}"):
-            _, chunks, tar, *_ = (*leftover.relative_to(self.path).parts, "", "")
-            number = tar.partition(".")[0]  # of a file in the array's folder, or the folder's name
-            if chunks == "c" and number.isdecimal() and int(number) in tars:
-                leftovers.append(leftover)
-        for leftover in leftovers:
-            if leftover.is_dir() and not leftover.is_symlink():  # none of ours
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
-        return len(leftovers)
 
     def _time_after_earlier(self, tar: int) -> int:
         """A time later than that of the partition's commit entry: a new entry is never equal."""
@@ -349,13 +287,16 @@ class StoreWriter(PartitionWriter):
             raise ValueError(f"partition {tar} has a label outside 0..{classes - 1}")
         if int(partition.splits.max()) >> splits:
             raise ValueError(f"partition {tar} names a split beyond the {splits} of the store")
-        for texts in (partition.key, partition.reason):
-            for text in texts:
-                if len(text.encode(errors="surrogatepass")) > MAX_TEXT_BYTES or not _is_text(text):
-                    raise UserError(
-                        f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason is "
-                        f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
-                    )
+        for text in (*partition.key, *partition.reason):
+            try:
+                fits = len(text.encode()) <= MAX_TEXT_BYTES
+            except UnicodeEncodeError:  # file names may hold bytes that are no text
+                fits = False
+            if not fits:
+                raise UserError(
+                    f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason is "
+                    f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
+                )
 
 
 class StoreExists(UserError):
@@ -368,9 +309,10 @@ def write_skeleton(
     class_texts: Mapping[str, ClassText],
     feature_scale: FloatArray | None = None,
 ) -> None:
-    """Everything of a store but its partitions."""
-    group = metadata.group_node()
-    _write_node(folder, group, GROUP_METADATA_LIMIT)
+    """Write everything of a store but its partitions; UserError when a name cannot be stored."""
+    for prompt_set, text in class_texts.items():
+        require_fitting(prompt_set, text, metadata)
+    _write_node(folder, metadata.group_node(), GROUP_METADATA_LIMIT)
     for name, node in array_nodes(metadata).items():
         _write_node(folder / name, node, ARRAY_METADATA_LIMIT)
     texts = folder / CLASS_TEXT_GROUP
@@ -380,6 +322,18 @@ def write_skeleton(
     if feature_scale is not None:
         spec = metadata.schema.arrays()[FEATURE_SCALE]
         write_chunk(folder / FEATURE_SCALE / spec.chunk_key(0), spec, feature_scale)
+
+
+def require_fitting(prompt_set: str, text: ClassText, metadata: StoreMetadata) -> None:
+    """UserError unless the class texts can be those of a prompt set in a store."""
+    check_prompt_set(prompt_set)
+    names, dim = metadata.class_names, metadata.schema.dim
+    if text.names != names or text.embeddings.shape[1] != dim:
+        raise UserError(
+            f"class texts {prompt_set!r} are of {len(text.names)} classes with "
+            f"{text.embeddings.shape[1]} numbers each, the store has {len(names)} with {dim}: "
+            "compute them for the store's classes with its encoder"
+        )
 
 
 def write_class_text(folder: Path, text: ClassText) -> None:
@@ -400,11 +354,6 @@ def _row_checksums(features: FeatureArray) -> Checksums:
     return np.array([crc32c(row) for row in features], np.uint32)
 
 
-def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: file names may hold bytes that are no text."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in value)
-
-
 def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
     path = folder / "zarr.json"
     try:
@@ -420,10 +369,7 @@ def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
         )
 
 
-# Records of the lock file: this one while the store is made, 1 + tar while a partition is.
-WHOLE_STORE: Final = 0
-
-
 def lock_file(store: Path) -> Path:
-    """The lock file beside a store; its records are above."""
+    """The lock file beside a store; record 0 is held while the store is made, 1 + tar while a
+    partition is written."""
     return store.with_name(f"{store.name}.lock")

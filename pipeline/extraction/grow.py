@@ -14,6 +14,7 @@ import numpy as np
 from featstore import ClassText, Store, open_store
 from featstore.errors import UserError, WorkError
 from featstore.files.exchange import recover
+from featstore.format.metadata import TarEntry
 from featstore.rewriting.grow import Grown, add_class_text
 from featstore.rewriting.grow import add_tars as grow
 from pipeline.extraction.job import class_text
@@ -68,7 +69,7 @@ def _add_tars(
     return grow(
         store_path,
         tars=[
-            {"file": tar.file, "rows": tar.rows, "bytes": tar.bytes, "sha256": tar.sha256}
+            TarEntry(file=tar.file, rows=tar.rows, bytes=tar.bytes, sha256=tar.sha256)
             for tar in tars
         ],
         class_names=dataset.class_names,

@@ -13,8 +13,9 @@ from importlib.metadata import version
 
 from featstore import ClassText, Provenance, StoreWriter
 from featstore.errors import UserError
+from featstore.format.metadata import StoreMetadata, TarEntry
 from featstore.format.tiers import FRAMES
-from featstore.opening import AnyWriter, writer_maker, writer_of
+from featstore.opening import AnyWriter, new_writer, writer_of
 from featstore.progress import ProgressSink, no_progress
 from featstore.writing.writer import StoreExists
 from pipeline.clip_encoder import Encoder, load_encoder
@@ -141,21 +142,17 @@ class ExtractionJob:
 
     def _new_store(self) -> AnyWriter:
         plan, dataset = self.plan, self.plan.dataset
-        return writer_maker(plan.request.store_path)(
+        metadata = StoreMetadata(
             self.schema,
             self.provenance,
-            tars=[
-                {"file": tar.file, "rows": tar.rows, "bytes": tar.bytes, "sha256": tar.sha256}
-                for tar in plan.tars
-            ],
-            class_names=dataset.class_names,
-            raw_class_names=dataset.raw_class_names,
-            split_names=dataset.split_names,
-            class_texts={
-                prompts.name: class_text(self.encoder, dataset.class_names, prompts)
-                for prompts in plan.prompt_sets
-            },
+            tuple(TarEntry(tar.file, tar.rows, tar.bytes, tar.sha256) for tar in plan.tars),
+            *(dataset.class_names, dataset.raw_class_names, dataset.split_names),
         )
+        class_texts = {
+            prompts.name: class_text(self.encoder, dataset.class_names, prompts)
+            for prompts in plan.prompt_sets
+        }
+        return new_writer(plan.request.store_path, metadata, class_texts)
 
 
 def code_versions() -> dict[str, str]:

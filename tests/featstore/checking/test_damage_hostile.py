@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from featstore import ClassText, StoreSchema, StoreWriter, UserError, WorkError, open_store, verify
-from featstore.format.metadata import attributes_checksum
+from featstore.format.metadata import StoreMetadata, TarEntry, attributes_checksum
 from featstore.format.schema import MAX_CHUNK_BYTES, MAX_CHUNKS
 from featstore.reading.damage_notes import DamageNote, note_path
 from tests.support.stores.sample_stores import (
@@ -239,13 +239,13 @@ def two_sets(path: Path) -> Path:
 
     StoreWriter.init(
         path,
-        StoreSchema.create(1, 4, 1, 2, 16),
-        make_provenance(16),
-        tars=[{"file": "a.tar", "rows": 1, "bytes": 1, "sha256": ""}],
-        class_names=CLASS_NAMES,
-        raw_class_names=CLASS_NAMES,
-        split_names=("train",),
-        class_texts={"one": text(0), "two": text(5)},
+        StoreMetadata(
+            StoreSchema.create(1, 4, 1, 2, 16),
+            make_provenance(16),
+            (TarEntry("a.tar", 1, 1, ""),),
+            *(CLASS_NAMES, CLASS_NAMES, ("train",)),
+        ),
+        {"one": text(0), "two": text(5)},
     )
     return path
 

@@ -29,7 +29,7 @@ from tests.support.stores.growing_stores import (
     make_small_store,
     other_text,
     same_partitions,
-    tar_facts,
+    tar_entries,
     unit_text,
 )
 from tests.support.stores.sample_stores import CLASS_NAMES, make_partition, make_store
@@ -85,10 +85,10 @@ def test_new_tars_are_pending_and_the_earlier_ones_are_linked(store: Path, tmp_p
 def test_readers_that_are_open_meanwhile(store: Path) -> None:
     expected = open_store(store).features([0, 5, 6, 8])
     reader = open_store(store)
-    add_tars(store, tar_facts([0, 1, 2], [6, 3, 4]))  # at the end: nothing moves
+    add_tars(store, tar_entries([0, 1, 2], [6, 3, 4]))  # at the end: nothing moves
     np.testing.assert_array_equal(reader.features([0, 5, 6, 8]), expected)
     reader = open_store(store)
-    add_tars(store, tar_facts([7, 0, 1, 2], [5, 6, 3, 4]))
+    add_tars(store, tar_entries([7, 0, 1, 2], [5, 6, 3, 4]))
     with pytest.raises(WorkError, match="partition 0"):
         reader.features([0])
     writer = StoreWriter.open(store)
@@ -107,7 +107,7 @@ def test_a_link_to_a_store_is_not_changed(store: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_new_changes_nothing(store: Path) -> None:
-    same = tar_facts([0, 1], [6, 3])
+    same = tar_entries([0, 1], [6, 3])
     before = (store / "zarr.json").stat().st_ino
     assert add_tars(store, same, dataset_fingerprint="feed").tars_added == 0
     assert (store / "zarr.json").stat().st_ino == before
@@ -123,9 +123,9 @@ def test_a_damaged_partition_is_not_carried_along(store: Path) -> None:
 @pytest.mark.parametrize(
     ("tars", "message"),
     [
-        (tar_facts([0, 2], [6, 3]), r"toy-000001.tar of .* is not listed any more"),
-        (tar_facts([0, 1], [6, 4]), r"toy-000001.tar of .* was changed"),
-        (tar_facts([0, 1, 2], [6, 3, 7]), "lists 7 videos, a partition of .* holds 6: pack"),
+        (tar_entries([0, 2], [6, 3]), r"toy-000001.tar of .* is not listed any more"),
+        (tar_entries([0, 1], [6, 4]), r"toy-000001.tar of .* was changed"),
+        (tar_entries([0, 1, 2], [6, 3, 7]), "lists 7 videos, a partition of .* holds 6: pack"),
     ],
 )
 def test_tars_that_do_not_continue_the_store(store: Path, tars: Any, message: str) -> None:
@@ -144,7 +144,7 @@ def test_tars_that_do_not_continue_the_store(store: Path, tars: Any, message: st
 )
 def test_names_come_at_the_end_only(store: Path, change: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        add_tars(store, tar_facts([0, 1, 2], [6, 3, 4]), **change)
+        add_tars(store, tar_entries([0, 1, 2], [6, 3, 4]), **change)
 
 
 def test_new_classes_need_their_texts(store: Path) -> None:
@@ -154,8 +154,8 @@ def test_new_classes_need_their_texts(store: Path) -> None:
         "raw_class_names": ("brush_hair", "climb_stairs", "throw", "fly"),
         "split_names": ("train", "val", "test"),
     }
-    tars = tar_facts([0, 1, 2], [6, 3, 4])
-    with pytest.raises(UserError, match="of 3 classes, the data set has 4: compute them"):
+    tars = tar_entries([0, 1, 2], [6, 3, 4])
+    with pytest.raises(UserError, match=r"are of 3 classes .*, the store has 4 .*: compute them"):
         add_tars(store, tars, **change)
     grown = add_tars(store, tars, class_texts={"mote28": unit_text(names)}, **change)
     assert (grown.classes_added, grown.pending) == (1, 1)

@@ -89,7 +89,7 @@ def test_init_leaves_nothing_when_it_fails(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("featstore.writing.writer._write_node", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(WorkError, match="no room is left on the disk"):
         make_store(tmp_path / "s.zarr")
     assert [p.name for p in tmp_path.iterdir()] == ["s.zarr.lock"]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from featstore import ClassText, Partition, StoreSchema, StoreWriter, UserError, WorkError
+from featstore.format.metadata import StoreMetadata, TarEntry
 from tests.support.stores.sample_stores import (
     CLASS_NAMES,
     init_store,
@@ -80,17 +81,13 @@ def test_class_texts_must_be_unit_rows_of_the_same_classes(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="float32"):
         ClassText(CLASS_NAMES, np.eye(3, 16), "")
     unit = np.eye(3, 16, dtype=np.float32)
-    common: dict[str, Any] = {
-        "tars": [{"file": "a", "rows": 1, "bytes": 1, "sha256": ""}] * 2,
-        "class_names": CLASS_NAMES,
-        "raw_class_names": CLASS_NAMES,
-        "split_names": (),
-    }
+    names = (CLASS_NAMES, CLASS_NAMES, ())
+    metadata = StoreMetadata(SCHEMA, make_provenance(), (TarEntry("a", 1, 1, ""),) * 2, *names)
     path = tmp_path / "s.zarr"
     texts = {"name": ClassText(CLASS_NAMES[::-1], unit, "")}
-    with pytest.raises(ValueError, match="class text 'name' has other class names"):
-        StoreWriter.init(path, SCHEMA, make_provenance(), class_texts=texts, **common)
+    with pytest.raises(UserError, match="class texts 'name' are of 3 classes"):
+        StoreWriter.init(path, metadata, texts)
     texts = {"../name": ClassText(CLASS_NAMES, unit, "")}
     with pytest.raises(UserError, match="no name for a prompt set"):
-        StoreWriter.init(path, SCHEMA, make_provenance(), class_texts=texts, **common)
+        StoreWriter.init(path, metadata, texts)
     assert not path.exists()

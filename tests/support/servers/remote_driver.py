@@ -29,7 +29,7 @@ def fill(url: str) -> None:
     with writer.claim(pending):
         for tar in pending:
             writer.write_partition(tar, partition(tar))
-    writer.finalise()
+    assert writer.pending() == []
     writer.close()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from featstore import ClassText, Partition, Store, StoreSchema, StoreWriter, open_store
+from featstore.format.metadata import StoreMetadata, TarEntry
 from tests.support.stores.sample_stores import make_provenance
 
 ACTIONS = ("jump", "run", "sit", "stand", "throw", "wave", "climb stairs", "brush hair")
@@ -49,13 +50,13 @@ def action_store(
     schema = StoreSchema.create(1, samples, views, frames, dim)
     writer = StoreWriter.init(
         path,
-        schema,
-        make_provenance(dim, **({"sampling": f"uniform:{frames}"} | provenance)),
-        tars=[{"file": "toy-000000.tar", "rows": samples, "bytes": 1, "sha256": "0" * 64}],
-        class_names=names,
-        raw_class_names=names,
-        split_names=tuple(split_names),
-        class_texts={"mote28": ClassText(names, texts, "beef")},
+        StoreMetadata(
+            schema,
+            make_provenance(dim, **({"sampling": f"uniform:{frames}"} | provenance)),
+            (TarEntry("toy-000000.tar", samples, 1, "0" * 64),),
+            *(names, names, tuple(split_names)),
+        ),
+        {"mote28": ClassText(names, texts, "beef")},
     )
     with writer.claim():
         writer.write_partition(

@@ -16,6 +16,7 @@ from featstore import (
     StoreWriter,
     open_store,
 )
+from featstore.format.metadata import StoreMetadata, TarEntry
 from featstore.rewriting.grow import Grown
 from featstore.rewriting.grow import add_tars as grow
 from featstore.rewriting.source import SourceStore
@@ -46,15 +47,15 @@ def other_text() -> ClassText:
     return unit_text(CLASS_NAMES)
 
 
-def tar_facts(numbers: Sequence[int], rows: Sequence[int]) -> list[dict[str, Any]]:
+def tar_entries(numbers: Sequence[int], rows: Sequence[int]) -> list[TarEntry]:
     """Tars as `sample_stores.init_store` lists them."""
     return [
-        {"file": f"toy-{i:06d}.tar", "rows": n, "bytes": 1000 + i, "sha256": f"{i:064x}"}
+        TarEntry(f"toy-{i:06d}.tar", n, 1000 + i, f"{i:064x}")
         for i, n in zip(numbers, rows, strict=True)
     ]
 
 
-def add_tars(path: Path, tars: Sequence[Mapping[str, Any]], **changes: Any) -> Grown:
+def add_tars(path: Path, tars: Sequence[TarEntry], **changes: Any) -> Grown:
     arguments: dict[str, Any] = {
         "class_names": CLASS_NAMES,
         "raw_class_names": RAW_NAMES,
@@ -66,7 +67,7 @@ def add_tars(path: Path, tars: Sequence[Mapping[str, Any]], **changes: Any) -> G
 
 def add_three_tars(path: Path) -> Grown:
     """A new tar comes first and two last, so that the earlier ones move."""
-    return add_tars(path, tar_facts([7, 0, 1, 8, 9], [5, 6, 3, 6, 1]))
+    return add_tars(path, tar_entries([7, 0, 1, 8, 9], [5, 6, 3, 6, 1]))
 
 
 def make_other_store(
@@ -86,16 +87,17 @@ def make_other_store(
     text = ClassText(tuple(names), np.eye(16, dtype=np.float32)[[2, 7, 0]], "f00d")
     writer = StoreWriter.init(
         path,
-        schema,
-        made,
-        tars=[
-            {"file": f"other-{i:06d}.tar", "rows": n, "bytes": 1, "sha256": f"{i + 50:064x}"}
-            for i, n in enumerate(rows)
-        ],
-        class_names=names,
-        raw_class_names=[name.replace(" ", "_") for name in names],
-        split_names=splits,
-        class_texts={"mote28": text} if texts is None else texts,
+        StoreMetadata(
+            schema,
+            made,
+            tuple(
+                TarEntry(f"other-{i:06d}.tar", n, 1, f"{i + 50:064x}") for i, n in enumerate(rows)
+            ),
+            tuple(names),
+            tuple(name.replace(" ", "_") for name in names),
+            tuple(splits),
+        ),
+        {"mote28": text} if texts is None else texts,
     )
     partitions = []
     with writer.claim():

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore import ClassText, Partition, Store, StoreSchema, StoreWriter, open_store
+from featstore.format.metadata import StoreMetadata, TarEntry
 from featstore.workspace import Workspace
 from pipeline.tars.dataset import load_dataset
 from tests.support.stores.sample_stores import make_provenance
@@ -86,21 +87,21 @@ def one_hot_store(
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = StoreWriter.init(
         path,
-        StoreSchema.create(1, n, views, FRAMES, DIM),
-        make_provenance(
-            DIM,
-            encoder="onehot",
-            sampling=sampling,
-            crops=crops,
-            dataset=tree.name,
-            dataset_fingerprint=dataset.fingerprint,
-            label_map=dataset.label_map,
+        StoreMetadata(
+            StoreSchema.create(1, n, views, FRAMES, DIM),
+            make_provenance(
+                DIM,
+                encoder="onehot",
+                sampling=sampling,
+                crops=crops,
+                dataset=tree.name,
+                dataset_fingerprint=dataset.fingerprint,
+                label_map=dataset.label_map,
+            ),
+            (TarEntry("rows.tar", n, 1, "0" * 64),),
+            *(names, dataset.raw_class_names, dataset.split_names),
         ),
-        tars=[{"file": "rows.tar", "rows": n, "bytes": 1, "sha256": "0" * 64}],
-        class_names=names,
-        raw_class_names=dataset.raw_class_names,
-        split_names=dataset.split_names,
-        class_texts={PROMPTS: ClassText(names, np.eye(len(names), DIM, dtype=np.float32), "beef")},
+        {PROMPTS: ClassText(names, np.eye(len(names), DIM, dtype=np.float32), "beef")},
     )
     bits = [
         sum(1 << dataset.split_names.index(name) for name in dataset.splits_of(key)) for key in keys

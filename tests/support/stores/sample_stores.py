@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from featstore import ClassText, Partition, Provenance, StoreSchema, StoreWriter
-from featstore.opening import AnyWriter, StorePlace, writer_maker
+from featstore.format.metadata import StoreMetadata, TarEntry
+from featstore.opening import AnyWriter, StorePlace, new_writer
 
 CLASS_NAMES = ("brush hair", "climb stairs", "throw")
 SPLIT_NAMES = ("train", "val")
@@ -84,18 +85,15 @@ def init_store_at(
     place: StorePlace, schema: StoreSchema, rows: Sequence[int], **provenance: Any
 ) -> AnyWriter:
     """The same in a folder or at a URL."""
-    return writer_maker(place)(
+    metadata = StoreMetadata(
         schema,
         make_provenance(schema.dim, **{"tier": schema.tier, **provenance}),
-        tars=[
-            {"file": f"toy-{i:06d}.tar", "rows": n, "bytes": 1000 + i, "sha256": f"{i:064x}"}
-            for i, n in enumerate(rows)
-        ],
-        class_names=CLASS_NAMES,
-        raw_class_names=("brush_hair", "climb_stairs", "throw"),
-        split_names=SPLIT_NAMES,
-        class_texts={"mote28": make_class_text(schema.dim)},
+        tuple(TarEntry(f"toy-{i:06d}.tar", n, 1000 + i, f"{i:064x}") for i, n in enumerate(rows)),
+        CLASS_NAMES,
+        ("brush_hair", "climb_stairs", "throw"),
+        SPLIT_NAMES,
     )
+    return new_writer(place, metadata, {"mote28": make_class_text(schema.dim)})
 
 
 def make_store(
