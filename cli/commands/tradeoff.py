@@ -117,8 +117,7 @@ def _print(table: Tradeoff) -> None:
             [
                 row.head,
                 row.setting.text,
-                _shown(row.closeset_top1),
-                *(_shown(None if result is None else result.top1) for result in row.zeroshot),
+                *map(_shown, row.top1),
                 *([_shown(row.zeroshot_top1)] if several else []),
                 _shown(row.score),
             ]

@@ -1,8 +1,8 @@
 """Composite scores of a head, and its newest results collected into one row.
 
 Known classes against new ones: the harmonic mean of zero-shot sets, and the trade-off score, the
-harmonic mean of close-set top-1 and that (MoTE, Zhu et al., NeurIPS 2024, table 4). Both are
-computed from unrounded accuracies; whoever prints rounds once.
+harmonic mean of it and the close-set top-1 (MoTE, Zhu et al., NeurIPS 2024, table 4). Both are
+computed from unrounded accuracies and rounded once, when they are printed.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any, Final, Literal
 
 from featstore.errors import UserError, WorkError
 from heads.evaluation.comparing.compare import SavedResult, differences, saved_results
-from heads.evaluation.protocols.choose import PROTOCOLS, known_dataset
+from heads.evaluation.protocols.choose import PROTOCOLS
 from heads.files.run_files import read_config
 from heads.methods.registry import MEAN_OF_FRAMES
+from pipeline.annotations.known_sets import known_dataset
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ Role = Literal["closeset", "zeroshot"]
 
 PAPER_CLOSESET: Final = "k400"
 PAPER_ZEROSHOT: Final = ("ucf101", "hmdb51", "k600")
-# What one head must have in common over its columns: else they are not of one model.
+# Fields in which all results of a row must agree: otherwise they are not of one model.
 _OF_ONE_HEAD: Final = ("head_fingerprint", "encoder_fingerprint", "blend")
 # Settings of the score that a sweep varies, with their usual values (MoTE's).
 _USUAL: Final[Mapping[str, Any]] = {
@@ -40,7 +41,7 @@ _USUAL: Final[Mapping[str, Any]] = {
 def harmonic_mean(accuracies: Sequence[float]) -> float:
     """n / (1/a_1 + ... + 1/a_n) of accuracies in percent; 0 when one of them is 0.
 
-    Raises UserError when there is none, or one is no percentage.
+    Raises UserError when there is none, or when one is no percentage.
     """
     if not accuracies or not all(0 <= accuracy <= 100 for accuracy in accuracies):
         raise UserError(
@@ -52,17 +53,17 @@ def harmonic_mean(accuracies: Sequence[float]) -> float:
 
 @dataclass(frozen=True, order=True)
 class Setting:
-    """How scores were made of a head's features; a head has a row for each."""
+    """How scores were computed from a head's features; a head has a row for each setting."""
 
     modulated: bool
     changes: tuple[str, ...]
-    """What is not as usual, "temperature 0.1": sweeps leave such results."""
+    """What is not as usual, such as "temperature 0.1": sweeps leave such results."""
 
     @classmethod
     def of(cls, result: SavedResult, prompts: str | None = None) -> Setting:
-        """That of a result; what its file does not say was not to be chosen when it was written.
+        """The setting of a result; a field that an old file lacks could not be chosen then.
 
-        `prompts` is the head's own prompt set, where it is known.
+        `prompts` is the head's own prompt set, if it is known.
         """
         changes = [
             f"{name.removeprefix('modulation_')} {result.values[name]:g}"
@@ -75,109 +76,99 @@ class Setting:
             changes.append(f"fusion {fusion}")
         if prompts is not None and result.values.get("prompt_set") not in (None, prompts):
             changes.append(f"prompts {result.values['prompt_set']}")
-        return cls(result.modulated, tuple(changes))
+        return cls(bool(result.values.get("modulate", False)), tuple(changes))
 
     @property
     def text(self) -> str:
-        """ "on", "off", "on, temperature 0.1"."""
+        """In words: "on", "off", "on, temperature 0.1"."""
         return ", ".join(("on" if self.modulated else "off", *self.changes))
 
     @property
     def options(self) -> str:
-        """What `mote-cli eval` takes for it, with a space before."""
+        """The options of `mote-cli eval` for it, each with a space before."""
         own = "" if self.modulated else " --no-modulate"
-        names = {"neighbours": "modulation-neighbours", "temperature": "modulation-temperature"}
         for change in self.changes:
-            name, value = change.split()
-            own += f" --{names.get(name, name)} {value}"
+            own += " --modulation-" if f"modulation_{change.split()[0]}" in _USUAL else " --"
+            own += change
         return own
 
 
 @dataclass(frozen=True)
 class TradeoffRow:
-    """One head in one setting; percent, unrounded, None where a result is missing."""
+    """One head in one setting; accuracies are in percent, unrounded, None without a result."""
 
     head: str
     setting: Setting
-    closeset: SavedResult | None
-    zeroshot: tuple[SavedResult | None, ...]
-    """In the order of the zero-shot sets asked for."""
+    results: tuple[SavedResult | None, ...]
+    """The close-set result, then one per zero-shot set, in the order of the request."""
 
     @property
-    def modulated(self) -> bool:
-        """Whether the head was modulated."""
-        return self.setting.modulated
+    def found(self) -> list[SavedResult]:
+        """The results that are there."""
+        return [result for result in self.results if result is not None]
 
     @property
     def complete(self) -> bool:
         """Whether every result is there."""
-        return self.closeset is not None and None not in self.zeroshot
+        return None not in self.results
 
     @property
-    def begun(self) -> bool:
-        """Whether any result is there."""
-        return self.closeset is not None or any(result is not None for result in self.zeroshot)
-
-    @property
-    def closeset_top1(self) -> float | None:
-        """Close-set top-1."""
-        return None if self.closeset is None else self.closeset.top1
+    def top1(self) -> list[float | None]:
+        """Top-1 of each of `results`."""
+        return [None if result is None else result.top1 for result in self.results]
 
     @property
     def zeroshot_top1(self) -> float | None:
         """Harmonic mean of the zero-shot sets' top-1."""
-        values = [result.top1 for result in self.zeroshot if result is not None]
-        return harmonic_mean(values) if len(values) == len(self.zeroshot) else None
+        return _mean_of_known(self.top1[1:])
 
     @property
     def score(self) -> float | None:
         """The trade-off score."""
-        closeset, zeroshot = self.closeset_top1, self.zeroshot_top1
-        return None if closeset is None or zeroshot is None else harmonic_mean([closeset, zeroshot])
+        return _mean_of_known([self.top1[0], self.zeroshot_top1])
 
     def to_json(self) -> dict[str, Any]:
         """The numbers, and the files they are from, as strict JSON values."""
-        found = {
-            result.dataset: {"top1": result.top1, "file": str(result.path)}
-            for result in self.zeroshot
-            if result is not None
-        }
+        closeset, *zeroshot = self.results
         return {
             "head": self.head,
-            "modulated": self.modulated,
+            "modulated": self.setting.modulated,
             "setting": self.setting.text,
-            "closeset_top1": self.closeset_top1,
-            "closeset_file": None if self.closeset is None else str(self.closeset.path),
-            "zeroshot": found,
+            "closeset_top1": self.top1[0],
+            "closeset_file": None if closeset is None else str(closeset.path),
+            "zeroshot": {
+                result.dataset: {"top1": result.top1, "file": str(result.path)}
+                for result in zeroshot
+                if result is not None
+            },
             "zeroshot_top1": self.zeroshot_top1,
             "tradeoff": self.score,
         }
 
 
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The harmonic mean; None when one of the values is."""
+    known = [value for value in values if value is not None]
+    return harmonic_mean(known) if len(known) == len(values) else None
+
+
 @dataclass(frozen=True)
 class Tradeoff:
-    """The table: a row per head and setting, and what it takes to fill the gaps."""
+    """The table: a row per head and setting, and the commands that fill its gaps."""
 
     closeset: str
     zeroshot: tuple[str, ...]
     rows: tuple[TradeoffRow, ...]
     missing: tuple[str, ...]
-    """A line per result that is not there, with the command that makes it."""
+    """A line per missing result, with the command that makes it."""
     mixed: tuple[str, ...]
-    """A line per protocol field in which heads differ in one column, where that was allowed."""
+    """A line per protocol field in which heads differ in one column, if that was allowed."""
     unknown: tuple[str, ...]
-    """A line per column whose results do not all say how they came about."""
+    """A line per column in which some results lack protocol fields."""
 
     def to_json(self) -> dict[str, Any]:
         """The table as strict JSON values."""
-        return {
-            "closeset": self.closeset,
-            "zeroshot": list(self.zeroshot),
-            "rows": [row.to_json() for row in self.rows],
-            "missing": list(self.missing),
-            "mixed": list(self.mixed),
-            "unknown": list(self.unknown),
-        }
+        return {**vars(self), "rows": [row.to_json() for row in self.rows]}
 
 
 def collect(
@@ -190,17 +181,18 @@ def collect(
     """The newest results under `eval/` of the run folders, one row per head and setting.
 
     `closeset` and `zeroshot` name data sets or protocols (docs/protocols.md); by default those of
-    the paper where there are results on them, else every data set with results. Raises UserError
-    when a column would mix protocols and `allow_mixed` is off (the fields are named), when
+    the paper if there are results on them, else every data set with results. Raises UserError
+    when a column would mix protocols and `allow_mixed` is off (it names the fields), when
     results of one row are of different weights, or when no row is complete.
     """
-    found = {run.name: _newest(_of_new_videos(saved_results(run))) for run in runs}
+    found = {run.name: _results_of_new_videos(run) for run in runs}
     prompts = {run.name: own_prompts(run, found[run.name]) for run in runs}
     close = closeset or _default_closeset(found)
     zero = tuple(zeroshot) or _default_zeroshot(found)
     repeated = [name for name in zero if zero.count(name) > 1]
     if repeated:
         raise UserError(f"zero-shot set {repeated[0]!r} is named twice: name each once")
+    wanted: list[tuple[Role, str]] = [("closeset", close), *(("zeroshot", name) for name in zero)]
     rows: list[TradeoffRow] = []
     missing: list[str] = []
     for head, results in found.items():
@@ -208,16 +200,23 @@ def collect(
         for result in results:
             by_setting.setdefault(Setting.of(result, prompts[head]), []).append(result)
         made = [
-            _row(head, setting, by_setting.get(setting, []), close, zero)
+            TradeoffRow(
+                head,
+                setting,
+                tuple(
+                    next((r for r in by_setting.get(setting, []) if _is(r, role, name)), None)
+                    for role, name in wanted
+                ),
+            )
             for setting in sorted(by_setting) or [Setting(False, ())]
         ]
-        # A sweep leaves settings that were measured on one set only, and nobody asked for more.
-        begun = [row for row in made if row.begun and (row.complete or not row.setting.changes)]
+        # A sweep leaves settings that were measured on one set only: they are no gaps to fill.
+        begun = [row for row in made if row.found and (row.complete or not row.setting.changes)]
         for row in begun or made[-1:]:
             if row.complete:
                 _require_one_head(row)
             rows.append(row)
-            missing += _missing(row, close, zero)
+            missing += _missing(row, wanted)
     complete = [row for row in rows if row.complete]
     if not complete:
         raise UserError(
@@ -234,27 +233,26 @@ def collect(
     return Tradeoff(close, zero, tuple(rows), tuple(missing), tuple(mixed), tuple(unsure))
 
 
-def _of_new_videos(results: Sequence[SavedResult]) -> list[SavedResult]:
-    """Results without those that `eval --allow-overlap` left of training videos; they are told."""
+def _results_of_new_videos(run: Path) -> list[SavedResult]:
+    """The results of a run, newest first; those on its training videos are logged and left out."""
     fair = []
-    for result in results:
-        seen = result.values.get("n_trained_on")
-        if seen:
+    for result in saved_results(run):
+        if seen := result.values.get("n_trained_on"):
             log.warning(
                 "passed over: %s is of %s videos that its head was trained on", result.path, seen
             )
         else:
             fair.append(result)
-    return fair
+    return sorted(fair, key=lambda result: result.time_ns, reverse=True)
 
 
 def is_scored(run: Path) -> bool:
-    """Whether a run has results that a table may hold: others than of what was trained for them."""
+    """Whether a run has results of other protocols than those that train a head for themselves."""
     return any(result.role not in ("fewshot", "base-to-novel") for result in saved_results(run))
 
 
 def own_prompts(run: Path, results: Sequence[SavedResult]) -> str | None:
-    """The prompt set of a run's training; of a run that does not say, that of most results."""
+    """The prompt set of a run's training; if it is not known, the one that most results have."""
     try:
         own = (read_config(run) or {})["data"]["prompt_set"]
     except (WorkError, OSError, KeyError, TypeError):
@@ -265,30 +263,8 @@ def own_prompts(run: Path, results: Sequence[SavedResult]) -> str | None:
     return max(sorted(set(named)), key=named.count, default=None)
 
 
-def _newest(results: Sequence[SavedResult]) -> list[SavedResult]:
-    return sorted(results, key=lambda result: result.time_ns, reverse=True)
-
-
-def _row(
-    head: str,
-    setting: Setting,
-    results: Sequence[SavedResult],
-    closeset: str,
-    zeroshot: Sequence[str],
-) -> TradeoffRow:
-    def newest(role: Role, name: str) -> SavedResult | None:
-        return next((result for result in results if _is(result, role, name)), None)
-
-    return TradeoffRow(
-        head,
-        setting,
-        newest("closeset", closeset),
-        tuple(newest("zeroshot", name) for name in zeroshot),
-    )
-
-
 def _is(result: SavedResult, role: Role, name: str) -> bool:
-    if result.protocol_name == name:  # one that is named may be half-class too
+    if result.protocol_name == name:  # a protocol that is named may be half-class
         return (result.role == "closeset") == (role == "closeset")
     return result.role == role and known_dataset(name) == known_dataset(result.dataset)
 
@@ -313,44 +289,34 @@ def _datasets(found: Mapping[str, Sequence[SavedResult]], role: Role) -> list[st
     return sorted({r.dataset for results in found.values() for r in results if r.role == role})
 
 
-def _missing(row: TradeoffRow, closeset: str, zeroshot: Sequence[str]) -> list[str]:
-    wanted = [("closeset", closeset, row.closeset)]
-    wanted += [
-        ("zeroshot", name, result) for name, result in zip(zeroshot, row.zeroshot, strict=True)
-    ]
+def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]]) -> list[str]:
     chosen = "" if row.head == MEAN_OF_FRAMES else row.setting.options
     return [
         f"{row.head} has no {role} result on {name}: `mote-cli eval "
         f"{'--protocol' if name in PROTOCOLS else f'--{role}'} {name} --head {row.head}{chosen}`"
-        for role, name, result in wanted
+        for (role, name), result in zip(wanted, row.results, strict=True)
         if result is None
     ]
 
 
 def _require_one_head(row: TradeoffRow) -> None:
-    """The results of a row must be of the same weights; a head trained anew has old results."""
-    assert row.closeset is not None
-    for result in row.zeroshot:
-        assert result is not None
-        for name in _OF_ONE_HEAD:
-            one, other = row.closeset.values.get(name), result.values.get(name)
-            if name in row.closeset.values and name in result.values and one != other:
-                raise UserError(
-                    f"{row.head}: {name} of {row.closeset.path.name} is {one}, of "
-                    f"{result.path.name} it is {other}: the two are not of one model; evaluate "
-                    "both again"
-                )
+    """UserError unless the results of a row are of the same weights."""
+    first, *others = row.found
+    for result, name in itertools.product(others, _OF_ONE_HEAD):
+        one, other = first.values.get(name), result.values.get(name)
+        if name in first.values and name in result.values and one != other:
+            raise UserError(
+                f"{row.head}: {name} of {first.path.name} is {one}, of {result.path.name} it is "
+                f"{other}: the two are not of one model; evaluate both again"
+            )
 
 
 def _mixed(rows: Sequence[TradeoffRow]) -> tuple[list[str], list[str]]:
-    """(lines for fields that differ between heads in one column, for those that one lacks)."""
+    """(a line per field in which two heads differ in one column, one per column with unknowns)."""
     mixed: dict[str, None] = {}
     unsure: dict[str, dict[str, None]] = {}
     for row, other in itertools.combinations(rows, 2):
-        columns = zip((row.closeset, *row.zeroshot), (other.closeset, *other.zeroshot), strict=True)
-        for one, two in columns:
-            assert one is not None
-            assert two is not None
+        for one, two in zip(row.found, other.found, strict=True):
             for found in differences(one, two):
                 if found.decisive and found.unknown:
                     unsure.setdefault(one.dataset, {})[found.name] = None

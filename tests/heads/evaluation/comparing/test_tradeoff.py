@@ -117,8 +117,7 @@ def test_other_prompts_are_a_row_of_their_own(tmp_path: Path) -> None:
     run = whole(tmp_path / "b16", 80.0, 80.0, 50.0, 60.0)
     zeroshot(run, "hmdb51", 10.0, time=5, prompt_set="mine")
     (row,) = collect([run]).rows
-    assert row.zeroshot[1] is not None
-    assert row.zeroshot[1].top1 == 50.0
+    assert row.top1[2] == 50.0
     (run / "config.json").write_text('{"data": {"prompt_set": "mine"}}')
     table = collect([run], zeroshot=["ucf101"])
     assert [row.setting.text for row in table.rows if row.complete] == ["on, prompts mote28"]
@@ -132,7 +131,7 @@ def test_results_of_training_videos_are_passed_over(
     run = whole(tmp_path / "b16", 80.0, 80.0, 50.0, 60.0)
     closeset(run, 99.0, time=5, n_trained_on=12)
     (row,) = collect([run]).rows
-    assert row.closeset_top1 == 80.0
+    assert row.top1[0] == 80.0
     assert "close5-True.json is of 12 videos that its head was trained on" in caplog.text
 
 
@@ -141,10 +140,9 @@ def test_the_newest_result_counts_and_modulation_is_a_row(tmp_path: Path) -> Non
     zeroshot(run, "hmdb51", 55.8, time=5)
     whole(run, 79.0, 70.0, 40.0, 50.0, modulate=False)
     off, on = collect([run]).rows
-    assert (off.modulated, on.modulated) == (False, True)
-    assert on.zeroshot[1] is not None
-    assert on.zeroshot[1].top1 == 55.8
-    assert off.closeset_top1 == 79.0
+    assert (off.setting.modulated, on.setting.modulated) == (False, True)
+    assert on.top1[2] == 55.8
+    assert off.top1[0] == 79.0
 
 
 def test_sweeps_leave_no_gaps_and_are_not_mixed_in(tmp_path: Path) -> None:
@@ -154,7 +152,7 @@ def test_sweeps_leave_no_gaps_and_are_not_mixed_in(tmp_path: Path) -> None:
     zeroshot(run, "hmdb51", 56.0, time=9, fusion="features")
     table = collect([run])
     (row,) = table.rows
-    assert (row.setting.text, row.zeroshot[1].top1 if row.zeroshot[1] else 0) == ("on", 55.8)
+    assert (row.setting.text, row.top1[2]) == ("on", 55.8)
     assert table.missing == ()
     for name in ("ucf101", "k600"):
         zeroshot(run, name, 80.0, time=7, ensemble=0.5)
