@@ -53,7 +53,6 @@ class RemoteStoreWriter(PartitionWriter):
         """
         self._staging = StoreWriter.open(scratch.path / "store")
         super().__init__(objects.url, self._staging.path, self._staging.metadata)
-        self.url = objects.url
         self._objects = objects
         self._scratch = scratch
         tars = range(self.schema.tars)
@@ -109,11 +108,6 @@ class RemoteStoreWriter(PartitionWriter):
             scratch.close()
             raise
 
-    @classmethod
-    def exists(cls, url: str) -> bool:
-        """Whether a store is there (a half-made one is not)."""
-        return ObjectFolder(url).head(GROUP) is not None
-
     def done(self, tar: int) -> bool:
         """Whether it was committed, with all its objects, at the opening or was written since.
 
@@ -156,7 +150,7 @@ class RemoteStoreWriter(PartitionWriter):
         log.info(
             "%s: nothing keeps another process from doing the same partitions: give each its own "
             "--partition K/N",
-            self.url,
+            self.place,
         )
         yield
 
