@@ -218,11 +218,10 @@ def architecture(workspace: Workspace, result: Mapping[str, Any]) -> str | None:
 
 def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | None:
     """Class names of a packed data set; None where it is not packed."""
-    from pipeline.tars.dataset import load_dataset
+    from pipeline.tars.dataset import DATASET_FILE, load_dataset
 
-    if dataset not in workspace.dataset_names():
-        return None
-    return load_dataset(workspace.dataset_dir(dataset)).class_names
+    folder = workspace.dataset_dir(dataset)
+    return load_dataset(folder).class_names if (folder / DATASET_FILE).is_file() else None
 
 
 def class_list(text: str) -> list[str]:

@@ -12,16 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from featstore.checking.verify import Report, verify
-    from featstore.errors import UserError, WorkError
-    from featstore.format.class_texts import ClassText
-    from featstore.format.provenance import Provenance
-    from featstore.format.schema import STATUS_EMPTY, STATUS_FAILED, STATUS_OK, StoreSchema
-    from featstore.opening import open_store
-    from featstore.reading.store import Store
-    from featstore.workspace import Workspace
-    from featstore.writing.partition import Partition
-    from featstore.writing.writer import StoreWriter
+    from featstore.checking.verify import Report as Report
+    from featstore.checking.verify import verify as verify
+    from featstore.errors import UserError as UserError
+    from featstore.errors import WorkError as WorkError
+    from featstore.format.class_texts import ClassText as ClassText
+    from featstore.format.provenance import Provenance as Provenance
+    from featstore.format.schema import STATUS_EMPTY as STATUS_EMPTY
+    from featstore.format.schema import STATUS_FAILED as STATUS_FAILED
+    from featstore.format.schema import STATUS_OK as STATUS_OK
+    from featstore.format.schema import StoreSchema as StoreSchema
+    from featstore.opening import open_store as open_store
+    from featstore.reading.store import Store as Store
+    from featstore.workspace import Workspace as Workspace
+    from featstore.writing.partition import Partition as Partition
+    from featstore.writing.writer import StoreWriter as StoreWriter
 
 _HOMES: Final = {
     "open_store": "featstore.opening",
@@ -41,23 +46,7 @@ _HOMES: Final = {
     "WorkError": "featstore.errors",
 }
 
-__all__ = [
-    "open_store",
-    "Store",
-    "StoreWriter",
-    "StoreSchema",
-    "Provenance",
-    "ClassText",
-    "Partition",
-    "Workspace",
-    "verify",
-    "Report",
-    "STATUS_EMPTY",
-    "STATUS_OK",
-    "STATUS_FAILED",
-    "UserError",
-    "WorkError",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 from featstore.format.class_texts import ClassText
 from featstore.format.metadata import StoreMetadata
 from featstore.reading.store import Store
+from featstore.remote.contents import NoStore
 from featstore.remote.mirror import open_remote
 from featstore.remote.urls import is_url
 from featstore.remote.writer import RemoteStoreWriter
@@ -42,7 +43,10 @@ def open_store(path: str | Path, *, mapped: bool = True) -> Store:
 def writer_of(place: StorePlace) -> AnyWriter | None:
     """The writer of the store that is there, None when there is none; errors as its `open`."""
     if isinstance(place, str):
-        return RemoteStoreWriter.open(place) if RemoteStoreWriter.exists(place) else None
+        try:
+            return RemoteStoreWriter.open(place)
+        except NoStore:
+            return None
     return StoreWriter.open(place) if place.exists() else None
 
 

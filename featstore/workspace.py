@@ -68,10 +68,6 @@ class Workspace:
         """Folder of an imported or fine-tuned encoder; UserError as `dataset_dir`."""
         return self.root / "encoders" / _checked(name, "encoder")
 
-    def dataset_names(self) -> list[str]:
-        """Names of the data sets that are packed, sorted."""
-        return sorted(p.parent.name for p in (self.root / "datasets").glob(f"*/{DATASET_FILE}"))
-
     def runs(self) -> list[Path]:
         """Folders of the runs that hold a config.json, newest first by its time."""
         found = [

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from featstore.errors import UserError, WorkError, one_line
 from featstore.format.array_checks import not_finite
 from featstore.format.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
+from featstore.format.class_texts import read_class_text
 from featstore.format.metadata import prompt_set_names, read_metadata, wrong_attributes
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
@@ -24,7 +25,7 @@ from featstore.format.schema import (
     FeatureArray,
 )
 from featstore.progress import Outcome, ProgressSink, no_progress
-from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition, read_class_text
+from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition
 from featstore.reading.coded_shards import CodedFeatures
 from featstore.reading.damage_notes import DamageNote, note_damage, note_path
 from featstore.reading.shards import ShardFile

@@ -30,12 +30,9 @@ _LOCK, _LOCK_AND_WAIT = (
 
 
 @contextmanager
-def exclusive(lock_file: Path, work: str) -> Iterator[None]:
-    """Hold `lock_file` (made if needed, never removed) while doing `work`, "training RUN".
-
-    Raises WorkError that names the process which holds it.
-    """
-    with claimed(lock_file, [0], lambda _: work):
+def exclusive(lock_file: Path, work: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold `lock_file` while doing `work`, "training RUN"; the rest as `claimed`."""
+    with claimed(lock_file, [0], lambda _: work, wait=wait):
         yield
 
 
@@ -62,36 +59,20 @@ def claimed(
         for record in records:
             start = record * RECORD_BYTES
             try:
-                fcntl.fcntl(descriptor, _LOCK_AND_WAIT if wait else _LOCK, _range(start))
+                fcntl.fcntl(descriptor, _LOCK, _range(start))
             except (BlockingIOError, PermissionError):  # POSIX leaves the choice of the two
                 holder = os.pread(descriptor, RECORD_BYTES, start).partition(b"\n")[0].strip(b"\0")
-                raise WorkError(
-                    f"another process (pid {holder.decode('ascii', 'replace') or 'unknown'}) is "
-                    f"{work(record)}: wait for it or stop it"
-                ) from None
+                process = f"another process (pid {holder.decode('ascii', 'replace') or 'unknown'})"
+                if not wait:
+                    raise WorkError(
+                        f"{process} is {work(record)}: wait for it or stop it"
+                    ) from None
+                log.info("waiting for %s that is %s", process, work(record))
+                fcntl.fcntl(descriptor, _LOCK_AND_WAIT, _range(start))
             os.pwrite(descriptor, owner.ljust(RECORD_BYTES, b"\0"), start)
         yield
     finally:
         os.close(descriptor)  # frees the locks
-
-
-@contextmanager
-def one_at_a_time(lock_file: Path, work: str) -> Iterator[None]:
-    """Wait until no other process or thread holds `lock_file`, then hold it.
-
-    `work` is what they do with it, for the log. The file is made if needed and never removed.
-    """
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("waiting for another process that is %s", work)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def hold(lock_file: Path) -> int | None:

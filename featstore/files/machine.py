@@ -1,7 +1,7 @@
 """What this machine and the groups of this process give it: memory, cores, bfloat16 products.
 
 Containers and batch systems limit a process by control groups (cgroups v1 and v2, Linux kernel
-documentation), while /proc/meminfo speaks of the whole machine. What files left in the page cache
+documentation), while /proc/meminfo describes the whole machine. What files left in the page cache
 counts as used there, too, and is given back when memory is wanted, so that it is free here.
 """
 

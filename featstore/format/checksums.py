@@ -9,11 +9,15 @@ chunk cannot (that one agrees in a shard of another partition, too).
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
+
+from featstore.files.bounded import read_bounded
+from featstore.format.schema import CRC_BYTES
 
 Checksums = npt.NDArray[np.uint32]
 
@@ -27,6 +31,29 @@ PIECE_BYTES: Final = 512 * 2**10
 def crc32c(data: bytes | npt.NDArray[Any], before: int = 0) -> int:
     """crc32c of bytes or of a C-contiguous array's bytes, which follow those with crc `before`."""
     return int(google_crc32c.extend(before, data))
+
+
+class MissingFile(ValueError):
+    """There is no file of this name."""
+
+
+def read_checked(path: Path, limit: int) -> tuple[bytes, int]:
+    """Content of a chunk file of at most `limit` bytes, and the checksum it ends with.
+
+    ValueError when it cannot be read, is too long, or fails the checksum.
+    """
+    try:
+        raw = read_bounded(path, limit)
+    except FileNotFoundError as error:
+        raise MissingFile("is missing") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read ({error.strerror})") from error
+    if len(raw) <= CRC_BYTES:
+        raise ValueError(f"has {len(raw)} bytes")
+    body, crc = raw[:-CRC_BYTES], int.from_bytes(raw[-CRC_BYTES:], "little")
+    if crc32c(body) != crc:
+        raise ValueError("fails its checksum")
+    return body, crc
 
 
 def chunk_checksums(checksums: Checksums, chunk_rows: int, row_bytes: int) -> Checksums:

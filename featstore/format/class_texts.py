@@ -1,4 +1,4 @@
-"""The class texts of a prompt set, and what a store says of them.
+"""The class texts of a prompt set, and how a store holds them.
 
 Dimension letters: C classes, D dim.
 """
@@ -12,21 +12,24 @@ from typing import Any, Final
 
 import numpy as np
 
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
+from featstore.format.checksums import crc32c, read_checked
 from featstore.format.metadata import (
     ARRAY_METADATA_LIMIT,
     check_array,
     check_prompt_set,
+    inside,
     is_texts,
     json_checksum,
     read_node,
 )
-from featstore.format.schema import CLASS_TEXT_GROUP, ArraySpec, FloatArray, class_text_spec
+from featstore.format.provenance import Provenance
+from featstore.format.schema import CLASS_TEXT_GROUP, CRC_BYTES, FloatArray, class_text_spec
 
 DEFAULT_PROMPTS: Final = "mote28"
 """The prompt set that is made, and used, where none is named."""
 
-_CLASS_TEXT_ATTRIBUTES: Final = (
+_CHECKED_ATTRIBUTES: Final = (
     *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
 )
 
@@ -64,48 +67,31 @@ class ClassText:
         if not np.all(np.abs(lengths - 1) < _UNIT_TOLERANCE):
             raise ValueError("class embeddings must have length 1: normalise them first")
 
-
-@dataclass(frozen=True)
-class ClassTextNode:
-    """The metadata of `class_text/<name>`; the fields are those of `ClassText`."""
-
-    spec: ArraySpec
-    names: tuple[str, ...]
-    sentences_hash: str
-    templates: tuple[str, ...]
-    encoder_fingerprint: str
-    embeddings_checksum: int | None
-
-
-def class_text_attributes(
-    names: Sequence[str],
-    sentences_hash: str,
-    templates: Sequence[str],
-    encoder_fingerprint: str,
-    embeddings_checksum: int,
-) -> dict[str, Any]:
-    """The attributes of `class_text/<name>`; `embeddings_checksum` is the crc32c of its numbers."""
-    attributes: dict[str, Any] = {"class_names": list(names), "sentences_hash": sentences_hash}
-    if templates:
-        attributes["templates"] = list(templates)
-    if encoder_fingerprint:
-        attributes["encoder_fingerprint"] = encoder_fingerprint
-    attributes["embeddings_checksum"] = embeddings_checksum
-    return attributes | {"checksum": class_text_checksum(attributes)}
+    def attributes(self) -> dict[str, Any]:
+        """The attributes of `class_text/<name>`, as its `zarr.json` holds them."""
+        attributes: dict[str, Any] = {
+            "class_names": list(self.names),
+            "sentences_hash": self.sentences_hash,
+        }
+        if self.templates:
+            attributes["templates"] = list(self.templates)
+        if self.encoder_fingerprint:
+            attributes["encoder_fingerprint"] = self.encoder_fingerprint
+        numbers = np.ascontiguousarray(self.embeddings, "<f4")
+        attributes["embeddings_checksum"] = crc32c(numbers)
+        return attributes | {"checksum": _attributes_checksum(attributes)}
 
 
-def class_text_checksum(attributes: Mapping[str, Any]) -> int:
-    """As `metadata.attributes_checksum`, of those attributes of class texts that are there."""
-    return json_checksum(
-        {name: attributes[name] for name in _CLASS_TEXT_ATTRIBUTES if name in attributes}
-    )
+def read_class_text(
+    store: Path, prompt_set: str, provenance: Provenance, class_names: Sequence[str]
+) -> ClassText:
+    """The class texts of one prompt set, of the store's classes and its encoder.
 
-
-def class_text_node(store: Path, name: str, dim: int) -> ClassTextNode:
-    """Read and check the metadata of `class_text/<name>`; UserError where it does not fit."""
-    key = f"{CLASS_TEXT_GROUP}/{check_prompt_set(name)}"
-    node = read_node(store, f"{key}/zarr.json", ARRAY_METADATA_LIMIT)
-    attributes = node.get("attributes")
+    UserError for metadata that does not fit the format or texts of another encoder, WorkError for
+    a damaged chunk or other class names.
+    """
+    key = f"{CLASS_TEXT_GROUP}/{check_prompt_set(prompt_set)}"
+    attributes = read_node(store, f"{key}/zarr.json", ARRAY_METADATA_LIMIT).get("attributes")
     attributes = attributes if isinstance(attributes, dict) else {}
     names, digest = attributes.get("class_names"), attributes.get("sentences_hash")
     if not is_texts(names) or not names or not isinstance(digest, str):
@@ -114,23 +100,53 @@ def class_text_node(store: Path, name: str, dim: int) -> ClassTextNode:
     templates, encoder = attributes.get("templates", []), attributes.get("encoder_fingerprint", "")
     if not is_texts(templates) or not isinstance(encoder, str):
         raise UserError(f"{key} of {store} does not say how it was made: the store is damaged")
-    of_embeddings, of_attributes = (attributes.get(n) for n in ("embeddings_checksum", "checksum"))
+    recorded, of_attributes = (attributes.get(n) for n in ("embeddings_checksum", "checksum"))
     # Earlier stores have neither of the two.
-    if (of_embeddings, of_attributes) != (None, None) and (
-        type(of_embeddings) is not int or of_attributes != class_text_checksum(attributes)
+    if (recorded, of_attributes) != (None, None) and (
+        type(recorded) is not int or of_attributes != _attributes_checksum(attributes)
     ):
         raise UserError(
             f"the attributes of {key} of {store} fail their checksum: put a copy of its zarr.json "
-            "back, or " + remake_class_text(store, name)
+            "back, or " + _remake(store, prompt_set)
         )
-    spec = class_text_spec(len(names), dim)
+    spec = class_text_spec(len(names), provenance.dim)
     check_array(store, key, spec)
-    return ClassTextNode(spec, tuple(names), digest, tuple(templates), encoder, of_embeddings)
+    if encoder not in ("", provenance.encoder_fingerprint):
+        raise UserError(
+            f"class texts {prompt_set!r} of {store} were made with the text tower of another "
+            f"encoder (weights {encoder[:16]}) than its features "
+            f"({provenance.encoder}, weights {provenance.encoder_fingerprint[:16]}): remove {key} "
+            "and make them with `mote-cli store add-texts`"
+        )
+    if tuple(names) != tuple(class_names):
+        raise WorkError(
+            f"class texts {prompt_set!r} of {store}: their class names are not those of the store; "
+            + _remake(store, prompt_set)
+        )
+    try:
+        body, crc = read_checked(inside(store, f"{key}/{spec.chunk_key(0)}"), spec.file_bytes)
+        if len(body) + CRC_BYTES != spec.file_bytes:
+            raise ValueError(f"has {len(body) + CRC_BYTES} bytes, not {spec.file_bytes}")
+        if recorded not in (None, crc):
+            raise ValueError("is not the one that was written, but of other texts")
+        embeddings = np.frombuffer(body, spec.numpy_dtype).astype(np.float32).reshape(spec.shape)
+        return ClassText(tuple(names), embeddings, digest, tuple(templates), encoder)
+    except ValueError as error:
+        raise WorkError(
+            f"class texts {prompt_set!r} of {store}: chunk {error}; " + _remake(store, prompt_set)
+        ) from error
 
 
-def remake_class_text(store: Path, name: str) -> str:
+def _attributes_checksum(attributes: Mapping[str, Any]) -> int:
+    """As `metadata.attributes_checksum`, of those attributes of class texts that are there."""
+    return json_checksum(
+        {name: attributes[name] for name in _CHECKED_ATTRIBUTES if name in attributes}
+    )
+
+
+def _remake(store: Path, prompt_set: str) -> str:
     """How class texts that are damaged are made again, as the end of a message."""
     return (
-        f"remove {store / CLASS_TEXT_GROUP / name} and make them again with "
+        f"remove {store / CLASS_TEXT_GROUP / prompt_set} and make them again with "
         "`mote-cli store add-texts`"
     )

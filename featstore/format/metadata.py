@@ -92,7 +92,7 @@ class StoreMetadata:
             )
         if self.provenance.tier != self.schema.tier:
             raise ValueError(
-                f"provenance speaks of {self.provenance.tier}, the schema of {self.schema.tier}"
+                f"the provenance has tier {self.provenance.tier}, the schema {self.schema.tier}"
             )
 
     def group_node(self) -> dict[str, Any]:
@@ -248,11 +248,8 @@ def without_links(root: str, key: str) -> Path:
     return Path(path)
 
 
-def check_array(store: Path, name: str, spec: ArraySpec) -> dict[str, Any]:
-    """Hold an array's `zarr.json` against its specification; returns its attributes.
-
-    UserError names the first field that differs.
-    """
+def check_array(store: Path, name: str, spec: ArraySpec) -> None:
+    """UserError unless an array's `zarr.json` is as specified; it names the first difference."""
     node = read_node(store, f"{name}/zarr.json", ARRAY_METADATA_LIMIT)
     expected = _comparable(spec.metadata())
     found = _comparable(node)
@@ -262,8 +259,6 @@ def check_array(store: Path, name: str, spec: ArraySpec) -> dict[str, Any]:
                 f"array {name} of {store}: {field} is {_brief(found.get(field))}, the format has "
                 f"{_brief(expected.get(field))}; make the store again with `mote-cli extract`"
             )
-    attributes = node.get("attributes", {})
-    return attributes if isinstance(attributes, dict) else {}
 
 
 def wrong_attributes(store: Path, metadata: StoreMetadata) -> list[tuple[str, str]]:
@@ -273,10 +268,10 @@ def wrong_attributes(store: Path, metadata: StoreMetadata) -> list[tuple[str, st
     added is left alone. UserError as `read_node`.
     """
     wrong = []
-    for name, spec in metadata.schema.arrays().items():
+    for name, node in array_nodes(metadata).items():
         attributes = read_node(store, f"{name}/zarr.json", ARRAY_METADATA_LIMIT).get("attributes")
         found = attributes if isinstance(attributes, dict) else {}
-        expected = spec.metadata(ARRAY_ATTRIBUTES.get(name))["attributes"]
+        expected = node["attributes"]
         lost = [key for key in expected if _exact(found.get(key)) != _exact(expected[key])]
         if lost:
             wrong.append((name, f"its attribute {lost[0]!r} was changed: put a copy of it back"))

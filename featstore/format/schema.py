@@ -12,7 +12,7 @@ are written from these specifications and every store is held against them befor
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Final
 
 import numpy as np
@@ -86,6 +86,8 @@ _SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}
 _CRC: Final[dict[str, Any]] = {"name": "crc32c"}
 _VLEN: Final[dict[str, Any]] = {"name": "vlen-utf8", "configuration": {}}
 _ZSTD: Final[dict[str, Any]] = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
+# Of arrays per row, where they are not those of numbers of several bytes.
+_CODECS: Final = {"string": (_VLEN, _ZSTD, _CRC), "uint8": (_SINGLE_BYTES, _CRC)}
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ class ArraySpec:
         if self.dtype == "string":
             raise ValueError("a string array has no fixed-width numpy type")
         return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of a chunk file of a numeric array that is neither sharded nor compressed."""
+        return math.prod(self.chunks) * self.numpy_dtype.itemsize + CRC_BYTES
 
     @property
     def missing(self) -> float | str:
@@ -191,7 +198,8 @@ class StoreSchema:
             tier = Tier.parse(self.tier)
         except (UserError, AttributeError) as error:
             raise ValueError(f"tier {self.tier!r} is not one this version knows") from error
-        for name, value in self._sizes().items():
+        for name in (field.name for field in fields(self) if field.default is MISSING):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
         if self.capacity % self.chunk_rows:
@@ -237,24 +245,11 @@ class StoreSchema:
 
         `codec`, `feature_type`, `tier` and `item` are there only where they are not the plain ones.
         """
-        special: dict[str, int | str | list[int]] = {}
-        if self.codec != "none":
-            special["codec"] = self.codec
-        if self.feature_type != "float16":
-            special["feature_type"] = self.feature_type
-        if not self.pooled:
-            special |= {"tier": self.tier, "item": list(self.item)}
-        return self._sizes() | special
-
-    def _sizes(self) -> dict[str, int | str | list[int]]:
-        return {
-            "tars": self.tars,
-            "capacity": self.capacity,
-            "views": self.views,
-            "frames": self.frames,
-            "dim": self.dim,
-            "chunk_rows": self.chunk_rows,
-        }
+        held = [field for field in fields(self) if getattr(self, field.name) != field.default]
+        value = {field.name: getattr(self, field.name) for field in held} | {"item": [*self.item]}
+        if self.pooled:
+            del value["item"]
+        return value
 
     @property
     def rows(self) -> int:
@@ -336,19 +331,18 @@ class StoreSchema:
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array of the store except the class texts (see `class_text_spec`)."""
         n, capacity = self.rows, self.capacity
+        per_frame = (self.views, self.frames), ("view", "frame")
 
-        def per_row(dtype: str, fill: int | str, units: str = "") -> ArraySpec:
-            codecs = (_SINGLE_BYTES if dtype == "uint8" else _BYTES, _CRC)
-            return ArraySpec((n,), dtype, (capacity,), None, fill, codecs, ("row",), units)
-
-        def per_frame(dtype: str, fill: int | str, units: str) -> ArraySpec:
-            shape, chunks = (n, self.views, self.frames), (capacity, self.views, self.frames)
-            names = ("row", "view", "frame")
-            return ArraySpec(shape, dtype, chunks, None, fill, (_BYTES, _CRC), names, units)
-
-        def text() -> ArraySpec:
-            codecs = (_VLEN, _ZSTD, _CRC)
-            return ArraySpec((n,), "string", (capacity,), None, "", codecs, ("row",), "")
+        def per_row(
+            dtype: str,
+            fill: int | str,
+            units: str = "",
+            sizes: tuple[int, ...] = (),
+            names: tuple[str, ...] = (),
+        ) -> ArraySpec:
+            codecs = _CODECS.get(dtype, (_BYTES, _CRC))
+            shape, chunks = (n, *sizes), (capacity, *sizes)
+            return ArraySpec(shape, dtype, chunks, None, fill, codecs, ("row", *names), units)
 
         def per_tar(dtype: str, entries: int, name: str) -> ArraySpec:
             shape, chunks, names = (self.tars, entries), (1, entries), ("tar", name)
@@ -365,8 +359,8 @@ class StoreSchema:
                 dimension_names=("row", "view", "frame", *Tier.parse(self.tier).dimension_names),
                 units="",
             ),
-            "key": text(),
-            "reason": text(),
+            "key": per_row("string", ""),
+            "reason": per_row("string", ""),
             "label": per_row("int32", -1),
             "num_frames": per_row("int32", 0, "frames"),
             "fps": per_row("float32", "NaN", "frames per second"),
@@ -374,8 +368,8 @@ class StoreSchema:
             "splits": per_row("uint32", 0),
             "container_frames": per_row("int32", 0, "frames"),
             "damaged_packets": per_row("int32", 0, "packets"),
-            "frame_index": per_frame("int32", -1, "frames"),
-            "pts": per_frame("float64", "NaN", "seconds"),
+            "frame_index": per_row("int32", -1, "frames", *per_frame),
+            "pts": per_row("float64", "NaN", "seconds", *per_frame),
             "checksum": per_row("uint32", 0),
             "chunk_checksum": per_tar("uint32", len(SMALL_ARRAYS), "small_array"),
             "commit": per_tar("uint64", len(COMMIT_ENTRIES), "entry"),

@@ -8,32 +8,20 @@ WorkError that names the partition and the remedy.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import stat
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import UserError, WorkError
-from featstore.files.bounded import read_bounded
-from featstore.format.checksums import crc32c as crc32c  # also for those who write chunks
-from featstore.format.class_texts import ClassText, class_text_node, remake_class_text
-from featstore.format.metadata import StoreMetadata, inside, without_links
-from featstore.format.provenance import Provenance
-from featstore.format.schema import (
-    CLASS_TEXT_GROUP,
-    CRC_BYTES,
-    PARTITION_ARRAYS,
-    PER_TAR_ARRAYS,
-    SMALL_ARRAYS,
-)
+from featstore.errors import WorkError
+from featstore.format.checksums import MissingFile, read_checked
+from featstore.format.metadata import StoreMetadata, without_links
+from featstore.format.schema import CRC_BYTES, PARTITION_ARRAYS, PER_TAR_ARRAYS, SMALL_ARRAYS
 
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # A key is a file name (at most 255 bytes, three times that when quoted), a reason one line.
@@ -60,24 +48,17 @@ class DamagedPartition(WorkError):
         self.what = what
 
 
-@dataclass(frozen=True)
-class Commit:
+class Commit(NamedTuple):
     """One entry of `commit`: the partition is done when it is there and the shard has its size.
 
     `rows` listed samples, crc32c over the rows' checksums, size of the features shard in bytes,
-    time of writing in seconds since 1970.
+    time of writing in seconds since 1970; uint64 [1, 4] in the array.
     """
 
     rows: int
     checksum_crc32c: int
     features_bytes: int
     unix_time: int
-
-    def array(self) -> npt.NDArray[np.uint64]:
-        """The entry as uint64 [1, 4]."""
-        return np.array(
-            [[self.rows, self.checksum_crc32c, self.features_bytes, self.unix_time]], np.uint64
-        )
 
 
 class ChunkFiles:
@@ -101,22 +82,16 @@ class ChunkFiles:
             if os.path.exists(path := self.path(name, tar)) and not os.access(path, os.R_OK):
                 raise self.damaged(tar, f"{name} chunk cannot be read (Permission denied)")
         for name in PER_TAR_ARRAYS:
-            spec = self.specs[name]
+            spec, path = self.specs[name], self.path(name, tar)
             try:
-                found = os.stat(self.path(name, tar))
-            except OSError as error:
-                missing = isinstance(error, FileNotFoundError)
-                what = "is missing" if missing else f"cannot be read ({error.strerror})"
-                raise self.damaged(tar, f"{name} chunk {what}") from error
-            if not stat.S_ISREG(found.st_mode):
-                raise self.damaged(tar, f"{name} chunk is no regular file")
+                size = _size_of_file(path)
+            except ValueError as error:
+                raise self.damaged(tar, f"{name} chunk {error}") from error
             if spec.dtype == "string":  # as long as zstd made it
-                if not CRC_BYTES < found.st_size <= _text_file_limit(self.schema.capacity):
-                    raise self.damaged(tar, f"{name} chunk has {found.st_size} bytes")
-                continue
-            size = math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
-            if found.st_size != size:
-                raise self.damaged(tar, f"{name} chunk has {found.st_size} bytes, not {size}")
+                if not CRC_BYTES < size <= _text_file_limit(self.schema.capacity):
+                    raise self.damaged(tar, f"{name} chunk has {size} bytes")
+            elif size != spec.file_bytes:
+                raise self.damaged(tar, f"{name} chunk has {size} bytes, not {spec.file_bytes}")
 
     def path(self, array: str, tar: int) -> Path:
         """Where the chunk file lies; UserError if a symbolic link is on the way."""
@@ -148,10 +123,10 @@ class ChunkFiles:
         try:
             values = self.numbers("commit", tar).reshape(-1)
         except DamagedPartition as error:
-            if isinstance(error.__cause__, _MissingFile):
+            if isinstance(error.__cause__, MissingFile):
                 return None
             raise
-        commit = Commit(*(int(value) for value in values))
+        commit = Commit(*values.tolist())
         expected_rows = self.metadata.tars[tar].rows
         if commit.rows != expected_rows:
             raise self.damaged(
@@ -166,27 +141,22 @@ class ChunkFiles:
         """Path of a committed partition's features shard; WorkError unless it has its size."""
         path = self.path("features", tar)
         try:
-            found = os.stat(path)
-        except OSError as error:
-            found, problem = None, f"cannot be read ({error.strerror})"
-            if isinstance(error, FileNotFoundError):
-                problem = "is missing"
-        if found is not None and stat.S_ISREG(found.st_mode):
-            if found.st_size == commit.features_bytes:
+            size = _size_of_file(path)
+            if size == commit.features_bytes:
                 return path
-            problem = f"has {found.st_size} bytes, {commit.features_bytes} were written"
-        elif found is not None:
-            problem = "is no regular file"
+            problem = f"has {size} bytes, {commit.features_bytes} were written"
+        except ValueError as error:
+            problem = str(error)
         name = self.specs["features"].chunk_key(tar)
         raise self.damaged(tar, f"features shard {name} {problem}")
 
     def numbers(self, array: str, tar: int) -> npt.NDArray[Any]:
         """The partition's chunk of a numeric array, read-only, in the shape of one chunk."""
         spec = self.specs[array]
-        limit = math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
-        body = self._checked_bytes(array, tar, limit)
-        if len(body) != limit - CRC_BYTES:
-            raise self.damaged(tar, f"{array} chunk has {len(body) + CRC_BYTES} bytes, not {limit}")
+        body = self._checked_bytes(array, tar, spec.file_bytes)
+        size = len(body) + CRC_BYTES
+        if size != spec.file_bytes:
+            raise self.damaged(tar, f"{array} chunk has {size} bytes, not {spec.file_bytes}")
         return np.frombuffer(body, spec.numpy_dtype).reshape(spec.chunks)
 
     def texts(self, array: str, tar: int) -> list[str]:
@@ -234,21 +204,18 @@ class ChunkFiles:
         if known is None:
             return False
         try:
-            now = read_bounded(self.path("commit", tar), len(known) + CRC_BYTES)
-        except FileNotFoundError:
+            now, _ = read_checked(self.path("commit", tar), len(known) + CRC_BYTES)
+        except MissingFile:
             return True
-        except (OSError, ValueError):
+        except ValueError:  # damage, not the work of a writer
             return False
-        # One that fails its checksum is damage, not the work of a writer.
-        return now[:-CRC_BYTES] != known and crc32c(now[:-CRC_BYTES]) == int.from_bytes(
-            now[-CRC_BYTES:], "little"
-        )
+        return now != known
 
     def _checked_bytes(self, array: str, tar: int, limit: int) -> bytes:
         """Content of a chunk file without its checksum, once that agrees with file and commit."""
         path = self.path(array, tar)
         try:
-            body, crc = _read_checked(path, limit)
+            body, crc = read_checked(path, limit)
         except ValueError as error:
             raise self.damaged(tar, f"{array} chunk {error}") from error
         # The file's own checksum cannot tell that it is another partition's file.
@@ -265,70 +232,17 @@ class ChunkFiles:
         return recorded
 
 
-def read_class_text(
-    store: Path, prompt_set: str, provenance: Provenance, class_names: Sequence[str]
-) -> ClassText:
-    """The class texts of one prompt set, of the store's classes and its encoder.
-
-    UserError for metadata that does not fit the format or texts of another encoder, WorkError for
-    a damaged chunk or other class names.
-    """
-    node = class_text_node(store, prompt_set, provenance.dim)
-    spec = node.spec
-    if node.encoder_fingerprint not in ("", provenance.encoder_fingerprint):
-        raise UserError(
-            f"class texts {prompt_set!r} of {store} were made with the text tower of another "
-            f"encoder (weights {node.encoder_fingerprint[:16]}) than its features "
-            f"({provenance.encoder}, weights {provenance.encoder_fingerprint[:16]}): remove "
-            f"{CLASS_TEXT_GROUP}/{prompt_set} and make them with `mote-cli store add-texts`"
-        )
-    if node.names != tuple(class_names):
-        raise WorkError(
-            f"class texts {prompt_set!r} of {store}: their class names are not those of the store; "
-            + remake_class_text(store, prompt_set)
-        )
-    key = f"{CLASS_TEXT_GROUP}/{prompt_set}/{spec.chunk_key(0)}"
-    limit = math.prod(spec.shape) * spec.numpy_dtype.itemsize + CRC_BYTES
+def _size_of_file(path: Path) -> int:
+    """Size of a regular file in bytes; ValueError says what is there instead."""
     try:
-        body, crc = _read_checked(inside(store, key), limit)
-        if len(body) != limit - CRC_BYTES:
-            raise ValueError(f"has {len(body) + CRC_BYTES} bytes, not {limit}")
-        if node.embeddings_checksum not in (None, crc):
-            raise ValueError("is not the one that was written, but of other texts")
-        embeddings = np.frombuffer(body, spec.numpy_dtype).astype(np.float32).reshape(spec.shape)
-        return ClassText(
-            *(node.names, embeddings, node.sentences_hash),
-            templates=node.templates,
-            encoder_fingerprint=node.encoder_fingerprint,
-        )
-    except ValueError as error:
-        raise WorkError(
-            f"class texts {prompt_set!r} of {store}: chunk {error}; "
-            + remake_class_text(store, prompt_set)
-        ) from error
-
-
-class _MissingFile(ValueError):
-    """There is no file of this name."""
-
-
-def _read_checked(path: Path, limit: int) -> tuple[bytes, int]:
-    """Content of a chunk file of at most `limit` bytes, and the checksum it ends with.
-
-    ValueError when it cannot be read, is too long, or fails the checksum.
-    """
-    try:
-        raw = read_bounded(path, limit)
+        found = os.stat(path)
     except FileNotFoundError as error:
-        raise _MissingFile("is missing") from error
+        raise MissingFile("is missing") from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
-    if len(raw) <= CRC_BYTES:
-        raise ValueError(f"has {len(raw)} bytes")
-    body, crc = raw[:-CRC_BYTES], int.from_bytes(raw[-CRC_BYTES:], "little")
-    if crc32c(body) != crc:
-        raise ValueError("fails its checksum")
-    return body, crc
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("is no regular file")
+    return found.st_size
 
 
 def _zstd_content_size(frame: bytes) -> int | None:

@@ -7,18 +7,16 @@ so that a small file cannot fill the memory.
 
 from __future__ import annotations
 
-import os
 from functools import cached_property, lru_cache
 from typing import Final
 
 import numpy as np
 
 from featstore.errors import WorkError
-from featstore.format.checksums import crc32c
 from featstore.format.int8 import dequantise
-from featstore.format.schema import CRC_BYTES, FEATURE_SCALE, FeatureArray, FloatArray
+from featstore.format.schema import FEATURE_SCALE, FeatureArray, FloatArray
 from featstore.reading.chunk_files import ChunkFiles, Commit
-from featstore.reading.shards import Bytes, chunk_entries
+from featstore.reading.shards import ShardFile
 
 _HEADER: Final = np.dtype([("flags", "<u4"), ("decoded", "<u4"), ("block", "<u4"), ("all", "<u4")])
 """Of a Blosc chunk (c-blosc, README_CHUNK_FORMAT): bytes 4-7 say its decoded length, bytes 12-15
@@ -69,16 +67,8 @@ class CodedFeatures:
     def _decoded(self, tar: int, commit: Commit, number: int) -> FeatureArray:
         """An inner chunk, [chunk_rows, V, F, D]; errors as `read`."""
         schema = self._files.schema
-        start = commit.features_bytes - schema.index_bytes
-        with open(self._files.check_shard(tar, commit), "rb", buffering=0) as file:
-            index: Bytes = np.frombuffer(os.pread(file.fileno(), schema.index_bytes, start), "u1")
-            if len(index) < schema.index_bytes:
-                raise ValueError("the features shard ends too early")
-            offset, length = chunk_entries(index, schema, commit.rows, start)[number]
-            body = os.pread(file.fileno(), length, offset)
-        data = body[:-CRC_BYTES]
-        if crc32c(data) != int.from_bytes(body[-CRC_BYTES:], "little"):
-            raise ValueError(f"features chunk {number} fails its checksum")
+        with ShardFile(self._files.check_shard(tar, commit), schema, commit.rows) as file:
+            data = file.chunk(number)
         if schema.codec != "none":
             announced = np.frombuffer(data[: _HEADER.itemsize], _HEADER)[0]
             if (announced["decoded"], announced["all"]) != (schema.chunk_bytes, len(data)):

@@ -45,12 +45,9 @@ class ShardFile:
             raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
         try:
             size = os.fstat(self.descriptor).st_size
-            if size != schema.shard_bytes(rows):
+            if not schema.shard_can_have(size, rows):
                 raise ValueError(f"the features shard has {size} bytes: it was cut or replaced")
-            index: Bytes = np.empty(schema.index_bytes, np.uint8)
-            self._fill(index, size - len(index))
-            entries = chunk_entries(index, schema, rows, size - len(index))
-            self.offsets = [offset for offset, _ in entries]
+            self._read_index(schema, rows, size - schema.index_bytes)
         except BaseException:
             self.close()
             raise
@@ -79,6 +76,15 @@ class ShardFile:
             begin, chunk, row = end, chunk + 1, 0
         return checksums
 
+    def chunk(self, number: int) -> Bytes:
+        """An inner chunk as it is stored, uint8; ValueError as `read`, or for a wrong checksum."""
+        stored: Bytes = np.empty(self._lengths[number], np.uint8)
+        self._fill(stored, self.offsets[number])
+        body = stored[:-CRC_BYTES]
+        if crc32c(body) != int(stored[-CRC_BYTES:].view("<u4")[0]):
+            raise ValueError(f"features chunk {number} fails its checksum")
+        return body
+
     def recorded_checksum(self, chunk: int) -> int:
         """The checksum that is stored behind an inner chunk; errors as `read`."""
         stored: Bytes = np.empty(CRC_BYTES, np.uint8)
@@ -94,6 +100,24 @@ class ShardFile:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _read_index(self, schema: StoreSchema, rows: int, start: int) -> None:
+        """Offset and length of each inner chunk with listed rows, from the index at `start`.
+
+        ValueError when it fails its checksum or a chunk is misplaced or cannot be as long.
+        """
+        index: Bytes = np.empty(schema.index_bytes, np.uint8)
+        self._fill(index, start)
+        if crc32c(index[:-CRC_BYTES]) != int(index[-CRC_BYTES:].view("<u4")[0]):
+            raise ValueError("the index of the shard fails its checksum")
+        entries = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: -(-rows // schema.chunk_rows)]
+        least = most = schema.chunk_bytes + CRC_BYTES
+        if schema.codec != "none":
+            least, most = BLOSC_HEADER_BYTES + CRC_BYTES, most + BLOSC_HEADER_BYTES
+        self.offsets, self._lengths = entries.T.tolist()
+        for number, (offset, length) in enumerate(entries.tolist()):
+            if offset == ABSENT or not least <= length <= most or offset + length > start:
+                raise ValueError(f"chunk {number} of the shard is absent or misplaced")
 
     def _fill(self, out: Bytes, offset: int) -> None:
         """Fill `out` with the bytes from `offset` on."""
@@ -169,27 +193,6 @@ class ShardMap:
             found = numbers.as_strided((len(numbers) - width + 1, width), (1, 1))
             self._windows[width] = found
         return found
-
-
-def chunk_entries(
-    index: Bytes, schema: StoreSchema, rows: int, index_start: int
-) -> list[tuple[int, int]]:
-    """Offset and length of each inner chunk with listed rows, from a shard's index uint8 [bytes].
-
-    ValueError when the index fails its checksum or a chunk is misplaced or cannot be as long.
-    """
-    if crc32c(index[:-CRC_BYTES]) != int(index[-CRC_BYTES:].view("<u4")[0]):
-        raise ValueError("the index of the shard fails its checksum")
-    entries = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: -(-rows // schema.chunk_rows)]
-    least = most = schema.chunk_bytes + CRC_BYTES
-    if schema.codec != "none":
-        least, most = BLOSC_HEADER_BYTES + CRC_BYTES, most + BLOSC_HEADER_BYTES
-    found: list[tuple[int, int]] = []
-    for number, (offset, length) in enumerate(entries.tolist()):
-        if offset == ABSENT or not least <= length <= most or offset + length > index_start:
-            raise ValueError(f"chunk {number} of the shard is absent or misplaced")
-        found.append((offset, length))
-    return found
 
 
 def _map_over(address: int, length: int, descriptor: int) -> None:

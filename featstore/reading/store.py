@@ -7,7 +7,7 @@ array row `tar * capacity + position`; per-sample lists are aligned with `Store.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Never
 
@@ -16,16 +16,23 @@ import numpy.typing as npt
 
 from featstore.errors import UserError, WorkError
 from featstore.format.array_checks import whole_numbers
-from featstore.format.class_texts import ClassText
+from featstore.format.class_texts import ClassText, read_class_text
 from featstore.format.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.format.provenance import Provenance
 from featstore.format.schema import STATUS_FAILED, FeatureArray, RowArray, StoreSchema
 from featstore.progress import ProgressSink, no_progress
-from featstore.reading.chunk_files import ChunkFiles, Commit, read_class_text
+from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.features import FeatureFiles
 
 # What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30
+
+
+def _per_sample(array: str, docstring: str) -> cached_property[npt.NDArray[Any]]:
+    """A property of `Store`: what `array` holds of every listed sample, read-only, in its order."""
+    numbers = cached_property[npt.NDArray[Any]](lambda store: store._numbers(array))
+    numbers.__doc__ = docstring
+    return numbers
 
 
 class Store:
@@ -37,13 +44,13 @@ class Store:
     """
 
     def __init__(self, path: Path, *, mapped: bool = True) -> None:
-        # The same store after a change of folder, and for processes that have another.
+        # Absolute: the same store after a change of folder, and for processes that have another.
         self.path = path = path.absolute()
         self._mapped = mapped
         self._metadata = read_metadata(path)
         if self.schema.rows > MAX_ROWS:
             raise UserError(
-                f"{path} speaks of {self.schema.rows} rows, at most {MAX_ROWS} are read: do not "
+                f"{path} has {self.schema.rows} rows, at most {MAX_ROWS} are read: do not "
                 "open a store from a source you do not trust"
             )
         self._files = ChunkFiles(path, self._metadata)
@@ -57,8 +64,8 @@ class Store:
             self._limits[tar] = commit.rows
         self._features = FeatureFiles(self._files, self._commits, self._key_of, mapped)
 
-    def __reduce__(self) -> tuple[Callable[[Path, bool], Store], tuple[Path, bool]]:
-        return _reopen, (self.path, self._mapped)
+    def __reduce__(self) -> tuple[Callable[[Path], Store], tuple[Path]]:
+        return partial(Store, mapped=self._mapped), (self.path,)
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {len(self)} samples, {len(self._commits)} partitions)"
@@ -112,12 +119,6 @@ class Store:
     def split_names(self) -> list[str]:
         """Names of the splits rows may belong to."""
         return list(self._metadata.split_names)
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        """The group attributes as stored (format version, schema, provenance, tars, names)."""
-        attributes: dict[str, Any] = self._metadata.group_node()["attributes"]
-        return attributes
 
     @property
     def complete(self) -> bool:
@@ -179,35 +180,19 @@ class Store:
         """Why a sample failed, "" where it did not; read-only."""
         return self._texts("reason")
 
-    @cached_property
-    def labels(self) -> npt.NDArray[np.int32]:
-        """Label of every listed sample, int32 [len]."""
-        return self._numbers("label")
-
-    @cached_property
-    def num_frames(self) -> npt.NDArray[np.int32]:
-        """Frames counted in every listed sample's video, int32 [len]."""
-        return self._numbers("num_frames")
-
-    @cached_property
-    def fps(self) -> npt.NDArray[np.float32]:
-        """Frames per second of every listed sample's video, float32 [len]."""
-        return self._numbers("fps")
-
-    @cached_property
-    def container_frames(self) -> npt.NDArray[np.int32]:
-        """Frames the container of every listed sample speaks of, int32 [len]; 0 for none."""
-        return self._numbers("container_frames")
-
-    @cached_property
-    def damaged_packets(self) -> npt.NDArray[np.int32]:
-        """Damaged packets that were passed over in every listed sample, int32 [len]."""
-        return self._numbers("damaged_packets")
-
-    @cached_property
-    def status(self) -> npt.NDArray[np.uint8]:
-        """1 for ok, 2 for failed, uint8 [len]."""
-        return self._numbers("status")
+    labels = _per_sample("label", "Label of every listed sample, int32 [len].")
+    num_frames = _per_sample("num_frames", "Frames counted in every listed video, int32 [len].")
+    fps = _per_sample("fps", "Frames per second of every listed video, float32 [len].")
+    container_frames = _per_sample(
+        "container_frames", "Frames that a video's container says it has, int32 [len]; 0 for none."
+    )
+    damaged_packets = _per_sample(
+        "damaged_packets", "Damaged packets of a video that were passed over, int32 [len]."
+    )
+    status = _per_sample("status", "1 for ok, 2 for failed, uint8 [len].")
+    _splits = _per_sample("splits", "Bit i is set for the samples of split i, uint32 [len].")
+    _frame_indices = _per_sample("frame_index", "As `frame_index`, of all samples.")
+    _frame_times = _per_sample("pts", "As `pts`, of all samples.")
 
     def split(self, name: str) -> RowArray:
         """Array rows of one split, failed samples included, int64 [n], ascending.
@@ -331,18 +316,6 @@ class Store:
             )
         self._features.read_into(wanted, out, check, progress)
 
-    def iter_partitions(self) -> Iterator[tuple[int, RowArray, FeatureArray]]:
-        """(number, array rows [n], features float16 [n, V, F, D]) of each partition, ascending.
-
-        One partition at a time is in memory. Errors as `features`.
-        """
-        for tar in self.partitions():
-            first = tar * self.schema.capacity
-            rows = np.arange(first, first + self._commits[tar].rows, dtype=np.int64)
-            out: FeatureArray = np.empty((len(rows), *self.schema.row_shape), self.schema.dtype)
-            self.read_into(rows, out)
-            yield tar, rows, out
-
     # How it is read
 
     def _intact_commit(self, tar: int) -> Commit | None:
@@ -408,18 +381,6 @@ class Store:
         )
 
     @cached_property
-    def _splits(self) -> npt.NDArray[np.uint32]:
-        return self._numbers("splits")
-
-    @cached_property
-    def _frame_indices(self) -> npt.NDArray[np.int32]:
-        return self._numbers("frame_index")
-
-    @cached_property
-    def _frame_times(self) -> npt.NDArray[np.float64]:
-        return self._numbers("pts")
-
-    @cached_property
     def _row_by_key(self) -> dict[str, int]:
         return dict(zip(self.keys, self.rows.tolist(), strict=True))
 
@@ -435,7 +396,3 @@ class _ListedTexts(list[str]):
 
     def __reduce__(self) -> tuple[type[list[str]], tuple[tuple[str, ...]]]:
         return list, (tuple(self),)
-
-
-def _reopen(path: Path, mapped: bool) -> Store:
-    return Store(path, mapped=mapped)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping
 from typing import Final
@@ -28,16 +27,20 @@ CLASS_TEXT = re.compile(CLASS_TEXT_GROUP + r"/(zarr\.json|[A-Za-z0-9][\w.-]*/(za
 CHUNK = re.compile(rf"({'|'.join(PARTITION_ARRAYS)})/c/[0-9/]+")
 
 
+class NoStore(UserError):
+    """There is no store at a URL; what is there may be one that was half made."""
+
+
 def metadata_names(
     objects: ObjectFolder, listing: Mapping[str, RemoteObject]
 ) -> list[tuple[str, int]]:
     """Names and size limits of everything of a store but its partitions, `zarr.json` first.
 
-    UserError when what is listed is no store, or none that is safe to fetch.
+    NoStore when what is listed is no store, UserError when it is not safe to fetch.
     """
     if GROUP not in listing:
         state = "it has no zarr.json" if listing else "there are no objects"
-        raise UserError(
+        raise NoStore(
             f"{objects.url} is not a feature store: {state}; make one with `mote-cli extract`"
         )
     for name in ARRAY_NODES:
@@ -79,7 +82,7 @@ def is_done(metadata: StoreMetadata, listing: Mapping[str, RemoteObject], tar: i
         elif spec.dtype == "string":  # compressed
             fits = found.size > CRC_BYTES
         else:
-            fits = found.size == math.prod(spec.chunks) * spec.numpy_dtype.itemsize + CRC_BYTES
+            fits = found.size == spec.file_bytes
         if not fits:
             log.warning("%s has %d bytes: partition %d is not done", name, found.size, tar)
             return False

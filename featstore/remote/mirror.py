@@ -8,12 +8,11 @@ import logging
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Lock
 from typing import Final
 
 from featstore.files.durable import write_bytes
-from featstore.files.locks import one_at_a_time
+from featstore.files.locks import exclusive
 from featstore.files.scratch import cache_folder, require_room
 from featstore.format.metadata import StoreMetadata, read_metadata
 from featstore.format.schema import CLASS_TEXT_GROUP, PARTITION_ARRAYS
@@ -27,12 +26,10 @@ log = logging.getLogger(__name__)
 _FETCHES_AT_ONCE: Final = 8
 
 
-def open_remote(
-    url: str, cache: Path | None = None, *, mapped: bool = True, features: bool = True
-) -> Store:
+def open_remote(url: str, *, mapped: bool = True, features: bool = True) -> Store:
     """Fetch what is new of the store at `url` into a mirror on disk and open that, read-only.
 
-    `cache` defaults to MOTE_CACHE or the user's cache folder. Only committed partitions are
+    The mirror lies in MOTE_CACHE or the user's cache folder. Only committed partitions are
     fetched, and only what changed since the last time; several processes may do so at once. The
     store shows the partitions that were committed when it was opened.
     Without `features` a mirror of its own holds everything else, for counts and lists; reading
@@ -41,8 +38,9 @@ def open_remote(
     fails.
     """
     objects = ObjectFolder(url)
-    mirror = _Mirror(objects, cache or cache_folder(), features)
-    with one_at_a_time(mirror.path.with_name(f"{mirror.path.name}.lock"), f"fetching {url}"):
+    mirror = _Mirror(objects, features)
+    lock = mirror.path.with_name(f"{mirror.path.name}.lock")
+    with exclusive(lock, f"fetching {url}", wait=True):
         mirror.update()
         return Store(mirror.path, mapped=mapped)
 
@@ -54,11 +52,11 @@ class _Mirror:
     counts. It tells a rewritten object from one that is here: most have the same size.
     """
 
-    def __init__(self, objects: ObjectFolder, cache: Path, features: bool) -> None:
+    def __init__(self, objects: ObjectFolder, features: bool) -> None:
         name = objects.url.rpartition("/")[2].removesuffix(".zarr")
         digest = hashlib.sha256(objects.identity.encode()).hexdigest()[:16]
         kind = "" if features else "-rows"
-        self.path = cache / "stores" / f"{name}-{digest}{kind}.zarr"
+        self.path = cache_folder() / "stores" / f"{name}-{digest}{kind}.zarr"
         self._features = features
         self._journal = self.path.with_name(f"{self.path.name}.journal")
         self._objects = objects

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, TypeVar
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import PARTIAL_SUFFIX
@@ -102,18 +102,12 @@ class ObjectFolder:
     way, with the object's URL and the remedy.
     """
 
-    def __init__(self, url: str, *, patience: float | None = None) -> None:
-        """`patience`: seconds during which a failing request is repeated.
-
-        Default: the environment variable MOTE_RETRY_SECONDS, or 180. Nothing is sent yet.
-        """
+    def __init__(self, url: str) -> None:
+        """Nothing is sent yet."""
         scheme, self._bucket, self._prefix = parsed(url)
         self.url = "/".join(filter(None, (f"{scheme}://{self._bucket}", self._prefix)))
-        self.patience = patience_seconds() if patience is None else patience
+        self.patience = patience_seconds()
         self._store = _connect(scheme, self._bucket, self.patience)
-
-    def __repr__(self) -> str:
-        return f"ObjectFolder({self.url!r})"
 
     @property
     def identity(self) -> str:
@@ -124,34 +118,24 @@ class ObjectFolder:
         """URL of an object, for messages."""
         return f"{self.url}/{name}" if name else self.url
 
-    def head(self, name: str) -> int | None:
-        """Size of an object in bytes, None when there is none of that name."""
-        import obstore
-
-        key = self._key(name)
-        try:
-            return int(self._ask(name, lambda: obstore.head(self._store, key))["size"])
-        except MissingObject:
-            self.list(name)  # the answer to a head request does not say that the bucket is missing
-            return None
-
     def get_bytes(self, name: str, limit: int) -> bytes:
         """Content of an object of at most `limit` bytes.
 
         Raises MissingObject, WorkError when it is larger.
         """
-        content = bytearray()
+        import obstore
 
-        def begin(size: int) -> None:
+        def content() -> bytes:
+            answer = obstore.get(self._store, self._key(name))
+            size = int(answer.meta["size"])
             if size > limit:
                 raise WorkError(
                     f"{self.at(name)} has {size} bytes, at most {limit} make sense there: "
                     "check what was put under this name"
                 )
-            content.clear()
+            return bytes(answer.bytes())
 
-        self._ask(name, lambda: self._receive(name, content.extend, begin, None, None))
-        return bytes(content)
+        return self._ask(name, content)
 
     def download(
         self,
@@ -170,17 +154,15 @@ class ObjectFolder:
         OSError when the disk is full.
         """
 
-        def begin(found: int) -> None:
-            if size is not None and found != size:
-                raise ChangedObject(f"{self.at(name)} has {found} bytes, not {size}")
-            file.truncate(0)
-            file.seek(0)
-
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
-        try:
+
+        def attempt() -> None:
             with open(unfinished, "wb") as file:
-                self._ask(name, lambda: self._receive(name, file.write, begin, version, stop), stop)
+                self._receive(name, file, size, version, stop)
+
+        try:
+            self._ask(name, attempt, stop)
             unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -214,13 +196,12 @@ class ObjectFolder:
             return False
         return True
 
-    def list(self, prefix: str = "") -> dict[str, RemoteObject]:
-        """Every object under the folder `prefix`, by name; empty when there is none."""
+    def list(self) -> dict[str, RemoteObject]:
+        """Every object, by name; empty when there is none."""
         import obstore
 
-        key = self._key(prefix) if prefix else self._prefix
         start = len(self._prefix) + 1 if self._prefix else 0
-        listed = self._ask(prefix, lambda: obstore.list(self._store, key or None).collect())
+        listed = self._ask("", lambda: obstore.list(self._store, self._prefix or None).collect())
         return {
             meta["path"][start:]: RemoteObject(int(meta["size"]), _version(meta)) for meta in listed
         }
@@ -238,37 +219,28 @@ class ObjectFolder:
         return f"{self._prefix}/{name}" if self._prefix else name
 
     def _receive(
-        self,
-        name: str,
-        write: Callable[[Any], Any],
-        begin: Callable[[int], None],
-        version: str | None,
-        stop: Event | None,
+        self, name: str, file: BinaryIO, size: int | None, version: str | None, stop: Event | None
     ) -> None:
-        """Hand the object's bytes to `write` in order; `begin` gets the size before the first byte.
-
-        One attempt, for `_ask`: `begin` may refuse the size, or throw away what an earlier attempt
-        wrote. ChangedObject when it is not the `version` expected.
-        """
+        """Write the object's bytes to `file`: one attempt, for `_ask`; errors as `download`."""
         import obstore
         from obstore.exceptions import BaseError, PreconditionError
 
         answer = obstore.get(self._store, self._key(name))
-        size, offset, problem = int(answer.meta["size"]), 0, "the connection was closed"
+        found, problem = int(answer.meta["size"]), "the connection was closed"
         if version is not None and _version(answer.meta) != version:
             raise self._changed(name)
-        begin(size)
+        if size is not None and found != size:
+            raise ChangedObject(f"{self.at(name)} has {found} bytes, not {size}")
         try:
             for block in answer.stream(min_chunk_size=_BLOCK_BYTES):
                 self._go_on(name, stop)
-                write(block)
-                offset += len(block)
+                file.write(block)
         except PreconditionError:
             raise self._changed(name) from None
         except BaseError as error:
             problem = _reason(error)
-        if offset < size:
-            raise _BrokenOff(f"it breaks off after {offset} of {size} bytes: {problem}")
+        if file.tell() < found:
+            raise _BrokenOff(f"it breaks off after {file.tell()} of {found} bytes: {problem}")
 
     def _changed(self, name: str) -> ChangedObject:
         return ChangedObject(

@@ -108,11 +108,6 @@ class RemoteStoreWriter(PartitionWriter):
             scratch.close()
             raise
 
-    @classmethod
-    def exists(cls, url: str) -> bool:
-        """Whether a store is there (a half-made one is not)."""
-        return ObjectFolder(url).head(GROUP) is not None
-
     def done(self, tar: int) -> bool:
         """Whether it was committed, with all its objects, at the opening or was written since.
 

@@ -26,7 +26,7 @@ from featstore.files.durable import (
 from featstore.files.exchange import staging
 from featstore.files.locks import claimed
 from featstore.format.checksums import Checksums, crc32c
-from featstore.format.class_texts import ClassText, class_text_attributes
+from featstore.format.class_texts import ClassText
 from featstore.format.int8 import dequantise, quantise
 from featstore.format.metadata import (
     ARRAY_METADATA_LIMIT,
@@ -206,7 +206,7 @@ class StoreWriter(PartitionWriter):
             features_bytes=paths["features"].stat().st_size,
             unix_time=max(began, int(time.time())),
         )
-        write_chunk(paths["commit"], self._files.specs["commit"], commit.array())
+        write_chunk(paths["commit"], self._files.specs["commit"], np.array([commit], np.uint64))
 
     @contextmanager
     def _shard(
@@ -338,15 +338,8 @@ def require_fitting(prompt_set: str, text: ClassText, metadata: StoreMetadata) -
 
 def write_class_text(folder: Path, text: ClassText) -> None:
     """Make the array of one prompt set's class texts, a new folder."""
-    attributes = class_text_attributes(
-        text.names,
-        text.sentences_hash,
-        text.templates,
-        text.encoder_fingerprint,
-        crc32c(np.ascontiguousarray(text.embeddings, "<f4")),
-    )
     spec = class_text_spec(*text.embeddings.shape)
-    _write_node(folder, spec.metadata(attributes), ARRAY_METADATA_LIMIT)
+    _write_node(folder, spec.metadata(text.attributes()), ARRAY_METADATA_LIMIT)
     write_chunk(folder / spec.chunk_key(0), spec, text.embeddings)
 
 

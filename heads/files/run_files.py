@@ -21,9 +21,10 @@ from typing import Any, Final
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import write_bytes
+from featstore.workspace import CONFIG_FILE as CONFIG_FILE
 from featstore.workspace import FIRST_STAGE
+from featstore.workspace import HEAD_FILE as HEAD_FILE
 
-CONFIG_FILE: Final = "config.json"
 KEYS_FILE: Final = "training-keys.json"
 """In a run folder: {data set: [keys]}, of every video that moved its parameters."""
 METRICS_FILE: Final = "metrics.jsonl"
@@ -34,7 +35,6 @@ NOT_FINITE_FILE: Final = "state/not-finite.json"
 LOCK_FILE: Final = "state/lock"
 TOWER_FILE: Final = "tower.safetensors"
 """Beside an imported or fine-tuned head: the tower as it was trained, before blending."""
-HEAD_FILE: Final = "head.safetensors"
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:

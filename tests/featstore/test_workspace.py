@@ -38,15 +38,6 @@ def test_layout(workspace: Workspace) -> None:
     assert full.name == "ViT-B-16--clips-8x4--crops3--val.zarr"
 
 
-def test_data_sets_are_those_that_are_packed(workspace: Workspace) -> None:
-    assert workspace.dataset_names() == []
-    for name in ("b", "a", "unfinished"):
-        workspace.dataset_dir(name).mkdir(parents=True)
-    for name in ("b", "a"):
-        (workspace.dataset_dir(name) / "dataset.json").write_text("{}")
-    assert workspace.dataset_names() == ["a", "b"]
-
-
 def test_no_store_names_the_command(workspace: Workspace) -> None:
     with pytest.raises(UserError, match="run `mote-cli extract --dataset k400` first"):
         workspace.opened("k400").choose()

@@ -159,7 +159,7 @@ def test_damaged_class_text(store: Path) -> None:
 def test_a_long_text_is_refused_before_it_is_unpacked(store: Path) -> None:
     """A few bytes of Zstandard that announce a gigabyte."""
     bomb = b"\x28\xb5\x2f\xfd\xa0" + (2**30).to_bytes(4, "little") + b"\x01\x00\x00"
-    from featstore.reading.chunk_files import crc32c
+    from featstore.format.checksums import crc32c
 
     (store / "key/c/0").write_bytes(bomb + crc32c(bomb).to_bytes(4, "little"))
     digests = np.frombuffer((store / "chunk_checksum/c/0/0").read_bytes()[:-4], "<u4").copy()

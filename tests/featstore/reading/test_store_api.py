@@ -155,9 +155,6 @@ def given_out(store: Store) -> Iterator[tuple[str, np.ndarray]]:
     yield "some frames", store.features(rows, [1])
     yield "clips", store.clips(rows, np.zeros(len(rows), np.int64), [0, 2])
     yield "class_text", store.class_text("mote28").embeddings
-    for number, own, features in store.iter_partitions():
-        yield f"rows of {number}", own
-        yield f"features of {number}", features
 
 
 def test_what_is_given_out_cannot_change_the_store(store: Store) -> None:
@@ -171,7 +168,6 @@ def test_what_is_given_out_cannot_change_the_store(store: Store) -> None:
                 array[...] = 0
     for names in (store.class_names, store.raw_class_names, store.split_names, store.prompt_sets):
         names.clear()
-    store.attributes.clear()
     keys, reasons = list(store.keys), list(store.reasons)
     for texts in (store.keys, store.reasons):
         changes: list[Callable[[], object]] = [

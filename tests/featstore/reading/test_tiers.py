@@ -144,7 +144,7 @@ def test_rows_come_back_as_they_were_put(tmp_path: Path, schema: StoreSchema, ma
         store.clips(store.rows[[9, 0, 4]], [schema.views - 1] * 3, frames),
         np.stack([expected[i][-1, f] for i, f in zip((9, 0, 4), frames, strict=True)]),
     )
-    assert [len(rows) for _, rows, _ in store.iter_partitions()] == [6, 4]
+    assert list(store.partitions()) == [0, 1]
     assert verify(store.path, deep=True).ok
 
 
@@ -357,7 +357,7 @@ def test_the_workspace_gives_heads_embeddings_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "value", "words"),
     [
-        ("tier", "tokens:9", "provenance speaks of tokens:7"),
+        ("tier", "tokens:9", "the provenance has tier tokens:7"),
         ("tier", "depth", "not one this version knows"),
         ("item", [5, 13], "features of .*: chunk_grid is"),
         ("item", [5], "must be"),

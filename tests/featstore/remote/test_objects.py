@@ -19,6 +19,13 @@ from tests.support.servers.s3_server import ACCESS_KEY, SECRET_KEY, FailingProxy
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 
 
+def impatient(url: str, seconds: float) -> ObjectFolder:
+    """The folder, with another time for which failing requests are repeated."""
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("MOTE_RETRY_SECONDS", str(seconds))
+        return ObjectFolder(url)
+
+
 @pytest.mark.parametrize("prefix", ["", "/some where/é"])
 def test_what_is_put_comes_back(bucket: str, tmp_path: Path, prefix: str) -> None:
     folder = ObjectFolder(bucket + prefix + "/")
@@ -29,16 +36,13 @@ def test_what_is_put_comes_back(bucket: str, tmp_path: Path, prefix: str) -> Non
     assert {n: o.size for n, o in folder.list().items()} == {
         name: len(CONTENT) - i for i, name in enumerate(names)
     }
-    assert sorted(folder.list("b")) == sorted(names[1:])
     for i, name in enumerate(names):
-        assert folder.head(name) == len(CONTENT) - i
         assert folder.get_bytes(name, 10**7) == CONTENT[i:]
         folder.download(name, tmp_path / "deep" / "file", len(CONTENT) - i)
         assert (tmp_path / "deep" / "file").read_bytes() == CONTENT[i:]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["file"]
     folder.delete("a")
     folder.delete("a")
-    assert folder.head("a") is None
     assert sorted(folder.list()) == sorted(names[1:])
 
 
@@ -68,18 +72,20 @@ def test_only_new(bucket: str) -> None:
 )
 def test_names_that_are_no_names(bucket: str, name: str) -> None:
     folder = ObjectFolder(bucket)
-    for use in (folder.head, folder.delete, lambda n: folder.put(n, b"")):
+    for use in (folder.delete, lambda n: folder.put(n, b"")):
         with pytest.raises(UserError, match="is no object name"):
             use(name)
 
 
 @settings(deadline=None)
-@given(st.text(min_size=4).filter(lambda t: t not in "credentials taken from environment"))
+@given(st.text(min_size=4))
 def test_a_url_with_credentials_is_refused_and_not_repeated(secret: str) -> None:
     for url in (f"s3://AKIA:{secret}@bucket/x", f"s3://AKIA/{secret}@bucket"):
         with pytest.raises(UserError) as error:
             parsed(url)
-        assert secret not in str(error.value)
+        with pytest.raises(UserError) as other:
+            parsed("s3://AKIA:another secret@bucket/x")
+        assert str(error.value) == str(other.value)
         assert "\n" not in str(error.value)
 
 
@@ -133,7 +139,7 @@ def test_a_body_that_always_ends_early(bucket: str, proxy: FailingProxy, tmp_pat
     ObjectFolder(bucket).put("x", CONTENT)
     proxy.only, proxy.fail = "GET", [0] * 1000
     with pytest.raises(WorkError, match=rf"breaks off after 0 of {len(CONTENT)} bytes"):
-        ObjectFolder(bucket, patience=0.5).download("x", tmp_path / "x")
+        impatient(bucket, 0.5).download("x", tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -187,7 +193,7 @@ def test_another_size_or_version_than_expected(bucket: str, tmp_path: Path) -> N
 def test_requests_are_repeated_until_the_server_is_back(
     bucket: str, proxy: FailingProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = ObjectFolder(bucket, patience=30)
+    folder = impatient(bucket, 30)
     proxy.stop()
     back = Timer(0.7, proxy.start)
     back.start()
@@ -195,13 +201,12 @@ def test_requests_are_repeated_until_the_server_is_back(
     back.join()
     proxy.fail = ["503", "drop", "503", "drop", "503", "drop"]
     assert list(folder.list()) == ["x"]
-    assert folder.head("x") == 7
     folder.delete("x")
-    assert folder.head("x") is None
+    assert folder.list() == {}
 
 
 def test_a_server_that_stays_away(bucket: str, proxy: FailingProxy) -> None:
-    folder = ObjectFolder(bucket, patience=0.3)
+    folder = impatient(bucket, 0.3)
     proxy.stop()
     for use in (folder.list, lambda: folder.put("x", b""), lambda: folder.get_bytes("x", 1)):
         with pytest.raises(
@@ -213,7 +218,7 @@ def test_a_server_that_stays_away(bucket: str, proxy: FailingProxy) -> None:
 def test_a_server_that_only_fails(bucket: str, proxy: FailingProxy) -> None:
     proxy.fail = ["503"] * 1000
     with pytest.raises(WorkError, match=r"503 Service Unavailable; tried for 0.3 s"):
-        ObjectFolder(bucket, patience=0.3).list()
+        impatient(bucket, 0.3).list()
 
 
 def test_a_transfer_can_be_stopped(bucket: str, tmp_path: Path) -> None:
@@ -230,7 +235,6 @@ def test_a_missing_bucket(bucket: str, tmp_path: Path) -> None:
     folder = ObjectFolder("s3://no-such-bucket/x")
     for use in (
         folder.list,
-        lambda: folder.head("x"),
         lambda: folder.get_bytes("x", 1),
         lambda: folder.put("x", b""),
         lambda: folder.delete("x"),
@@ -247,7 +251,6 @@ def test_wrong_credentials(
     try:
         for use in (
             folder.list,
-            lambda: folder.head("x"),
             lambda: folder.get_bytes("x", 1),
             lambda: folder.put("x", b""),
             lambda: folder.delete("x"),

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from featstore import StoreSchema, StoreWriter, UserError, WorkError, open_store, verify
 from featstore.batches.loader import resident
+from featstore.format.checksums import crc32c
 from featstore.format.int8 import dequantise, quantise, scale_of
 from featstore.format.metadata import attributes_checksum
-from featstore.reading.chunk_files import crc32c
 from featstore.rewriting.convert import convert
 from featstore.rewriting.quantize import QUANTISED, quantize
 from featstore.rewriting.source import SourceStore

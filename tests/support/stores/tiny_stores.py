@@ -26,7 +26,7 @@ def content(path: Path) -> dict[str, Any]:
     rows = store.rows
     text = store.class_text("mote28")
     return {
-        "attributes": store.attributes,
+        "attributes": json.loads((path / "zarr.json").read_bytes())["attributes"],
         "rows": rows.tolist(),
         "keys": store.keys,
         "reasons": store.reasons,
