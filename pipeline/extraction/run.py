@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from featstore.errors import WorkError
+from featstore.errors import UserError, WorkError
 from featstore.format.schema import STATUS_FAILED
 from featstore.opening import open_rows
 from featstore.progress import ProgressSink, no_progress
@@ -59,10 +59,14 @@ def extract(
         )
     if decoder is None and encoder is None and plan.known_complete():
         return _concluded(plan, Totals(), 0.0)
-    if cluster is not None and plan.writer is None:
-        from pipeline.extraction.cluster.connection import require_precision
+    if cluster is not None and cluster.device == "cuda" and request.precision == "auto":
+        import torch
 
-        require_precision(cluster, request)
+        if plan.writer is None and not torch.cuda.is_available():
+            raise UserError(
+                "--precision auto is timed where the command runs, which has no GPU as the workers "
+                "have: give --precision fp16, bf16 or fp32"
+            )
     from pipeline.extraction.job import ExtractionJob
 
     job = ExtractionJob(plan, encoder, decoder)

@@ -10,14 +10,13 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from featstore.errors import UserError, one_line
 from featstore.files.machine import usable_cores
-from pipeline.extraction.request import ExtractionRequest
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ OBJECT_STORE_BYTES: Final = 80 << 20
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which cluster, and what of it; None leaves the choice to `sizes`."""
+    """Which cluster, and what of it; `sized` chooses where something is None."""
 
     address: str | None = None  # None: RAY_ADDRESS, else a cluster on this machine for this work
     workers: int | None = None
@@ -40,58 +39,36 @@ class Cluster:
         """Where the workers' encoders run."""
         return "cuda" if self.gpus_per_worker > 0 else "cpu"
 
+    def sized(self, machines: Sequence[Mapping[str, float]]) -> Cluster:
+        """With workers for these machines, whose resources are "CPU" and "GPU" as Ray names them.
 
-@dataclass(frozen=True)
-class Sizes:
-    """How many workers, and what each of them takes."""
-
-    workers: int
-    cpus: int
-    gpus: float
-
-
-def sizes(cluster: Cluster, machines: Sequence[tuple[float, float]]) -> Sizes:
-    """Workers for `machines` of (CPUs, GPUs) each.
-
-    Unless told otherwise: one worker per machine with all its CPUs, or one per GPU with its part of
-    the CPUs; of the smallest machine where they differ. Raises UserError when not even one fits.
-    """
-    gpus = cluster.gpus_per_worker
-    fit = [(c, g) for c, g in machines if c >= 1 and g >= gpus]
-    cpus = cluster.cpus_per_worker
-    if cpus is None and fit:
-        share = [c // max(1, int(g / gpus)) if gpus else c for c, g in fit]
-        if cluster.workers:
-            share.append(sum(c for c, _ in fit) // cluster.workers)
-        cpus = max(1, int(min(share)))
-    cpus = cpus or 1
-    room = sum(int(min(c // cpus, g / gpus if gpus else c)) for c, g in fit)
-    if room == 0:
-        largest = max(machines, default=(0, 0))
-        raise UserError(
-            f"a worker of {cpus} CPUs{f' and {gpus:g} GPUs' if gpus else ''} fits on no machine of "
-            f"the cluster (the largest has {largest[0]:g} and {largest[1]:g}): give a smaller "
-            "--cpus-per-worker or --gpus-per-worker"
-        )
-    workers = cluster.workers or room
-    if not gpus and any(g for _, g in machines):
-        logger.warning("the GPUs of the cluster are not used: --gpus-per-worker 1 takes them")
-    if workers > room:
-        logger.warning("%d workers were asked for, the cluster has room for %d", workers, room)
-    return Sizes(workers, cpus, gpus)
-
-
-def require_precision(cluster: Cluster, request: ExtractionRequest) -> None:
-    """Raise UserError when "auto" would have to be timed on a GPU and this machine has none."""
-    if request.precision != "auto" or cluster.device == "cpu":
-        return
-    import torch  # slow to import, and only needed here
-
-    if not torch.cuda.is_available():
-        raise UserError(
-            "--precision auto is timed where the command runs, which has no GPU as the workers "
-            "have: give --precision fp16, bf16 or fp32"
-        )
+        Unless told otherwise: one worker per machine with all its CPUs, or one per GPU with its
+        part of the CPUs; of the smallest machine where they differ. Raises UserError when not even
+        one fits.
+        """
+        gpus, cpus = self.gpus_per_worker, self.cpus_per_worker
+        found = [(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines]
+        fit = [(c, g) for c, g in found if c >= 1 and g >= gpus]
+        if cpus is None:
+            parts = [c // int(g / gpus) if gpus else c for c, g in fit]
+            if self.workers:
+                parts.append(sum(c for c, _ in fit) // self.workers)
+            cpus = max(1, int(min(parts, default=1)))
+        room = sum(int(min(c // cpus, g / gpus if gpus else c)) for c, g in fit)
+        if room == 0:
+            most_cpus, most_gpus = max(found, default=(0, 0))
+            raise UserError(
+                f"a worker of {cpus} CPUs{f' and {gpus:g} GPUs' if gpus else ''} fits on no "
+                f"machine of the cluster (the largest has {most_cpus:g} and {most_gpus:g}): give a "
+                "smaller --cpus-per-worker or --gpus-per-worker"
+            )
+        if not gpus and any(g for _, g in found):
+            logger.warning("the GPUs of the cluster are not used: --gpus-per-worker 1 takes them")
+        if (self.workers or 0) > room:
+            logger.warning(
+                "%d workers were asked for, the cluster has room for %d", self.workers, room
+            )
+        return replace(self, workers=self.workers or room, cpus_per_worker=cpus)
 
 
 @contextmanager
@@ -114,15 +91,19 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         }
     else:
         _require_reachable(address)
-    with _own_signals():
-        try:
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"the Ray cluster {address!r} cannot be used ({one_line(error, 200)}): check "
-                "--address and RAY_ADDRESS, that Ray's version is the same everywhere, and "
-                "RAY_AUTH_MODE where the cluster asks for a token"
-            ) from None
+    in_main = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the Ray cluster {address!r} cannot be used ({one_line(error, 200)}): check "
+            "--address and RAY_ADDRESS, that Ray's version is the same everywhere, and "
+            "RAY_AUTH_MODE where the cluster asks for a token"
+        ) from None
+    finally:
+        if in_main:  # Ray sets a handler of its own, which ends the process at once
+            signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield ray
     finally:
@@ -161,17 +142,3 @@ def _require_reachable(address: str) -> None:
             f"no Ray cluster can be reached at {address!r} ({one_line(error, 100)}): give "
             "HOST:PORT as `ray start --head` prints it, or leave --address out"
         ) from None
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handlers of SIGINT and SIGTERM, which `ray.init` replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

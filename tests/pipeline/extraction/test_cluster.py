@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ import pytest
 from featstore import StoreWriter
 from featstore.errors import UserError, WorkError
 from pipeline.extraction.cluster import driver as cluster_engine
-from pipeline.extraction.cluster.connection import Cluster, Sizes, connected, sizes
+from pipeline.extraction.cluster.connection import Cluster, connected
 from pipeline.extraction.cluster.driver import run_on_ray
 from pipeline.extraction.cluster.worker import Answer, TarWorker
 from pipeline.extraction.job import code_versions
@@ -152,12 +152,12 @@ def test_missing_and_claimed_tars_are_named_and_the_others_done(
 def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    told = TarWorker(request, 0.0).start({**code_versions(), "torch": "0.1"}).result
+    told = TarWorker(request, {**code_versions(), "torch": "0.1"}, 0.0).do(()).result
     assert isinstance(told, UserError)
     assert "and 0.1 where the command runs" in str(told)
     shutil.rmtree(root / "encoders/tiny")
     make_encoder(root / "encoders/tiny", seed=1)  # as on a machine with another copy
-    told = TarWorker(request, 0.0).start(code_versions()).result
+    told = TarWorker(request, code_versions(), 0.0).do(()).result
     assert isinstance(told, UserError)
     assert "was made in another way and is never mixed (encoder" in str(told)
 
@@ -165,9 +165,9 @@ def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None
 def test_a_worker_does_shares_and_skips_what_is_done(root: Path, whole: dict[str, bytes]) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    worker = TarWorker(request, 0.0)
+    worker = TarWorker(request, code_versions(), 0.0)
     with mock.patch.object(StoreWriter, "open", wraps=StoreWriter.open) as opened:
-        assert isinstance(worker.start(code_versions()).result, str)
+        assert worker.do(()).result == Totals()
         done = []
         for share in (range(10), [10], range(11, TARS)):
             totals = worker.do(share).result
@@ -182,8 +182,7 @@ def test_a_worker_does_shares_and_skips_what_is_done(root: Path, whole: dict[str
 def test_an_encoder_that_fails_in_a_worker(root: Path) -> None:
     request = request_for(root, share=Share(0, 8))
     extract(request)
-    worker = TarWorker(request, 0.0)
-    worker.start(code_versions())
+    worker = TarWorker(request, code_versions(), 0.0)
     with mock.patch(
         "pipeline.extraction.cpu_pool.encode_video", side_effect=RuntimeError("no memory")
     ):
@@ -198,8 +197,7 @@ def test_a_worker_waits_for_a_claimed_tar(root: Path) -> None:
     extract(request)
     store = StoreWriter.open(request.store_path)
     with store.claim([2]):
-        worker = TarWorker(request, 0.0)
-        worker.start(code_versions())
+        worker = TarWorker(request, code_versions(), 0.0)
         totals = worker.do([1, 2, 3]).result
     assert isinstance(totals, Totals)
     assert totals.done == [1, 3]
@@ -208,8 +206,7 @@ def test_a_worker_waits_for_a_claimed_tar(root: Path) -> None:
     assert "is writing partition 2 of" in totals.damaged[0]
     held = store.claim([4])
     held.__enter__()
-    worker = TarWorker(request, 60.0)
-    worker.start(code_versions())
+    worker = TarWorker(request, code_versions(), 60.0)
     with mock.patch("time.sleep", side_effect=lambda _: held.__exit__(None, None, None)) as waited:
         totals = worker.do([4, 5]).result
     assert waited.call_count == 1
@@ -263,24 +260,27 @@ def test_without_ray(root: Path) -> None:
 @pytest.mark.parametrize(
     ("cluster", "machines", "expected"),
     [
-        (Cluster(), [(8, 0)], Sizes(1, 8, 0)),
-        (Cluster(), [(8, 0), (8, 0), (0, 0)], Sizes(2, 8, 0)),
-        (Cluster(), [(16, 0), (8, 0)], Sizes(3, 8, 0)),
-        (Cluster(workers=2), [(2, 0)], Sizes(2, 1, 0)),
-        (Cluster(workers=4, cpus_per_worker=2), [(8, 0)], Sizes(4, 2, 0)),
-        (Cluster(gpus_per_worker=1), [(16, 4), (4, 0)], Sizes(4, 4, 1)),
-        (Cluster(gpus_per_worker=0.5), [(16, 1)], Sizes(2, 8, 0.5)),
+        (Cluster(), [(8, 0)], (1, 8)),
+        (Cluster(), [(8, 0), (8, 0), (0, 0)], (2, 8)),
+        (Cluster(), [(16, 0), (8, 0)], (3, 8)),
+        (Cluster(workers=2), [(2, 0)], (2, 1)),
+        (Cluster(workers=4, cpus_per_worker=2), [(8, 0)], (4, 2)),
+        (Cluster(gpus_per_worker=1), [(16, 4), (4, 0)], (4, 4)),
+        (Cluster(gpus_per_worker=0.5), [(16, 1)], (2, 8)),
     ],
 )
-def test_sizes(cluster: Cluster, machines: list[tuple[float, float]], expected: Sizes) -> None:
-    assert sizes(cluster, machines) == expected
+def test_workers_and_their_cpus(
+    cluster: Cluster, machines: list[tuple[float, float]], expected: tuple[int, int]
+) -> None:
+    sized = cluster.sized([{"CPU": cpus, "GPU": gpus} for cpus, gpus in machines])
+    assert (sized.workers, sized.cpus_per_worker) == expected
 
 
 def test_workers_that_fit_nowhere() -> None:
-    with pytest.raises(UserError, match="fits on no machine"):
-        sizes(Cluster(cpus_per_worker=9), [(8, 0), (4, 0)])
+    with pytest.raises(UserError, match=r"fits on no machine .* \(the largest has 8 and 0\)"):
+        Cluster(cpus_per_worker=9).sized([{"CPU": 8}, {"CPU": 4}])
     with pytest.raises(UserError, match="1 GPUs fits on no machine"):
-        sizes(Cluster(gpus_per_worker=1), [(8, 0)])
+        Cluster(gpus_per_worker=1).sized([{"CPU": 8}])
 
 
 class Died(Exception):
@@ -296,10 +296,10 @@ class MadeUpRay:
     """
 
     script: dict[int, list[Any]] = field(default_factory=dict)
-    starts: list[Any] = field(default_factory=list)  # answers of the first workers
+    starts: list[Exception] = field(default_factory=list)  # how the first workers fail to start
     cpus: int = 2
     tried: list[int] = field(default_factory=list)
-    shares: list[list[int]] = field(default_factory=list)
+    shares: list[Sequence[int]] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
     killed: int = 0
     provenance: Any = field(default_factory=lambda: mock.Mock(precision="fp32"))
@@ -335,44 +335,39 @@ class MadeUpRay:
 
 class MadeUpWorker:
     def __init__(self, ray: MadeUpRay) -> None:
-        self.dead = False
-        start = ray.starts.pop(0) if ray.starts else "here"
+        self.ray = ray
+        self.dead: Exception | None = None
+        self.do = mock.Mock(remote=lambda share: lambda: self.answer(share))
 
-        def do(share: list[int]) -> Totals | Exception:
-            ray.shares.append(share)
-            for tar in share:
-                ray.tried.append(tar)
-                what = (ray.script.get(tar) or ["done"]).pop(0)
-                if isinstance(what, Exception):
-                    return what
-                if what != "dies":
-                    ray.written.add(tar)
-                if what.startswith("dies"):
-                    self.dead = True
-                    raise Died(
-                        "The actor is dead because X. Worker exit detail: it broke. "
-                        "Some common causes"
-                    )
-            return Totals(videos=PER_TAR * len(share), done=list(share))
+    def answer(self, share: Sequence[int]) -> Answer:
+        record = logging.makeLogRecord(
+            {"name": "pipeline.somewhere", "levelno": 30, "msg": "something is odd"}
+        )
+        return Answer("here", self.result(share), [record])
 
-        def begin(versions: Any) -> Any:
-            if isinstance(start, Exception):
-                raise start
-            return start
-
-        self.start = self._method(begin)
-        self.do = self._method(do)
-
-    def _method(self, work: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            if self.dead:
-                raise Died("it is dead")
-            record = logging.makeLogRecord(
-                {"name": "pipeline.somewhere", "levelno": 30, "msg": "something is odd"}
-            )
-            return Answer(work(*arguments), [record])
-
-        return mock.Mock(remote=lambda *arguments: lambda: call(*arguments))
+    def result(self, share: Sequence[int]) -> Any:
+        if self.dead:
+            raise self.dead
+        if not share and self.ray.starts:
+            failure = self.ray.starts.pop(0)
+            if isinstance(failure, Died):
+                raise failure
+            return failure
+        if share:
+            self.ray.shares.append(share)
+        for tar in share:
+            self.ray.tried.append(tar)
+            what = (self.ray.script.get(tar) or ["done"]).pop(0)
+            if isinstance(what, Exception):
+                return what
+            if what != "dies":
+                self.ray.written.add(tar)
+            if what.startswith("dies"):
+                self.dead = Died(
+                    "The actor is dead because X. Worker exit detail: it broke. Some common causes"
+                )
+                raise self.dead
+        return Totals(videos=PER_TAR * len(share), done=list(share))
 
 
 @pytest.fixture

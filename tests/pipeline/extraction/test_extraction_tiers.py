@@ -230,8 +230,8 @@ def test_no_number_of_workers_or_engine_changes_the_store(
     extract(one)
     many = request_for(tier, workers=4, store_path=tmp_path / "many.zarr", share=Share(0, 2))
     extract(many)
-    worker = TarWorker(replace(many, share=None, workers=1), 0.0)  # as the Ray engine starts them
-    assert isinstance(worker.start(code_versions()).result, str)
+    # As the Ray engine starts them.
+    worker = TarWorker(replace(many, share=None, workers=1), code_versions(), 0.0)
     plan = ExtractionPlan(replace(many, share=None))
     totals = worker.do(plan.pending).result
     assert isinstance(totals, Totals)
