@@ -136,16 +136,13 @@ class Engine:
             ) from error
         else:
             if position is not None and result is not None:
-                self._keep(rows, position, result)
+                if rows.put(position, result) and isinstance(result, EncodedVideo):
+                    self.totals.frames += result.frame_index.size
+                    self.totals.videos_short += result.info.num_frames < result.frame_index.shape[1]
+                self.totals.videos += 1
+                self.progress(self.totals.videos, self.videos)
         if rows.finished:
             self._finish(rows)
-
-    def _keep(self, rows: TarRows, position: int, result: EncodedVideo | str) -> None:
-        if rows.put(position, result) and isinstance(result, EncodedVideo):
-            self.totals.frames += result.frame_index.size
-            self.totals.videos_short += result.info.num_frames < result.frame_index.shape[1]
-        self.totals.videos += 1
-        self.progress(self.totals.videos, self.videos)
 
     def _finish(self, rows: TarRows) -> None:
         if rows.damage:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from featstore.errors import UserError
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.format.tiers import Tier
 from featstore.opening import StorePlace
+from featstore.progress import Outcome
 from pipeline.decoding.contract import Strictness
 from pipeline.prompts import PromptSet
 from pipeline.sampling import Sampling
@@ -132,8 +133,8 @@ class Totals:
         self.damaged += other.damaged
 
 
-@dataclass
-class ExtractionSummary:
+@dataclass(frozen=True)
+class ExtractionSummary(Outcome):
     """What an extraction did; counts of rows are those of the whole store."""
 
     dataset: str
@@ -155,7 +156,3 @@ class ExtractionSummary:
     seconds: float
     too_many_failures: bool
     failures: list[dict[str, str]] = field(default_factory=list)  # the first ten: key, reason
-
-    def to_json(self) -> dict[str, Any]:
-        """The summary as JSON-ready values."""
-        return asdict(self)

@@ -29,7 +29,7 @@ from pipeline.decoding.contract import DecodeError
 from pipeline.decoding.nvdec import batcher as nvdec_batcher
 from pipeline.decoding.nvdec.batcher import GIVE_UP_AFTER, Buckets
 from pipeline.decoding.nvdec.graphs import Clip, DaliPixels, import_problem
-from pipeline.decoding.nvdec.rule import DecoderSizes, NvdecCapabilities, survey_video
+from pipeline.decoding.nvdec.rule import survey_video
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction import cpu_pool
 from pipeline.extraction.cpu_pool import EncodedVideo, encode_video
@@ -40,12 +40,12 @@ from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import parse_sampling
 from pipeline.tars.packing import pack
 from pipeline.tars.reading import DamagedTar
+from tests.support.processes.gpu_pool_on_cpu import gpu_pool_on_cpu
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tiny_world import make_clips, make_encoder
 
 PATIENCE = 60
 PREPROCESSING = Preprocessing(size=(16, 16))
-HOPPER = NvdecCapabilities.of((9, 0))
 Result = Future[EncodedVideo | str]
 
 
@@ -55,6 +55,7 @@ class Tower:
     device = torch.device("cpu")
     preprocessing = PREPROCESSING
     precision = "fp32"
+    dim = 8
 
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:
         self.before = before
@@ -89,15 +90,13 @@ class PoolMaker:
         workers: int = 2,
         **extra: Any,
     ) -> DaliVideoPool:
-        pool = DaliVideoPool(
+        pool = gpu_pool_on_cpu(
+            pixels or partial(decode_clips, crops=crops),
             PyAVDecoder(),
             cast(Encoder, tower or Tower()),
             parse_sampling(sampling),
             crops,
             workers,
-            pixels=pixels or partial(decode_clips, crops=crops),
-            capabilities=HOPPER,
-            sizes=DecoderSizes(),
             **extra,
         )
         self.pools.append(pool)
@@ -155,7 +154,7 @@ def test_results_are_those_of_the_cpu_path(make_pool: PoolMaker, sampling: str, 
     for got, video in zip(results(submit(pool, *videos)), videos, strict=True):
         assert_same(got, on_cpu(video, sampling, crops))
     pool.close()
-    report = pool.report()
+    report = pool._batcher.report()
     assert report[0] == "10 videos decoded by NVDEC"
     assert set(report[1:]) == {
         "1 videos decoded by pyav (turned or mirrored by its metadata)",
@@ -344,7 +343,7 @@ def test_a_failing_batch_is_taken_apart_and_then_goes_to_pyav(
     pool.close()
     lines = [f"{4 - by_pyav} videos decoded by NVDEC"] if by_pyav < 4 else []
     lines += [f"{by_pyav} videos decoded by pyav (NVDEC failed)"] if by_pyav else []
-    assert pool.report() == lines
+    assert pool._batcher.report() == lines
 
 
 def test_a_video_that_fails_everywhere_keeps_pyavs_reason(make_pool: PoolMaker) -> None:
@@ -471,7 +470,7 @@ def test_too_large_a_clip_goes_to_pyav(
     large = make_video(frames=8, width=128, height=64, options={"sc_threshold": "0"})
     for got, video in zip(results(submit(pool, SMALL[0], large)), [SMALL[0], large], strict=True):
         assert_same(got, on_cpu(video))
-    assert set(pool.report()) == {
+    assert set(pool._batcher.report()) == {
         "1 videos decoded by NVDEC",
         "1 videos decoded by pyav (too many or too large frames for the GPU's memory)",
     }
@@ -535,14 +534,12 @@ def test_a_whole_extraction_through_the_pool(
     pools = []
 
     def gpu_pool_instead(*args: Any) -> DaliVideoPool:
-        pools.append(
-            DaliVideoPool(*args[:5], pixels=decode, capabilities=HOPPER, sizes=DecoderSizes())
-        )
+        pools.append(gpu_pool_on_cpu(decode, *args[:5]))
         return pools[0]
 
     monkeypatch.setattr(cpu_pool, "ThreadVideoPool", gpu_pool_instead)
     extract(replace(request, store_path=tmp_path / "gpu.zarr"), encoder=encoder)
-    assert pools[0].report()[0].endswith("videos decoded by NVDEC")
+    assert pools[0]._batcher.report()[0].endswith("videos decoded by NVDEC")
     cpu, gpu = (open_store(tmp_path / f"{name}.zarr") for name in ("cpu", "gpu"))
     assert cpu.keys == gpu.keys
     np.testing.assert_array_equal(cpu.status, gpu.status)
@@ -569,21 +566,19 @@ def test_the_pool_around_dalis_graph_with_a_codec_it_decodes_without_a_gpu(tmp_p
     )
     # Rubbish that calls itself sound fails its batch of two; the other one must not suffer.
     sound = survey_video(videos[0])
-    pool = DaliVideoPool(
+    pool = gpu_pool_on_cpu(
+        pixels,
         PyAVDecoder(),
         encoder,
         sampling,
         3,
         2,
-        pixels=pixels,
-        capabilities=HOPPER,
         survey=lambda data: sound if data == b"rubbish" else survey_video(data),
-        sizes=DecoderSizes(),
         batch_videos=2,
     )
     got = results(submit(pool, *videos, b"rubbish"))
     pool.close()
-    assert pool.report() == ["4 videos decoded by NVDEC"]
+    assert pool._batcher.report() == ["4 videos decoded by NVDEC"]
     assert got[4] == "not a readable video file (Invalid data found when processing input)"
     for video, result in zip(videos, got, strict=False):
         want = encode_video(video, PyAVDecoder(), encoder, sampling, 3)
