@@ -31,7 +31,7 @@ from pipeline.decoding.contract import DecodeError, Decoder, Frames, Source, Vid
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, wants_dali
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.request import ExtractionRequest
-from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings, frame_output
+from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings
 from pipeline.sampling import Sampling
 
 # Larger batches are not faster on a core (measured 8 to 64 frames), only larger in memory.
@@ -184,16 +184,14 @@ def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> st
     `begun_with` is the decoder of a store that exists: "auto" stays with it. Raises UserError for a
     decoder that is unknown or cannot be used here.
     """
-    if not request.tier.pooled:
-        if request.decoder == DECODER_NAME:
-            raise UserError(
-                f"--tier {request.tier.text} with decoder {DECODER_NAME!r}: frames that are "
-                "decoded on the GPU become embeddings there and nothing else; use --decoder pyav"
-            )
-        return decoder_named(request.decoder, request.strict).name
-    asked = begun_with if begun_with is not None and request.decoder == "auto" else request.decoder
-    if wants_dali(asked, request.device, request.strict):
+    asked = request.decoder if request.decoder != "auto" else begun_with or "auto"
+    if request.tier.pooled and wants_dali(asked, request.device, request.strict):
         return DECODER_NAME
+    if not request.tier.pooled and request.decoder == DECODER_NAME:
+        raise UserError(
+            f"--tier {request.tier.text} with decoder {DECODER_NAME!r}: frames that are decoded on "
+            "the GPU become embeddings there and nothing else; use --decoder pyav"
+        )
     return decoder_named(asked, request.strict).name
 
 
@@ -201,19 +199,16 @@ def open_pool(
     request: ExtractionRequest,
     name: str,
     encoder: Encoder,
+    output: FrameOutput,
     decoder: Decoder | None = None,
-    output: FrameOutput | None = None,
 ) -> VideoPool:
     """The pool for a request and one of the names `decoder_for` gives; close it after use.
 
-    `decoder` stands in for the one that is named, `output` for that of the request's tier.
+    `output` is that of the request's tier; `decoder` stands in for the one that is named.
     """
-    workers = request.workers or usable_cores()
+    common = encoder, request.sampling, request.crops, request.workers or usable_cores()
     if name == DECODER_NAME and decoder is None:
         from pipeline.extraction.gpu_pool import DaliVideoPool  # which imports this module
 
-        fallback = PyAVDecoder(request.strict)
-        return DaliVideoPool(fallback, encoder, request.sampling, request.crops, workers)
-    decoder = decoder or decoder_named(name, request.strict)
-    output = output or frame_output(request.tier, encoder)
-    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, workers, output)
+        return DaliVideoPool(PyAVDecoder(request.strict), *common)
+    return ThreadVideoPool(decoder or decoder_named(name, request.strict), *common, output)

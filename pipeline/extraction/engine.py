@@ -106,8 +106,7 @@ class Engine:
             self._expect(rows, position, self.pool.submit(partial(rows.read, position)))
             self.in_pool += 1
         rows.handed_out = True
-        if rows.finished:
-            self._finish(rows)
+        self._finish(rows)
 
     def _expect(
         self,
@@ -119,7 +118,7 @@ class Engine:
         future.add_done_callback(lambda done: self.completed.put((rows, position, done)))
 
     def _take(self) -> None:
-        """Wait for the next result, keep it, and write the partition that it completes."""
+        """Wait for the next result and keep it."""
         rows, position, future = self.completed.get()
         rows.waiting -= 1
         self.in_pool -= position is not None
@@ -141,10 +140,12 @@ class Engine:
                     self.totals.videos_short += result.info.num_frames < result.frame_index.shape[1]
                 self.totals.videos += 1
                 self.progress(self.totals.videos, self.videos)
-        if rows.finished:
-            self._finish(rows)
+        self._finish(rows)
 
     def _finish(self, rows: TarRows) -> None:
+        """Write the partition when its last row is in."""
+        if rows.waiting or not rows.handed_out:
+            return
         if rows.damage:
             self.totals.damaged.append(rows.damage)
         else:

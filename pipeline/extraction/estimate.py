@@ -93,7 +93,7 @@ def estimate(
     plan = ExtractionPlan(request)
     job = ExtractionJob(plan)
     with closing(job), closing(plan.tar_source()) as source:
-        sample = _sample(plan, job.pool(), source, seconds, progress)
+        sample = _sample(plan, job.pool, source, seconds, progress)
     pending, schema, provenance = plan.pending, job.schema, job.provenance
     videos = sum(plan.tars[number].samples for number in pending)
     needed, free = plan.bytes_needed(pending, schema), free_bytes(plan.disk)
@@ -164,7 +164,7 @@ def _sample(
 
 
 def _videos(plan: ExtractionPlan, source: TarSource) -> Iterator[bytes]:
-    """The video files of the pending tars that can be read; extraction tells about the others."""
+    """The video files of the pending tars that can be read; extraction reports the others."""
     for number in plan.pending:
         tar = plan.tars[number]
         try:

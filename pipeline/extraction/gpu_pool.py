@@ -213,23 +213,20 @@ class DaliVideoPool(VideoPool):
     # The decode thread.
 
     def _decode_loop(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            self._decode(batch)
-
-    def _next_batch(self) -> list[tuple[_Video, NvdecPlan]] | None:
-        """The next batch for NVDEC, None when the pool closes.
+        """Decode batches until the pool closes.
 
         Waits while the encoder has enough, so that batches can fill, and for readers that may fill
-        one. When no reader has anything to do nothing will come before results go out.
+        one. When no reader has anything to do, nothing more will come before results go out.
         """
-        with self._changed:
-            while not self._stopping:
+        while not self._stopping:
+            with self._changed:
+                batch = None
                 if len(self._by_nvdec) < DECODED_AHEAD:
                     batch = self._batcher.take(more_coming=self._reading > 0)
-                    if batch is not None:
-                        return batch
-                self._changed.wait()
-            return None
+                if batch is None and not self._stopping:
+                    self._changed.wait()
+            if batch is not None:
+                self._decode(batch)
 
     def _decode(self, batch: list[tuple[_Video, NvdecPlan]]) -> None:
         """Decode a batch, and hand to PyAV the videos at which NVDEC fails."""

@@ -89,7 +89,7 @@ def add_texts(
     name, or another encoder than the store's, errors of `load_encoder`, and WorkError while a
     process writes to the store.
     """
-    wanted = as_prompt_set(prompts)  # what is wrong is told before the encoder is loaded
+    wanted = as_prompt_set(prompts)  # a wrong set is refused before the encoder is loaded
     recover(store_path)
     with _undisturbed(store_path):
         store = open_store(store_path)
@@ -103,7 +103,7 @@ def add_texts(
 
 @contextmanager
 def _undisturbed(path: Path) -> Iterator[None]:
-    """Tell what goes wrong because another process put a longer store at `path` as just that."""
+    """Say so when something fails because another process put a longer store at `path`."""
 
     def folder_number() -> int | None:
         return path.stat().st_ino if path.exists() else None

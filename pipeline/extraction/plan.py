@@ -76,7 +76,7 @@ class ExtractionPlan:
 
     @cached_property
     def pending(self) -> list[int]:
-        """Tars of this share that were to be done when this was first asked, once more included.
+        """Tars of this share that were to be done when this was first asked, or done again.
 
         The partitions of the store are looked through once, a remote store's in one listing.
         """

@@ -1,4 +1,4 @@
-"""Videos of a store encoded once more, from the tars and with the encoder it was made with."""
+"""Videos of a store encoded again, from the tars and with the encoder it was made with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is to be extracted, which tars of it are this process's, and what came of it."""
+"""What is to be extracted, which tars this process does, and the result."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ExtractionRequest:
     workers: int | None = None  # None: one per core this process may use
     max_failures: float = 0.05
     share: Share | None = None  # None: all tars
-    retry_failed: bool = False  # do partitions with failed videos once more
+    retry_failed: bool = False  # do partitions with failed videos again
     tier: Tier = PER_FRAME_EMBEDDING  # what is kept of every frame
 
     @property
@@ -150,7 +150,7 @@ class ExtractionSummary(Outcome):
     partition: str  # the share of this process, "K/N"; empty when it had all tars
     videos_short: int  # had fewer frames than asked for: frames repeat
     rows_damaged: int  # ok, and damaged packets were passed over
-    rows_miscounted: int  # ok, and the container speaks of another number of frames
+    rows_miscounted: int  # ok, and the container claims another number of frames
     videos_per_second: float
     frames_per_second: float
     seconds: float

@@ -81,11 +81,6 @@ class TarRows:
         else:
             self._features = self._resources.enter_context(on_disk(number))
 
-    @property
-    def finished(self) -> bool:
-        """Whether every result is in."""
-        return self.handed_out and not self.waiting
-
     def read(self, position: int) -> bytes:
         """The video file of a sample. Raises `DamagedTar`; safe to call from threads."""
         if self.damage:
