@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
 from featstore.errors import WorkError, one_line
 from featstore.opening import AnyWriter
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import ProgressSink
 from pipeline.extraction.cpu_pool import EncodedVideo, VideoPool
 from pipeline.extraction.request import Totals
 from pipeline.extraction.rows import TarRows
@@ -24,6 +25,7 @@ from pipeline.tars.sources import TarSource
 MIN_OPEN_TARS: Final = 4
 
 
+@dataclass(eq=False)
 class Engine:
     """Does partitions through a pool of workers; a damaged tar does not stop the others.
 
@@ -31,30 +33,20 @@ class Engine:
     is in memory is bounded by the pool's window, not by the data.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        tars: Sequence[Tar],
-        writer: AnyWriter,
-        pool: VideoPool,
-        source: TarSource,
-        progress: ProgressSink = no_progress,
-    ) -> None:
-        """`tars` are those of the store, in the order of its partitions."""
-        self.dataset = dataset
-        self.tars = tars
-        self.writer = writer
-        self.pool = pool
-        self.source = source
-        self.progress = progress
-        self.videos = 0  # that are to be done
-        self.totals = Totals()
-        self.open: dict[int, TarRows] = {}
-        self.in_pool = 0
-        # (rows, position of the sample or None for the tar's hash, result)
-        self.completed: SimpleQueue[
-            tuple[TarRows, int | None, Future[EncodedVideo | str] | Future[None]]
-        ] = SimpleQueue()
+    dataset: Dataset
+    tars: Sequence[Tar]  # of the store, in the order of its partitions
+    writer: AnyWriter
+    pool: VideoPool
+    source: TarSource
+    progress: ProgressSink
+    videos: int = field(default=0, init=False)  # that are to be done
+    totals: Totals = field(default_factory=Totals, init=False)
+    open: dict[int, TarRows] = field(default_factory=dict, init=False)
+    in_pool: int = field(default=0, init=False)
+    # (rows, position of the sample or None for the tar's hash, result)
+    completed: SimpleQueue[
+        tuple[TarRows, int | None, Future[EncodedVideo | str] | Future[None]]
+    ] = field(default_factory=SimpleQueue, init=False)
 
     def run(self, numbers: Sequence[int]) -> Totals:
         """Do the partitions `numbers`, once for each engine.
