@@ -10,11 +10,12 @@ Letters: V views (one clip in one crop each, crop-major then clip), F frames of 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,11 @@ from featstore.files.machine import usable_cores
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding import decoder_named
 from pipeline.decoding.chosen_frames import decode_chosen
-from pipeline.decoding.contract import DecodeError, Decoder, Source, VideoInfo
+from pipeline.decoding.contract import DecodeError, Decoder, Frames, Source, VideoInfo
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, wants_dali
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.request import ExtractionRequest
-from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings, frame_output
+from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings
 from pipeline.sampling import Sampling
 
 # Larger batches are not faster on a core (measured 8 to 64 frames), only larger in memory.
@@ -54,28 +55,35 @@ class EncodedVideo:
     pts: npt.NDArray[np.float64]
 
 
-class VideoPool(Protocol):
+class VideoPool(ABC):
     """Encodes videos at the same time; results come in any order.
 
     `window` is how many videos may be submitted and not yet taken: it bounds memory.
     """
 
-    window: int
+    def __init__(
+        self, decoder: Decoder, encoder: Encoder, sampling: Sampling, crops: int, window: int
+    ) -> None:
+        self.window = window
+        self._decoder = decoder
+        self._encoder = encoder
+        self._sampling = sampling
+        self._crops = crops
 
+    @abstractmethod
     def submit(self, read: Callable[[], bytes]) -> Future[EncodedVideo | str]:
         """Encode the video file that `read` gives; the result is a reason when it cannot be.
 
         The future raises what `read` raises, and RuntimeError or `WorkError` when the encoder
-        itself fails.
+        itself fails. It is cancelled when the pool closes before the video's turn.
         """
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Drop what has not begun and wait for what has."""
-        ...
 
 
-class ThreadVideoPool:
+class ThreadVideoPool(VideoPool):
     """A `VideoPool` of `workers` threads around one decoder and one encoder."""
 
     def __init__(
@@ -85,15 +93,11 @@ class ThreadVideoPool:
         sampling: Sampling,
         crops: int,
         workers: int,
-        output: FrameOutput | None = None,
+        output: FrameOutput,
     ) -> None:
-        """`output` makes what is kept of every frame, by default its embedding."""
-        self.window = workers * LOOKAHEAD
-        self._decoder = decoder
-        self._encoder = encoder
-        self._sampling = sampling
-        self._crops = crops
-        self._output = output or PooledEmbeddings(encoder)
+        """`output` makes what is kept of every frame."""
+        super().__init__(decoder, encoder, sampling, crops, workers * LOOKAHEAD)
+        self._output = output
         self._stop = Event()
         self._threads = ThreadPoolExecutor(
             workers, "encode", initializer=torch.set_num_threads, initargs=(1,)
@@ -129,31 +133,48 @@ def encode_video(
 ) -> EncodedVideo:
     """Decode the frames that `sampling` chooses, crop, and encode them.
 
-    The one path from video to embeddings: extraction and prediction both use it. Views are ordered
-    crop-major, then clip. `output` makes something else than embeddings of the frames. Raises
-    `DecodeError`.
+    The one path from video to embeddings: extraction and prediction both use it. `output` makes
+    something else than embeddings of the frames. Raises `DecodeError`.
     """
     output = output or PooledEmbeddings(encoder)
-
-    preprocessing = encoder.preprocessing
-    info, frames, seconds = decode_chosen(
-        source,
-        decoder,
-        lambda found: sampling.indices(found.num_frames).reshape(-1),
-        preprocessing.size,
-        preprocessing.resize_mode,
-    )
-    indices = sampling.indices(info.num_frames)
+    info, frames, indices, seconds = decode_sampled(source, decoder, encoder, sampling)
     batches = [
         output(part, crops)
         for part in np.split(frames, range(ENCODE_BATCH, len(frames), ENCODE_BATCH))
     ]
-    features = rearrange(torch.cat(batches, 1), "c (v t) ... -> (c v) t ...", v=len(indices))
+    return in_views(info, torch.cat(batches, 1).cpu().numpy(), indices, seconds)
+
+
+def decode_sampled(
+    source: Source, decoder: Decoder, encoder: Encoder, sampling: Sampling
+) -> tuple[VideoInfo, Frames, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """(info, frames uint8 [clips * F,H,W,3], their indices and seconds [clips, F]) of a video.
+
+    Raises `DecodeError`, also for frames that would become too large for the encoder's input.
+    """
+    info, frames, seconds = decode_chosen(
+        source,
+        decoder,
+        lambda found: sampling.indices(found.num_frames).reshape(-1),
+        encoder.preprocessing.size,
+        encoder.preprocessing.resize_mode,
+    )
+    indices = sampling.indices(info.num_frames)
+    return info, frames, indices, seconds.reshape(indices.shape)
+
+
+def in_views(
+    info: VideoInfo,
+    features: npt.NDArray[Any],
+    indices: npt.NDArray[np.int64],
+    seconds: npt.NDArray[np.float64],
+) -> EncodedVideo:
+    """`features` [crops, clips * F, *item] of the frames `indices` [clips, F] by view."""
     return EncodedVideo(
         info,
-        features.cpu().numpy(),
-        repeat(indices, "v t -> (c v) t", c=crops),
-        repeat(seconds, "(v t) -> (c v) t", c=crops, v=len(indices)),
+        rearrange(features, "c (v t) ... -> (c v) t ...", v=len(indices)),
+        repeat(indices, "v t -> (c v) t", c=len(features)),
+        repeat(seconds, "v t -> (c v) t", c=len(features)),
     )
 
 
@@ -163,16 +184,14 @@ def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> st
     `begun_with` is the decoder of a store that exists: "auto" stays with it. Raises UserError for a
     decoder that is unknown or cannot be used here.
     """
-    if not request.tier.pooled:
-        if request.decoder == DECODER_NAME:
-            raise UserError(
-                f"--tier {request.tier.text} with decoder {DECODER_NAME!r}: frames that are "
-                "decoded on the GPU become embeddings there and nothing else; use --decoder pyav"
-            )
-        return decoder_named(request.decoder, request.strict).name
-    asked = begun_with if begun_with is not None and request.decoder == "auto" else request.decoder
-    if wants_dali(asked, request.device, request.strict):
+    asked = request.decoder if request.decoder != "auto" else begun_with or "auto"
+    if request.tier.pooled and wants_dali(asked, request.device, request.strict):
         return DECODER_NAME
+    if not request.tier.pooled and request.decoder == DECODER_NAME:
+        raise UserError(
+            f"--tier {request.tier.text} with decoder {DECODER_NAME!r}: frames that are decoded on "
+            "the GPU become embeddings there and nothing else; use --decoder pyav"
+        )
     return decoder_named(asked, request.strict).name
 
 
@@ -180,19 +199,16 @@ def open_pool(
     request: ExtractionRequest,
     name: str,
     encoder: Encoder,
+    output: FrameOutput,
     decoder: Decoder | None = None,
-    output: FrameOutput | None = None,
 ) -> VideoPool:
     """The pool for a request and one of the names `decoder_for` gives; close it after use.
 
-    `decoder` stands in for the one that is named, `output` for that of the request's tier.
+    `output` is that of the request's tier; `decoder` stands in for the one that is named.
     """
-    workers = request.workers or usable_cores()
+    common = encoder, request.sampling, request.crops, request.workers or usable_cores()
     if name == DECODER_NAME and decoder is None:
         from pipeline.extraction.gpu_pool import DaliVideoPool  # which imports this module
 
-        fallback = PyAVDecoder(request.strict)
-        return DaliVideoPool(fallback, encoder, request.sampling, request.crops, workers)
-    decoder = decoder or decoder_named(name, request.strict)
-    output = output or frame_output(request.tier, encoder)
-    return ThreadVideoPool(decoder, encoder, request.sampling, request.crops, workers, output)
+        return DaliVideoPool(PyAVDecoder(request.strict), *common)
+    return ThreadVideoPool(decoder or decoder_named(name, request.strict), *common, output)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import Final
 
 from featstore.errors import WorkError, one_line
 from featstore.opening import AnyWriter
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import ProgressSink
 from pipeline.extraction.cpu_pool import EncodedVideo, VideoPool
 from pipeline.extraction.request import Totals
 from pipeline.extraction.rows import TarRows
@@ -24,6 +25,7 @@ from pipeline.tars.sources import TarSource
 MIN_OPEN_TARS: Final = 4
 
 
+@dataclass(eq=False)
 class Engine:
     """Does partitions through a pool of workers; a damaged tar does not stop the others.
 
@@ -31,30 +33,20 @@ class Engine:
     is in memory is bounded by the pool's window, not by the data.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        tars: Sequence[Tar],
-        writer: AnyWriter,
-        pool: VideoPool,
-        source: TarSource,
-        progress: ProgressSink = no_progress,
-    ) -> None:
-        """`tars` are those of the store, in the order of its partitions."""
-        self.dataset = dataset
-        self.tars = tars
-        self.writer = writer
-        self.pool = pool
-        self.source = source
-        self.progress = progress
-        self.videos = 0  # that are to be done
-        self.totals = Totals()
-        self.open: dict[int, TarRows] = {}
-        self.in_pool = 0
-        # (rows, position of the sample or None for the tar's hash, result)
-        self.completed: SimpleQueue[
-            tuple[TarRows, int | None, Future[EncodedVideo | str] | Future[None]]
-        ] = SimpleQueue()
+    dataset: Dataset
+    tars: Sequence[Tar]  # of the store, in the order of its partitions
+    writer: AnyWriter
+    pool: VideoPool
+    source: TarSource
+    progress: ProgressSink
+    videos: int = field(default=0, init=False)  # that are to be done
+    totals: Totals = field(default_factory=Totals, init=False)
+    open: dict[int, TarRows] = field(default_factory=dict, init=False)
+    in_pool: int = field(default=0, init=False)
+    # (rows, position of the sample or None for the tar's hash, result)
+    completed: SimpleQueue[
+        tuple[TarRows, int | None, Future[EncodedVideo | str] | Future[None]]
+    ] = field(default_factory=SimpleQueue, init=False)
 
     def run(self, numbers: Sequence[int]) -> Totals:
         """Do the partitions `numbers`, once for each engine.
@@ -106,8 +98,7 @@ class Engine:
             self._expect(rows, position, self.pool.submit(partial(rows.read, position)))
             self.in_pool += 1
         rows.handed_out = True
-        if rows.finished:
-            self._finish(rows)
+        self._finish(rows)
 
     def _expect(
         self,
@@ -119,7 +110,7 @@ class Engine:
         future.add_done_callback(lambda done: self.completed.put((rows, position, done)))
 
     def _take(self) -> None:
-        """Wait for the next result, keep it, and write the partition that it completes."""
+        """Wait for the next result and keep it."""
         rows, position, future = self.completed.get()
         rows.waiting -= 1
         self.in_pool -= position is not None
@@ -136,18 +127,17 @@ class Engine:
             ) from error
         else:
             if position is not None and result is not None:
-                self._keep(rows, position, result)
-        if rows.finished:
-            self._finish(rows)
-
-    def _keep(self, rows: TarRows, position: int, result: EncodedVideo | str) -> None:
-        if rows.put(position, result) and isinstance(result, EncodedVideo):
-            self.totals.frames += result.frame_index.size
-            self.totals.videos_short += result.info.num_frames < result.frame_index.shape[1]
-        self.totals.videos += 1
-        self.progress(self.totals.videos, self.videos)
+                if rows.put(position, result) and isinstance(result, EncodedVideo):
+                    self.totals.frames += result.frame_index.size
+                    self.totals.videos_short += result.info.num_frames < result.frame_index.shape[1]
+                self.totals.videos += 1
+                self.progress(self.totals.videos, self.videos)
+        self._finish(rows)
 
     def _finish(self, rows: TarRows) -> None:
+        """Write the partition when its last row is in."""
+        if rows.waiting or not rows.handed_out:
+            return
         if rows.damage:
             self.totals.damaged.append(rows.damage)
         else:

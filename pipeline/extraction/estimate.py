@@ -6,15 +6,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, as_completed, wait
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
-from featstore.errors import WorkError
 from featstore.files.disk import SPARE_BYTES, free_bytes, in_bytes
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from pipeline.extraction.cpu_pool import VideoPool
 from pipeline.extraction.job import ExtractionJob
-from pipeline.extraction.plan import ExtractionPlan
+from pipeline.extraction.plan import ExtractionPlan, no_room
 from pipeline.extraction.request import ExtractionRequest
 from pipeline.tars.reading import DamagedTar, open_tar
 from pipeline.tars.sources import TarSource
@@ -23,7 +23,7 @@ SAMPLE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Outcome):
     """What `extract` would do; sizes in bytes, of what is still to be done.
 
     `hours` is None when no video could be sampled.
@@ -53,10 +53,6 @@ class Estimate:
     decoder: str
     dataset_fingerprint: str
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return asdict(self)
-
     def facts(self) -> dict[str, str]:
         """The same in words."""
         sampled = (
@@ -80,11 +76,7 @@ class Estimate:
     def require_room(self) -> None:
         """Raise `WorkError` when the store would not fit on the disk."""
         if not self.fits:
-            raise WorkError(
-                f"the store will take {in_bytes(self.bytes_needed)}, {in_bytes(SPARE_BYTES)} are "
-                f"to stay free, and {self.disk} has {in_bytes(self.bytes_free)}: make room, or put "
-                "the workspace (--root) on a larger disk"
-            )
+            raise no_room(self.bytes_needed, self.disk, self.bytes_free)
 
 
 def estimate(
@@ -101,11 +93,11 @@ def estimate(
     plan = ExtractionPlan(request)
     job = ExtractionJob(plan)
     with closing(job), closing(plan.tar_source()) as source:
-        sample = _sample(plan, job.pool(), source, seconds, progress)
+        sample = _sample(plan, job.pool, source, seconds, progress)
     pending, schema, provenance = plan.pending, job.schema, job.provenance
     videos = sum(plan.tars[number].samples for number in pending)
     needed, free = plan.bytes_needed(pending, schema), free_bytes(plan.disk)
-    rate = sample.videos_per_second
+    rate = sample["videos_per_second"]
     return Estimate(
         dataset=plan.dataset.name,
         store=str(request.store_path),
@@ -120,27 +112,14 @@ def estimate(
         bytes_free=free,
         fits=plan.disk_needed(pending, schema) + SPARE_BYTES <= free,
         disk=str(plan.disk),
-        videos_sampled=sample.videos,
-        sample_failures=sample.failures,
-        sample_seconds=sample.seconds,
-        videos_per_second=rate,
         hours=videos / rate / 3600 if rate > 0 else (0.0 if not videos else None),
         encoder=provenance.encoder,
         encoder_fingerprint=provenance.encoder_fingerprint,
         precision=provenance.precision,
         decoder=provenance.decoder,
         dataset_fingerprint=provenance.dataset_fingerprint,
+        **sample,
     )
-
-
-@dataclass
-class _Sample:
-    """Videos encoded so far, and the time of the first and of the newest result."""
-
-    videos: int = 0
-    failures: int = 0
-    seconds: float = 0.0
-    videos_per_second: float = 0.0
 
 
 def _sample(
@@ -149,41 +128,43 @@ def _sample(
     source: TarSource,
     seconds: float,
     progress: ProgressSink,
-) -> _Sample:
-    sample = _Sample()
-    total = sum(plan.tars[number].samples for number in plan.pending)
+) -> dict[str, Any]:
+    """Encode videos for `seconds`: the fields of `Estimate` that say how many and how fast."""
     started = time.perf_counter()
-    running: set[Future[Any]] = set()
+
+    def results() -> Iterator[set[Future[Any]]]:
+        running: set[Future[Any]] = set()
+        for data in _videos(plan, source):
+            if time.perf_counter() - started >= seconds:
+                break
+            running.add(pool.submit(partial(bytes, data)))
+            if len(running) >= pool.window:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                yield finished
+        for result in as_completed(running):
+            yield {result}
+
+    total = sum(plan.tars[number].samples for number in plan.pending)
+    videos, failures, elapsed = 0, 0, 0.0
     first: tuple[int, float] | None = None  # videos and time once the pool has warmed up
-
-    def take(results: set[Future[Any]]) -> None:
-        nonlocal first
-        sample.videos += len(results)
-        sample.failures += sum(isinstance(result.result(), str) for result in results)
-        sample.seconds = time.perf_counter() - started
-        if first is None:
-            first = sample.videos, sample.seconds
-        progress(sample.videos, total)
-
-    for data in _videos(plan, source):
-        if time.perf_counter() - started >= seconds:
-            break
-        running.add(pool.submit(lambda data=data: data))  # type: ignore[misc]
-        if len(running) >= pool.window:
-            finished, running = wait(running, return_when=FIRST_COMPLETED)
-            take(finished)
-    for result in as_completed(running):
-        take({result})
-    if first is not None and sample.videos > first[0]:
-        # Without the first results: libraries and caches warm up until then.
-        sample.videos_per_second = (sample.videos - first[0]) / (sample.seconds - first[1])
-    elif sample.seconds:
-        sample.videos_per_second = sample.videos / sample.seconds
-    return sample
+    for finished in results():
+        videos += len(finished)
+        failures += sum(isinstance(result.result(), str) for result in finished)
+        elapsed = time.perf_counter() - started
+        first = first or (videos, elapsed)
+        progress(videos, total)
+    # Without the first results: libraries and caches warm up until then.
+    before, since = first if first and videos > first[0] else (0, 0.0)
+    return {
+        "videos_sampled": videos,
+        "sample_failures": failures,
+        "sample_seconds": elapsed,
+        "videos_per_second": (videos - before) / (elapsed - since) if videos else 0.0,
+    }
 
 
 def _videos(plan: ExtractionPlan, source: TarSource) -> Iterator[bytes]:
-    """The video files of the pending tars that can be read; extraction tells about the others."""
+    """The video files of the pending tars that can be read; extraction reports the others."""
     for number in plan.pending:
         tar = plan.tars[number]
         try:

@@ -13,26 +13,25 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from threading import Condition, Thread
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 
 from featstore.errors import WorkError, one_line
 from pipeline.clip_encoder import Encoder
-from pipeline.decoding.chosen_frames import decode_chosen, within_limit
+from pipeline.decoding.chosen_frames import within_limit
 from pipeline.decoding.contract import DecodeError, Decoder, VideoInfo
 from pipeline.decoding.nvdec.batcher import BATCH_VIDEOS, NvdecBatcher, NvdecPlan
-from pipeline.decoding.nvdec.graphs import DECODER_NAME, Clip, DaliPixels
+from pipeline.decoding.nvdec.graphs import Clip, DaliPixels
 from pipeline.decoding.nvdec.rule import nvdec_codecs
-from pipeline.extraction.cpu_pool import EncodedVideo
+from pipeline.extraction.cpu_pool import EncodedVideo, VideoPool, decode_sampled, in_views
 from pipeline.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -40,14 +39,6 @@ logger = logging.getLogger(__name__)
 # Neither has been tuned on a GPU yet (benchmarks/gpu_extract.py is there for it).
 DECODED_AHEAD = 2  # batches that wait for the encoder
 WINDOW_BATCHES = 6
-
-
-class PixelSource(Protocol):
-    """Decodes and preprocesses a batch: see `DaliPixels`."""
-
-    def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
-        """Normalised pixels [C,U,3,h,w] of each clip; raises when any of them fails."""
-        ...
 
 
 @dataclass(eq=False)
@@ -75,16 +66,18 @@ class _Decoded:
     places: npt.NDArray[np.int64]
 
 
-_Launched = tuple[list[_Decoded], "RunningBatch"]
+@dataclass(eq=False)
+class _Launched:
+    """A batch that was started; on a GPU it may still be at work."""
+
+    batch: list[_Decoded]
+    embeddings: torch.Tensor  # float32 [N,D] in memory, once `done` says so
+    done: Any = None  # the CUDA event after which it is complete
+    keep: Any = None  # what the GPU still reads: freeing it would let its memory be used again
 
 
-class DaliVideoPool:
-    """A `VideoPool` around NVDEC, with `decoder` for the videos that NVDEC is not sure to decode.
-
-    The encoder's GPU does all the work; `pixels` replaces `DaliPixels`, `codecs` those of the GPU.
-    """
-
-    name = DECODER_NAME
+class DaliVideoPool(VideoPool):
+    """A `VideoPool` around NVDEC of the encoder's GPU; `decoder` is for what NVDEC may not do."""
 
     def __init__(
         self,
@@ -93,24 +86,16 @@ class DaliVideoPool:
         sampling: Sampling,
         crops: int,
         workers: int,
-        *,
-        pixels: PixelSource | None = None,
-        codecs: frozenset[str] | None = None,
         batch_videos: int = BATCH_VIDEOS,
     ) -> None:
-        self.window = batch_videos * WINDOW_BATCHES
-        self._decoder = decoder
-        self._encoder = encoder
-        self._sampling = sampling
-        self._crops = crops
+        super().__init__(decoder, encoder, sampling, crops, batch_videos * WINDOW_BATCHES)
         self._batch_videos = batch_videos
-        self._batches = BatchEncoder(encoder)
+        self._on_gpu = encoder.device.type == "cuda"
         device = encoder.device.index or 0
         height, width = encoder.preprocessing.size
         self._changed = Condition()  # guards everything below
         self._batcher: NvdecBatcher[_Video, torch.Tensor] = NvdecBatcher(
-            pixels
-            or DaliPixels(
+            DaliPixels(
                 encoder.preprocessing,
                 crops,
                 batch_size=batch_videos,
@@ -119,7 +104,7 @@ class DaliVideoPool:
                 half=encoder.precision == "fp16",
             ),
             self._check,
-            codecs or nvdec_codecs(torch.cuda.get_device_capability(device)),
+            nvdec_codecs(torch.cuda.get_device_capability(device)),
             pixels_per_frame=crops * 3 * height * width * 4,
             batch_videos=batch_videos,
             changed=self._changed,
@@ -141,11 +126,7 @@ class DaliVideoPool:
             thread.start()
 
     def submit(self, read: Callable[[], bytes]) -> Future[EncodedVideo | str]:
-        """Encode the video file that `read` gives; the result is a reason when it cannot be.
-
-        The future raises what `read` raises, what the encoder raises, and `WorkError` when the pool
-        is broken. A future of a pool that is closed is cancelled.
-        """
+        """See `VideoPool.submit`; the future raises `WorkError` when the pool is broken."""
         video = _Video(read, Future())
         with self._changed:
             if self._broken is not None:
@@ -158,7 +139,7 @@ class DaliVideoPool:
         return video.future
 
     def close(self) -> None:
-        """Drop what has not begun, wait for what has; futures without a result are cancelled."""
+        """See `VideoPool.close`."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -169,12 +150,8 @@ class DaliVideoPool:
             dropped, self._unfinished = self._unfinished, set()
         for video in dropped:
             video.future.cancel()
-        for line in self.report():
+        for line in self._batcher.report():
             logger.info("%s", line)
-
-    def report(self) -> list[str]:
-        """One line per decoder and reason: how many videos it was."""
-        return self._batcher.report()
 
     # Reader threads.
 
@@ -192,6 +169,8 @@ class DaliVideoPool:
                 refusal = self._plan(video)
             if refusal is not None:
                 self._decode_by_pyav(video, refusal)
+        except DecodeError as error:
+            self._deliver(video, error.reason)
         except BaseException as error:
             self._deliver(video, error)
         finally:
@@ -218,27 +197,11 @@ class DaliVideoPool:
 
     def _decode_by_pyav(self, video: _Video, refusal: str) -> None:
         data, video.data = video.data, b""
-        preprocessing = self._encoder.preprocessing
-        try:
-            info, frames, seconds = decode_chosen(
-                data,
-                self._decoder,
-                lambda found: self._sampling.indices(found.num_frames).reshape(-1),
-                preprocessing.size,
-                preprocessing.resize_mode,
-            )
-        except DecodeError as error:
-            self._deliver(video, error.reason)
-            return
-        indices = self._sampling.indices(info.num_frames)
-        decoded = _Decoded(
-            video,
-            preprocessing.crop_pixels(frames, self._crops),
-            info,
-            indices,
-            seconds.reshape(indices.shape),
-            np.arange(indices.size),
+        info, frames, indices, seconds = decode_sampled(
+            data, self._decoder, self._encoder, self._sampling
         )
+        pixels = self._encoder.preprocessing.crop_pixels(frames, self._crops)
+        decoded = _Decoded(video, pixels, info, indices, seconds, np.arange(indices.size))
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopping or len(self._by_pyav) < 2 * self._batch_videos
@@ -250,23 +213,20 @@ class DaliVideoPool:
     # The decode thread.
 
     def _decode_loop(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            self._decode(batch)
-
-    def _next_batch(self) -> list[tuple[_Video, NvdecPlan]] | None:
-        """The next batch for NVDEC, None when the pool closes.
+        """Decode batches until the pool closes.
 
         Waits while the encoder has enough, so that batches can fill, and for readers that may fill
-        one. When no reader has anything to do nothing will come before results go out.
+        one. When no reader has anything to do, nothing more will come before results go out.
         """
-        with self._changed:
-            while not self._stopping:
+        while not self._stopping:
+            with self._changed:
+                batch = None
                 if len(self._by_nvdec) < DECODED_AHEAD:
                     batch = self._batcher.take(more_coming=self._reading > 0)
-                    if batch is not None:
-                        return batch
-                self._changed.wait()
-            return None
+                if batch is None and not self._stopping:
+                    self._changed.wait()
+            if batch is not None:
+                self._decode(batch)
 
     def _decode(self, batch: list[tuple[_Video, NvdecPlan]]) -> None:
         """Decode a batch, and hand to PyAV the videos at which NVDEC fails."""
@@ -294,7 +254,9 @@ class DaliVideoPool:
 
     def _encode_loop(self) -> None:
         launched: _Launched | None = None
-        with self._batches.stream():
+        cuda: Any = torch.cuda  # the streams' annotations are incomplete
+        stream = cuda.Stream(self._encoder.device) if self._on_gpu else None
+        with cuda.stream(stream):  # None: no stream of its own
             while (batch := self._next_decoded(wait=launched is None)) is not None:
                 following = self._launch(batch) if batch else None
                 if launched is not None:
@@ -317,35 +279,49 @@ class DaliVideoPool:
             return batch
 
     def _launch(self, batch: list[_Decoded]) -> _Launched | None:
+        """Start encoding; on a GPU the work is only queued, and errors may come in `_finish`."""
         try:
-            return batch, self._batches.launch([decoded.pixels for decoded in batch])
+            videos = [self._normalised(decoded.pixels) for decoded in batch]
+            pixels = torch.cat([rearrange(video, "c u ... -> (c u) ...") for video in videos])
+            embeddings = self._encoder.encode_pixels(pixels)
+            if not self._on_gpu:
+                return _Launched(batch, embeddings)
+            cuda: Any = torch.cuda
+            # Only pinned memory is copied to while the GPU goes on with the next batch.
+            host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+            host.copy_(embeddings, non_blocking=True)
+            done = cuda.Event()
+            done.record()
+            return _Launched(batch, host, done, (pixels, embeddings))
         except Exception as error:
             self._fail(batch, error)
             return None
 
+    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dtype != torch.uint8:
+            return pixels
+        if self._on_gpu:  # as bytes: a quarter of what has to cross the bus
+            pixels = pixels.pin_memory().to(self._encoder.device, non_blocking=True)
+        return self._encoder.preprocessing.normalise(pixels)
+
     def _finish(self, launched: _Launched) -> None:
         """Wait for a batch and deliver its results."""
-        batch, running = launched
+        batch = launched.batch
         try:
-            results = [
-                self._result(decoded, features)
-                for decoded, features in zip(batch, running.features(), strict=True)
-            ]
+            if launched.done is not None:
+                launched.done.synchronize()
+            launched.keep = None
+            rows = launched.embeddings.float().numpy()
+            ends = np.cumsum([self._crops * decoded.pixels.shape[1] for decoded in batch])
+            results = []
+            for decoded, part in zip(batch, np.split(rows, ends[:-1].tolist()), strict=True):
+                features = rearrange(part, "(c u) d -> c u d", c=self._crops)[:, decoded.places]
+                results.append(in_views(decoded.info, features, decoded.indices, decoded.seconds))
         except Exception as error:
             self._fail(batch, error)
             return
         for decoded, result in zip(batch, results, strict=True):
             self._deliver(decoded.video, result)
-
-    def _result(self, decoded: _Decoded, features: npt.NDArray[np.float32]) -> EncodedVideo:
-        """`features` float32 [C,U,D] as rows, crop-major then clip."""
-        clips = len(decoded.indices)
-        return EncodedVideo(
-            decoded.info,
-            rearrange(features[:, decoded.places], "c (v t) d -> (c v) t d", v=clips),
-            repeat(decoded.indices, "v t -> (c v) t", c=self._crops),
-            repeat(decoded.seconds, "v t -> (c v) t", c=self._crops),
-        )
 
     # Results.
 
@@ -381,68 +357,3 @@ class DaliVideoPool:
                 self._changed.notify_all()
             for video in unfinished:
                 self._deliver(video, broken)
-
-
-@dataclass
-class RunningBatch:
-    """A batch that was started; on a GPU it may still be at work."""
-
-    shapes: list[tuple[int, int]]  # C and U of every video
-    embeddings: torch.Tensor  # float32 [N,D] in memory, once `done` says so
-    done: Any = None  # the CUDA event after which it is complete
-    keep: Any = None  # what the GPU still reads: freeing it would let its memory be used again
-
-    def features(self) -> list[npt.NDArray[np.float32]]:
-        """Wait; then float32 [C,U,D] of every video."""
-        if self.done is not None:
-            self.done.synchronize()
-        self.keep = None
-        rows = self.embeddings.float().numpy()
-        ends = np.cumsum([crops * frames for crops, frames in self.shapes])
-        return [
-            rearrange(part, "(c u) d -> c u d", c=crops)
-            for part, (crops, _) in zip(
-                np.split(rows, ends[:-1].tolist()), self.shapes, strict=True
-            )
-        ]
-
-
-class BatchEncoder:
-    """Starts batches on the encoder's device; one thread at a time may use it."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._on_gpu = encoder.device.type == "cuda"
-
-    def stream(self) -> AbstractContextManager[Any]:
-        """A CUDA stream of its own for the thread that encodes."""
-        if not self._on_gpu:
-            return nullcontext()
-        cuda: Any = torch.cuda  # the streams' annotations are incomplete
-        return torch.cuda.stream(cuda.Stream(self._encoder.device))
-
-    def launch(self, videos: Sequence[torch.Tensor]) -> RunningBatch:
-        """Encode [C,U,3,h,w] of each video: normalised pixels, or uint8 in memory.
-
-        On a GPU this returns when the work is queued, and errors may come from `features` instead.
-        """
-        shapes = [(video.shape[0], video.shape[1]) for video in videos]
-        pictures = [rearrange(self._normalised(v), "c u ... -> (c u) ...") for v in videos]
-        pixels = torch.cat(pictures)
-        embeddings = self._encoder.encode_pixels(pixels)
-        if not self._on_gpu:
-            return RunningBatch(shapes, embeddings)
-        cuda: Any = torch.cuda
-        # Only pinned memory is copied to while the GPU goes on with the next batch.
-        host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
-        host.copy_(embeddings, non_blocking=True)
-        done = cuda.Event()
-        done.record()
-        return RunningBatch(shapes, host, done, (videos, pixels, embeddings))
-
-    def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.dtype != torch.uint8:
-            return pixels
-        if self._on_gpu:  # as bytes: a quarter of what has to cross the bus
-            pixels = pixels.pin_memory().to(self._encoder.device, non_blocking=True)
-        return self._encoder.preprocessing.normalise(pixels)

@@ -43,41 +43,36 @@ def add_tars(
     """
     recover(store_path)
     with _undisturbed(store_path):
-        return _add_tars(store_path, load_dataset(dataset_dir), encoder, encoders_dir, device)
-
-
-def _add_tars(
-    store_path: Path,
-    dataset: Dataset,
-    encoder: str | None,
-    encoders_dir: Path | None,
-    device: str,
-) -> Grown:
-    store = open_store(store_path)
-    made = store.provenance
-    if dataset.name != made.dataset:
-        raise UserError(
-            f"{store_path} was made of data set {made.dataset!r}, not of {dataset.name!r}: "
-            "extract that one too and use `mote-cli store merge`"
+        dataset = load_dataset(dataset_dir)
+        store = open_store(store_path)
+        made = store.provenance
+        if dataset.name != made.dataset:
+            raise UserError(
+                f"{store_path} was made of data set {made.dataset!r}, not of {dataset.name!r}: "
+                "extract that one too and use `mote-cli store merge`"
+            )
+        # The tars that belong into the store: all, or those of the split it was made of.
+        files = {tar.file for tar in store.tars}
+        tars = [
+            s for s in dataset.tars if not made.split or s.split == made.split or s.file in files
+        ]
+        _require_same_failures(store, tars)
+        texts = None
+        if list(dataset.class_names) != store.class_names:
+            tower = _encoder(store, encoder, encoders_dir, device)
+            texts = {name: _longer(store, name, dataset, tower) for name in store.prompt_sets}
+        return grow(
+            store_path,
+            tars=[
+                TarEntry(file=tar.file, rows=tar.rows, bytes=tar.bytes, sha256=tar.sha256)
+                for tar in tars
+            ],
+            class_names=dataset.class_names,
+            raw_class_names=dataset.raw_class_names,
+            split_names=dataset.split_names,
+            dataset_fingerprint=dataset.fingerprint,
+            class_texts=texts,
         )
-    tars = _continued(store, dataset)
-    _require_same_failures(store, tars)
-    texts = None
-    if list(dataset.class_names) != store.class_names:
-        tower = _encoder(store, encoder, encoders_dir, device)
-        texts = {name: _longer(store, name, dataset, tower) for name in store.prompt_sets}
-    return grow(
-        store_path,
-        tars=[
-            TarEntry(file=tar.file, rows=tar.rows, bytes=tar.bytes, sha256=tar.sha256)
-            for tar in tars
-        ],
-        class_names=dataset.class_names,
-        raw_class_names=dataset.raw_class_names,
-        split_names=dataset.split_names,
-        dataset_fingerprint=dataset.fingerprint,
-        class_texts=texts,
-    )
 
 
 def add_texts(
@@ -95,7 +90,7 @@ def add_texts(
     name, or another encoder than the store's, errors of `load_encoder`, and WorkError while a
     process writes to the store.
     """
-    wanted = as_prompt_set(prompts)  # what is wrong is told before the encoder is loaded
+    wanted = as_prompt_set(prompts)  # a wrong set is refused before the encoder is loaded
     recover(store_path)
     with _undisturbed(store_path):
         store = open_store(store_path)
@@ -109,27 +104,20 @@ def add_texts(
 
 @contextmanager
 def _undisturbed(path: Path) -> Iterator[None]:
-    """Tell what goes wrong because another process put a longer store at `path` as just that."""
-    before = _folder_number(path)
+    """Say so when something fails because another process put a longer store at `path`."""
+
+    def folder_number() -> int | None:
+        return path.stat().st_ino if path.exists() else None
+
+    before = folder_number()
     try:
         yield
     except (UserError, WorkError) as error:
-        if _folder_number(path) == before:
+        if folder_number() == before:
             raise
         raise WorkError(
             f"another process changed {path} in the meantime: run the same command again"
         ) from error
-
-
-def _folder_number(path: Path) -> int | None:
-    return path.stat().st_ino if path.exists() else None
-
-
-def _continued(store: Store, dataset: Dataset) -> list[Tar]:
-    """The data set's tars that belong into the store: all, or those of the split it was made of."""
-    files = {tar.file for tar in store.tars}
-    split = store.provenance.split
-    return [s for s in dataset.tars if not split or s.split == split or s.file in files]
 
 
 def _require_same_failures(store: Store, tars: list[Tar]) -> None:

@@ -9,6 +9,7 @@ import platform
 import shlex
 from collections.abc import Sequence
 from contextlib import closing
+from functools import cached_property
 from importlib.metadata import version
 
 from featstore import ClassText, Provenance, StoreWriter
@@ -50,7 +51,6 @@ class ExtractionJob:
         self.encoder = encoder or _request_encoder(plan)
         self.encoder.preprocessing.require_crops(plan.request.crops)
         self._decoder = decoder
-        self._pool: VideoPool | None = None
         self._output = frame_output(plan.request.tier, self.encoder)
         self.schema = plan.schema(self.encoder.dim, self._output.item)
         self.provenance = _provenance(plan, self.encoder, name)
@@ -78,17 +78,11 @@ class ExtractionJob:
         )
         return writer
 
+    @cached_property
     def pool(self) -> VideoPool:
         """The pool of this job, opened when it is first asked for."""
-        if self._pool is None:
-            self._pool = open_pool(
-                self.plan.request,
-                self.provenance.decoder,
-                self.encoder,
-                self._decoder,
-                self._output,
-            )
-        return self._pool
+        name = self.provenance.decoder
+        return open_pool(self.plan.request, name, self.encoder, self._output, self._decoder)
 
     def run(
         self, writer: AnyWriter, numbers: Sequence[int], progress: ProgressSink = no_progress
@@ -102,13 +96,13 @@ class ExtractionJob:
         if not numbers:
             return Totals()
         with closing(plan.tar_source()) as source:
-            engine = Engine(plan.dataset, plan.tars, writer, self.pool(), source, progress)
+            engine = Engine(plan.dataset, plan.tars, writer, self.pool, source, progress)
             return engine.run(numbers)
 
     def close(self) -> None:
-        """Close the pool."""
-        if self._pool is not None:
-            self._pool.close()
+        """Close the pool if it was opened."""
+        if "pool" in self.__dict__:
+            self.pool.close()
 
     def _require_same(self, writer: AnyWriter) -> None:
         """Raise UserError with the differences when the store was made in another way."""

@@ -13,12 +13,12 @@ import numpy as np
 
 from featstore import StoreSchema
 from featstore.errors import WorkError
-from featstore.files.disk import free_bytes, has_room, in_bytes
+from featstore.files.disk import SPARE_BYTES, free_bytes, has_room, in_bytes
 from featstore.files.scratch import ScratchFolder, cache_folder
 from featstore.format.schema import STATUS_FAILED
 from featstore.opening import AnyWriter, open_rows, writer_of
 from pipeline.encoders.specs import remembered_fingerprint
-from pipeline.extraction.request import ExtractionRequest
+from pipeline.extraction.request import ExtractionRequest, Share
 from pipeline.prompts import PROMPT_SETS, PromptSet, prompt_sets_of
 from pipeline.tars.dataset import load_dataset, tars_of
 from pipeline.tars.sources import RemoteTars, TarSource, remote_dataset
@@ -27,6 +27,14 @@ from pipeline.tars.sources import RemoteTars, TarSource, remote_dataset
 ROW_EXTRA_BYTES: Final = 256
 # Tars that are being filled at the same time, as a rule: a few long videos keep theirs open.
 OPEN_TARS: Final = 4
+
+
+def no_room(needed: int, disk: Path | str, free: int) -> WorkError:
+    """The error of a store of `needed` bytes for which `disk` has too few, `free` ones."""
+    return WorkError(
+        f"the store will take {in_bytes(needed)}, {in_bytes(SPARE_BYTES)} are to stay free, and "
+        f"{disk} has {in_bytes(free)}: make room, or put the workspace (--root) on a larger disk"
+    )
 
 
 class ExtractionPlan:
@@ -63,14 +71,12 @@ class ExtractionPlan:
     @property
     def mine(self) -> list[int]:
         """Numbers of the tars of this process's share."""
-        share = self.request.share
-        if share is None:
-            return list(range(len(self.tars)))
+        share = self.request.share or Share(0, 1)
         return list(range(share.index, len(self.tars), share.count))
 
     @cached_property
     def pending(self) -> list[int]:
-        """Tars of this share that were to be done when this was first asked, once more included.
+        """Tars of this share that were to be done when this was first asked, or done again.
 
         The partitions of the store are looked through once, a remote store's in one listing.
         """
@@ -102,11 +108,7 @@ class ExtractionPlan:
         """Raise `WorkError` when the disk cannot take these partitions."""
         needed = self.disk_needed(numbers, schema)
         if not has_room(self.disk, needed):
-            raise WorkError(
-                f"the store will take {needed / 1e9:.2f} GB and {self.disk} has "
-                f"{free_bytes(self.disk) / 1e9:.2f} GB free: make room, or put the "
-                "workspace (--root) on a larger disk"
-            )
+            raise no_room(needed, self.disk, free_bytes(self.disk))
 
     def room(self, numbers: list[int], schema: StoreSchema) -> str:
         """What these partitions take and what is free, in words."""

@@ -1,14 +1,16 @@
-"""Videos of a store encoded once more, from the tars and with the encoder it was made with."""
+"""Videos of a store encoded again, from the tars and with the encoder it was made with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
 from featstore import Store, open_store
-from featstore.checking.verify import Reencoding, reencode
+from featstore.checking.verify import EncodeRow, Reencoding, reencode
 from featstore.errors import UserError, WorkError
 from featstore.format.tiers import Tier
 from featstore.progress import ProgressSink, no_progress
@@ -35,7 +37,7 @@ def reencode_store(
     """Encode `count` rows of a store again, drawn by `seed`, and compare them with what is stored.
 
     A store in its place knows its workspace; `workspace` has the data set and the encoder of any
-    other. Raises what `Reencoder` and `featstore.checking.verify.reencode` do.
+    other. Raises what `reencoder` and `featstore.checking.verify.reencode` do.
     """
     store = open_store(path)
     dataset = store.provenance.dataset
@@ -43,72 +45,58 @@ def reencode_store(
     if folder.parent.name == "features" and folder.name == dataset:
         workspace = Workspace(folder.parents[1])
     encoders = workspace.root / "encoders"
-    with Reencoder(store, workspace.dataset_dir(dataset), encoders, device) as encoder:
+    with reencoder(store, workspace.dataset_dir(dataset), encoders, device) as encoder:
         return reencode(store, count, encoder, seed=seed, progress=progress)
 
 
-class Reencoder:
-    """Encodes rows of a store again. A context manager; called with an array row and its key."""
+@contextmanager
+def reencoder(
+    store: Store, dataset_dir: Path, encoders_dir: Path | None, device: str = "cpu"
+) -> Iterator[EncodeRow]:
+    """What encodes rows of a store again, with the data set in `dataset_dir` and its own encoder.
 
-    def __init__(
-        self, store: Store, dataset_dir: Path, encoders_dir: Path | None, device: str = "cpu"
-    ) -> None:
-        """Find the data set in `dataset_dir` and load the encoder that the store names.
-
-        Raises UserError when either is gone or is another one, or was recorded in a way that this
-        version does not know; WorkError as `load_dataset` and `load_encoder`.
-        """
-        made = store.provenance
-        self._capacity = store.schema.capacity
-        self._tars = store.tars
-        self._dataset = load_dataset(dataset_dir)
-        self._packed = {tar.sha256: tar for tar in self._dataset.tars}
-        strictness: dict[str, Strictness] = {"auto": "auto", "always": "always", "never": "never"}
-        decoder = decoder_named(made.decoder, strictness.get(made.strict_decode, "auto"))
-        sampling = parse_sampling(made.sampling)
-        try:
-            encoder = load_encoder(made.encoder, made.precision, device, encoders_dir)
-        except (UserError, WorkError) as error:
-            raise type(error)(
-                f"the encoder of {store.path.name} cannot be loaded, so that nothing can be "
-                f"encoded again: {error}"
-            ) from error
-        if encoder.fingerprint != made.encoder_fingerprint:
-            raise UserError(
-                f"{made.encoder} has weights {encoder.fingerprint[:16]} and {store.path.name} was "
-                f"made with {made.encoder_fingerprint[:16]}: put the encoder back that made it"
-            )
-        # One worker thread with one torch thread, as in extraction: the same bits come out.
-        output = frame_output(Tier.parse(made.tier), encoder)
-        self._pool = ThreadVideoPool(
-            decoder, encoder, sampling, made.crops, workers=1, output=output
+    Raises UserError when either is gone or is another one, or was recorded in a way that this
+    version does not know; WorkError as `load_dataset` and `load_encoder`. Called with a row, it
+    raises UserError when the row's tar is gone, WorkError when the tar is damaged.
+    """
+    made = store.provenance
+    dataset = load_dataset(dataset_dir)
+    packed = {tar.sha256: tar for tar in dataset.tars}
+    strictness: dict[str, Strictness] = {"auto": "auto", "always": "always", "never": "never"}
+    decoder = decoder_named(made.decoder, strictness.get(made.strict_decode, "auto"))
+    sampling = parse_sampling(made.sampling)
+    try:
+        encoder = load_encoder(made.encoder, made.precision, device, encoders_dir)
+    except (UserError, WorkError) as error:
+        raise type(error)(
+            f"the encoder of {store.path.name} cannot be loaded, so that nothing can be "
+            f"encoded again: {error}"
+        ) from error
+    if encoder.fingerprint != made.encoder_fingerprint:
+        raise UserError(
+            f"{made.encoder} has weights {encoder.fingerprint[:16]} and {store.path.name} was "
+            f"made with {made.encoder_fingerprint[:16]}: put the encoder back that made it"
         )
+    output = frame_output(Tier.parse(made.tier), encoder)
+    # One worker thread with one torch thread, as in extraction: the same bits come out.
+    pool = ThreadVideoPool(decoder, encoder, sampling, made.crops, 1, output)
 
-    def __call__(self, row: int, key: str) -> npt.NDArray[Any] | str:
-        """Embeddings float32 [V, F, D] of the row's video, or why it cannot be decoded.
-
-        Of a store of another tier, its items in their type.
-
-        Raises UserError when its tar is gone, WorkError when the tar is damaged.
-        """
-        number, position = divmod(row, self._capacity)
-        entry = self._tars[number]
-        tar = self._packed.get(entry.sha256)
-        path = self._dataset.folder if tar is None else self._dataset.tar_path(tar)
+    def encode(row: int, key: str) -> npt.NDArray[Any] | str:
+        number, position = divmod(row, store.schema.capacity)
+        entry = store.tars[number]
+        tar = packed.get(entry.sha256)
+        path = dataset.folder if tar is None else dataset.tar_path(tar)
         if tar is None or not path.is_file():
             raise UserError(
-                f"{entry.file} of data set {self._dataset.name!r}, which partition {number} was "
-                f"made of, is not in {self._dataset.folder}: put it back to encode its videos again"
+                f"{entry.file} of data set {dataset.name!r}, which partition {number} was "
+                f"made of, is not in {dataset.folder}: put it back to encode its videos again"
             )
         with open_tar(path, tar.bytes) as archive:
             if position >= len(archive.samples) or archive.samples[position].key != key:
                 raise DamagedTar.of(path, f"does not hold {key!r} at place {position}")
             sample = archive.samples[position]
-            result = self._pool.submit(lambda: archive.read(sample)).result()
+            result = pool.submit(lambda: archive.read(sample)).result()
         return result if isinstance(result, str) else result.features
 
-    def __enter__(self) -> Reencoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.close()
+    with closing(pool):
+        yield encode

@@ -1,18 +1,19 @@
-"""What is to be extracted, which tars of it are this process's, and what came of it."""
+"""What is to be extracted, which tars this process does, and the result."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from featstore.errors import UserError
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.format.tiers import Tier
 from featstore.opening import StorePlace
+from featstore.progress import Outcome
 from pipeline.decoding.contract import Strictness
 from pipeline.prompts import PromptSet
 from pipeline.sampling import Sampling
@@ -104,7 +105,7 @@ class ExtractionRequest:
     workers: int | None = None  # None: one per core this process may use
     max_failures: float = 0.05
     share: Share | None = None  # None: all tars
-    retry_failed: bool = False  # do partitions with failed videos once more
+    retry_failed: bool = False  # do partitions with failed videos again
     tier: Tier = PER_FRAME_EMBEDDING  # what is kept of every frame
 
     @property
@@ -132,8 +133,8 @@ class Totals:
         self.damaged += other.damaged
 
 
-@dataclass
-class ExtractionSummary:
+@dataclass(frozen=True)
+class ExtractionSummary(Outcome):
     """What an extraction did; counts of rows are those of the whole store."""
 
     dataset: str
@@ -149,13 +150,9 @@ class ExtractionSummary:
     partition: str  # the share of this process, "K/N"; empty when it had all tars
     videos_short: int  # had fewer frames than asked for: frames repeat
     rows_damaged: int  # ok, and damaged packets were passed over
-    rows_miscounted: int  # ok, and the container speaks of another number of frames
+    rows_miscounted: int  # ok, and the container claims another number of frames
     videos_per_second: float
     frames_per_second: float
     seconds: float
     too_many_failures: bool
     failures: list[dict[str, str]] = field(default_factory=list)  # the first ten: key, reason
-
-    def to_json(self) -> dict[str, Any]:
-        """The summary as JSON-ready values."""
-        return asdict(self)

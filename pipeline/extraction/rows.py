@@ -58,30 +58,28 @@ class TarRows:
         bit = {name: 1 << i for i, name in enumerate(dataset.split_names)}
         listed = [(s.key, s.sidecar["label"], s.sidecar["splits"]) for s in self.samples]
         listed += [(f.key, f.label, f.splits) for f in tar.failed]
-        # Every row starts as failed; a result turns it into one that is ok.
-        self._keys = [key for key, _, _ in listed]
-        self._labels = np.array([label for _, label, _ in listed], np.int32)
-        self._splits = np.array([sum(bit[x] for x in splits) for *_, splits in listed], np.uint32)
-        self._reasons = [""] * tar.samples + [one_line(f.reason) for f in tar.failed]
-        self._status = np.full(n, STATUS_FAILED, np.uint8)
-        self._num_frames = np.zeros(n, np.int32)
-        self._fps = np.full(n, np.nan, np.float32)
-        self._container_frames = np.zeros(n, np.int32)
-        self._damaged_packets = np.zeros(n, np.int32)
         shape = (n, schema.views, schema.frames)
-        self._frame_index = np.full(shape, -1, np.int32)
-        self._pts = np.full(shape, np.nan)
+        # The fields of a Partition. Every row starts as failed; a result turns it into one that is
+        # ok.
+        self._fields: dict[str, Any] = {
+            "key": [key for key, _, _ in listed],
+            "label": np.array([label for _, label, _ in listed], np.int32),
+            "splits": np.array([sum(bit[x] for x in splits) for *_, splits in listed], np.uint32),
+            "reason": [""] * tar.samples + [one_line(f.reason) for f in tar.failed],
+            "status": np.full(n, STATUS_FAILED, np.uint8),
+            "num_frames": np.zeros(n, np.int32),
+            "fps": np.full(n, np.nan, np.float32),
+            "container_frames": np.zeros(n, np.int32),
+            "damaged_packets": np.zeros(n, np.int32),
+            "frame_index": np.full(shape, -1, np.int32),
+            "pts": np.full(shape, np.nan),
+        }
         self._dtype = schema.dtype
         self._features: npt.NDArray[Any] | FeatureRows
         if schema.pooled:
             self._features = np.full((n, *schema.row_shape), schema.missing, schema.dtype)
         else:
             self._features = self._resources.enter_context(on_disk(number))
-
-    @property
-    def finished(self) -> bool:
-        """Whether every result is in."""
-        return self.handed_out and not self.waiting
 
     def read(self, position: int) -> bytes:
         """The video file of a sample. Raises `DamagedTar`; safe to call from threads."""
@@ -91,26 +89,25 @@ class TarRows:
 
     def put(self, position: int, result: EncodedVideo | str) -> bool:
         """Take the result of the sample at `position`; False when its row failed."""
+        fields = self._fields
         if isinstance(result, str):
-            self._reasons[position] = one_line(result)
+            fields["reason"][position] = one_line(result)
             return False
         info = result.info
         packed = self.samples[position].sidecar["num_frames"]
         if info.num_frames != packed:
-            self._reasons[position] = f"{info.num_frames} frames are found, {packed} were packed"
+            fields["reason"][position] = f"{info.num_frames} frames are found, {packed} were packed"
             return False
         with np.errstate(over="ignore"):
             features = result.features.astype(self._dtype, copy=False)
         if not_finite(features[None]).any():
-            self._reasons[position] = "the encoder gave values that are not finite in float16"
+            fields["reason"][position] = "the encoder gave values that are not finite in float16"
             return False
-        self._status[position] = STATUS_OK
-        self._num_frames[position] = info.num_frames
-        self._fps[position] = info.fps
-        self._container_frames[position] = info.container_frames
-        self._damaged_packets[position] = info.damaged_packets
-        self._frame_index[position] = result.frame_index
-        self._pts[position] = result.pts
+        fields["status"][position] = STATUS_OK
+        for name in ("num_frames", "fps", "container_frames", "damaged_packets"):
+            fields[name][position] = getattr(info, name)
+        fields["frame_index"][position] = result.frame_index
+        fields["pts"][position] = result.pts
         if isinstance(self._features, FeatureRows):
             self._features.put(position, features)
         else:
@@ -119,20 +116,7 @@ class TarRows:
 
     def finish(self) -> Partition:
         """The partition, checked."""
-        return Partition(
-            key=self._keys,
-            label=self._labels,
-            num_frames=self._num_frames,
-            fps=self._fps,
-            status=self._status,
-            splits=self._splits,
-            container_frames=self._container_frames,
-            damaged_packets=self._damaged_packets,
-            reason=self._reasons,
-            frame_index=self._frame_index,
-            pts=self._pts,
-            features=self._features,
-        )
+        return Partition(**self._fields, features=self._features)
 
     def close(self) -> None:
         """Close the tar, and remove rows on the disk that did not become a partition."""

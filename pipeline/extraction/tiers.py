@@ -7,7 +7,7 @@ of the tower, D embedding width.
 from __future__ import annotations
 
 import threading
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from einops import rearrange
@@ -22,10 +22,8 @@ from pipeline.preprocessing import FrameInput
 class FrameOutput(Protocol):
     """Makes the items of one tier; may be called from several threads at the same time."""
 
-    @property
-    def item(self) -> tuple[int, ...]:
-        """Shape of what is kept of one frame."""
-        ...
+    item: tuple[int, ...]
+    """Shape of what is kept of one frame."""
 
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
         """Decoded frames uint8 [T,H,W,3] -> [crops,T,*item], on any device."""
@@ -46,12 +44,8 @@ class PooledEmbeddings:
     """Projected embeddings of whole frames, float32 [D], not normalised."""
 
     def __init__(self, encoder: Encoder) -> None:
+        self.item: tuple[int, ...] = (encoder.dim,)
         self._encoder = encoder
-
-    @property
-    def item(self) -> tuple[int, ...]:
-        """(D,)"""
-        return (self._encoder.dim,)
 
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
         """See `FrameOutput`."""
@@ -120,11 +114,7 @@ class BlockTokens:
 
     def _reached(self, block: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         if getattr(self._calling, "now", False):
-            self._stop(output)
-
-    @staticmethod
-    def _stop(tokens: torch.Tensor) -> NoReturn:
-        raise _Reached(tokens)
+            raise _Reached(output)
 
 
 class _Reached(Exception):

@@ -89,18 +89,20 @@ class _Worker:
     tars: Sequence[int] = ()  # that it is at
 
 
+@dataclass(eq=False)
 class _Crew:
     """The workers of one run, and the shares that they do."""
 
-    def __init__(self, ray: Any, plan: ExtractionPlan, writer: AnyWriter, cluster: Cluster) -> None:
-        """`cluster` says how many workers there are and what each of them takes."""
-        self.ray = ray
-        self.plan = plan
-        self.writer = writer
-        self.cluster = cluster
-        self.request = _for_workers(plan, writer, cluster)
+    ray: Any
+    plan: ExtractionPlan
+    writer: AnyWriter
+    cluster: Cluster  # how many workers there are, and what each of them takes
+
+    def __post_init__(self) -> None:
+        plan, cluster = self.plan, self.cluster
+        self.request = _for_workers(plan, self.writer, cluster)
         self.count = cluster.workers or 1
-        self.actor_class = ray.remote(TarWorker).options(
+        self.actor_class = self.ray.remote(TarWorker).options(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
             max_restarts=0,

@@ -27,6 +27,7 @@ from pipeline.decoding.nvdec.graphs import (
 from pipeline.extraction import gpu_pool
 from pipeline.extraction.cpu_pool import LOOKAHEAD, ThreadVideoPool, decoder_for, open_pool
 from pipeline.extraction.request import ExtractionRequest
+from pipeline.extraction.tiers import PooledEmbeddings
 from pipeline.sampling import parse_sampling
 from tests.support.worlds.tiny_world import make_encoder
 
@@ -129,13 +130,14 @@ def test_the_pool_of_a_request(
     request_with: Callable[..., ExtractionRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     encoder = load_encoder(make_encoder(tmp_path / "clip"), "fp32")
-    pool = open_pool(request_with(workers=2, strict="never"), "pyav", encoder)
+    output = PooledEmbeddings(encoder)
+    pool = open_pool(request_with(workers=2, strict="never"), "pyav", encoder, output)
     assert isinstance(pool, ThreadVideoPool)
     assert pool.window == 2 * LOOKAHEAD
     pool.close()
     made: list[Any] = []
     monkeypatch.setattr(gpu_pool, "DaliVideoPool", lambda *arguments: made.append(arguments))
-    open_pool(request_with(workers=2, strict="never", crops=3), "dali", encoder)
+    open_pool(request_with(workers=2, strict="never", crops=3), "dali", encoder, output)
     ((fallback, tower, _, crops, workers),) = made
     assert (fallback.name, fallback.strict, tower, crops, workers) == (
         "pyav",

@@ -160,7 +160,7 @@ def test_the_pool_agrees_with_the_cpu_path(tmp_path: Path) -> None:
     futures = [pool.submit(lambda video=video: video) for video in videos]
     results = [future.result(300) for future in futures]
     pool.close()
-    assert pool.report()[0] == "40 videos decoded by NVDEC"
+    assert pool._batcher.report()[0] == "40 videos decoded by NVDEC"
     for video, got in zip(videos, results, strict=True):
         want = encode_video(video, PyAVDecoder(), encoder, sampling, 3)
         assert isinstance(got, EncodedVideo)

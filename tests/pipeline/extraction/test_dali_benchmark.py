@@ -14,11 +14,11 @@ import torch
 
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.nvdec.graphs import Clip
-from pipeline.decoding.nvdec.rule import nvdec_codecs
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.cpu_pool import encode_video
 from pipeline.extraction.gpu_pool import DaliVideoPool
 from pipeline.sampling import Sampling, parse_sampling
+from tests.support.processes.gpu_pool_on_cpu import gpu_pool_on_cpu
 from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tiny_world import make_encoder
@@ -51,16 +51,7 @@ def make_pool(tower: Any, sampling: Sampling) -> DaliVideoPool:
             for clip in clips
         ]
 
-    return DaliVideoPool(
-        PyAVDecoder(),
-        tower,
-        sampling,
-        1,
-        2,
-        pixels=decode,
-        codecs=nvdec_codecs((9, 0)),
-        batch_videos=2,
-    )
+    return gpu_pool_on_cpu(decode, PyAVDecoder(), tower, sampling, 1, 2, batch_videos=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -29,7 +29,7 @@ from pipeline.extraction.cluster.worker import TarWorker
 from pipeline.extraction.estimate import estimate
 from pipeline.extraction.job import code_versions
 from pipeline.extraction.plan import ExtractionPlan
-from pipeline.extraction.reencode import Reencoder
+from pipeline.extraction.reencode import reencoder
 from pipeline.extraction.request import ExtractionRequest, Share, Totals
 from pipeline.extraction.run import extract
 from pipeline.extraction.tiers import frame_output
@@ -242,7 +242,7 @@ def test_no_number_of_workers_or_engine_changes_the_store(
 @TIERS
 def test_videos_encoded_again_are_the_same(request_for: Request, world: Path, tier: Tier) -> None:
     store = open_store(extract(request_for(tier)).store)
-    with Reencoder(store, world / "datasets/clips", None) as again:
+    with reencoder(store, world / "datasets/clips", None) as again:
         found = reencode(store, 3, again)
     assert found.ok
     assert found.equal == 3

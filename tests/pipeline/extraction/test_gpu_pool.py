@@ -40,13 +40,13 @@ from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import parse_sampling
 from pipeline.tars.packing import pack
 from pipeline.tars.reading import DamagedTar
+from tests.support.processes.gpu_pool_on_cpu import gpu_pool_on_cpu
 from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tiny_world import make_clips, make_encoder
 
 PATIENCE = 60
 PREPROCESSING = Preprocessing(size=(16, 16))
-HOPPER = nvdec_codecs((9, 0))
 Result = Future[EncodedVideo | str]
 
 
@@ -61,6 +61,7 @@ class Tower:
     device = torch.device("cpu")
     preprocessing = PREPROCESSING
     precision = "fp32"
+    dim = 8
 
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:
         self.before = before
@@ -95,14 +96,13 @@ class PoolMaker:
         workers: int = 2,
         **extra: Any,
     ) -> DaliVideoPool:
-        pool = DaliVideoPool(
+        pool = gpu_pool_on_cpu(
+            pixels or partial(decode_clips, crops=crops),
             PyAVDecoder(),
             cast(Encoder, tower or Tower()),
             parse_sampling(sampling),
             crops,
             workers,
-            pixels=pixels or partial(decode_clips, crops=crops),
-            codecs=HOPPER,
             **extra,
         )
         self.pools.append(pool)
@@ -160,7 +160,7 @@ def test_results_are_those_of_the_cpu_path(make_pool: PoolMaker, sampling: str, 
     for got, video in zip(results(submit(pool, *videos)), videos, strict=True):
         assert_same(got, on_cpu(video, sampling, crops))
     pool.close()
-    report = pool.report()
+    report = pool._batcher.report()
     assert report[0] == "10 videos decoded by NVDEC"
     assert set(report[1:]) == {
         "1 videos decoded by pyav (turned or mirrored by its metadata)",
@@ -349,7 +349,7 @@ def test_a_failing_batch_is_taken_apart_and_then_goes_to_pyav(
     pool.close()
     lines = [f"{4 - by_pyav} videos decoded by NVDEC"] if by_pyav < 4 else []
     lines += [f"{by_pyav} videos decoded by pyav (NVDEC failed)"] if by_pyav else []
-    assert pool.report() == lines
+    assert pool._batcher.report() == lines
 
 
 def test_a_video_that_fails_everywhere_keeps_pyavs_reason(make_pool: PoolMaker) -> None:
@@ -476,7 +476,7 @@ def test_too_large_a_clip_goes_to_pyav(
     large = make_video(frames=8, width=128, height=64, options={"sc_threshold": "0"})
     for got, video in zip(results(submit(pool, SMALL[0], large)), [SMALL[0], large], strict=True):
         assert_same(got, on_cpu(video))
-    assert set(pool.report()) == {
+    assert set(pool._batcher.report()) == {
         "1 videos decoded by NVDEC",
         "1 videos decoded by pyav (too many or too large frames for the GPU's memory)",
     }
@@ -539,12 +539,12 @@ def test_a_whole_extraction_through_the_pool(
     pools = []
 
     def gpu_pool_instead(*args: Any) -> DaliVideoPool:
-        pools.append(DaliVideoPool(*args[:5], pixels=decode, codecs=HOPPER))
+        pools.append(gpu_pool_on_cpu(decode, *args[:5]))
         return pools[0]
 
     monkeypatch.setattr(cpu_pool, "ThreadVideoPool", gpu_pool_instead)
     extract(replace(request, store_path=tmp_path / "gpu.zarr"), encoder=encoder)
-    assert pools[0].report()[0].endswith("videos decoded by NVDEC")
+    assert pools[0]._batcher.report()[0].endswith("videos decoded by NVDEC")
     cpu, gpu = (open_store(tmp_path / f"{name}.zarr") for name in ("cpu", "gpu"))
     assert cpu.keys == gpu.keys
     np.testing.assert_array_equal(cpu.status, gpu.status)
@@ -572,25 +572,24 @@ def test_the_pool_around_dalis_graph_with_a_codec_it_decodes_without_a_gpu(
         encoder.preprocessing, 3, batch_size=2, threads=1, device_id=None, decode=decode
     )
     # Rubbish that calls itself sound fails its batch of two; the other one must not suffer.
-    sound = survey_video(videos[0], HOPPER)
+    sound = survey_video(videos[0], nvdec_codecs((9, 0)))
     monkeypatch.setattr(
         nvdec_batcher,
         "survey_video",
         lambda data, codecs: sound if data == b"rubbish" else survey_video(data, codecs),
     )
-    pool = DaliVideoPool(
+    pool = gpu_pool_on_cpu(
+        pixels,
         PyAVDecoder(),
         encoder,
         sampling,
         3,
         2,
-        pixels=pixels,
-        codecs=HOPPER,
         batch_videos=2,
     )
     got = results(submit(pool, *videos, b"rubbish"))
     pool.close()
-    assert pool.report() == ["4 videos decoded by NVDEC"]
+    assert pool._batcher.report() == ["4 videos decoded by NVDEC"]
     assert got[4] == "not a readable video file (Invalid data found when processing input)"
     for video, result in zip(videos, got, strict=False):
         want = encode_video(video, PyAVDecoder(), encoder, sampling, 3)
