@@ -1,4 +1,4 @@
-"""Where things lie under the workspace root, and which store or run a command means.
+"""Where things are under the workspace root, and which store or run a command means.
 
 `datasets/<name>`, `features/<name>/*.zarr`, `heads/<run>`, `encoders/<name>`.
 """
@@ -68,16 +68,13 @@ class Workspace:
         """Folder of an imported or fine-tuned encoder; UserError as `dataset_dir`."""
         return self.root / "encoders" / _checked(name, "encoder")
 
-    def runs(self) -> list[Path]:
-        """Folders of the runs that hold a config.json, newest first by its time."""
+    def trained_runs(self) -> list[Path]:
+        """Folders of the runs that hold a finished head, newest first by their config.json."""
+        begun = (self.root / "heads").glob(f"*/{CONFIG_FILE}")
         found = [
-            (p.stat().st_mtime_ns, p.parent) for p in (self.root / "heads").glob(f"*/{CONFIG_FILE}")
+            (p.stat().st_mtime_ns, p.parent) for p in begun if (p.parent / HEAD_FILE).is_file()
         ]
         return [folder for _, folder in sorted(found, reverse=True)]
-
-    def trained_runs(self) -> list[Path]:
-        """Folders of the runs that hold a finished head, newest first."""
-        return [run for run in self.runs() if (run / HEAD_FILE).is_file()]
 
     def stores(self, dataset: str) -> list[Path]:
         """Folders of the stores made of a data set, sorted by name."""
@@ -130,8 +127,8 @@ class Workspace:
     def _packed_splits(self, dataset: str) -> dict[str, bool] | None:
         """The splits that dataset.json names, and whether each has tars of its own.
 
-        None where the data set is not here, or its file is not to be read: whoever packs or
-        extracts says what is wrong with it.
+        None where the data set is not here or its file cannot be read: packing and extracting
+        report what is wrong with it.
         """
         try:
             packed = json.loads((self.dataset_dir(dataset) / DATASET_FILE).read_bytes())
@@ -205,11 +202,8 @@ class OpenedStores:
         for name in names:
             for path in self._workspace.stores(self.dataset):
                 try:
-                    store = self.open(path)
-                    if not store.schema.pooled:
-                        continue
-                    if name in store.split_names and store.split(name).size:
-                        return name
+                    _require_match(self.open(path), split=name)
+                    return name
                 except (UserError, WorkError):
                     continue  # `choose` reports stores that cannot be read
         return None
@@ -258,17 +252,12 @@ class OpenedStores:
         for path in paths:
             try:
                 store = self.open(path)
-                reason = _mismatch(store, split, views, encoder_fingerprint, sampling)
+                _require_match(store, split, views, encoder_fingerprint, sampling)
+                fitting.append(store)
             except WorkError as error:
                 damaged.append(error)
-                continue
             except UserError as error:
                 refused.append(str(error))
-                continue
-            if reason is None:
-                fitting.append(store)
-            else:
-                refused.append(f"{path.name} {reason}")
         if not fitting:
             packed = self._workspace._packed_splits(dataset)
             if split is not None and packed is not None and split not in packed:
@@ -317,29 +306,32 @@ def _is_part_of_protocol(run: Path) -> bool:
     try:
         settings = json.loads((run / CONFIG_FILE).read_text())
     except (OSError, ValueError):
-        return False  # whoever loads it says what is wrong
+        return False  # loading it reports what is wrong
     return isinstance(settings, dict) and bool(settings.get(PROTOCOL_FIELD))
 
 
-def _mismatch(
+def _require_match(
     store: Store,
     split: str | None,
-    views: int | None,
-    encoder_fingerprint: str | None,
-    sampling: str | None,
-) -> str | None:
-    """Why a store is not the one asked for; None when it is."""
+    views: int | None = None,
+    encoder_fingerprint: str | None = None,
+    sampling: str | None = None,
+) -> None:
+    """UserError says in what a store differs from the one asked for."""
+    names, made = store.split_names, store.provenance
+    reason = ""
     if not store.schema.pooled:
-        return f"holds {store.tier}, not the embeddings that heads work on"
-    if split is not None and (split not in store.split_names or not store.split(split).size):
-        return f"has no rows of split {split!r} (it has {', '.join(store.split_names) or 'none'})"
-    if views is not None and store.schema.views != views:
-        return f"has {store.schema.views} views, not {views}"
-    if encoder_fingerprint not in (None, store.provenance.encoder_fingerprint):
-        return f"was made with another encoder ({store.provenance.encoder})"
-    if sampling not in (None, store.provenance.sampling):
-        return f"has sampling {store.provenance.sampling}, not {sampling}"
-    return None
+        reason = f"holds {store.tier}, not the embeddings that heads work on"
+    elif split is not None and (split not in names or not store.split(split).size):
+        reason = f"has no rows of split {split!r} (it has {', '.join(names) or 'none'})"
+    elif views is not None and store.schema.views != views:
+        reason = f"has {store.schema.views} views, not {views}"
+    elif encoder_fingerprint not in (None, made.encoder_fingerprint):
+        reason = f"was made with another encoder ({made.encoder})"
+    elif sampling not in (None, made.sampling):
+        reason = f"has sampling {made.sampling}, not {sampling}"
+    if reason:
+        raise UserError(f"{store.path.name} {reason}")
 
 
 def _require_remote_embeddings(url: str) -> None:

@@ -1,8 +1,8 @@
-"""What torch needs in a forked process: its parent's threads are not there.
+"""What torch needs in a forked process, where its parent's threads do not exist.
 
 With GNU OpenMP, which torch's wheels bring, a process that is forked after torch used several
 threads waits forever in its first operation that would use several. torch's DataLoader tells its
-workers to use one; reading a store looks like numpy, and nobody would know to do the same.
+workers to use one; reading a store does the same, because it does not look like a use of torch.
 """
 
 from __future__ import annotations

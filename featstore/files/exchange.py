@@ -44,7 +44,6 @@ def new_folder(target: Path, *, store: bool = True) -> Iterator[Path]:
     lock = target.with_name(f"{target.name}.lock")
     with claimed(lock, [0], lambda _: f"making {target}"):
         try:
-            sweep(target)
             _require_absent(target)  # another process may have made it by now
             with staging(target) as place:
                 yield place

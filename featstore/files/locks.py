@@ -78,7 +78,7 @@ def claimed(
 def hold(lock_file: Path) -> int | None:
     """A descriptor that holds `lock_file`, made if needed, until it is closed.
 
-    None where another process holds it, or removed it at this moment: whoever holds such a lock
+    None where another process holds it, or removed it at this moment: the holder of such a lock
     may remove its file.
     """
     descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)

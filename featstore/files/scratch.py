@@ -1,4 +1,4 @@
-"""Folders for what is fetched or staged: a cache that stays, scratch that goes with its process."""
+"""Folders for fetched and unfinished files: a lasting cache, scratch that ends with a process."""
 
 from __future__ import annotations
 

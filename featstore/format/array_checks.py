@@ -18,7 +18,7 @@ _NEGATIVE_INFINITY: Final = 0xFC00
 def whole_numbers(values: npt.ArrayLike, what: str) -> RowArray:
     """`values` as int64 in their own shape; `what` names them in messages.
 
-    UserError for anything but whole numbers: numpy would take a mask for zeros and ones, and cut
+    UserError for anything but whole numbers: numpy would read a mask as zeros and ones, and cut
     fractions off.
     """
     try:

@@ -23,8 +23,8 @@ Checksums = npt.NDArray[np.uint32]
 
 
 # Checked piece by piece as it is read, data is still in the core's own cache: twice as fast as
-# from memory. What is not in the page cache is read half as fast in pieces of some megabytes, and
-# lies in it in smaller parts, from which each later read takes a third longer (Linux 6.18, ext4).
+# from memory. In pieces of some megabytes, data that is not in the page cache is read half as fast
+# and comes to lie there in smaller parts, which slows later reads by a third (Linux 6.18, ext4).
 PIECE_BYTES: Final = 512 * 2**10
 
 

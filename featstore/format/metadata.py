@@ -45,7 +45,7 @@ _PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class DamagedMetadata(UserError):
-    """A `zarr.json` of what was a store cannot be used: it is damaged, or was made to harm."""
+    """A `zarr.json` of a store cannot be used: it is damaged, or was made to do harm."""
 
 
 @dataclass(frozen=True)

@@ -60,23 +60,29 @@ CLASS_TEXT_GROUP: Final = "class_text"
 
 COMMIT_ENTRIES: Final = ("rows", "checksum_crc32c", "features_bytes", "unix_time")
 
-# The arrays that hold one small chunk per tar, in the order they are written.
-SMALL_ARRAYS: Final = (
-    "key",
-    "reason",
-    "label",
-    "num_frames",
-    "fps",
-    "status",
-    "splits",
-    "container_frames",
-    "damaged_packets",
-    "frame_index",
-    "pts",
-    "checksum",
-)
-# All arrays with one chunk per tar but the commit entry.
-PER_TAR_ARRAYS: Final = (*SMALL_ARRAYS, "chunk_checksum")
+_ROW: Final = ("row",)
+_FRAME: Final = ("row", "view", "frame")
+# The arrays with one small chunk per tar, in the order in which they are written: data type, fill
+# value, dimensions, units.
+_CHUNK_PER_TAR: Final[dict[str, tuple[str, int | str, tuple[str, ...], str]]] = {
+    "key": ("string", "", _ROW, ""),
+    "reason": ("string", "", _ROW, ""),
+    "label": ("int32", -1, _ROW, ""),
+    "num_frames": ("int32", 0, _ROW, "frames"),
+    "fps": ("float32", "NaN", _ROW, "frames per second"),
+    "status": ("uint8", STATUS_EMPTY, _ROW, ""),
+    "splits": ("uint32", 0, _ROW, ""),
+    "container_frames": ("int32", 0, _ROW, "frames"),
+    "damaged_packets": ("int32", 0, _ROW, "packets"),
+    "frame_index": ("int32", -1, _FRAME, "frames"),
+    "pts": ("float64", "NaN", _FRAME, "seconds"),
+    "checksum": ("uint32", 0, _ROW, ""),
+    "chunk_checksum": ("uint32", 0, ("tar", "small_array"), ""),
+    "commit": ("uint64", 0, ("tar", "entry"), ""),
+}
+# All of these but the commit entry, and those of them that `chunk_checksum` holds a checksum of.
+PER_TAR_ARRAYS: Final = tuple(_CHUNK_PER_TAR)[:-1]
+SMALL_ARRAYS: Final = PER_TAR_ARRAYS[:-1]
 # All arrays that hold a file per partition, in the order in which they are written: the commit
 # entry makes it a done one.
 PARTITION_ARRAYS: Final = (*PER_TAR_ARRAYS, "features", "commit")
@@ -330,50 +336,31 @@ class StoreSchema:
 
     def arrays(self) -> dict[str, ArraySpec]:
         """Every array of the store except the class texts (see `class_text_spec`)."""
-        n, capacity = self.rows, self.capacity
-        per_frame = (self.views, self.frames), ("view", "frame")
-
-        def per_row(
-            dtype: str,
-            fill: int | str,
-            units: str = "",
-            sizes: tuple[int, ...] = (),
-            names: tuple[str, ...] = (),
-        ) -> ArraySpec:
-            codecs = _CODECS.get(dtype, (_BYTES, _CRC))
-            shape, chunks = (n, *sizes), (capacity, *sizes)
-            return ArraySpec(shape, dtype, chunks, None, fill, codecs, ("row", *names), units)
-
-        def per_tar(dtype: str, entries: int, name: str) -> ArraySpec:
-            shape, chunks, names = (self.tars, entries), (1, entries), ("tar", name)
-            return ArraySpec(shape, dtype, chunks, None, 0, (_BYTES, _CRC), names, "")
-
         arrays = {
             "features": ArraySpec(
-                shape=(n, *self.row_shape),
+                shape=(self.rows, *self.row_shape),
                 dtype=self.feature_type,
                 chunks=(self.chunk_rows, *self.row_shape),
-                shards=(capacity, *self.row_shape),
+                shards=(self.capacity, *self.row_shape),
                 fill={"int8": INT8_MISSING, "uint8": 0}.get(self.feature_type, "NaN"),
                 codecs=self._feature_codecs(),
-                dimension_names=("row", "view", "frame", *Tier.parse(self.tier).dimension_names),
+                dimension_names=(*_FRAME, *Tier.parse(self.tier).dimension_names),
                 units="",
-            ),
-            "key": per_row("string", ""),
-            "reason": per_row("string", ""),
-            "label": per_row("int32", -1),
-            "num_frames": per_row("int32", 0, "frames"),
-            "fps": per_row("float32", "NaN", "frames per second"),
-            "status": per_row("uint8", STATUS_EMPTY),
-            "splits": per_row("uint32", 0),
-            "container_frames": per_row("int32", 0, "frames"),
-            "damaged_packets": per_row("int32", 0, "packets"),
-            "frame_index": per_row("int32", -1, "frames", *per_frame),
-            "pts": per_row("float64", "NaN", "seconds", *per_frame),
-            "checksum": per_row("uint32", 0),
-            "chunk_checksum": per_tar("uint32", len(SMALL_ARRAYS), "small_array"),
-            "commit": per_tar("uint64", len(COMMIT_ENTRIES), "entry"),
+            )
         }
+        # By dimension: size of the array, and of a chunk.
+        sizes = {
+            "row": (self.rows, self.capacity),
+            "tar": (self.tars, 1),
+            "view": (self.views, self.views),
+            "frame": (self.frames, self.frames),
+            "small_array": (len(SMALL_ARRAYS), len(SMALL_ARRAYS)),
+            "entry": (len(COMMIT_ENTRIES), len(COMMIT_ENTRIES)),
+        }
+        for array, (dtype, fill, names, units) in _CHUNK_PER_TAR.items():
+            shape, chunks = zip(*(sizes[name] for name in names), strict=True)
+            codecs = _CODECS.get(dtype, (_BYTES, _CRC))
+            arrays[array] = ArraySpec(shape, dtype, chunks, None, fill, codecs, names, units)
         if self.quantised:
             scale = (self.dim,)
             arrays[FEATURE_SCALE] = ArraySpec(

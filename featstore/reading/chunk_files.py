@@ -98,10 +98,10 @@ class ChunkFiles:
         return without_links(self._root, f"{array}/{self.specs[array].chunk_key(tar)}")
 
     def make_way(self, array: str, tar: int) -> Path:
-        """As `path`, with nothing in the way of a new file there: what is no file is removed.
+        """As `path`, after removing everything that stands in the way of a new file there.
 
-        A folder or a symbolic link in the place of the file itself goes, a file in the place of a
-        folder too; UserError for a link on the way there, which is never followed.
+        That is a folder or a symbolic link in the place of the file itself, or a file in the place
+        of a folder. UserError for a link on the way there, which is never followed.
         """
         *folders, _ = parts = self.specs[array].chunk_key(tar).split("/")
         for depth in range(1, len(folders) + 1):
@@ -183,8 +183,8 @@ class ChunkFiles:
     def damaged(self, tar: int, what: str) -> DamagedPartition:
         """The error for a damaged committed partition, with its remedy.
 
-        Another one when the partition is not the one that was committed when it was asked for: a
-        writer is at it, or was.
+        The message is another one if the partition is no longer the one whose commit entry was
+        read: a writer is replacing it, or has replaced it.
         """
         if self._written_anew(tar):
             return DamagedPartition(

@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from featstore.errors import WorkError
+from featstore.format.checksums import crc32c
 from featstore.format.int8 import dequantise
 from featstore.format.schema import FEATURE_SCALE, FeatureArray, FloatArray
 from featstore.reading.chunk_files import ChunkFiles, Commit
@@ -55,14 +56,17 @@ class CodedFeatures:
         chunk_bytes = files.schema.chunk_rows * files.schema.row_bytes
         self._chunk = lru_cache(max(1, _KEPT_BYTES // chunk_bytes))(self._decoded)
 
-    def read(self, tar: int, commit: Commit, first: int, out: FeatureArray) -> None:
-        """Fill `out` [n, V, F, D] with rows first, first + 1, ... of a partition.
+    def read(
+        self, tar: int, commit: Commit, first: int, out: FeatureArray, check: bool = False
+    ) -> list[int]:
+        """Fill `out` [n, V, F, D] with rows first, first + 1, ... of one inner chunk.
 
-        They must lie in one inner chunk. ValueError for a chunk that cannot be read, WorkError
-        for a shard of another size and a damaged scale.
+        Returns as `ShardFile.read`. ValueError for a chunk that cannot be read, WorkError for a
+        shard of another size and a damaged scale.
         """
         number, row = divmod(first, self._files.schema.chunk_rows)
         out[:] = self._chunk(tar, commit, number)[row : row + len(out)]
+        return [crc32c(out)] if check else []
 
     def _decoded(self, tar: int, commit: Commit, number: int) -> FeatureArray:
         """An inner chunk, [chunk_rows, V, F, D]; errors as `read`."""

@@ -1,8 +1,8 @@
-"""What was found damaged, noted beside the store for whoever fills it.
+"""Damage that was found, noted beside the store so that the next extraction repairs it.
 
 The note is `STORE.damaged.json`: by partition the reason and the commit entry as it was found. A
-finding holds as long as the partition has that entry: once it is written anew the entry differs.
-`StoreWriter.done` asks here, so that `mote-cli extract` does the damaged partitions once more.
+finding holds as long as the partition has that entry; writing the partition again changes the
+entry. `StoreWriter.done` reads the note, so that `mote-cli extract` does damaged partitions again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DamageNote:
             ) from error
 
     def reason(self, tar: int) -> str | None:
-        """What was found in a partition; None where nothing was, or it was written anew since."""
+        """The damage of a partition; None if none was found or it was written again since."""
         reason, commit = self._found.get(tar, (None, None))
         return reason if commit == _entry(self._files, tar) else None
 
@@ -65,7 +65,7 @@ class DamageNote:
 
 
 def note_damage(files: ChunkFiles, reasons: Mapping[int, str]) -> Path | None:
-    """Note the findings in place of earlier ones; no note is left when there are none.
+    """Note the findings in place of earlier ones; without findings the note is removed.
 
     Returns the note's path, None without findings. OSError where it cannot be written.
     """

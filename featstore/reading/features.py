@@ -112,7 +112,7 @@ class FeatureFiles:
         `progress` counts rows.
         """
         schema = self._schema
-        # What is decoded is taken chunk by chunk.
+        # Coded features are read chunk by chunk.
         runs = list(_runs(rows, schema.chunk_rows if self._map is None else schema.capacity))
         runs.sort(key=lambda run: int(rows[run[0]]))
         tars = rows[[start for start, _ in runs]] // schema.capacity
@@ -215,18 +215,13 @@ class FeatureFiles:
     def _reading(self, tar: int, check: bool) -> Iterator[Callable[[int, FeatureArray], list[int]]]:
         """What reads rows of a partition from some position in it, from its file or decoded.
 
-        It returns, if `check`, the crc32c of the parts that lie in one inner chunk each; what is
-        not read from the file itself must be of one chunk.
+        It returns, if `check`, the crc32c of the parts that lie in one inner chunk each; rows that
+        are decoded must be of one chunk.
         """
         commit = self._commits[tar]
         path = self._files.check_shard(tar, commit)
         if self._map is None:
-
-            def decoded(position: int, out: FeatureArray) -> list[int]:
-                self._coded.read(tar, commit, position, out)
-                return [crc32c(out)] if check else []
-
-            yield decoded
+            yield partial(self._coded.read, tar, commit, check=check)
             return
         try:
             file = ShardFile(path, self._schema, commit.rows)

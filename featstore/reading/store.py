@@ -24,7 +24,7 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.features import FeatureFiles
 
-# What is kept per row must fit into memory whatever a store says; Kinetics-700 has 650,000.
+# Bytes kept per row must fit into memory, whatever a store claims; Kinetics-700 has 650,000.
 MAX_ROWS: Final = 2**30
 
 
@@ -54,14 +54,10 @@ class Store:
                 "open a store from a source you do not trust"
             )
         self._files = ChunkFiles(path, self._metadata)
-        self._commits: dict[int, Commit] = {}
-        for tar in range(self.schema.tars):
-            commit = self._intact_commit(tar)
-            if commit is not None:
-                self._commits[tar] = commit
-        self._limits = np.zeros(self.schema.tars, np.int64)  # listed rows by partition
-        for tar, commit in self._commits.items():
-            self._limits[tar] = commit.rows
+        found = {tar: self._intact_commit(tar) for tar in range(self.schema.tars)}
+        self._commits = {tar: commit for tar, commit in found.items() if commit is not None}
+        # Listed rows by partition.
+        self._limits = np.array([c.rows if c else 0 for c in found.values()], np.int64)
         self._features = FeatureFiles(self._files, self._commits, self._key_of, mapped)
 
     def __reduce__(self) -> tuple[Callable[[Path], Store], tuple[Path]]:
@@ -256,9 +252,9 @@ class Store:
         `rows` are array rows, one or [n], in any order, repeats allowed; `frames` picks stored
         frames by index: one, [F'] for all rows alike or [n, F'] per row; all F when None. The
         array is the caller's to change.
-        Raises UserError for a row that holds no sample and for what are no whole numbers (a mask:
-        take `rows[mask]`), IndexError for a frame that is not stored (none is counted from the
-        end), WorkError when a row does not agree with its checksum.
+        Raises UserError for a row that holds no sample and for anything but whole numbers (instead
+        of a mask give `rows[mask]`), IndexError for a frame that is not stored or counted from the
+        end, WorkError when a row does not agree with its checksum.
         """
         wanted = self._listed(rows)
         chosen = None if frames is None else self._frame_choice(frames, len(wanted))
@@ -386,10 +382,10 @@ class Store:
 
 
 class _ListedTexts(list[str]):
-    """A list that all who ask a store for it share, and that none of them can change."""
+    """A read-only list, because all callers of a store share it."""
 
     def _refused(self, *_: Any, **__: Any) -> Never:
-        raise TypeError("what a store lists is read-only: change a copy, list(...)")
+        raise TypeError("the lists of a store are read-only: change a copy, list(...)")
 
     append = extend = insert = remove = pop = clear = sort = reverse = _refused
     __setitem__ = __delitem__ = __iadd__ = __imul__ = _refused

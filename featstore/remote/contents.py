@@ -1,4 +1,4 @@
-"""Which objects a store consists of, and what a listing of them says about its partitions."""
+"""Which objects a store consists of, and which partitions a listing of them shows as done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CHUNK = re.compile(rf"({'|'.join(PARTITION_ARRAYS)})/c/[0-9/]+")
 
 
 class NoStore(UserError):
-    """There is no store at a URL; what is there may be one that was half made."""
+    """There is no store at a URL, or only a part of one that was never finished."""
 
 
 def metadata_names(
@@ -36,7 +36,7 @@ def metadata_names(
 ) -> list[tuple[str, int]]:
     """Names and size limits of everything of a store but its partitions, `zarr.json` first.
 
-    NoStore when what is listed is no store, UserError when it is not safe to fetch.
+    NoStore when the objects are no store, UserError when they are not safe to fetch.
     """
     if GROUP not in listing:
         state = "it has no zarr.json" if listing else "there are no objects"

@@ -27,7 +27,7 @@ _FETCHES_AT_ONCE: Final = 8
 
 
 def open_remote(url: str, *, mapped: bool = True, features: bool = True) -> Store:
-    """Fetch what is new of the store at `url` into a mirror on disk and open that, read-only.
+    """Fetch everything new of the store at `url` into a mirror on disk and open that, read-only.
 
     The mirror lies in MOTE_CACHE or the user's cache folder. Only committed partitions are
     fetched, and only what changed since the last time; several processes may do so at once. The

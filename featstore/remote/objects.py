@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, BinaryIO, Final, Literal, TypeVar
@@ -60,11 +61,13 @@ _DENIED_CODES: Final = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 )
 
-# What `_reason` says of failures that may be gone the next time: S3's codes, HTTP's, or none.
+# How `_reason` describes failures that may be gone the next time: S3's codes, HTTP's, or none.
 _PASSING = re.compile(
     r"no connection|no answer in time|the connection broke|408|429|5\d\d"
     r"|InternalError|ServiceUnavailable|SlowDown|RequestTimeout|OperationAborted|Throttl"
 )
+
+_NEVER: Final = Event()  # is never set
 
 T = TypeVar("T")
 
@@ -123,10 +126,9 @@ class ObjectFolder:
 
         Raises MissingObject, WorkError when it is larger.
         """
-        import obstore
 
         def content() -> bytes:
-            answer = obstore.get(self._store, self._key(name))
+            answer = self._store.get(self._key(name))
             size = int(answer.meta["size"])
             if size > limit:
                 raise WorkError(
@@ -144,7 +146,7 @@ class ObjectFolder:
         size: int | None = None,
         version: str | None = None,
         *,
-        stop: Event | None = None,
+        stop: Event = _NEVER,
     ) -> None:
         """Write an object's bytes to `path`, which appears complete or not at all.
 
@@ -153,7 +155,6 @@ class ObjectFolder:
         Raises MissingObject, ChangedObject when it has not the `size` or `version` expected,
         OSError when the disk is full.
         """
-
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
 
@@ -173,59 +174,42 @@ class ObjectFolder:
         With `only_new` an object that is there already stays, and False is returned: perhaps one
         that this very call put, when the answer to its first attempt was lost.
         """
-        import obstore
         from obstore.exceptions import AlreadyExistsError
 
         key = self._key(name)
         mode: Literal["create", "overwrite"] = "create" if only_new else "overwrite"
-        large = isinstance(source, Path) and source.stat().st_size > _PART_BYTES
+        put = partial(self._store.put, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
         try:
-            self._ask(
-                name,
-                lambda: obstore.put(
-                    self._store,
-                    key,
-                    source,
-                    mode=mode,
-                    use_multipart=large and not only_new,
-                    chunk_size=_PART_BYTES,
-                    max_concurrency=_PARTS_AT_ONCE,
-                ),
-            )
+            self._ask(name, lambda: put(key, source, mode=mode))
         except AlreadyExistsError:
             return False
         return True
 
     def list(self) -> dict[str, RemoteObject]:
         """Every object, by name; empty when there is none."""
-        import obstore
-
         start = len(self._prefix) + 1 if self._prefix else 0
-        listed = self._ask("", lambda: obstore.list(self._store, self._prefix or None).collect())
+        listed = self._ask("", lambda: self._store.list(self._prefix or None).collect())
         return {
             meta["path"][start:]: RemoteObject(int(meta["size"]), _version(meta)) for meta in listed
         }
 
     def delete(self, name: str) -> None:
         """Delete an object; nothing happens when there is none."""
-        import obstore
-
         key = self._key(name)
         with suppress(MissingObject):  # S3 does not mind, others do
-            self._ask(name, lambda: obstore.delete(self._store, key))
+            self._ask(name, lambda: self._store.delete(key))
 
     def _key(self, name: str) -> str:
         check_name(name, "object name")
         return f"{self._prefix}/{name}" if self._prefix else name
 
     def _receive(
-        self, name: str, file: BinaryIO, size: int | None, version: str | None, stop: Event | None
+        self, name: str, file: BinaryIO, size: int | None, version: str | None, stop: Event
     ) -> None:
         """Write the object's bytes to `file`: one attempt, for `_ask`; errors as `download`."""
-        import obstore
         from obstore.exceptions import BaseError, PreconditionError
 
-        answer = obstore.get(self._store, self._key(name))
+        answer = self._store.get(self._key(name))
         found, problem = int(answer.meta["size"]), "the connection was closed"
         if version is not None and _version(answer.meta) != version:
             raise self._changed(name)
@@ -247,7 +231,7 @@ class ObjectFolder:
             f"{self.at(name)} was changed while it was read: run the same command again"
         )
 
-    def _ask(self, name: str, request: Callable[[], T], stop: Event | None = None) -> T:
+    def _ask(self, name: str, request: Callable[[], T], stop: Event = _NEVER) -> T:
         """Answer to one of obstore's calls, repeated while it fails on the way.
 
         obstore repeats by itself, but does not notice Ctrl-C: it gets a few seconds at a time.
@@ -255,7 +239,7 @@ class ObjectFolder:
         """
         from obstore.exceptions import AlreadyExistsError, BaseError
 
-        deadline, failures = 0.0, 0
+        deadline, pause = 0.0, 0.1
         while True:
             try:
                 return request()
@@ -266,30 +250,28 @@ class ObjectFolder:
             # Outside of `except`: the text of obstore's errors may hold an access key.
             if final is not None:
                 raise final
-            failures += 1
-            deadline = deadline or time.monotonic() + self.patience
+            if not deadline:
+                deadline = time.monotonic() + self.patience
+                log.warning(
+                    "%s: %s; trying again for up to %g s", self.at(name), reason, self.patience
+                )
             if time.monotonic() > deadline:
                 raise WorkError(
                     f"{self.at(name)} cannot be reached ({reason}; tried for {self.patience:g} s): "
                     "check the network and, for s3, AWS_ENDPOINT_URL and AWS_REGION, then run the "
                     "same command again"
                 )
-            if failures == 1:
-                log.warning(
-                    "%s: %s; trying again for up to %g s", self.at(name), reason, self.patience
-                )
-            self._go_on(name, stop, _pause(failures))
+            # Longer each time, and never the same for two clients.
+            pause = min(_LONGEST_PAUSE, 2 * pause)
+            self._go_on(name, stop, random.uniform(0.5, 1) * pause)
 
-    def _go_on(self, name: str, stop: Event | None, after: float = 0.0) -> None:
-        """Return `after` seconds; WorkError as soon as `stop` is set."""
-        if stop is None:
-            if after:
-                time.sleep(after)
-        elif stop.wait(after):
+    def _go_on(self, name: str, stop: Event, after: float = 0.0) -> None:
+        """Return after `after` seconds; WorkError as soon as `stop` is set."""
+        if stop.wait(after):
             raise WorkError(f"{self.at(name)} was not fetched: the work was stopped")
 
     def _final(self, error: BaseException, name: str) -> WorkError | None:
-        """What to tell of an error that repeating does not mend; None for one that passes."""
+        """The error to raise where repeating does not help; None for one that passes."""
         from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
 
         if isinstance(error, _BrokenOff):
@@ -317,11 +299,6 @@ class ObjectFolder:
         )
 
 
-def _pause(failures: int) -> float:
-    """Seconds to wait before the next attempt: longer each time, never the same for two clients."""
-    return random.uniform(0.5, 1) * min(_LONGEST_PAUSE, 0.1 * 2.0**failures)
-
-
 def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
     try:
         from obstore.exceptions import BaseError
@@ -330,31 +307,23 @@ def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
         raise UserError(
             f"{scheme}:// URLs need the extra `cloud`: pip install 'mote-video[cloud]'"
         ) from error
-    plain = False
-    config: S3Config = {}
     if scheme == "s3":
         require_credentials()
-        # Objects are deleted one at a time, and not every server knows how to delete many.
-        config = {"disable_bulk_delete": True}
-        plain = s3_endpoint().startswith("http://")
+    # Objects are deleted one at a time, and not every server knows how to delete many.
+    config: S3Config | None = {"disable_bulk_delete": True} if scheme == "s3" else None
     try:
         return from_url(
             f"{scheme}://{bucket}",
-            config=config or None,
+            config=config,
             client_options={
-                "allow_http": plain,
+                "allow_http": scheme == "s3" and s3_endpoint().startswith("http://"),
                 "connect_timeout": _CONNECT,
                 "read_timeout": _SILENCE,
                 "timeout": _TRANSFER,
             },
             retry_config={
-                "max_retries": 10_000,  # the time decides
                 "retry_timeout": timedelta(seconds=min(patience, _UNINTERRUPTED)),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=1),
-                    "base": 2,
-                },
+                "backoff": {"max_backoff": timedelta(seconds=1)},
             },
         )
     except (BaseError, ValueError) as error:

@@ -83,8 +83,8 @@ class RemoteStoreWriter(PartitionWriter):
             for name in sorted(names):
                 objects.put(name, folder / name)
             node = (folder / GROUP).read_bytes()
-            # One that is there was put by a worker that began at the same moment, or by a first
-            # attempt of ours whose answer was lost: equal, as a rule.
+            # An earlier one was put by a worker that began at the same moment, or by a first
+            # attempt of ours whose answer was lost: it is equal, as a rule.
             ours = objects.put(GROUP, node, only_new=True)
             if not ours and objects.get_bytes(GROUP, GROUP_METADATA_LIMIT) != node:
                 raise StoreExists(f"{url} was made by another process meanwhile: continue it")
@@ -112,7 +112,7 @@ class RemoteStoreWriter(PartitionWriter):
         """Whether it was committed, with all its objects, at the opening or was written since.
 
         Of what was there at the opening, sizes are compared and contents are not read: objects
-        appear whole, and whoever reads them checks them.
+        appear whole, and readers check them.
         """
         return tar in self._done
 
@@ -143,7 +143,7 @@ class RemoteStoreWriter(PartitionWriter):
 
     @contextmanager
     def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
-        """Keep nobody out: storage of this kind has no locks. Says so in the log.
+        """Does not keep others out, because object storage has no locks; the log says so.
 
         Two processes that write the same partitions do the work twice, and no harm.
         """
