@@ -60,11 +60,8 @@ class Encoder:
     were loaded from; `logit_scale` is the multiplier (already exponentiated).
     """
 
-    def __init__(
-        self, loaded: LoadedClip, spec: str, precision: str = "fp32", device: str = "cpu"
-    ) -> None:
+    def __init__(self, loaded: LoadedClip, precision: str = "fp32", device: str = "cpu") -> None:
         self.name = loaded.name
-        self.spec = spec
         self.model_config = loaded.model_config
         self.fingerprint = fingerprint(loaded.model, loaded.model_config)
         self.device = torch.device(device)
@@ -278,7 +275,7 @@ def load_encoder(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} asked for, but no GPU can be used: use --device cpu")
-    return Encoder(load_clip(str(spec), encoders_dir), str(spec), precision, device)
+    return Encoder(load_clip(str(spec), encoders_dir), precision, device)
 
 
 def fingerprint(model: torch.nn.Module, model_config: Mapping[str, Any]) -> str:

@@ -44,7 +44,7 @@ PROMPT_SETS: dict[str, tuple[str, ...]] = {
 }
 
 TEMPLATES_SUFFIX: Final = ".txt"
-# CLIP reads 77 tokens; limits that no such file comes near stop one that is something else.
+# CLIP reads 77 tokens; these limits stop files that are something else.
 MAX_SENTENCE: Final = 1000
 MAX_TEMPLATES: Final = 1000
 TEMPLATES_LIMIT: Final = 2**17  # bytes; the store keeps templates in 1 MiB of JSON
@@ -95,7 +95,7 @@ class PromptSet:
 
     @property
     def option(self) -> str:
-        """How `extract` and `store add-texts` are asked for this set."""
+        """The options of `extract` and `store add-texts` for this set."""
         if not self.source:
             return f"--prompts {self.name}"
         kind = "--prompts" if self.descriptions is None else "--descriptions"
@@ -149,7 +149,7 @@ def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSe
     """A prompt set from what a user writes: a set's name, or the path of a template file.
 
     `name` is for the set of a file, by default the file's without its suffix. Raises UserError
-    for an unknown set and for a file that is none.
+    for an unknown set and for a file that holds no templates.
     """
     if isinstance(prompts, PromptSet):
         return prompts
@@ -262,8 +262,8 @@ def prompt_sets_from(
 ) -> tuple[str | PromptSet, ...]:
     """What a user named: sets by name, which stay names, template files, files of descriptions.
 
-    `name` is for the one that comes from a file. Raises UserError as the readers, and for a name
-    that could be that of several files or of none.
+    `name` is for the set that comes from a file. Raises UserError as the readers do, and for a
+    name where not exactly one file is given.
     """
     files = [*filter(is_template_file, prompts), *map(str, descriptions)]
     if name is not None and len(files) != 1:
@@ -285,8 +285,8 @@ def is_descriptions_file(text: str) -> bool:
 def held_prompt_set(store: Store, text: str) -> str:
     """The name of the store's prompt set that `text` means: its name, or the file it is made of.
 
-    Raises UserError for a file that is none, and when the store's set of that file has other
-    sentences than the file has now, or was never made.
+    Raises UserError for a file that holds no prompt set, and when the store's set of that file has
+    other sentences than the file has now, or was never made.
     """
     if text in store.prompt_sets or not (is_template_file(text) or is_descriptions_file(text)):
         return text

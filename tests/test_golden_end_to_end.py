@@ -35,7 +35,7 @@ def run(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> GoldenRun:
 def encoder(run: GoldenRun) -> Encoder:
     clip = original_clip(str(run.clip))
     imported = import_official_checkpoint(run.checkpoint, run.clip_state, attention_heads=2)
-    return Encoder(tuned_clip(clip, imported.tower_state, "tuned"), "tuned")
+    return Encoder(tuned_clip(clip, imported.tower_state, "tuned"))
 
 
 def test_the_tower_is_blended_as_published(run: GoldenRun) -> None:

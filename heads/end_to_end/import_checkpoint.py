@@ -69,7 +69,7 @@ def import_checkpoint(
         checkpoint, tower_of(original), blend, attention_heads or text_attention_heads(original)
     )
     tuned = tuned_clip(original, imported.tower_state, name)
-    encoder = Encoder(tuned, name, "fp32", resolve_device(device).type)
+    encoder = Encoder(tuned, "fp32", resolve_device(device).type)
     head = imported.head
     if names is not None:
         embeddings = encoder.class_embeddings(names, DEFAULT_PROMPTS, progress)

@@ -10,7 +10,7 @@ from typing import Final, Literal, get_args
 from featstore.errors import UserError
 
 LabelMap = Literal["corrected", "as-published"]
-"""What is done with a file of class names that contradicts the videos it names."""
+"""What to do with a file of class names that contradicts the videos."""
 NamesAs = Literal["words", "raw"]
 """Class names as natural words, or as the data set spells them."""
 
@@ -21,7 +21,7 @@ _HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 
 @dataclass(frozen=True)
 class Naming:
-    """Choices about class names; UserError for a word that is none of them."""
+    """Choices about class names. Raises UserError for an unknown choice."""
 
     label_map: LabelMap = "corrected"
     names_as: NamesAs = "words"

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """An official annotation format: how its files are told, read, and what folders they fill."""
+    """An official annotation format: how to recognise and read its files, and their folders."""
 
     recognises: Callable[[Path], bool]
     read: Callable[[Sequence[Path], VideoFolder], Listing]
@@ -77,13 +77,13 @@ def read_listing(
 ) -> Listing:
     """All videos of a data set: from annotations, or from class folders.
 
-    The format is told by the annotation files themselves, so any name goes with any format. For
-    a known name without `annotations`, the official files are looked for in and beside the videos
-    folder; where there are none, class folders are taken as they are and that is noted.
+    The annotation files themselves show their format, so any name goes with any format. For a
+    known name without `annotations`, the official files are searched in and beside the videos
+    folder; where there are none, class folders are taken as they are and a note says so.
     `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
-    rows and the share of files found are logged. `naming` says what becomes of a file of class
+    rows and the share of files found are logged. `naming` says what to do with a file of class
     names that contradicts the videos.
-    Raises UserError when there is nothing to read or what is there contradicts itself.
+    Raises UserError when there is nothing to read and when the input contradicts itself.
     """
     known = KNOWN_DATASETS.get(name.lower())
     folder = VideoFolder(videos_dir, leave_out=leave_out)
@@ -186,9 +186,9 @@ def _official_files(official: _Format, videos_dir: Path) -> list[Path]:
 
 
 def _without_absent_splits(listing: Listing) -> Listing:
-    """The listing without splits that have no file at all, when their lists were not asked for.
+    """The listing without splits that have no file at all; for lists that no option named.
 
-    Official annotations come together; whoever has only the validation videos packs those.
+    Official annotations come together; a user who has only the validation videos packs those.
     """
     if listing.overlapping_splits or not listing.records:
         return listing

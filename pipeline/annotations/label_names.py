@@ -23,11 +23,11 @@ class "kick" of HMDB51 "kick ball" and the other way round, and so on (Ni et al.
 # (label, path of the file found or as listed, path as listed)
 Evidence = tuple[int, str, str]
 
-_AGREEMENT = 0.8  # share of a label's videos that must speak for another one
+_AGREEMENT = 0.8  # share of a label's videos that must point to another label
 
 
 def agreed_changes(votes: Mapping[int, Counter[int]]) -> dict[int, int]:
-    """The labels whose videos speak for another label, with that label."""
+    """The labels most of whose videos point to another label, with that label."""
     first = {label: counter.most_common(1)[0] for label, counter in votes.items()}
     return {
         label: other
@@ -104,35 +104,6 @@ def names_from_folders(evidence: Sequence[Evidence]) -> dict[int, str] | None:
     return names if consistent and len(set(names.values())) == len(names) else None
 
 
-def exchanged_names(
-    names: dict[int, str], evidence: Sequence[Evidence], note: Callable[[str], None]
-) -> dict[int, int]:
-    """The labels whose names are exchanged against the files, with the label of the right name.
-
-    Some label files inherit the exchanges of `PUBLISHED_EXCHANGES`. An exchange is one only where
-    files of the labels concerned speak for one another's names; any other contradiction is noted
-    and left.
-    """
-    by_form = {_form(name): label for label, name in names.items()}
-    pattern = re.compile(
-        "|".join(re.escape(form) for form in sorted(by_form, key=len, reverse=True) if form)
-    )
-    votes: dict[int, Counter[int]] = defaultdict(Counter)
-    for label, found, listed in evidence:
-        spoken = _spoken_label(found, listed, by_form, pattern)
-        if spoken is not None:
-            votes[label][spoken] += 1
-    moved = agreed_changes(votes)
-    if moved and set(moved) != set(moved.values()):
-        label, spoken = next(iter(moved.items()))
-        note(
-            f"label {label} is called {names[label]!r} but its files look like {names[spoken]!r}: "
-            "check the file of class names"
-        )
-        return {}
-    return moved
-
-
 def correct_names(
     names: dict[int, str],
     evidence: Sequence[Evidence],
@@ -141,10 +112,28 @@ def correct_names(
 ) -> tuple[dict[int, str], str]:
     """`names` with exchanged ones put right, and what was done: `label_map`, or "" for nothing.
 
-    With "as-published" they are left as they are, for comparison with numbers that were made so.
-    Either way a note counts the videos concerned.
+    Some label files inherit the exchanges of `PUBLISHED_EXCHANGES`. It counts as an exchange only
+    where the files of these labels carry one another's names; any other contradiction is left,
+    with a note. With "as-published" exchanged names are left as they are, for comparison with
+    numbers that were made so. Either way a note counts the videos concerned.
     """
-    moved = exchanged_names(names, evidence, note)
+    by_form = {_form(name): label for label, name in names.items()}
+    pattern = re.compile(
+        "|".join(re.escape(form) for form in sorted(by_form, key=len, reverse=True) if form)
+    )
+    votes: dict[int, Counter[int]] = defaultdict(Counter)
+    for label, found, listed in evidence:
+        named = _label_in_path(found, listed, by_form, pattern)
+        if named is not None:
+            votes[label][named] += 1
+    moved = agreed_changes(votes)
+    if moved and set(moved) != set(moved.values()):
+        label, other = next(iter(moved.items()))
+        note(
+            f"label {label} is called {names[label]!r} but its files look like {names[other]!r}: "
+            "check the file of class names"
+        )
+        moved = {}
     if not moved:
         return names, ""
     videos = sum(label in moved for label, _, _ in evidence)
@@ -160,10 +149,10 @@ def correct_names(
     return {label: names[moved.get(label, label)] for label in names}, "corrected"
 
 
-def _spoken_label(
+def _label_in_path(
     found: str, listed: str, by_form: dict[str, int], pattern: re.Pattern[str]
 ) -> int | None:
-    """The label whose name the folder, or else the file's name, holds (the longest that fits)."""
+    """The label whose name is the folder's, or else the longest one in the file's name."""
     for path in (listed, found):
         folder = _form(_folder(path))
         if folder in by_form:
@@ -174,7 +163,7 @@ def _spoken_label(
 
 
 def _form(name: str) -> str:
-    """ " kick ball " for "kick_ball", "Kick ball" and "KickBall": whole words only can match."""
+    """Words between spaces, so that only whole words match: "KickBall" -> " kick ball "."""
     words = re.findall(r"[^\W_]+", comparable_words(name))
     return f" {' '.join(words)} " if words else ""
 

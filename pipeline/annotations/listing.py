@@ -83,9 +83,10 @@ def name_from_key(key: str) -> str:
     return urllib.parse.unquote_to_bytes(key).decode("utf-8", "surrogateescape")
 
 
-def split_from_word(word: str) -> str | None:
-    """ "train", "val" or "test" for any of their usual spellings, None for another word."""
-    return _SPLIT_WORDS.get(word.strip().lower())
+def split_from_word(word: str) -> str:
+    """The split that a word of a table stands for: "validate" -> "val", any other as it is."""
+    plain = word.strip().lower()
+    return _SPLIT_WORDS.get(plain, plain)
 
 
 def split_from_folder(folder: str) -> str | None:
@@ -94,11 +95,11 @@ def split_from_folder(folder: str) -> str | None:
     return _SPLIT_WORDS[match[1]] if match else None
 
 
-def split_from_file_name(stem: str) -> str | None:
-    """The split an annotation file's name stands for: "hmdb51_test_split_2" -> "test2"."""
+def split_from_file_name(stem: str) -> str:
+    """The split of an annotation file's name, "hmdb51_test_split_2" -> "test2"; "" for none."""
     kind = _SPLIT_IN_FILE_NAME.search(stem.lower())
     if kind is None:
-        return None
+        return ""
     number = _NUMBER_IN_FILE_NAME.search(stem.lower())
     return _SPLIT_WORDS[kind[1]] + (number[1] if number else "")
 

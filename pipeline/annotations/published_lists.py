@@ -17,7 +17,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable, comparable_words
-from pipeline.annotations.formats.kinetics import id_and_start
+from pipeline.annotations.formats.kinetics import ClipIndex, id_and_start
 from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_list
 from pipeline.annotations.known_sets import KNOWN_DATASETS
 from pipeline.annotations.label_names import agreed_changes, is_name_file, read_names
@@ -28,26 +28,19 @@ from pipeline.annotations.video_folder import normal_path, path_stem
 log = logging.getLogger(__name__)
 
 _SHOWN = 5
+_BASE_OR_NOVEL = re.compile(r"(?<![a-z])(?:base|novel|b2n)")
 
 
 @dataclass(frozen=True)
 class PublishedList:
-    """A list matched with a data set: the keys found, in the list's order, without repeats.
+    """A list matched with a data set: the keys found, in the list's order, and their labels in it.
 
-    `labels` are the list's own, beside `keys`; `missing` are listed videos that were not packed
-    and `repeated` counts further mentions of one.
+    Listed videos that were not packed and repeated ones are left out.
     """
 
     path: Path
     keys: tuple[str, ...]
     labels: tuple[str, ...]
-    missing: tuple[str, ...]
-    repeated: int
-
-    @property
-    def listed(self) -> int:
-        """Different videos that the list names."""
-        return len(self.keys) + len(self.missing)
 
 
 class KeyIndex:
@@ -61,27 +54,19 @@ class KeyIndex:
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = set(keys)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
-        self._by_clip: dict[tuple[str, int | None], list[str]] = defaultdict(list)
-        self._by_id: dict[str, list[str]] = defaultdict(list)
-        for key in sorted(self._keys):
-            stem = posixpath.basename(name_from_key(key))
+        stems = [(posixpath.basename(name_from_key(key)), key) for key in sorted(self._keys)]
+        self._by_clip = ClipIndex(stems)
+        for stem, key in stems:
             self._by_stem[stem.lower()].append(key)
-            clip = id_and_start(stem)
-            self._by_clip[clip].append(key)
-            self._by_id[clip[0]].append(key)
 
-    def find_listed(self, listed: str, split: str = "") -> tuple[str | None, str]:
-        """The key that a list's entry means, or (None, why not); `split` is not looked at."""
+    def find_listed(self, listed: str) -> tuple[str | None, str]:
+        """The key that a list's entry means, or (None, why not)."""
         if listed in self._keys:
             return listed, ""
         path = path_stem(normal_path(listed, Path()))
         stem = posixpath.basename(path)
         found = self._by_stem.get(stem.lower(), [])
-        if not found:
-            youtube_id, start = id_and_start(stem)
-            found = self._by_clip.get((youtube_id, start), []) if start is not None else []
-            found = found or self._by_clip.get((youtube_id, None), [])
-            found = found or (self._by_id.get(youtube_id, []) if start is None else [])
+        found = found or self._by_clip.find(*id_and_start(stem))
         if len(found) > 1:
             found = _in_folder(found, path) or found
         if len(found) == 1:
@@ -92,10 +77,7 @@ class KeyIndex:
 
 
 class ListRepository:
-    """The lists under a folder that are of one data set.
-
-    UserError when the folder is missing or holds none.
-    """
+    """The lists of one data set under a folder. Raises UserError for no folder and no list."""
 
     def __init__(self, folder: Path, dataset: str) -> None:
         if not folder.is_dir():
@@ -126,7 +108,7 @@ class ListRepository:
         )
         return self._only(
             f"the {shots} shots of {self.dataset}",
-            lambda place: bool(number.search(place)) and not _base_or_novel(place),
+            lambda place: bool(number.search(place)) and not _BASE_OR_NOVEL.search(place),
         )
 
     def seed(self, seed: int) -> Path:
@@ -143,10 +125,10 @@ class ListRepository:
     def names(self, half: str = "") -> Path | None:
         """The file of class names `id,name`, of "base" or "novel" classes or of all of them."""
         files = [path for path in self._files if is_name_file(path)]
-        fitting = [path for path in files if _half_of(path.stem) == half]
-        if len(fitting) > 1:
-            fitting = [p for p in fitting if "label" in self._place(p)] or fitting
-        return fitting[0] if len(fitting) == 1 else None
+        found = [path for path in files if _half_of(path.stem) == half]
+        if len(found) > 1:
+            found = [path for path in found if "label" in self._place(path)] or found
+        return found[0] if len(found) == 1 else None
 
     def _only(self, what: str, fits: Callable[[str], bool]) -> Path:
         found = [path for path in self._lists if fits(self._place(path))]
@@ -170,7 +152,9 @@ def read_published_list(path: Path, index: KeyIndex) -> PublishedList:
 
     Videos that are not packed are counted and named; one with two labels is an error.
     """
-    return _matched(path, [((row.path,), row.label) for row in read_list(path, index)], index)
+    return _matched(
+        path, [((row.path,), row.label) for row in read_list(path, index.find_listed)], index
+    )
 
 
 def read_keys(path: Path, index: KeyIndex) -> PublishedList:
@@ -188,7 +172,6 @@ def _matched(
     """The list of these rows: possible names, the first one as written, and label."""
     labels: dict[str, str] = {}
     missing: dict[str, str] = {}
-    repeated = 0
     for names, label in rows:
         found = [index.find_listed(name) for name in dict.fromkeys(names) if name]
         key = next((key for key, _ in found if key is not None), None)
@@ -199,11 +182,8 @@ def _matched(
                 f"{str(path)!r} gives video {names[0]!r} the labels {labels[key]!r} and "
                 f"{label!r}: a video has one class; correct the list"
             )
-        else:
-            repeated += 1
-    repeated -= len(labels)
     _tell_missing(path, missing, len(labels))
-    return PublishedList(path, tuple(labels), tuple(labels.values()), tuple(missing), repeated)
+    return PublishedList(path, tuple(labels), tuple(labels.values()))
 
 
 def _tell_missing(path: Path, missing: Mapping[str, str], found: int) -> None:
@@ -224,37 +204,38 @@ def _tell_missing(path: Path, missing: Mapping[str, str], found: int) -> None:
 
 
 def label_exchange(
-    lists: Sequence[tuple[PublishedList, Path | None]],
+    lists: Sequence[PublishedList],
+    names_file: Path | None,
     label_of: Mapping[str, int],
     class_names: Sequence[str],
     label_map: LabelMap,
 ) -> tuple[dict[int, int], str]:
     """Where the lists' file of names calls a class by another's name: {label: the other's label}.
 
-    `lists` with the files of names (`id,name`) that number their labels; `label_of` the data set's
-    label by key; `class_names` its names by label. Also what was done, `label_map` or "". With
-    "corrected" the exchange is only told, for the data set's own names are used.
+    `names_file` (`id,name`) numbers the labels of the `lists`; `label_of` is the data set's label
+    by key; `class_names` are its names by label. Also what was done, `label_map` or "". With
+    "corrected" the exchange is only logged, for the data set's own names are used.
     Raises UserError when a name of the file is no class of the data set, when a label has no name,
     and when names to be kept are no exchange.
     """
+    if names_file is None:
+        if label_map == "as-published":
+            raise UserError(
+                f"no file of class names (id,name) beside {str(lists[0].path)!r}: "
+                "--label-map as-published needs one"
+            )
+        return {}, ""
     votes: dict[int, Counter[int]] = defaultdict(Counter)
     known = {comparable_words(name): label for label, name in enumerate(class_names)}
-    for listed, file in lists:
-        if file is None:
-            if label_map == "as-published":
-                raise UserError(
-                    f"no file of class names (id,name) beside {str(listed.path)!r}: "
-                    "--label-map as-published needs one"
-                )
-            continue
-        names = read_names(file)
+    names = read_names(names_file)
+    for listed in lists:
         for key, text in zip(listed.keys, listed.labels, strict=True):
             name = names.get(int(text)) if text.isdigit() else text
             if name is None or comparable_words(name) not in known:
                 what = f"label {text} has no name" if name is None else f"{name!r} is no class"
                 raise UserError(
-                    f"{str(file)!r} does not fit {str(listed.path)!r} and the data set: {what}; "
-                    "name the lists of this data set"
+                    f"{str(names_file)!r} does not fit {str(listed.path)!r} and the data set: "
+                    f"{what}; name the lists of this data set"
                 )
             votes[label_of[key]][known[comparable_words(name)]] += 1
     exchange = agreed_changes(votes)
@@ -283,7 +264,7 @@ def label_exchange(
 
 
 def _datasets_of(place: str) -> set[str]:
-    """The data sets whose words a path holds; "kinetics" says nothing beside "kinetics600"."""
+    """The data sets that a path names; "kinetics" does not count beside "kinetics600"."""
     found = {
         (word, name)
         for name, known in KNOWN_DATASETS.items()
@@ -306,10 +287,6 @@ def _in_folder(keys: list[str], path: str) -> list[str]:
         return folders[-len(wanted) :] == wanted[-len(folders) :] if folders else False
 
     return [key for key in keys if agrees(key)]
-
-
-def _base_or_novel(place: str) -> bool:
-    return re.search(r"(?<![a-z])(?:base|novel|b2n)", place) is not None
 
 
 def _half_of(stem: str) -> str:

@@ -48,14 +48,19 @@ class UnseenClasses:
     notes: tuple[str, ...]
 
 
-def unseen_labels(k600_names: Sequence[str], k400_names: Sequence[str]) -> tuple[int, ...]:
-    """Labels of the names that Kinetics-400 does not have, the renamed ones left out, ascending.
+def unseen_classes(
+    k600_names: Sequence[str], k400_names: Sequence[str], lists: Sequence[Path] = ()
+) -> UnseenClasses:
+    """The unseen classes and their test splits: those of `lists` (files or one folder), or drawn.
 
-    Names are compared in lower case, without quotes, with spaces for underscores. UserError when
-    none is left, or when the two lists share no name at all.
+    Unseen are the names that Kinetics-400 does not have, the renamed ones left out. Names are
+    compared in lower case, without quotes, with spaces for underscores. Own splits take 160 of 220
+    classes, or as large a share of fewer, by a hash of split and name.
+    Raises UserError for lists of names without a common or without an unseen one, and for a class
+    list with a class that Kinetics-600 lacks or Kinetics-400 has.
     """
     known = {comparable_words(name) for name in k400_names}
-    renamed = {comparable_words(name) for name in RENAMED}
+    old = known | {comparable_words(name) for name in RENAMED}
     forms = [comparable_words(name) for name in k600_names]
     if not known.intersection(forms):
         example = next(iter(k400_names), "")
@@ -63,24 +68,9 @@ def unseen_labels(k600_names: Sequence[str], k400_names: Sequence[str]) -> tuple
             f"none of the {len(known)} names of Kinetics-400 (such as {example!r}) is one of the "
             f"{len(forms)} names of Kinetics-600: name the right list of classes"
         )
-    unseen = tuple(
-        label for label, form in enumerate(forms) if form not in known and form not in renamed
-    )
+    unseen = tuple(label for label, form in enumerate(forms) if form not in old)
     if not unseen:
         raise UserError("Kinetics-600 has no class here that Kinetics-400 lacks: nothing to test")
-    return unseen
-
-
-def unseen_classes(
-    k600_names: Sequence[str], k400_names: Sequence[str], lists: Sequence[Path] = ()
-) -> UnseenClasses:
-    """The unseen classes and their test splits: those of `lists` (files or one folder), or drawn.
-
-    Own splits take 160 of 220 classes, or as large a share of fewer, by a hash of split and name.
-    Raises UserError for a list that names a class which is none of Kinetics-600's, and one that
-    is not unseen.
-    """
-    unseen = unseen_labels(k600_names, k400_names)
     notes = []
     if len(unseen) != UNSEEN:
         notes.append(

@@ -129,18 +129,17 @@ class VideoFolder:
                 return same[0], ""
         stem = posixpath.basename(path_stem(path))
         folder = parts[-2] if len(parts) > 1 else ""
-        fitting = [
+        found = [
             candidate
             for candidate in self.with_stem(stem)
             if _splits_agree(parts[:-1], candidate, split) and _folders_agree(folder, candidate)
         ]
-        if len(fitting) > 1:
-            exact = [found for found in fitting if posixpath.basename(found) == parts[-1]]
-            fitting = exact or fitting
-        if len(fitting) == 1:
-            return fitting[0], ""
-        if fitting:
-            return None, f"several files have this name: {fitting[0]} and {fitting[1]}"
+        if len(found) > 1:
+            found = [file for file in found if posixpath.basename(file) == parts[-1]] or found
+        if len(found) == 1:
+            return found[0], ""
+        if found:
+            return None, f"several files have this name: {found[0]} and {found[1]}"
         return None, "no such file in the videos folder"
 
 
@@ -168,14 +167,14 @@ def normal_path(listed: str, root: Path) -> str:
 
 
 def _splits_agree(listed_folders: list[str], candidate: str, split: str) -> bool:
-    """Whether no split folder of a file found by name alone speaks against the listed split."""
+    """Whether a file found by name alone lies in no folder of another split than the listed one."""
     wanted = split.rstrip("0123456789") if split else first_split(listed_folders)
     there = first_split(candidate.split("/")[:-1])
     return wanted is None or there is None or wanted == there
 
 
 def _folders_agree(folder: str, candidate: str) -> bool:
-    """Whether a file found by name alone can be the one that is listed in `folder`."""
+    """Whether a file found by name alone can be the one that the list has in `folder`."""
     parts = candidate.split("/")[:-1]
     if not folder or not parts or split_from_folder(folder) or split_from_folder(parts[-1]):
         return True
@@ -183,5 +182,5 @@ def _folders_agree(folder: str, candidate: str) -> bool:
 
 
 def first_split(folders: list[str]) -> str | None:
-    """The split that the first split folder among `folders` stands for."""
+    """The split of the first folder among `folders` that is named after one."""
     return next((split for part in folders if (split := split_from_folder(part))), None)

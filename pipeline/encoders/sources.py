@@ -47,7 +47,7 @@ class LoadedClip:
     model: torch.nn.Module
     model_config: dict[str, Any]
     preprocess_config: dict[str, Any]
-    tokenizer_source: str  # what open_clip.get_tokenizer is asked for
+    tokenizer_source: str  # the argument of open_clip.get_tokenizer
 
 
 def load_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
@@ -99,19 +99,16 @@ def build_model(model_config: Mapping[str, Any], where: str) -> torch.nn.Module:
         if "hf_model_name" in config["text_cfg"]:
             config["text_cfg"]["hf_model_pretrained"] = False
             custom_text = True
+        kind: type[torch.nn.Module] = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
         if "multimodal_cfg" in config:
-            return _evaluating(open_clip.CoCa(**config))
-        return _evaluating((open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**config))
+            kind = open_clip.CoCa
+        return kind(**config).eval().requires_grad_(False)
     except KeyError as error:
         raise UserError(f"the model config of {where} has no entry {error}") from None
     except Exception as error:
         raise UserError(
             f"the model config of {where} is not one open_clip can build: {one_line(error, 160)}"
         ) from None
-
-
-def _evaluating(model: torch.nn.Module) -> torch.nn.Module:
-    return model.eval().requires_grad_(False)
 
 
 def _safe_name(text: str) -> str:
@@ -159,46 +156,36 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `path`, once names and shapes are found to be those of the model."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _require_tensors(shapes, {k: tuple(v.shape) for k, v in expected.items()}, str(path))
-            return {name: file.get_tensor(name).reshape(expected[name].shape) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors: {one_line(error, 160)}; fetch or write it again"
-        ) from None
-
-
-def _require_tensors(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
-) -> None:
-    """Raise UserError naming missing, extra and misshapen tensors."""
+    """Tensors of `path`. Raises UserError naming missing, extra and misshapen ones."""
 
     def listed(names: list[str]) -> str:
         rest = len(names) - LISTED_TENSORS
         return ", ".join(names[:LISTED_TENSORS]) + (f" and {rest} more" if rest > 0 else "")
 
-    # A scale may be stored as a number or as a list of one.
-    misshapen = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found
-        and found[name] != shape
-        and not (set(found[name]) | set(shape) <= {1} and name.startswith("logit_"))
-    ]
-    problems = [
-        f"{what} {listed(names)}"
-        for what, names in (
-            ("missing:", sorted(set(expected) - set(found))),
-            ("not in the model:", sorted(set(found) - set(expected))),
-            ("wrong shape:", misshapen),
-        )
-        if names
-    ]
-    if problems:
-        raise UserError(f"{where} does not fit its model config: {'; '.join(problems)}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            wanted = {name: list(tensor.shape) for name, tensor in expected.items()}
+            problems = {
+                "missing:": sorted(wanted.keys() - shapes.keys()),
+                "not in the model:": sorted(shapes.keys() - wanted.keys()),
+                "wrong shape:": [
+                    f"{name} {shapes[name]} instead of {wanted[name]}"
+                    for name in wanted
+                    if name in shapes
+                    and shapes[name] != wanted[name]
+                    # A scale may be stored as a number or as a list of one.
+                    and not (name.startswith("logit_") and {*shapes[name], *wanted[name]} <= {1})
+                ],
+            }
+            if any(problems.values()):
+                told = [f"{what} {listed(names)}" for what, names in problems.items() if names]
+                raise UserError(f"{path} does not fit its model config: {'; '.join(told)}")
+            return {name: file.get_tensor(name).reshape(wanted[name]) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors: {one_line(error, 160)}; fetch or write it again"
+        ) from None
 
 
 def _require_finite(model: torch.nn.Module, where: str) -> None:
@@ -229,7 +216,7 @@ def _load_openai_file(path: Path) -> LoadedClip:
     _require_finite(model, str(path))
     return LoadedClip(
         name=_safe_name(path.stem),
-        model=_evaluating(model),
+        model=model.eval().requires_grad_(False),
         model_config=_openai_config(model),
         preprocess_config={},
         tokenizer_source="",

@@ -45,7 +45,7 @@ def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
     A bare name that the workspace has is the workspace's, so that a command means the same from
     every working directory; a file or folder of that name here is `./NAME`.
     """
-    path = Path(os.path.expanduser(spec))  # Path.expanduser raises where nobody is of that name
+    path = Path(os.path.expanduser(spec))  # Path.expanduser raises for an unknown user
     here = bool(spec.strip()) and (path.is_dir() or path.is_file())
     known = _workspace_folder(spec, encoders_dir)
     if known is None:
@@ -70,7 +70,7 @@ def _say_taken(spec: str, taken: Path, other: Path) -> None:
 def local_architecture(spec: str, encoders_dir: Path | None) -> str | None:
     """The architecture of an encoder's folder, "ViT-B/16", from its configuration.
 
-    None where there is no such folder, or its tower is none of the usual ones.
+    None where there is no such folder, and for a tower that has no usual name.
     """
     place = local_encoder(spec, encoders_dir)
     if place is None or not place.is_dir():

@@ -1,4 +1,4 @@
-"""A packed data set on disk: `dataset.json`, the tars it lists, and what became of every video."""
+"""A packed data set on disk: `dataset.json`, the tars it lists, and the videos that failed."""
 
 from __future__ import annotations
 
@@ -201,14 +201,15 @@ def load_dataset(dataset_dir: Path) -> Dataset:
                 f"{FORMAT_VERSION}: install a newer one"
             )
         dataset = _dataset(dataset_dir, value)
-        damage = "" if dataset.fingerprint == _fingerprint(dataset._content()) else "fingerprint"
+        if dataset.fingerprint != _fingerprint(dataset._content()):
+            raise WorkError(
+                f"{str(path)!r} is damaged or was edited by hand (fingerprint): {remedy}"
+            )
+        return dataset
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorkError(f"{str(path)!r} is damaged ({one_line(error)}): {remedy}") from error
-    if damage:
-        raise WorkError(f"{str(path)!r} is damaged or was edited by hand ({damage}): {remedy}")
-    return dataset
 
 
 def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:

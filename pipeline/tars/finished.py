@@ -15,7 +15,7 @@ RECORDS_FOLDER = ".packing"
 
 
 class VideoOutcome(NamedTuple):
-    """What became of one video: the hash of its content if it was read, a reason if it failed."""
+    """A packed video: the hash of its content if it was read, and a reason if it failed."""
 
     key: str
     sha256: str | None
@@ -36,7 +36,7 @@ class TarRecord:
 
 
 def read_record(path: Path, tar: PlannedTar) -> TarRecord | None:
-    """The record of a finished tar; None when there is none, or it belongs to other videos."""
+    """The record of a finished tar; None where it is missing or of other videos."""
     try:
         value = json.loads(path.read_bytes())
         outcomes = tuple(VideoOutcome(*outcome) for outcome in value["videos"])

@@ -121,7 +121,7 @@ def make_plan(
     seed: int,
     names_as: NamesAs,
 ) -> TarPlan:
-    """The plan for the videos of a listing; what is no readable file has a reason."""
+    """The plan for the videos of a listing; those without a readable file have a reason."""
     labels = {class_name: label for label, class_name in enumerate(listing.class_names)}
     videos = [
         _planned(videos_dir, video, labels[video.class_name])
@@ -193,8 +193,8 @@ def differences(
 
     With `may_grow` videos and classes that come after the earlier ones are no difference.
 
-    `changed_content(key)` is asked for videos whose size is the same and whose time of change is
-    not: a copied file has another time and the same content.
+    `changed_content(key)` is called for videos of the same size with another time of change: a
+    copied file has another time and the same content.
     """
     phrases = [
         f"{option} was {_shown(getattr(old, option))}, is {_shown(getattr(new, option))}"
@@ -212,39 +212,30 @@ def differences(
     removed = [before[key].path for key in sorted(before.keys() - after.keys())]
     by_kind: dict[str, list[str]] = {"added": added, "removed": removed}
     for key in sorted(before.keys() & after.keys()):
-        kind = _kind_of_change(old, before[key], new, after[key], changed_content)
+        was, now = before[key], after[key]
+        same_class = old.class_names[was.label] == new.class_names[now.label]
+        if was == now and same_class:
+            continue
+        kinds = {
+            "found that were missing": was.size < 0 <= now.size,
+            "removed from the folder": now.size < 0 <= was.size,
+            "with another state": was.reason != now.reason,
+            "moved": was.path != now.path,
+            "with another class": not same_class,
+            "with other splits": was.splits != now.splits,
+            "of another size": was.size != now.size,
+        }
+        kind = next((kind for kind, changed in kinds.items() if changed), "")
+        if not kind and was.mtime_ns != now.mtime_ns and changed_content(key):
+            kind = "with other content"
         if kind:
-            by_kind.setdefault(kind, []).append(after[key].path)
+            by_kind.setdefault(kind, []).append(now.path)
     phrases += [
         f"{len(paths)} {'video' if len(paths) == 1 else 'videos'} {kind} (e.g. {paths[0]!r})"
         for kind, paths in by_kind.items()
         if paths
     ]
     return phrases
-
-
-def _kind_of_change(
-    old_plan: TarPlan,
-    old: PlannedVideo,
-    new_plan: TarPlan,
-    new: PlannedVideo,
-    changed_content: Callable[[str], bool],
-) -> str:
-    if (old.size < 0) != (new.size < 0):
-        return "found that were missing" if old.size < 0 else "removed from the folder"
-    if old.reason != new.reason:
-        return "with another state"
-    if old.path != new.path:
-        return "moved"
-    if old_plan.class_names[old.label] != new_plan.class_names[new.label]:
-        return "with another class"
-    if old.splits != new.splits:
-        return "with other splits"
-    if old.size != new.size:
-        return "of another size"
-    if old.mtime_ns != new.mtime_ns and changed_content(new.key):
-        return "with other content"
-    return ""
 
 
 def _shown(value: object) -> object:

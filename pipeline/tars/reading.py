@@ -41,7 +41,6 @@ class TarSample:
     """Where one sample lies in its tar; `offset` and `size` are bytes of the video file."""
 
     key: str
-    extension: str
     offset: int
     size: int
     sidecar: dict[str, Any]
@@ -93,7 +92,7 @@ def read_video(path: Path, key: str, offset: int, size: int) -> bytes:
 
 
 def require_packed(archive: OpenTar, dataset: Dataset, tar: Tar) -> None:
-    """Raise `DamagedTar` unless the tar's samples are those that `dataset.json` speaks of."""
+    """Raise `DamagedTar` unless the tar's samples are those in `dataset.json`."""
     found = len(archive.samples)
     if found != tar.samples:
         raise DamagedTar.of(archive.path, f"holds {found} samples, {tar.samples} were packed")
@@ -134,7 +133,7 @@ def _bytes(path: Path, descriptor: int, offset: int, size: int) -> bytes:
 
 
 def _index(path: Path, file: BinaryIO) -> list[TarSample]:
-    videos: dict[str, tuple[str, int, int]] = {}
+    videos: dict[str, tuple[int, int]] = {}
     sidecars: dict[str, dict[str, Any]] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -152,7 +151,7 @@ def _index(path: Path, file: BinaryIO) -> list[TarSample]:
                 if extension == "json":
                     sidecars[key] = _sidecar(path, tar, member, key)
                 else:
-                    videos[key] = (extension, member.offset_data, member.size)
+                    videos[key] = (member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
         raise DamagedTar.of(path, f"is damaged ({one_line(error)})") from error
     if videos.keys() != sidecars.keys():

@@ -33,8 +33,8 @@ _DATASET_FILE_LIMIT = 2**30
 class TarSource:
     """Gives the tars of a data set as local files, a few at a time; here where packing left them.
 
-    Whoever reads them says first with `open_order` in which order that will be, so that tars can be
-    fetched ahead, and after each one with `release` that it is not needed any more.
+    Its user first calls `open_order` with the order in which tars will be read, so that they can be
+    fetched ahead, and `release` with each one that is no longer needed.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -73,14 +73,14 @@ def remote_dataset(url: str, scratch: Path) -> Dataset:
     try:
         return load_dataset(folder)
     except (UserError, WorkError) as error:
-        # What is wrong, is wrong at the URL.
+        # The damage is at the URL, not in the copy.
         raise type(error)(str(error).replace(str(folder), url)) from error
 
 
 class RemoteTars(TarSource):
     """Tars of the data set at `url`, as local files in `scratch`.
 
-    One thread fetches in the order announced by `open_order`, ahead of `path` as long as fewer
+    One thread fetches in the order given to `open_order`, ahead of `path` as long as fewer
     than two tars are on disk; what `path` asks for is fetched in any case. `release` deletes.
     """
 
@@ -132,7 +132,7 @@ class RemoteTars(TarSource):
             self._stop.set()
             self._waiting.clear()
         self._pool.shutdown(cancel_futures=True)
-        with self._lock:  # whoever waited for a tar may release it at this moment
+        with self._lock:  # a thread that waited for a tar may release it now
             fetches, self._fetches = self._fetches, {}
         for file in fetches:
             (self._scratch / file).unlink(missing_ok=True)

@@ -281,9 +281,9 @@ def _lists(
     index = KeyIndex(train.keys)
     files = {n: repository.shots(n) if few else repository.seed(n) for n in wanted}
     lists = {number: read_published_list(path, index) for number, path in files.items()}
-    names = repository.names("" if few else "base")
     exchange, done = label_exchange(
-        [(listed, names) for listed in lists.values()],
+        list(lists.values()),
+        repository.names("" if few else "base"),
         dict(zip(train.keys, map(int, train.labels), strict=True)),
         train.class_names,
         ask.label_map,  # type: ignore[arg-type]  # checked by the caller

@@ -76,20 +76,11 @@ def _split_folders(folder: VideoFolder) -> dict[str, str]:
 
     A class may be called "train" as well; its videos lie directly in it, beside other classes.
     """
-    with_classes: dict[str, str] = {}
-    all_named_so: dict[str, str] | None = {}
-    for path in folder.files:
-        parts = path.split("/")
-        if len(parts) == 1:
-            continue
-        split = split_from_folder(parts[0])
-        if split is None:
-            all_named_so = None
-        elif len(parts) > 2:
-            with_classes[parts[0]] = split
-        if split is not None and all_named_so is not None:
-            all_named_so[parts[0]] = split
-    return with_classes or all_named_so or {}
+    tops = {path.split("/")[0] for path in folder.files if "/" in path}
+    splits = {top: split for top in tops if (split := split_from_folder(top)) is not None}
+    deep = {path.split("/")[0] for path in folder.files if path.count("/") > 1}
+    with_classes = {top: split for top, split in splits.items() if top in deep}
+    return with_classes or (splits if len(splits) == len(tops) else {})
 
 
 def _class_of(path: str, splits: dict[str, str]) -> str | None:

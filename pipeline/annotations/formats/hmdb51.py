@@ -17,7 +17,7 @@ _KINDS = {"0": "", "1": "train", "2": "test"}
 
 
 def is_hmdb51(path: Path) -> bool:
-    """Whether the file is one of the official split files, told by its name."""
+    """Whether the file is one of the official split files, by its name."""
     return _SPLIT_FILE.fullmatch(path.name) is not None
 
 

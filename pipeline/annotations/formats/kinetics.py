@@ -8,8 +8,10 @@ written as floats, "validate" for "val", test files without labels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from featstore.errors import UserError
@@ -73,7 +75,9 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
     for path in files:
         if path.suffix.lower() == ".json" and path.stem.lower() in tables:
             continue
-        read = list(_json_clips(path) if path.suffix.lower() == ".json" else _csv_clips(path))
+        rows = _json_rows(path) if path.suffix.lower() == ".json" else _csv_rows(path)
+        of_file = split_from_file_name(path.stem)
+        read = [_clip(path, *row, of_file) for row in rows]
         labelled = [clip for clip in read if clip.label]
         clips.extend(labelled)
         if len(labelled) < len(read):
@@ -86,10 +90,14 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
         raise UserError(f"no row of {names} has a label: name the annotation files of train or val")
 
     spelling = one_spelling(clip.label for clip in clips)
-    index = _ClipIndex(folder)
-    replaced = 0
+    index = ClipIndex((_stem(path), path) for path in folder.files)
+    replaced, several, example = 0, 0, ""
     for clip in clips:
-        path_found = index.find(clip)
+        copies = index.find(clip.youtube_id, clip.start)
+        path_found = min(copies, key=partial(_rank, clip.split), default=None)
+        if len(copies) > 1:
+            several += 1
+            example = example or " and ".join(sorted(copies)[:2])
         replaced += path_found is not None and _is_replacement(path_found)
         builder.add(
             _stem(path_found) if path_found is not None else clip.name,
@@ -100,53 +108,44 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
         )
     if replaced:
         builder.note(f"{replaced} videos are taken from the folder of replacements")
-    if index.several:
+    if several:
         builder.note(
-            f"{index.several} videos are in the folder more than once; one copy of each is taken "
-            f"(of {index.example})"
+            f"{several} videos are in the folder more than once; one copy of each is taken "
+            f"(of {example})"
         )
     return builder.build(sorted(set(spelling.values())))
 
 
-def _csv_clips(path: Path) -> Iterator[_Clip]:
+# Of one row: the id, start and end in seconds, label and split; empty where the file has none.
+_Row = tuple[str, str, str, str, str]
+
+
+def _csv_rows(path: Path) -> Iterator[_Row]:
     rows = read_table(path)
-    columns = {name.lower(): place for place, name in enumerate(rows[0])}
-    fallback = split_from_file_name(path.stem) or ""
+    columns = [name.lower() for name in rows[0]]
     for row in rows[1:]:
-        cells = {name: row[place] for name, place in columns.items() if place < len(row)}
-        yield _clip(
-            path,
-            cells.get("youtube_id", ""),
-            cells.get("time_start", ""),
-            cells.get("time_end", ""),
-            cells.get("label", ""),
-            cells.get("split", "") or fallback,
-        )
+        cells = defaultdict(str, zip(columns, row, strict=False))
+        youtube_id, start, end = cells["youtube_id"], cells["time_start"], cells["time_end"]
+        yield youtube_id, start, end, cells["label"], cells["split"]
 
 
-def _json_clips(path: Path) -> Iterator[_Clip]:
+def _json_rows(path: Path) -> Iterator[_Row]:
     value = read_json(path)
     if not isinstance(value, dict):
         raise UserError(f"{str(path)!r} is not a Kinetics file: its JSON has no ids as names")
-    fallback = split_from_file_name(path.stem) or ""
     for youtube_id, entry in value.items():
         entry = entry if isinstance(entry, dict) else {}
         annotations = entry.get("annotations")
         annotations = annotations if isinstance(annotations, dict) else {}
-        segment = annotations.get("segment")
+        segment, label = annotations.get("segment"), annotations.get("label")
         start, end = segment if isinstance(segment, list) and len(segment) == 2 else ("", "")
-        label = annotations.get("label")
-        yield _clip(
-            path,
-            youtube_id,
-            str(start),
-            str(end),
-            label if isinstance(label, str) else "",
-            str(entry.get("subset") or fallback),
-        )
+        label = label if isinstance(label, str) else ""
+        yield youtube_id, str(start), str(end), label, str(entry.get("subset") or "")
 
 
-def _clip(path: Path, youtube_id: str, start: str, end: str, label: str, split: str) -> _Clip:
+def _clip(
+    path: Path, youtube_id: str, start: str, end: str, label: str, split: str, of_file: str
+) -> _Clip:
     if not youtube_id:
         raise UserError(f"a row of {str(path)!r} has no youtube_id: correct or remove it")
     try:
@@ -157,45 +156,34 @@ def _clip(path: Path, youtube_id: str, start: str, end: str, label: str, split: 
             f"{str(path)!r}: the times {start!r}, {end!r} of {youtube_id!r} are not seconds: "
             "correct the row"
         ) from error
-    return _Clip(
-        youtube_id, first, last, label.strip().strip('"'), split_from_word(split) or split.lower()
-    )
+    split = split_from_word(split or of_file)
+    return _Clip(youtube_id, first, last, label.strip().strip('"'), split)
 
 
-class _ClipIndex:
-    """Finds the file of a clip; `several` counts clips that have more than one copy."""
+class ClipIndex:
+    """Videos by the id and the start that their names hold.
 
-    def __init__(self, folder: VideoFolder) -> None:
-        self._folder = folder
-        self._by_clip: dict[tuple[str, int | None], list[str]] = {}
-        self.several = 0
-        self.example = ""
-        for path in folder.files:
-            self._by_clip.setdefault(id_and_start(_stem(path)), []).append(path)
+    `names` are pairs of a name without extension and what stands for the video.
+    """
 
-    def find(self, clip: _Clip) -> str | None:
-        candidates = self._by_clip.get((clip.youtube_id, clip.start)) or self._by_clip.get(
-            (clip.youtube_id, None)
-        )
-        if not candidates and clip.start is None:
-            starts = [found for key, found in self._by_clip.items() if key[0] == clip.youtube_id]
-            candidates = [path for found in starts for path in found]
-        if not candidates:
-            return None
-        if len(candidates) > 1:
-            self.several += 1
-            self.example = self.example or " and ".join(sorted(candidates)[:2])
+    def __init__(self, names: Iterable[tuple[str, str]]) -> None:
+        self._by_clip: dict[tuple[str, int | None], list[str]] = defaultdict(list)
+        self._by_id: dict[str, list[str]] = defaultdict(list)
+        for stem, video in names:
+            clip = id_and_start(stem)
+            self._by_clip[clip].append(video)
+            self._by_id[clip[0]].append(video)
 
-        def rank(path: str) -> tuple[bool, bool, int, str]:
-            folders = path.split("/")[:-1]
-            return (
-                not _is_replacement(path),
-                first_split(folders) != clip.split,
-                len(folders),
-                path,
-            )
+    def find(self, youtube_id: str, start: int | None) -> list[str]:
+        """The videos of this clip, or those of its id where either side has no start."""
+        found = self._by_clip.get((youtube_id, start)) or self._by_clip.get((youtube_id, None))
+        return found or (self._by_id.get(youtube_id, []) if start is None else [])
 
-        return min(candidates, key=rank)
+
+def _rank(split: str, path: str) -> tuple[bool, bool, int, str]:
+    """Which copy of a video is taken first: replacements, then those in the folder of its split."""
+    folders = path.split("/")[:-1]
+    return not _is_replacement(path), first_split(folders) != split, len(folders), path
 
 
 def _is_replacement(path: str) -> bool:

@@ -8,10 +8,9 @@ told from the text alone is decided by which reading finds the files.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable, one_spelling
@@ -75,7 +74,7 @@ def read_lists(
     if class_names_file is None and len(named) == 1:
         class_names_file = named[0]
     builder = ListingBuilder()
-    rows = [row for path in lists for row in read_list(path, folder)]
+    rows = [row for path in lists for row in read_list(path, folder.find_listed)]
     found = [folder.find_listed(row.path, row.split) for row in rows]
     paths = [path for path, _ in found]
     names, order = _label_names(rows, paths, class_names_file, folder, builder, label_map)
@@ -93,31 +92,34 @@ def read_lists(
     return builder.build(order)
 
 
-class Finder(Protocol):
-    """What finds a listed video: a folder of videos, or the keys of a data set."""
-
-    def find_listed(self, listed: str, split: str = "") -> tuple[str | None, str]:
-        """The video that a list's entry means, or (None, why not)."""
+# Gives the video that a list's entry means, or None and why not: of a folder, or of a data set.
+Finder = Callable[[str], tuple[str | None, str]]
 
 
-def read_list(path: Path, folder: Finder) -> list[ListRow]:
+def read_list(path: Path, find: Finder) -> list[ListRow]:
     """The rows of one list, with the separator under which most of its files are found."""
     lines = read_lines(path)
     if not lines:
         raise UserError(f"annotation file {str(path)!r} is empty: name one that lists videos")
     best: tuple[float, str, list[list[str]]] | None = None
     for separator in ("\t", ",", ";", " "):
-        table = _split_at_spaces(lines, folder) if separator == " " else _table(path, separator)
+        table = _split_at_spaces(lines, find) if separator == " " else _table(path, separator)
         if table is None:
             continue
         sample = [row for row in table[1 : _SAMPLE + 1] or table if row]
         columns = _header(table[0]) or {"path": 0}
         place = columns["path"]
-        score = sum(folder.find_listed(row[place])[0] is not None for row in sample) / len(sample)
+        score = sum(find(row[place])[0] is not None for row in sample) / len(sample)
         if best is None or score > best[0]:
             best = score, separator, table
     if best is None or (best[1] == " " and best[0] == 0):
-        _refuse_uneven(path)
+        commas = read_table(path)
+        uneven = next((row for row in commas if len(row) != len(commas[0])), None)
+        if uneven is not None and len(commas[0]) > 1:
+            raise UserError(
+                f"{str(path)!r}: the row {','.join(uneven)!r} has {len(uneven)} columns, the first "
+                f"row {len(commas[0])}: quote cells that hold a comma"
+            )
     if best is None:
         number, text = next((line for line in lines if len(line[1].split()) < 2), lines[0])
         raise UserError(
@@ -134,18 +136,7 @@ def _table(path: Path, separator: str) -> list[list[str]] | None:
     return rows if width >= 2 and all(len(row) == width for row in rows) else None
 
 
-def _refuse_uneven(path: Path) -> None:
-    """Raise UserError for a comma-separated table with a row wider or narrower than the first."""
-    rows = read_table(path)
-    uneven = next((row for row in rows if len(row) != len(rows[0])), None)
-    if uneven is not None and len(rows[0]) > 1:
-        raise UserError(
-            f"{str(path)!r}: the row {','.join(uneven)!r} has {len(uneven)} columns, the first "
-            f"row {len(rows[0])}: quote cells that hold a comma"
-        )
-
-
-def _split_at_spaces(lines: Sequence[tuple[int, str]], folder: Finder) -> list[list[str]] | None:
+def _split_at_spaces(lines: Sequence[tuple[int, str]], find: Finder) -> list[list[str]] | None:
     """`path label` or `path frames label` lines; a path may hold spaces, so may a label's name."""
     table = []
     for _, text in lines:
@@ -159,7 +150,7 @@ def _split_at_spaces(lines: Sequence[tuple[int, str]], folder: Finder) -> list[l
             shorter, frames = _last_space(path)
             if shorter and frames.isdigit() and label.isdigit():
                 # `x 300 4`, unless "x 300" is the name of a file
-                path = path if folder.find_listed(path)[0] is not None else shorter
+                path = path if find(path)[0] is not None else shorter
         if not path:
             return None
         table.append([path, label])
@@ -191,7 +182,6 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
         raise UserError(f"annotation file {str(path)!r} has a header and no rows")
     if columns is None:
         columns = _columns_without_header(path, body)
-    of_file = split_from_file_name(path.stem) or ""
     rows = []
     for row in body:
         listed, label = row[columns["path"]], row[columns["label"]]
@@ -200,7 +190,7 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
                 f"{str(path)!r}: the row {','.join(row)!r} lacks a path or a label: complete it"
             )
         word = row[columns["split"]] if "split" in columns else ""
-        split = (split_from_word(word) or word.lower()) if word else of_file
+        split = split_from_word(word) if word else split_from_file_name(path.stem)
         rows.append(ListRow(listed, label, split))
     return rows
 
@@ -209,7 +199,7 @@ def _columns_without_header(path: Path, body: list[list[str]]) -> dict[str, int]
     width = len(body[0])
     if width == 2:
         return {"path": 0, "label": 1}
-    if width == 3 and all(split_from_word(row[2]) for row in body):
+    if width == 3 and all(split_from_word(row[2]) in TABLES["splits"] for row in body):
         return {"path": 0, "label": 1, "split": 2}
     if width == 3 and all(row[1].isdigit() for row in body):
         return {"path": 0, "label": 2}  # the middle is a number of frames

@@ -17,7 +17,7 @@ _ANSWERS = re.compile(r"(?:.*[-_])?test[-_]answers\.csv", re.IGNORECASE)
 
 
 def is_ssv2(path: Path) -> bool:
-    """Whether the file is one of the official JSON lists, told by its content."""
+    """Whether the file is one of the official JSON lists, by its content."""
     if path.suffix.lower() != ".json":
         return False
     start = opening(path, 4096).lstrip()
@@ -41,7 +41,7 @@ def read_ssv2(files: Sequence[Path], folder: VideoFolder) -> Listing:
     answers = _read_answers(answer_file) if answer_file is not None else {}
     unlabelled = 0
     for path in files:
-        split = split_from_file_name(path.stem) or ""
+        split = split_from_file_name(path.stem)
         for video, template in _read_videos(path):
             template = template or answers.get(video, "")
             if not template:

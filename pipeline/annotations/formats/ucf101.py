@@ -16,7 +16,7 @@ _LIST_FILE = re.compile(r"(train|test)list0*(\d+)\.txt", re.IGNORECASE)
 
 
 def is_ucf101(path: Path) -> bool:
-    """Whether the file is one of the official lists, told by its name."""
+    """Whether the file is one of the official lists, by its name."""
     return path.name.lower() == CLASS_FILE or _LIST_FILE.fullmatch(path.name) is not None
 
 
@@ -34,11 +34,8 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
             f"{str(files[0].parent)!r} has no trainlist01.txt or testlist01.txt: name the folder "
             "ucfTrainTestlist with --annotations"
         )
-    class_file = next((path for path in files if path.name.lower() == CLASS_FILE), None)
-    if class_file is None:
-        class_file = next(
-            (path for path in lists[0].parent.iterdir() if path.name.lower() == CLASS_FILE), None
-        )
+    places = (*files, *lists[0].parent.iterdir())
+    class_file = next((path for path in places if path.name.lower() == CLASS_FILE), None)
     numbered = _read_class_file(class_file) if class_file is not None else {}
     official = {name.lower(): (number, name) for number, name in numbered.items()}
     # The first spelling of a file's name counts, so that its key does not depend on the case.

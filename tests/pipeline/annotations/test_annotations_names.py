@@ -76,12 +76,12 @@ def test_natural_class_names(raw: str, natural: str) -> None:
         ("test1", "test1"),
         ("train_256", "train"),
         ("something-something-v2-validation", "val"),
-        ("labels", None),
-        ("restrained", None),
-        ("latest", None),
+        ("labels", ""),
+        ("restrained", ""),
+        ("latest", ""),
     ],
 )
-def test_split_from_file_name(stem: str, split: str | None) -> None:
+def test_split_from_file_name(stem: str, split: str) -> None:
     assert split_from_file_name(stem) == split
 
 

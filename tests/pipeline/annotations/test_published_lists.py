@@ -21,7 +21,6 @@ from pipeline.annotations.unseen_classes import (
     OWN_DRAW,
     RENAMED,
     unseen_classes,
-    unseen_labels,
 )
 
 # As many names as the real ones: 368 shared, 32 of Kinetics-400 alone, 12 renamed, 220 new.
@@ -126,14 +125,12 @@ def test_lists_are_found_by_the_words_of_their_paths(tmp_path: Path) -> None:
 def test_formats_of_lists(tmp_path: Path, text: str) -> None:
     path = write(tmp_path / "train.txt", text)
     found = read_published_list(path, KeyIndex(["a", "b", "c"]))
-    assert (found.keys, found.labels, found.missing) == (("a", "b"), ("0", "1"), ())
-    assert found.repeated == text.count("a.avi 0") // 2
+    assert (found.keys, found.labels) == (("a", "b"), ("0", "1"))
 
 
 def test_missing_videos_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lines = ["a.avi 0", *(f"gone {i}.avi 1" for i in range(7))]
-    found = read_published_list(write(tmp_path / "l.txt", "\n".join(lines)), KeyIndex(["a"]))
-    assert found.listed == 8
+    read_published_list(write(tmp_path / "l.txt", "\n".join(lines)), KeyIndex(["a"]))
     assert "7 of 8 videos of l.txt are not in the data set" in caplog.text
     assert "'gone 4.avi' and 2 more" in caplog.text
     with pytest.raises(UserError, match=r"gives video 'a.avi' the labels '0' and '1'"):
@@ -145,7 +142,6 @@ def test_lists_of_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "l.txt", "-_abcdefghi\na.mp4 3\nb c.mp4,4\na\n")
     found = read_keys(path, index)
     assert found.keys == ("-_abcdefghi_000010_000020", "a", "b%20c")
-    assert (found.repeated, found.missing) == (1, ())
     with pytest.raises(UserError, match="does not exist"):
         read_keys(tmp_path / "none.txt", index)
 
@@ -158,21 +154,21 @@ def test_exchanges_and_what_is_none(tmp_path: Path) -> None:
     swapped = write(tmp_path / "n.csv", "id,name\n0,kick ball\n1,kick\n2,run\n")
     right = write(tmp_path / "r.csv", "id,name\n0,Kick\n1,kick_ball\n2,run\n")
     cycle = write(tmp_path / "c.csv", "id,name\n0,kick ball\n1,kick ball \n2,run\n")
-    assert label_exchange([(listed, swapped)], label_of, names, "corrected") == ({}, "corrected")
-    kept = label_exchange([(listed, swapped)], label_of, names, "as-published")
+    assert label_exchange([listed], swapped, label_of, names, "corrected") == ({}, "corrected")
+    kept = label_exchange([listed], swapped, label_of, names, "as-published")
     assert kept == ({0: 1, 1: 0}, "as-published")
     for label_map in ("corrected", "as-published"):
-        assert label_exchange([(listed, right)], label_of, names, label_map) == ({}, "")  # type: ignore[arg-type]
+        assert label_exchange([listed], right, label_of, names, label_map) == ({}, "")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="to two numbers"):
-        label_exchange([(listed, cycle)], label_of, names, "corrected")
+        label_exchange([listed], cycle, label_of, names, "corrected")
     short = write(tmp_path / "s.csv", "id,name\n0,kick\n")
     with pytest.raises(UserError, match="label 1 has no name"):
-        label_exchange([(listed, short)], label_of, names, "corrected")
+        label_exchange([listed], short, label_of, names, "corrected")
     with pytest.raises(UserError, match="needs one"):
-        label_exchange([(listed, None)], label_of, names, "as-published")
+        label_exchange([listed], None, label_of, names, "as-published")
     wrong = write(tmp_path / "w.csv", "id,name\n0,kick ball\n1,run\n2,run fast\n")
     with pytest.raises(UserError, match="'run fast' is no class"):
-        label_exchange([(listed, wrong)], label_of, names, "corrected")
+        label_exchange([listed], wrong, label_of, names, "corrected")
 
 
 def test_the_unseen_classes_of_the_full_lists() -> None:
@@ -197,11 +193,11 @@ def test_the_unseen_classes_of_the_full_lists() -> None:
 
 def test_spellings_of_kinetics_names() -> None:
     k600 = ["Air_Drumming", "massaging person's head", "dyeing_hair", "playing the bagpipes"]
-    assert unseen_labels(k600, ["air drumming", "massaging persons head"]) == (3,)
+    assert unseen_classes(k600, ["air drumming", "massaging persons head"]).unseen == (3,)
     with pytest.raises(UserError, match="none of the 1 names of Kinetics-400"):
-        unseen_labels(k600, ["swimming"])
+        unseen_classes(k600, ["swimming"])
     with pytest.raises(UserError, match="nothing to test"):
-        unseen_labels(["a", "b"], ["a", "b"])
+        unseen_classes(["a", "b"], ["a", "b"])
 
 
 def test_class_lists_are_checked(tmp_path: Path) -> None:
