@@ -131,10 +131,10 @@ class NvdecBatcher(Generic[Item, Output]):
         """Why a video that NVDEC did not decode goes to PyAV."""
         return self.given_up or "NVDEC failed"
 
-    def count(self, by: str, videos: int = 1) -> None:
-        """Count `videos` videos as decoded by `by`."""
+    def count(self, by: str) -> None:
+        """Count a video as decoded by `by`."""
         with self.changed:
-            self._counts[by] += videos
+            self._counts[by] += 1
 
     def report(self) -> list[str]:
         """The number of videos for each decoder and reason, one line each."""
@@ -170,8 +170,9 @@ class NvdecBatcher(Generic[Item, Output]):
 
     def add(self, item: Item, plan: NvdecPlan) -> None:
         """Add a planned video to those of its picture size."""
+        key = plan.clip.codec, plan.clip.width, plan.clip.height  # DALI makes a decoder for each
         with self.changed:
-            self._buckets.add(plan.clip.size_key, (item, plan), plan.cost)
+            self._buckets.add(key, (item, plan), plan.cost)
             self.changed.notify_all()
 
     def take(self, *, more_coming: bool) -> list[tuple[Item, NvdecPlan]] | None:

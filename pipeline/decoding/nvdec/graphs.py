@@ -51,11 +51,6 @@ class Clip:
     width: int
     codec: str = ""
 
-    @property
-    def size_key(self) -> tuple[str, int, int]:
-        """Clips of one codec and size are decoded together, because a decoder is made for both."""
-        return self.codec, self.width, self.height
-
 
 def dali_problem() -> str | None:
     """Why DALI cannot decode on this machine, as the end of an error message; None if it can.
