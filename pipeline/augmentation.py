@@ -20,8 +20,8 @@ import torch
 
 from pipeline.preprocessing import FrameInput, Preprocessing, as_images, resized_size
 
-AREA = (0.08, 1.0)  # share of the resized picture
-ASPECT = (3 / 4, 4 / 3)  # width / height, before it may be turned over
+AREA = (0.08, 1.0)  # fraction of the resized picture
+ASPECT = (3 / 4, 4 / 3)  # width / height, before they may be exchanged
 TRIES = 10
 FLIP, GREY, TURN = 0.5, 0.2, 0.5  # probabilities
 SHORT_SIDE, SHORT_SIDE_OF = 256, 224  # the resized short side for towers that take 224
@@ -30,10 +30,10 @@ _LUMA = (19595, 38470, 7471)  # 65536ths of red, green and blue, as Pillow round
 
 @dataclass(frozen=True)
 class AugmentationDraw:
-    """The chance of one clip: which part of the resized picture, mirrored or not, grey or not.
+    """The random choices for one clip: part of the resized picture, mirrored or not, grey or not.
 
-    With `fitted`, no part was found in ten tries: the whole picture's short side becomes s first,
-    and (x, y) is the corner of an s x s square of that.
+    `fitted` means that ten tries found no part: the short side is resized to s, and (x, y) is the
+    corner of an s x s square of the result.
     """
 
     x: int
@@ -77,13 +77,13 @@ def crop_size(
 
 
 def resized_for_training(size: int) -> tuple[int, int]:
-    """The square whose side the short side of a picture gets, for a tower of input `size`."""
+    """The square to whose side a picture's short side is resized, for a tower of input `size`."""
     short = SHORT_SIDE if size == SHORT_SIDE_OF else size
     return short, short
 
 
 def resized_clip(frames: FrameInput, size: int) -> torch.Tensor:
-    """uint8 [T,H,W,3] -> uint8 [T,3,h,w], the short side as a tower of input `size` wants it."""
+    """uint8 [T,H,W,3] -> uint8 [T,3,h,w], the short side resized for a tower of input `size`."""
     return Preprocessing(size=resized_for_training(size)).resize(as_images(frames))
 
 

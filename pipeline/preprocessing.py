@@ -67,8 +67,8 @@ class Preprocessing:
     ) -> Preprocessing:
         """From the `preprocess_cfg` of an open_clip folder; missing entries are CLIP's.
 
-        `size`, the input size of the tower itself, wins over the one in the config, as in
-        open_clip. Raises UserError for a value this cannot do.
+        `size`, the input size of the tower itself, replaces the one in the config, as in
+        open_clip. Raises UserError for a value that is not supported.
         """
         given = {name: value for name, value in config.items() if value is not None}
         for name, allowed in _CHOICES.items():
@@ -127,7 +127,7 @@ class Preprocessing:
         return torch.stack(views)
 
     def require_crops(self, crops: int) -> None:
-        """Raise UserError for a number of crops that `crops` cannot give."""
+        """Raise UserError for a number of crops that is not possible."""
         if crops not in CROP_COUNTS:
             raise UserError(f"{crops} crops are not a protocol: use 1, 3, 5 or 10")
         if crops > 1 and self.resize_mode != "shortest":

@@ -1,4 +1,4 @@
-"""Frames out of video files: the contract of a decoder and its implementations."""
+"""Decoding video files into frames: what a decoder must do, and the decoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.decoding.pyav import PyAVDecoder
 
 
 def decoder_named(name: str, strict: Strictness = "auto") -> Decoder:
-    """The decoder that `--decoder` names; "auto" takes the fastest that is sure to be exact.
+    """The decoder on the CPU that `--decoder` names; "auto" is PyAV.
 
     `strict` says what is done about damage inside a file (docs/decoding.md). Raises UserError for
     an unknown name.

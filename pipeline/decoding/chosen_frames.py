@@ -1,6 +1,6 @@
-"""Chosen frames of one video: the step from bytes to pixels that extraction and training share.
+"""Decodes chosen frames of one video; extraction and training both use it.
 
-T frames asked for, H, W height and width of the picture.
+T chosen frames, H, W height and width of the picture.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pipeline.preprocessing import ResizeMode, resized_size
 
 logger = logging.getLogger(__name__)
 
-# Of one frame after its short side has the encoder's size: a strip of 8192x2 pixels would become a
-# picture of 600 MB.
+# The largest size of a resized frame: if its short side got the encoder's size, a strip of 8192x2
+# pixels would become a picture of 600 MB.
 MAX_RESIZED_PIXELS = 1 << 22
 
 
@@ -28,9 +28,9 @@ def within_limit(
     size: tuple[int, int],
     resize_mode: ResizeMode = "shortest",
 ) -> Callable[[VideoInfo], IntArray]:
-    """`choose`, after a `DecodeError` for frames that would become too large when resized.
+    """`choose`, but raising `DecodeError` if the frames would become too large when resized.
 
-    `size` and `resize_mode` say how they will be resized, see `Preprocessing`.
+    `size` and `resize_mode` say how frames are resized, see `Preprocessing`.
     """
 
     def checked(found: VideoInfo) -> IntArray:
@@ -55,14 +55,14 @@ def decode_chosen(
     """(info, RGB uint8 [T,H,W,3], seconds float64 [T]) of the frames int64 [T] that `choose` gives.
 
     `size` and `resize_mode` are as in `within_limit`, `choose` as in `Decoder.decode_with_info`.
-    Raises `DecodeError`, also for frames that would become too large and for whatever the decoder
-    raises: one video is at fault then, and the others go on.
+    Raises `DecodeError`, also for frames that would become too large and for any other error of the
+    decoder: only this video fails, and the others go on.
     """
     try:
         return decoder.decode_with_info(source, within_limit(choose, size, resize_mode))
     except DecodeError:
         raise
     except Exception as error:
-        # One file must not stop hundreds of thousands; it is recorded, not passed over.
+        # One file must not stop hundreds of thousands; the error is recorded for it.
         logger.exception("unexpected error of the decoder: %s", one_line(error))
         raise DecodeError(one_line(f"{type(error).__name__}: {error}")) from error

@@ -1,4 +1,4 @@
-"""What a decoder is: the same file and indices give the same frames, or a `DecodeError`."""
+"""What a decoder must do: give the same frames for the same file and indices, or `DecodeError`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy.typing as npt
 Frames = npt.NDArray[np.uint8]
 Source = bytes | Path | BinaryIO
 
-# What is done about damage inside a file. "auto": damage that the H.264 and HEVC decoders notice
-# fails the video. "always": every sign of damage in any codec fails it, and every frame is decoded
-# to look for one. "never": damage is passed over and counted.
+# How damage inside a file is treated. "auto": a video fails if the H.264 or HEVC decoder notices
+# damage. "always": a video fails at any sign of damage in any codec, and every frame is decoded to
+# look for it. "never": damaged packets are skipped and counted.
 Strictness = Literal["auto", "always", "never"]
 
 
 class DecodeError(Exception):
-    """One video cannot be decoded as asked; the rest of the work goes on.
+    """One video cannot be decoded; the work on the others continues.
 
     `reason` is one plain line without file names or addresses: it is stored beside the sample.
     """
@@ -34,12 +34,12 @@ class DecodeError(Exception):
 class VideoInfo:
     """What is known of a video before frames are chosen.
 
-    `num_frames` is the number of frames that a decoder really shows; `container_frames` is what
-    the container says (0 when it says nothing). `width` and `height` are those of the picture as
-    it is shown, that is after the `rotation` (degrees clockwise: 0, 90, 180 or 270) is applied.
-    `damaged_packets` counts the packets passed over because they could not be read or decoded, or
-    only with errors that the decoder reports. Damage in packets that were not needed for the frames
-    asked for is not looked for, except with strictness "always".
+    `num_frames` is how many frames decoding really gives; `container_frames` is the number that the
+    container states (0 if it states none). `width` and `height` are those of the picture as it is
+    shown, after the `rotation` (degrees clockwise: 0, 90, 180 or 270) is applied.
+    `damaged_packets` counts the packets skipped because they could not be read or decoded, or only
+    with errors that the decoder reports. Packets that the chosen frames do not need are not checked
+    for damage, except with strictness "always".
     """
 
     num_frames: int

@@ -1,4 +1,4 @@
-"""Batches of clips decoded ahead by threads, in order: what training and its evaluation read from.
+"""Batches of clips for training and its evaluation, decoded ahead by threads, in order.
 
 n usable clips of a batch, T frames of a clip, h, w input of the tower.
 
@@ -37,8 +37,8 @@ from pipeline.video_clips.order import ListedClip, listed_clips
 
 BATCHES_AHEAD = 2
 AHEAD_BYTES = 2 << 30  # of those batches; one is always prepared ahead
-FILE_BYTES = 1 << 30  # of the files being decoded; a larger one is alone
-FRAME_BYTES = 2 << 30  # of the decoded frames on their way to pixels; likewise
+FILE_BYTES = 1 << 30  # of the files being decoded; a larger file is decoded alone
+FRAME_BYTES = 2 << 30  # of the decoded frames that are not yet pixels; likewise
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class _ByteBudget:
 
     @contextmanager
     def holding(self, count: int) -> Iterator[None]:
-        """Wait until `count` more bytes are allowed. Raises `DecodeError` once it is stopped."""
+        """Wait until `count` more bytes are allowed. Raises `DecodeError` after `stop`."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._stopped or not self._used or self._used + count <= self._limit
@@ -248,7 +248,7 @@ class _ByteBudget:
                 self._changed.notify_all()
 
     def stop(self) -> None:
-        """Allow no more bytes to anybody, and wake the threads that wait."""
+        """Allow no more bytes, and wake the waiting threads."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

@@ -1,7 +1,7 @@
-"""Which clips training sees and in which order: arithmetic on `dataset.json` and tar indexes.
+"""Lists the clips of a split and orders them for each epoch.
 
-N listed clips of a split. The order is a pure function of seed, epoch and the list: ranks, workers,
-batch sizes and machines only cut it into parts (docs/decisions/0018).
+N listed clips of a split. The order depends only on seed, epoch and the list; ranks, workers, batch
+sizes and machines only divide it (docs/decisions/0018).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pipeline.tars.reading import DamagedTar, open_tar, require_packed
 # read at a time close together, which matters on disks with heads and on network file systems.
 TARS_TOGETHER = 8
 
-# What a random stream is for: the first word of its seed. Numpy pads seeds with zeros, so words
-# that may be zero must not tell two streams apart.
+# The first word of a seed says what its random numbers are for. Numpy pads seeds with zeros, so two
+# seeds must not differ only in words that may be zero.
 _ORDER, _FRAMES, _AUGMENTATION = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
 class ListedClip:
-    """One listed video: its tar's number in `dataset.json`, and the bytes' place in it.
+    """One listed video: the number of its tar in `dataset.json`, and where its bytes lie there.
 
-    `position` counts all listed clips in the order of their keys. `reason` is set where there is
-    nothing to decode: the video failed in packing, or its tar is damaged (`label` is -1 then).
-    `sha256` is that of the video's bytes, "" where the sidecar has none.
+    `position` counts the listed clips in the order of their keys. `reason` is set if there is
+    nothing to decode: packing failed, or the tar is damaged (then `label` is -1). `sha256` is that
+    of the video's bytes, "" if the sidecar has none.
     """
 
     tar: int
@@ -50,11 +50,11 @@ class ListedClip:
 def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
     """All listed videos of `split`, in the order of their keys; of all splits where it is None.
 
-    Nothing is left out: what cannot be read has a reason. Videos of a damaged tar are those that
-    are in no other; of several damaged tars it is not known which video was in which.
+    Nothing is left out: a video that cannot be read has a reason. Videos that are in no intact tar
+    are assigned to the damaged ones; with several of those their tar is a guess.
 
-    Raises UserError for a split that does not exist or is empty, `DamagedTar` when not even the
-    names of the videos in a damaged tar are known (they belong to no split).
+    Raises UserError for a split that does not exist or is empty, `DamagedTar` if a damaged tar
+    holds videos whose names are unknown because they belong to no split.
     """
     if split is not None and split not in dataset.split_names:
         raise UserError(
@@ -109,7 +109,7 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
 
 
 def list_digest(clips: Sequence[ListedClip]) -> str:
-    """A hash of what the order depends on: ranks that do not agree on it must not go on."""
+    """A hash of what the order depends on: it must be equal on all ranks."""
     text = "\n".join(f"{clip.key} {clip.tar}" for clip in clips)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -127,7 +127,7 @@ def epoch_order(tars_of: IntArray, seed: int, epoch: int, window: int = TARS_TOG
 
 
 def steps_per_epoch(listed: int, batch_size: int, world_size: int = 1) -> int:
-    """Global batches of an epoch: every rank takes part in each, the last is smaller."""
+    """Global batches of an epoch: every rank takes part in each, the last may be smaller."""
     return -(-listed // (batch_size * world_size))
 
 
@@ -154,5 +154,5 @@ def training_frames(
 
 
 def augmentation_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The chance of a clip's augmentation in this epoch."""
+    """The random numbers of a clip's augmentation in this epoch."""
     return np.random.default_rng([_AUGMENTATION, seed, epoch, position])

@@ -1,7 +1,6 @@
-"""Videos for NVDEC: which it is asked to decode, in which batches, and what becomes of failures.
+"""Collects videos into batches for NVDEC, retries failures, and leaves the rest to PyAV.
 
-Extraction on a GPU takes pixels out of it and training takes frames: both collect videos into
-batches by the same rule, retry in the same way, and hand to PyAV what is left.
+Extraction on a GPU uses it to get pixels, training to get frames.
 
 U frames of a video without repeats.
 """
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 BATCH_VIDEOS = 16
 BATCH_BYTES = 1 << 30  # decoded frames and pixels of one batch, on the GPU
 OPEN_SIZES = 24  # picture sizes that wait for a full batch; DALI keeps 100 decoders
-# So many batches in a row of which nothing came out, and everything goes to PyAV.
+# After so many batches in a row without any result everything goes to PyAV.
 GIVE_UP_AFTER = 3
 
 # Which picture size each coded size (codec, width, height) stands for in this process. DALI keeps
@@ -40,8 +39,8 @@ GIVE_UP_AFTER = 3
 SHOWN_SIZES: dict[tuple[str, int, int], tuple[int, int]] = {}
 _BLOCK = 16  # sizes are coded in blocks of at most this many pixels
 
-Item = TypeVar("Item")  # what its user knows a video by
-Output = TypeVar("Output")  # what the decode stage gives of a video: frames or pixels
+Item = TypeVar("Item")  # identifies a video for the caller
+Output = TypeVar("Output")  # the decoded video: frames or pixels
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,10 @@ class NvdecPlan:
 
 
 class Buckets(Generic[Item]):
-    """Collects items by key into batches of at most `items` items and `cost` in all.
+    """Collects items by key into batches of at most `items` items and a total cost of `cost`.
 
     No clock is involved: a batch is complete when it is full, when more than `open_keys` keys wait,
-    or when nothing is on its way that could fill it.
+    or when no further item is coming.
     """
 
     def __init__(self, *, items: int, cost: int, open_keys: int) -> None:
@@ -71,7 +70,7 @@ class Buckets(Generic[Item]):
         self._full: deque[list[Item]] = deque()
 
     def add(self, key: Hashable, item: Item, cost: int) -> None:
-        """Put `item` with those of its key; one that costs more than a batch may gets its own."""
+        """Add `item` to the batch of its key; one above the allowed cost gets its own."""
         if key in self._open and self._costs[key] + cost > self._cost:
             self._complete(key)
         self._open.setdefault(key, []).append(item)
@@ -80,9 +79,9 @@ class Buckets(Generic[Item]):
             self._complete(key)
 
     def take(self, *, more_coming: bool) -> list[Item] | None:
-        """The next complete batch, None when none is. `more_coming`: items are on their way."""
+        """The next complete batch, None if there is none. `more_coming`: items will follow."""
         if not self._full and self._open:
-            # Of those that are not full the fullest, of several the oldest.
+            # Of equally full batches the oldest.
             fullest = max(self._open, key=lambda key: len(self._open[key]))
             if not more_coming or len(self._open) > self._open_keys:
                 self._complete(fullest)
@@ -96,8 +95,8 @@ class Buckets(Generic[Item]):
 class NvdecBatcher(Generic[Item, Output]):
     """Collects planned videos into batches of one picture size, and decodes them.
 
-    `given_up` says why NVDEC is left alone, "" while it is not. `changed` guards what waits and
-    what is counted; it may be the condition of the user's own state.
+    `given_up` says why NVDEC is no longer used, "" while it is. `changed` guards the waiting videos
+    and the counts; it may be the condition of the caller's own state.
     """
 
     def __init__(
@@ -110,10 +109,10 @@ class NvdecBatcher(Generic[Item, Output]):
         batch_videos: int = BATCH_VIDEOS,
         changed: Condition | None = None,
     ) -> None:
-        """`decode` gives the output of every clip of a batch, and raises when any of them fails.
+        """`decode` gives the output of every clip of a batch, and raises if any of them fails.
 
-        `check` raises RuntimeError for an output that is not what was asked for. `pixels_per_frame`
-        are bytes on the GPU beside those of a decoded frame.
+        `check` raises RuntimeError for an output of the wrong shape or type. `pixels_per_frame` are
+        the bytes that a frame needs on the GPU besides those of its decoded picture.
         """
         self.given_up = ""
         self.changed = changed or Condition()
@@ -132,24 +131,24 @@ class NvdecBatcher(Generic[Item, Output]):
         """Why a video that NVDEC did not decode goes to PyAV."""
         return self.given_up or "NVDEC failed"
 
-    def count(self, by: str, videos: int = 1) -> None:
-        """Note which decoder gave `videos` videos."""
+    def count(self, by: str) -> None:
+        """Count a video as decoded by `by`."""
         with self.changed:
-            self._counts[by] += videos
+            self._counts[by] += 1
 
     def report(self) -> list[str]:
-        """One line per decoder and reason: how many videos it was."""
+        """The number of videos for each decoder and reason, one line each."""
         with self.changed:
             return [f"{count} videos decoded by {by}" for by, count in self._counts.most_common()]
 
     def plan(self, data: bytes, choose: Callable[[VideoInfo], IntArray]) -> NvdecPlan | str:
-        """Frames for NVDEC, or why PyAV must decode the video. Raises what `choose` raises."""
+        """The plan for NVDEC, or why PyAV must decode the video. Raises what `choose` raises."""
         if self.given_up:
             return self.given_up
         try:
             survey = survey_video(data, self._codecs)
         except DecodeError:
-            return "cannot be surveyed"  # PyAV has the last word, and the reason
+            return "cannot be surveyed"  # PyAV decides, and gives the reason
         except Exception as error:
             logger.exception("unexpected error of the survey: %s", one_line(error))
             return "cannot be surveyed"
@@ -170,20 +169,21 @@ class NvdecBatcher(Generic[Item, Output]):
         return NvdecPlan(survey.info, indices, seconds, places.reshape(-1), clip, cost)
 
     def add(self, item: Item, plan: NvdecPlan) -> None:
-        """Put a planned video with those of its picture size."""
+        """Add a planned video to those of its picture size."""
+        key = plan.clip.codec, plan.clip.width, plan.clip.height  # DALI makes a decoder for each
         with self.changed:
-            self._buckets.add(plan.clip.size_key, (item, plan), plan.cost)
+            self._buckets.add(key, (item, plan), plan.cost)
             self.changed.notify_all()
 
     def take(self, *, more_coming: bool) -> list[tuple[Item, NvdecPlan]] | None:
-        """A batch to decode, None when there is none. `more_coming`: videos are on their way."""
+        """A batch to decode, None if there is none. `more_coming`: videos will follow."""
         with self.changed:
             return self._buckets.take(more_coming=more_coming)
 
     def decode(
         self, batch: Sequence[tuple[Item, NvdecPlan]]
     ) -> list[tuple[Item, NvdecPlan, Output]]:
-        """Outputs of a batch, else of its videos one by one: of those at which NVDEC succeeds."""
+        """Outputs of a batch, or if it fails of its videos one by one, without those that fail."""
         decoded: list[tuple[Item, NvdecPlan, Output]] = []
         try:
             if not self.given_up:
@@ -210,7 +210,7 @@ class NvdecBatcher(Generic[Item, Output]):
     def _checked(
         self, batch: Sequence[tuple[Item, NvdecPlan]]
     ) -> list[tuple[Item, NvdecPlan, Output]]:
-        """The batch with its outputs. Raises RuntimeError when they are not as asked for."""
+        """The batch with its outputs. Raises RuntimeError for a wrong number, shape or type."""
         outputs = self._decode([plan.clip for _, plan in batch])
         if len(outputs) != len(batch):
             raise RuntimeError(f"{len(outputs)} videos came out of {len(batch)}")

@@ -1,7 +1,7 @@
-"""NVDEC as a `Decoder` for many threads: what they ask for at the same time becomes batches.
+"""NVDEC as a `Decoder` for many threads, whose clips are decoded together in batches.
 
-Nothing here has a thread of its own. A thread that asks for a clip surveys it, puts it with others
-of its picture size and waits; whoever finds a complete batch and the GPU's decoder free decodes it
+It starts no threads. A thread that wants a clip surveys it, adds it to others of its picture size
+and waits; the thread that first finds a complete batch and the GPU's decoder idle decodes the batch
 for all of them.
 
 U frames of a video without repeats, H, W height and width of its picture.
@@ -28,7 +28,7 @@ _Waiting = Future[Frames | None]
 
 
 class NvdecDecoder:
-    """A `Decoder` around NVDEC, with `fallback` for the videos that NVDEC is not sure to decode.
+    """A `Decoder` around NVDEC, with `fallback` for videos that NVDEC may not decode exactly.
 
     `device` is a GPU; `source` replaces `DaliFrames`, `codecs` those of the GPU.
     At least `batch_videos` threads should use it at the same time.
@@ -77,7 +77,7 @@ class NvdecDecoder:
 
     def _planned(self, data: bytes, choose: ChooseFrames) -> NvdecPlan | str:
         def waiting_for_nothing(found: VideoInfo) -> IntArray:
-            # The caller may wait here for memory, which clips that wait for a batch may hold.
+            # The caller may wait here for memory that clips waiting for a batch hold.
             self._expect(-1)
             try:
                 return np.asarray(choose(found), np.int64).reshape(-1)
@@ -96,7 +96,7 @@ class NvdecDecoder:
             self._changed.notify_all()
 
     def _decoded(self, plan: NvdecPlan) -> Frames | None:
-        """Wait for the clip's batch, decoding batches meanwhile; None where NVDEC failed."""
+        """Wait for the clip's batch, decoding batches meanwhile; None if NVDEC failed."""
         clip: _Waiting = Future()
         with self._changed:
             self._batcher.add(clip, plan)

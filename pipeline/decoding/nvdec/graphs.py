@@ -3,9 +3,8 @@
 F frames of a clip, H, W height and width of its picture, C crops, h, w of the input of the tower.
 
 The graph is `decode -> resize -> crop and normalise`, once per crop. Sizes and corners are computed
-by `pipeline.preprocessing`, so the geometry is the one of the CPU path; DALI's own ways of choosing
-them differ by a pixel or more. With `device_id=None` and another `decode` the same graph runs
-without a GPU: that is how it is tested where there is none.
+by `pipeline.preprocessing`, so they are those of the CPU path; DALI's own would differ by a pixel
+or more. With `device_id=None` and another `decode` the same graph runs without a GPU, as in tests.
 """
 
 from __future__ import annotations
@@ -52,29 +51,24 @@ class Clip:
     width: int
     codec: str = ""
 
-    @property
-    def size_key(self) -> tuple[str, int, int]:
-        """Clips that agree in this are decoded together: a decoder is made for codec and size."""
-        return self.codec, self.width, self.height
-
 
 def dali_problem() -> str | None:
-    """Why DALI cannot decode on this machine, in words that an error can end with; None if it can.
+    """Why DALI cannot decode on this machine, as the end of an error message; None if it can.
 
-    Looks for the package, a GPU and the driver's video decoder; decodes nothing.
+    Checks the package, the GPU and the driver's video decoder; decodes nothing.
     """
     return import_problem() or _device_problem()
 
 
 @cache
 def import_problem() -> str | None:
-    """Why DALI itself cannot be used, None if it can: it is missing, broken or too old."""
+    """Why DALI itself cannot be used (missing, broken or too old), None if it can."""
     try:
         dali = importlib.import_module("nvidia.dali")
         fn = importlib.import_module("nvidia.dali.fn")
     except ImportError as error:
         return f"DALI cannot be imported ({one_line(error, 120)})"
-    except Exception as error:  # a broken library raises what it likes
+    except Exception as error:  # a broken library can raise anything
         return f"DALI is broken ({one_line(error, 120)})"
     if not hasattr(getattr(fn, "decoders", None), "video"):
         return f"DALI {dali.__version__} has no decoders.video: install 1.52 or newer"
@@ -103,20 +97,20 @@ def dali_version() -> dict[str, str]:
 
 
 def wants_dali(decoder: str, device: str, strict: Strictness = "auto") -> bool:
-    """Whether `--decoder`, `--device` and the strictness together mean the GPU's decoder.
+    """Whether `--decoder`, `--device` and the strictness select the GPU's decoder.
 
-    "auto" takes it on a CUDA device when it can be used, and says in one log line when it cannot.
-    Raises UserError when it is asked for by name and cannot be used.
+    With "auto" it is used on a CUDA device if possible, and a log line says why if it is not.
+    Raises UserError if it is named and cannot be used.
     """
     resolved = device
-    if device == "auto":  # as the encoder takes it
+    if device == "auto":  # as for the encoder
         resolved = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = torch.device(resolved).type == "cuda"
     if decoder != DECODER_NAME and (decoder != "auto" or not on_gpu):
         return False
     problem, remedy = dali_problem(), "use --decoder pyav"
     if strict == "always":
-        # What NVDEC makes of damage it does not say.
+        # NVDEC does not report damage.
         problem = "it cannot notice damage, as --strict-decode asks"
     if not on_gpu and device != "auto":
         problem = f"it needs a GPU, and the device is {device}"
@@ -132,13 +126,13 @@ def wants_dali(decoder: str, device: str, strict: Strictness = "auto") -> bool:
 def nvdec_decode(encoded: Any, frames: Any) -> Any:
     """The decode stage on the GPU."""
     fn = importlib.import_module("nvidia.dali.fn")
-    # The default pad_mode gives black frames for frames that do not exist, without a word.
-    # Threads pinned to cores would get in the way of the readers.
+    # The default pad_mode gives black frames without an error where a frame does not exist.
+    # Threads pinned to cores would disturb the readers.
     return fn.decoders.video(encoded, device="mixed", frames=frames, pad_mode="none", affine=False)
 
 
 class _Graph:
-    """Batches of clips through DALI: `decode`, then what a kind of graph does with the frames.
+    """Runs batches of clips through DALI: `decode`, then the outputs of a subclass.
 
     At most `batch_size` clips at a time, from one thread at a time; `device_id` is the GPU, None
     for DALI's CPU operators, which then need a `decode` of their own and clips with
@@ -203,8 +197,7 @@ class DaliPixels(_Graph):
     def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
         """Normalised pixels [C,F,3,h,w] of each clip, on the graph's device and complete.
 
-        Raises RuntimeError, without saying whose fault it is, when any of the clips fails; the next
-        call works again.
+        Raises RuntimeError if any clip fails, without saying which; the next call works again.
         """
         with torch.cuda.stream(self._stream):  # nothing where there is none
             outputs = self._run(clips, **self._inputs(clips))
@@ -281,8 +274,8 @@ class DaliPixels(_Graph):
 class DaliFrames(_Graph):
     """Batches of clips to decoded frames in memory.
 
-    As `DaliPixels` without its resizing: the frames go on to the CPU's augmentation, which is
-    exact, and cross the bus as bytes.
+    Frames are not resized here: the CPU's augmentation does that exactly, and frames cross the bus
+    as bytes.
     """
 
     def _outputs(self, fn: Any, types: Any, frames: Any) -> list[Any]:

@@ -1,9 +1,9 @@
-"""Which videos the GPU's decoder (NVDEC, through DALI) gives exactly: a survey and a rule.
+"""Decides which videos the GPU's decoder (NVDEC, through DALI) decodes exactly.
 
-DALI finds frames much as `PyAVDecoder` does: all packets, sorted by presentation time. Where its
-way and ours can part, where its colours are wrong, or where it fails in silence, the rule sends the
-video to PyAV. What it rests on was read in DALI's sources and issue tracker and in NVIDIA's tables
-(Video Codec SDK, NVDEC application note); see docs/gpu.md.
+DALI finds frames much as `PyAVDecoder` does: it sorts all packets by presentation time. A video
+goes to PyAV if DALI might number its frames differently, get its colours wrong, or fail without an
+error. The sources are DALI's code and issue tracker and NVIDIA's tables (Video Codec SDK, NVDEC
+application note); see docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.decoding.pyav.frame_stack import UPRIGHT, display_matrix
 from pipeline.decoding.pyav.packet_survey import RELIABLE_CONTAINERS, read_survey
 from pipeline.decoding.pyav.video_file import VideoFile
 
-# (least width, least height), (greatest width, greatest height) of what NVDEC decodes.
+# The smallest and the largest (width, height) that NVDEC decodes.
 SIZES = {
     "h264": ((48, 16), (4096, 4096)),
     "hevc": ((144, 144), (8192, 8192)),
@@ -30,10 +30,10 @@ SIZES = {
     "av1": ((128, 128), (8192, 8192)),
 }
 # Compute capabilities of GPUs with an AV1 decoder: GA10x, Ada, GeForce and RTX PRO Blackwell. Not
-# Turing, GA100 or Hopper; others are left out until they are known.
+# Turing, GA100 or Hopper; the others are unknown.
 AV1_CAPABILITIES = {(8, 6), (8, 9), (12, 0)}
-# Matrix coefficients (ITU-T H.273): unspecified, and the two that are BT.601, by which DALI
-# converts whatever the stream says. FFmpeg takes unspecified for BT.601 too.
+# Matrix coefficients (ITU-T H.273): unspecified, and the two of BT.601. DALI always converts by
+# BT.601, and FFmpeg does so for unspecified ones.
 BT601_COLOURS = {2, 5, 6}
 _FULL_RANGE = 2  # FFmpeg's AVCOL_RANGE_JPEG
 _CODEC_NAMES = {"libdav1d": "av1", "libvpx-vp9": "vp9"}
@@ -112,7 +112,7 @@ def survey_video(data: bytes, codecs: frozenset[str]) -> NvdecSurvey | str:
 
 
 def _first_frame(media: VideoFile, packet: Packet[VideoStream]) -> VideoFrame | None:
-    """The first keyframe, None when it does not come out by itself. Ends the decoder's stream."""
+    """The first keyframe, None if it cannot be decoded alone. Ends the decoder's stream."""
     context = media.stream.codec_context
     try:
         frames = [*context.decode(packet), *context.decode(None)]
@@ -124,7 +124,7 @@ def _first_frame(media: VideoFile, packet: Packet[VideoStream]) -> VideoFrame | 
 def _is_vp9_with_hidden(packet: Packet[VideoStream]) -> bool:
     """Whether a VP9 packet is a superframe or shows an earlier picture again (VP9, annex B, 6.2).
 
-    DALI hands out the packets' times one per decoded picture: both would shift every later frame.
+    DALI gives one packet's time to each decoded picture: both would shift every later frame.
     """
     if not packet.size:
         return True
@@ -138,7 +138,7 @@ def _is_vp9_with_hidden(packet: Packet[VideoStream]) -> bool:
 def _has_leading(pts: npt.NDArray[np.int64], keyframe: npt.NDArray[np.bool_]) -> bool:
     """Whether a picture is shown before the keyframe that it follows in the file.
 
-    A jump to such a keyframe makes NVDEC's parser drop them, and DALI miscount what comes after.
+    After a jump to such a keyframe NVDEC's parser drops them, and DALI miscounts the frames.
     """
     current = np.maximum.accumulate(np.where(keyframe, np.arange(len(pts)), 0))
     return bool((pts < pts[current]).any())

@@ -38,16 +38,16 @@ from pipeline.decoding.pyav.video_file import VideoFile, plain_cause
 
 logger = logging.getLogger(__name__)
 
-# Decoders that can leave out frames no other frame leans on without changing the rest. (libdav1d
-# raises instead; in VP9 nothing is gained.)
+# Decoders that can leave out frames that no other frame depends on without changing the rest.
+# (libdav1d raises an error instead; with VP9 nothing is gained.)
 SKIPPING_CODECS = {"h264", "hevc"}
 
 
 class PyAVDecoder:
     """CPU decoder for every format FFmpeg knows (see `pipeline.decoding.contract.Decoder`).
 
-    `strict` says what is done about damage inside a file (`pipeline.decoding.contract.Strictness`,
-    docs/decoding.md). Truncation fails a video in any case. Holds no state: threads may share one.
+    `strict` says how damage inside a file is treated (`pipeline.decoding.contract.Strictness`,
+    docs/decoding.md). A truncated video always fails. Holds no state: threads may share one.
     """
 
     name = "pyav"
@@ -67,7 +67,7 @@ class PyAVDecoder:
             survey = read_survey(media)
             if _must_decode_all(media, survey):
                 return _decode_all(media, survey, None)[0]
-            last = _OneFrame(survey.likely_frames - 1)
+            last = _OneFrame([survey.likely_frames - 1])
             damaged = _decode_chosen(media, survey, last)
             return replace(survey.info(media, last.frame), damaged_packets=damaged)
 
@@ -81,7 +81,7 @@ class PyAVDecoder:
                 info, stack = _decode_all(media, survey, choose)
                 assert stack is not None
             else:
-                first = _OneFrame(0)  # it has the rotation, which PyAV does not read elsewhere
+                first = _OneFrame([0])  # it has the rotation, which PyAV does not read elsewhere
                 _decode_chosen(media, survey, first)
                 info = survey.info(media, first.frame)
                 stack = FrameStack(choose(info))
@@ -96,9 +96,6 @@ class _OneFrame(FrameStack):
     """Wants one frame for its size and rotation only: the pixels are never converted."""
 
     frame: VideoFrame
-
-    def __init__(self, index: int) -> None:
-        super().__init__([index])
 
     def put(self, index: int, frame: VideoFrame, seconds: float) -> None:
         self.frame = frame
@@ -115,7 +112,7 @@ def _decode_all(
 ) -> tuple[VideoInfo, FrameStack | None]:
     """Decode every frame: count them, and keep the chosen ones.
 
-    They are chosen from the likely count on the way, so that most files are decoded only once.
+    Frames are chosen from the likely count during decoding, so that most files are decoded once.
     """
     info: VideoInfo | None = None
     stack: FrameStack | None = None
@@ -124,15 +121,15 @@ def _decode_all(
         if info is None:
             info = survey.info(media, frame)
             if choose is not None:
-                with suppress(DecodeError, ValueError):  # they come again if the count was right
+                with suppress(DecodeError, ValueError):  # raised again if the count was right
                     stack = FrameStack(choose(info))
         if stack is not None and index in stack.missing:
             try:
                 stack.put(index, frame, survey.seconds_of(frame))
             except DecodeError:
-                stack = None  # it comes again if the count was right
+                stack = None  # the error is raised again if the count was right
     if info is None:
-        # FFmpeg gives the same error for damage and for a frame larger than it was told to take.
+        # FFmpeg gives the same error for damage and for a frame above the size limit.
         raise DecodeError(
             f"no frame can be decoded{frames.first_cause}; the limit is {frame_stack.MAX_PIXELS} "
             "pixels a frame"
@@ -150,18 +147,18 @@ def _decode_all(
 
 
 def _decode_chosen(media: VideoFile, survey: Survey, stack: FrameStack) -> int:
-    """Fill `stack`: by the plan where the packet table allows, else (or failing that) in order.
+    """Fill `stack` from the needed packets only, or from all in order if that is not possible.
 
-    Returns the number of damaged packets passed over.
+    Returns the number of damaged packets skipped.
     """
     if survey.reliable:
         runs = survey.table.runs(survey.packet_of[sorted(stack.missing)].tolist())
         try:
-            sound = all(
+            intact = all(
                 _decode_run(media, survey, run, packets, stack)
                 for run, packets in _packets_of(media, survey, runs)
             )
-            if sound and not stack.missing:
+            if intact and not stack.missing:
                 return survey.damaged_when_read
             logger.debug("planned decoding met a doubtful frame: decoding in order")
         except av.FFmpegError as error:
@@ -200,10 +197,10 @@ def _decode_run(
     packets: Iterable[Packet[VideoStream]],
     stack: FrameStack,
 ) -> bool:
-    """Decode one run of packets into `stack`; False when the decoder shows any doubt.
+    """Decode one run of packets into `stack`; False if a frame may be wrong.
 
-    Doubt is a frame marked as damaged, and a first keyframe that does not come out: what the
-    container marks as one is not always a place where decoding can begin (intra refresh).
+    That is so if the decoder marks a frame as damaged, or if the first keyframe does not come out:
+    decoding cannot begin at everything that a container marks as a keyframe (intra refresh).
     """
     context = media.stream.codec_context
     if context.is_open:
@@ -215,8 +212,8 @@ def _decode_run(
     begun = bool(survey.table.discard[run.first])  # then it never comes out
     for number, packet in enumerate(chain(packets, [None]), start=run.first):
         if packet is not None:
-            # A leading picture of the run's first keyframe leans on packets before it. It is not
-            # wanted, else the run would begin earlier.
+            # A leading picture of the run's first keyframe depends on packets before it. It is not
+            # wanted, otherwise the run would begin earlier.
             if pts[number] < start:
                 continue
             if may_skip:
@@ -232,11 +229,10 @@ def _decode_run(
 
 
 class _FramesInOrder:
-    """Every frame from the start with its index (-1: a time that no packet has).
+    """Every frame from the start with its index (-1: no packet has its time).
 
-    `shown` counts them on the way, `damaged` the packets that were passed over; `first_cause` is
-    why the first of those was, in brackets. Raises `DecodeError` at damage where the strictness
-    asks for that.
+    `shown` counts the frames so far, `damaged` the skipped packets; `first_cause` is why the first
+    of those was skipped, in brackets. Raises `DecodeError` at damage if the strictness demands it.
     """
 
     def __init__(self, media: VideoFile, survey: Survey) -> None:
@@ -250,7 +246,7 @@ class _FramesInOrder:
             raise DecodeError(f"damaged: packets that cannot be read whole: {self.damaged}")
         packets: Iterable[Packet[VideoStream]] | None = self._survey.packets
         if packets is None or self._media.stream.codec_context.is_open:
-            # A decoder that was flushed is not quite as good as new.
+            # A decoder that was flushed does not behave exactly like a new one.
             self._media.restart()
             packets = self._media.packets()
         context = self._media.stream.codec_context

@@ -1,4 +1,4 @@
-"""Collects decoded frames in the order asked, upright, as RGB."""
+"""Collects decoded frames in the order of their indices, upright, as RGB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.decoding.contract import DecodeError, Frames
 if TYPE_CHECKING:
     from av.sidedata.sidedata import SideData
 
-MAX_BYTES = 2 << 30  # of all frames asked for in one call
+MAX_BYTES = 2 << 30  # of all chosen frames of a video
 MAX_PIXELS = 1 << 26  # of one frame: 8192 x 8192, twice the area of an 8K video frame
 UPRIGHT = (1 << 16, 0, 0, 0, 1 << 16)  # the display matrix of a frame that is shown as it is
 MAX_SIDE = 12288  # the width of a 12K camera's frame; a longer side is a broken or hostile header
@@ -30,7 +30,7 @@ def refuse_large(width: int, height: int) -> None:
 
 
 class FrameStack:
-    """Frames asked for by index [n], filled one by one; `missing` holds those still to come."""
+    """Frames of the given indices [n], stored one by one; `missing` holds the others' indices."""
 
     def __init__(self, frame_indices: npt.ArrayLike) -> None:
         self.indices: npt.NDArray[np.int64] = np.asarray(frame_indices).reshape(-1)
@@ -48,7 +48,7 @@ class FrameStack:
         self._reformatter = VideoReformatter()
 
     def start_again(self) -> None:
-        """Take no frame for stored that was put so far."""
+        """Count all frames as missing again."""
         self.missing = set(self.indices.tolist())
 
     def require_within(self, num_frames: int) -> None:
@@ -59,7 +59,7 @@ class FrameStack:
             )
 
     def require_size(self, width: int, height: int) -> None:
-        """Raise `DecodeError` when the frames do not have the size of the video's first one."""
+        """Raise `DecodeError` if the frames do not have the size of the video's first frame."""
         if self.frames.shape[1:3] != (height, width):
             raise DecodeError(
                 f"the size changes within the video: the frames asked for are "
@@ -67,7 +67,7 @@ class FrameStack:
             )
 
     def put(self, index: int, frame: VideoFrame, seconds: float) -> None:
-        """Store `frame`, shown at `seconds`, as number `index` wherever that was asked for."""
+        """Store `frame`, shown at `seconds`, wherever `indices` holds `index`."""
         width, height = shown_size(frame)
         refuse_large(width, height)
         if self._frames is None:
@@ -92,7 +92,7 @@ class FrameStack:
 
     @property
     def frames(self) -> Frames:
-        """RGB uint8 [n, height, width, 3]; only when nothing is missing."""
+        """RGB uint8 [n, height, width, 3]; only if no frame is missing."""
         assert self._frames is not None
         assert not self.missing
         return self._frames

@@ -1,4 +1,4 @@
-"""Which packets must be decoded to get the chosen frames: arithmetic on a packet table, no I/O."""
+"""Finds the packets that must be decoded for the chosen frames; does no I/O."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class PacketTable:
         """Whether display order can be read off the table without decoding.
 
         Every packet needs a time of its own, and the stream must begin with a keyframe that no
-        shown frame precedes: pictures shown before it lean on packets that are not in the file
-        and never come out of a decoder.
+        shown frame precedes: pictures shown before it depend on packets that are not in the file,
+        so no decoder gives them.
         """
         shown = self.pts[~self.discard]
         return bool(
@@ -54,11 +54,11 @@ class PacketTable:
         )
 
     def runs(self, packets: Iterable[int]) -> list[PacketRun]:
-        """The runs of packets to decode so that the frames of `packets` come out.
+        """The runs of packets that must be decoded to get the frames of `packets`.
 
         A run begins at the keyframe before its first wanted packet. A picture shown before its
-        own keyframe (leading picture of an open GOP) leans on the GOP before, so that one is
-        decoded too. Runs that touch are joined.
+        own keyframe (leading picture of an open GOP) depends on the previous GOP, so that is
+        decoded too. Adjacent runs are joined.
         """
         keyframes = np.flatnonzero(self.keyframe)
         runs: list[PacketRun] = []

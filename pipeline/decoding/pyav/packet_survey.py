@@ -1,4 +1,4 @@
-"""Reads all packets of a video once: what can be counted and found without decoding."""
+"""Reads all packets of a video once, to count and locate frames without decoding them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pipeline.decoding.pyav.frame_stack import shown_rotation, shown_size
 from pipeline.decoding.pyav.gop_plan import PacketTable
 from pipeline.decoding.pyav.video_file import VideoFile
 
-# Containers that give every frame a trustworthy time, and codecs with one shown frame per packet.
+# Containers that give every frame a reliable time, and codecs with one shown frame per packet.
 # AVI has no presentation times; VP8 hides alternate reference frames in packets of their own.
 RELIABLE_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
 RELIABLE_CODECS = {"h264", "hevc", "vp9", "av1", "libdav1d"}
-# A stream larger than this is read again instead of being kept: by bytes, and by count, because a
-# packet costs hundreds of bytes beside its data. 20,000 are eleven minutes at 30 frames a second.
+# A larger stream is read again instead of being kept: limits of bytes and of packets, because each
+# packet takes hundreds of bytes besides its data. 20,000 are eleven minutes at 30 frames a second.
 KEPT_PACKET_BYTES = 64 << 20
 KEPT_PACKETS = 20_000
-# A container that ends this much before its declared duration has lost its tail. One second and
-# five percent leave room for containers that count a longer sound track or a last still frame.
+# A container that ends this much before its declared duration was cut off. One second and five
+# percent leave room for containers that count a longer sound track or a last still frame.
 LOST_SECONDS = 1.0
 LOST_FRACTION = 0.05
 
 
 @dataclass
 class Survey:
-    """What reading all packets told.
+    """What the packets of a video say.
 
-    `reliable`: display order can be read off the table. `timed`: frames have presentation times.
+    `reliable`: the table gives the display order. `timed`: frames have presentation times.
     `packet_of` int64 [frames]: the packet of every frame in display order, and `shown_pts` int64
     [frames] its time. `packets` is None when the stream is too large to keep. `likely_frames` is
     the number of frames where the table is reliable and a guess elsewhere. `damaged_when_read`
@@ -56,14 +56,14 @@ class Survey:
     damaged_when_read: int
 
     def index_of(self, pts: int | None) -> int:
-        """Which frame is shown at `pts`, -1 for none."""
+        """The index of the frame shown at `pts`, -1 if there is none."""
         if pts is None:
             return -1
         index = int(np.searchsorted(self.shown_pts, pts))
         return index if index < len(self.shown_pts) and self.shown_pts[index] == pts else -1
 
     def seconds_of(self, frame: VideoFrame) -> float:
-        """When the frame is shown, on the container's clock; NaN when it does not say."""
+        """When the frame is shown, on the container's clock; NaN if it has no time."""
         return frame.pts * self.seconds_per_tick if frame.pts is not None else float("nan")
 
     def info(self, media: VideoFile, frame: VideoFrame) -> VideoInfo:
@@ -118,7 +118,7 @@ def read_survey(media: VideoFile) -> Survey:
             kept_bytes += packet.size
             if kept_bytes > KEPT_PACKET_BYTES or len(kept) > KEPT_PACKETS:
                 kept = None
-    # In a transport stream such a packet lost a part on the way; elsewhere the file ends inside it.
+    # In a transport stream such a packet lost a part in transit; elsewhere the file ends inside it.
     ends_inside = 0 if "mpegts" in media.formats else torn
     _refuse_truncated(media, len(pts), ends_inside, indexed_when_opened, end_pts)
     if not pts:
@@ -153,7 +153,7 @@ def read_survey(media: VideoFile) -> Survey:
 def _refuse_truncated(
     media: VideoFile, packets: int, torn: int, indexed_when_opened: int, end_pts: int
 ) -> None:
-    """Raise `DecodeError` when the container promises more than could be read."""
+    """Raise `DecodeError` if the container declares more than could be read."""
     readable = packets - torn
     formats = media.formats
     if "mov" in formats or "mp4" in formats:
@@ -173,7 +173,7 @@ def _refuse_truncated(
 
 
 def _declared_seconds(media: VideoFile) -> float:
-    """How long the container says its video is, 0 where it lists frames or says nothing."""
+    """The duration that the container declares, 0 if it lists frames or declares none."""
     if media.stream.frames or not media.formats & RELIABLE_CONTAINERS:
         return 0.0
     tag = media.stream.metadata.get("DURATION", "")

@@ -1,4 +1,4 @@
-"""A video stream opened with PyAV: limits, strictness and errors in one place."""
+"""Opens a video stream with PyAV, with its limits, strictness and errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from av.video.stream import VideoStream
 from pipeline.decoding.contract import DecodeError, Source, Strictness
 from pipeline.decoding.pyav import frame_stack
 
-# Whose damage fails a video with strictness "auto". The H.264 decoder marks nearly every damaged
-# frame; what the others notice is measured in docs/decoding.md.
+# Codecs in which damage makes a video fail with strictness "auto". The H.264 decoder marks nearly
+# every damaged frame; docs/decoding.md lists what the others notice.
 NOTICING_CODECS = {"h264", "hevc"}
-# These two notice more when told to. HEVC also checks the picture hashes that some encoders write.
-# The H.264 decoder notices as much without, but when told to it stumbles over sound open groups.
+# Options with which these two notice more. HEVC also checks the picture hashes that some encoders
+# write. The H.264 decoder would notice no more, and would fail on intact open groups of pictures.
 ERR_DETECT = {"hevc": "crccheck+explode", "mjpeg": "explode"}
 
 READ_BUFFER_BYTES = 1 << 18
@@ -29,8 +29,8 @@ READ_BUFFER_BYTES = 1 << 18
 class VideoFile:
     """An open video stream that can be started again from the beginning.
 
-    `fails_on_damage`: whether the strictness asks that damage in this codec fails the video.
-    `broken_off` is the reason why reading packets ended before the file's end, if it did;
+    `fails_on_damage`: the video fails if this codec's decoder notices damage. `broken_off` is the
+    reason why reading packets ended before the file's end, if it did;
     `ends_early`: the file is shorter than its RIFF header (AVI) says.
     """
 
@@ -94,7 +94,7 @@ class VideoFile:
         return set(self.container.format.name.split(","))
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
-        """Packets of the stream in file order; ends early where the file cannot be read on."""
+        """Packets of the stream in file order, up to where the file can be read."""
         try:
             for packet in self.container.demux(self.stream):
                 if packet.size or packet.dts is not None:  # the last one is a dummy
@@ -125,7 +125,7 @@ class VideoFile:
 
 
 class _Nameless:
-    """A file without its name, so that neither format detection nor a message depends on it."""
+    """A file without its name, so that format detection and messages do not depend on it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
