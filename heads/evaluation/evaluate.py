@@ -134,7 +134,7 @@ def evaluate_many(
     clip = None
     if clip_store is not None and any(scoring.ensemble is not None for scoring in scorings):
         clip = ClipFeatures(clip_store, store, prompt_set, chosen, where)
-        measured.leave_out(clip.failed(measured.keys))
+        measured.usable = measured.usable[~clip.failed(measured.keys)[measured.usable]]
     measured.run(
         head.to(where).eval(),
         scorings,
@@ -188,9 +188,11 @@ def _record(
     n_classes = max(len(labels) for labels in tested)
     if protocol.n_classes not in (None, n_classes):
         notes.append(f"{n_classes} classes, published with {protocol.n_classes}")
-    outside = _in_no_split(store, measured)
-    if outside:
-        named = ", ".join(outside[:NAMED]) + (", ..." if len(outside) > NAMED else "")
+    in_splits = [store.split(name) for name in store.split_names]
+    outside = np.flatnonzero(~np.isin(store.rows, np.concatenate([measured.listed, *in_splits])))
+    if in_splits and len(outside):
+        named = ", ".join(store.keys[at] for at in outside[:NAMED].tolist())
+        named += ", ..." if len(outside) > NAMED else ""
         notes.append(f"{len(outside)} of {len(store)} videos are in no split: {named}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
@@ -228,15 +230,6 @@ def _record(
         "encoder_precision": provenance.precision,
         "class_names": text.names,
     }
-
-
-def _in_no_split(store: Store, measured: Measurement) -> list[str]:
-    """Keys of the videos that are in no split and are not tested."""
-    if not store.split_names:
-        return []
-    seen = [measured.listed, *(store.split(name) for name in store.split_names)]
-    outside = np.flatnonzero(~np.isin(store.rows, np.concatenate(seen)))
-    return [store.keys[at] for at in outside.tolist()]
 
 
 def _result(

@@ -72,11 +72,10 @@ class Measurement:
         group = Ranks.joined_before()
         mine = self.usable[group.rank :: group.world_size]
         where = head.logit_scale.device
-        slots = []  # per test set: index among its members of an entry of `listed`, or -1
-        for members in self.members:
-            slot = np.full(len(self.listed), -1, np.int64)
+        # Per test set: index among its members of an entry of `listed`, or -1.
+        slots = np.full((len(self.members), len(self.listed)), -1, np.int64)
+        for slot, members in zip(slots, self.members, strict=True):
             slot[members] = np.arange(len(members))
-            slots.append(slot)
         self.places, self.predicted = (
             [[np.full(len(m), NOT_EVALUATED, np.int64) for m in self.members] for _ in scorings]
             for _ in range(2)
@@ -122,10 +121,6 @@ class Measurement:
     def listed_keys(self, members: npt.NDArray[np.integer]) -> list[str]:
         """Keys of entries of `listed`."""
         return [self.keys[member] for member in members.tolist()]
-
-    def leave_out(self, failed: npt.NDArray[np.bool_]) -> None:
-        """Count these entries of `listed` as failed."""
-        self.usable = self.usable[~failed[self.usable]]
 
     def _local_labels(self, t: int) -> LabelIds:
         """Label of every member of a test set as its number among the candidates."""

@@ -16,7 +16,6 @@ from typing import Final
 from featstore.errors import UserError
 from featstore.files.durable import write_bytes
 
-OUTCOMES_SUFFIX: Final = ".outcomes.csv"
 OUTCOMES_LIMIT: Final = 2**28  # bytes; a million videos are about 40 MB
 _HEADER: Final = ["split", "key", "place"]
 
@@ -43,7 +42,7 @@ class Paired:
 
 def outcomes_file(result: Path) -> Path:
     """Where the outcomes of a result file lie."""
-    return result.with_name(result.name.removesuffix(".json") + OUTCOMES_SUFFIX)
+    return result.with_name(result.name.removesuffix(".json") + ".outcomes.csv")
 
 
 def write_outcomes(result: Path, outcomes: Mapping[str, Mapping[str, int]]) -> Path:

@@ -21,7 +21,6 @@ from heads.evaluation.leaks import require_no_leak
 from heads.evaluation.protocols.choose import (
     build_test_sets,
     count_views,
-    takes_given_lists,
     usual_protocol,
     views_of,
 )
@@ -83,17 +82,17 @@ class EvaluationRequest:
         """The stores of the data set, each opened once for the whole evaluation."""
         return self.workspace.opened(self.dataset)
 
-    def tested_store(self, split: str | None, head: Head | None) -> Store:
-        """The store to test `head` on; UserError unless exactly one fits the request."""
+    def fitting_store(self, split: str | None, head: Head | None, **others: Any) -> Store:
+        """The one store that fits the request and `head`; `others` take the place of its wishes."""
         origin = None if head is None else head.origin
-        return self.stores.choose(
-            split=split,
-            views=None if self.views is None else count_views(self.views),
-            encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
-            sampling=self.sampling,
-            name=self.store,
-            encoder=None if origin is None else origin.encoder,
-        )
+        wanted = {
+            "views": None if self.views is None else count_views(self.views),
+            "encoder_fingerprint": None if origin is None else origin.encoder_fingerprint,
+            "sampling": self.sampling,
+            "name": self.store,
+            "encoder": None if origin is None else origin.encoder,
+        }
+        return self.stores.choose(split=split, **(wanted | others))
 
     def chosen_clip_store(self) -> Store | None:
         """The store of CLIP's own features; UserError if there is no ensemble to use it."""
@@ -168,16 +167,12 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
 def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | None]:
     """The store that is tested, and the split that it was chosen for."""
     split = request.split
-    given_lists = (
-        takes_given_lists(request.kind, request.dataset, split)
-        if request.protocol is None
-        else request.protocol.lists == "given"
-    )
-    if given_lists:
+    protocol = request.protocol or usual_protocol(request.kind, request.dataset, split=split)
+    if protocol.lists == "given":
         split = request.unseen.split(request.stores)
     elif request.kind == "closeset":
         split = split or request.stores.default_split(("val", "test"))
-    store = request.tested_store(split, head)
+    store = request.fitting_store(split, head)
     return named_as(store, known_dataset(request.dataset), request.label_map), split
 
 

@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -97,15 +97,11 @@ Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 
 
-def _in(group: Group, **roles: Any) -> dict[str, Any]:
-    """Metadata of a field that is compared in `group`; `EvalResult` says what the others mean."""
-    return {"group": group, **roles}
-
-
-_tested = partial(_in, "what was tested")
-_how = partial(_in, "how")
-_with = partial(_in, "with what")
-_arithmetic = partial(_in, "arithmetic")
+# Metadata of the fields of `EvalResult` in each group.
+_tested: Callable[..., dict[str, Any]] = partial(dict, group="what was tested")
+_how: Callable[..., dict[str, Any]] = partial(dict, group="how")
+_with: Callable[..., dict[str, Any]] = partial(dict, group="with what")
+_arithmetic: Callable[..., dict[str, Any]] = partial(dict, group="arithmetic")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -22,7 +22,6 @@ ENSEMBLE: Final = "ensemble"
 FUSION: Final = "fusion"
 BLEND: Final = "blend"
 NAMES: Final = (TEMPERATURE, NEIGHBOURS, ENSEMBLE, FUSION, BLEND)
-OFF: Final = ("none", "off")
 
 Values = dict[str, list[Any]]
 
@@ -67,8 +66,8 @@ def settings(
     """
     names = [name for name in NAMES if name in swept and name != BLEND]
     fields = [name.replace("-", "_") for name in names]
-    for name, field in zip(names, fields, strict=True):
-        if fixed.get(field) is not None:
+    for name, of_scoring in zip(names, fields, strict=True):
+        if fixed.get(of_scoring) is not None:
             raise UserError(f"--sweep {name} and --{name} contradict each other: give one")
         if name in (TEMPERATURE, NEIGHBOURS) and (
             not method(config.kind).modulated or not fixed["modulate"]
@@ -107,13 +106,10 @@ def blended_runs(
     others = {run: _tuned(run) for run in (run_dir, *place.trained_runs())}
     found = []
     for share in shares:
-        same = [
-            run
-            for run, other in others.items()
-            if other is not None and other.tower == own.tower and other.blend == share
-        ]
-        if same:
-            remedy = f"`mote-cli extract --dataset {dataset} --encoder {same[0].name}`"
+        wanted = replace(own, blend=share)
+        same = next((run for run, other in others.items() if other == wanted), None)
+        if same is not None:
+            remedy = f"`mote-cli extract --dataset {dataset} --encoder {same.name}`"
         else:
             name = f"{run_dir.name}-blend{round(100 * share):d}"
             file, first = own.file, ""
@@ -124,7 +120,7 @@ def blended_runs(
                 f"{first}`mote-cli import-checkpoint {file} --name {name} --blend {share:g}"
                 f"{own.options}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
             )
-        found.append(BlendedRun(share, same[0] if same else None, remedy))
+        found.append(BlendedRun(share, same, remedy))
     return found
 
 
@@ -135,9 +131,9 @@ class _Tuned:
     tower: str
     """Hash of its weights before blending."""
     blend: float
-    file: str | None
+    file: str | None = field(compare=False)
     """Name of the checkpoint it was imported from; None for one that was tuned here."""
-    options: str
+    options: str = field(compare=False)
     """Its options of import-checkpoint, besides the share."""
 
 
@@ -171,7 +167,7 @@ def _values(name: str, word: str) -> Sequence[Any]:
         if word not in known:
             raise UserError(f"fusion {word!r} is unknown: choose one of {', '.join(known)} or all")
         return [word]
-    if word in OFF and name in (TEMPERATURE, NEIGHBOURS):
+    if word in ("none", "off") and name in (TEMPERATURE, NEIGHBOURS):
         return [0]
     try:
         value = int(word) if name == NEIGHBOURS else float(word)

@@ -40,8 +40,7 @@ def tradeoff_plot(
     figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    heads = list(dict.fromkeys(str(row["head"]) for row in rows))
-    for number, head in enumerate(heads):
+    for number, head in enumerate(dict.fromkeys(str(row["head"]) for row in rows)):
         colour = f"C{number}"  # the colours of matplotlib's cycle, which begins anew after its end
         points: dict[bool, tuple[float, float]] = {}
         for row in rows:
@@ -62,19 +61,6 @@ def tradeoff_plot(
         if len(points) == 2:
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 7, "shrinkB": 7}
             axes.annotate("", points[True], points[False], arrowprops=arrow)
-    _frame(axes, rows)
-    axes.set_xlabel(f"{closeset} top-1 (%)")
-    axes.set_ylabel(f"{zeroshot} top-1 (%)")
-    axes.set_title("grey: equal harmonic mean", fontsize="small", color="0.5", loc="right")
-    # Below the axes, because inside them it could cover points.
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind)
-    write_bytes(path, buffer.getvalue())
-
-
-def _frame(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Limits around the points, and lines of equal harmonic mean behind them."""
     limits = []
     for name in ("closeset_top1", "zeroshot_top1"):
         values = [float(row[name]) for row in rows]
@@ -88,6 +74,14 @@ def _frame(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     if levels:
         lines = axes.contour(x, y, mean, levels, colors="0.85", linewidths=0.8, zorder=0)
         axes.clabel(lines, colors="0.6", fontsize="x-small", zorder=0)
+    axes.set_xlabel(f"{closeset} top-1 (%)")
+    axes.set_ylabel(f"{zeroshot} top-1 (%)")
+    axes.set_title("grey: equal harmonic mean", fontsize="small", color="0.5", loc="right")
+    # Below the axes, because inside them it could cover points.
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind)
+    write_bytes(path, buffer.getvalue())
 
 
 def _title(head: str) -> str:

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -67,22 +67,13 @@ class Scoring:
             )
 
     @classmethod
-    def of_head(
-        cls,
-        config: MethodConfig,
-        *,
-        fusion: Fusion = "softmax",
-        modulate: bool = True,
-        modulation_neighbours: int | None = None,
-        modulation_temperature: float | None = None,
-        ensemble: float | None = None,
-    ) -> Scoring:
-        """The settings of a head, or the given ones instead; 0 turns modulation off."""
-        k, t = modulation_neighbours, modulation_temperature
-        k = config.modulation_neighbours if k is None else k
-        t = config.modulation_temperature if t is None else t
-        on = modulate and method(config.kind).modulated and k != 0 and t != 0
-        return cls(fusion, on, k, t, ensemble)
+    def of_head(cls, config: MethodConfig, *, modulate: bool = True, **given: Any) -> Scoring:
+        """The settings of a head, except `given` ones that are not None; 0 turns modulation off."""
+        names = ("modulation_neighbours", "modulation_temperature")
+        chosen = {name: getattr(config, name) for name in names}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        on = modulate and method(config.kind).modulated and all(chosen[name] for name in names)
+        return cls(modulate=on, **chosen)
 
 
 class BlockScores:

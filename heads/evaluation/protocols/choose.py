@@ -67,14 +67,6 @@ def usual_protocol(
     return found[0] if found else PROTOCOLS[kind]
 
 
-def takes_given_lists(kind: Kind, dataset: str, split: str | None) -> bool:
-    """Whether the usual protocol tests lists of its own (zero-shot on Kinetics-600)."""
-    known = known_dataset(dataset)
-    return split is None and any(
-        p.kind == kind and p.dataset == known and p.lists == "given" for p in PROTOCOLS.values()
-    )
-
-
 def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> dict[str, RowArray]:
     """Array rows of the lists a protocol tests, by the lists' names, failed ones included.
 

@@ -77,7 +77,15 @@ class ShotPlan:
                 train = self._drawn(count, draw, "all")
             else:
                 train = self._given(listed, None, f"-k{count}-list")
-                self._warn_of_other_counts(train.rows, count, listed)
+                labels = self.train.labels[self.train.positions(train.rows)]
+                names = self.train.class_names
+                counts = np.bincount(labels, minlength=len(names))
+                other = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts != count)]
+                if other:
+                    log.warning(
+                        "%d classes have not %d videos in %s: %s",
+                        *(len(other), count, listed.name, shown(other)),
+                    )
             runs.append(self._run(train, tests, count, draw))
         return runs
 
@@ -158,13 +166,3 @@ class ShotPlan:
         if repeats > 1:
             words += f", repeated {repeats} times"
         return TrainingSet(rows, classes, words, suffix, repeats)
-
-    def _warn_of_other_counts(self, rows: RowArray, shots: int, listed: GivenList) -> None:
-        names = self.train.class_names
-        counts = np.bincount(self.train.labels[self.train.positions(rows)], minlength=len(names))
-        other = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts != shots)]
-        if other:
-            log.warning(
-                "%d classes have not %d videos in %s: %s",
-                *(len(other), shots, listed.name, shown(other)),
-            )

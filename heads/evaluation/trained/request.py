@@ -237,18 +237,12 @@ def _stores(
             f"no store of {ask.dataset} has a {lacking} split: pack the data set with its "
             f"annotations and extract its videos (`mote-cli extract --dataset {ask.dataset}`)"
         )
-    test = ask.tested_store(test_split, initial)
+    test = ask.fitting_store(test_split, initial)
     name = how.train_store
     if name is None and train_split in test.split_names and len(test.split(train_split)):
         name = ask.store  # the store that was named has both
-    origin = None if initial is None else initial.origin
-    train = ask.stores.choose(
-        split=train_split,
-        encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
-        name=name,
-        encoder=None if origin is None else origin.encoder,
-        option="--train-store",
-    )
+    others = {"views": None, "sampling": None, "name": name, "option": "--train-store"}
+    train = ask.fitting_store(train_split, initial, **others)
     return train, test, (train_split, test_split)
 
 

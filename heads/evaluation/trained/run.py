@@ -40,8 +40,7 @@ TEST_TOP1: Final = "test_top1"
 
 SHOTS: Final = {"fewshot": (2, 4, 8, 16), "base-to-novel": (16,)}
 DRAW_SEEDS: Final = {"fewshot": (1,), "base-to-novel": (1, 2, 3)}
-_EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11}
-_EPOCHS_OF: Final = {("fewshot", "ssv2"): 2}
+_EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11, ("fewshot", "ssv2"): 2}
 """Epochs unless a recipe or a user says otherwise: MoTE's for few-shot, with the set repeated to
 the size of the full one; ViFi-CLIP's for base-to-novel, which takes the shots once per epoch. Here
 they are repeated as well, because a new head learns nothing in thirty steps."""
@@ -52,7 +51,7 @@ Evaluate = Callable[[Head, Sequence[TestSet], RunFacts, str], EvalResult]
 
 def usual_epochs(kind: str, dataset: str) -> int:
     """Epochs of a protocol of `kind` on a data set, unless a recipe or a user says otherwise."""
-    return _EPOCHS_OF.get((kind, known_dataset(dataset)), _EPOCHS[kind])
+    return _EPOCHS.get((kind, known_dataset(dataset)), _EPOCHS[kind])
 
 
 @dataclass(frozen=True)
@@ -150,12 +149,12 @@ def _no_warnings() -> Iterator[None]:
         logging.disable(before)
 
 
+@dataclass(frozen=True)
 class _BestEpoch:
     """Tests the head after every epoch and keeps the best one so far, also over a resume."""
 
-    def __init__(self, run: ShotRun, evaluate: Evaluate) -> None:
-        self._run = run
-        self._evaluate = evaluate
+    _run: ShotRun
+    _evaluate: Evaluate
 
     def __call__(self, head: Head, epoch: int) -> Mapping[str, float]:
         facts = RunFacts(epoch=epoch, epoch_choice=LAST)
