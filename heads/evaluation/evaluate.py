@@ -1,4 +1,4 @@
-"""Evaluating a head, or CLIP's mean of frames, on a store: what was measured, and on what.
+"""Evaluates a head, or CLIP's mean of frames, on a store, and records what was measured.
 
 N = videos, V = views, F = stored frames, T = frames used, D = embedding width, C = classes.
 """
@@ -21,13 +21,8 @@ from featstore.segments import segment_positions
 from heads.arithmetic import Precision, resolve_device, resolve_precision
 from heads.compatibility import knows_classes, mean_head, require_fits
 from heads.evaluation.measure import ClipFeatures, Measurement, check_candidates
-from heads.evaluation.protocols.choose import (
-    Protocol,
-    count_notes,
-    protocol_named,
-    views_of,
-)
-from heads.evaluation.protocols.protocol import LabelIds, TestSet
+from heads.evaluation.protocols.choose import Protocol, count_notes, protocol_named, views_of
+from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.results import EvalResult, RunFacts, SplitDetail, SplitResult, taken_from
 from heads.files.head_file import head_fingerprint
 from heads.methods.head import Head
@@ -36,8 +31,6 @@ from heads.scoring.scores import TOP_K, Fusion, Scoring
 
 log = logging.getLogger(__name__)
 
-NO_FILE: Final = "no such file"
-"""How the reason of a listed video begins whose file was not there when it was packed."""
 NAMED: Final = 3  # videos a note names
 
 
@@ -101,10 +94,10 @@ def evaluate_many(
     test sets are computed once. All of the store's views are fused; `views` ("4x3") only checks
     that they are as expected. `prompt_set` defaults to the head's, else to the store's only one.
     `frames` defaults to what the head was trained with, else to all stored ones; fewer than stored
-    are taken at even steps. `clip_store` holds raw CLIP features of the same keys and views: an
-    ensemble takes CLIP's part from it (default: from `store` itself). `facts` go into the record.
-    The head runs in `precision`, by default in bfloat16 where that is much faster (wide heads on
-    processors that multiply it); means over frames, cosines and scores are float32 in any case.
+    are taken at even steps. `clip_store` holds raw CLIP features of the same keys and views, for
+    CLIP's part of an ensemble (default: `store` itself). `facts` go into the record. The head runs
+    in `precision`, by default in bfloat16 if that is much faster (wide heads on processors that
+    multiply it); means over frames, cosines and scores are float32 in any case.
 
     In a process group (`torch.distributed`) every process evaluates each world-th row and all of
     them return the same results: no row is repeated, and the counts are those of one process.
@@ -141,7 +134,7 @@ def evaluate_many(
     clip = None
     if clip_store is not None and any(scoring.ensemble is not None for scoring in scorings):
         clip = ClipFeatures(clip_store, store, prompt_set, chosen, where)
-        measured.leave_out(clip.failed(measured.listed_keys(np.arange(len(measured.listed)))))
+        measured.usable = measured.usable[~clip.failed(measured.keys)[measured.usable]]
     measured.run(
         head.to(where).eval(),
         scorings,
@@ -177,28 +170,29 @@ def _record(
 ) -> dict[str, Any]:
     """The fields of a result that all settings share."""
     provenance = store.provenance
-    tested = [_candidates(test, text) for test in measured.tests]
+    tested = [tuple(classes.tolist()) for classes in measured.candidates]
     names = {text.names[label] for labels in tested for label in labels}
     origin = head.origin
     trained = None if origin is None or origin.class_names is None else set(origin.class_names)
     missing = sum(
-        store.reasons[at].startswith(NO_FILE)
+        store.reasons[at].startswith("no such file")  # when the data set was packed
         for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
     )
-    listed = {
-        name: len(members) if test.drawn_from is None else test.drawn_from[1]
+    listed = dict(
+        test.drawn_from or (test.name, len(members))
         for test, members in zip(measured.tests, measured.members, strict=True)
-        for name in [test.name if test.drawn_from is None else test.drawn_from[0]]
-    }
+    )
     agreeing, notes = count_notes(protocol, listed)
     if protocol.views and views not in protocol.views:
         notes.append(f"{views} views, published with {', '.join(protocol.views)}")
     n_classes = max(len(labels) for labels in tested)
     if protocol.n_classes not in (None, n_classes):
         notes.append(f"{n_classes} classes, published with {protocol.n_classes}")
-    outside = _in_no_split(store, measured)
-    if outside:
-        named = ", ".join(outside[:NAMED]) + (", ..." if len(outside) > NAMED else "")
+    in_splits = [store.split(name) for name in store.split_names]
+    outside = np.flatnonzero(~np.isin(store.rows, np.concatenate([measured.listed, *in_splits])))
+    if in_splits and len(outside):
+        named = ", ".join(store.keys[at] for at in outside[:NAMED].tolist())
+        named += ", ..." if len(outside) > NAMED else ""
         notes.append(f"{len(outside)} of {len(store)} videos are in no split: {named}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
@@ -223,9 +217,9 @@ def _record(
         "training_videos": origin.trained_on or None if origin is not None else None,
         "published_counts": agreeing,
         "notes": notes,
-        "list_hash": _hash(measured.listed_keys(np.arange(len(measured.listed)))),
+        "list_hash": _hash(measured.keys),
         "class_names_hash": _hash(text.names),
-        # One list that is tested thrice is one class list.
+        # Test sets with the same candidates count once.
         "class_list_hash": _hash(
             text.names[label] for labels in dict.fromkeys(tested) for label in labels
         ),
@@ -238,20 +232,6 @@ def _record(
     }
 
 
-def _candidates(test: TestSet, text: ClassText) -> tuple[int, ...]:
-    """Label ids of the classes that the videos of a test set are scored against."""
-    return tuple(range(len(text.names)) if test.classes is None else test.classes.tolist())
-
-
-def _in_no_split(store: Store, measured: Measurement) -> list[str]:
-    """Keys of the videos that no split lists and that are not tested either."""
-    if not store.split_names:
-        return []
-    seen = [measured.listed, *(store.split(name) for name in store.split_names)]
-    outside = np.flatnonzero(~np.isin(store.rows, np.concatenate(seen)))
-    return [store.keys[at] for at in outside.tolist()]
-
-
 def _result(
     measured: Measurement,
     number: int,
@@ -260,12 +240,8 @@ def _result(
     record: Mapping[str, Any],
     clip: ClipFeatures | None,
 ) -> EvalResult:
-    """What one setting came to."""
-    classes = np.arange(len(record["class_names"]))
-    parts = [
-        _split(measured, number, t, classes if test.classes is None else test.classes)
-        for t, test in enumerate(measured.tests)
-    ]
+    """The result of one setting."""
+    parts = [_split(measured, number, t) for t in range(len(measured.tests))]
     results = [result for result, _ in parts]
     top1 = [result.top1 for result in results]
     top5 = [result.top5 for result in results if result.top5 is not None]
@@ -292,11 +268,9 @@ def _result(
     return EvalResult(**values)
 
 
-def _split(
-    measured: Measurement, number: int, t: int, classes: LabelIds
-) -> tuple[SplitResult, SplitDetail]:
+def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, SplitDetail]:
     """Counts and accuracy of one test set under one setting."""
-    name, members = measured.tests[t].name, measured.members[t]
+    name, members, classes = measured.tests[t].name, measured.members[t], measured.candidates[t]
     places = measured.places[number][t]
     done = np.isin(members, measured.usable)
     if not done.any():

@@ -1,14 +1,12 @@
-"""Class names as a published label file has them: some exchanged against the videos.
+"""Class names of a published label file that exchanges some of them.
 
-C = classes, D = embedding width.
-
-What inherits HMDB51's (`pipeline.annotations.label_names`) scores 120 of the 1,530 test clips
-against the wrong names. For comparison with such numbers only.
+Whoever uses HMDB51's file (`pipeline.annotations.label_names`) scores 120 of the 1,530 test clips
+against the wrong names. It is here only for comparison with such numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -25,7 +23,7 @@ AS_PUBLISHED: Final = "as-published"
 def known_exchange(dataset: str, class_names: Sequence[str]) -> dict[int, int]:
     """Labels of `dataset`'s published exchange, each with the label whose name it gets.
 
-    UserError when none is known for the data set, or the store has none of its classes.
+    UserError when no exchange is known for the data set, or when none of its classes is there.
     """
     labels = {name: label for label, name in enumerate(class_names)}
     pairs = [
@@ -51,10 +49,10 @@ def check_label_map(label_map: str) -> None:
 
 
 def named_as(store: Store, dataset: str, label_map: str) -> Store:
-    """`store` with the names that `label_map`, "corrected" or "as-published", asks for.
+    """`store` with the class names of `label_map`, "corrected" or "as-published".
 
     A store that was packed with published names has them already. UserError for another word, and
-    as `known_exchange`.
+    the errors of `known_exchange`.
     """
     check_label_map(label_map)
     if label_map == CORRECTED or store.provenance.label_map == AS_PUBLISHED:
@@ -76,10 +74,10 @@ class _Renamed(Store):
         labels = list(range(len(store.class_names)))
         before: list[int] = vars(store).get("_order", labels)
         self._order = [before[exchange.get(label, label)] for label in labels]
+        self._made_of = store, exchange
 
     def __reduce__(self) -> Any:
-        reopen, arguments = super().__reduce__()
-        return _renamed, (reopen, arguments, dict(enumerate(self._order)))
+        return _Renamed, self._made_of
 
     @property
     def provenance(self) -> Provenance:
@@ -102,10 +100,3 @@ class _Renamed(Store):
             names=tuple(text.names[label] for label in self._order),
             embeddings=text.embeddings[self._order],
         )
-
-
-def _renamed(
-    reopen: Callable[..., Store], arguments: tuple[Any, ...], exchange: Mapping[int, int]
-) -> Store:
-    """What a pickled store with exchanged names becomes in another process."""
-    return _Renamed(reopen(*arguments), exchange)

@@ -1,4 +1,4 @@
-"""The pass of an evaluation: where every tested video's true class came, under every setting.
+"""The pass of an evaluation: the rank of every tested video's true class under every setting.
 
 N = videos, V = views, D = embedding width, C = classes.
 """
@@ -29,12 +29,13 @@ NOT_EVALUATED = -1
 
 
 class Measurement:
-    """The tested rows of a store, and per setting and test set what came out.
+    """The tested rows of a store, and the outcome per setting and test set.
 
-    Attributes: `listed` int64, array rows in any test set; `positions` of them among the store's
-    samples; `usable`, indices into `listed` of those a score can be computed for; per test set t
-    `members[t]`, indices into `listed`; per setting s `places[s][t]` and `predicted[s][t]` int64,
-    one entry per member: place of the true class (0 = best) and predicted label, -1 where failed.
+    Attributes: `listed` int64, array rows in any test set; their `positions` among the store's
+    samples and their `keys`; `usable`, indices into `listed` of those a score can be computed for;
+    per test set t `candidates[t]`, label ids, and `members[t]`, indices into `listed`; per setting
+    s `places[s][t]` and `predicted[s][t]` int64, one entry per member: place of the true class
+    (0 = best) and predicted label, -1 for failed ones.
     """
 
     def __init__(self, store: Store, tests: Sequence[TestSet]) -> None:
@@ -44,15 +45,14 @@ class Measurement:
         self.listed: RowArray = np.unique(np.concatenate(rows))
         self.members = [np.searchsorted(self.listed, part) for part in rows]
         self.positions = store.positions(self.listed) if len(self.listed) else self.listed
+        self.keys = [store.keys[at] for at in self.positions.tolist()]
         self.usable = np.flatnonzero(store.status[self.positions] == STATUS_OK)
         self.labels: LabelIds = store.labels[self.positions].astype(np.int64)
         self.places: list[list[LabelIds]] = []
         self.predicted: list[list[LabelIds]] = []
+        every = np.arange(len(store.class_names))
+        self.candidates = [every if test.classes is None else test.classes for test in tests]
         self._locals = [self._local_labels(t) for t in range(len(tests))]
-
-    def key(self, member: int) -> str:
-        """Key of an entry of `listed`."""
-        return self.store.keys[int(self.positions[member])]
 
     def run(
         self,
@@ -65,18 +65,17 @@ class Measurement:
         clip: ClipFeatures | None = None,
         progress: ProgressSink = no_progress,
     ) -> None:
-        """Fill `places` and `predicted`; each process of a group does its share, all get all.
+        """Fill `places` and `predicted`; each process of a group does a part, all get all of it.
 
         WorkError when a score is not finite.
         """
         group = Ranks.joined_before()
         mine = self.usable[group.rank :: group.world_size]
         where = head.logit_scale.device
-        slots = []  # per test set: index among its members of an entry of `listed`, or -1
-        for members in self.members:
-            slot = np.full(len(self.listed), -1, np.int64)
+        # Per test set: index among its members of an entry of `listed`, or -1.
+        slots = np.full((len(self.members), len(self.listed)), -1, np.int64)
+        for slot, members in zip(slots, self.members, strict=True):
             slot[members] = np.arange(len(members))
-            slots.append(slot)
         self.places, self.predicted = (
             [[np.full(len(m), NOT_EVALUATED, np.int64) for m in self.members] for _ in scorings]
             for _ in range(2)
@@ -116,34 +115,26 @@ class Measurement:
                     best = scores.argmax(1).cpu().numpy()  # the first of equal ones
                     self._require_finite(scores, part[at])
                     self.places[s][t][slot[at]] = ranks(scores, labels).cpu().numpy()
-                    self.predicted[s][t][slot[at]] = (
-                        best if test.classes is None else test.classes[best]
-                    )
+                    self.predicted[s][t][slot[at]] = self.candidates[t][best]
         self._gather(group)
 
     def listed_keys(self, members: npt.NDArray[np.integer]) -> list[str]:
         """Keys of entries of `listed`."""
-        return [self.store.keys[at] for at in self.positions[members].tolist()]
-
-    def leave_out(self, failed: npt.NDArray[np.bool_]) -> None:
-        """Count these entries of `listed` as failed."""
-        self.usable = self.usable[~failed[self.usable]]
+        return [self.keys[member] for member in members.tolist()]
 
     def _local_labels(self, t: int) -> LabelIds:
         """Label of every member of a test set as its number among the candidates."""
-        test, labels = self.tests[t], self.labels[self.members[t]]
-        if test.classes is None:
-            return labels
-        number = np.full(max(len(self.store.class_names), int(test.classes.max()) + 1), -1)
-        number[test.classes] = np.arange(len(test.classes))
+        labels, classes = self.labels[self.members[t]], self.candidates[t]
+        number = np.full(len(self.store.class_names), -1)
+        number[classes] = np.arange(len(classes))
         local: LabelIds = number[labels]
         if (local < 0).any():
             at = int(np.flatnonzero(local < 0)[0])
             name = self.store.class_names[int(labels[at])]
             raise UserError(
-                f"the class list of {test.name} does not match its videos: "
-                f"{self.key(int(self.members[t][at]))} is of class {name!r}, which is none of its "
-                f"{len(test.classes)} candidates"
+                f"the class list of {self.tests[t].name} does not match its videos: "
+                f"{self.keys[self.members[t][at]]} is of class {name!r}, which is none of its "
+                f"{len(classes)} candidates"
             )
         return local
 
@@ -151,12 +142,12 @@ class Measurement:
         finite = scores.isfinite().all(1).cpu().numpy()
         if not finite.all():
             raise WorkError(
-                f"scores of sample {self.key(int(members[~finite][0]))} are not finite: check head "
+                f"scores of sample {self.keys[members[~finite][0]]} are not finite: check head "
                 "and features"
             )
 
     def _gather(self, group: Ranks) -> None:
-        """Give every process what all of them found: an entry is -1 in all but one."""
+        """Give every process the entries of all of them: an entry is -1 in all but one."""
         parts = [array for table in (self.places, self.predicted) for row in table for array in row]
         values, start = group.greatest(torch.from_numpy(np.concatenate(parts))).numpy(), 0
         for array in parts:
@@ -167,9 +158,9 @@ class Measurement:
 class ClipFeatures:
     """Raw CLIP features of the videos of another store: CLIP's part of an ensemble.
 
-    Needed where the tested store was made with a tuned tower. `frames` are those taken of the
-    tested store, or None; all are taken where this one holds another number. UserError when it has
-    not the same videos, views and classes.
+    Needed if the tested store was made with a tuned tower. `frames` are those taken from the tested
+    store, or None; if this store holds another number, all are taken. UserError when it has other
+    videos, views or classes.
     """
 
     def __init__(
@@ -199,17 +190,18 @@ class ClipFeatures:
 
     def failed(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
         """[n] whether extraction failed; UserError for a key the store does not have."""
-        rows = np.array([self.store.row(key) for key in keys], np.int64)
-        return np.asarray(self.store.status[self.store.positions(rows)] != STATUS_OK)
+        positions = self.store.positions(self._rows(keys))
+        return np.asarray(self.store.status[positions] != STATUS_OK)
 
     def summaries(self, keys: Sequence[str]) -> ViewSummaries:
         """Summaries [n,V,D] without a head."""
-        rows = np.array([self.store.row(key) for key in keys], np.int64)
-        features = (
-            torch.from_numpy(self.store.features(rows, self._frames)).float().to(self._device)
-        )
+        stored = self.store.features(self._rows(keys), self._frames)
+        features = torch.from_numpy(stored).float().to(self._device)
         units = functional.normalize(features, dim=-1).mean(2)
         return ViewSummaries(None, features.mean(2), units)
+
+    def _rows(self, keys: Sequence[str]) -> RowArray:
+        return np.array([self.store.row(key) for key in keys], np.int64)
 
 
 def check_candidates(
@@ -222,11 +214,12 @@ def check_candidates(
     for test in tests:
         wanted = np.arange(len(text.names)) if test.classes is None else test.classes
         outside = wanted[(wanted < 0) | (wanted >= len(text.names))]
-        if len(outside) or not len(wanted) or len(np.unique(wanted)) < len(wanted):
+        problem = f"label {outside[0]} is none of them" if len(outside) else ""
+        problem = problem or ("" if len(wanted) else "it is empty")
+        if problem or len(np.unique(wanted)) < len(wanted):
             raise UserError(
                 f"the class list of {test.name} does not match the {len(text.names)} classes of "
-                f"the store: {f'label {outside[0]} is none of them' if len(outside) else 'it is '}"
-                f"{'' if len(outside) else 'empty' if not len(wanted) else 'not of distinct ones'}"
+                f"the store: {problem or 'it is not of distinct ones'}"
             )
         tested = len(text.names) if test.modulation_classes == "all" else len(wanted)
         for scoring in scorings:

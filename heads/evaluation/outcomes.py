@@ -1,14 +1,14 @@
-"""The outcome of every video beside a result, and what two of them say together.
+"""The outcome of every video beside a result, and the comparison of two of them.
 
-`NAME.outcomes.csv` beside `NAME.json`: columns split, key, place; place 0 is a right answer, the
-place of the true class among the candidates; videos that failed are left out.
+`NAME.outcomes.csv` beside `NAME.json`: columns split, key, place. The place is that of the true
+class among the candidates, 0 for a right answer; videos that failed are left out.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +16,6 @@ from typing import Final
 from featstore.errors import UserError
 from featstore.files.durable import write_bytes
 
-OUTCOMES_SUFFIX: Final = ".outcomes.csv"
 OUTCOMES_LIMIT: Final = 2**28  # bytes; a million videos are about 40 MB
 _HEADER: Final = ["split", "key", "place"]
 
@@ -26,10 +25,10 @@ Outcomes = dict[str, dict[str, int]]
 
 @dataclass(frozen=True)
 class Paired:
-    """Two results on the same videos of one test set.
+    """Two results on the same n videos of one test set.
 
     `p` is that of the exact two-sided binomial test on the videos where one is right and the other
-    wrong (McNemar's test, exact): how likely a split at least as uneven is when both are equally
+    wrong (McNemar's test, exact): the probability of a split at least as uneven if both are equally
     good.
     """
 
@@ -43,7 +42,7 @@ class Paired:
 
 def outcomes_file(result: Path) -> Path:
     """Where the outcomes of a result file lie."""
-    return result.with_name(result.name.removesuffix(".json") + OUTCOMES_SUFFIX)
+    return result.with_name(result.name.removesuffix(".json") + ".outcomes.csv")
 
 
 def write_outcomes(result: Path, outcomes: Mapping[str, Mapping[str, int]]) -> Path:
@@ -59,7 +58,7 @@ def write_outcomes(result: Path, outcomes: Mapping[str, Mapping[str, int]]) -> P
 
 
 def read_outcomes(result: Path) -> Outcomes | None:
-    """The outcomes beside a result file, None when there are none; UserError for another file."""
+    """The outcomes beside a result file, None without any; UserError when the file is damaged."""
     path = outcomes_file(result)
     try:
         with open(path, "rb") as file:
@@ -81,33 +80,25 @@ def read_outcomes(result: Path) -> Outcomes | None:
 
 
 def paired_outcomes(a: Path, b: Path) -> list[Paired]:
-    """The test sets whose videos are the same in both results; none where outcomes are missing."""
-    of_a, of_b = read_outcomes(a), read_outcomes(b)
-    if of_a is None or of_b is None:
-        return []
-    return [
-        paired(
-            split, [places[key] == 0 for key in places], [of_b[split][key] == 0 for key in places]
-        )
-        for split, places in of_a.items()
-        if split in of_b and of_b[split].keys() == places.keys()
-    ]
-
-
-def paired(split: str, right_a: Sequence[bool], right_b: Sequence[bool]) -> Paired:
-    """Count the videos on which two results disagree; the same videos in the same order."""
-    pairs = list(zip(right_a, right_b, strict=True))
-    only_a = sum(a and not b for a, b in pairs)
-    only_b = sum(b and not a for a, b in pairs)
-    return Paired(split, len(pairs), only_a, only_b, binomial_p(only_a, only_b))
+    """One entry per test set with the same videos in both results; none without their outcomes."""
+    of_a, of_b = read_outcomes(a) or {}, read_outcomes(b) or {}
+    found = []
+    for split, places in of_a.items():
+        others = of_b.get(split, {})
+        if others.keys() == places.keys():
+            only_a = sum(places[key] == 0 and others[key] != 0 for key in places)
+            only_b = sum(places[key] != 0 and others[key] == 0 for key in places)
+            p = binomial_p(only_a, only_b)
+            found.append(Paired(split, len(places), only_a, only_b, p))
+    return found
 
 
 def binomial_p(one: int, other: int) -> float:
-    """Two-sided p of `one` against `other` when both are equally likely; 1 without any."""
+    """Two-sided p of `one` against `other` if both are equally likely; 1 if both are 0."""
     n, tail = one + other, 0
     term = 1  # n choose k, k = 0, 1, ...: exact whole numbers
     for k in range(min(one, other) + 1):
         tail += term
         term = term * (n - k) // (k + 1)
-    # Beyond the range of floats both are whole numbers, and their quotient is one again.
+    # Both are whole numbers, beyond the range of floats; their quotient is within it.
     return min(1.0, 2 * tail / 2**n) if n else 1.0

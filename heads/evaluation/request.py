@@ -1,12 +1,12 @@
-"""One evaluation as it is asked for: data set, protocol, head and score in, results out."""
+"""The request for one evaluation (data set, protocol, head, score), and its results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from featstore.errors import UserError
 from featstore.progress import Stages, no_stages
@@ -21,29 +21,20 @@ from heads.evaluation.leaks import require_no_leak
 from heads.evaluation.protocols.choose import (
     build_test_sets,
     count_views,
-    known_dataset,
-    takes_given_lists,
     usual_protocol,
     views_of,
 )
-from heads.evaluation.protocols.protocol import Kind, Protocol, TestSet
-from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice, nothing_packed
+from heads.evaluation.protocols.protocol import Kind, Protocol
+from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice
 from heads.evaluation.results import EvalResult, run_facts, save_result
 from heads.files.choose import choose_head
 from heads.methods.head import Head
-
-EVALUATION_SPLITS: Final = ("val", "test")
-
-PromptSetOf = Callable[[Store], str | None]
-
-
-def usual_prompt_set(store: Store) -> None:
-    """A `PromptSetOf` that leaves the choice to the head, or to the store if it has only one."""
+from pipeline.annotations.known_sets import known_dataset
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How scores are made, where it is not as the head and the protocol have it (None)."""
+    """How scores are computed; None stands for the setting of the head or the protocol."""
 
     modulate: bool = True
     modulation_neighbours: int | None = None
@@ -54,9 +45,9 @@ class ScoreSettings:
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to measure, and on what; `evaluate` and `evaluate_trained` do it.
+    """What `evaluate` or `evaluate_trained` should measure, and on what.
 
-    `kind` and `dataset` choose the usual protocol of a data set, unless `protocol` names one.
+    `kind` and `dataset` choose the usual protocol of a data set, unless `protocol` is given.
     """
 
     workspace: Workspace
@@ -70,19 +61,19 @@ class EvaluationRequest:
     """Clips x crops that the store must have, for example "4x3"."""
     sampling: str | None = None
     store: str | None = None
-    """Name of the store, or its URL, where several fit."""
-    prompt_set: PromptSetOf = usual_prompt_set
-    """Chooses one of the prompt sets of the store."""
+    """Name of the store, or its URL, if several fit."""
+    prompt_set: Callable[[Store], str | None] = lambda store: None
+    """Chooses one of the store's prompt sets; None is the head's, or the only one."""
     score: ScoreSettings = field(default_factory=ScoreSettings)
     swept: sweeps.Values = field(default_factory=dict)
-    """Values to sweep, by name, as `heads.evaluation.sweeps.parse_sweeps` gives them."""
+    """Values to sweep, by name, as `heads.evaluation.sweeps.parse_sweeps` returns them."""
     clip_store: str | None = None
     """Store with CLIP's own features, for an ensemble with a head whose tower was tuned."""
     allow_overlap: bool = False
-    """Measure although tested videos are training videos of the head."""
+    """Measure even if tested videos are training videos of the head."""
     label_map: str = CORRECTED
     unseen: UnseenChoice = field(default_factory=UnseenChoice)
-    packed_class_names: PackedClassNames = nothing_packed
+    packed_class_names: PackedClassNames = lambda dataset: None
     precision: Precision = "auto"
     device: str = "auto"
 
@@ -91,8 +82,20 @@ class EvaluationRequest:
         """The stores of the data set, each opened once for the whole evaluation."""
         return self.workspace.opened(self.dataset)
 
+    def fitting_store(self, split: str | None, head: Head | None, **others: Any) -> Store:
+        """The one store that fits the request and `head`; `others` take the place of its wishes."""
+        origin = None if head is None else head.origin
+        wanted = {
+            "views": None if self.views is None else count_views(self.views),
+            "encoder_fingerprint": None if origin is None else origin.encoder_fingerprint,
+            "sampling": self.sampling,
+            "name": self.store,
+            "encoder": None if origin is None else origin.encoder,
+        }
+        return self.stores.choose(split=split, **(wanted | others))
+
     def chosen_clip_store(self) -> Store | None:
-        """The store of CLIP's own features; UserError where nothing would take them."""
+        """The store of CLIP's own features; UserError if there is no ensemble to use it."""
         if self.clip_store is None:
             return None
         if self.score.ensemble is None and sweeps.ENSEMBLE not in self.swept:
@@ -102,7 +105,7 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation gave: results with the folders of their runs, and what is missing."""
+    """The results of an evaluation with the folders of their runs, and what is missing."""
 
     measured: list[tuple[EvalResult, Path]]
     missing: list[dict[str, Any]]
@@ -113,29 +116,30 @@ class Evaluation:
         return [save_result(result, run_dir) for result, run_dir in self.measured]
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A head, the store it is tested on, the protocol and the test sets, each made once."""
+def require_unused(settings: Any, words: str) -> None:
+    """UserError when a field of a dataclass, an option of that name, is not its default.
 
-    head: Head | None
-    run_dir: Path
-    store: Store
-    protocol: Protocol
-    tests: tuple[TestSet, ...]
-    names_from: str | None
-    """Where the class names are from, when it is not the data set."""
+    `words` say what the options go with.
+    """
+    given = [
+        f"--{field.name.replace('_', '-')}"
+        for field in fields(settings)
+        if getattr(settings, field.name) != field.default
+    ]
+    if given:
+        raise UserError(f"{', '.join(given)} go with {words}: leave them out")
 
 
 def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluation:
-    """Measure a head that is there, or a sweep of settings and towers; nothing is written.
+    """Measure an existing head, or a sweep of settings and towers; nothing is written.
 
-    In a process group every process calls it, does its share and returns the same. Raises UserError
-    for a request that cannot be met, and the errors of `evaluate_many`.
+    In a process group every process calls it, does a part of the work and returns the same. Raises
+    UserError for a request that cannot be met, and the errors of `evaluate_many`.
     """
     head, run_dir = choose_head(request.workspace, request.head)
     shares = request.swept.get(sweeps.BLEND)
     if shares is None:
-        return Evaluation(_measure(request, open_for(request, head, run_dir), stages), [])
+        return Evaluation(_measure(request, head, run_dir, *_store(request, head), stages), [])
     if request.store is not None:
         raise UserError("--sweep blend takes the store of every tower: leave --store out")
     measured: list[tuple[EvalResult, Path]] = []
@@ -149,8 +153,7 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
             except UserError as error:
                 reason = str(error)
             else:
-                opened = _opened(request, own, blended.run_dir, store, split)
-                measured += _measure(request, opened, stages)
+                measured += _measure(request, own, blended.run_dir, store, split, stages)
                 continue
         missing.append({"blend": blended.share, "reason": reason, "remedy": blended.remedy})
     if not measured:
@@ -161,44 +164,27 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     return Evaluation(measured, missing)
 
 
-def open_for(request: EvaluationRequest, head: Head | None, run_dir: Path) -> Opened:
-    """Choose the store, the protocol and the test sets of a request; UserError if none fit."""
-    return _opened(request, head, run_dir, *_store(request, head))
-
-
 def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | None]:
     """The store that is tested, and the split that it was chosen for."""
     split = request.split
-    if _given(request):
+    protocol = request.protocol or usual_protocol(request.kind, request.dataset, split=split)
+    if protocol.lists == "given":
         split = request.unseen.split(request.stores)
     elif request.kind == "closeset":
-        split = split or request.stores.default_split(EVALUATION_SPLITS)
-    origin = None if head is None else head.origin
-    store = request.stores.choose(
-        split=split,
-        views=None if request.views is None else count_views(request.views),
-        encoder_fingerprint=None if origin is None else origin.encoder_fingerprint,
-        sampling=request.sampling,
-        name=request.store,
-        encoder=None if origin is None else origin.encoder,
-    )
+        split = split or request.stores.default_split(("val", "test"))
+    store = request.fitting_store(split, head)
     return named_as(store, known_dataset(request.dataset), request.label_map), split
 
 
-def _given(request: EvaluationRequest) -> bool:
-    """Whether the test sets are made of lists of their own, as those of Kinetics-600 are."""
-    if request.protocol is not None:
-        return request.protocol.lists == "given"
-    return takes_given_lists(request.kind, request.dataset, request.split)
-
-
-def _opened(
+def _measure(
     request: EvaluationRequest,
     head: Head | None,
     run_dir: Path,
     store: Store,
     split: str | None,
-) -> Opened:
+    stages: Stages,
+) -> list[tuple[EvalResult, Path]]:
+    """Choose the protocol and its test sets, and measure every setting of the score on them."""
     protocol = request.protocol or usual_protocol(
         request.kind,
         request.dataset,
@@ -206,39 +192,29 @@ def _opened(
         views=views_of(store),
         split_names=store.split_names,
     )
+    names_from = overlap = None
     if protocol.lists == "given":
         origin = None if head is None else head.origin
         tests, names_from = request.unseen.tests(store, split, origin, request.packed_class_names)
-        return Opened(head, run_dir, store, protocol, tests, names_from)
-    request.unseen.require_unused(protocol.name)
-    tests = build_test_sets(protocol, store, request.split)
-    return Opened(head, run_dir, store, protocol, tests, None)
-
-
-def _measure(
-    request: EvaluationRequest, opened: Opened, stages: Stages
-) -> list[tuple[EvalResult, Path]]:
-    head, run_dir, store = opened.head, opened.run_dir, opened.store
-    overlap = None
+    else:
+        require_unused(request.unseen, f"--zeroshot k600, not with {protocol.name}")
+        tests = build_test_sets(protocol, store, request.split)
     if head is not None:
-        overlap = require_no_leak(store, opened.tests, run_dir, allow=request.allow_overlap)
+        overlap = require_no_leak(store, tests, run_dir, allow=request.allow_overlap)
     model = head or mean_head(store.provenance.dim, store.provenance.logit_scale)
-    scorings = sweeps.settings(
-        model.config, vars(request.score), request.swept, opened.protocol.fusion
-    )
     with stages("eval", "videos") as progress:
         measured = evaluate_many(
             store,
             model,
-            scorings,
-            protocol=opened.protocol,
+            sweeps.settings(model.config, vars(request.score), request.swept, protocol.fusion),
+            protocol=protocol,
             dataset=request.dataset,
-            tests=opened.tests,
+            tests=tests,
             head_name=request.workspace.head_name(run_dir),
             views=request.views,
             prompt_set=request.prompt_set(store),
             clip_store=request.chosen_clip_store(),
-            facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=opened.names_from),
+            facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
             device=request.device,
             precision=request.precision,
             progress=progress,

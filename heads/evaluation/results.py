@@ -1,7 +1,7 @@
-"""What an evaluation says about itself, and the files it is kept in.
+"""The result of an evaluation, and the files it is saved in.
 
-Nothing that explains a different number may be missing here: which videos, which names and
-sentences, which frames and pixels, which weights, which score.
+Everything that explains a different number must be here: the videos, the names and sentences, the
+frames and pixels, the weights, the score.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -74,17 +74,17 @@ class SplitDetail:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a result records that neither store nor head hold; None where it is not known."""
+    """What a result records beyond store and head; None if it is not known."""
 
     blend: float | None = None
     """Share of the tuned tower, the rest is CLIP's own."""
     epoch: int | None = None
     epoch_choice: str | None = None
-    """ "last", or "best on" the test set or the split that was evaluated on while training."""
+    """The word "last", or "best on" the test set or the split that was evaluated in training."""
     class_names_source: str | None = None
     """Where class names come from, for example the file of the annotations."""
     label_map: str | None = None
-    """ "corrected" or "as-published" for data sets whose published names are known to be wrong."""
+    """Either "corrected" or "as-published", for data sets whose published names are wrong."""
     prompt_templates: tuple[str, ...] | None = None
     """The sentences of the prompt set, with {} for the class name."""
     n_trained_on: int | None = None
@@ -97,15 +97,11 @@ Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 
 
-def _in(group: Group, **roles: Any) -> dict[str, Any]:
-    """Metadata of a field that is compared in `group`; `EvalResult` says what the others mean."""
-    return {"group": group, **roles}
-
-
-_tested = partial(_in, "what was tested")
-_how = partial(_in, "how")
-_with = partial(_in, "with what")
-_arithmetic = partial(_in, "arithmetic")
+# Metadata of the fields of `EvalResult` in each group.
+_tested: Callable[..., dict[str, Any]] = partial(dict, group="what was tested")
+_how: Callable[..., dict[str, Any]] = partial(dict, group="how")
+_with: Callable[..., dict[str, Any]] = partial(dict, group="with what")
+_arithmetic: Callable[..., dict[str, Any]] = partial(dict, group="arithmetic")
 
 
 @dataclass(frozen=True)
@@ -115,12 +111,11 @@ class EvalResult:
     Over several test sets, `top1` and `top5` are means of theirs and the counts are of distinct
     samples. `mean` and `std` (population) are of their top-1.
 
-    A field is declared here and nowhere else. Its metadata say the `group` it is compared in, none
-    for the numbers and for what says nothing about how they came about; `decisive`, that two
-    numbers which differ in it do not measure the same thing, whatever head they are of;
-    `identity`, that it is part of the hash in the file's name; `none_known`, that None says "none
-    of it", where elsewhere it says that nobody knows; and `of`, the part of the evaluation that
-    has it under the same name (`taken_from`).
+    A field is declared here and nowhere else. Its metadata: `group`, in which it is compared
+    (numbers and remarks have none); `decisive`, two numbers that differ in it do not measure the
+    same thing, whatever the heads; `identity`, it is part of the hash in the file's name;
+    `none_known`, None means "none" here, while elsewhere it means unknown; `of`, the part of the
+    evaluation that has it under the same name (`taken_from`).
     """
 
     protocol: str = field(metadata=_tested(decisive=True))
@@ -159,13 +154,13 @@ class EvalResult:
     kind: str = field(metadata=_with())
     modulate: bool = field(metadata=_with(identity=True, of="scoring"))
     modulation_neighbours: int | None = field(metadata=_with(identity=True, none_known=True))
-    """None where the head was not modulated; so is the temperature."""
+    """None if the head was not modulated, as is the temperature."""
     modulation_temperature: float | None = field(metadata=_with(identity=True, none_known=True))
     fusion: str = field(metadata=_how(decisive=True, identity=True, of="scoring"))
     ensemble: float | None = field(metadata=_with(identity=True, none_known=True, of="scoring"))
     """Weight of CLIP's own scores; None for the head alone."""
     clip_store: str | None = field(metadata=_with(identity=True, none_known=True))
-    """Store CLIP's scores came from, where it is not the tested one."""
+    """Store of CLIP's scores, if it is not the tested one."""
     n_classes: int = field(metadata=_tested(decisive=True))
     """Candidates of a test set, the most where they differ."""
     n_classes_trained: int | None = field(metadata=_with())
@@ -175,21 +170,21 @@ class EvalResult:
     epoch: int | None = field(metadata=_with(of="facts"))
     epoch_choice: str | None = field(metadata=_with(decisive=True, identity=True, of="facts"))
     trained_on: str | None = field(metadata=_tested(decisive=True))
-    """Data set the head was trained on; None where it is not known."""
+    """Data set the head was trained on; None if it is not known."""
     training_videos: str | None = field(metadata=_tested())
-    """Which of its videos, in words; None where it is not known."""
+    """Its training videos, in words; None if they are not known."""
     shots: int | None = field(metadata=_tested(decisive=True, of="facts"))
     """Videos per class among them, of few-shot and base-to-novel; None elsewhere."""
     n_trained_on: int | None = field(metadata=_tested(of="facts"))
-    """Listed videos that are training videos of the head; None where that is not known."""
+    """Listed videos that are training videos of the head; None if that is not known."""
     source: str = field(metadata={"of": "protocol"})
     """Publications the protocol comes from."""
     test_list: str = field(metadata=_tested(of="protocol"))
     published_counts: list[str]
     """Sources whose published counts of videos are the ones listed here."""
     notes: list[str]
-    """In what this is not the protocol as published (counts of videos, views, fusion), and
-    videos of the store that no split lists."""
+    """Differences from the published protocol (counts of videos, views, fusion), and videos of the
+    store that are in no split."""
     list_hash: str = field(metadata=_tested(decisive=True, identity=True))
     """Hash of the keys listed, in the store's order."""
     class_names_hash: str = field(metadata=_tested(decisive=True))
@@ -234,7 +229,7 @@ class EvalResult:
         return f"{'--'.join(parts)}--{self._identity()}"
 
     def _identity(self) -> str:
-        """Eight digits of a hash of what was measured, not of what came out."""
+        """Eight digits of a hash of what was measured, without the numbers."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
         splits = [part.split for part in self.per_split]
         text = json.dumps([chosen, splits], sort_keys=True)
@@ -245,18 +240,18 @@ _BESIDE: Final = ("details", "class_names")
 
 
 def taken_from(**parts: Any) -> dict[str, Any]:
-    """The fields of a result that one of `parts` has under the same name, by that name."""
+    """The fields of a result that are attributes of one of `parts`, by name."""
     named = {f.name: f.metadata.get("of") for f in fields(EvalResult)}
     return {name: getattr(parts[of], name) for name, of in named.items() if of in parts}
 
 
 def save_result(result: EvalResult, run_dir: Path) -> Path:
-    """Keep a result under `run_dir/eval`, one name per measurement; measuring again replaces it.
+    """Save a result under `run_dir/eval`, one name per measurement; measuring again replaces it.
 
     Beside the JSON: `.per-class.csv`, accuracy of every class of every test set; `.outcomes.csv`,
-    where the true class of every video came (`heads.evaluation.outcomes`); and `.confusion.npz`
-    with, per test set NAME, the counts `NAME` [true, predicted] int64, the label ids `NAME_labels`
-    of its classes, and `class_names` of all labels.
+    the rank of every video's true class (`heads.evaluation.outcomes`); and `.confusion.npz` with,
+    per test set NAME, the counts `NAME` [true, predicted] int64, the label ids `NAME_labels` of its
+    classes, and `class_names` of all labels.
     """
     folder = run_dir / "eval"
     base = result.file_name
@@ -264,7 +259,12 @@ def save_result(result: EvalResult, run_dir: Path) -> Path:
     if result.details:
         names = result.class_names
         write_bytes(folder / f"{base}.per-class.csv", per_class_csv(result.details, names).encode())
-        write_bytes(folder / f"{base}.confusion.npz", confusion_npz(result.details, names))
+        arrays: dict[str, npt.NDArray[Any]] = {"class_names": np.array(names)}
+        for part in result.details:
+            arrays |= {part.split: part.confusion(), f"{part.split}_labels": part.classes}
+        data = io.BytesIO()
+        np.savez_compressed(data, **arrays)  # type: ignore[arg-type]  # names are the splits'
+        write_bytes(folder / f"{base}.confusion.npz", data.getvalue())
         outcomes = {
             part.split: dict(zip(part.keys, part.places.tolist(), strict=True))
             for part in result.details
@@ -295,35 +295,21 @@ def per_class_csv(details: Iterable[SplitDetail], class_names: tuple[str, ...]) 
     return text.getvalue()
 
 
-def confusion_npz(details: Iterable[SplitDetail], class_names: tuple[str, ...]) -> bytes:
-    """The bytes of `.confusion.npz` as `save_result` describes it."""
-    arrays: dict[str, npt.NDArray[Any]] = {"class_names": np.array(class_names)}
-    for part in details:
-        arrays[part.split] = part.confusion()
-        arrays[f"{part.split}_labels"] = part.classes
-    data = io.BytesIO()
-    np.savez_compressed(data, **arrays)  # type: ignore[arg-type]  # names are the splits'
-    return data.getvalue()
-
-
 def run_facts(run_dir: Path, **known: Any) -> RunFacts:
-    """What config.json of a run says about its weights, beside what is `known` otherwise.
+    """The facts about a run's weights in its config.json, and what is `known` otherwise.
 
-    A run trained here has the weights of its last epoch, one that was imported or fine-tuned says
-    which. WorkError when the file is not JSON; a folder without one says nothing.
+    A run trained here has the weights of its last epoch; an imported or fine-tuned one says which.
+    WorkError when the file is not JSON; without the file nothing is added.
     """
     settings = read_config(run_dir)
+    said: dict[str, Any] = {}
     if settings is None:
         return RunFacts(**known)
-    facts = settings.get("imported")
-    if isinstance(facts, Mapping):
+    if isinstance(facts := settings.get("imported"), Mapping):
         said = {name: facts.get(name) for name in ("blend", "epoch", "epoch_choice")}
-        return RunFacts(**(said | known))
-    tuned = tower_facts(run_dir)
-    if tuned is not None:
+    elif (tuned := tower_facts(run_dir)) is not None:
         said = {"blend": tuned.get("blend"), "epoch_choice": tuned.get("epoch_choice")}
-        return RunFacts(**(said | {"epoch": int(tuned["epoch"]) + 1} | known))
-    epochs = settings.get("training", {}).get("epochs")
-    if untrained(settings.get("head", {}).get("kind")):
-        return RunFacts(**known)
-    return RunFacts(**({"epoch": epochs, "epoch_choice": "last"} | known))
+        said["epoch"] = int(tuned["epoch"]) + 1
+    elif not untrained(settings.get("head", {}).get("kind")):
+        said = {"epoch": settings.get("training", {}).get("epochs"), "epoch_choice": "last"}
+    return RunFacts(**(said | known))

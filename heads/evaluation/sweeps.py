@@ -1,10 +1,10 @@
-"""Sweeps: many settings of the score from one pass, and towers blended otherwise."""
+"""Sweeps: many settings of the score from one pass, and towers of other blends."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -22,14 +22,13 @@ ENSEMBLE: Final = "ensemble"
 FUSION: Final = "fusion"
 BLEND: Final = "blend"
 NAMES: Final = (TEMPERATURE, NEIGHBOURS, ENSEMBLE, FUSION, BLEND)
-OFF: Final = ("none", "off")
 
 Values = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
 class BlendedRun:
-    """An imported head whose tower is blended with one share; None where there is none."""
+    """An imported head whose tower is blended with one share; None if there is none."""
 
     share: float
     run_dir: Path | None
@@ -38,9 +37,9 @@ class BlendedRun:
 
 
 def parse_sweeps(given: Sequence[str]) -> Values:
-    """{"ensemble": [0.0, 0.5]} from "ensemble=0,0.5"; UserError for what is not understood.
+    """{"ensemble": [0.0, 0.5]} from "ensemble=0,0.5"; UserError for text of another form.
 
-    "fusion=all" are all fusions; "none" for modulation is 0, which turns it off.
+    "fusion=all" means all fusions; "none" for modulation is 0, which turns it off.
     """
     values: Values = {}
     for text in given:
@@ -53,27 +52,22 @@ def parse_sweeps(given: Sequence[str]) -> Values:
             )
         if name in values:
             raise UserError(f"--sweep {name} is given twice: write its values once, with commas")
-        values[name] = _distinct([value for word in words for value in _values(name, word)])
+        values[name] = list(dict.fromkeys(v for word in words for v in _values(name, word)))
     return values
 
 
 def settings(
     config: MethodConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
 ) -> list[Scoring]:
-    """The score settings of every combination of swept values, `fixed` where nothing is swept.
+    """The score settings of every combination of swept values; the others are those of `fixed`.
 
-    Combinations that come to the same (modulation off, of any neighbours) are there once.
-    UserError when a swept setting is fixed as well or does nothing to this head.
+    Combinations with the same effect (modulation off, with any neighbours) are there once.
+    UserError when a swept setting is fixed as well or has no effect on this head.
     """
-    fields = {
-        TEMPERATURE: "modulation_temperature",
-        NEIGHBOURS: "modulation_neighbours",
-        ENSEMBLE: "ensemble",
-        FUSION: "fusion",
-    }
-    names = [name for name in fields if name in swept]
-    for name in names:
-        if fixed.get(fields[name]) is not None:
+    names = [name for name in NAMES if name in swept and name != BLEND]
+    fields = [name.replace("-", "_") for name in names]
+    for name, of_scoring in zip(names, fields, strict=True):
+        if fixed.get(of_scoring) is not None:
             raise UserError(f"--sweep {name} and --{name} contradict each other: give one")
         if name in (TEMPERATURE, NEIGHBOURS) and (
             not method(config.kind).modulated or not fixed["modulate"]
@@ -81,8 +75,7 @@ def settings(
             raise UserError(f"--sweep {name} changes nothing without modulation: leave it out")
     found: dict[Scoring, Scoring] = {}
     for values in itertools.product(*(swept[name] for name in names)):
-        chosen = {fields[name]: value for name, value in zip(names, values, strict=True)}
-        chosen = {**fixed, **chosen}
+        chosen = {**fixed, **dict(zip(fields, values, strict=True))}
         scoring = Scoring.of_head(config, **{**chosen, "fusion": chosen["fusion"] or usual_fusion})
         same = replace(scoring, modulation_neighbours=1, modulation_temperature=1)
         found.setdefault(scoring if scoring.modulate else same, scoring)
@@ -90,7 +83,7 @@ def settings(
 
 
 def value_of(name: str, text: str | None) -> Any:
-    """The value of an option; "none" is 0, which turns modulation off. None where not given."""
+    """The value of an option, None if it is not given; "none" is 0, which turns modulation off."""
     if text is None:
         return None
     values = _values(name, text)
@@ -113,13 +106,10 @@ def blended_runs(
     others = {run: _tuned(run) for run in (run_dir, *place.trained_runs())}
     found = []
     for share in shares:
-        same = [
-            run
-            for run, other in others.items()
-            if other is not None and other.tower == own.tower and other.blend == share
-        ]
-        if same:
-            remedy = f"`mote-cli extract --dataset {dataset} --encoder {same[0].name}`"
+        wanted = replace(own, blend=share)
+        same = next((run for run, other in others.items() if other == wanted), None)
+        if same is not None:
+            remedy = f"`mote-cli extract --dataset {dataset} --encoder {same.name}`"
         else:
             name = f"{run_dir.name}-blend{round(100 * share):d}"
             file, first = own.file, ""
@@ -130,21 +120,21 @@ def blended_runs(
                 f"{first}`mote-cli import-checkpoint {file} --name {name} --blend {share:g}"
                 f"{own.options}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
             )
-        found.append(BlendedRun(share, same[0] if same else None, remedy))
+        found.append(BlendedRun(share, same, remedy))
     return found
 
 
 @dataclass(frozen=True)
 class _Tuned:
-    """The tuned tower of a run; its encoder is called as the run is."""
+    """The tuned tower of a run, whose encoder has the name of the run."""
 
     tower: str
-    """Told by its weights, before blending."""
+    """Hash of its weights before blending."""
     blend: float
-    file: str | None
+    file: str | None = field(compare=False)
     """Name of the checkpoint it was imported from; None for one that was tuned here."""
-    options: str
-    """What import-checkpoint is told of it, beside the share."""
+    options: str = field(compare=False)
+    """Its options of import-checkpoint, besides the share."""
 
 
 def _tuned(run_dir: Path) -> _Tuned | None:
@@ -177,7 +167,7 @@ def _values(name: str, word: str) -> Sequence[Any]:
         if word not in known:
             raise UserError(f"fusion {word!r} is unknown: choose one of {', '.join(known)} or all")
         return [word]
-    if word in OFF and name in (TEMPERATURE, NEIGHBOURS):
+    if word in ("none", "off") and name in (TEMPERATURE, NEIGHBOURS):
         return [0]
     try:
         value = int(word) if name == NEIGHBOURS else float(word)
@@ -190,7 +180,3 @@ def _values(name: str, word: str) -> Sequence[Any]:
             f"{'to 1' if name in (BLEND, ENSEMBLE) else 'up'}"
         )
     return [value]
-
-
-def _distinct(values: Sequence[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))

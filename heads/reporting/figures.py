@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -14,8 +15,7 @@ from featstore.errors import UserError
 from featstore.files.durable import write_bytes
 from heads.methods.registry import method, names
 
-_FINETUNED = "-finetuned"  # behind the method's name, in the demo
-_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860")
+_FINETUNED = "-finetuned"  # the end of a method's name, in the demo
 
 
 def tradeoff_plot(
@@ -28,9 +28,9 @@ def tradeoff_plot(
     """Close-set against zero-shot top-1, one point per head and setting, written as PNG or SVG.
 
     Each row holds `head`, `modulated`, `closeset_top1` and `zeroshot_top1` (percent); `closeset`
-    and `zeroshot` say what those are of. Rows with the same head share a colour, hollow markers
-    are modulated ones, and an arrow leads from a head to its modulated self. Grey lines join points
-    of equal harmonic mean. Raises UserError when there is no row or the suffix is another.
+    and `zeroshot` name the data sets. Rows with the same head share a colour, hollow markers are
+    modulated ones, and an arrow leads from a head to its modulated self. Grey lines join points of
+    equal harmonic mean. Raises UserError when there is no row or the suffix is another.
     """
     kind = path.suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):
@@ -40,8 +40,8 @@ def tradeoff_plot(
     figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    heads = list(dict.fromkeys(str(row["head"]) for row in rows))
-    for head, colour in zip(heads, _cycle(len(heads)), strict=True):
+    for number, head in enumerate(dict.fromkeys(str(row["head"]) for row in rows)):
+        colour = f"C{number}"  # the colours of matplotlib's cycle, which begins anew after its end
         points: dict[bool, tuple[float, float]] = {}
         for row in rows:
             if row["head"] == head:
@@ -61,43 +61,31 @@ def tradeoff_plot(
         if len(points) == 2:
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 7, "shrinkB": 7}
             axes.annotate("", points[True], points[False], arrowprops=arrow)
-    _frame(axes, rows)
+    limits = []
+    for name in ("closeset_top1", "zeroshot_top1"):
+        values = [float(row[name]) for row in rows]
+        margin = max(2.0, 0.15 * (max(values) - min(values)))
+        limits.append((min(values) - margin, max(values) + margin))
+    axes.set(xlim=limits[0], ylim=limits[1])
+    x, y = (np.linspace(low, high, 200) for low, high in limits)
+    positive_x, positive_y = np.maximum(x, 1e-6), np.maximum(y, 1e-6)[:, None]
+    mean = 2 * positive_x * positive_y / (positive_x + positive_y)
+    levels = [level for level in range(5, 101, 5) if mean.min() < level < mean.max()]
+    if levels:
+        lines = axes.contour(x, y, mean, levels, colors="0.85", linewidths=0.8, zorder=0)
+        axes.clabel(lines, colors="0.6", fontsize="x-small", zorder=0)
     axes.set_xlabel(f"{closeset} top-1 (%)")
     axes.set_ylabel(f"{zeroshot} top-1 (%)")
     axes.set_title("grey: equal harmonic mean", fontsize="small", color="0.5", loc="right")
-    # Beside the points: inside, the grey lines leave no place where it would cover none of them.
+    # Below the axes, because inside them it could cover points.
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind)
     write_bytes(path, buffer.getvalue())
 
 
-def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
-
-
-def _frame(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Limits around the points, and lines of equal harmonic mean behind them."""
-    limits = []
-    for name in ("closeset_top1", "zeroshot_top1"):
-        values = [float(row[name]) for row in rows]
-        margin = max(2.0, 0.15 * (max(values) - min(values)))
-        limits.append((min(values) - margin, max(values) + margin))
-    (left, right), (bottom, top) = limits
-    for mean in range(5, 101, 5):
-        # 2xy / (x + y) = mean  <=>  y = mean * x / (2x - mean)
-        steps = [left + (right - left) * i / 200 for i in range(201)]
-        line = [(x, mean * x / (2 * x - mean)) for x in steps if 2 * x - mean > 1e-6]
-        inside = [(x, y) for x, y in line if bottom <= y <= top]
-        if len(inside) > 1:
-            axes.plot(*zip(*inside, strict=True), color="0.85", linewidth=0.8, zorder=0)
-            axes.text(*inside[-1], f" {mean}", color="0.6", fontsize="x-small", clip_on=True)
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
-
-
 def _title(head: str) -> str:
-    """The name of a method in pictures; heads that are named otherwise keep their names."""
+    """The name of a method in pictures; other names of heads stay as they are."""
     name = head.removesuffix(_FINETUNED)
     if name not in names():
         return head

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -37,14 +37,14 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the summaries of views become scores of a video."""
+    """How scores of a video are computed from the summaries of its views."""
 
     fusion: Fusion = "softmax"
     modulate: bool = True
     modulation_neighbours: int = NEIGHBOURS
     """K of modulation, classes compared on either side."""
     modulation_temperature: float = TEMPERATURE
-    """Of modulation's exponential: the larger, the less the head is held back."""
+    """Of modulation's exponential: the larger it is, the more the head contributes."""
     ensemble: float | None = None
     """Weight w of CLIP: scores come from (1 - w) * head + w * CLIP, both cosines; None for the
     head alone. DiST (Qing et al., ICCV 2023) tests zero-shot with 0.5."""
@@ -67,30 +67,21 @@ class Scoring:
             )
 
     @classmethod
-    def of_head(
-        cls,
-        config: MethodConfig,
-        *,
-        fusion: Fusion = "softmax",
-        modulate: bool = True,
-        modulation_neighbours: int | None = None,
-        modulation_temperature: float | None = None,
-        ensemble: float | None = None,
-    ) -> Scoring:
-        """Settings of a head, with what is given instead of its own; 0 turns modulation off."""
-        k, t = modulation_neighbours, modulation_temperature
-        k = config.modulation_neighbours if k is None else k
-        t = config.modulation_temperature if t is None else t
-        on = modulate and method(config.kind).modulated and k != 0 and t != 0
-        return cls(fusion, on, k, t, ensemble)
+    def of_head(cls, config: MethodConfig, *, modulate: bool = True, **given: Any) -> Scoring:
+        """The settings of a head, except `given` ones that are not None; 0 turns modulation off."""
+        names = ("modulation_neighbours", "modulation_temperature")
+        chosen = {name: getattr(config, name) for name in names}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        on = modulate and method(config.kind).modulated and all(chosen[name] for name in names)
+        return cls(modulate=on, **chosen)
 
 
 class BlockScores:
-    """Scores of the N videos of one block under any settings, with what they share kept.
+    """Scores of the N videos of one block under any settings; what these share is computed once.
 
     `class_embeddings` [C,D] are all classes of the store, `training_class_embeddings` [S,D] those
-    modulation compares with. `clip` are the summaries CLIP's part of an ensemble comes from, where
-    the head's own features are those of a tuned tower, and `clip_class_embeddings` [C,D] its texts.
+    that modulation compares with. If the head's features are those of a tuned tower, `clip` are the
+    summaries for CLIP's part of an ensemble and `clip_class_embeddings` [C,D] their class texts.
     """
 
     def __init__(
@@ -105,7 +96,9 @@ class BlockScores:
         self.classes = class_embeddings
         self.training_classes = training_class_embeddings
         self._clip = clip or summaries
-        self._clip_classes = class_embeddings if clip is None else clip_class_embeddings
+        self._clip_classes = class_embeddings
+        if clip_class_embeddings is not None:
+            self._clip_classes = clip_class_embeddings
         self._kept: dict[object, Tensor] = {}
 
     def scores(
@@ -119,37 +112,28 @@ class BlockScores:
 
         Modulation looks for neighbours among the candidates, or among all classes.
         """
-        neighbours_of = None if modulate_with_all else candidates
+        mean = scoring.fusion == "features"
+        cosines = self._cosines(scoring, None if modulate_with_all else candidates, mean)
         weight = scoring.ensemble or 0.0
-        columns = slice(None) if candidates is None else candidates
-        if scoring.fusion == "features":
-            cosines = self._feature_cosines(scoring, neighbours_of)
-            if weight:
-                clip = self._clip_cosines().double().mean(1)
-                cosines = (1 - weight) * cosines + weight * clip
-            return cosines[videos][:, columns]
-        cosines = self._cosines(scoring, neighbours_of)
         if weight:
-            cosines = (1 - weight) * cosines + weight * self._clip_cosines()
-        return fuse_views(cosines[videos][..., columns], scoring.fusion)
+            clip = self._once("clip", lambda: class_cosines(self._clip.units, self._clip_classes))
+            cosines = (1 - weight) * cosines + weight * (clip.double().mean(1) if mean else clip)
+        cosines = cosines[videos][..., slice(None) if candidates is None else candidates]
+        return cosines if mean else fuse_views(cosines, scoring.fusion)
 
-    def _cosines(self, scoring: Scoring, tested: Tensor | None) -> Tensor:
-        """[N,V,C] cosines of the head's video features of views."""
-
-        def compute() -> Tensor:
-            units = functional.normalize(self.video_features(scoring, tested), dim=-1)
-            return class_cosines(units, self.classes)
-
-        return self._once(("views", *self._modulation_key(scoring, tested)), compute)
-
-    def _feature_cosines(self, scoring: Scoring, tested: Tensor | None) -> Tensor:
-        """[N,C] float64 cosines of the mean video feature of the views."""
+    def _cosines(self, scoring: Scoring, tested: Tensor | None, mean: bool) -> Tensor:
+        """[N,V,C] cosines of views; with `mean` [N,C] float64, of the mean video feature."""
 
         def compute() -> Tensor:
-            mean = self.video_features(scoring, tested).double().mean(1)
-            return class_cosines(functional.normalize(mean, dim=-1), self.classes)
+            features = self.video_features(scoring, tested)
+            features = features.double().mean(1) if mean else features
+            return class_cosines(functional.normalize(features, dim=-1), self.classes)
 
-        return self._once(("mean", *self._modulation_key(scoring, tested)), compute)
+        key: tuple[object, ...] = ("mean" if mean else "views",)
+        if scoring.modulate and self.summaries.hidden is not None:
+            key += (_list_key(tested), scoring.modulation_neighbours)
+            key += (scoring.modulation_temperature,)
+        return self._once(key, compute)
 
     def video_features(self, scoring: Scoring, tested: Tensor | None = None) -> Tensor:
         """Video features of views [N,V,D], not normalised; `tested` as `candidates` above."""
@@ -170,17 +154,6 @@ class BlockScores:
             neighbours,
         )
         return rearrange(found.similarity, "(n v) -> n v", v=features.shape[1])
-
-    def _clip_cosines(self) -> Tensor:
-        """[N,V,C] mean over frames of CLIP's cosines."""
-        assert self._clip_classes is not None
-        classes = self._clip_classes
-        return self._once("clip", lambda: class_cosines(self._clip.units, classes))
-
-    def _modulation_key(self, scoring: Scoring, tested: Tensor | None) -> tuple[object, ...]:
-        if not scoring.modulate or self.summaries.hidden is None:
-            return ()
-        return (_list_key(tested), scoring.modulation_neighbours, scoring.modulation_temperature)
 
     def _once(self, key: object, compute: Callable[[], Tensor]) -> Tensor:
         if key not in self._kept:
@@ -232,7 +205,7 @@ def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """Place of the true class, 0 = best, int64 [N], from scores [N,C] and labels [N].
 
-    Ties go to the class of lower index, so that the result does not depend on a sort.
+    In a tie the class of lower index comes first, so that the result does not depend on a sort.
     """
     truth = scores.gather(1, labels[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
@@ -245,7 +218,7 @@ def percent(hits: Tensor) -> float:
 
 
 def can_modulate(head: Head, named: int) -> bool:
-    """Whether modulation is possible with `named` tested classes; logged where it is not."""
+    """Whether modulation is possible with `named` tested classes; a warning says why not."""
     trained = head.training_class_embeddings.shape[0]
     needed = head.config.modulation_neighbours
     if not head.config.modulates or min(named, trained) >= needed:

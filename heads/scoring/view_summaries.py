@@ -1,4 +1,4 @@
-"""One pass of a head over features: three vectors per view, from which every score follows.
+"""One pass of a head over features: three vectors per view, from which all scores are computed.
 
 N = videos, V = views, T = frames, D = embedding width.
 
@@ -55,26 +55,21 @@ def summarise(head: Head, features: Tensor) -> ViewSummaries:
     """The summaries of raw CLIP features [N,V,T,D]; `BATCH_FRAMES` frames go through at a time."""
     _, views, frames, _ = features.shape
     where = head.logit_scale.device
-    parts: list[tuple[Tensor | None, Tensor, Tensor]] = []
+    hidden: list[Tensor] = []
+    means: list[Tensor] = []
+    units: list[Tensor] = []
     for part in torch.split(
         rearrange(features, "n v t d -> (n v) t d"), max(1, BATCH_FRAMES // frames)
     ):
-        frame_features, hidden = head.temporal(part.to(where))
-        parts.append(
-            (
-                None if hidden is None else hidden.mean(1),
-                frame_features.mean(1),
-                functional.normalize(frame_features, dim=-1).mean(1),
-            )
-        )
-    joined = [
-        None if column[0] is None else rearrange(torch.cat(column), "(n v) d -> n v d", v=views)
-        for column in zip(*parts, strict=True)
-    ]
-    mean, units = joined[1:]
-    assert mean is not None
-    assert units is not None
-    return ViewSummaries(joined[0], mean, units)
+        frame_features, mixed = head.temporal(part.to(where))
+        hidden += [] if mixed is None else [mixed.mean(1)]
+        means.append(frame_features.mean(1))
+        units.append(functional.normalize(frame_features, dim=-1).mean(1))
+
+    def whole(parts: list[Tensor]) -> Tensor:
+        return rearrange(torch.cat(parts), "(n v) d -> n v d", v=views)
+
+    return ViewSummaries(whole(hidden) if hidden else None, whole(means), whole(units))
 
 
 def summarise_store(
@@ -86,11 +81,11 @@ def summarise_store(
     precision: str = "fp32",
     progress: ProgressSink = no_progress,
 ) -> Iterator[tuple[int, ViewSummaries]]:
-    """(place of the first row, summaries) of one block of `rows` after the other.
+    """(index of the first row in `rows`, summaries) of one block of `rows` after the other.
 
     `rows` are array rows whose extraction did not fail; `frames` picks stored frames. A block is
     about one forward pass, so that memory does not grow with the store. The head runs in
-    `precision` where it is; means are float32 in any case.
+    `precision` on its own device; means are float32 in any case.
     """
     used = store.schema.frames if frames is None else len(frames)
     step = max(1, BATCH_FRAMES // (store.schema.views * used))

@@ -187,8 +187,10 @@ def collect(
     """
     found = {run.name: _results_of_new_videos(run) for run in runs}
     prompts = {run.name: own_prompts(run, found[run.name]) for run in runs}
-    close = closeset or _default_closeset(found)
-    zero = tuple(zeroshot) or _default_zeroshot(found)
+    close = closeset or _default_closeset(_datasets(found, "closeset"))
+    known = _datasets(found, "zeroshot")
+    usual = PAPER_ZEROSHOT if set(PAPER_ZEROSHOT) & set(known) or not known else tuple(known)
+    zero = tuple(zeroshot) or usual
     repeated = [name for name in zero if zero.count(name) > 1]
     if repeated:
         raise UserError(f"zero-shot set {repeated[0]!r} is named twice: name each once")
@@ -269,8 +271,7 @@ def _is(result: SavedResult, role: Role, name: str) -> bool:
     return result.role == role and known_dataset(name) == known_dataset(result.dataset)
 
 
-def _default_closeset(found: Mapping[str, Sequence[SavedResult]]) -> str:
-    names = _datasets(found, "closeset")
+def _default_closeset(names: Sequence[str]) -> str:
     if PAPER_CLOSESET in names or not names:
         return PAPER_CLOSESET
     if len(names) > 1:
@@ -278,11 +279,6 @@ def _default_closeset(found: Mapping[str, Sequence[SavedResult]]) -> str:
             f"there are close-set results on {', '.join(names)}: choose one with --closeset"
         )
     return names[0]
-
-
-def _default_zeroshot(found: Mapping[str, Sequence[SavedResult]]) -> tuple[str, ...]:
-    names = _datasets(found, "zeroshot")
-    return PAPER_ZEROSHOT if set(PAPER_ZEROSHOT) & set(names) or not names else tuple(names)
 
 
 def _datasets(found: Mapping[str, Sequence[SavedResult]], role: Role) -> list[str]:

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from featstore.errors import UserError
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
-from heads.evaluation.protocols.catalogue import PROTOCOLS
+from heads.evaluation.protocols.catalogue import PROTOCOLS as PROTOCOLS
 from heads.evaluation.protocols.half_class import half_class_draws
-from heads.evaluation.protocols.protocol import Kind, Protocol, TestSet
+from heads.evaluation.protocols.protocol import Kind
+from heads.evaluation.protocols.protocol import Protocol as Protocol
+from heads.evaluation.protocols.protocol import TestSet as TestSet
 from pipeline.annotations.known_sets import known_dataset
 
-__all__ = [
-    "PROTOCOLS",
-    "Protocol",
-    "TestSet",
-    "build_test_sets",
-    "count_notes",
-    "count_views",
-    "known_dataset",
-    "listed_rows",
-    "protocol_named",
-    "takes_given_lists",
-    "usual_protocol",
-    "views_of",
-]
-
-ALL_ROWS: Final = "all"
 _NUMBERED_TEST = re.compile(r"test[1-9]\d?")
 
 
@@ -65,37 +50,28 @@ def usual_protocol(
     views: str | None = None,
     split_names: Sequence[str] | None = None,
 ) -> Protocol:
-    """What `--closeset NAME`, `--zeroshot NAME` and the like mean for a data set.
+    """The protocol that `--closeset NAME`, `--zeroshot NAME` and the like mean for a data set.
 
-    A split that is named makes it the protocol of any data set, since the published ones are
-    defined by their lists; so do `split_names` of a store that lack the lists it needs. `views`
-    ("4x3") choose between protocols that differ in them.
+    It is the one for any data set if a `split` is named, because published protocols are defined by
+    their lists, and if the store's `split_names` lack those lists. `views` ("4x3") choose between
+    protocols that differ in them.
     """
     known = known_dataset(dataset)
-    fallback = PROTOCOLS[kind]
     if split is not None:
-        return fallback
+        return PROTOCOLS[kind]
     found = [p for p in PROTOCOLS.values() if p.kind == kind and p.dataset == known]
     if kind == "closeset":
         found = [p for p in found if views in p.views]
     if split_names is not None:
         found = [p for p in found if p.lists != "tests" or len(_numbered(split_names)) > 1]
-    return found[0] if found else fallback
-
-
-def takes_given_lists(kind: Kind, dataset: str, split: str | None) -> bool:
-    """Whether the usual protocol tests lists made for the purpose (zero-shot on Kinetics-600)."""
-    known = known_dataset(dataset)
-    return split is None and any(
-        p.kind == kind and p.dataset == known and p.lists == "given" for p in PROTOCOLS.values()
-    )
+    return found[0] if found else PROTOCOLS[kind]
 
 
 def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> dict[str, RowArray]:
-    """Array rows by name of the lists a protocol tests, failed ones included.
+    """Array rows of the lists a protocol tests, by the lists' names, failed ones included.
 
-    `split` names another list, where the protocol is not defined by its own. UserError when the
-    store lacks the splits.
+    `split` names another list, if the protocol is not defined by its own. UserError when the store
+    lacks the splits.
     """
     rule = protocol.lists
     if split is not None:
@@ -119,7 +95,7 @@ def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> d
     if rule == "test1":
         return {"test1": store.split("test1")}
     if rule in ("all", "usual"):
-        return {ALL_ROWS: store.rows}
+        return {"all": store.rows}
     raise ValueError(f"{protocol.name} has no lists of its own: its test sets are made elsewhere")
 
 
@@ -139,7 +115,7 @@ def build_test_sets(
 
 
 def count_notes(protocol: Protocol, listed: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """(sources whose published counts `listed` has, a line per list that has nobody's count)."""
+    """(sources whose published counts are those of `listed`, a line per list with other counts)."""
     if not protocol.expected:
         return [], []
     agreeing = [e.source for e in protocol.expected if dict(e.counts) == dict(listed)]

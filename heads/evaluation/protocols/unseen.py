@@ -12,10 +12,10 @@ import numpy as np
 from featstore.errors import UserError
 from featstore.reading.store import Store
 from featstore.workspace import OpenedStores
-from heads.evaluation.protocols.choose import known_dataset
 from heads.evaluation.protocols.protocol import TestSet
 from heads.methods.settings import HeadOrigin
 from heads.training.training_set import rows_of_classes
+from pipeline.annotations.known_sets import known_dataset
 from pipeline.annotations.label_names import read_names
 from pipeline.annotations.published_lists import KeyIndex, read_keys
 from pipeline.annotations.unseen_classes import unseen_classes
@@ -25,42 +25,25 @@ log = logging.getLogger(__name__)
 _SPLITS = ("test", "val")
 
 PackedClassNames = Callable[[str], Sequence[str] | None]
-"""Class names of a packed data set by its name; None where it is not packed."""
-
-
-def nothing_packed(dataset: str) -> None:
-    """A `PackedClassNames` that knows no data set."""
+"""Class names of a packed data set by its name; None if it is not packed."""
 
 
 @dataclass(frozen=True)
 class UnseenChoice:
-    """Which videos and classes are tested; None and no lists stand for the usual ones."""
+    """Which videos and classes are tested; the defaults stand for the usual ones."""
 
-    source: str | None = None
+    k600_source: str | None = None
     """Split of Kinetics-600 that is tested ("test", "val"), or the path of a list of its videos."""
     class_lists: tuple[Path, ...] = ()
     """Files with the classes of each test set, or one folder of them; empty: drawn here."""
     k400_names: Path | None = None
     """File with the class names of Kinetics-400."""
 
-    def require_unused(self, protocol: str) -> None:
-        """UserError when something was asked for that `protocol` does not look at."""
-        given = {
-            "--k600-source": self.source,
-            "--class-lists": self.class_lists or None,
-            "--k400-names": self.k400_names,
-        }
-        options = [option for option, value in given.items() if value is not None]
-        if options:
-            raise UserError(
-                f"{', '.join(options)} go with --zeroshot k600, not with {protocol}: leave them out"
-            )
-
     def split(self, stores: OpenedStores) -> str | None:
         """The split that is tested; None for a list of videos. UserError when there is none."""
-        if self.source is not None and self.source not in _SPLITS:
+        if self.k600_source is not None and self.k600_source not in _SPLITS:
             return None
-        split = self.source or stores.default_split(_SPLITS)
+        split = self.k600_source or stores.default_split(_SPLITS)
         if split is None:
             raise UserError(
                 f"no store of {stores.dataset} has a test or val split: extract one, or name a "
@@ -73,20 +56,20 @@ class UnseenChoice:
         store: Store,
         split: str | None,
         origin: HeadOrigin | None,
-        packed: PackedClassNames = nothing_packed,
+        packed: PackedClassNames,
     ) -> tuple[tuple[TestSet, ...], str]:
-        """Test sets of unseen classes, each among its own, and where all of it is from, in words.
+        """Test sets of unseen classes, and in words where classes and videos are from.
 
-        `split` is that of `split`, `origin` that of the tested head. Counts that are not the
-        published ones are logged. UserError when the names of Kinetics-400 cannot be known, a list
-        is not understood, or a test set has no video.
+        `split` is what the method `split` returned, `origin` that of the tested head. Counts that
+        differ from the published ones are logged. UserError when the names of Kinetics-400 are not
+        known, a list is not understood, or a test set has no video.
         """
         names, names_from = self._k400_names(origin, packed)
         chosen = unseen_classes(store.class_names, names, self.class_lists)
         for note in chosen.notes:
             log.warning(note)
         if split is None:
-            path = Path(str(self.source))
+            path = Path(str(self.k600_source))
             keys = read_keys(path, KeyIndex(store.keys)).keys
             rows = np.array(sorted(store.row(key) for key in keys), np.int64)
             videos = f"list {path.name}"
@@ -111,20 +94,21 @@ class UnseenChoice:
     def _k400_names(
         self, origin: HeadOrigin | None, packed: PackedClassNames
     ) -> tuple[list[str], str]:
-        """The class names of Kinetics-400 and where they are from."""
+        """The class names of Kinetics-400, and where they are from."""
         file = self.k400_names
         if file is not None:
             if not file.is_file():
                 raise UserError(f"file of class names {str(file)!r} does not exist: name another")
             return list(read_names(file).values()), file.name
-        of_head = origin.class_names if origin is not None else None
-        if of_head is not None and origin is not None and known_dataset(origin.dataset) == "k400":
-            return list(of_head), "the head's"
+        of_head = [] if origin is None else list(origin.class_names or ())
+        trained_on = "" if origin is None else origin.dataset
+        if of_head and known_dataset(trained_on) == "k400":
+            return of_head, "the head's"
         of_data = packed("k400")
         if of_data is not None:
             return list(of_data), "the packed k400"
-        if of_head is not None and origin is not None:
-            return list(of_head), f"the head's, trained on {origin.dataset}"
+        if of_head:
+            return of_head, f"the head's, trained on {trained_on}"
         raise UserError(
             "which classes are new depends on the names of Kinetics-400: name a file with "
             "--k400-names, pack k400, or test a head that was trained on it; --protocol zeroshot "

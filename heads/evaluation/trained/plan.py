@@ -1,6 +1,6 @@
-"""The runs of a few-shot or base-to-novel protocol: what each trains on and is tested on.
+"""The runs of a few-shot or base-to-novel protocol: the videos each trains on and is tested on.
 
-Videos are drawn by key (`heads.training.training_set`), or given by keys from a published list.
+Videos are drawn by key (`heads.training.training_set`), or a published list gives their keys.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from heads.evaluation.trained.run import ShotRun
 from heads.training.training_set import (
     TrainingSet,
     choose_training_set,
-    draw_shots,
-    frequency_halves,
     repeats_of,
     rows_of_classes,
     shown,
@@ -33,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GivenList:
-    """Keys of the videos to train on, as somebody's list has them."""
+    """Keys of the videos to train on, from a published list."""
 
     name: str
     keys: tuple[str, ...]
@@ -41,9 +39,10 @@ class GivenList:
 
 @dataclass(frozen=True)
 class ShotPlan:
-    """What the runs of a protocol share: stores, splits, and how runs are called.
+    """What the runs of a protocol share: stores, splits, and the names of the runs.
 
-    `run_dir` gives the folder of a run by the end of its name. `train` and `test` may be one store.
+    `run_dir` returns the folder of a run for the end of its name. `train` and `test` may be one
+    store.
     """
 
     train: Store
@@ -67,7 +66,7 @@ class ShotPlan:
     ) -> list[ShotRun]:
         """One run per number of shots, tested on the test split among all classes.
 
-        `given` holds published lists by number of shots; what it lacks is drawn with seed `draw`.
+        `given` holds published lists by number of shots; the others are drawn with seed `draw`.
         UserError when training and test videos overlap, unless that is allowed.
         """
         tests = (TestSet(self.test_split, self.test.split(self.test_split)),)
@@ -75,17 +74,18 @@ class ShotPlan:
         for count in shots:
             listed = (given or {}).get(count)
             if listed is None:
-                train = choose_training_set(
-                    self.train,
-                    self._training,
-                    split=self.train_split,
-                    shots=count,
-                    draw_seed=draw,
-                    repeat=self.repeat,
-                )
+                train = self._drawn(count, draw, "all")
             else:
                 train = self._given(listed, None, f"-k{count}-list")
-                self._warn_of_other_counts(train.rows, count, listed)
+                labels = self.train.labels[self.train.positions(train.rows)]
+                names = self.train.class_names
+                counts = np.bincount(labels, minlength=len(names))
+                other = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts != count)]
+                if other:
+                    log.warning(
+                        "%d classes have not %d videos in %s: %s",
+                        *(len(other), count, listed.name, shown(other)),
+                    )
             runs.append(self._run(train, tests, count, draw))
         return runs
 
@@ -100,41 +100,31 @@ class ShotPlan:
         names = self.train.class_names
         if len(names) < 2:
             raise UserError(f"{len(names)} class has no base and novel half: take more classes")
-        labels = self.train.labels
         if given:
             keys = [key for listed in given.values() for key in listed.keys]
             rows = np.array([self.train.row(key) for key in keys], np.int64)
-            base = np.unique(labels[self.train.positions(rows)]).astype(np.int64)
-            novel = np.setdiff1d(np.arange(len(names)), base)
-            if not len(novel):
+            base = np.unique(self.train.labels[self.train.positions(rows)]).astype(np.int64)
+            if len(base) == len(names):
                 raise UserError(
                     f"the lists train on all {len(names)} classes: none is left to be novel"
                 )
             if len(base) != -(-len(names) // 2):
                 log.warning("the lists have %d base classes of %d", len(base), len(names))
+            sets = [self._given(given[draw], base, f"-base-s{draw}-list") for draw in draws]
         else:
-            base, novel = frequency_halves(labels[self.train.positions(self._training)], names)
+            sets = [self._drawn(shots, draw, "base") for draw in draws]
+        base = np.asarray(sets[0].classes)
         tested = self.test.split(self.test_split)
         tests = tuple(
             TestSet(name, rows_of_classes(self.test, tested, classes), classes)
-            for name, classes in (("base", base), ("novel", novel))
+            for name, classes in (
+                ("base", base),
+                ("novel", np.setdiff1d(np.arange(len(names)), base)),
+            )
         )
-        candidates = rows_of_classes(self.train, self._training, base)
-        runs = []
-        for draw in draws:
-            if given:
-                train = self._given(given[draw], base, f"-base-s{draw}-list")
-            else:
-                drawn = draw_shots(self.train, candidates, shots, draw, base)
-                train = self._described(
-                    drawn.rows,
-                    base,
-                    len(candidates),
-                    f"{self.train_split}, {drawn.words}, the {len(base)} base classes",
-                    f"-base-k{shots}-s{draw}",
-                )
-            runs.append(self._run(train, tests, shots, draw))
-        return runs
+        return [
+            self._run(train, tests, shots, draw) for train, draw in zip(sets, draws, strict=True)
+        ]
 
     @property
     def _training(self) -> RowArray:
@@ -149,6 +139,17 @@ class ShotPlan:
         )
         return ShotRun(self.run_dir(train.suffix), shots, draw, train, tests, overlap)
 
+    def _drawn(self, shots: int, draw: int, half: str) -> TrainingSet:
+        return choose_training_set(
+            self.train,
+            self._training,
+            split=self.train_split,
+            shots=shots,
+            draw_seed=draw,
+            half=half,
+            repeat=self.repeat,
+        )
+
     def _given(self, listed: GivenList, classes: RowArray | None, suffix: str) -> TrainingSet:
         rows = np.array(sorted(self.train.row(key) for key in listed.keys), np.int64)
         elsewhere = int((~np.isin(rows, self._training)).sum())
@@ -157,29 +158,11 @@ class ShotPlan:
                 "%d of the %d videos of %s are not in split %s",
                 *(elsewhere, len(rows), listed.name, self.train_split),
             )
-        of_all = self._training
+        full, words = self._training, f"the {len(rows)} videos of list {listed.name}"
         if classes is not None:
-            of_all = rows_of_classes(self.train, of_all, classes)
-            suffix_words = f", the {len(classes)} base classes"
-        else:
-            suffix_words = ""
-        words = f"the {len(rows)} videos of list {listed.name}{suffix_words}"
-        return self._described(rows, classes, len(of_all), words, suffix)
-
-    def _described(
-        self, rows: RowArray, classes: RowArray | None, full: int, words: str, suffix: str
-    ) -> TrainingSet:
-        repeats = repeats_of(self.repeat, full, len(rows))
+            full = rows_of_classes(self.train, full, classes)
+            words += f", the {len(classes)} base classes"
+        repeats = repeats_of(self.repeat, len(full), len(rows))
         if repeats > 1:
             words += f", repeated {repeats} times"
         return TrainingSet(rows, classes, words, suffix, repeats)
-
-    def _warn_of_other_counts(self, rows: RowArray, shots: int, listed: GivenList) -> None:
-        names = self.train.class_names
-        counts = np.bincount(self.train.labels[self.train.positions(rows)], minlength=len(names))
-        other = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts != shots)]
-        if other:
-            log.warning(
-                "%d classes have not %d videos in %s: %s",
-                *(len(other), shots, listed.name, shown(other)),
-            )

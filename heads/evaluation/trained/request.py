@@ -1,9 +1,9 @@
-"""Few-shot and base to novel as they are asked for: heads are trained, then tested."""
+"""The request for few-shot or base to novel: heads are trained, then tested."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from heads.evaluation.label_maps import (
     with_exchanged_names,
 )
 from heads.evaluation.leaks import require_no_leak, warn_of_known_classes
-from heads.evaluation.protocols.choose import count_views, known_dataset, usual_protocol
+from heads.evaluation.protocols.choose import usual_protocol
 from heads.evaluation.protocols.protocol import TestSet
-from heads.evaluation.request import EvaluationRequest
+from heads.evaluation.request import EvaluationRequest, require_unused
 from heads.evaluation.results import EvalResult, RunFacts, save_result
 from heads.evaluation.trained.plan import GivenList, ShotPlan
 from heads.evaluation.trained.run import (
@@ -36,8 +36,8 @@ from heads.evaluation.trained.run import (
 from heads.files.choose import choose_head
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES
-from heads.methods.settings import HeadOrigin
 from heads.recipes import DEFAULT_RECIPE, load_recipe
+from pipeline.annotations.known_sets import known_dataset
 from pipeline.annotations.published_lists import (
     KeyIndex,
     ListRepository,
@@ -46,12 +46,11 @@ from pipeline.annotations.published_lists import (
 )
 
 KINDS = ("fewshot", "base-to-novel")
-SUMMARY_FILE = "base-to-novel.json"
 
 
 @dataclass(frozen=True)
 class Training:
-    """How the heads are trained; None stands for the usual of the protocol or the recipe."""
+    """How the heads are trained; None stands for the protocol's or the recipe's own."""
 
     shots: str | None = None
     """Videos per class, "2,4,8"."""
@@ -65,27 +64,21 @@ class Training:
     lr: float | None = None
     repeat: str = "full"
     name: str | None = None
-    """What the names of the runs begin with."""
+    """The beginning of the runs' names."""
     best_epoch: bool = True
     """Test every epoch too, and report the best one separately."""
 
     def require_unused(self, kind: str) -> None:
-        """UserError when something was asked for that a protocol of `kind` does not look at."""
-        given = [
-            f"--{field.name.replace('_', '-')}"
-            for field in fields(self)
-            if getattr(self, field.name) != field.default
-        ]
-        if given:
-            raise UserError(
-                f"{', '.join(given)} go with --fewshot and --base-to-novel, which train heads; "
-                f"{kind} tests one that is there: leave them out"
-            )
+        """UserError when a setting is given that a protocol of `kind` does not use."""
+        require_unused(
+            self,
+            f"--fewshot and --base-to-novel, which train heads; {kind} tests one that is there",
+        )
 
 
 @dataclass(frozen=True)
 class TrainedEvaluation:
-    """What the runs of a protocol gave; their results are kept already."""
+    """The outcomes of a protocol's runs; their results are saved already."""
 
     kind: str
     protocol_name: str
@@ -98,21 +91,19 @@ class TrainedEvaluation:
         """The runs as strict JSON values; of base to novel also the means over the draws."""
         value: dict[str, Any] = {
             "protocol": self.kind,
-            "protocol_name": self.protocol_name,
-            "dataset": self.dataset,
-            "head": self.head,
+            **{name: getattr(self, name) for name in ("protocol_name", "dataset", "head")},
             "runs": [outcome.to_json() for outcome in self.outcomes],
             "files": [str(file) for file in self.files],
         }
         if self.kind != "fewshot":
             last, best = (base_to_novel(self.outcomes, best=best) for best in (False, True))
             assert last is not None, "every run has a last epoch"
-            value |= last.to_json() | {"best": None if best is None else best.to_json()}
+            value |= last | {"best": best}
         return value
 
     def save_summary(self, value: Mapping[str, Any]) -> Path:
-        """Keep `value`, what was reported of all runs, beside the first of them."""
-        file = self.outcomes[0].run.run_dir / SUMMARY_FILE
+        """Save `value`, the report on all runs, beside the first of them."""
+        file = self.outcomes[0].run.run_dir / "base-to-novel.json"
         write_json(file, dict(value))
         return file
 
@@ -122,10 +113,10 @@ def evaluate_trained(
 ) -> TrainedEvaluation:
     """Run the protocol: a training per number of shots or seed, continued where it stopped.
 
-    Every result is kept beside its run as soon as it is there. Raises UserError for a request that
+    Every result is saved beside its run as soon as it is there. Raises UserError for a request that
     cannot be met, and the errors of `train_and_test`.
     """
-    ask.unseen.require_unused(ask.kind)
+    require_unused(ask.unseen, f"--zeroshot k600, not with {ask.kind}")
     check_label_map(ask.label_map)
     few = ask.kind == "fewshot"
     protocol = ask.protocol or usual_protocol(ask.kind, ask.dataset, split=ask.split)
@@ -133,7 +124,7 @@ def evaluate_trained(
     head_dir: Path | None = None
     if ask.head is not None:
         initial, head_dir = choose_head(ask.workspace, ask.head)
-    train, test, splits = _stores(ask, how, None if initial is None else initial.origin)
+    train, test, splits = _stores(ask, how, initial)
     recipe = load_recipe(how.recipe or DEFAULT_RECIPE)
     epochs = usual_epochs(ask.kind, ask.dataset) if how.recipe is None else None
     training = recipe.train_config(
@@ -152,8 +143,7 @@ def evaluate_trained(
             "few-shot has one draw seed for all numbers of shots, base-to-novel one number of "
             "shots for all seeds: run the command once for each"
         )
-    given, label_map = _lists(ask, how, train, shots if few else draws)
-    train, test, label_map = _named(ask, how, train, test, label_map)
+    given, train, test, label_map = _lists(ask, how, train, test, shots if few else draws)
     prefix = how.name or (
         f"{ask.dataset}-{shape.kind}"
         if head_dir is None or initial is None
@@ -226,7 +216,7 @@ def evaluate_trained(
 
 
 def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int, ...]:
-    """Whole numbers of "2,4,8"; UserError for other text and for a number named twice."""
+    """The whole numbers in "2,4,8"; UserError for other text and for repeated numbers."""
     if text is None:
         return tuple(default)
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -236,7 +226,7 @@ def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int,
 
 
 def _stores(
-    ask: EvaluationRequest, how: Training, origin: HeadOrigin | None
+    ask: EvaluationRequest, how: Training, initial: Head | None
 ) -> tuple[Store, Store, tuple[str, str]]:
     """The store to train from, the one to test, and their splits."""
     train_split = ask.stores.default_split(("train1", "train"))
@@ -247,37 +237,28 @@ def _stores(
             f"no store of {ask.dataset} has a {lacking} split: pack the data set with its "
             f"annotations and extract its videos (`mote-cli extract --dataset {ask.dataset}`)"
         )
-    fingerprint = None if origin is None else origin.encoder_fingerprint
-    encoder = None if origin is None else origin.encoder
-    test = ask.stores.choose(
-        split=test_split,
-        views=None if ask.views is None else count_views(ask.views),
-        encoder_fingerprint=fingerprint,
-        sampling=ask.sampling,
-        name=ask.store,
-        encoder=encoder,
-    )
+    test = ask.fitting_store(test_split, initial)
     name = how.train_store
     if name is None and train_split in test.split_names and len(test.split(train_split)):
         name = ask.store  # the store that was named has both
-    train = ask.stores.choose(
-        split=train_split,
-        encoder_fingerprint=fingerprint,
-        name=name,
-        encoder=encoder,
-        option="--train-store",
-    )
+    others = {"views": None, "sampling": None, "name": name, "option": "--train-store"}
+    train = ask.fitting_store(train_split, initial, **others)
     return train, test, (train_split, test_split)
 
 
 def _lists(
-    ask: EvaluationRequest, how: Training, train: Store, wanted: Sequence[int]
-) -> tuple[Mapping[int, GivenList] | None, Any]:
-    """Published lists by number of shots or seed, and the exchange of names they come with."""
+    ask: EvaluationRequest, how: Training, train: Store, test: Store, wanted: Sequence[int]
+) -> tuple[Mapping[int, GivenList] | None, Store, Store, str]:
+    """Published lists by number of shots or seed, both stores with the label map's class names, and
+    the label map as results name it."""
+    dataset, as_published = known_dataset(ask.dataset), ask.label_map == AS_PUBLISHED
     if how.lists_from is None:
-        return None, ""
+        if not as_published:
+            return None, train, test, ""
+        train, test = (named_as(store, dataset, ask.label_map) for store in (train, test))
+        return None, train, test, test.provenance.label_map
     few = ask.kind == "fewshot"
-    repository = ListRepository(how.lists_from, known_dataset(ask.dataset))
+    repository = ListRepository(how.lists_from, dataset)
     index = KeyIndex(train.keys)
     files = {n: repository.shots(n) if few else repository.seed(n) for n in wanted}
     lists = {number: read_published_list(path, index) for number, path in files.items()}
@@ -292,19 +273,7 @@ def _lists(
         number: GivenList(str(listed.path.relative_to(how.lists_from)), listed.keys)
         for number, listed in lists.items()
     }
-    return given, exchange or done
-
-
-def _named(
-    ask: EvaluationRequest, how: Training, train: Store, test: Store, label_map: Any
-) -> tuple[Store, Store, str]:
-    """The stores with names as the label map has them, and what results say of it."""
-    if ask.label_map != AS_PUBLISHED:
-        return train, test, str(label_map)
-    if how.lists_from is None:
-        train, test = (
-            named_as(store, known_dataset(ask.dataset), ask.label_map) for store in (train, test)
-        )
-    else:
-        train, test = (with_exchanged_names(store, label_map or {}) for store in (train, test))
-    return train, test, test.provenance.label_map
+    if as_published:
+        train, test = (with_exchanged_names(store, exchange) for store in (train, test))
+        done = test.provenance.label_map
+    return given, train, test, done

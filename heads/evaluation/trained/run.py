@@ -1,8 +1,8 @@
 """Protocols that train before they test: few-shot, and base to novel classes.
 
-Each training is a run of its own under heads/, continued where it stopped. The number reported is
-that of the last epoch. X-CLIP, ViFi-CLIP and MSTA report the best epoch on the test set, which is
-measured beside it and labelled so: it is chosen with the answers at hand.
+Each training is a run of its own under heads/, continued where it stopped. The reported number is
+that of the last epoch. X-CLIP, ViFi-CLIP and MSTA report the epoch that is best on the test set; it
+is measured as well, under a label that says so, because its choice uses the answers.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from featstore.files.durable import write_json
-from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
-from heads.evaluation.protocols.choose import known_dataset
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.results import EvalResult, RunFacts, run_facts
 from heads.files.head_file import load_head, save_head
@@ -30,6 +28,7 @@ from heads.methods.settings import MethodConfig
 from heads.training.config import TrainConfig
 from heads.training.train_head import TrainSummary, train_head
 from heads.training.training_set import TrainingSet
+from pipeline.annotations.known_sets import known_dataset
 
 log = logging.getLogger(__name__)
 
@@ -41,19 +40,18 @@ TEST_TOP1: Final = "test_top1"
 
 SHOTS: Final = {"fewshot": (2, 4, 8, 16), "base-to-novel": (16,)}
 DRAW_SEEDS: Final = {"fewshot": (1,), "base-to-novel": (1, 2, 3)}
-_EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11}
-_EPOCHS_OF: Final = {("fewshot", "ssv2"): 2}
-"""Epochs where neither a recipe nor a user says otherwise: MoTE's for few-shot, of a set that is
-repeated to the size of the full one; ViFi-CLIP's for base-to-novel, which it takes of the shots
-once. Here they are repeated as well: a new head learns nothing in thirty steps."""
+_EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11, ("fewshot", "ssv2"): 2}
+"""Epochs unless a recipe or a user says otherwise: MoTE's for few-shot, with the set repeated to
+the size of the full one; ViFi-CLIP's for base-to-novel, which takes the shots once per epoch. Here
+they are repeated as well, because a new head learns nothing in thirty steps."""
 
 Evaluate = Callable[[Head, Sequence[TestSet], RunFacts, str], EvalResult]
-"""Tests a head on test sets; told what is known of its run, and the name of the run."""
+"""Tests a head on test sets; takes also what is known of its run, and the run's name."""
 
 
 def usual_epochs(kind: str, dataset: str) -> int:
-    """Epochs of a protocol of `kind` on a data set, where neither recipe nor user say."""
-    return _EPOCHS_OF.get((kind, known_dataset(dataset)), _EPOCHS[kind])
+    """Epochs of a protocol of `kind` on a data set, unless a recipe or a user says otherwise."""
+    return _EPOCHS.get((kind, known_dataset(dataset)), _EPOCHS[kind])
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class ShotRun:
 
 @dataclass(frozen=True)
 class ShotOutcome:
-    """What came of a run: `best` is None where it was not asked for, or is not known."""
+    """The results of a run; `best` is None if it was not asked for or is not known."""
 
     run: ShotRun
     training: TrainSummary
@@ -98,21 +96,15 @@ def train_and_test(
     head: MethodConfig,
     training: TrainConfig,
     *,
-    prompt_set: str,
     evaluate: Evaluate,
-    protocol: str = "",
-    initial: Head | None = None,
-    initial_run: Path | None = None,
     best_epoch: bool = True,
-    device: str = "auto",
-    progress: ProgressSink = no_progress,
+    **options: Any,
 ) -> ShotOutcome:
     """Train `run` from `store`, or continue it, or find it done; then test its last epoch.
 
     With `best_epoch` every epoch is tested, and the head of the best one (mean top-1 of the test
-    sets, the earliest of equal ones) is kept as best-on-test.safetensors. `protocol` is the name
-    of the evaluation, which the run keeps.
-    Errors of `train_head` and of `evaluate`.
+    sets, the earliest of equal ones) is kept as best-on-test.safetensors. `options` are further
+    ones of `train_head`. Errors of `train_head` and of `evaluate`.
     """
     watch = _BestEpoch(run, evaluate) if best_epoch else None
     summary = train_head(
@@ -124,14 +116,9 @@ def train_and_test(
         classes=run.train.classes,
         trained_on=run.train.words,
         repeats=run.train.repeats,
-        initial=initial,
-        initial_run=initial_run,
         after_epoch=watch,
-        protocol=protocol,
-        prompt_set=prompt_set,
         resume=(run.run_dir / CONFIG_FILE).is_file(),
-        device=device,
-        progress=progress,
+        **options,
     )
     name = run.run_dir.name
     trained = load_head(run.run_dir)
@@ -144,17 +131,16 @@ def train_and_test(
                 "%s was trained without testing every epoch: its best epoch is not known", name
             )
         else:
-            is_last = found == summary.epochs
-            chosen = trained if is_last else load_head(run.run_dir / BEST_HEAD)
+            chosen = trained if found == summary.epochs else load_head(run.run_dir / BEST_HEAD)
             facts = run_facts(run.run_dir, epoch=found, epoch_choice=BEST)
-            with _told_once():
+            with _no_warnings():
                 best = evaluate(chosen, run.tests, facts, name)
     return ShotOutcome(run, summary, last, best)
 
 
 @contextmanager
-def _told_once() -> Iterator[None]:
-    """No warnings of a test that is repeated: the test of the last epoch says all of it again."""
+def _no_warnings() -> Iterator[None]:
+    """For tests that are repeated: the test of the last epoch gives the same warnings."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -163,19 +149,19 @@ def _told_once() -> Iterator[None]:
         logging.disable(before)
 
 
+@dataclass(frozen=True)
 class _BestEpoch:
     """Tests the head after every epoch and keeps the best one so far, also over a resume."""
 
-    def __init__(self, run: ShotRun, evaluate: Evaluate) -> None:
-        self._run = run
-        self._evaluate = evaluate
+    _run: ShotRun
+    _evaluate: Evaluate
 
     def __call__(self, head: Head, epoch: int) -> Mapping[str, float]:
         facts = RunFacts(epoch=epoch, epoch_choice=LAST)
-        with _told_once():
+        with _no_warnings():
             top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).top1
         best = self._read()
-        # An epoch that is done again after a kill finds its own note: equal, and kept.
+        # An epoch that is repeated after a kill finds its own note, which is equal and stays.
         if best is None or top1 > best[TEST_TOP1]:
             save_head(head, self._run.run_dir / BEST_HEAD)
             write_json(self._run.run_dir / BEST_NOTE, {"epoch": epoch, TEST_TOP1: top1})
@@ -196,59 +182,36 @@ class _BestEpoch:
             return None
 
 
-@dataclass(frozen=True)
-class BaseToNovel:
-    """Base and novel accuracy of one run per seed, in percent, from unrounded values.
+def base_to_novel(outcomes: Sequence[ShotOutcome], *, best: bool = False) -> dict[str, Any] | None:
+    """Base and novel accuracy in percent over the seeds' runs, from unrounded values, JSON-ready.
 
-    `harmonic_mean` is that of the two means over seeds; papers do not say which they take, and
-    `mean_of_harmonic_means` is the other reading. `*_std` are population standard deviations.
-    """
-
-    base: float
-    novel: float
-    harmonic_mean: float
-    mean_of_harmonic_means: float
-    base_std: float
-    novel_std: float
-    epoch_choice: str
-    per_seed: tuple[tuple[int, float, float], ...]
-    """(seed, base, novel) of each run."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        seeds = [
-            {
-                "draw": seed,
-                "base": base,
-                "novel": novel,
-                "harmonic_mean": statistics.harmonic_mean([base, novel]),
-            }
-            for seed, base, novel in self.per_seed
-        ]
-        return {**plain, "per_seed": seeds}
-
-
-def base_to_novel(outcomes: Sequence[ShotOutcome], *, best: bool = False) -> BaseToNovel | None:
-    """Means over the seeds' runs; of their best epochs where `best`, None if one has none.
-
-    The first test set of every run is base, the second novel.
+    Of their best epochs if `best`; None if a run has none. The first test set of every run is base,
+    the second novel. `harmonic_mean` is that of the two means over seeds; papers do not say which
+    one they take, and `mean_of_harmonic_means` is the other reading. Standard deviations are the
+    population's.
     """
     results = [outcome.best if best else outcome.last for outcome in outcomes]
     found = [result for result in results if result is not None]
     if len(found) < len(results) or not found:
         return None
-    halves = [(result.per_split[0].top1, result.per_split[1].top1) for result in found]
-    base, novel = ([half[side] for half in halves] for side in (0, 1))
-    return BaseToNovel(
-        base=statistics.fmean(base),
-        novel=statistics.fmean(novel),
-        harmonic_mean=statistics.harmonic_mean([statistics.fmean(base), statistics.fmean(novel)]),
-        mean_of_harmonic_means=statistics.fmean(statistics.harmonic_mean(half) for half in halves),
-        base_std=statistics.pstdev(base),
-        novel_std=statistics.pstdev(novel),
-        epoch_choice=BEST if best else LAST,
-        per_seed=tuple(
-            (outcome.run.draw, *half) for outcome, half in zip(outcomes, halves, strict=True)
-        ),
-    )
+    seeds = [
+        {
+            "draw": outcome.run.draw,
+            "base": result.per_split[0].top1,
+            "novel": result.per_split[1].top1,
+            "harmonic_mean": statistics.harmonic_mean([part.top1 for part in result.per_split]),
+        }
+        for outcome, result in zip(outcomes, found, strict=True)
+    ]
+    columns = {name: [seed[name] for seed in seeds] for name in ("base", "novel", "harmonic_mean")}
+    base, novel, means = map(statistics.fmean, columns.values())
+    return {
+        "base": base,
+        "novel": novel,
+        "harmonic_mean": statistics.harmonic_mean([base, novel]),
+        "mean_of_harmonic_means": means,
+        "base_std": statistics.pstdev(columns["base"]),
+        "novel_std": statistics.pstdev(columns["novel"]),
+        "epoch_choice": BEST if best else LAST,
+        "per_seed": seeds,
+    }

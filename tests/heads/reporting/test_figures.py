@@ -11,7 +11,7 @@ import pytest
 from heads.reporting.figures import tradeoff_plot
 
 # The colours of the first five heads, as they are drawn.
-COLOURS = [(76, 114, 176), (221, 132, 82), (85, 168, 104), (196, 78, 82), (129, 114, 179)]
+COLOURS = [(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)]
 
 
 def discs(picture: np.ndarray, colour: tuple[int, int, int]) -> int:

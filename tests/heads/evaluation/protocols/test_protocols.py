@@ -25,7 +25,6 @@ from heads.evaluation.protocols.choose import (
     usual_protocol,
 )
 from heads.evaluation.protocols.half_class import half_class_accuracy
-from heads.evaluation.protocols.protocol import Expected
 from heads.evaluation.results import EvalResult
 from heads.scoring.scores import view_features
 from tests.support.stores.action_store import ACTIONS, action_store
@@ -223,15 +222,6 @@ def test_other_counts_than_published_are_said(
     assert [note.split()[0] for note in result.notes] == ["test1", "test2", "test3", "1x1", "8"]
     assert result.notes[-1] == "8 classes, published with 51"
     assert "test2 lists 10 videos, published lists have 1,530 (official lists)" in caplog.text
-
-
-def test_counts_do_not_change_after_they_are_written() -> None:
-    counts = {"all": 3}
-    expected = Expected(counts, "here")
-    counts["all"] = 4
-    assert dict(expected.counts) == {"all": 3}
-    with pytest.raises(TypeError):
-        expected.counts["all"] = 5  # type: ignore[index]
 
 
 def test_closeset_takes_the_split_of_any_views(tmp_path: Path) -> None:
