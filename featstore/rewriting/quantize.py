@@ -70,21 +70,19 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
                 "`mote-cli store convert --codec zstd` makes it smaller without loss"
             )
         source.require_complete("quantise")
-        steps = 3 * made.schema.tars
-        writer = source.rewritten(
+        tars = made.schema.tars
+        steps = 3 * tars
+        after = source.rewrite(
             folder,
             replace(made.schema, feature_type="int8"),
             replace(made.provenance, quantised=QUANTISED),
             _scale(source, progress, steps),
+            lambda done, total, **details: progress(tars + done, steps),
         )
-        for tar in range(made.schema.tars):
-            writer.write_partition(tar, source.partition(tar))
-            progress(made.schema.tars + tar + 1, steps)
-        after = sum(writer.file("features", tar).stat().st_size for tar in range(made.schema.tars))
         errors, agreement = _cost(source, folder, progress, steps)
         return Quantised(
             store=str(out),
-            tars=made.schema.tars,
+            tars=tars,
             rows=len(source.store),
             bytes_before=source.bytes(),
             bytes_after=after,
