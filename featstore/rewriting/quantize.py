@@ -123,7 +123,8 @@ def _cost(
         total, frames = total + float(error.sum()), frames + error.size
         largest, rows = max(largest, float(error.max(initial=0))), rows + len(before)
         for name, text in texts.items():
-            answers = [_top1(unit, text.embeddings) for unit in (one, two)]
+            # Class of the mean over views and frames, int64 [n].
+            answers = [(u.mean((1, 2)) @ text.embeddings.T).argmax(-1) for u in (one, two)]
             counts[name] += [
                 np.count_nonzero(answers[0] == answers[1]),
                 np.count_nonzero(answers[0] == labels),
@@ -152,9 +153,3 @@ def _unit(features: HalfArray) -> npt.NDArray[np.float64]:
     length = np.linalg.norm(wide, axis=-1, keepdims=True)
     unit: npt.NDArray[np.float64] = wide / np.where(length > 0, length, 1)
     return unit
-
-
-def _top1(unit: npt.NDArray[np.float64], texts: FloatArray) -> npt.NDArray[np.int64]:
-    """Class of the mean over views and frames of unit embeddings [n, V, F, D], int64 [n]."""
-    answer: npt.NDArray[np.int64] = (unit.mean((1, 2)) @ texts.T).argmax(-1)
-    return answer
