@@ -31,18 +31,6 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.segments import Places, SegmentSampler
 
-__all__ = [
-    "Batch",
-    "FeatureLoader",
-    "MappedFeatures",
-    "StreamedFeatures",
-    "Holding",
-    "choose_holding",
-    "load_features",
-    "resident",
-    "available_memory",
-]
-
 log = logging.getLogger(__name__)
 
 Holding = Literal["resident", "mapped", "streamed"]
@@ -63,24 +51,20 @@ _TOGETHER: Final = 2**17
 _INT32_PLACES: Final = 2**31
 
 
+@dataclass(slots=True, eq=False)
 class Batch:
     """One training batch.
 
     `features` float16 [B, T, D], raw embeddings as they are stored, on the device of the loader's
     features (what computes with them makes them float32 where it computes: half the bytes travel);
-    `labels` int64 [B] beside them.
+    `labels` int64 [B] beside them. `samples` [B] says which ones these are of the loader's N,
+    whose array rows are `array_rows` [N].
     """
 
-    __slots__ = ("_array_rows", "_samples", "features", "labels")
-
-    def __init__(
-        self, features: Tensor, labels: Tensor, samples: RowArray, array_rows: RowArray
-    ) -> None:
-        """`samples` [B] says which ones these are of the loader's N, whose rows are given, too."""
-        self.features = features
-        self.labels = labels
-        self._samples = samples
-        self._array_rows = array_rows
+    features: Tensor
+    labels: Tensor
+    samples: RowArray
+    array_rows: RowArray
 
     @property
     def rows(self) -> Tensor:
@@ -88,7 +72,7 @@ class Batch:
 
         Looked up when asked for, which most training never does.
         """
-        return torch.from_numpy(self._array_rows[self._samples])
+        return torch.from_numpy(self.array_rows[self.samples])
 
 
 # Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, places [n, T] of
@@ -158,24 +142,21 @@ def choose_holding(nbytes: int, available: int | None = None, *, mappable: bool 
     """
     free = available_memory() if available is None else available
     holding: Holding = "streamed"
+    share = MAPPED_SHARE if mappable else RESIDENT_SHARE
     if nbytes <= RESIDENT_SHARE * free:
-        holding = "resident"
-    elif nbytes <= MAPPED_SHARE * free and mappable:
+        holding, share = "resident", RESIDENT_SHARE
+    elif mappable and nbytes <= MAPPED_SHARE * free:
         holding = "mapped"
-    within = holding != "streamed"
-    share = MAPPED_SHARE if mappable and holding != "resident" else RESIDENT_SHARE
+    how = {
+        "resident": "held in memory",
+        "mapped": "read from memory-mapped files",
+        "streamed": "streamed from files, shuffled in blocks",
+    }[holding]
+    within = "exceed" if holding == "streamed" else "are within"
     log.info(
         "features: %s; %.1f MB %s %d %% of the %.0f MB of memory that is free%s",
-        {
-            "resident": "held in memory",
-            "mapped": "read from memory-mapped files",
-            "streamed": "streamed from files, shuffled in blocks",
-        }[holding],
-        nbytes / 1e6,
-        "are within" if within else "exceed",
-        round(100 * share),
-        free / 1e6,
-        "" if mappable or within else ", and the store is not one that is mapped",
+        *(how, nbytes / 1e6, within, round(100 * share), free / 1e6),
+        "" if mappable or holding != "streamed" else ", and the store is not one that is mapped",
     )
     return holding
 

@@ -4,7 +4,7 @@ For stores that no memory holds. Blocks of two megabytes are read in random orde
 disk reads large pieces, and a pool of them is shuffled as a whole: with the usual sizes a batch
 comes from some 60 places of the store. A thread reads the next pool while one is used.
 
-Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames of a clip.
+Dimension letters as in `featstore.batches.loader`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,6 @@ class BatchMemory:
 class StreamedFeatures:
     """Features of array rows `rows` in the files of `store`; stands in for float16 [N, V, F, D].
 
-    In a store of another tier for [N, V, F, *item] in its type.
-
     `memory` is what two pools take, in bytes; a pool has one row at least.
     """
 
@@ -97,7 +95,7 @@ class StreamedFeatures:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, V, F, D), (N, V, F, *item) of a tier."""
+        """(N, V, F, D)."""
         return (len(self.rows), *self.store.schema.row_shape)
 
     @property
@@ -202,10 +200,8 @@ class ShuffledBlocks:
         schema = self._store.schema
         if len(self._buffers) < 2:
             self._buffers.append(np.empty((len(rows), *schema.row_shape), schema.dtype))
-            buffer = self._buffers[-1]
         else:
-            buffer = self._buffers[0]
-            self._buffers.reverse()
-        filled = buffer[: len(rows)]
+            self._buffers.reverse()  # the one that is not in use comes last
+        filled = self._buffers[-1][: len(rows)]
         self._store.read_into(rows, filled)
         return torch.from_numpy(filled).view(-1, math.prod(schema.item))

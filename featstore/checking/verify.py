@@ -68,10 +68,10 @@ def verify(
 ) -> Report:
     """Check the store: metadata, commit entries, sizes of all files; `deep` reads every byte.
 
-    Deep also checks every chunk's and every row's checksum, and that rows of floating point
-    numbers are finite exactly where their status is ok. Without it, damage that an earlier deep
-    check noted beside the store and that was not repaired since is told again. Raises UserError
-    when the store's metadata cannot be used at all.
+    A deep check compares the checksum of every chunk and every row, and finds rows of floating
+    point numbers that are not finite exactly where their status is ok. Any other check reports
+    again what an earlier deep one noted beside the store, unless that was repaired. Raises
+    UserError when the store's metadata cannot be used at all.
     """
     path = Path(store_path)
     metadata = read_metadata(path)
@@ -87,7 +87,8 @@ def verify(
                 pending.append(tar)
                 continue
             partitions += 1
-            status = _status(files, tar, commit)
+            files.check_shard(tar, commit)
+            status = files.numbers("status", tar)[: commit.rows]
             rows_ok += int(np.count_nonzero(status == STATUS_OK))
             rows_failed += int(np.count_nonzero(status == STATUS_FAILED))
             if deep:
@@ -96,10 +97,9 @@ def verify(
                 files.check_small_sizes(tar)
             if tar in noted:
                 damaged.append(Damage(tar, f"{noted[tar]} (found by an earlier deep check)"))
-        except DamagedPartition as error:
-            damaged.append(Damage(tar, one_line(error.what)))
         except (WorkError, UserError) as error:
-            damaged.append(Damage(tar, one_line(error)))
+            what = error.what if isinstance(error, DamagedPartition) else error
+            damaged.append(Damage(tar, one_line(what)))
         progress(tar + 1, metadata.schema.tars, damaged=len(damaged))
     damaged += [
         Damage(f"{name}/zarr.json", reason) for name, reason in wrong_attributes(path, metadata)
@@ -133,12 +133,6 @@ def note_partitions(path: Path, deep: bool, damaged: Mapping[int, str]) -> Path 
             *(note_path(path), error.strerror, where or "that file"),
         )
         return None
-
-
-def _status(files: ChunkFiles, tar: int, commit: Commit) -> npt.NDArray[np.uint8]:
-    files.check_shard(tar, commit)
-    status: npt.NDArray[np.uint8] = files.numbers("status", tar)[: commit.rows]
-    return status
 
 
 def _check_bytes(

@@ -44,11 +44,6 @@ def convert(
             source.require_complete("compress")
         schema = replace(made.schema, codec=codec)
         scale = read_scale(source.files)
-        writer = source.rewritten(folder, schema, made.provenance, scale)
-        tars = list(source.store.partitions())
-        for number, tar in enumerate(tars):
-            same = source.shard(tar) if codec == made.schema.codec else None
-            writer.write_partition(tar, source.partition(tar), same)
-            progress(number + 1, len(tars))
-        after = sum(writer.file("features", tar).stat().st_size for tar in tars)
-        return Converted(str(out), codec, len(tars), len(source.store), source.bytes(), after)
+        after = source.rewrite(folder, schema, made.provenance, scale, progress)
+        tars, rows = len(list(source.store.partitions())), len(source.store)
+        return Converted(str(out), codec, tars, rows, source.bytes(), after)

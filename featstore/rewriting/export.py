@@ -18,10 +18,10 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,18 +32,14 @@ from featstore.files.exchange import new_folder
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
-from featstore.rewriting.export_rows import Rows, read_rows
 from featstore.rewriting.source import claimed_source
 
 EXPORT_FILE: Final = "export.json"
-EXPORT_VERSION: Final = 1
 # A file that other tools load at once, and the most that an export holds in memory.
 TARGET_FILE_BYTES: Final = 256 * 2**20
-_NAMED: Final = 10  # classes that an error lists
 
-
-# A writer gets the folder, the file's number, its rows and the store; it returns its files' names.
-Writer = Callable[[Path, str, Rows, Store], Sequence[str]]
+Columns: TypeAlias = dict[str, Any]
+Files: TypeAlias = Mapping[str, bytes | memoryview]
 
 
 @dataclass(frozen=True)
@@ -83,46 +79,74 @@ def export(
         store = source.store
         source.require_complete("export")
         chosen = _chosen(store, split, classes)
-        ok = store.status[store.positions(chosen)] == STATUS_OK
-        rows, failed = chosen[ok], chosen[~ok]
+        at = store.positions(chosen)
+        ok = store.status[at] == STATUS_OK
+        rows, failed = chosen[ok], at[~ok]
         if not len(rows):
             raise UserError(
                 f"{path} has no row to export: {len(failed)} were asked for and failed; "
                 "`mote-cli inspect` lists the reasons"
             )
-        write = WRITERS[format]()
+        step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
+        count = -(-len(rows) // step)
+        reasons = store.reasons if len(failed) else []
         with new_folder(out, store=False) as folder:
             make_folder(folder)
-            files = _write_files(store, rows, rows_per_file, folder, write, progress)
+            files = []
+            for number in range(count):
+                part = rows[number * step : (number + 1) * step]
+                digests = {}
+                for name, data in WRITERS[format](_columns(store, part), store).items():
+                    stem, ending = name.split(".")
+                    name = f"{stem}-{number:05d}-of-{count:05d}.{ending}"
+                    write_bytes(folder / name, data)
+                    digests[name] = hashlib.sha256(data).hexdigest()
+                    del data  # memory holds the rows of one file
+                files.append({"rows": len(part), "sha256": digests})
+                progress(number * step + len(part), len(rows))
             for prompt_set in store.prompt_sets:
-                data = io.BytesIO()
-                np.save(data, store.class_text(prompt_set).embeddings)
-                write_bytes(folder / f"class_text-{prompt_set}.npy", data.getvalue())
-            write_json(
-                folder / EXPORT_FILE, _summary(store, format, split, classes, rows, failed, files)
-            )
+                text = _npy_bytes(store.class_text(prompt_set).embeddings)
+                write_bytes(folder / f"class_text-{prompt_set}.npy", text)
+            summary = {
+                "format": f"mote-export-{format}",
+                "format_version": 1,
+                "split": split,
+                "classes": None if classes is None else list(classes),
+                "rows": len(rows),
+                "row_shape": list(store.schema.row_shape),
+                "failed_left_out": [{"key": store.keys[i], "reason": reasons[i]} for i in failed],
+                "files": files,
+                "class_names": store.class_names,
+                "raw_class_names": store.raw_class_names,
+                "split_names": store.split_names,
+                "prompt_sets": store.prompt_sets,
+                "provenance": store.provenance.to_json(),
+            }
+            write_json(folder / EXPORT_FILE, summary)
             size = sum(file.stat().st_size for file in folder.iterdir())
     return Exported(str(out), format, len(rows), len(failed), len(files), size)
 
 
-def _write_files(
-    store: Store,
-    rows: RowArray,
-    rows_per_file: int | None,
-    folder: Path,
-    write: Writer,
-    progress: ProgressSink,
-) -> list[dict[str, Any]]:
-    """Write the rows a file at a time; returns what `export.json` says of each file."""
-    step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
-    count = -(-len(rows) // step)
-    files = []
-    for number in range(count):
-        part = read_rows(store, rows[number * step : (number + 1) * step])
-        names = write(folder, f"{number:05d}-of-{count:05d}", part, store)
-        files.append(_listed(folder, names, len(part.key)))
-        progress(min((number + 1) * step, len(rows)), len(rows))
-    return files
+def _columns(store: Store, rows: RowArray) -> Columns:
+    """All columns of array rows [n] that are ok, by name.
+
+    `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `frame_index` int32 [n, V, F];
+    `pts` float64 [n, V, F] seconds; `features` float16 [n, V, F, D], of a tier its items in its
+    type; `key`, `class_name` and `splits` are lists of n.
+    """
+    at = store.positions(rows)
+    members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
+    return {
+        "key": [store.keys[i] for i in at],
+        "class_name": [store.class_names[label] for label in store.labels[at]],
+        "splits": [[name for name, of in members.items() if of[i]] for i in range(len(rows))],
+        "label": store.labels[at],
+        "num_frames": store.num_frames[at],
+        "fps": store.fps[at],
+        "frame_index": store.frame_index(rows),
+        "pts": store.pts(rows),
+        "features": store.features(rows),
+    }
 
 
 def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> RowArray:
@@ -130,18 +154,13 @@ def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> R
     if classes is None:
         return rows
     labels = set()
+    names = list(zip(store.class_names, store.raw_class_names, strict=True))
     for name in classes:
-        found = {
-            label
-            for names in (store.class_names, store.raw_class_names)
-            for label, known in enumerate(names)
-            if known == name
-        }
+        found = {label for label, known in enumerate(names) if name in known}
         if not found:
             raise UserError(f"{store.path} has no class {name!r}: {_nearest(name, store)}")
         labels |= found
-    wanted = np.isin(store.labels[store.positions(rows)], sorted(labels))
-    chosen: RowArray = rows[wanted]
+    chosen: RowArray = rows[np.isin(store.labels[store.positions(rows)], sorted(labels))]
     return chosen
 
 
@@ -151,73 +170,26 @@ def _nearest(name: str, store: Store) -> str:
     meant = difflib.get_close_matches(name.lower(), names, n=3)
     if meant:
         return f"did you mean {' or '.join(repr(names[found]) for found in meant)}?"
-    more = len(store.class_names) - _NAMED
-    return f"it has {', '.join(map(repr, store.class_names[:_NAMED]))}" + (
+    more = len(store.class_names) - 10
+    return f"it has {', '.join(map(repr, store.class_names[:10]))}" + (
         f" and {more} more" if more > 0 else ""
     )
 
 
-def _summary(
-    store: Store,
-    format: str,
-    split: str | None,
-    classes: Sequence[str] | None,
-    rows: RowArray,
-    failed: RowArray,
-    files: list[dict[str, Any]],
-) -> dict[str, Any]:
-    at = store.positions(failed)
-    reasons = store.reasons if len(at) else []
-    return {
-        "format": f"mote-export-{format}",
-        "format_version": EXPORT_VERSION,
-        "split": split,
-        "classes": None if classes is None else list(classes),
-        "rows": len(rows),
-        "row_shape": list(store.schema.row_shape),
-        "failed_left_out": [{"key": store.keys[i], "reason": reasons[i]} for i in at],
-        "files": files,
-        "class_names": store.class_names,
-        "raw_class_names": store.raw_class_names,
-        "split_names": store.split_names,
-        "prompt_sets": store.prompt_sets,
-        "provenance": store.provenance.to_json(),
-    }
-
-
-def _listed(folder: Path, names: Sequence[str], rows: int) -> dict[str, Any]:
-    digests = {}
-    for name in names:
-        with open(folder / name, "rb") as file:
-            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"rows": rows, "sha256": digests}
-
-
-def _safetensors() -> Writer:
+def _safetensors(columns: Columns, store: Store) -> Files:
     from safetensors.numpy import save
 
-    def write(folder: Path, number: str, rows: Rows, store: Store) -> Sequence[str]:
-        name = f"features-{number}.safetensors"
-        tensors: dict[str, npt.NDArray[Any]] = {
-            "features": rows.features,
-            "label": rows.label,
-            "num_frames": rows.num_frames,
-            "fps": rows.fps,
-            "frame_index": rows.frame_index,
-            "pts": rows.pts,
-        }
-        # The format's metadata holds texts only.
-        texts = {
-            "key": rows.key,
-            "splits": rows.splits,
-            "class_names": store.class_names,
-            "provenance": store.provenance.to_json(),
-        }
-        metadata = {name: json.dumps(value) for name, value in texts.items()}
-        write_bytes(folder / name, _in_order(save(tensors, metadata)))
-        return [name]
-
-    return write
+    names = ("features", "label", "num_frames", "fps", "frame_index", "pts")
+    # The format's metadata holds texts only.
+    texts = {
+        "key": columns["key"],
+        "splits": columns["splits"],
+        "class_names": store.class_names,
+        "provenance": store.provenance.to_json(),
+    }
+    metadata = {name: json.dumps(value) for name, value in texts.items()}
+    file = save({name: columns[name] for name in names}, metadata)
+    return {"features.safetensors": _in_order(file)}
 
 
 def _in_order(file: bytes) -> bytes:
@@ -232,39 +204,36 @@ def _in_order(file: bytes) -> bytes:
     return b"".join([len(header).to_bytes(8, "little"), header, memoryview(file)[end:]])
 
 
-def _npy() -> Writer:
-    def write(folder: Path, number: str, rows: Rows, store: Store) -> Sequence[str]:
-        names = []
-        for column in ("features", "frame_index", "pts"):
-            data = io.BytesIO()
-            np.save(data, getattr(rows, column))
-            names.append(f"{column}-{number}.npy")
-            write_bytes(folder / names[-1], data.getbuffer())
-        text = io.StringIO(newline="")
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["key", "label", "class_name", "splits", "num_frames", "fps"])
-        for i, key in enumerate(rows.key):
-            facts = (int(rows.label[i]), rows.class_name[i], ";".join(rows.splits[i]))
-            table.writerow([key, *facts, int(rows.num_frames[i]), float(rows.fps[i])])
-        names.append(f"rows-{number}.csv")
-        write_bytes(folder / names[-1], text.getvalue().encode())
-        return names
-
-    return write
+def _npy(columns: Columns, store: Store) -> Files:
+    arrays = ("features", "frame_index", "pts")
+    files = {f"{name}.npy": _npy_bytes(columns[name]) for name in arrays}
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    names = ("key", "label", "class_name", "splits", "num_frames", "fps")
+    table.writerow(names)
+    splits = [";".join(of) for of in columns["splits"]]
+    numbers = [columns[name].tolist() for name in ("label", "num_frames", "fps")]
+    for key, label, name, of, frames, fps in zip(
+        columns["key"], numbers[0], columns["class_name"], splits, *numbers[1:], strict=True
+    ):
+        table.writerow([key, label, name, of, frames, fps])
+    return {**files, "rows.csv": text.getvalue().encode()}
 
 
-def _parquet() -> Writer:
+def _npy_bytes(array: npt.NDArray[Any]) -> memoryview:
+    data = io.BytesIO()
+    np.save(data, array)
+    return data.getbuffer()
+
+
+def _parquet(columns: Columns, store: Store) -> Files:
     from featstore.rewriting.parquet import table_bytes
 
-    def write(folder: Path, number: str, rows: Rows, store: Store) -> Sequence[str]:
-        name = f"features-{number}.parquet"
-        write_bytes(folder / name, table_bytes(rows, store))
-        return [name]
-
-    return write
+    return {"features.parquet": table_bytes(columns, store)}
 
 
-WRITERS: Final[dict[str, Callable[[], Writer]]] = {
+# Each writes the columns of one file's rows; names are those of the files without their number.
+WRITERS: Final[dict[str, Callable[[Columns, Store], Files]]] = {
     "safetensors": _safetensors,
     "parquet": _parquet,
     "npy": _npy,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from featstore.errors import UserError
@@ -69,9 +70,18 @@ def add_tars(
             )
         entries = tuple(tars)
         places = _places(path, old, entries)
-        _require_continued(path, "class names", old.class_names, class_names)
-        _require_continued(path, "raw class names", old.raw_class_names, raw_class_names)
-        _require_continued(path, "splits", old.split_names, split_names)
+        for what, had, has in (
+            ("class names", old.class_names, class_names),
+            ("raw class names", old.raw_class_names, raw_class_names),
+            ("splits", old.split_names, split_names),
+        ):
+            for number, (before, now) in enumerate(zip_longest(had, has, fillvalue="")):
+                if number < len(had) and before != now:
+                    raise UserError(
+                        f"{what} of the data set do not continue those of {path}: number {number} "
+                        f"was {before!r}, is {now!r}, and labels would change; new ones may come "
+                        "at the end only, so extract the data set as a new store"
+                    )
         metadata = replace(
             old,
             schema=replace(old.schema, tars=len(entries)),
@@ -167,15 +177,3 @@ def _places(path: Path, old: StoreMetadata, entries: Sequence[TarEntry]) -> dict
                 f"{old.schema.capacity} or less, or extract the data set as a new store"
             )
     return places
-
-
-def _require_continued(path: Path, what: str, old: Sequence[str], new: Sequence[str]) -> None:
-    if list(new[: len(old)]) == list(old):
-        return
-    pairs = enumerate(zip(old, [*new, *[""] * len(old)], strict=False))
-    number, (had, has) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
-    raise UserError(
-        f"{what} of the data set do not continue those of {path}: number {number} was {had!r}, is "
-        f"{has!r}, and labels would change; new ones may come at the end only, so extract the "
-        "data set as a new store"
-    )

@@ -20,7 +20,6 @@ from featstore.format.provenance import Provenance
 from featstore.format.schema import MAX_SPLITS
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.rewriting.source import SourceStore, claimed_source
-from featstore.writing.partition import Partition
 from featstore.writing.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -70,7 +69,11 @@ def merge(
         for source in sources:
             source.require_complete("merge")
         classes = _united_classes(sources)
-        splits = _united_splits(sources)
+        splits = list(dict.fromkeys(n for source in sources for n in source.metadata.split_names))
+        if len(splits) > MAX_SPLITS:
+            raise UserError(
+                f"the stores have {len(splits)} splits together, at most {MAX_SPLITS} fit"
+            )
         prefixes = _prefixes(sources, prefix_keys)
         texts, left_out = _united_texts(sources, tuple(classes))
         # The sizes of the store whose partitions are largest, for all tars.
@@ -87,7 +90,24 @@ def merge(
         )
         folder = stack.enter_context(new_folder(out))
         writer = StoreWriter.init(folder, metadata, texts)
-        linked = _write(writer, sources, prefixes, list(classes), splits, progress)
+        linked = number = 0
+        label_of = {name: label for label, name in enumerate(classes)}
+        for source, prefix in zip(sources, prefixes, strict=True):
+            made = source.metadata
+            labels = np.array([label_of[name] for name in made.class_names], np.int32)
+            bits = [splits.index(name) for name in made.split_names]
+            same = replace(made.schema, tars=len(tars)) == metadata.schema
+            for tar in range(made.schema.tars):
+                partition = source.partition(tar)
+                partition = replace(
+                    partition,
+                    key=[prefix + key for key in partition.key],
+                    label=labels[partition.label],
+                    splits=_moved_bits(partition.splits, bits),
+                )
+                writer.write_partition(number, partition, source.shard(tar) if same else None)
+                linked, number = linked + same, number + 1
+                progress(number, len(tars))
     return Merged(
         store=str(out),
         stores=tuple(map(str, paths)),
@@ -101,38 +121,11 @@ def merge(
     )
 
 
-def _write(
-    writer: StoreWriter,
-    sources: Sequence[SourceStore],
-    prefixes: Sequence[str],
-    classes: list[str],
-    splits: Sequence[str],
-    progress: ProgressSink,
-) -> int:
-    linked = number = 0
-    for source, prefix in zip(sources, prefixes, strict=True):
-        schema = source.metadata.schema
-        labels = np.array([classes.index(name) for name in source.metadata.class_names], np.int32)
-        bits = [splits.index(name) for name in source.metadata.split_names]
-        same = replace(schema, tars=writer.schema.tars) == writer.schema
-        for tar in range(schema.tars):
-            partition = source.partition(tar)
-            partition = replace(
-                partition,
-                key=[prefix + key for key in partition.key],
-                label=labels[partition.label],
-                splits=_moved_bits(partition, bits),
-            )
-            writer.write_partition(number, partition, source.shard(tar) if same else None)
-            linked, number = linked + same, number + 1
-            progress(number, writer.schema.tars)
-    return linked
-
-
-def _moved_bits(partition: Partition, bits: Sequence[int]) -> npt.NDArray[np.uint32]:
-    moved = np.zeros_like(partition.splits)
+def _moved_bits(splits: npt.NDArray[np.uint32], bits: Sequence[int]) -> npt.NDArray[np.uint32]:
+    """Splits [n] as bits, bit i of them as bit `bits[i]`."""
+    moved = np.zeros_like(splits)
     for old, new in enumerate(bits):
-        moved |= (partition.splits >> np.uint32(old) & np.uint32(1)) << np.uint32(new)
+        moved |= (splits >> np.uint32(old) & np.uint32(1)) << np.uint32(new)
     return moved
 
 
@@ -185,13 +178,6 @@ def _united_classes(sources: Sequence[SourceStore]) -> dict[str, str]:
         for name, raw in zip(names, source.metadata.raw_class_names, strict=True):
             classes.setdefault(name, raw)
     return classes
-
-
-def _united_splits(sources: Sequence[SourceStore]) -> list[str]:
-    splits = list(dict.fromkeys(n for source in sources for n in source.metadata.split_names))
-    if len(splits) > MAX_SPLITS:
-        raise UserError(f"the stores have {len(splits)} splits together, at most {MAX_SPLITS} fit")
-    return splits
 
 
 def _prefixes(sources: Sequence[SourceStore], prefix_keys: bool) -> list[str]:

@@ -70,21 +70,19 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
                 "`mote-cli store convert --codec zstd` makes it smaller without loss"
             )
         source.require_complete("quantise")
-        steps = 3 * made.schema.tars
-        writer = source.rewritten(
+        tars = made.schema.tars
+        steps = 3 * tars
+        after = source.rewrite(
             folder,
             replace(made.schema, feature_type="int8"),
             replace(made.provenance, quantised=QUANTISED),
             _scale(source, progress, steps),
+            lambda done, total, **details: progress(tars + done, steps),
         )
-        for tar in range(made.schema.tars):
-            writer.write_partition(tar, source.partition(tar))
-            progress(made.schema.tars + tar + 1, steps)
-        after = sum(writer.file("features", tar).stat().st_size for tar in range(made.schema.tars))
         errors, agreement = _cost(source, folder, progress, steps)
         return Quantised(
             store=str(out),
-            tars=made.schema.tars,
+            tars=tars,
             rows=len(source.store),
             bytes_before=source.bytes(),
             bytes_after=after,
@@ -125,7 +123,8 @@ def _cost(
         total, frames = total + float(error.sum()), frames + error.size
         largest, rows = max(largest, float(error.max(initial=0))), rows + len(before)
         for name, text in texts.items():
-            answers = [_top1(unit, text.embeddings) for unit in (one, two)]
+            # Class of the mean over views and frames, int64 [n].
+            answers = [(u.mean((1, 2)) @ text.embeddings.T).argmax(-1) for u in (one, two)]
             counts[name] += [
                 np.count_nonzero(answers[0] == answers[1]),
                 np.count_nonzero(answers[0] == labels),
@@ -154,9 +153,3 @@ def _unit(features: HalfArray) -> npt.NDArray[np.float64]:
     length = np.linalg.norm(wide, axis=-1, keepdims=True)
     unit: npt.NDArray[np.float64] = wide / np.where(length > 0, length, 1)
     return unit
-
-
-def _top1(unit: npt.NDArray[np.float64], texts: FloatArray) -> npt.NDArray[np.int64]:
-    """Class of the mean over views and frames of unit embeddings [n, V, F, D], int64 [n]."""
-    answer: npt.NDArray[np.int64] = (unit.mean((1, 2)) @ texts.T).argmax(-1)
-    return answer

@@ -19,6 +19,7 @@ from featstore.format.metadata import StoreMetadata, read_metadata
 from featstore.format.provenance import Provenance
 from featstore.format.schema import SMALL_ARRAYS, FloatArray, StoreSchema
 from featstore.opening import open_store
+from featstore.progress import ProgressSink
 from featstore.reading.chunk_files import ChunkFiles
 from featstore.reading.store import Store
 from featstore.writing.partition import Partition
@@ -41,11 +42,9 @@ class SourceStore:
         values: dict[str, Any] = {}
         for name in SMALL_ARRAYS:
             spec = self.files.specs[name]
-            if name == "checksum":
-                continue
             if spec.dtype == "string":
                 values[name] = self.files.texts(name, tar)[:rows]
-            else:
+            elif name != "checksum":
                 chunk: npt.NDArray[Any] = self.files.numbers(name, tar)[:rows]
                 values[name] = chunk.astype(spec.numpy_dtype.newbyteorder("="))
         features = self.store.features(np.arange(first, first + rows))
@@ -59,15 +58,27 @@ class SourceStore:
         """The class texts by prompt set."""
         return {name: self.store.class_text(name) for name in self.store.prompt_sets}
 
-    def rewritten(
-        self, folder: Path, schema: StoreSchema, provenance: Provenance, scale: FloatArray | None
-    ) -> StoreWriter:
-        """A new store in `folder` of the same tars, names and class texts, still without rows.
+    def rewrite(
+        self,
+        folder: Path,
+        schema: StoreSchema,
+        provenance: Provenance,
+        scale: FloatArray | None,
+        progress: ProgressSink,
+    ) -> int:
+        """Make a store of the same partitions and class texts in `folder`.
 
-        `scale` float32 [D] is that of int8 features. Errors as `StoreWriter.init`.
+        `scale` float32 [D] is that of int8 features. Returns the bytes of its features files.
+        Errors as `StoreWriter.init` and `partition`.
         """
         metadata = replace(self.metadata, schema=schema, provenance=provenance)
-        return StoreWriter.init(folder, metadata, self.texts(), scale)
+        writer = StoreWriter.init(folder, metadata, self.texts(), scale)
+        tars = list(self.store.partitions())
+        for number, tar in enumerate(tars):
+            same = self.shard(tar) if schema == self.metadata.schema else None
+            writer.write_partition(tar, self.partition(tar), same)
+            progress(number + 1, len(tars))
+        return sum(writer.file("features", tar).stat().st_size for tar in tars)
 
     def bytes(self) -> int:
         """Bytes of the features files of all committed partitions."""

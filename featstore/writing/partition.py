@@ -80,19 +80,14 @@ class Partition:
             if np.any(self.features.written == failed):
                 raise ValueError("the samples that are ok, and no others, have their features put")
         else:
-            self._check_features(failed)
+            wrong = not_finite(self.features) & ~failed
+            if wrong.any():
+                raise WorkError(
+                    f"features of {self.key[int(wrong.argmax())]} are not finite in float16: the "
+                    "encoder overflows; use --precision fp32 or check the weights"
+                )
+            for row in (self.features[i] for i in np.flatnonzero(failed)):
+                if not (np.isnan(row) if row.dtype.kind == "f" else row == 0).all():
+                    raise ValueError("a failed sample has features NaN, or 0 where there is no NaN")
         if np.any(self.frame_index[failed] != -1):
             raise ValueError("a failed sample has frame_index -1")
-
-    def _check_features(self, failed: npt.NDArray[np.bool_]) -> None:
-        assert not isinstance(self.features, FeatureRows)
-        wrong = not_finite(self.features) & ~failed
-        if wrong.any():
-            key = self.key[int(np.flatnonzero(wrong)[0])]
-            raise WorkError(
-                f"features of {key} are not finite in float16: the encoder overflows; "
-                "use --precision fp32 or check the weights"
-            )
-        for row in (self.features[i] for i in np.flatnonzero(failed)):
-            if not (np.isnan(row) if row.dtype.kind == "f" else row == 0).all():
-                raise ValueError("a failed sample has features NaN, or 0 where there is no NaN")

@@ -1,7 +1,5 @@
 """The files of a partition: chunks of the small arrays, and a features shard in the making.
 
-Rows of features are put at their places one by one, in any order, or all at once.
-
 A row of frames or tokens takes megabytes and a partition of them hundreds, while a row of
 embeddings takes kilobytes. A plain shard is dense, so that the place of a row in it is known before
 any other row is there, and the checksum of a chunk follows from those of its rows. So rows go
@@ -14,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def compressed_shard(schema: StoreSchema, features: FeatureArray) -> bytes:
     return encoded
 
 
-class FeatureRows:
+class FeatureRows(AbstractContextManager["FeatureRows"]):
     """The features of one partition; it stands in for the array [rows, V, F, *item] as stored.
 
     A context manager: what was not placed when it ends is removed. After kill -9 the next claim of
@@ -119,12 +118,11 @@ class FeatureRows:
         chunks = -(-rows // schema.chunk_rows)
         missing = schema.arrays()["features"].missing
         empty = np.full(schema.row_shape, missing, self.dtype.newbyteorder("<"))
-        padded = np.full(chunks * schema.chunk_rows, crc32c(empty), np.uint32)
-        padded[:rows][self.written] = self._checksums[self.written]
-        lacking = np.ones(len(padded), np.bool_)
-        lacking[:rows] = ~self.written
+        written = np.pad(self.written, (0, chunks * schema.chunk_rows - rows))
+        padded = np.full(len(written), crc32c(empty), np.uint32)
+        padded[written] = self._checksums[self.written]
         # What was never written reads as zeros.
-        for position in np.flatnonzero(lacking).tolist() if missing != 0 else ():
+        for position in np.flatnonzero(~written).tolist() if missing != 0 else ():
             self._write(empty, self._place(position))
         body = schema.chunk_bytes
         for number, checksum in enumerate(
@@ -151,9 +149,6 @@ class FeatureRows:
         if not self._file.closed:
             self._file.close()
             self._partial.unlink(missing_ok=True)
-
-    def __enter__(self) -> FeatureRows:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -179,7 +179,10 @@ class StoreWriter(PartitionWriter):
         """
         self._check_fits(tar, partition)
         paths = {name: self._files.make_way(name, tar) for name in PARTITION_ARRAYS}
-        began = self._time_after_earlier(tar)
+        try:
+            earlier = self._files.commit(tar)
+        except WorkError:
+            earlier = None  # a damaged entry is equal to no sound one
         # Where the disk is full, what was there stays.
         with self._shard(paths["features"], partition.features, shard) as (checksums, put_features):
             for name in ("commit", "features"):
@@ -204,7 +207,8 @@ class StoreWriter(PartitionWriter):
             rows=len(partition.key),
             checksum_crc32c=crc32c(checksums),
             features_bytes=paths["features"].stat().st_size,
-            unix_time=max(began, int(time.time())),
+            # A new entry is never equal to the one before it.
+            unix_time=max(earlier.unix_time + 1 if earlier else 0, int(time.time())),
         )
         write_chunk(paths["commit"], self._files.specs["commit"], np.array([commit], np.uint64))
 
@@ -257,14 +261,6 @@ class StoreWriter(PartitionWriter):
             if swept:
                 log.info("%s: removed %d files of interrupted writes", self.path, swept)
             yield
-
-    def _time_after_earlier(self, tar: int) -> int:
-        """A time later than that of the partition's commit entry: a new entry is never equal."""
-        try:
-            earlier = self._files.commit(tar)
-        except WorkError:
-            return 0  # a damaged entry is equal to no sound one
-        return 0 if earlier is None else earlier.unix_time + 1
 
     def _check_fits(self, tar: int, partition: Partition) -> None:
         if not 0 <= tar < self.schema.tars:

@@ -16,10 +16,9 @@ from typing import Any, Final
 
 import torch
 
-from featstore.batches.loader import available_memory
 from featstore.errors import UserError, WorkError
 from featstore.files.locks import exclusive
-from featstore.files.machine import peak_rss_mb
+from featstore.files.machine import available_memory, peak_rss_mb
 from featstore.progress import ProgressSink, no_progress
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel, TrainingStep
