@@ -77,7 +77,7 @@ class BatchMemory:
         fresh: FeatureArray = np.empty((count * clip, math.prod(item)), self._dtype)
         piece = fresh.reshape(shape), torch.from_numpy(fresh)
         batch = torch.from_numpy(piece[0])
-        if len(self._pieces) < 4:  # somebody who keeps batches does not make us keep them
+        if len(self._pieces) < 4:  # a caller who keeps its batches does not fill the memory
             self._pieces.append(piece)
         return batch, piece[1]
 
@@ -164,20 +164,15 @@ class ShuffledBlocks:
         for begin in range(0, len(places), count):
             part = places[begin : begin + count]
             batch, out = self._outputs.take(len(part), clip, self._store.schema.item)
-            self._gather(first + begin, part, out)
+            done = 0
+            while done < len(part):
+                pool, before = divmod(first + begin + done, self._size)
+                taken = min(len(part) - done, self._size - before)
+                index = torch.from_numpy(part[done : done + taken].reshape(-1))
+                target = out[done * clip : (done + taken) * clip]
+                torch.index_select(self._flat(pool), 0, index, out=target)
+                done += taken
             yield batch
-
-    def _gather(self, first: int, places: Places, out: Tensor) -> None:
-        """Fill `out` [B * T, D] with the frames at `places` [B, T] of samples first, ..."""
-        count, clip = places.shape
-        done = 0
-        while done < count:
-            pool, before = divmod(first + done, self._size)
-            taken = min(count - done, self._size - before)
-            index = places[done : done + taken].reshape(-1)
-            target = out[done * clip : (done + taken) * clip]
-            torch.index_select(self._flat(pool), 0, torch.from_numpy(index), out=target)
-            done += taken
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -44,6 +44,6 @@ def convert(
             source.require_complete("compress")
         schema = replace(made.schema, codec=codec)
         scale = read_scale(source.files)
-        after = source.rewrite(folder, schema, made.provenance, scale, progress)
+        sizes = source.rewrite(folder, schema, made.provenance, scale, progress)
         tars, rows = len(list(source.store.partitions())), len(source.store)
-        return Converted(str(out), codec, tars, rows, source.bytes(), after)
+        return Converted(str(out), codec, tars, rows, *sizes)

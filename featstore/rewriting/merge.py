@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -214,9 +214,8 @@ def _united_texts(
             "makes them again",
             name,
         )
-    return {name: _joined(name, [held[name] for held in texts], classes) for name in common}, (
-        left_out
-    )
+    joined = {name: _joined(name, [held[name] for held in texts], classes) for name in common}
+    return joined, left_out
 
 
 def _joined(prompt_set: str, texts: Sequence[ClassText], classes: tuple[str, ...]) -> ClassText:
@@ -242,7 +241,7 @@ def _joined(prompt_set: str, texts: Sequence[ClassText], classes: tuple[str, ...
 
 
 def _united_provenance(made: Sequence[Provenance]) -> Provenance:
-    fingerprints: Mapping[str, str] = {p.dataset_fingerprint: p.dataset for p in made}
+    fingerprints = dict.fromkeys(p.dataset_fingerprint for p in made)
     splits = {p.split for p in made}
     return replace(
         made[0],

@@ -72,7 +72,7 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
         source.require_complete("quantise")
         tars = made.schema.tars
         steps = 3 * tars
-        after = source.rewrite(
+        before, after = source.rewrite(
             folder,
             replace(made.schema, feature_type="int8"),
             replace(made.provenance, quantised=QUANTISED),
@@ -84,7 +84,7 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
             store=str(out),
             tars=tars,
             rows=len(source.store),
-            bytes_before=source.bytes(),
+            bytes_before=before,
             bytes_after=after,
             cosine_error_mean=errors[0],
             cosine_error_max=errors[1],

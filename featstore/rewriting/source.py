@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +66,11 @@ class SourceStore:
         provenance: Provenance,
         scale: FloatArray | None,
         progress: ProgressSink,
-    ) -> int:
+    ) -> tuple[int, int]:
         """Make a store of the same partitions and class texts in `folder`.
 
-        `scale` float32 [D] is that of int8 features. Returns the bytes of its features files.
-        Errors as `StoreWriter.init` and `partition`.
+        `scale` float32 [D] is that of int8 features. Returns the bytes of all features
+        files before and after. Errors as `StoreWriter.init` and `partition`.
         """
         metadata = replace(self.metadata, schema=schema, provenance=provenance)
         writer = StoreWriter.init(folder, metadata, self.texts(), scale)
@@ -78,11 +79,9 @@ class SourceStore:
             same = self.shard(tar) if schema == self.metadata.schema else None
             writer.write_partition(tar, self.partition(tar), same)
             progress(number + 1, len(tars))
-        return sum(writer.file("features", tar).stat().st_size for tar in tars)
-
-    def bytes(self) -> int:
-        """Bytes of the features files of all committed partitions."""
-        return sum(self.shard(tar).stat().st_size for tar in self.store.partitions())
+        files = (self.shard, partial(writer.file, "features"))
+        before, after = (sum(file(tar).stat().st_size for tar in tars) for file in files)
+        return before, after
 
     def require_complete(self, work: str) -> None:
         """WorkError with the remedy when a partition is missing."""

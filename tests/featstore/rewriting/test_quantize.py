@@ -43,8 +43,11 @@ def store(tmp_path: Path) -> Path:
 def test_a_compressed_store_holds_the_same(store: Path, tmp_path: Path, codec: str) -> None:
     made = tmp_path / "c.zarr"
     converted = convert(store, made, codec)
-    assert converted.bytes_before == SourceStore(store).bytes()
-    assert converted.bytes_after == SourceStore(made).bytes()
+    sizes = [
+        sum(file.stat().st_size for file in (path / "features" / "c").rglob("0") if file.is_file())
+        for path in (store, made)
+    ]
+    assert [converted.bytes_before, converted.bytes_after] == sizes
     same_partitions(store, made, {0: 0, 1: 1})
     report = verify(made, deep=True)
     assert (report.ok, report.rows_ok, report.rows_failed) == (True, 9, 2)
