@@ -125,6 +125,16 @@ class Store:
         """Numbers of the committed partitions, ascending."""
         return iter(sorted(self._commits))
 
+    def iter_partitions(self) -> Iterator[tuple[int, RowArray, FeatureArray]]:
+        """(number, array rows [n], features float16 [n, V, F, D]) of each partition, ascending.
+
+        One partition at a time is in memory. Errors as `features`.
+        """
+        for tar in self.partitions():
+            first = tar * self.schema.capacity
+            rows = np.arange(first, first + self._commits[tar].rows, dtype=np.int64)
+            yield tar, rows, self.features(rows)
+
     # What it lists
 
     def facts(self) -> dict[str, Any]:

@@ -71,6 +71,13 @@ class PyAVDecoder:
             damaged = _decode_chosen(media, survey, last)
             return replace(survey.info(media, last.frame), damaged_packets=damaged)
 
+    def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
+        """The frames `frame_indices` [n] as RGB uint8 [n, height, width, 3], in the order asked.
+
+        Any order and repeats are allowed. Raises `DecodeError` as `decode_with_info`.
+        """
+        return self.decode_with_info(source, lambda _: frame_indices)[1]
+
     def decode_with_info(
         self, source: Source, choose: ChooseFrames
     ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
