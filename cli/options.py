@@ -196,7 +196,7 @@ def known_device(name: str) -> str:
 
 
 def device(name: str) -> str:
-    """ "auto" becomes "cuda" where there is one; `UserError` for an unknown name."""
+    """The device that --device names, "cuda" for "auto" where there is one; else `UserError`."""
     from heads.arithmetic import resolve_device  # torch, which --help does without
 
     return resolve_device(name).type
@@ -239,15 +239,14 @@ def class_list(text: str) -> list[str]:
     return names
 
 
-def exit_code(failed: int, listed: int, max_failures: float, reasons: str) -> int:
-    """1 with one line on stderr when more videos failed than `--max-failures` allows, else 0.
+def require_few_failures(failed: int, listed: int, max_failures: float, reasons: str) -> None:
+    """End with one line and exit code 1 if more videos failed than `--max-failures` allows.
 
     `reasons` says where the reasons can be read.
     """
-    if failed <= max_failures * listed:
-        return 0
-    fail(
-        f"{failed} of {listed} videos failed, more than --max-failures {max_failures:g} allows: "
-        f"everything else is done; {reasons}, or allow more"
-    )
-    return 1
+    if failed > max_failures * listed:
+        fail(
+            f"{failed} of {listed} videos failed, more than --max-failures {max_failures:g} "
+            f"allows: everything else is done; {reasons}, or allow more"
+        )
+        raise typer.Exit(1)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from json import dumps
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from featstore.progress import ProgressSink, no_progress
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 PACKAGES = ("pipeline", "featstore", "heads", "cli")
 # Without a terminal a line every so often is enough to see that work goes on.
 PLAIN_INTERVAL_S = 10.0
 WHOLE_NAME = 32
 PLAIN_WIDTH = 200  # of tables without a terminal
+
+Shown = Mapping[str, Any] | Table | str
 
 # File names and class names may hold brackets: nothing that is printed is markup.
 results = Console(highlight=False, soft_wrap=True, markup=False)
@@ -65,64 +70,70 @@ def warn(message: str) -> None:
     messages.print(f"warning: {message}")
 
 
-def print_json(value: Any) -> None:
-    """Print the command's one JSON object on stdout, in ASCII: it must not need a locale."""
-    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+def report(
+    json: bool, value: Mapping[str, Any], shown: Mapping[str, Any] | Iterable[Shown]
+) -> None:
+    """Print what a command found: with --json the object `value`, in ASCII for any locale.
+
+    Without it `shown`: "name: value" lines of a mapping, tables, and single lines.
+    """
+    if json:
+        sys.stdout.write(dumps(value, allow_nan=False) + "\n")
+        return
+    for part in (shown,) if isinstance(shown, Mapping) else shown:
+        if isinstance(part, Mapping):
+            width = max(map(len, part), default=0)
+            for name, fact in part.items():
+                results.print(f"{name:<{width}}  {fact}")
+        elif isinstance(part, str) or results.is_terminal or "COLUMNS" in os.environ:
+            results.print(part)
+        else:  # a file or another program has no width to fold the words for
+            Console(highlight=False, width=PLAIN_WIDTH, markup=False).print(part)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on stdout; columns after the first are right-aligned.
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+    """A table to `report`; columns after the first are right-aligned.
 
     Names in the first column stay whole up to `WHOLE_NAME` letters.
     """
     cells = [[str(cell) for cell in row] for row in rows]
-    table = Table(title=title or None, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(
-            column,
-            justify="right" if number else "left",
-            overflow="fold",
-            min_width=min(WHOLE_NAME, max((len(row[0]) for row in cells), default=0))
-            if not number
-            else None,
-        )
+    made = Table(title=title or None, title_justify="left")
+    widest = max((len(row[0]) for row in cells), default=0)
+    made.add_column(columns[0], overflow="fold", min_width=min(WHOLE_NAME, widest))
+    for column in columns[1:]:
+        made.add_column(column, justify="right", overflow="fold")
     for row in cells:
-        table.add_row(*row)
-    if results.is_terminal or "COLUMNS" in os.environ:
-        results.print(table)
-    else:  # a file or another program has no width to fold the words for
-        Console(highlight=False, width=PLAIN_WIDTH, markup=False).print(table)
-
-
-def print_answer(json: bool, value: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Print what a command found: with --json the object `value`, otherwise the lines `facts`."""
-    if json:
-        print_json(value)
-    else:
-        print_facts(facts)
-
-
-def print_facts(facts: Mapping[str, Any]) -> None:
-    """Print "name: value" lines on stdout."""
-    width = max(map(len, facts), default=0)
-    for name, value in facts.items():
-        results.print(f"{name:<{width}}  {value}")
+        made.add_row(*row)
+    return made
 
 
 @contextmanager
 def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
-    """Show progress of one stage on stderr: a bar on a terminal, plain lines elsewhere."""
-    if _quiet:
-        yield no_progress
-    elif messages.is_terminal:
-        with _bar(what, unit) as sink:
-            yield sink
-    else:
-        yield _PlainLines(what, unit)
+    """Show progress of one stage on stderr: a bar on a terminal, elsewhere a line now and then."""
+    bar = _bar(what, unit) if messages.is_terminal and not _quiet else None
+    first: tuple[float, float] | None = None  # the rate counts from here: loading does not count
+    last = time.monotonic()
+
+    def sink(done: float, total: float, **details: float | int | str) -> None:
+        nonlocal first, last
+        now = time.monotonic()
+        done_before, began = first = first or (done, now)
+        rate = (done - done_before) / (now - began) if now > began else 0.0
+        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in details.items())
+        if bar is not None:
+            task = bar.task_ids[0]
+            bar.update(task, completed=int(done), total=int(total), rate=_speed(rate), details=told)
+        elif now - last >= PLAIN_INTERVAL_S:
+            last = now
+            left = f"{_duration((total - done) / rate)} left" if rate > 0 else ""
+            words = (f"{what}: {done:.0f}/{total:.0f} {unit}", _speed(rate), left, told)
+            messages.print(", ".join(filter(None, words)))
+
+    with bar or nullcontext():
+        yield no_progress if _quiet else sink
 
 
-@contextmanager
-def _bar(what: str, unit: str) -> Iterator[ProgressSink]:
+def _bar(what: str, unit: str) -> Progress:
     from rich import progress as bars  # only a terminal needs it; --help should not wait for it
 
     columns = (
@@ -135,60 +146,9 @@ def _bar(what: str, unit: str) -> Iterator[ProgressSink]:
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[details]}"),
     )
-    with bars.Progress(*columns, console=messages, transient=True) as progress:
-        task = progress.add_task(what, total=None, details="", rate="")
-        rate = _Rate()
-
-        def sink(done: float, total: float, **details: float | int | str) -> None:
-            per_second = rate.now(done)
-            progress.update(
-                task,
-                completed=int(done),
-                total=int(total),
-                rate=_speed(per_second),
-                details=_describe(details),
-            )
-
-        yield sink
-
-
-class _Rate:
-    """Units per second since the first report, so that loading a model does not count."""
-
-    def __init__(self) -> None:
-        self._first: tuple[float, float] | None = None
-
-    def now(self, done: float) -> float:
-        """The rate up to this report; 0 at the first."""
-        moment = time.monotonic()
-        if self._first is None:
-            self._first = (done, moment)
-        done_before, began = self._first
-        return (done - done_before) / (moment - began) if moment > began else 0.0
-
-
-class _PlainLines:
-    """A line at most every ten seconds: done, rate, time left, details."""
-
-    def __init__(self, what: str, unit: str) -> None:
-        self.what = what
-        self.unit = unit
-        self.rate = _Rate()
-        self.last = time.monotonic()
-
-    def __call__(self, done: float, total: float, **details: float | int | str) -> None:
-        rate = self.rate.now(done)
-        now = time.monotonic()
-        if now - self.last < PLAIN_INTERVAL_S:
-            return
-        self.last = now
-        words = [
-            f"{self.what}: {done:.0f}/{total:.0f} {self.unit}",
-            _speed(rate),
-            f"{_duration((total - done) / rate)} left" if rate > 0 else "",
-            _describe(details),
-        ]
-        messages.print(", ".join(filter(None, words)))
+    bar = bars.Progress(*columns, console=messages, transient=True)
+    bar.add_task(what, total=None, details="", rate="")
+    return bar
 
 
 def _speed(rate: float) -> str:
@@ -196,10 +156,6 @@ def _speed(rate: float) -> str:
     if rate <= 0:
         return ""
     return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-
-
-def _describe(details: dict[str, float | int | str]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in details.items())
 
 
 def _duration(seconds: float) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import options
-from cli.output import print_json, print_table, results
+from cli.output import Shown, report, table
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,23 +70,23 @@ def compare(
         found = published_beside(
             first.values, backbone or options.architecture(workspace, first.values)
         )
-    if json:
-        print_json(
-            {"a": str(first.path)}
-            | ({} if comparison is None else comparison.to_json())
-            | ({} if found is None else found)
-        )
-        return
+    value = {"a": str(first.path)} | ({} if comparison is None else comparison.to_json())
+    report(json, value | (found or {}), _shown(comparison, found))
+
+
+def _shown(comparison: Comparison | None, found: Mapping[str, Any] | None) -> Iterator[Shown]:
     if comparison is not None:
-        _print(comparison)
+        yield from _compared(comparison)
     if found is not None:
-        print_published(found)
+        yield from published_shown(found)
+        if not found["published"] and not found["nearest"]:
+            yield "no published figure is of this data set"
 
 
-def print_published(found: Mapping[str, Any]) -> None:
-    """Print what `published_beside` found."""
+def published_shown(found: Mapping[str, Any]) -> Iterator[Shown]:
+    """What is shown of the figures that `published_beside` found; nothing if there are none."""
     if found["published"]:
-        print_table(
+        yield table(
             "Published with the same protocol",
             ["method", "value %", "std", "top-5 %", "videos", "source"],
             [
@@ -101,25 +101,21 @@ def print_published(found: Mapping[str, Any]) -> None:
                 for figure in found["published"]
             ],
         )
-        for note in dict.fromkeys(f"{f['method']}: {f['note']}" for f in found["published"]):
-            results.print(note)
-        return
-    if not found["nearest"]:
-        results.print("no published figure is of this data set")
-        return
-    results.print("no published figure has this protocol; nearest differ in:")
-    for near in found["nearest"]:
-        results.print(
-            f"  {near['method']} {near['backbone']} {near['value']:g} ({near['source']}): "
-            f"{'; '.join(near['differs'])}"
-        )
+        yield from dict.fromkeys(f"{f['method']}: {f['note']}" for f in found["published"])
+    elif found["nearest"]:
+        yield "no published figure has this protocol; nearest differ in:"
+        for near in found["nearest"]:
+            yield (
+                f"  {near['method']} {near['backbone']} {near['value']:g} ({near['source']}): "
+                f"{'; '.join(near['differs'])}"
+            )
 
 
-def _print(comparison: Comparison) -> None:
+def _compared(comparison: Comparison) -> Iterator[Shown]:
     from heads.evaluation.results import GROUPS
 
-    results.print(f"A  {comparison.a}")
-    results.print(f"B  {comparison.b}")
+    yield f"A  {comparison.a}"
+    yield f"B  {comparison.b}"
     known = [d for d in comparison.differences if not d.unknown]
     for group in GROUPS:
         rows = [
@@ -128,7 +124,7 @@ def _print(comparison: Comparison) -> None:
             if d.group == group
         ]
         if rows:
-            print_table(f"Different: {group}", ["field", "A", "B", ""], rows)
+            yield table(f"Different: {group}", ["field", "A", "B", ""], rows)
     unknown = [d for d in comparison.differences if d.unknown]
     for of_a, of_b, who in ((True, False, "A"), (False, True, "B"), (True, True, "A and B")):
         names = [
@@ -136,10 +132,18 @@ def _print(comparison: Comparison) -> None:
         ]
         if names:
             verb = "do" if of_a and of_b else "does"
-            results.print(f"unknown: {who} {verb} not say {', '.join(names)}")
-    results.print(_verdict(comparison))
+            yield f"unknown: {who} {verb} not say {', '.join(names)}"
+    if comparison.incomparable:
+        yield (
+            f"not comparable: {', '.join(comparison.incomparable)} differ, so the numbers do not "
+            "measure the same thing"
+        )
+    elif comparison.unsure:
+        yield f"cannot be told whether comparable: {', '.join(comparison.unsure)} unknown"
+    else:
+        yield "comparable: the same videos, names and views, in the same way"
     if comparison.numbers:
-        print_table(
+        yield table(
             "Accuracy in per cent, difference in points",
             ["test set", "measure", "A", "B", "B - A"],
             [
@@ -149,13 +153,13 @@ def _print(comparison: Comparison) -> None:
         )
     for who, only in (("A", comparison.only_a), ("B", comparison.only_b)):
         if only:
-            results.print(f"only {who} has {', '.join(only)}")
+            yield f"only {who} has {', '.join(only)}"
     if len(comparison.paired) > PAIRED_LINES:
-        results.print(_many(comparison.paired))
+        yield _many(comparison.paired)
         return
     for pair in comparison.paired:
-        line = _GAINS.format(only_a=pair.only_a, only_b=pair.only_b, p=pair.p)
-        results.print(f"{pair.split}, {pair.n} videos: {line}")
+        line = _GAINS.format_map(vars(pair))
+        yield f"{pair.split}, {pair.n} videos: {line}"
 
 
 def _many(pairs: Sequence[Paired]) -> str:
@@ -171,14 +175,3 @@ def _many(pairs: Sequence[Paired]) -> str:
         f"{span([pair.only_a for pair in pairs])} only A: p = {span([pair.p for pair in pairs])} "
         "(exact McNemar tests, one each; --json has them all)"
     )
-
-
-def _verdict(comparison: Comparison) -> str:
-    if comparison.incomparable:
-        return (
-            f"not comparable: {', '.join(comparison.incomparable)} differ, so the numbers do not "
-            "measure the same thing"
-        )
-    if comparison.unsure:
-        return f"cannot be told whether comparable: {', '.join(comparison.unsure)} unknown"
-    return "comparable: the same videos, names and views, in the same way"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.output import percent, print_json, print_table, progress_of, results
+from cli.output import percent, progress_of, report, table
 from featstore.files.durable import write_json
 
 
@@ -47,7 +47,7 @@ def demo(
     folder = workspace.root / "demo"
     figure = folder / "tradeoff.png"
     tradeoff_plot(rows, figure)
-    report = {
+    summary = {
         "rows": rows,
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_mb": round(peak_rss_mb()),
@@ -56,11 +56,8 @@ def demo(
         "finetune_epochs": finetune,
         "figure": str(figure),
     }
-    write_json(folder / "demo.json", report)
-    if json:
-        print_json(report)
-        return
-    print_table(
+    write_json(folder / "demo.json", summary)
+    scores = table(
         "Generated world: 40 known classes, 40 classes with motions no head has seen"
         + (f", {seeds} seeds" if seeds > 1 else ""),
         ["head", "modulation", "close-set %", "zero-shot %", "harmonic mean"],
@@ -73,12 +70,17 @@ def demo(
             for row in rows
         ],
     )
-    results.print(
-        f"{report['seconds']:.0f} s, {report['peak_rss_mb']} MB at most; "
-        f"plot {figure}, table {folder / 'demo.json'}"
+    report(
+        json,
+        summary,
+        [
+            scores,
+            f"{summary['seconds']:.0f} s, {summary['peak_rss_mb']} MB at most; "
+            f"plot {figure}, table {folder / 'demo.json'}",
+            "Next, on your own videos (a folder with one folder per class):",
+            "  mote-cli pack --dataset my-clips --videos DIR",
+        ],
     )
-    results.print("Next, on your own videos (a folder with one folder per class):")
-    results.print("  mote-cli pack --dataset my-clips --videos DIR")
 
 
 def _with_spread(row: dict[str, Any], measure: str) -> str:

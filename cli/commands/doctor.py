@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cli import options
-from cli.output import print_facts, print_json
+from cli.output import report
 
 
 def doctor(
@@ -16,15 +16,14 @@ def doctor(
     """
     from pipeline.machine import machine_report
 
-    report = machine_report(root)
-    if json:
-        print_json(report)
-    else:
-        print_facts(
-            {
-                name: ", ".join(f"{k} {v}" for k, v in value.items())
-                if isinstance(value, dict)
-                else value
-                for name, value in report.items()
-            }
-        )
+    found = machine_report(root)
+    report(
+        json,
+        found,
+        {
+            name: ", ".join(f"{k} {v}" for k, v in value.items())
+            if isinstance(value, dict)
+            else value
+            for name, value in found.items()
+        },
+    )

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli import options
-from cli.commands.eval_print import print_base_to_novel, print_evaluation, print_fewshot
-from cli.output import leave_it_to_the_first, progress_of
+from cli.commands.eval_shown import base_to_novel_shown, fewshot_shown, report_evaluation
+from cli.output import leave_it_to_the_first, progress_of, report
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
@@ -274,33 +274,36 @@ def evaluate(
         precision=precision,  # type: ignore[arg-type]  # it is checked there
         device=options.device(device),
     )
-    training = trained.Training(
+    how = trained.Training(
         *(shots, draw_seeds, lists_from, train_store, recipe, epochs, batch_size, lr, repeat),
-        *(name, best_epoch),
+        name=name,
+        best_epoch=best_epoch,
     )
 
     def published(result: Mapping[str, Any]) -> dict[str, Any]:
         return published_beside(result, options.architecture(workspace, result))
 
     if kind in trained.KINDS:
-        runs = trained.evaluate_trained(request, training, progress_of)
+        runs = trained.evaluate_trained(request, how, progress_of)
         value = runs.to_json()
         if kind == "fewshot":
             beside = [published(outcome.last.to_json()) for outcome in runs.outcomes]
             found = zip(value["runs"], beside, strict=True)
             value["runs"] = [{**run, **figures} for run, figures in found]
-            print_fewshot(value, runs.outcomes, json)
+            report(json, value, fewshot_shown(value, runs.outcomes))
         else:
             measure = {**runs.outcomes[0].last.to_json(), "measure": "harmonic mean"}
             value |= published(measure)
-            print_base_to_novel(value, runs.save_summary(value), json)
+            value["file"] = str(runs.save_summary(value))
+            report(json, value, base_to_novel_shown(value))
         return
-    training.require_unused(kind)
+    how.require_unused(kind)
     with together(device) as ranks:
         if not ranks.first:
             leave_it_to_the_first()
         evaluation = asked.evaluate(request, progress_of)
         if ranks.first:
             files = evaluation.save()
-            first = evaluation.measured[0][0].to_json()
-            print_evaluation(evaluation, files, published(first), bool(swept), json)
+            report_evaluation(
+                json, evaluation, files, published(evaluation.measured[0][0].to_json()), bool(swept)
+            )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json
+from cli.output import report
 from featstore.errors import UserError
 
 FORMATS = ("safetensors", "onnx", "official")
@@ -84,7 +84,4 @@ def export(
         official.write(out, head, *found)
     name = workspace.head_name(run_dir)
     summary = {"run": name, "format": format, "file": str(out), "bytes": out.stat().st_size}
-    if json:
-        print_json(summary)
-    else:
-        print_facts({"file": f"{out} ({summary['bytes']} bytes)", "head": name})
+    report(json, summary, {"file": f"{out} ({summary['bytes']} bytes)", "head": name})

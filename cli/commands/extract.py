@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, progress_of
+from cli.output import progress_of, report
 from featstore.errors import UserError
 from featstore.remote.urls import is_url
 
 if TYPE_CHECKING:
     from featstore.format.tiers import Tier
     from pipeline.extraction.cluster.connection import Cluster
-    from pipeline.extraction.estimate import Estimate
     from pipeline.extraction.request import ExtractionSummary
 
 
@@ -216,20 +215,19 @@ def extract(
         from pipeline.extraction.estimate import estimate
 
         with progress_of("sample", "videos") as progress:
-            _print_estimate(estimate(request, progress=progress), json)
+            plan = estimate(request, progress=progress)
+        report(json, plan.to_json(), plan.facts())
+        plan.require_room()
         return
     with progress_of("extract", "videos") as progress:
         summary = run(request, cluster=cluster, progress=progress)
-    _print_summary(summary, json, _following(summary, wanted, split, store, root))
-    raise typer.Exit(
-        options.exit_code(
-            summary.rows_failed,
-            summary.rows_ok + summary.rows_failed,
-            max_failures,
-            "the summary lists the first reasons"
-            if is_url(summary.store)
-            else f"`mote-cli inspect {summary.store}` lists the reasons",
-        )
+    following = _following(summary, wanted, split, store, root)
+    report(json, summary.to_json(), _facts(summary) | {"next": following})
+    options.require_few_failures(
+        *(summary.rows_failed, summary.rows_ok + summary.rows_failed, max_failures),
+        "the summary lists the first reasons"
+        if is_url(summary.store)
+        else f"`mote-cli inspect {summary.store}` lists the reasons",
     )
 
 
@@ -266,16 +264,13 @@ def _cluster(
     return Cluster(address, workers, cpus_per_worker, gpus)
 
 
-def _print_summary(summary: ExtractionSummary, json: bool, following: str) -> None:
-    if json:
-        print_json(summary.to_json())
-        return
+def _facts(summary: ExtractionSummary) -> dict[str, Any]:
     notes = {
         "damaged": (summary.rows_damaged, "videos had damaged packets that were passed over"),
         "miscounted": (summary.rows_miscounted, "containers speak of another number of frames"),
         "missing": (summary.partitions_missing, "tars are not done yet"),
     }
-    facts: dict[str, object] = {
+    facts: dict[str, Any] = {
         "store": summary.store,
         "rows": f"{summary.rows_ok} ok, {summary.rows_failed} failed",
         "tars": f"{summary.partitions_done} done now, {summary.partitions_skipped} before"
@@ -288,7 +283,7 @@ def _print_summary(summary: ExtractionSummary, json: bool, following: str) -> No
             f"({summary.precision}, {summary.decoder})"
         )
     failed = {f"failed: {f['key']}": f["reason"] for f in summary.failures}
-    print_facts(facts | failed | {"next": following})
+    return facts | failed
 
 
 def _following(
@@ -305,11 +300,3 @@ def _following(
     else:
         command = f"mote-cli eval --closeset {summary.dataset} --split {split}"
     return command + options.same_root(root)
-
-
-def _print_estimate(plan: Estimate, json: bool) -> None:
-    if json:
-        print_json(plan.to_json())
-    else:
-        print_facts(plan.facts())
-    plan.require_room()

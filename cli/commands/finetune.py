@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import options
-from cli.output import leave_it_to_the_first, percent, print_facts, print_json, progress_of
+from cli.output import leave_it_to_the_first, percent, progress_of, report
 from featstore.errors import UserError, WorkError
-from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
     from heads.end_to_end.finetune import FinetuneSummary
@@ -180,6 +178,10 @@ def finetune(
                 run = name or f"{dataset}-finetuned"
                 require_run_name(run)
                 settings = load_recipe(recipe or FINETUNE_RECIPE)
+                first = None
+                if from_head is not None:  # the run's own head may have been put aside already
+                    own = from_head == run
+                    first = workspace.run_dir(run) if own else workspace.choose_run(from_head)
                 request = FinetuneRequest(
                     dataset_dir=workspace.dataset_dir(dataset),
                     run_dir=workspace.run_dir(run),
@@ -206,7 +208,7 @@ def finetune(
                     ),
                     head=lambda dim: settings.head_config(dim, layers=layers, experts=experts),
                     encoder=encoder or (None if from_head else options.DEFAULT_ENCODER),
-                    from_head=_first_stage(workspace, from_head, run),
+                    from_head=first,
                     split=split,
                     eval_split=eval_split,
                     prompt_set=prompts,
@@ -222,23 +224,14 @@ def finetune(
         raise
     left(ranks)
     if ranks.first:
-        _print_summary(summary, json, options.same_root(root))
+        report(json, summary.to_json(), _facts(summary, options.same_root(root)))
     failed = summary.n_failed + summary.n_evaluated_failed
     listed = summary.n_listed + summary.n_evaluated
     if not ranks.first:
         raise typer.Exit(int(failed > max_failures * listed))
-    raise typer.Exit(
-        options.exit_code(
-            failed, listed, max_failures, f"{summary.path}/failures.csv has the reasons"
-        )
+    options.require_few_failures(
+        failed, listed, max_failures, f"{summary.path}/failures.csv has the reasons"
     )
-
-
-def _first_stage(workspace: Workspace, from_head: str | None, run: str) -> Path | None:
-    """Folder of the head to begin with; the run's own may have been put aside already."""
-    if from_head is None:
-        return None
-    return workspace.run_dir(run) if from_head == run else workspace.choose_run(from_head)
 
 
 def _say(error: BaseException, ranks: Ranks) -> None:
@@ -257,10 +250,7 @@ def _say(error: BaseException, ranks: Ranks) -> None:
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 
-def _print_summary(summary: FinetuneSummary, json: bool, same_root: str) -> None:
-    if json:
-        print_json(summary.to_json())
-        return
+def _facts(summary: FinetuneSummary, same_root: str) -> dict[str, Any]:
     memory = f"{summary.peak_rss_mb:.0f} MB per process" + (
         "" if summary.peak_gpu_mb is None else f", {summary.peak_gpu_mb:.0f} MB of its GPU"
     )
@@ -276,22 +266,20 @@ def _print_summary(summary: FinetuneSummary, json: bool, same_root: str) -> None
         evaluate = {
             "then": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}{same_root}"
         }
-    print_facts(
-        {
-            "run": f"{summary.run} in {summary.path}",
-            "encoder": f"{summary.encoder_path} ({summary.blend:g} of the tower after epoch "
-            f"{summary.published_epoch}, the rest {summary.encoder})",
-            "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
-            f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
-            f"{summary.batch_size})",
-            "loss": f"{summary.loss:.4f} after {summary.epochs} epochs",
-            "top-1": accuracy,
-            "time": f"{summary.seconds:.0f} s, {summary.clips_per_second:.2f} clips/s, "
-            f"{summary.waiting:.0%} waiting for data ({summary.precision} on {summary.device})",
-            "memory": memory,
-            **{f"failed: {failure['key']}": failure["reason"] for failure in summary.failures},
-            "next": f"mote-cli extract --dataset {summary.dataset}{split} --encoder {summary.run} "
-            f"--sampling uniform:{summary.frames}{same_root}",
-            **evaluate,
-        }
-    )
+    return {
+        "run": f"{summary.run} in {summary.path}",
+        "encoder": f"{summary.encoder_path} ({summary.blend:g} of the tower after epoch "
+        f"{summary.published_epoch}, the rest {summary.encoder})",
+        "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
+        f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
+        f"{summary.batch_size})",
+        "loss": f"{summary.loss:.4f} after {summary.epochs} epochs",
+        "top-1": accuracy,
+        "time": f"{summary.seconds:.0f} s, {summary.clips_per_second:.2f} clips/s, "
+        f"{summary.waiting:.0%} waiting for data ({summary.precision} on {summary.device})",
+        "memory": memory,
+        **{f"failed: {failure['key']}": failure["reason"] for failure in summary.failures},
+        "next": f"mote-cli extract --dataset {summary.dataset}{split} --encoder {summary.run} "
+        f"--sampling uniform:{summary.frames}{same_root}",
+        **evaluate,
+    }

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_answer, progress_of
+from cli.output import progress_of, report
 
 
 def import_checkpoint(
@@ -80,7 +80,7 @@ def import_checkpoint(
             progress=progress,
         )
     names = "checked" if made["class_names_known"] else "unknown (give them with --class-names)"
-    print_answer(
+    report(
         json,
         made,
         {

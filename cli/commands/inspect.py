@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.output import print_answer
+from cli.output import report
 from featstore.errors import UserError
 from featstore.workspace import CONFIG_FILE, DATASET_FILE
 
@@ -43,14 +43,13 @@ def inspect_path(
             f"{path} is neither a data set (dataset.json), a store (zarr.json) nor a run "
             f"(config.json): {WANTED}"
         )
-    print_answer(json, facts, {name: _short(value) for name, value in facts.items()})
+    report(json, facts, {name: _short(value) for name, value in facts.items()})
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, list) and len(value) > 10:
-        return f"{', '.join(map(str, value[:10]))}, ... ({len(value)})"
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+        more = [f"... ({len(value)})"] if len(value) > 10 else []
+        return ", ".join(map(str, value[:10] + more)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {entry}" for name, entry in value.items()) or "none"
     return value

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, progress_of
+from cli.output import progress_of, report
 
 
 def pack(
@@ -89,25 +89,20 @@ def pack(
             naming=naming,
             progress=progress,
         )
-    if json:
-        print_json(summary.to_json())
-    else:
-        print_facts(
-            {
-                "data set": f"{summary.dataset} in {summary.folder}",
-                "videos": f"{summary.videos_listed} listed, {summary.videos_packed} packed, "
-                f"{summary.videos_failed} failed"
-                + (f" (see {Path(summary.folder) / 'failures.csv'})" * bool(summary.videos_failed)),
-                "classes": summary.classes,
-                "tars": f"{summary.shards} ({summary.shards_written} written now)",
-                "next": f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}",
-            }
-        )
-    raise typer.Exit(
-        options.exit_code(
-            summary.videos_failed,
-            summary.videos_listed,
-            max_failures,
-            f"the reasons are in {Path(summary.folder) / 'failures.csv'}",
-        )
+    failures = Path(summary.folder) / "failures.csv"
+    report(
+        json,
+        summary.to_json(),
+        {
+            "data set": f"{summary.dataset} in {summary.folder}",
+            "videos": f"{summary.videos_listed} listed, {summary.videos_packed} packed, "
+            f"{summary.videos_failed} failed" + f" (see {failures})" * bool(summary.videos_failed),
+            "classes": summary.classes,
+            "tars": f"{summary.shards} ({summary.shards_written} written now)",
+            "next": f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}",
+        },
+    )
+    options.require_few_failures(
+        *(summary.videos_failed, summary.videos_listed, max_failures),
+        f"the reasons are in {failures}",
     )

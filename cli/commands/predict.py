@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_json, print_table, progress_of
+from cli.output import progress_of, report, table
 
 
 def predict(
@@ -62,14 +62,17 @@ def predict(
             progress=progress,
         )
     decoded = [video for video in found["videos"] if "error" not in video]
-    if json:
-        print_json(found)
-    else:
-        for video in decoded:
-            print_table(
+    report(
+        json,
+        found,
+        [
+            table(
                 f"{video['path']} ({video['num_frames']} frames, head {found['head']})",
                 ["class", "score"],
                 [[p["class_name"], f"{p['score']:.3f}"] for p in video["predictions"]],
             )
+            for video in decoded
+        ],
+    )
     failed = len(videos) - len(decoded)
-    raise typer.Exit(options.exit_code(failed, len(videos), max_failures, "the reasons are above"))
+    options.require_few_failures(failed, len(videos), max_failures, "the reasons are above")

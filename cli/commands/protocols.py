@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, print_table, results
+from cli.output import report, table
 
 if TYPE_CHECKING:
     from heads.evaluation.comparing.published import Published
     from heads.evaluation.protocols.protocol import Protocol
+
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -33,22 +34,11 @@ def list_protocols(json: options.Json = False) -> None:
     from heads.evaluation.protocols.choose import PROTOCOLS
 
     protocols = list(PROTOCOLS.values())
-    if json:
-        print_json({"protocols": [protocol.to_json() for protocol in protocols]})
-        return
-    print_table(
-        "",
-        ["protocol", "tests", "videos", "views", "fusion"],
-        [
-            [
-                protocol.name,
-                protocol.title,
-                _counts(protocol),
-                ", ".join(protocol.views) or "any",
-                protocol.fusion,
-            ]
-            for protocol in protocols
-        ],
+    rows = [[p.name, p.title, _counts(p), ", ".join(p.views) or "any", p.fusion] for p in protocols]
+    report(
+        json,
+        {"protocols": [protocol.to_json() for protocol in protocols]},
+        [table("", ["protocol", "tests", "videos", "views", "fusion"], rows)],
     )
 
 
@@ -66,36 +56,30 @@ def show_protocol(
 
     protocol = protocol_named(name)
     published = published_of(name)
-    if json:
-        print_json({**protocol.to_json(), "published": [figure.to_json() for figure in published]})
-        return
-    print_facts(
-        {
-            protocol.name: protocol.title,
-            "data set": protocol.dataset or "any",
-            "trained on": protocol.trained_on,
-            "test list": protocol.test_list,
-            "classes": protocol.n_classes or "those of the data set",
-            "views": ", ".join(protocol.views) or "any",
-            "prompts": protocol.prompts,
-            "fusion": protocol.fusion,
-            "metric": protocol.metric,
-            "spread": protocol.spread,
-            "source": protocol.source,
-        }
+    facts = {
+        protocol.name: protocol.title,
+        "data set": protocol.dataset or "any",
+        "trained on": protocol.trained_on,
+        "test list": protocol.test_list,
+        "classes": protocol.n_classes or "those of the data set",
+        "views": ", ".join(protocol.views) or "any",
+        "prompts": protocol.prompts,
+        "fusion": protocol.fusion,
+        "metric": protocol.metric,
+        "spread": protocol.spread,
+        "source": protocol.source,
+    }
+    counts = [f"{_named(e.counts)}: {e.source}" for e in protocol.expected]
+    lists = {
+        "published counts of videos": counts,
+        "differences from the papers": protocol.differences,
+        "published figures, in per cent": [_figure(figure) for figure in published],
+    }
+    report(
+        json,
+        {**protocol.to_json(), "published": [figure.to_json() for figure in published]},
+        [facts, *("\n  - ".join([name, *lines]) for name, lines in lists.items() if lines)],
     )
-    for heading, lines in (
-        (
-            "published counts of videos",
-            [f"{_named(e.counts)}: {e.source}" for e in protocol.expected],
-        ),
-        ("differences from the papers", protocol.differences),
-        ("published figures, in per cent", [_figure(figure) for figure in published]),
-    ):
-        if lines:
-            results.print(heading)
-            for line in lines:
-                results.print(f"  - {line}")
 
 
 def _figure(figure: Published) -> str:

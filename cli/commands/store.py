@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cli import options
-from cli.output import print_answer, print_facts, print_json, print_table, progress_of
+from cli.output import progress_of, report, table
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX
 
@@ -21,6 +21,7 @@ app = typer.Typer(
         "Example: `mote-cli store export my-store --to parquet --out my-rows`"
     ),
 )
+
 
 # What several of these commands take; what other commands take, too, is in `cli.options`.
 StorePath = Annotated[
@@ -83,7 +84,7 @@ def add_tars(
         encoders_dir=workspace.root / "encoders",
         device=options.known_device(device),
     )
-    print_answer(
+    report(
         json,
         grown.to_json(),
         {
@@ -122,7 +123,7 @@ def merge(
     paths = [options.store_path(root, store) for store in stores]
     with progress_of("merge", "tars") as progress:
         merged = run(paths, out, prefix_keys=prefix_keys, progress=progress)
-    print_answer(
+    report(
         json,
         merged.to_json(),
         {
@@ -181,7 +182,7 @@ def export(
             rows_per_file=rows_per_file,
             progress=progress,
         )
-    print_answer(
+    report(
         json,
         exported.to_json(),
         {
@@ -213,7 +214,7 @@ def convert(
 
     with progress_of("convert", "tars") as progress:
         converted = run(options.store_path(root, store), out, codec, progress=progress)
-    print_answer(
+    report(
         json,
         converted.to_json(),
         {
@@ -243,22 +244,16 @@ def quantize(
 
     with progress_of("quantize", "tars") as progress:
         quantised = run(options.store_path(root, store), out, progress=progress)
-    print_answer(
-        json,
-        quantised.to_json(),
-        {
-            "store": quantised.store,
-            "rows": quantised.rows,
-            "features": _sizes(quantised.bytes_before, quantised.bytes_after),
-            "cosine error": f"mean {quantised.cosine_error_mean:.2e}, "
-            f"largest {quantised.cosine_error_max:.2e}",
-            **({} if quantised.agreement else {"accuracy": "not measured: no class texts"}),
-            "next": _use(out),
-        },
-    )
-    if json or not quantised.agreement:
-        return
-    print_table(
+    facts = {
+        "store": quantised.store,
+        "rows": quantised.rows,
+        "features": _sizes(quantised.bytes_before, quantised.bytes_after),
+        "cosine error": f"mean {quantised.cosine_error_mean:.2e}, "
+        f"largest {quantised.cosine_error_max:.2e}",
+        **({} if quantised.agreement else {"accuracy": "not measured: no class texts"}),
+        "next": _use(out),
+    }
+    costs = table(
         "CLIP, mean of frames",
         ["class texts", "same answer %", "top-1 % float16", "top-1 % int8"],
         [
@@ -266,6 +261,7 @@ def quantize(
             for a in quantised.agreement
         ],
     )
+    report(json, quantised.to_json(), [facts, costs] if quantised.agreement else facts)
 
 
 @app.command("add-texts")
@@ -309,14 +305,20 @@ def add_texts(
         )
         for prompt_set in prompt_sets
     }
-    names = list(added)
-    if json:
-        summary: dict[str, Any] = {"store": str(path), "prompts": ", ".join(names)}
-        print_json({**summary, "added": any(added.values()), "prompt_sets": added})
-    else:
-        state = {True: "added", False: "were there already"}
-        states = ", ".join(f"{name} {state[new]}" for name, new in added.items())
-        print_facts({"store": path, "class texts": states})
+    state = {True: "added", False: "were there already"}
+    report(
+        json,
+        {
+            "store": str(path),
+            "prompts": ", ".join(added),
+            "added": any(added.values()),
+            "prompt_sets": added,
+        },
+        {
+            "store": path,
+            "class texts": ", ".join(f"{name} {state[new]}" for name, new in added.items()),
+        },
+    )
 
 
 def _sizes(before: int, after: int) -> str:

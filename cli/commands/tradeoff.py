@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options
-from cli.output import print_json, print_table, results, warn
+from cli.output import Shown, percent, report, table, warn
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def tradeoff(
             f"`mote-cli eval --closeset NAME --head {unknown[0]}` makes them"
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
-    table = collect(
+    found = collect(
         [known[name] for name in dict.fromkeys(runs)]
         if runs
         else [run for run in known.values() if is_scored(run)],
@@ -81,50 +82,42 @@ def tradeoff(
     tradeoff_plot(
         [
             {**row.to_json(), "head": " ".join((row.head, *row.setting.changes))}
-            for row in table.rows
+            for row in found.rows
             if row.complete
         ],
         figure,
-        closeset=f"{table.closeset} close-set",
-        zeroshot=_zeroshot_title(table),
+        closeset=f"{found.closeset} close-set",
+        zeroshot=_zeroshot_title(found),
     )
-    if json:
-        print_json({**table.to_json(), "figure": str(figure)})
-        return
-    _print(table)
-    for line in table.mixed:
-        warn(f"not of one protocol: {line}")
-    for line in (*table.unknown, *table.missing):
-        warn(line)
-    results.print(f"plot {figure}")
+    report(json, {**found.to_json(), "figure": str(figure)}, _shown(found, figure))
 
 
-def _zeroshot_title(table: Tradeoff) -> str:
-    if len(table.zeroshot) == 1:
-        return f"{table.zeroshot[0]} zero-shot"
-    return f"harmonic mean of {', '.join(table.zeroshot)} zero-shot"
+def _zeroshot_title(found: Tradeoff) -> str:
+    if len(found.zeroshot) == 1:
+        return f"{found.zeroshot[0]} zero-shot"
+    return f"harmonic mean of {', '.join(found.zeroshot)} zero-shot"
 
 
-def _print(table: Tradeoff) -> None:
-    several = len(table.zeroshot) > 1
-    print_table(
-        f"Close-set {table.closeset} against zero-shot {', '.join(table.zeroshot)}: top-1 in "
+def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
+    several = len(found.zeroshot) > 1
+    yield table(
+        f"Close-set {found.closeset} against zero-shot {', '.join(found.zeroshot)}: top-1 in "
         "per cent",
-        ["head", "modulation, settings", table.closeset, *table.zeroshot]
+        ["head", "modulation, settings", found.closeset, *found.zeroshot]
         + (["harmonic mean"] if several else [])
         + ["trade-off"],
         [
             [
                 row.head,
                 row.setting.text,
-                *map(_shown, row.top1),
-                *([_shown(row.zeroshot_top1)] if several else []),
-                _shown(row.score),
+                *map(percent, row.top1),
+                *([percent(row.zeroshot_top1)] if several else []),
+                percent(row.score),
             ]
-            for row in table.rows
+            for row in found.rows
         ],
     )
-
-
-def _shown(value: Any) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    mixed = [f"not of one protocol: {line}" for line in found.mixed]
+    for line in (*mixed, *found.unknown, *found.missing):
+        warn(line)
+    yield f"plot {figure}"

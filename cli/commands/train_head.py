@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cli import options
-from cli.output import print_answer, progress_of
+from cli.output import progress_of, report
 from featstore.errors import UserError
 from heads.methods.registry import names, require_run_name
 
@@ -96,7 +96,7 @@ def train_head(
     workspace = options.workspace(root)
     require_run_name(name or "")
     settings = load_recipe(recipe or DEFAULT_RECIPE)
-    training = settings.train_config(
+    config = settings.train_config(
         epochs=epochs,
         warmup_epochs=warmup_epochs,
         batch_size=batch_size,
@@ -139,7 +139,7 @@ def train_head(
             store,
             workspace.run_dir(name or f"{chosen}{chosen_set.suffix}-{shape.kind}"),
             shape,
-            training,
+            config,
             rows=chosen_set.rows,
             classes=chosen_set.classes,
             trained_on=chosen_set.words,
@@ -151,7 +151,7 @@ def train_head(
             device=options.device(device),
             progress=progress,
         )
-    print_answer(
+    report(
         json,
         summary.to_json(),
         {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import options
-from cli.output import print_facts, print_json, print_table, progress_of, results, warn
+from cli.output import Shown, progress_of, report, table, warn
 
 if TYPE_CHECKING:
     from featstore.checking.verify import Reencoding
@@ -49,12 +50,12 @@ def verify(
     path = options.store_path(root, store)
     try:
         with progress_of("verify", "partitions") as progress:
-            report = check(path, deep, progress)
+            checked = check(path, deep, progress)
         repair = repair_command(path, read_metadata(path), root)
     except DamagedMetadata as error:  # partitions cannot be told without it
         damage = (Damage("metadata", one_line(error, limit=1000)),)
-        report, repair = Report(False, deep, 0, 0, 0, damage, ()), ""
-    damaged: list[dict[str, Any]] = [vars(finding) for finding in report.damaged]
+        checked, repair = Report(False, deep, 0, 0, 0, damage, ()), ""
+    damaged: list[dict[str, Any]] = [vars(finding) for finding in checked.damaged]
     again: Reencoding | None = None
     if reencode and not damaged:
         from pipeline.extraction.reencode import reencode_store
@@ -74,64 +75,58 @@ def verify(
     partitions = {f["partition"]: f["reason"] for f in damaged if isinstance(f["partition"], int)}
     note = note_partitions(path, deep, partitions) if repair else None
     ok = not damaged and (again is None or again.ok)
-    if json:
-        print_json(
-            {
-                "ok": ok,
-                "store": str(path),
-                "deep": deep,
-                "partitions": report.partitions,
-                "pending": list(report.pending),
-                "rows_ok": report.rows_ok,
-                "rows_failed": report.rows_failed,
-                "damaged": damaged,
-                "reencoded": None if again is None else again.to_json(),
-                "note": None if note is None else str(note),
-                "repair": repair if partitions else None,
-            }
-        )
-    else:
+
+    def shown() -> Iterator[Shown]:
         facts = {
             "store": path,
-            "partitions": f"{report.partitions} done, {len(report.pending)} not yet",
-            "rows": f"{report.rows_ok} ok, {report.rows_failed} failed in extraction",
+            "partitions": f"{checked.partitions} done, {len(checked.pending)} not yet",
+            "rows": f"{checked.rows_ok} ok, {checked.rows_failed} failed in extraction",
             "checked": "every checksum" if deep else "files and sizes (--deep: every checksum)",
         }
-        _print(facts, damaged, again)
+        if again is None:
+            yield facts
+        else:
+            least = min(row.cosine for row in again.rows)
+            yield facts | {
+                "encoded again": f"{len(again.rows)} videos, {again.equal} equal bit for bit; "
+                f"least cosine {least:.6f}, {again.tolerance} is allowed"
+            }
+            yield table(
+                "",
+                ["encoded again", "partition", "cosine", "largest difference", "equal"],
+                [
+                    [
+                        *(row.key, row.partition, row.reason or f"{row.cosine:.6f}"),
+                        *(f"{row.max_abs:.3g}", "yes" if row.equal else "no"),
+                    ]
+                    for row in again.rows
+                ],
+            )
+        if damaged:
+            rows = [[found["partition"], found["reason"]] for found in damaged]
+            yield table("", ["damaged partition", "why"], rows)
         if reencode and again is None:
             warn("nothing was encoded again: repair the damage first")
         if partitions:
-            results.print(f"to repair: {repair}")
+            yield f"to repair: {repair}"
         elif ok:
-            results.print("no damage found")
+            yield "no damage found"
+
+    report(
+        json,
+        {
+            "ok": ok,
+            "store": str(path),
+            "deep": deep,
+            "partitions": checked.partitions,
+            "pending": list(checked.pending),
+            "rows_ok": checked.rows_ok,
+            "rows_failed": checked.rows_failed,
+            "damaged": damaged,
+            "reencoded": None if again is None else again.to_json(),
+            "note": None if note is None else str(note),
+            "repair": repair if partitions else None,
+        },
+        shown(),
+    )
     raise typer.Exit(0 if ok else 1)
-
-
-def _print(facts: dict[str, Any], damaged: list[dict[str, Any]], again: Reencoding | None) -> None:
-    if again is not None:
-        facts["encoded again"] = (
-            f"{len(again.rows)} videos, {again.equal} equal bit for bit; least cosine "
-            f"{min(row.cosine for row in again.rows):.6f}, {again.tolerance} is allowed"
-        )
-    print_facts(facts)
-    if again is not None:
-        print_table(
-            "",
-            ["encoded again", "partition", "cosine", "largest difference", "equal"],
-            [
-                [
-                    row.key,
-                    str(row.partition),
-                    row.reason or f"{row.cosine:.6f}",
-                    f"{row.max_abs:.3g}",
-                    "yes" if row.equal else "no",
-                ]
-                for row in again.rows
-            ],
-        )
-    if damaged:
-        print_table(
-            "",
-            ["damaged partition", "why"],
-            [[str(finding["partition"]), finding["reason"]] for finding in damaged],
-        )

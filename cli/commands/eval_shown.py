@@ -1,0 +1,135 @@
+"""What `mote-cli eval` shows of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.commands.compare import published_shown
+from cli.output import Shown, percent, report, table, warn
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from heads.evaluation.request import Evaluation
+    from heads.evaluation.results import EvalResult
+    from heads.evaluation.trained.run import ShotOutcome
+
+
+def report_evaluation(
+    json: bool,
+    evaluation: Evaluation,
+    files: Sequence[Path],
+    beside: Mapping[str, Any],
+    is_sweep: bool,
+) -> None:
+    """Report an evaluation, the files it was kept in, and published figures `beside` the first."""
+    measured = [result for result, _ in evaluation.measured]
+    for gap in evaluation.missing:
+        remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
+        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}{remedy}")
+    result = measured[0]
+    rows = [{**r.to_json(), "file": str(f)} for r, f in zip(measured, files, strict=True)]
+    title = (
+        f"{result.protocol_name} on {result.dataset}, head {result.head}"
+        f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
+        f"{result.n_classes} classes, prompts {result.prompt_set}"
+    )
+    if is_sweep:
+        shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
+        sweep = {**shared, "rows": rows, "missing": evaluation.missing}
+        report(json, sweep, [_sweep(title, measured), f"kept under {files[0].parent}"])
+        return
+    columns = ["split", "listed", "evaluated", "failed", "top-1 %", "top-5 %"]
+    parts = [
+        [p.split, p.n_listed, p.n_evaluated, p.n_failed, percent(p.top1), percent(p.top5)]
+        for p in result.per_split
+    ]
+    mean = f"mean top-1 {result.mean:.2f}, population std {result.std:.2f}"
+    report(
+        json,
+        {**rows[0], **beside},
+        [
+            table(title, columns, parts),
+            *([mean] if len(parts) > 1 else []),
+            *(f"not as published: {note}" for note in result.notes),
+            f"kept as {files[0]}",
+            *published_shown(beside),
+        ],
+    )
+
+
+def _sweep(title: str, measured: list[EvalResult]) -> Table:
+    """One line per setting; columns of what does not differ are left out."""
+    columns: dict[str, list[Any]] = {
+        "blend": [r.blend for r in measured],
+        "neighbours": [r.modulation_neighbours for r in measured],
+        "temperature": [r.modulation_temperature for r in measured],
+        "ensemble": [r.ensemble for r in measured],
+        "fusion": [r.fusion for r in measured],
+    }
+    varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
+    rows = [
+        [
+            *("-" if v is None else v if isinstance(v, str) else f"{v:g}" for v in shown),
+            str(r.n_evaluated),
+            f"{r.top1:.2f}",
+            "-" if len(r.per_split) < 2 else f"{r.std:.2f}",
+            "-" if r.top5 is None else f"{r.top5:.2f}",
+        ]
+        for r, shown in zip(
+            measured,
+            zip(*varied.values(), strict=True) if varied else [()] * len(measured),
+            strict=True,
+        )
+    ]
+    return table(title, [*varied, "videos", "top-1 %", "std", "top-5 %"], rows)
+
+
+def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> Iterator[Shown]:
+    """One line per number of shots, and the published figures that `value` has of each."""
+    yield table(
+        f"few-shot on {value['dataset']}, tested on {outcomes[0].last.per_split[0].split} "
+        f"({outcomes[0].last.n_evaluated} videos)",
+        ["shots", "trained on", "top-1 % (last epoch)", "top-5 %", "top-1 % (best epoch on test)"],
+        [
+            [
+                *(of.run.shots, f"{of.training.n_trained} videos"),
+                *(percent(of.last.top1), percent(of.last.top5)),
+                "-" if of.best is None else f"{percent(of.best.top1)} (epoch {of.best.epoch})",
+            ]
+            for of in outcomes
+        ],
+    )
+    yield f"kept under {Path(value['files'][0]).parents[2]}"
+    for outcome, found in zip(outcomes, value["runs"], strict=True):
+        if found["published"] or found["nearest"]:
+            yield f"{outcome.run.shots} shots:"
+            yield from published_shown(found)
+
+
+def base_to_novel_shown(value: Mapping[str, Any]) -> Iterator[Shown]:
+    """Every draw, the means over the draws, and published figures; all of it is in `value`."""
+    rows = [
+        [f"draw {run['draw']}", percent(run["base"]), percent(run["novel"]), ""]
+        for run in value["per_seed"]
+    ]
+    means = {"mean (last epoch)": value, "mean (best epoch on test)": value["best"]}
+    rows += [
+        [
+            title,
+            f"{mean['base']:.2f} +- {mean['base_std']:.2f}",
+            f"{mean['novel']:.2f} +- {mean['novel_std']:.2f}",
+            f"{mean['harmonic_mean']:.2f}",
+        ]
+        for title, mean in means.items()
+        if mean is not None
+    ]
+    columns = ["", "base top-1 %", "novel top-1 %", "HM"]
+    yield table(f"base to novel on {value['dataset']}", columns, rows)
+    yield (
+        f"HM of the means; the mean of the draws' HMs is {value['mean_of_harmonic_means']:.2f}. "
+        f"Kept as {value['file']}"
+    )
+    yield from published_shown(value)
