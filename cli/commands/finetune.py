@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +15,6 @@ from featstore.errors import UserError, WorkError
 from featstore.workspace import Workspace
 
 if TYPE_CHECKING:
-    from heads.end_to_end.finetune import FinetuneSummary
     from heads.training.ranks import Ranks
 
 
@@ -216,7 +216,7 @@ def finetune(
                     checkpoint_every=checkpoint_every,
                 )
             with progress_of("finetune", "steps") as progress:
-                summary = run_finetune(request, ranks, progress)
+                summary = SimpleNamespace(**run_finetune(request, ranks, progress))
     except BaseException as error:
         _say(error, ranks)
         raise
@@ -257,9 +257,9 @@ def _say(error: BaseException, ranks: Ranks) -> None:
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 
-def _print_summary(summary: FinetuneSummary, json: bool, same_root: str) -> None:
+def _print_summary(summary: SimpleNamespace, json: bool, same_root: str) -> None:
     if json:
-        print_json(summary.to_json())
+        print_json(vars(summary))
         return
     memory = f"{summary.peak_rss_mb:.0f} MB per process" + (
         "" if summary.peak_gpu_mb is None else f", {summary.peak_gpu_mb:.0f} MB of its GPU"

@@ -11,8 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -41,7 +40,6 @@ from heads.files.run_files import (
     read_failed_clips,
     read_metrics,
 )
-from heads.methods.settings import AsJson
 from heads.scoring.scores import can_modulate
 from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
@@ -53,74 +51,17 @@ from pipeline.video_clips.stream import ClipStream
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FinetuneSummary(AsJson):
-    """What a finished run did; counts and times are of all its processes and calls."""
-
-    run: str
-    dataset: str
-    head: str
-    encoder: str
-    """The CLIP it began with."""
-    trained: str
-    epochs: int
-    frames: int
-    """Frames per clip, in training and evaluation."""
-    eval_split: str | None
-    """None without an evaluation."""
-    n_listed: int
-    n_failed: int
-    """Training videos that could not be decoded."""
-    n_evaluated: int
-    """Videos listed for evaluation; 0 without one."""
-    n_evaluated_failed: int
-    loss: float
-    """Mean training loss of the last epoch."""
-    published_epoch: int
-    """Epoch whose weights were published, from 1."""
-    top1: float | None
-    """Of the published weights, before blending; None without an evaluation."""
-    best_epoch: int | None
-    best_top1: float | None
-    batch_size: int
-    """Videos per step of one process."""
-    videos_per_step: int
-    processes: int
-    sharded: bool
-    precision: str
-    device: str
-    seconds: float
-    clips_per_second: float
-    waiting: float
-    """Share of the training time spent waiting for data."""
-    peak_rss_mb: float
-    peak_gpu_mb: float | None
-    resumed_from: int
-    """Steps this call found done."""
-    blend: float
-    encoder_fingerprint: str
-    """Of the published encoder."""
-    path: str
-    encoder_path: str
-    failures: list[dict[str, Any]]
-    """The first few, with reasons; all are in failures.csv."""
-
-
-LISTED_FAILURES: Final = 5
-TRAINED: Final = {"head": "head and logit scale"}
-"""Of `--train`, in words; the others with the head."""
-
-
 def finetune(
     request: FinetuneRequest, ranks: Ranks, progress: ProgressSink = no_progress
-) -> FinetuneSummary:
+) -> dict[str, Any]:
     """Train the tower with the head and publish both; every process of `ranks` calls this.
 
-    `progress` counts batches, with `epoch`, `loss`, `clips_per_second`, `waiting` (share of the
-    time spent waiting for data) and `memory` as details. With one process the same request gives
-    the same bits, also through `resume`. Raises UserError when settings, encoder, head and data do
-    not fit or the run exists, WorkError when another process trains the run, the loss stops being a
-    number, no video can be decoded, or another process of `ranks` is lost.
+    Returns what the run did, JSON-ready (`_summary` lists the entries); counts and times are of all
+    processes and calls. `progress` counts batches, with `epoch`, `loss`, `clips_per_second`,
+    `waiting` (share of the time spent waiting for data) and `memory` as details. With one process
+    the same request gives the same bits, also through `resume`. Raises UserError when settings,
+    encoder, head and data do not fit or the run exists, WorkError when another process trains the
+    run, the loss stops being a number, no video can be decoded, or another process is lost.
     """
     try:
         with ExitStack() as held, contact(ranks):
@@ -148,7 +89,7 @@ def finetune(
 
 def _run(
     request: FinetuneRequest, plan: Plan, ranks: Ranks, progress: ProgressSink
-) -> FinetuneSummary:
+) -> dict[str, Any]:
     config, run_dir = request.config, request.run_dir
     if ranks.only_first(lambda: (run_dir / HEAD_FILE).is_file()):
         log.info("run %s is finished already: nothing to train", run_dir.name)
@@ -223,10 +164,13 @@ def end_to_end_trainer(
 
     def details(position: Position) -> dict[str, Any]:
         seconds = max(position.seconds, 1e-9)
+        memory = f"{peak_rss_mb() / 1000:.1f} GB"  # the most of this process so far
+        if ranks.device.type == "cuda":
+            memory += f", GPU {_gpu_mb(ranks.device) / 1000:.1f} GB"
         return {
             "clips_per_second": round(position.samples / seconds, 2),
             "waiting": f"{position.waited / seconds:.0%}",
-            "memory": _memory_words(ranks.device),
+            "memory": memory,
             **({"failed": position.failed} if position.failed else {}),
         }
 
@@ -269,11 +213,11 @@ def _close_epoch(
         )
         trainer.failures += [(failure.key, failure.reason, "evaluation") for failure in failed]
         if found is not None:
-            evaluation = found.to_json()
-            if position.best is None or found.top1 > position.best["top1"]:
-                position.best = {"epoch": epoch, "top1": found.top1}
+            evaluation, top1 = found, found["top1"]
+            if position.best is None or top1 > position.best["top1"]:
+                position.best = {"epoch": epoch, "top1": top1}
                 save_best(request.run_dir / BEST_FILE, trainer.parameters, epoch, ranks)
-            log.info("epoch %d: top-1 %.1f %% on %s", epoch, found.top1, found.split)
+            log.info("epoch %d: top-1 %.1f %% on %s", epoch, top1, plan.eval_split)
         else:
             log.warning("none of the videos of %s could be decoded", plan.eval_split)
     failures = trainer.merged_failures()
@@ -291,12 +235,6 @@ def _close_epoch(
         "seconds_left": round((config.epochs - epoch) * whole, 1),
         "evaluation": evaluation,
     }
-
-
-def _memory_words(device: torch.device) -> str:
-    """The most memory this process has held so far, in words."""
-    words = f"{peak_rss_mb() / 1000:.1f} GB"
-    return words if device.type != "cuda" else f"{words}, GPU {_gpu_mb(device) / 1000:.1f} GB"
 
 
 def _gpu_mb(device: torch.device) -> float:
@@ -327,7 +265,7 @@ def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
 
 def _summary(
     request: FinetuneRequest, plan: Plan, ranks: Ranks, resumed_from: int
-) -> FinetuneSummary:
+) -> dict[str, Any]:
     """What the files of a finished run say."""
     run_dir, config = request.run_dir, request.config
     metrics = read_metrics(run_dir)
@@ -342,42 +280,42 @@ def _summary(
     seconds = sum(record["seconds"] for record in metrics)
     waited = sum(record["seconds"] * record["waiting"] for record in metrics)
     gpu = [record["peak_gpu_mb"] for record in metrics if record["peak_gpu_mb"] is not None]
-    return FinetuneSummary(
-        run=run_dir.name,
-        dataset=plan.dataset.name,
-        head=plan.model.head.config.kind,
-        encoder=plan.origin.encoder,
-        trained=config.train,
-        epochs=len(metrics),
-        frames=config.frames,
-        eval_split=None if plan.evaluation is None else plan.eval_split,
-        n_listed=plan.clips.n_listed,
-        n_failed=failed["train"],
-        n_evaluated=0 if plan.evaluation is None else plan.evaluation.n_listed,
-        n_evaluated_failed=failed["evaluation"],
-        loss=metrics[-1]["loss"],
-        published_epoch=published,
-        top1=measured.get(published),
-        best_epoch=best,
-        best_top1=None if best is None else measured[best],
-        batch_size=config.batch_size,
-        videos_per_step=config.batch_size * ranks.world_size,
-        processes=ranks.world_size,
-        sharded=plan.shard,
-        precision=plan.precision,
-        device=ranks.device.type,
-        seconds=seconds,
-        clips_per_second=sum(record["samples"] for record in metrics) / max(seconds, 1e-9),
-        waiting=waited / max(seconds, 1e-9),
-        peak_rss_mb=max(record["peak_rss_mb"] for record in metrics),
-        peak_gpu_mb=max(gpu, default=None),
-        resumed_from=resumed_from,
-        blend=config.blend,
-        encoder_fingerprint=origin.encoder_fingerprint,
-        path=str(run_dir),
-        encoder_path=str(request.encoder_dir),
-        failures=failures[:LISTED_FAILURES],
-    )
+    return {
+        "run": run_dir.name,
+        "dataset": plan.dataset.name,
+        "head": plan.model.head.config.kind,
+        "encoder": plan.origin.encoder,  # the CLIP it began with
+        "trained": config.train,
+        "epochs": len(metrics),
+        "frames": config.frames,  # of a clip, in training and evaluation
+        "eval_split": plan.eval_split if plan.evaluation else None,
+        "n_listed": plan.clips.n_listed,
+        "n_failed": failed["train"],  # could not be decoded
+        "n_evaluated": plan.evaluation.n_listed if plan.evaluation else 0,
+        "n_evaluated_failed": failed["evaluation"],
+        "loss": metrics[-1]["loss"],  # mean over the last epoch
+        "published_epoch": published,  # from 1
+        "top1": measured.get(published),  # before blending; None without an evaluation
+        "best_epoch": best,
+        "best_top1": None if best is None else measured[best],
+        "batch_size": config.batch_size,  # videos per step of one process
+        "videos_per_step": config.batch_size * ranks.world_size,
+        "processes": ranks.world_size,
+        "sharded": plan.shard,
+        "precision": plan.precision,
+        "device": ranks.device.type,
+        "seconds": seconds,
+        "clips_per_second": sum(record["samples"] for record in metrics) / max(seconds, 1e-9),
+        "waiting": waited / max(seconds, 1e-9),  # share of the time, for data
+        "peak_rss_mb": max(record["peak_rss_mb"] for record in metrics),
+        "peak_gpu_mb": max(gpu, default=None),
+        "resumed_from": resumed_from,  # steps that this call found done
+        "blend": config.blend,
+        "encoder_fingerprint": origin.encoder_fingerprint,  # of the published encoder
+        "path": str(run_dir),
+        "encoder_path": str(request.encoder_dir),
+        "failures": failures[:5],  # with reasons; all are in failures.csv
+    }
 
 
 def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
@@ -392,7 +330,8 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
     log.info(
         "training %s: %.1f of %.1f million parameters, %d videos in %d steps of %d "
         "(%d x %d)%s, %s on %s",
-        *(TRAINED.get(config.train, f"{config.train} and head"), trained / 1e6),
+        *("head and logit scale" if config.train == "head" else f"{config.train} and head",),
+        *(trained / 1e6,),
         *(sum(p.numel() for p in model.parameters()) / 1e6,),
         *(clips.n_listed, clips.steps_per_epoch, config.batch_size * ranks.world_size),
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),

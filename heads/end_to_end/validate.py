@@ -6,7 +6,6 @@ float32; the counts are exact for any number of processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,30 +21,6 @@ from pipeline.video_clips.stream import EvaluationClips
 
 SPLITS = ("val", "test")
 """The first of these that the data set has is evaluated on, as by `eval --closeset`."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Counts over all processes."""
-
-    split: str
-    n_listed: int
-    n_evaluated: int
-    top1: float
-    """Per cent of the evaluated videos."""
-    top5: float | None
-    """None with fewer than five classes."""
-
-    def to_json(self) -> dict[str, Any]:
-        """What the run's records hold."""
-        return {
-            "split": self.split,
-            "n_listed": self.n_listed,
-            "n_evaluated": self.n_evaluated,
-            "n_failed": self.n_listed - self.n_evaluated,
-            "top1": self.top1,
-            "top5": self.top5,
-        }
 
 
 def validation_split(dataset: Dataset) -> str | None:
@@ -65,9 +40,11 @@ def validate(
     shape: tuple[int, ...],
     modulate: bool,
     in_step: bool,
-) -> tuple[Validation | None, list[ClipFailure]]:
-    """Accuracy of `model` on `clips`, None when none of them can be decoded; failures of this rank.
+) -> tuple[dict[str, Any] | None, list[ClipFailure]]:
+    """Accuracy of `model` on `clips` over all processes, and the failures of this one.
 
+    The accuracy is what the run's records hold, in per cent of the evaluated videos (`top5` is None
+    with fewer than five classes); None when no clip can be decoded.
     `class_embeddings` [C,D] on the model's device, in the order of labels. `in_step`: every process
     must run the model equally often, those without videos left on a black clip of `shape`.
     """
@@ -95,11 +72,12 @@ def validate(
     evaluated, top1, top5 = ranks.summed(counts).tolist()
     if not evaluated:
         return None, failed
-    found = Validation(
-        split=split,
-        n_listed=clips.n_listed,
-        n_evaluated=evaluated,
-        top1=100.0 * top1 / evaluated,
-        top5=100.0 * top5 / evaluated if class_embeddings.shape[0] >= TOP_K else None,
-    )
+    found = {
+        "split": split,
+        "n_listed": clips.n_listed,
+        "n_evaluated": evaluated,
+        "n_failed": clips.n_listed - evaluated,
+        "top1": 100.0 * top1 / evaluated,
+        "top5": 100.0 * top5 / evaluated if class_embeddings.shape[0] >= TOP_K else None,
+    }
     return found, failed

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from heads.files.run_files import (
 )
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
-from heads.methods.settings import AsJson, HeadOrigin, MethodConfig
+from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
 from heads.training.state import Position
@@ -63,7 +63,7 @@ RUN_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class TrainSummary(AsJson):
+class TrainSummary:
     """What a finished run did; `seconds` counts training only, over all its processes."""
 
     run: str
@@ -84,6 +84,10 @@ class TrainSummary(AsJson):
     path: str
     trained_on: str = ""
     """Which videos, in words; "" where the caller did not say."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as strict JSON values."""
+        return asdict(self)
 
 
 def train_head(
