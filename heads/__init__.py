@@ -9,25 +9,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from heads.evaluation.evaluate import evaluate_many, evaluate_store
-    from heads.evaluation.protocols.choose import PROTOCOLS, Protocol, TestSet, build_test_sets
-    from heads.evaluation.results import EvalResult, RunFacts, save_result
-    from heads.files.head_file import load_head, save_head
-    from heads.methods.head import Head, build_head
-    from heads.methods.mote.config import HeadConfig
-    from heads.methods.mote.losses import LossTerms, TrainingPass, mote_loss
-    from heads.methods.mote.model import TemporalHead
-    from heads.methods.mote.official import (
-        ImportedCheckpoint,
-        import_official_checkpoint,
-        official_checkpoint,
-        save_official_checkpoint,
-    )
-    from heads.methods.mote.routing import RoutingDraw
-    from heads.methods.settings import HeadOrigin
-    from heads.scoring.scores import Scoring, predict_scores
-    from heads.training.config import TrainConfig
-    from heads.training.train_head import TrainSummary, train_head
+    from heads.evaluation.evaluate import evaluate_many as evaluate_many
+    from heads.evaluation.evaluate import evaluate_store as evaluate_store
+    from heads.evaluation.protocols.choose import PROTOCOLS as PROTOCOLS
+    from heads.evaluation.protocols.choose import Protocol as Protocol
+    from heads.evaluation.protocols.choose import TestSet as TestSet
+    from heads.evaluation.protocols.choose import build_test_sets as build_test_sets
+    from heads.evaluation.results import EvalResult as EvalResult
+    from heads.evaluation.results import RunFacts as RunFacts
+    from heads.evaluation.results import save_result as save_result
+    from heads.files.head_file import load_head as load_head
+    from heads.files.head_file import save_head as save_head
+    from heads.methods.head import Head as Head
+    from heads.methods.head import build_head as build_head
+    from heads.methods.mote.config import HeadConfig as HeadConfig
+    from heads.methods.mote.losses import LossTerms as LossTerms
+    from heads.methods.mote.losses import TrainingPass as TrainingPass
+    from heads.methods.mote.losses import mote_loss as mote_loss
+    from heads.methods.mote.model import TemporalHead as TemporalHead
+    from heads.methods.mote.official import ImportedCheckpoint as ImportedCheckpoint
+    from heads.methods.mote.official import import_official_checkpoint as import_official_checkpoint
+    from heads.methods.mote.official import official_checkpoint as official_checkpoint
+    from heads.methods.mote.official import save_official_checkpoint as save_official_checkpoint
+    from heads.methods.mote.routing import RoutingDraw as RoutingDraw
+    from heads.methods.settings import HeadOrigin as HeadOrigin
+    from heads.scoring.scores import Scoring as Scoring
+    from heads.scoring.scores import predict_scores as predict_scores
+    from heads.training.config import TrainConfig as TrainConfig
+    from heads.training.train_head import TrainSummary as TrainSummary
+    from heads.training.train_head import train_head as train_head
 
 _HOMES = {
     "heads.evaluation.evaluate": ("evaluate_many", "evaluate_store"),
@@ -52,37 +62,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-__all__ = [
-    "EvalResult",
-    "Head",
-    "HeadConfig",
-    "HeadOrigin",
-    "ImportedCheckpoint",
-    "LossTerms",
-    "PROTOCOLS",
-    "Protocol",
-    "RoutingDraw",
-    "RunFacts",
-    "Scoring",
-    "TemporalHead",
-    "TestSet",
-    "TrainConfig",
-    "TrainSummary",
-    "TrainingPass",
-    "build_head",
-    "build_test_sets",
-    "evaluate_many",
-    "evaluate_store",
-    "import_official_checkpoint",
-    "load_head",
-    "mote_loss",
-    "official_checkpoint",
-    "predict_scores",
-    "save_head",
-    "save_official_checkpoint",
-    "save_result",
-    "train_head",
-]
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

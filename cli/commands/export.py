@@ -43,7 +43,7 @@ def export(
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
     from heads.compatibility import check_encoder
-    from heads.files.choose import choose_head
+    from heads.files.head_file import choose_head
     from heads.files.imported_run import imported_tower
     from heads.files.portable import save_merged_head, save_onnx
     from heads.files.run_files import describe_run

@@ -39,13 +39,13 @@ from heads.files.run_files import (
     TOWER_FILE,
     read_failed_clips,
     read_metrics,
+    write_training_keys,
 )
 from heads.scoring.scores import can_modulate
 from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
 from heads.training.state import Position, restore_best, save_best
 from heads.training.trainer import Trainer, TrainingBatch
-from heads.training.training_keys import write_training_keys
 from pipeline.video_clips.stream import ClipStream
 
 log = logging.getLogger(__name__)

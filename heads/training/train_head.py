@@ -2,7 +2,7 @@
 
 n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
 
-A run folder holds config.json (written first), training-keys.json (`heads.training.training_keys`),
+A run folder holds config.json (written first), training-keys.json (`heads.files.run_files`),
 state/last.safetensors (after every epoch and every ten minutes), metrics.jsonl (one line per epoch)
 and head.safetensors (written last: a run with it is finished).
 """
@@ -37,7 +37,9 @@ from heads.files.run_files import (
     LOCK_FILE,
     read_config,
     read_metrics,
+    rows_hash,
     write_metrics,
+    write_training_keys,
 )
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
@@ -46,7 +48,6 @@ from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
 from heads.training.state import Position
 from heads.training.trainer import Trainer, TrainingBatch
-from heads.training.training_keys import rows_hash, write_training_keys
 from heads.training.training_set import (
     renumbered,
     start_from,
