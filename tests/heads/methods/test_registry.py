@@ -22,9 +22,10 @@ from heads import (
     evaluate_store,
     load_head,
     predict_scores,
+    save_head,
     train_head,
 )
-from heads.files.portable import save_merged_head
+from heads.files.portable import merged_head
 from heads.files.run_files import read_metrics
 from heads.methods import registry
 from heads.methods.head import Head
@@ -121,7 +122,7 @@ def test_a_new_method_is_trained_saved_loaded_and_scored(tmp_path: Path) -> None
     names = store.class_names
     scores = predict_scores(head, torch.ones(1, 4, 16), head.training_class_embeddings, names)
     assert sum(score for _, score in scores) == pytest.approx(1)
-    save_merged_head(head, tmp_path / "out.safetensors")
+    save_head(merged_head(head), tmp_path / "out.safetensors")
     assert isinstance(load_head(tmp_path / "out.safetensors"), ToyHead)
 
 
