@@ -11,15 +11,16 @@ from featstore.errors import UserError
 from featstore.files.machine import cpu_has_bf16
 
 Precision = Literal["auto", "fp32", "bf16"]
-TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
-"""Of end-to-end training: float16 as well, with a gradient scaler."""
 SMALLEST_WIDTH_FOR_BF16 = 256
 """Narrower heads stay in float32 on a CPU: they take seconds or minutes, and their results do
 not depend on whether the CPU has bfloat16 products (which would halve the time even at 64)."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" -> CUDA where there is one, else the CPU; UserError for CUDA where there is none."""
+    """The device asked for; "auto" is CUDA where there is one, else the CPU.
+
+    UserError for an unknown device, and for CUDA where there is none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
@@ -30,37 +31,31 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_precision(precision: str, dim: int, device: torch.device) -> str:
-    """ "fp32" or "bf16" for a head of width `dim`; "auto" takes bf16 only where it helps.
+    """Whether a head of width `dim` runs in "fp32" or "bf16"; "auto" takes bf16 where it helps.
 
-    That is: a GPU with bfloat16, or a CPU with AVX512-BF16, AMX or Arm's bf16 and a width of at
-    least 256.
-    Raises UserError for an unknown precision.
+    That is on a GPU with bfloat16, and on a CPU with AVX512-BF16, AMX or Arm's bf16 for a width of
+    at least 256. Raises UserError for an unknown precision.
     """
     if precision not in get_args(Precision):
         raise UserError(f"precision {precision!r} is unknown: choose auto, fp32 or bf16")
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if _gpu_multiplies_bf16() else "fp32"
-    wide = dim >= SMALLEST_WIDTH_FOR_BF16
-    return "bf16" if wide and cpu_has_bf16() else "fp32"
+        return resolve_training_precision(precision, device).replace("fp16", "fp32")
+    return "bf16" if dim >= SMALLEST_WIDTH_FOR_BF16 and cpu_has_bf16() else "fp32"
 
 
 def resolve_training_precision(precision: str, device: torch.device) -> str:
-    """ "fp32", "bf16" or "fp16" for end-to-end training; "auto" takes what the device has.
+    """The precision of end-to-end training, "fp32", "bf16" or "fp16" (of `FinetuneConfig`).
 
-    That is bf16 on a GPU with bfloat16, fp16 on an older one, as the released code, and fp32 on a
-    CPU, where most have no bfloat16 products. Raises UserError for an unknown precision.
+    "auto" takes bf16 on a GPU with bfloat16, fp16 on an older one, as the released code, and fp32
+    on a CPU, where most have no bfloat16 products.
     """
-    if precision not in get_args(TrainingPrecision):
-        raise UserError(
-            f"precision {precision!r} is unknown: choose {', '.join(get_args(TrainingPrecision))}"
-        )
     if precision != "auto":
         return precision
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if _gpu_multiplies_bf16() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
@@ -80,7 +75,3 @@ def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
     step whose gradients are not finite and lowers its scale, which starts at 65536.
     """
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
-
-def _gpu_multiplies_bf16() -> bool:
-    return bool(torch.cuda.is_bf16_supported(including_emulation=False))

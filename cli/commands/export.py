@@ -43,9 +43,9 @@ def export(
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
     from heads.compatibility import check_encoder
-    from heads.files.choose import choose_head
+    from heads.files.head_file import choose_head, save_head
     from heads.files.imported_run import imported_tower
-    from heads.files.portable import save_merged_head, save_onnx
+    from heads.files.portable import merged_head, save_onnx
     from heads.files.run_files import describe_run
     from heads.methods.registry import method
     from pipeline.clip_encoder import fingerprint
@@ -60,7 +60,7 @@ def export(
     if head is None:
         raise UserError(f"{run} means the mean of frames, which has nothing to export")
     if format == "safetensors":
-        save_merged_head(head, out)
+        save_head(merged_head(head), out)
     elif format == "onnx":
         save_onnx(head, out)
     else:

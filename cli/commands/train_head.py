@@ -87,7 +87,7 @@ def train_head(
     Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
     """
     from heads.compatibility import check_fits, training_prompt_set
-    from heads.files.choose import choose_head
+    from heads.files.head_file import choose_head
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.training.train_head import train_head as run
     from heads.training.train_head import training_rows

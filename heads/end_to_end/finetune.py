@@ -19,7 +19,7 @@ import torch
 from featstore.errors import UserError, WorkError
 from featstore.files.locks import exclusive
 from featstore.files.machine import available_memory, peak_rss_mb
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel, TrainingStep
 from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
@@ -39,21 +39,20 @@ from heads.files.run_files import (
     TOWER_FILE,
     read_failed_clips,
     read_metrics,
+    write_training_keys,
 )
-from heads.methods.settings import AsJson
 from heads.scoring.scores import can_modulate
 from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
 from heads.training.state import Position, restore_best, save_best
 from heads.training.trainer import Trainer, TrainingBatch
-from heads.training.training_keys import write_training_keys
 from pipeline.video_clips.stream import ClipStream
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class FinetuneSummary(AsJson):
+class FinetuneSummary(Outcome):
     """What a finished run did; counts and times are of all its processes and calls."""
 
     run: str

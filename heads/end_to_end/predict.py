@@ -15,7 +15,7 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
 from heads.arithmetic import resolve_device
 from heads.compatibility import check_encoder, mean_head
-from heads.files.choose import choose_head
+from heads.files.head_file import choose_head
 from heads.scoring.scores import can_modulate, predict_scores
 from pipeline.clip_encoder import load_encoder
 from pipeline.decoding import decoder_named

@@ -14,10 +14,9 @@ from featstore.errors import UserError
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
-from heads.files.run_files import read_config
+from heads.files.run_files import read_config, read_training_keys, rows_hash
 from heads.methods.head import Head
 from heads.methods.registry import untrained
-from heads.training.training_keys import read_training_keys, rows_hash
 from heads.training.training_set import shown
 from pipeline.annotations.formats.kinetics import official_clip
 

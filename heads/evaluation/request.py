@@ -27,7 +27,7 @@ from heads.evaluation.protocols.choose import (
 from heads.evaluation.protocols.protocol import Kind, Protocol
 from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice
 from heads.evaluation.results import EvalResult, run_facts, save_result
-from heads.files.choose import choose_head
+from heads.files.head_file import choose_head
 from heads.methods.head import Head
 from pipeline.annotations.known_sets import known_dataset
 

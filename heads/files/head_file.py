@@ -20,9 +20,10 @@ from torch import Tensor
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import durable_path
+from featstore.workspace import Workspace
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE
 from heads.methods.head import Head
-from heads.methods.registry import config_from_json, method
+from heads.methods.registry import MEAN_OF_FRAMES, config_from_json, method
 from heads.methods.settings import HeadOrigin
 from heads.methods.weight_files import describe_faults
 
@@ -67,6 +68,20 @@ def load_head(path: str | Path) -> Head:
     origin = card.get("origin")
     head.origin = None if origin is None else HeadOrigin.from_json(origin)
     return head.requires_grad_(True).eval()
+
+
+def choose_head(
+    workspace: Workspace, name: str | None, *, or_mean: bool = False
+) -> tuple[Head | None, Path]:
+    """The head that `name` means and its run folder; (None, folder) for the mean of frames.
+
+    None means the newest run, or the mean where `or_mean` allows it and nothing was trained.
+    Errors as `Workspace.choose_run` and `load_head`.
+    """
+    if name == MEAN_OF_FRAMES or (name is None and or_mean and not workspace.trained_runs()):
+        return None, workspace.run_dir(MEAN_OF_FRAMES)
+    run_dir = workspace.choose_run(name)
+    return load_head(run_dir), run_dir
 
 
 def head_fingerprint(head: Head) -> str:

@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from featstore.errors import UserError
 from featstore.files.durable import write_bytes
-from heads.files.head_file import save_head
 from heads.methods.head import Head
 from heads.methods.registry import method
 from heads.methods.text_classifier import class_cosines, video_embeddings
@@ -31,21 +30,13 @@ ONNX_OUTPUT = "cosines"
 def merged_head(head: Head) -> Head:
     """`head` as one plain network on the CPU, with the same cosines and the same origin.
 
-    MoTE's experts are merged as evaluation merges them. Raises UserError for a head that no single
+    MoTE's experts are merged as evaluation merges them; `save_head` writes the result as it writes
+    any head. Raises UserError for a head that no single
     network stands for, and for a method that runs in mote only.
     """
     chosen = method(head.config.kind)
     chosen.require("used by other programs", chosen.portable)
     return head.merged()
-
-
-def save_merged_head(head: Head, path: Path) -> None:
-    """Write `merged_head(head)` as safetensors; `load_head` reads it back.
-
-    The tensors of MoTE's are those named in `heads.methods.mote.model`, with one expert; the
-    metadata entry "mote" is a JSON text with the configuration and the origin.
-    """
-    save_head(merged_head(head), path)
 
 
 def save_onnx(head: Head, path: Path) -> None:

@@ -5,16 +5,9 @@ A method is a folder `heads/methods/NAME/` with its configuration, model, losses
 It is imported when the method is first asked for, and imports the model only where that is used:
 so this module needs no torch, and `import heads` loads no method that needs video decoding.
 
-Who asks what:
-
-- `train-head`, `finetune`: `method(name).config` through a recipe; `trains`, `from_store` and
-  `end_to_end` say whether there is something to train, and from what (`require`); the head itself
-  gives its draws and losses (`heads.methods.head.Head`), and `losses` names them in the records.
-- `import-checkpoint`: `read_checkpoint(file)` finds the method whose authors wrote the file.
-- `export`: `method(kind).official`, None without an official format; `portable` for the others.
-- `eval`, `predict`: `modulated`, whether temporal feature modulation does anything, and so
-  whether its settings can be swept; `untrained(kind)` for records of any version.
-- `tradeoff`, `demo`: `title`, the name in pictures.
+The commands ask it and hold no name of a method: `train-head` and `finetune` what can be trained,
+`import-checkpoint` and `export` about the authors' format, `eval` and `predict` about modulation,
+`tradeoff` and `demo` for titles.
 """
 
 from __future__ import annotations

@@ -2,62 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol, Self, cast
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
 
 from featstore.errors import UserError
 
 
-class MethodConfig(Protocol):
-    """The shape of a head, as everything outside its method sees it.
-
-    A method's own class is a frozen dataclass that checks itself when it is made (UserError), takes
-    `dim` and `kind` by name, and has `from_json`, the inverse of `to_json`.
-    """
-
-    @property
-    def dim(self) -> int:
-        """D, the embedding width of the encoder."""
-
-    @property
-    def kind(self) -> str:
-        """Name of the method, as `heads.methods.registry` has it."""
-
-    @property
-    def modulates(self) -> bool:
-        """Whether temporal feature modulation can change this head's output."""
-
-    @property
-    def modulation_neighbours(self) -> int:
-        """K, classes on either side that modulation compares."""
-
-    @property
-    def modulation_temperature(self) -> float:
-        """Scale of modulation's exponential."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values, `kind` among them."""
-
-
-def known_fields(kind: type[Any], value: Mapping[str, Any], what: str) -> dict[str, Any]:
-    """`value` as keyword arguments of dataclass `kind`; UserError where it does not fit."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"the {what} configuration is {type(value).__name__}, not an object")
-    unknown = sorted(set(value) - {field.name for field in fields(kind)})
-    if unknown:
-        raise UserError(
-            f"the {what} configuration has unknown fields {', '.join(unknown)}: "
-            "it was written by a newer version of mote; update"
-        )
-    missing = sorted(
-        field.name
-        for field in fields(kind)
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in value
-    )
-    if missing:
-        raise UserError(f"the {what} configuration lacks {', '.join(missing)}: it is incomplete")
-    return dict(value)
+def within(default: Any, least: int, most: int | None = None) -> Any:
+    """A field of `Settings` that holds a number from `least` up, or from `least` to `most`."""
+    return field(default=default, metadata={"range": (least, most)})
 
 
 class AsJson:
@@ -68,28 +23,120 @@ class AsJson:
         return asdict(cast(Any, self))
 
 
-class Settings(AsJson):
-    """A dataclass of settings, written as JSON and read again."""
+@dataclass(frozen=True)
+class Settings:
+    """A dataclass that checks its fields by their types, is written as JSON and read again.
+
+    A `Literal` must be one of its choices and a bool true or false; a number must be finite and lie
+    in the range that `within` gives it, from 0 up without one. Numbers for a float field become
+    floats, and lists for a tuple become tuples. UserError for anything else.
+    """
 
     WHAT: ClassVar[str]
     """Which configuration it is, in errors."""
 
+    def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
+        for each in fields(self):
+            value = _checked(each, kinds[each.name], getattr(self, each.name))
+            object.__setattr__(self, each.name, value)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as strict JSON values, an infinite number as text.
+
+        Fields marked as `later` are there only where they say something.
+        """
+        later = {each.name for each in fields(self) if "later" in each.metadata}
+        found = {name: _plain(value) for name, value in asdict(self).items()}
+        return {name: value for name, value in found.items() if value or name not in later}
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; UserError names fields this version does not know."""
-        return cls(**known_fields(cls, value, cls.WHAT))
+        """The inverse of `to_json`; UserError names fields that this version does not know."""
+        if not isinstance(value, Mapping):
+            raise UserError(f"the {cls.WHAT} configuration is {type(value).__name__}, no object")
+        unknown = sorted(set(value) - {each.name for each in fields(cls)})
+        if unknown:
+            raise UserError(
+                f"the {cls.WHAT} configuration has unknown fields {', '.join(unknown)}: "
+                "it was written by a newer version of mote; update"
+            )
+        required = (MISSING, MISSING)
+        missing = sorted(
+            each.name
+            for each in fields(cls)
+            if (each.default, each.default_factory) == required and each.name not in value
+        )
+        if missing:
+            raise UserError(
+                f"the {cls.WHAT} configuration lacks {', '.join(missing)}: it is incomplete"
+            )
+        return cls(**value)
 
 
-_LATER_ORIGIN = frozenset({"trained_on", "initial_head", "label_map"})
+def _checked(each: Field[Any], kind: Any, value: Any) -> Any:
+    """The value of a field, as its type has it; UserError where it does not fit."""
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    if choices and value not in choices:
+        raise UserError(f"{each.name} {value!r} is unknown: choose one of {', '.join(choices)}")
+    if kind is bool and not isinstance(value, bool):
+        raise UserError(f"{each.name} is {value!r}: it must be true or false")
+    if kind is int or kind is float:
+        least, most = each.metadata.get("range", (0, None))
+        fits = isinstance(value, kind if kind is int else int | float) and math.isfinite(value)
+        if not fits or value < least or value > (math.inf if most is None else most):
+            raise UserError(
+                f"{each.name} is {value!r}: it must be a {'whole ' if kind is int else ''}number "
+                f"from {least} {'up' if most is None else f'to {most}'}"
+            )
+    elif kind == tuple[float, ...]:
+        listed = value if isinstance(value, list | tuple) else [math.nan]
+        listed = [float(v) if v in ("inf", "-inf") else v for v in listed]
+        if not all(isinstance(v, int | float) and not math.isnan(v) for v in listed):
+            raise UserError(f"{each.name} is {value!r}: it must be a list of numbers")
+        return tuple(map(float, listed))
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if kind is float else value
+
+
+def _plain(value: Any) -> Any:
+    """A value of a field as JSON can hold it."""
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return str(value) if value in (math.inf, -math.inf) else value
+
+
+class MethodConfig(Settings):
+    """The shape of a head, as everything outside its method sees it.
+
+    A method's own class is a frozen dataclass with these fields, and usually more of them.
+    """
+
+    dim: int
+    """D, the embedding width of the encoder."""
+    kind: str
+    """Name of the method, as `heads.methods.registry` has it."""
+    modulation_neighbours: int
+    """K, classes on either side that temporal feature modulation compares; 0 turns it off."""
+    modulation_temperature: float
+    """Scale of modulation's exponential: the larger, the less it holds the head back."""
+
+    @property
+    def modulates(self) -> bool:
+        """Whether temporal feature modulation can change this head's output."""
+        return self.modulation_neighbours > 0
 
 
 @dataclass(frozen=True)
-class HeadOrigin:
+class HeadOrigin(Settings):
     """What a head was trained on: everything needed to use it on the right features.
 
     An imported head says less than one trained here: what is not known is empty, and class names
     that nobody gave are None, never invented.
     """
+
+    WHAT: ClassVar[str] = "head origin"
 
     dataset: str
     dataset_fingerprint: str
@@ -109,29 +156,10 @@ class HeadOrigin:
     prompt_templates: tuple[str, ...] = ()
     """Sentences of the prompt set, with {} for the class name; empty where every class had its
     own or they are not known."""
-    trained_on: str = ""
+    trained_on: str = field(default="", metadata={"later": True})
     """Which videos of the data set, in words: "train1, 16 videos per class (draw 1)"; "" where
     nothing is known."""
-    initial_head: str = ""
+    initial_head: str = field(default="", metadata={"later": True})
     """Fingerprint of the head whose weights it started from, "" for a new one."""
-    label_map: str = ""
+    label_map: str = field(default="", metadata={"later": True})
     """As `featstore.Provenance.label_map`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values; later ones only where they say something."""
-        names = None if self.class_names is None else list(self.class_names)
-        value = {
-            **asdict(self),
-            "class_names": names,
-            "prompt_templates": list(self.prompt_templates),
-        }
-        return {k: v for k, v in value.items() if v or k not in _LATER_ORIGIN}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> HeadOrigin:
-        """The inverse of `to_json`."""
-        known = known_fields(cls, value, "head origin")
-        names = known["class_names"]
-        known["class_names"] = None if names is None else tuple(names)
-        known["prompt_templates"] = tuple(known.get("prompt_templates", ()))
-        return cls(**known)

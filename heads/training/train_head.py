@@ -2,7 +2,7 @@
 
 n = samples trained on, V = views, F = stored frames, T = frames trained on, D = embedding width.
 
-A run folder holds config.json (written first), training-keys.json (`heads.training.training_keys`),
+A run folder holds config.json (written first), training-keys.json (`heads.files.run_files`),
 state/last.safetensors (after every epoch and every ten minutes), metrics.jsonl (one line per epoch)
 and head.safetensors (written last: a run with it is finished).
 """
@@ -22,9 +22,8 @@ import torch
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.errors import UserError, WorkError
 from featstore.files.locks import exclusive
-from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
-from featstore.progress import ProgressSink, no_progress
+from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
@@ -37,16 +36,17 @@ from heads.files.run_files import (
     LOCK_FILE,
     read_config,
     read_metrics,
+    rows_hash,
     write_metrics,
+    write_training_keys,
 )
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
-from heads.methods.settings import AsJson, HeadOrigin, MethodConfig
+from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
 from heads.training.state import Position
 from heads.training.trainer import Trainer, TrainingBatch
-from heads.training.training_keys import rows_hash, write_training_keys
 from heads.training.training_set import (
     renumbered,
     start_from,
@@ -57,13 +57,13 @@ from heads.training.training_set import (
 log = logging.getLogger(__name__)
 
 AfterEpoch = Callable[[Head, int], Mapping[str, float]]
-"""Called after every epoch with the head as it is and the number of epochs done."""
+"""Is called after every epoch with the head as it is and the number of epochs done."""
 
 RUN_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class TrainSummary(AsJson):
+class TrainSummary(Outcome):
     """What a finished run did; `seconds` counts training only, over all its processes."""
 
     run: str
@@ -165,8 +165,21 @@ def train_head(
             "evaluate with --no-modulate",
             *(head.modulation_neighbours, store.provenance.dataset, len(text.names)),
         )
-    origin = replace(
-        _origin(store, prompt_set, training.frames, text),
+    provenance = store.provenance
+    origin = HeadOrigin(
+        dataset=provenance.dataset,
+        dataset_fingerprint=provenance.dataset_fingerprint,
+        encoder=provenance.encoder,
+        encoder_fingerprint=provenance.encoder_fingerprint,
+        encoder_precision=provenance.precision,
+        sampling=provenance.sampling,
+        crops=provenance.crops,
+        preprocessing=dict(provenance.preprocessing),
+        prompt_set=prompt_set,
+        class_names=text.names,
+        frames=training.frames,
+        label_map=provenance.label_map,
+        prompt_templates=text.templates,
         trained_on=trained_on,
         initial_head="" if initial is None else head_fingerprint(initial),
     )
@@ -213,7 +226,20 @@ def train_head(
             metrics, resumed_from = [], 0
             write_metrics(run_dir, metrics)
         else:
-            loader = _loader(store, usable, labels, training, where, holding, repeats)
+            features = load_features(store, usable, holding=holding)
+            if where.type == "cuda" and isinstance(features, torch.Tensor):
+                free, _ = torch.cuda.mem_get_info(where)
+                if features.nbytes <= GPU_SHARE * free:
+                    features = features.to(where)
+            loader = FeatureLoader(
+                features,
+                labels,
+                batch_size=training.batch_size,
+                frames=training.frames,
+                seed=training.seed,
+                rows=usable,
+                repeats=repeats,
+            )
             metrics, resumed_from = _train(
                 model, loader, training, run_dir, where, progress, after_epoch
             )
@@ -302,50 +328,6 @@ def _holding(run_dir: Path, nbytes: int, mappable: bool) -> Holding:
         log.warning("the run was begun in shuffled order: features are memory-mapped, not streamed")
         return "mapped"
     return holding
-
-
-def _loader(
-    store: Store,
-    rows: RowArray,
-    labels: RowArray,
-    training: TrainConfig,
-    device: torch.device,
-    holding: Holding,
-    repeats: int,
-) -> FeatureLoader:
-    features = load_features(store, rows, holding=holding)
-    if device.type == "cuda" and isinstance(features, torch.Tensor):
-        free, _ = torch.cuda.mem_get_info(device)
-        if features.nbytes <= GPU_SHARE * free:
-            features = features.to(device)
-    return FeatureLoader(
-        features,
-        labels,
-        batch_size=training.batch_size,
-        frames=training.frames,
-        seed=training.seed,
-        rows=rows,
-        repeats=repeats,
-    )
-
-
-def _origin(store: Store, prompt_set: str, frames: int, text: ClassText) -> HeadOrigin:
-    provenance = store.provenance
-    return HeadOrigin(
-        dataset=provenance.dataset,
-        dataset_fingerprint=provenance.dataset_fingerprint,
-        encoder=provenance.encoder,
-        encoder_fingerprint=provenance.encoder_fingerprint,
-        encoder_precision=provenance.precision,
-        sampling=provenance.sampling,
-        crops=provenance.crops,
-        preprocessing=dict(provenance.preprocessing),
-        prompt_set=prompt_set,
-        class_names=text.names,
-        frames=frames,
-        label_map=provenance.label_map,
-        prompt_templates=text.templates,
-    )
 
 
 def _summary(

@@ -17,7 +17,7 @@ from featstore import Store
 from heads import HeadConfig, HeadOrigin, build_head, save_head
 from heads.evaluation.comparing.published import published_of
 from heads.evaluation.protocols.choose import PROTOCOLS
-from heads.training.training_keys import write_training_keys
+from heads.files.run_files import write_training_keys
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.stores.action_store import ACTIONS, action_store
 

@@ -117,7 +117,7 @@ def test_what_is_given_beside_a_recipe_wins_and_none_gives_nothing() -> None:
         ("[training]\nepochs = 2.5\n", "epochs is 2.5"),
         ("[training]\nlr = -1\n", "lr is -1"),
         ("[training]\nlr = nan\n", "lr is nan"),
-        ("[head]\nlayers = 0\n", "layers of a head is 0"),
+        ("[head]\nlayers = 0\n", "layers is 0"),
         ('[head]\nplacement = "both"\n', "placement 'both'"),
     ],
 )

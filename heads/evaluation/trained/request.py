@@ -33,7 +33,7 @@ from heads.evaluation.trained.run import (
     train_and_test,
     usual_epochs,
 )
-from heads.files.choose import choose_head
+from heads.files.head_file import choose_head
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES
 from heads.recipes import DEFAULT_RECIPE, load_recipe

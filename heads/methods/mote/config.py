@@ -7,13 +7,13 @@ R = routings of a layer: 1, or 2 where both projections are routed separately.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Final, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Final, Literal
 
 from featstore.errors import UserError
-from heads.methods.settings import Settings
+from heads.methods.settings import MethodConfig, within
 
-KINDS: Final = ("mote", "transformer", "mean")
+Kind = Literal["mote", "transformer", "mean"]
 """The methods whose heads this module describes."""
 Placement = Literal["ffn", "separate", "up", "down"]
 Routing = Literal["multinomial", "uniform", "subset"]
@@ -31,17 +31,15 @@ POSITIONS = 77
 NEIGHBOURS = 5  # K of modulation in the released code
 MODULATION_TEMPERATURE = 0.05  # of the released code's exponential
 HEAD_WIDTH = 64  # CLIP's width of one attention head (Radford et al., 2021)
-_LARGEST = {"dim": 65536, "layers": 64, "experts": 256, "positions": 65536}
-_CHOICES = {
-    "placement": Placement,
-    "routing": Routing,
-    "initialisation": Initialisation,
-    "aggregation": Aggregation,
+_OF_EXPERTS = ("placement", "routing", "initialisation", "aggregation", "expert_prior")
+_UNUSED: Final = {
+    "transformer": (*_OF_EXPERTS, "temperatures", "experts"),
+    "mean": (*_OF_EXPERTS, "temperatures", "experts", "layers", "attention_heads"),
 }
 
 
 @dataclass(frozen=True)
-class HeadConfig(Settings):
+class HeadConfig(MethodConfig):
     """The shape of a temporal head; validated and completed on construction.
 
     `kind="transformer"` is the plain temporal transformer: one expert, no merged pass; what is
@@ -55,23 +53,23 @@ class HeadConfig(Settings):
 
     WHAT: ClassVar[str] = "head"
 
-    dim: int
+    dim: int = field(metadata={"range": (1, 65536)})
     """D, the embedding width of the encoder."""
-    kind: str = "mote"
-    """"mote", "transformer" (one expert) or "mean" (no head: the frames' mean)."""
-    layers: int = 4
+    kind: Kind = "mote"
+    """MoTE, the transformer with one expert, or no head (the mean of the frames)."""
+    layers: int = within(4, 1, 64)
     """L, transformer blocks; 4 in the released ViT-B/16 head, 6 in the ViT-L/14 one."""
-    experts: int = 4
+    experts: int = within(4, 1, 256)
     """E, feed-forward experts per block; 1 for kind "transformer"."""
     attention_heads: int = 0
     """Attention heads; 0 asks for D // 64, at least 1, lowered until it divides D."""
-    positions: int = POSITIONS
+    positions: int = within(POSITIONS, 1, 65536)
     """Rows of the position table: the most frames per view the head can take."""
     placement: Placement = "ffn"
     """What the experts of a block are: whole feed-forwards ("ffn", one routing), both projections
     with a routing each ("separate"), or only its "up" or "down" projection."""
     routing: Routing = "multinomial"
-    """Whose expert runs in the expert pass: one drawn from `expert_prior` for the batch
+    """Which expert runs in the expert pass: one drawn from `expert_prior` for the batch
     ("multinomial"), one drawn evenly ("uniform"), or, for every sample, the expert of the data
     subset it belongs to ("subset", see `heads.training.schedule.data_subsets`)."""
     expert_prior: tuple[float, ...] = ()
@@ -85,53 +83,28 @@ class HeadConfig(Settings):
     """What evaluation averages: the experts' weights, one network ("weights"), or the outputs of
     all of them ("outputs"). It differs for placement "ffn" only: a single projection is linear."""
     modulation_neighbours: int = NEIGHBOURS
-    """K, classes on either side that temporal feature modulation compares; 0 turns it off."""
     modulation_temperature: float = MODULATION_TEMPERATURE
-    """Scale of its exponential: the larger, the less it holds the head back."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise UserError(f"head kind {self.kind!r} is unknown: choose one of {', '.join(KINDS)}")
+        for each in fields(self):
+            if each.name in _UNUSED.get(self.kind, ()):
+                object.__setattr__(self, each.name, each.default)
+        super().__post_init__()
         if self.kind == "mean":
-            for name in ("layers", "experts", "attention_heads"):
-                object.__setattr__(self, name, 0)
-        elif self.kind == "transformer":
-            object.__setattr__(self, "experts", 1)
+            object.__setattr__(self, "layers", 0)
         if self.kind != "mote":
-            for field in fields(self):
-                if field.name in (*_CHOICES, "expert_prior", "temperatures"):
-                    object.__setattr__(self, field.name, field.default)
-        self._check_design()
-        needed = ("dim", "positions") if self.kind == "mean" else tuple(_LARGEST)
-        for name in needed:
-            value, largest = getattr(self, name), _LARGEST[name]
-            if not isinstance(value, int) or not 1 <= value <= largest:
-                raise UserError(f"{name} of a head is {value!r}: it must be from 1 to {largest}")
-        if self.kind != "mean":
-            self._settle_attention_heads()
-
-    def _settle_attention_heads(self) -> None:
+            object.__setattr__(self, "experts", int(self.kind == "transformer"))
         wanted = self.attention_heads
-        if wanted == 0:
+        if not wanted and self.kind != "mean":
             wanted = max(1, self.dim // HEAD_WIDTH)
             while self.dim % wanted:
                 wanted -= 1
             object.__setattr__(self, "attention_heads", wanted)
-        if not isinstance(wanted, int) or wanted < 1 or self.dim % wanted:
+        if wanted and self.dim % wanted:
             raise UserError(
                 f"{wanted} attention heads do not divide the embedding width {self.dim}: "
                 "choose a divisor of it"
             )
-
-    def _check_design(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise UserError(
-                    f"{name} {getattr(self, name)!r} of a head is unknown: choose one of "
-                    f"{', '.join(get_args(choices))}"
-                )
-        for name in ("expert_prior", "temperatures"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         prior = self.expert_prior
         if prior and (
             self.routing != "multinomial"
@@ -145,15 +118,8 @@ class HeadConfig(Settings):
             )
         if 0 in self.temperatures:
             raise UserError("temperature 0 divides by zero: use small ones, or inf for the average")
-        if not _is_number(self.modulation_temperature) or self.modulation_temperature <= 0:
-            raise UserError(
-                f"modulation_temperature is {self.modulation_temperature!r}: it must be above 0"
-            )
-        if not isinstance(self.modulation_neighbours, int) or self.modulation_neighbours < 0:
-            raise UserError(
-                f"modulation_neighbours is {self.modulation_neighbours!r}: it must be a whole "
-                "number from 0 (off) up"
-            )
+        if not self.modulation_temperature:
+            raise UserError("modulation_temperature is 0: it must be above 0")
 
     @property
     def routings(self) -> int:
@@ -163,25 +129,4 @@ class HeadConfig(Settings):
     @property
     def modulates(self) -> bool:
         """Whether temporal feature modulation can change this head's output."""
-        return self.kind != "mean" and self.modulation_neighbours > 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values; an infinite temperature is the text "inf"."""
-        temperatures = [t if math.isfinite(t) else str(t) for t in self.temperatures]
-        return super().to_json() | {
-            "expert_prior": list(self.expert_prior),
-            "temperatures": temperatures,
-        }
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not math.isnan(value)
-
-
-def _numbers(name: str, values: object) -> tuple[float, ...]:
-    """`values` as floats; "inf" stands for infinity, which JSON cannot write."""
-    if isinstance(values, list | tuple):
-        read = [float(v) if v in ("inf", "-inf") else v for v in values]
-        if all(_is_number(v) for v in read):
-            return tuple(float(v) for v in read)
-    raise UserError(f"{name} of a head is {values!r}: it must be a list of numbers")
+        return self.kind != "mean" and super().modulates

@@ -358,28 +358,19 @@ def _require_tower(tower: Mapping[str, Tensor], dim: int, where: str) -> None:
             f"{where} holds no vision transformer of CLIP: it needs visual.conv1.weight and "
             "visual.positional_embedding"
         )
-    patch = patches.shape[-1]
-    width = _usual(v.shape[-1] for name, v in tower.items() if ".ln_" in name and v.ndim)
+    from open_clip.transformer import VisionTransformer  # takes a while, and reading needs it alone
+
+    patch = max(patches.shape[-1], 1)
     side = math.isqrt(max(places.shape[0] - 1, 1))  # patches of a square picture, and the class
-    shapes = {
-        "logit_scale": (),
-        "visual.class_embedding": (width,),
-        "visual.positional_embedding": (1 + side * side, width),
-        "visual.proj": (width, dim),
-        "visual.conv1.weight": (width, 3, patch, patch),
-    }
-    norms = ["visual.ln_pre", "visual.ln_post"]
-    for layer in range(_usual_count(tower, re.escape(_LAYERS_OF_TOWER) + r"(?P<n>\d+)\..*")):
-        block = f"{_LAYERS_OF_TOWER}{layer}"
-        for name, outputs, inputs in (
-            ("attn.in_proj_", 3 * width, width),
-            ("attn.out_proj.", width, width),
-            ("mlp.c_fc.", 4 * width, width),
-            ("mlp.c_proj.", width, 4 * width),
-        ):
-            shapes[f"{block}.{name}weight"] = (outputs, inputs)
-            shapes[f"{block}.{name}bias"] = (outputs,)
-        norms += [f"{block}.ln_1", f"{block}.ln_2"]
-    for norm in norms:
-        shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (width,)
-    _require(shapes, tower, where)
+    with torch.device("meta"):
+        vit = VisionTransformer(
+            image_size=side * patch,
+            patch_size=patch,
+            width=max(_usual(v.shape[-1] for n, v in tower.items() if ".ln_" in n and v.ndim), 1),
+            layers=_usual_count(tower, re.escape(_LAYERS_OF_TOWER) + r"(?P<n>\d+)\..*"),
+            heads=1,  # which no shape depends on
+            mlp_ratio=4.0,
+            output_dim=dim,
+        )
+    shapes = {f"visual.{name}": tuple(value.shape) for name, value in vit.state_dict().items()}
+    _require({"logit_scale": (), **shapes}, tower, where)

@@ -281,7 +281,7 @@ def test_a_state_of_another_model_or_damaged(tmp_path: Path) -> None:
         ({"draws": "mine"}, "draws 'mine' is unknown: choose one of shared, per-rank"),
         ({"save": "all"}, "save 'all' is unknown"),
         ({"shard": "zero"}, "shard 'zero' is unknown"),
-        ({"blend": 1.5}, "blend 1.5 is no share"),
+        ({"blend": 1.5}, "blend is 1.5: it must be a number from 0 to 1"),
         ({"evaluate_every": -1}, "evaluate_every is -1"),
         ({"checkpointing": 1}, "checkpointing is 1"),
         ({"precision": "fp8"}, "precision 'fp8' is unknown"),

@@ -9,8 +9,7 @@ import pytest
 from featstore import Store, UserError
 from heads import HeadConfig, TestSet, TrainConfig, train_head
 from heads.evaluation.leaks import require_disjoint, require_no_leak, trained_videos
-from heads.files.run_files import KEYS_FILE
-from heads.training.training_keys import read_training_keys, write_training_keys
+from heads.files.run_files import KEYS_FILE, read_training_keys, write_training_keys
 from tests.support.stores.action_store import action_store
 
 

@@ -101,7 +101,7 @@ def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown fields gates"):
         load_head(file)
     write(file, tensors, card | {"head": CONFIG.to_json() | {"layers": 10**9}})
-    with pytest.raises(UserError, match="layers of a head is 1000000000"):
+    with pytest.raises(UserError, match="layers is 1000000000"):
         load_head(file)
     write(file, tensors, card | {"head": {"layers": 1}})
     with pytest.raises(UserError, match="lacks dim"):

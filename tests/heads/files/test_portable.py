@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from featstore import UserError
-from heads import HeadConfig, TemporalHead, build_head, load_head
-from heads.files.portable import merged_head, save_merged_head, save_onnx
+from heads import HeadConfig, TemporalHead, build_head, load_head, save_head
+from heads.files.portable import merged_head, save_onnx
 from tests.support.golden.head import golden_head
 
 DESIGNS = {
@@ -56,7 +56,7 @@ def cosines(head: TemporalHead, x: Tensor, classes: Tensor, modulate: bool) -> n
 @pytest.mark.parametrize("design", DESIGNS)
 def test_a_merged_head_is_the_same_head(design: str, tmp_path: Path) -> None:
     head = lively(DESIGNS[design])
-    save_merged_head(head, tmp_path / "merged.safetensors")
+    save_head(merged_head(head), tmp_path / "merged.safetensors")
     merged = load_head(tmp_path / "merged.safetensors")
     assert merged.config.experts <= 1
     x, classes = torch.randn(5, 8, 24, generator=torch.Generator().manual_seed(0)), unit(7, 24, 2)
@@ -74,7 +74,7 @@ def test_averaged_outputs_cannot_be_merged() -> None:
 def test_the_file_needs_no_mote(golden: Path, tmp_path: Path) -> None:
     """docs/checkpoints.md: plain torch on the named tensors gives the authors' cosines."""
     data = np.load(golden / "head_3.npz")
-    save_merged_head(golden_head(data, torch.float32), tmp_path / "merged.safetensors")
+    save_head(merged_head(golden_head(data, torch.float32)), tmp_path / "merged.safetensors")
     with safe_open(tmp_path / "merged.safetensors", framework="pt") as file:
         config = json.loads(file.metadata()["mote"])["head"]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

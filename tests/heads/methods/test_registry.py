@@ -5,9 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -22,14 +22,15 @@ from heads import (
     evaluate_store,
     load_head,
     predict_scores,
+    save_head,
     train_head,
 )
-from heads.files.portable import save_merged_head
+from heads.files.portable import merged_head
 from heads.files.run_files import read_metrics
 from heads.methods import registry
 from heads.methods.head import Head
 from heads.methods.registry import Method
-from heads.methods.settings import known_fields
+from heads.methods.settings import MethodConfig
 from heads.methods.text_classifier import class_cosines, video_embeddings
 from heads.recipes import Recipe
 from heads.training.trainer import Trainer
@@ -37,20 +38,14 @@ from tests.support.stores.action_store import action_store
 
 
 @dataclass(frozen=True)
-class ToyConfig:
+class ToyConfig(MethodConfig):
+    WHAT: ClassVar[str] = "toy"
+
     dim: int
     kind: str = "toy"
     width: int = 3
-    modulates: bool = False
     modulation_neighbours: int = 0
     modulation_temperature: float = 0.05
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ToyConfig:
-        return cls(**known_fields(cls, value, "toy"))
 
 
 class ToyLosses(NamedTuple):
@@ -127,7 +122,7 @@ def test_a_new_method_is_trained_saved_loaded_and_scored(tmp_path: Path) -> None
     names = store.class_names
     scores = predict_scores(head, torch.ones(1, 4, 16), head.training_class_embeddings, names)
     assert sum(score for _, score in scores) == pytest.approx(1)
-    save_merged_head(head, tmp_path / "out.safetensors")
+    save_head(merged_head(head), tmp_path / "out.safetensors")
     assert isinstance(load_head(tmp_path / "out.safetensors"), ToyHead)
 
 

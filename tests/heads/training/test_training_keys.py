@@ -10,8 +10,7 @@ import pytest
 
 from featstore import Store, WorkError
 from heads import HeadConfig, TrainConfig, train_head
-from heads.files.run_files import KEYS_FILE
-from heads.training.training_keys import read_training_keys, write_training_keys
+from heads.files.run_files import KEYS_FILE, read_training_keys, write_training_keys
 from tests.support.stores.action_store import action_store
 
 

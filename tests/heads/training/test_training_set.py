@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from featstore import Store, UserError
 from heads import HeadConfig, TrainConfig, TrainSummary, load_head, train_head
-from heads.training.training_keys import read_training_keys
+from heads.files.run_files import read_training_keys
 from heads.training.training_set import (
     choose_training_set,
     draw_shots,
