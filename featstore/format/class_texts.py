@@ -79,7 +79,7 @@ class ClassText:
             attributes["encoder_fingerprint"] = self.encoder_fingerprint
         numbers = np.ascontiguousarray(self.embeddings, "<f4")
         attributes["embeddings_checksum"] = crc32c(numbers)
-        return attributes | {"checksum": _attributes_checksum(attributes)}
+        return attributes | {"checksum": class_text_checksum(attributes)}
 
 
 def read_class_text(
@@ -103,7 +103,7 @@ def read_class_text(
     recorded, of_attributes = (attributes.get(n) for n in ("embeddings_checksum", "checksum"))
     # Earlier stores have neither of the two.
     if (recorded, of_attributes) != (None, None) and (
-        type(recorded) is not int or of_attributes != _attributes_checksum(attributes)
+        type(recorded) is not int or of_attributes != class_text_checksum(attributes)
     ):
         raise UserError(
             f"the attributes of {key} of {store} fail their checksum: put a copy of its zarr.json "
@@ -137,7 +137,7 @@ def read_class_text(
         ) from error
 
 
-def _attributes_checksum(attributes: Mapping[str, Any]) -> int:
+def class_text_checksum(attributes: Mapping[str, Any]) -> int:
     """As `metadata.attributes_checksum`, of those attributes of class texts that are there."""
     return json_checksum(
         {name: attributes[name] for name in _CHECKED_ATTRIBUTES if name in attributes}
