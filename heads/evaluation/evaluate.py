@@ -182,6 +182,7 @@ def _record(
         test.drawn_from or (test.name, len(members))
         for test, members in zip(measured.tests, measured.members, strict=True)
     )
+    pixels = pixels_text(provenance.preprocessing, provenance.crops)
     agreeing, notes = count_notes(protocol, listed)
     if protocol.views and views not in protocol.views:
         notes.append(f"{views} views, published with {', '.join(protocol.views)}")
@@ -199,7 +200,7 @@ def _record(
     templates = facts.prompt_templates or text.templates
     return {
         **taken_from(protocol=protocol, provenance=provenance, facts=facts),
-        **pixels_text(provenance.preprocessing, provenance.crops),
+        **pixels,
         "protocol": protocol.kind,
         "protocol_name": protocol.name,
         "n_listed": len(measured.listed),

@@ -95,13 +95,10 @@ class Measurement:
         )
         for start, summaries in blocks:
             part = mine[start : start + len(summaries.features)]
-            block = BlockScores(
-                summaries,
-                classes,
-                head.training_class_embeddings,
-                None if clip is None else clip.summaries(self.listed_keys(part)),
-                None if clip is None else clip.classes,
-            )
+            ensemble = None
+            if clip is not None:
+                ensemble = clip.summaries(self.listed_keys(part)), clip.classes
+            block = BlockScores(summaries, classes, head.training_class_embeddings, ensemble)
             for t, test in enumerate(self.tests):
                 slot = slots[t][part]
                 at = np.flatnonzero(slot >= 0)

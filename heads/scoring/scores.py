@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -81,7 +82,7 @@ class BlockScores:
 
     `class_embeddings` [C,D] are all classes of the store, `training_class_embeddings` [S,D] those
     that modulation compares with. If the head's features are those of a tuned tower, `clip` are the
-    summaries for CLIP's part of an ensemble and `clip_class_embeddings` [C,D] their class texts.
+    summaries for CLIP's part of an ensemble and their class texts [C,D].
     """
 
     def __init__(
@@ -89,16 +90,12 @@ class BlockScores:
         summaries: ViewSummaries,
         class_embeddings: Tensor,
         training_class_embeddings: Tensor,
-        clip: ViewSummaries | None = None,
-        clip_class_embeddings: Tensor | None = None,
+        clip: tuple[ViewSummaries, Tensor] | None = None,
     ) -> None:
         self.summaries = summaries
         self.classes = class_embeddings
         self.training_classes = training_class_embeddings
-        self._clip = clip or summaries
-        self._clip_classes = class_embeddings
-        if clip_class_embeddings is not None:
-            self._clip_classes = clip_class_embeddings
+        self._clip, self._clip_classes = clip or (summaries, class_embeddings)
         self._kept: dict[object, Tensor] = {}
 
     def scores(
@@ -116,10 +113,15 @@ class BlockScores:
         cosines = self._cosines(scoring, None if modulate_with_all else candidates, mean)
         weight = scoring.ensemble or 0.0
         if weight:
-            clip = self._once("clip", lambda: class_cosines(self._clip.units, self._clip_classes))
-            cosines = (1 - weight) * cosines + weight * (clip.double().mean(1) if mean else clip)
+            clip = self._clip_cosines.double().mean(1) if mean else self._clip_cosines
+            cosines = (1 - weight) * cosines + weight * clip
         cosines = cosines[videos][..., slice(None) if candidates is None else candidates]
         return cosines if mean else fuse_views(cosines, scoring.fusion)
+
+    @cached_property
+    def _clip_cosines(self) -> Tensor:
+        """[N,V,C] CLIP's own cosines."""
+        return class_cosines(self._clip.units, self._clip_classes)
 
     def _cosines(self, scoring: Scoring, tested: Tensor | None, mean: bool) -> Tensor:
         """[N,V,C] cosines of views; with `mean` [N,C] float64, of the mean video feature."""
