@@ -1,4 +1,4 @@
-"""Frozen CLIP towers: frames and sentences to embeddings.
+"""Frozen CLIP towers, which turn frames and sentences into embeddings.
 
 N images, n sentences, C classes, D embedding width, s input size, L context length.
 """
@@ -35,10 +35,10 @@ PRECISIONS: dict[str, torch.dtype] = {
     "fp16": torch.float16,
 }
 
-# Reduced precision is chosen by itself only when it pays and keeps the direction of embeddings.
+# "auto" chooses reduced precision only if it saves time and keeps the direction of embeddings.
 MIN_SPEEDUP = 1.2
 MIN_COSINE = 0.999
-# Below this a tower is too quick to time reliably, and fp32 costs nothing that is noticed.
+# A smaller tower is too quick to time reliably, and fp32 costs no time that anybody notices.
 MIN_TIMED_PARAMETERS = 10_000_000
 IMAGES_PER_BATCH = {"cpu": 16, "cuda": 256}  # bounds memory; on a CPU 8 to 32 are equally fast
 SENTENCES_PER_BATCH = 256
@@ -56,7 +56,7 @@ _TRAINING_ENTRIES = {
 class Encoder:
     """A frozen CLIP. Threads may encode at the same time; no method changes its state.
 
-    `name` is fit for a folder name; `fingerprint` identifies weights and function, whatever they
+    `name` can be a folder's name; `fingerprint` identifies weights and function, whatever they
     were loaded from; `logit_scale` is the multiplier (already exponentiated).
     """
 
@@ -79,12 +79,12 @@ class Encoder:
         self.image_tower.to(PRECISIONS[self.precision])
 
     def encode_frames(self, frames: FrameInput) -> torch.Tensor:
-        """RGB uint8 [N,H,W,3], centre-cropped -> float32 [N,D] on the encoder's device."""
+        """Centre-crop and encode RGB uint8 [N,H,W,3] -> float32 [N,D] on the encoder's device."""
         return self.encode_pixels(self.preprocessing.crops(frames, 1)[0])
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Preprocessed images [N,3,s,s] -> projected embeddings float32 [N,D], not normalised."""
+        """Encode preprocessed images [N,3,s,s] -> projected float32 [N,D], not normalised."""
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.preprocessing.size):
             raise ValueError(
                 f"pixels must be [N,3,{self.preprocessing.size[0]},{self.preprocessing.size[1]}], "
@@ -106,7 +106,7 @@ class Encoder:
         return image_embeddings(self.image_tower, pixels.to(self.device, dtype)).float()
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
-        """int64 [n,L] token ids. Raises UserError for a sentence the model cannot take."""
+        """Return token ids int64 [n,L]. Raises UserError for a sentence the model cannot take."""
         if isinstance(self._tokenizer, open_clip.SimpleTokenizer):
             room = self.context_length - 2  # start and end take one place each
             for text in texts:
@@ -128,7 +128,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> torch.Tensor:
-        """Sentences -> float32 [n,D], not normalised; always computed in fp32.
+        """Encode sentences -> float32 [n,D], not normalised; always computed in fp32.
 
         Raises UserError for an over-long sentence or one with tokens the model does not have.
         """
@@ -138,7 +138,7 @@ class Encoder:
 
     @torch.no_grad()
     def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids int64 [n,L] -> float32 [n,D], not normalised."""
+        """Encode token ids int64 [n,L] -> float32 [n,D], not normalised."""
         return torch.cat(
             [
                 self._encode_tokens(part)
@@ -151,9 +151,9 @@ class Encoder:
         usual = type(model) is open_clip.CLIP and model.text_pool_type == "argmax"
         if not usual or model.attn_mask is None:
             return cast(torch.Tensor, model.encode_text(tokens)).float()
-        # Attention looks back only, and the embedding is read at the end-of-text token (the
-        # largest id): what follows the last of them changes nothing, so most of the 77 places
-        # need no computation.
+        # Attention only looks back, and the embedding is read at the end-of-text token (the
+        # largest id). Places after the last such token in the batch change nothing, so most of
+        # the 77 places need no computation.
         ends = tokens.argmax(dim=-1)
         used = int(ends.max()) + 1
         hidden = model.token_embedding(tokens[:, :used]) + model.positional_embedding[:used]
@@ -173,11 +173,11 @@ class Encoder:
         prompt_set: str | PromptSet,
         progress: ProgressSink = no_progress,
     ) -> torch.Tensor:
-        """Unit class features float32 [C,D], in the order of `class_names`.
+        """Return unit class features float32 [C,D], in the order of `class_names`.
 
         Every sentence is encoded and normalised; the mean over a class's sentences is normalised
         again (MoTE, Zhu et al., NeurIPS 2024). Classes may have different numbers of sentences.
-        Raises UserError as `as_prompt_set` and `tokenize`.
+        Raises UserError as `as_prompt_set` and `tokenize` do.
         """
         prompts = as_prompt_set(prompt_set)
         per_class = [prompts.sentences(name) for name in class_names]
@@ -185,7 +185,7 @@ class Encoder:
         if not texts:
             return torch.zeros(0, self.dim, device=self.device)
         tokens = self.tokenize(texts)
-        # Sentences of like length share a batch, so that short ones cost little.
+        # Sentences of similar length share a batch, so that short ones cost little.
         order = (tokens != 0).sum(dim=1).argsort(stable=True).tolist()
         embeddings = torch.empty(len(texts), self.dim, device=self.device)
         for start in range(0, len(order), SENTENCES_PER_BATCH):
@@ -222,8 +222,8 @@ class Encoder:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(0, 256, (2, 3, *self.preprocessing.size), generator=generator)
         pixels = self.preprocessing.normalise(noise.to(torch.uint8))
-        # Storing fp32 weights aside would double the memory; fp16 weights of OpenAI survive the
-        # round trip, others would not.
+        # This copy doubles the memory, but without it only OpenAI's fp16 weights would survive the
+        # round trip.
         saved = {k: v.clone() for k, v in self.image_tower.state_dict().items()}
         full_seconds, full = self._timed(lambda: self._encode_batch(pixels, torch.float32))
         self.image_tower.to(dtype)
@@ -233,7 +233,10 @@ class Encoder:
         return full_seconds / reduced_seconds, cosine
 
     def _timed(self, run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
-        """CPU seconds (they do not depend on what else the machine does) of the better of two."""
+        """Run twice; return the shorter time in seconds and the output.
+
+        On a CPU it is CPU time, which does not depend on what else the machine does.
+        """
         seconds = []
         on_gpu = self.device.type == "cuda"
         for _ in range(2):
@@ -247,9 +250,9 @@ class Encoder:
 
 
 def image_embeddings(image_tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """What an image tower of open_clip makes of preprocessed images [N,3,s,s]: [N,D]."""
+    """Embed preprocessed images [N,3,s,s] with an image tower of open_clip -> [N,D]."""
     output = image_tower(pixels)
-    # CoCa's tower also gives its tokens.
+    # CoCa's tower returns its tokens as well.
     embeddings: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return embeddings
 
@@ -264,25 +267,25 @@ def load_encoder(
 
     `spec`: a folder in open_clip's format, an OpenAI-format `.pt`, a name in `encoders_dir`, or
     `ARCH/TAG` as open_clip names its pretrained models. `device`: `auto` takes a GPU where there
-    is one. `precision` of the image tower: `auto`
-    takes bf16 on CPUs with bf16 instructions (fp16 on GPUs) where it is at least 1.2 times as fast
-    and keeps the cosine to fp32 at 0.999 or more. Raises UserError for a spec or file that cannot
-    be used, WorkError when weights cannot be fetched.
+    is one. `precision` of the image tower: `auto` takes bf16 on CPUs with bf16 instructions (fp16
+    on GPUs) where it is at least 1.2 times as fast and keeps the cosine to fp32 at 0.999 or more.
+    Raises UserError for a spec or file that cannot be used, WorkError when weights cannot be
+    fetched.
     """
     if precision not in (*PRECISIONS, "auto"):
         raise UserError(f"unknown precision {precision!r}: use auto, {', '.join(PRECISIONS)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {device!r} asked for, but no GPU can be used: use --device cpu")
+        raise UserError(f"device {device!r} needs a GPU, and none can be used: use --device cpu")
     return Encoder(load_clip(str(spec), encoders_dir), precision, device)
 
 
 def fingerprint(model: torch.nn.Module, model_config: Mapping[str, Any]) -> str:
-    """sha256 over every tensor (name, dtype, shape, bytes in fp32) and what else sets the function.
+    """sha256 of every tensor (name, dtype, shape, bytes in fp32) and of the function's config.
 
-    The same model gives the same fingerprint whatever file or name it was loaded from and in
-    whatever precision its weights were stored.
+    The same model gives the same fingerprint, whatever file or name it was loaded from and
+    whatever precision its weights were stored in.
     """
     digest = hashlib.sha256(json.dumps(_function_config(model_config), sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -296,8 +299,8 @@ def fingerprint(model: torch.nn.Module, model_config: Mapping[str, Any]) -> str:
 def _function_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
     """Config entries that differ from open_clip's defaults and change what the model computes.
 
-    Leaving defaults out keeps the fingerprint when a config spells one out, and when a later
-    open_clip adds an entry.
+    Because defaults are left out, the fingerprint stays the same when a config spells one out and
+    when a later open_clip adds an entry.
     """
 
     def changed(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the machine offers this program: versions, processor, GPU, decoders, network, disk."""
+"""Reports what this machine offers: versions, processor, GPU, decoders, network, disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PACKAGES = (
 
 
 def machine_report(root: Path) -> dict[str, Any]:
-    """JSON-ready facts about this machine; `root` is where free disk is looked up."""
+    """Return JSON-ready facts about this machine; free disk space is measured at `root`."""
     import torch
 
     from pipeline.decoding.nvdec.graphs import dali_problem

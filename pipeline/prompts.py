@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from featstore.reading.store import Store
 
 # Templates of the MoTE reference (Zhu et al., NeurIPS 2024), in its order and with its spelling
-# ("a example"): an average over them is what the published class features are.
+# ("a example"): the published class features are averages over them.
 _MEDIA = ("photo", "video", "example", "demonstration")
 _FORMS = (
     "a {medium} of {{}}.",
@@ -53,16 +53,16 @@ DESCRIPTIONS_SUFFIX: Final = ".json"
 DESCRIPTIONS_LIMIT: Final = 16 * 2**20
 MAX_SENTENCES: Final = 1000
 _SHAPE = '{"class name": ["a sentence", ...], ...}'
-_NAMED = 3  # how many of many an error names
+_NAMED = 3  # the most names that an error shows
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Which sentences stand for a class, under one name.
+    """A named set of the sentences that stand for a class.
 
-    `templates` with "{}" for the class name, the same for every class; or `descriptions`, the
-    sentences of each class by its name. One of the two is empty. `source` is the file they came
-    from, for messages.
+    It has either `templates`, the same for every class with "{}" for its name, or `descriptions`,
+    the sentences of each class by its name. The other one is empty. `source` is the file that the
+    sentences came from, for messages.
     """
 
     name: str
@@ -89,13 +89,13 @@ class PromptSet:
         """sha256 of the sentences of these classes, in their order."""
         if self.descriptions is None:
             text = "\n".join(line for name in class_names for line in self.sentences(name))
-        else:  # which sentence is whose must count
+        else:  # the hash must depend on which class a sentence belongs to
             text = json.dumps([self.sentences(name) for name in class_names])
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def option(self) -> str:
-        """The options of `extract` and `store add-texts` for this set."""
+        """The options that make `extract` and `store add-texts` use this set."""
         if not self.source:
             return f"--prompts {self.name}"
         kind = "--prompts" if self.descriptions is None else "--descriptions"
@@ -104,9 +104,9 @@ class PromptSet:
         return shlex.join(words)
 
     def require_held(self, store: Store) -> None:
-        """Raise UserError when the store's class texts of this name are of other sentences."""
+        """Raise UserError if the store made its class texts of this name from other sentences."""
         held = store.class_text(self.name)
-        if held.templates and self.templates:  # the hash of a merged store's texts is another
+        if held.templates and self.templates:  # a merged store's class texts have another hash
             same = held.templates == self.templates
         else:
             same = held.sentences_hash == self.hash(held.names)
@@ -118,7 +118,7 @@ class PromptSet:
             )
 
     def require_classes(self, class_names: Sequence[str]) -> None:
-        """Raise UserError unless descriptions are of these classes, all of them and no others."""
+        """Raise UserError unless the descriptions have exactly these classes."""
         if self.descriptions is None:
             return
         missing = [name for name in class_names if name not in self.descriptions]
@@ -146,10 +146,10 @@ class PromptSet:
 
 
 def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSet:
-    """A prompt set from what a user writes: a set's name, or the path of a template file.
+    """Make a prompt set from what a user writes: a set's name, or the path of a template file.
 
-    `name` is for the set of a file, by default the file's without its suffix. Raises UserError
-    for an unknown set and for a file that holds no templates.
+    `name` is the name of a file's set, by default the file's name without its suffix. Raises
+    UserError for an unknown set and for a file that holds no templates.
     """
     if isinstance(prompts, PromptSet):
         return prompts
@@ -175,9 +175,9 @@ def is_template_file(text: str) -> bool:
 
 
 def trained_prompt_set(name: str, templates: tuple[str, ...]) -> PromptSet:
-    """The prompt set a head was trained with, from what it says of it.
+    """Return the prompt set that a head was trained with, from the values in the head's file.
 
-    Raises UserError for one whose sentences it does not say: every class had its own.
+    Raises UserError if the file lacks the sentences, because every class had its own.
     """
     if not templates and name not in PROMPT_SETS:
         raise UserError(
@@ -190,9 +190,9 @@ def trained_prompt_set(name: str, templates: tuple[str, ...]) -> PromptSet:
 def prompt_sets_of(
     prompts: Sequence[str | PromptSet], class_names: Sequence[str] | None = None
 ) -> tuple[PromptSet, ...]:
-    """The prompt sets meant, each once; with `class_names`, for these classes.
+    """Return the prompt sets, each once; with `class_names`, check that they have these classes.
 
-    Raises UserError as `as_prompt_set` and `require_classes`, and for two sets of one name.
+    Raises UserError as `as_prompt_set` and `require_classes` do, and for two sets of one name.
     """
     found: dict[str, PromptSet] = {}
     for prompt_set in map(as_prompt_set, prompts):
@@ -207,7 +207,7 @@ def prompt_sets_of(
 
 
 def read_templates(path: Path, name: str | None = None) -> PromptSet:
-    """The prompt set of a template file: one sentence per line with "{}" for the class name.
+    """Read the prompt set of a template file: a sentence per line with "{}" for the class name.
 
     Blank lines and lines that begin with "#" are left out. Raises UserError, with the line, for a
     file that cannot be read or is not such a list, and for a name that is taken.
@@ -238,11 +238,11 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
 
 
 def read_descriptions(path: Path, name: str | None = None) -> PromptSet:
-    """The prompt set of a file of descriptions.
+    """Read the prompt set of a file of descriptions.
 
-    `name` is the set's, by default the file's without its suffix. Raises UserError, which names
-    the class, for a file that is not such an object: too large, no JSON, a class named twice,
-    values that are no lists of sentences, empty lists and sentences, over-long sentences.
+    `name` is the name of the set, by default the file's name without its suffix. Raises UserError,
+    which names the class, for a file that is too large, is not a JSON object, names a class twice,
+    has a value that is no list of sentences, an empty list or sentence, or an over-long sentence.
     """
     text = _read_limited(path, DESCRIPTIONS_LIMIT)
     try:
@@ -260,15 +260,15 @@ def read_descriptions(path: Path, name: str | None = None) -> PromptSet:
 def prompt_sets_from(
     prompts: Sequence[str], descriptions: Sequence[Path], name: str | None = None
 ) -> tuple[str | PromptSet, ...]:
-    """What a user named: sets by name, which stay names, template files, files of descriptions.
+    """Read the template files and descriptions that a user gave; names of sets stay names.
 
-    `name` is for the set that comes from a file. Raises UserError as the readers do, and for a
-    name where not exactly one file is given.
+    `name` is the name of the set that comes from a file. Raises UserError as the readers do, and
+    for a `name` unless exactly one file is given.
     """
     files = [*filter(is_template_file, prompts), *map(str, descriptions)]
     if name is not None and len(files) != 1:
         raise UserError(
-            f"--prompt-set-name {name!r} names the set of one file, and {len(files)} are given: "
+            f"--prompt-set-name {name!r} names the set of one file, but {len(files)} are given: "
             "name one file, or leave it out"
         )
     return (
@@ -283,10 +283,10 @@ def is_descriptions_file(text: str) -> bool:
 
 
 def held_prompt_set(store: Store, text: str) -> str:
-    """The name of the store's prompt set that `text` means: its name, or the file it is made of.
+    """Return the name of the store's prompt set that `text`, a set's name or a file, means.
 
-    Raises UserError for a file that holds no prompt set, and when the store's set of that file has
-    other sentences than the file has now, or was never made.
+    Raises UserError for a file that holds no prompt set, and when the store has no set from that
+    file or one with other sentences than the file has now.
     """
     if text in store.prompt_sets or not (is_template_file(text) or is_descriptions_file(text)):
         return text
@@ -297,21 +297,21 @@ def held_prompt_set(store: Store, text: str) -> str:
 
 
 def _set_name(path: Path, name: str | None) -> str:
-    """The name of the set in a file; UserError when it cannot be one or is a built-in set's."""
+    """Return the name for the set in a file. Raises UserError for a bad or a built-in name."""
     chosen = path.stem if name is None else name
     if chosen in PROMPT_SETS:
         raise UserError(
             f"{chosen!r} is the name of a prompt set that comes with the program: give the "
-            f"sentences of {path} another one with --prompt-set-name"
+            f"sentences of {path} another name with --prompt-set-name"
         )
     try:
         return check_prompt_set(chosen)
     except UserError as error:
-        raise UserError(f"{error}; --prompt-set-name gives {path} another") from error
+        raise UserError(f"{error}; --prompt-set-name gives {path} another name") from error
 
 
 def _read_limited(path: Path, limit: int) -> str:
-    """A UTF-8 text file of at most `limit` bytes; UserError when it is no such file."""
+    """Read a UTF-8 text file of at most `limit` bytes. Raises UserError for any other file."""
     try:
         with open(path, "rb") as file:
             raw = file.read(limit + 1)
@@ -326,11 +326,11 @@ def _read_limited(path: Path, limit: int) -> str:
 
 
 def _require_length(sentence: str, where: str) -> None:
-    """Raise UserError for a sentence no text tower could take; its tokeniser counts exactly."""
+    """Raise UserError for a sentence too long for any text tower; the tokeniser checks exactly."""
     if len(sentence) > MAX_SENTENCE:
         raise UserError(
-            f"{where}: a sentence has {len(sentence)} characters, at most {MAX_SENTENCE} are read "
-            f"(CLIP takes 77 tokens): shorten {one_line(sentence, 40)!r}"
+            f"{where}: a sentence has {len(sentence)} characters, at most {MAX_SENTENCE} can be "
+            f"read (CLIP takes 77 tokens): shorten {one_line(sentence, 40)!r}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which frames of a video are taken: pure integer arithmetic from the number of frames.
+"""Chooses the frames that are taken of a video, by arithmetic on the number of its frames.
 
 The formulas are those of the MoTE reference (Zhu et al., NeurIPS 2024), zero-based, including its
 quirks: they decide which pixels the published numbers were measured on. Every function raises
@@ -26,12 +26,12 @@ SYNTAX = (
 
 
 def validation_indices(n: int, segments: int) -> IntArray:
-    """One clip over the whole video: int(n/segments*k) mod n, int64 [segments]."""
+    """Indices of one clip over the whole video: int(n/segments*k) mod n, int64 [segments]."""
     return segment_positions(n, segments)
 
 
 def test_indices(n: int, segments: int, clips: int, dense: bool = False) -> IntArray:  # noqa: PT028
-    """`clips` clips of `segments` frames of a video of `n` frames: int64 [clips, segments].
+    """Indices of `clips` clips of `segments` frames each, of `n` frames: int64 [clips, segments].
 
     Uniform: clip j starts at floor(linspace(0, n/segments - 1, clips)[j]) and takes every
     n/segments-th frame, modulo n. With n < segments later clips start at -1, so that their first
@@ -102,7 +102,7 @@ class Sampling:
 
 
 def parse_sampling(text: str) -> Sampling:
-    """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError naming the syntax."""
+    """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError that shows the syntax."""
     match = re.fullmatch(r"(uniform|clips|dense):([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip())
     if match is None or (match[1] == "uniform") != (match[3] is None):
         raise UserError(f"sampling {text!r} is not understood: write {SYNTAX}")

@@ -1,1 +1,1 @@
-"""Official and common annotation formats, read into one listing of videos, classes, splits."""
+"""Reads official and common annotation formats into a listing of videos, classes and splits."""

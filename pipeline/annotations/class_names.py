@@ -1,4 +1,4 @@
-"""Class names as words a person would use: what text encoders were trained on."""
+"""Turns class names into words that a person would use, as text encoders were trained on them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Naming:
                 raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(choices)}")
 
     def names(self, raw: tuple[str, ...]) -> tuple[str, ...]:
-        """The class names that sentences are made from, for raw ones."""
+        """Return the class names that sentences are made from, given the raw class names."""
         return raw if self.names_as == "raw" else tuple(map(natural_class_name, raw))
 
 
@@ -48,7 +48,7 @@ def natural_class_name(raw: str) -> str:
     Only names with underscores or in CamelCase change, so that Kinetics names such as
     "passing American football (in game)" stay as they are. Capital letters are kept in names
     with underscores unless every word has one. Square brackets of Something-Something V2
-    templates go, their words stay.
+    templates are removed; the words in them stay.
     """
     text = _BRACKETS.sub(r"\1", raw).strip()
     words = text.replace("_", " ").split() if "_" in text else [text]
@@ -59,7 +59,7 @@ def natural_class_name(raw: str) -> str:
 
 
 def comparable(name: str) -> str:
-    """`name` as Kinetics copies agree on it: lower case, no quotes, spaces for underscores."""
+    """`name` without what Kinetics copies differ in: lower case, no quotes, no underscores."""
     return " ".join(name.lower().replace("_", " ").replace('"', "").replace("'", "").split())
 
 
@@ -69,7 +69,7 @@ def comparable_words(name: str) -> str:
 
 
 def one_spelling(labels: Iterable[str]) -> dict[str, str]:
-    """The spelling to use for each label, the one with spaces where files disagree.
+    """Map every label to the spelling to use: the one with spaces where files disagree.
 
     Labels that differ only in case, quotes or underscores are one class.
     """
@@ -79,7 +79,7 @@ def one_spelling(labels: Iterable[str]) -> dict[str, str]:
 
 
 def _humps(word: str) -> list[str]:
-    """The lower-cased words of a CamelCase word; any other text as it is.
+    """Return the words of a CamelCase word in lower case; any other text stays as it is.
 
     UCF101 spells one class HandstandPushups and HandStandPushups; both are "handstand pushups".
     """

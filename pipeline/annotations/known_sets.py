@@ -1,4 +1,4 @@
-"""The data sets that are known by name, and which reader a folder or an annotation file needs."""
+"""Knows data sets by name, and chooses the reader for a folder or an annotation file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """An official annotation format: how to recognise and read its files, and their folders."""
+    """An official annotation format: how to recognise and read its files, and where they lie."""
 
     recognises: Callable[[Path], bool]
     read: Callable[[Sequence[Path], VideoFolder], Listing]
@@ -75,11 +75,11 @@ def read_listing(
     leave_out: Path | None = None,
     naming: Naming = USUAL_NAMING,
 ) -> Listing:
-    """All videos of a data set: from annotations, or from class folders.
+    """Return the listing of a data set, read from annotations or from class folders.
 
-    The annotation files themselves show their format, so any name goes with any format. For a
+    The annotation files themselves show their format, so any name can have any format. For a
     known name without `annotations`, the official files are searched in and beside the videos
-    folder; where there are none, class folders are taken as they are and a note says so.
+    folder; where there are none, class folders are used as they are and a note says so.
     `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
     rows and the share of files found are logged. `naming` says what to do with a file of class
     names that contradicts the videos.
@@ -159,7 +159,7 @@ def _read_annotations(
 def _refuse_class_names(class_names_file: Path | None, where: str) -> None:
     if class_names_file is not None:
         raise UserError(
-            f"class names {str(class_names_file)!r} go with a list of integer labels only; "
+            f"class names {str(class_names_file)!r} are only for a list of integer labels, and "
             f"{where} brings its own: leave the option out"
         )
 
@@ -175,7 +175,7 @@ def _recognised(files: Sequence[Path]) -> bool:
 
 
 def _official_files(official: _Format, videos_dir: Path) -> list[Path]:
-    """The official annotation files in the usual places in, beside and above the videos folder."""
+    """Find official annotation files in the usual places in, beside and above the videos folder."""
     here = videos_dir.absolute()
     for base in dict.fromkeys((here, here.parent, here.parent.parent)):
         for folder in (*(base / name for name in official.folders), base):
@@ -186,9 +186,9 @@ def _official_files(official: _Format, videos_dir: Path) -> list[Path]:
 
 
 def _without_absent_splits(listing: Listing) -> Listing:
-    """The listing without splits that have no file at all; for lists that no option named.
+    """Leave out splits that have no video file; only for lists that were not given as an option.
 
-    Official annotations come together; a user who has only the validation videos packs those.
+    Official annotations cover all splits; a user may have only the validation videos.
     """
     if listing.overlapping_splits or not listing.records:
         return listing
@@ -224,7 +224,7 @@ def _add_notes(
         listing.notes.append(f"{unlisted} video files in the folder are not listed and not used")
     if known and len(listing.class_names) != known.classes:
         listing.notes.append(
-            f"{len(listing.class_names)} classes are listed; all of {known.title} has "
+            f"{len(listing.class_names)} classes are listed; the whole of {known.title} has "
             f"{known.classes}"
         )
 
@@ -238,7 +238,7 @@ def _log(listing: Listing) -> None:
             ", ".join(record.splits) or "none",
         )
     logger.info(
-        "%d of %d listed videos are there (%.1f %%), %d classes, splits: %s",
+        "%d of %d listed videos were found (%.1f %%), %d classes, splits: %s",
         len(listing.records),
         listing.videos,
         100 * len(listing.records) / listing.videos,

@@ -1,4 +1,4 @@
-"""Names for the integer labels of a list: from a file, from folders, and corrected by the files."""
+"""Finds names for integer labels in a file or in folder names, and corrects exchanged names."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pipeline.annotations.video_folder import path_stem
 PUBLISHED_EXCHANGES: Final = {
     "hmdb51": (("kick", "kick ball"), ("sword", "sword exercise")),
 }
-"""Pairs of classes by data set whose names a published label file exchanges: X-CLIP's calls the
-class "kick" of HMDB51 "kick ball" and the other way round, and so on (Ni et al., ECCV 2022)."""
+"""For each data set, pairs of classes whose names a published label file exchanges. X-CLIP's file
+calls the class "kick" of HMDB51 "kick ball" and vice versa, and so on (Ni et al., ECCV 2022)."""
 
 # (label, path of the file found or as listed, path as listed)
 Evidence = tuple[int, str, str]
@@ -27,7 +27,7 @@ _AGREEMENT = 0.8  # share of a label's videos that must point to another label
 
 
 def agreed_changes(votes: Mapping[int, Counter[int]]) -> dict[int, int]:
-    """The labels most of whose videos point to another label, with that label."""
+    """Map a label to another one if at least 80 % of its videos point to that other label."""
     first = {label: counter.most_common(1)[0] for label, counter in votes.items()}
     return {
         label: other
@@ -67,15 +67,15 @@ def read_names(path: Path) -> dict[int, str]:
     for number, name in pairs:
         if not number.isdigit() or not name or int(number) in names:
             raise UserError(
-                f"{str(path)!r}: {number!r}, {name!r} is not a new number with a class name: "
-                "correct the file of class names"
+                f"{str(path)!r}: {number!r}, {name!r} must be a number that is not used yet and a "
+                "class name: correct the file of class names"
             )
         names[int(number)] = name.strip()
     if not names:
         raise UserError(f"file of class names {str(path)!r} is empty: name another")
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
     if twice:
-        raise UserError(f"{str(path)!r} gives the class name {twice[0]!r} to two numbers")
+        raise UserError(f"{str(path)!r} gives the name {twice[0]!r} to two numbers: correct it")
     return {number: names[number] for number in sorted(names)}
 
 
@@ -91,7 +91,7 @@ def _json_pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def names_from_folders(evidence: Sequence[Evidence]) -> dict[int, str] | None:
-    """Names by number when every label has one class folder and no two share one, else None."""
+    """Return names by label if every label has a class folder of its own, otherwise None."""
     folders: dict[int, set[str]] = defaultdict(set)
     for label, found, listed in evidence:
         candidates = (_folder(listed), _folder(found))
@@ -110,12 +110,12 @@ def correct_names(
     note: Callable[[str], None],
     label_map: LabelMap = "corrected",
 ) -> tuple[dict[int, str], str]:
-    """`names` with exchanged ones put right, and what was done: `label_map`, or "" for nothing.
+    """Return `names` with exchanges corrected, and what was done: `label_map`, or "" for nothing.
 
-    Some label files inherit the exchanges of `PUBLISHED_EXCHANGES`. It counts as an exchange only
-    where the files of these labels carry one another's names; any other contradiction is left,
-    with a note. With "as-published" exchanged names are left as they are, for comparison with
-    numbers that were made so. Either way a note counts the videos concerned.
+    Some label files inherit the exchanges of `PUBLISHED_EXCHANGES`. A contradiction counts as an
+    exchange only where the files of these labels carry one another's names; any other one is left,
+    with a note. With "as-published", exchanged names stay as they are, for comparison with
+    numbers that were made with such names. Either way a note counts the videos concerned.
     """
     by_form = {_form(name): label for label, name in names.items()}
     pattern = re.compile(
@@ -139,7 +139,7 @@ def correct_names(
     videos = sum(label in moved for label, _, _ in evidence)
     listed_names = ", ".join(repr(names[label]) for label in sorted(moved))
     exchange = (
-        f"the file of class names exchanges {listed_names} against what the files are called, "
+        f"the file of class names exchanges {listed_names}, as the names of the videos show, "
         f"which concerns {videos} of {len(evidence)} videos"
     )
     if label_map == "as-published":
@@ -152,7 +152,7 @@ def correct_names(
 def _label_in_path(
     found: str, listed: str, by_form: dict[str, int], pattern: re.Pattern[str]
 ) -> int | None:
-    """The label whose name is the folder's, or else the longest one in the file's name."""
+    """Return the label that the folder is named after, or else the longest in the file's name."""
     for path in (listed, found):
         folder = _form(_folder(path))
         if folder in by_form:
@@ -163,7 +163,7 @@ def _label_in_path(
 
 
 def _form(name: str) -> str:
-    """Words between spaces, so that only whole words match: "KickBall" -> " kick ball "."""
+    """Put spaces around all words, so that only whole words match: "KickBall" -> " kick ball "."""
     words = re.findall(r"[^\W_]+", comparable_words(name))
     return f" {' '.join(words)} " if words else ""
 

@@ -46,13 +46,13 @@ class VideoRecord:
 
 @dataclass(frozen=True)
 class Listing:
-    """All that annotations and a videos folder say together.
+    """The videos, classes and splits that annotations and a videos folder give together.
 
     `records` are the videos that can be packed, `missing` those that cannot, both sorted by key.
     `class_names` are raw names in label order; `split_names` in their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
-    sentences the user should read. `label_map` says what was done with a file of class names that
-    exchanges names against the videos: "corrected", "as-published", or "" where none does.
+    sentences the user should read. `label_map` says what was done if the file of class names
+    exchanges names of classes: "corrected" or "as-published", or "" if it does not.
     """
 
     records: list[VideoRecord]
@@ -79,12 +79,12 @@ def key_from_name(name: str) -> str:
 
 
 def name_from_key(key: str) -> str:
-    """The name that `key_from_name` made `key` of."""
+    """Return the name that `key_from_name` turned into `key`."""
     return urllib.parse.unquote_to_bytes(key).decode("utf-8", "surrogateescape")
 
 
 def split_from_word(word: str) -> str:
-    """The split that a word of a table stands for: "validate" -> "val", any other as it is."""
+    """The split that a word of a table stands for: "validate" -> "val"; other words stay."""
     plain = word.strip().lower()
     return _SPLIT_WORDS.get(plain, plain)
 
@@ -96,7 +96,7 @@ def split_from_folder(folder: str) -> str | None:
 
 
 def split_from_file_name(stem: str) -> str:
-    """The split of an annotation file's name, "hmdb51_test_split_2" -> "test2"; "" for none."""
+    """The split in an annotation file's name: "hmdb51_test_split_2" -> "test2"; "" for none."""
     kind = _SPLIT_IN_FILE_NAME.search(stem.lower())
     if kind is None:
         return ""
@@ -107,7 +107,7 @@ def split_from_file_name(stem: str) -> str:
 def ordered_splits(names: Iterable[str]) -> list[str]:
     """Split names in reading order: train, val, test; then train1, test1, train2, ...; then others.
 
-    Raises UserError when there are more than a row of the store can hold.
+    Raises UserError when there are more splits than a row of the store can hold.
     """
 
     def place(name: str) -> tuple[int, int, str]:
@@ -134,7 +134,7 @@ class ListingBuilder:
         self._repeated = 0
         self._notes: list[str] = []
         self.label_map = ""
-        """As `Listing.label_map`."""
+        """See `Listing.label_map`."""
 
     def note(self, sentence: str) -> None:
         """Keep a sentence that the user should read."""
@@ -150,9 +150,9 @@ class ListingBuilder:
         path: str | None,
         reason: str = "no such file in the videos folder",
     ) -> None:
-        """Add one mention: `name` becomes the key; `path` None means not found, for `reason`.
+        """Add one mention of a video. `name` becomes its key; if `path` is None, `reason` says why.
 
-        Raises UserError when the name or the file is already there as something else.
+        Raises UserError if another file has this key or the video already has another class.
         """
         key, source, splits = key_from_name(name), _printable(source), (split,) if split else ()
         if path is not None:
@@ -182,7 +182,7 @@ class ListingBuilder:
     def build(
         self, class_names: Sequence[str] | None = None, *, overlapping_splits: bool = False
     ) -> Listing:
-        """The listing, sorted by key; class names sorted by raw name where none are given."""
+        """Return the listing, sorted by key. Without `class_names`, classes are sorted by name."""
         if self._repeated:
             self._notes.append(
                 f"{self._repeated} repeated mentions of a video were merged with the first"
@@ -209,7 +209,7 @@ def _printable(text: str) -> str:
 
 
 def _refused_name(name: str, limit: int | None = MAX_NAME_LENGTH) -> str:
-    """Why no sample can carry this name; empty when it can."""
+    """Return why no sample can have this name, or an empty string if it can."""
     if limit is not None and len(name) > limit:
         return f"its name has {len(name)} characters, more than {limit}: shorten it"
     try:

@@ -1,8 +1,8 @@
-"""Lists of a published repository, found in a clone of it and matched with packed videos.
+"""Finds lists in a clone of a published repository and matches them with packed videos.
 
 Repositories name and order such files in their own ways (X-CLIP, ViFi-CLIP and MSTA write
-`file.avi 0` without class folders, others `class/file.mp4 0`). A file is found by the words of
-its path, a video by its name, and its class is the data set's own.
+`file.avi 0` without class folders, others `class/file.mp4 0`). A list is found by the words of
+its path and a video by its name; the class of a video is always that of the data set.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _BASE_OR_NOVEL = re.compile(r"(?<![a-z])(?:base|novel|b2n)")
 
 @dataclass(frozen=True)
 class PublishedList:
-    """A list matched with a data set: the keys found, in the list's order, and their labels in it.
+    """A list matched with a data set: the keys found and their labels, in the list's order.
 
-    Listed videos that were not packed and repeated ones are left out.
+    The labels are those of the list. Listed videos that were not packed are left out, and so are
+    repeated entries.
     """
 
     path: Path
@@ -44,11 +45,12 @@ class PublishedList:
 
 
 class KeyIndex:
-    """The keys of a data set by what lists call them.
+    """Finds the keys of a data set by the names that lists use.
 
-    A list's entry is compared by the file's name without extension, whatever the case of letters
-    (UCF101's HandstandPushups has files named HandStandPushups); Kinetics names by id and start,
-    or by id alone where either side has no more. Folders decide only between files of one name.
+    Entries are compared by the file's name without extension, in any case of letters (UCF101's
+    HandstandPushups has files named HandStandPushups). Kinetics names are compared by id and
+    start, or by id alone where one side has no start. Folders decide only between files of one
+    name.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -60,7 +62,7 @@ class KeyIndex:
             self._by_stem[stem.lower()].append(key)
 
     def find_listed(self, listed: str) -> tuple[str | None, str]:
-        """The key that a list's entry means, or (None, why not)."""
+        """Return the key that a list's entry means, or (None, the reason why there is none)."""
         if listed in self._keys:
             return listed, ""
         path = path_stem(normal_path(listed, Path()))
@@ -77,7 +79,7 @@ class KeyIndex:
 
 
 class ListRepository:
-    """The lists of one data set under a folder. Raises UserError for no folder and no list."""
+    """The lists of one data set under a folder. Raises UserError if folder or lists are missing."""
 
     def __init__(self, folder: Path, dataset: str) -> None:
         if not folder.is_dir():
@@ -123,7 +125,10 @@ class ListRepository:
         )
 
     def names(self, half: str = "") -> Path | None:
-        """The file of class names `id,name`, of "base" or "novel" classes or of all of them."""
+        """The file of class names (`id,name`) for "base", "novel" or all classes, if it is clear.
+
+        None if no file or several files fit.
+        """
         files = [path for path in self._files if is_name_file(path)]
         found = [path for path in files if _half_of(path.stem) == half]
         if len(found) > 1:
@@ -148,9 +153,9 @@ class ListRepository:
 
 
 def read_published_list(path: Path, index: KeyIndex) -> PublishedList:
-    """The list's videos among the packed ones. UserError when it holds none of them.
+    """Return the packed videos of a list. Raises UserError when it holds none of them.
 
-    Videos that are not packed are counted and named; one with two labels is an error.
+    A warning counts and names videos that are not packed. A video with two labels is an error.
     """
     return _matched(
         path, [((row.path,), row.label) for row in read_list(path, index.find_listed)], index
@@ -158,7 +163,7 @@ def read_published_list(path: Path, index: KeyIndex) -> PublishedList:
 
 
 def read_keys(path: Path, index: KeyIndex) -> PublishedList:
-    """A list of keys, file names or YouTube ids, one per line, whatever follows them."""
+    """Read a list of keys, file names or YouTube ids, one per line; text after them is ignored."""
     if not path.is_file():
         raise UserError(f"list {str(path)!r} does not exist: name a file")
     lines = [text for _, text in read_lines(path)]
@@ -169,7 +174,7 @@ def read_keys(path: Path, index: KeyIndex) -> PublishedList:
 def _matched(
     path: Path, rows: Sequence[tuple[Sequence[str], str]], index: KeyIndex
 ) -> PublishedList:
-    """The list of these rows: possible names, the first one as written, and label."""
+    """Match rows with packed videos; a row has possible names (the first as written), a label."""
     labels: dict[str, str] = {}
     missing: dict[str, str] = {}
     for names, label in rows:
@@ -210,13 +215,13 @@ def label_exchange(
     class_names: Sequence[str],
     label_map: LabelMap,
 ) -> tuple[dict[int, int], str]:
-    """Where the lists' file of names calls a class by another's name: {label: the other's label}.
+    """Find classes that the lists' file of names calls by the name of another class.
 
     `names_file` (`id,name`) numbers the labels of the `lists`; `label_of` is the data set's label
-    by key; `class_names` are its names by label. Also what was done, `label_map` or "". With
-    "corrected" the exchange is only logged, for the data set's own names are used.
-    Raises UserError when a name of the file is no class of the data set, when a label has no name,
-    and when names to be kept are no exchange.
+    by key; `class_names` are its names by label. Returns {label: the other class's label} and
+    what was done, `label_map` or "". With "corrected" the exchange is only logged, because the
+    data set's own names are used. Raises UserError when a name of the file is no class of the data
+    set, when a label has no name, and when "as-published" names are not an exchange of classes.
     """
     if names_file is None:
         if label_map == "as-published":
@@ -257,8 +262,8 @@ def label_exchange(
         return {}, "corrected"
     if set(exchange) != set(exchange.values()):
         raise UserError(
-            f"the lists call {names_of} by names that are no exchange among them: "
-            "--label-map as-published cannot be applied"
+            f"the lists call {names_of} by names that do not exchange these classes with each "
+            "other: --label-map as-published cannot be applied, leave it out"
         )
     return exchange, "as-published"
 
@@ -275,7 +280,7 @@ def _datasets_of(place: str) -> set[str]:
 
 
 def _in_folder(keys: list[str], path: str) -> list[str]:
-    """Those of the keys whose folders, as far as both sides have any, are those of the list."""
+    """Return the keys whose folders agree with those of `path`, as far as both have folders."""
     wanted = [comparable(part) for part in path.split("/")[:-1] if part]
     if not wanted:
         return []

@@ -1,4 +1,4 @@
-"""Annotation files as text, tables and JSON; every failure names the file and the remedy."""
+"""Reads annotation files as text, tables and JSON; every error names the file and the remedy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ csv.field_size_limit(1_000_000)
 
 
 def read_text(path: Path) -> str:
-    """The file's text without a byte-order mark. Raises UserError when it is no UTF-8 text."""
+    """Return the text without a byte-order mark. Raises UserError when it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
-    """(line number, text) of every line that is not blank, without line ends of any system."""
+    """Return (line number, text) of every line that is not blank, without its line end."""
     lines = enumerate(read_text(path).splitlines(), start=1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
@@ -76,7 +76,7 @@ def opening(path: Path, size: int = 65536) -> str:
 
 
 def header(path: Path) -> list[str]:
-    """The cells of the first line, lower case, as a comma-separated file has them."""
+    """Return the cells of the first line in lower case, split at commas."""
     lines = opening(path).lstrip().splitlines()
     row = next(csv.reader(lines[:1]), []) if lines else []
     return [cell.strip().lower() for cell in row]

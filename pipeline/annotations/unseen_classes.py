@@ -1,9 +1,9 @@
 """The classes of Kinetics-600 that Kinetics-400 does not have, and the splits they are tested in.
 
 Source: Chen and Huang, Elaborative Rehearsal for Zero-Shot Action Recognition, ICCV 2021: of the
-232 new names 12 are old classes under another name, which leaves 220; three random splits of 60
-validation and 160 test classes. The published splits are files of names or numbers that a user
-has; splits drawn here are other ones, and numbers from the two cannot be compared.
+232 new names 12 are old classes under another name, which leaves 220. There are three random splits
+of 60 validation and 160 test classes. The published splits are files of names or numbers, which a
+user may have. Splits drawn here differ, so results on the two cannot be compared.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class UnseenClasses:
     """Label ids of Kinetics-600: all unseen ones, and those tested in split1, split2, ...
 
     `source` says where the splits come from: file names, or `OWN_DRAW`. `notes` are sentences the
-    user should read: every count that is not the published one.
+    user should read, one for every count that differs from the published one.
     """
 
     unseen: tuple[int, ...]
@@ -51,13 +51,13 @@ class UnseenClasses:
 def unseen_classes(
     k600_names: Sequence[str], k400_names: Sequence[str], lists: Sequence[Path] = ()
 ) -> UnseenClasses:
-    """The unseen classes and their test splits: those of `lists` (files or one folder), or drawn.
+    """Return the unseen classes and their test splits, from `lists` (files or one folder) or drawn.
 
-    Unseen are the names that Kinetics-400 does not have, the renamed ones left out. Names are
-    compared in lower case, without quotes, with spaces for underscores. Own splits take 160 of 220
-    classes, or as large a share of fewer, by a hash of split and name.
-    Raises UserError for lists of names without a common or without an unseen one, and for a class
-    list with a class that Kinetics-600 lacks or Kinetics-400 has.
+    A class is unseen if Kinetics-400 lacks its name and it is not a renamed one. Names are
+    compared in lower case, without quotes, with spaces for underscores. A drawn split takes 160 of
+    220 classes, or the same share of fewer, by a hash of split and name.
+    Raises UserError if the two lists of names have no name in common or no class is unseen, and
+    for a class list with a class that Kinetics-600 lacks or Kinetics-400 has.
     """
     known = {comparable_words(name) for name in k400_names}
     old = known | {comparable_words(name) for name in RENAMED}
@@ -74,14 +74,14 @@ def unseen_classes(
     notes = []
     if len(unseen) != UNSEEN:
         notes.append(
-            f"{len(unseen)} classes of Kinetics-600 are unseen here; of the full lists {UNSEEN} "
+            f"{len(unseen)} classes of Kinetics-600 are unseen here; with the full lists {UNSEEN} "
             f"are ({NEW_NAMES} new names without {len(RENAMED)} renamed ones)"
         )
     if not lists:
         splits = {f"split{number}": _drawn(number, k600_names, unseen) for number in (1, 2, 3)}
         notes.append(
-            "the three class splits are drawn here by name: name the published lists with "
-            "--class-lists for numbers that can be compared"
+            "the three class splits are drawn by this program: name the published lists with "
+            "--class-lists to get comparable numbers"
         )
         return UnseenClasses(unseen, splits, OWN_DRAW, tuple(notes))
     files = _class_lists(lists)
@@ -92,7 +92,7 @@ def unseen_classes(
     if len(splits) != SPLITS:
         notes.append(f"{len(splits)} class lists are given; {SPLITS} are published")
     notes += [
-        f"class list {path.name} has {len(labels)} classes; the published ones {TEST_CLASSES}"
+        f"class list {path.name} has {len(labels)} classes; the published ones have {TEST_CLASSES}"
         for path, labels in zip(files, splits.values(), strict=True)
         if len(labels) != TEST_CLASSES
     ]
@@ -128,7 +128,7 @@ def _read_split(path: Path, names: Sequence[str], unseen: Sequence[int]) -> tupl
         if not 0 <= label < len(names):
             raise UserError(
                 f"{str(path)!r} lists {name!r}, which is none of the {len(names)} classes of the "
-                "Kinetics-600 that is packed: name the list that belongs to it"
+                "packed Kinetics-600: name the list that belongs to it"
             )
         labels.append(label)
     seen = [names[label] for label in labels if label not in set(unseen)]

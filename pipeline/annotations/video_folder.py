@@ -1,4 +1,4 @@
-"""The index of a videos folder, and how a listed name finds its file whatever the copy's layout."""
+"""Indexes a videos folder and finds the file that a list means, whatever the copy's layout."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class VideoFolder:
     """All video files under a folder: `files` are sorted relative paths with slashes.
 
     `folders` are the relative paths of all folders, empty ones too. Links are followed (CVDF's
-    arrange script for Kinetics makes them), a link back to a parent folder is not. Hidden files
-    are left out, and so is a folder that holds `leave_out`, the place of output.
+    arrange script for Kinetics makes some), except a link back to a parent folder. Hidden files
+    are left out, and so is a folder that holds `leave_out`, where the output goes.
     Raises UserError when the folder, or one in it, is missing or cannot be read.
     """
 
@@ -80,11 +80,11 @@ class VideoFolder:
         return dict(index)
 
     def with_stem(self, stem: str) -> list[str]:
-        """Files of this name without extension in any folder, whatever the case of letters."""
+        """Return files in any folder whose name without extension is `stem`, in any letter case."""
         return self._by_stem.get(stem.lower(), [])
 
     def find_in_class(self, name: str, class_name: str) -> str | None:
-        """The file called `name` (extension and case may differ), in its class's folder if it can.
+        """Find the file `name` (extension and case may differ), preferably in its class's folder.
 
         Official HMDB51 and UCF101 names are unique in their sets, so a flat folder is as good.
         """
@@ -97,7 +97,7 @@ class VideoFolder:
         return min(self.with_stem(path_stem(name)), key=rank, default=None)
 
     def has(self, path: str) -> bool:
-        """Whether the relative path is a file here; one with an unusual extension counts."""
+        """Whether the relative path is a file here; its extension may be an unusual one."""
         if path in self._files:
             return True
         inside = not path.startswith(("/", "../")) and path not in ("", "..", ".")
@@ -108,7 +108,7 @@ class VideoFolder:
         return frozenset(self.files)
 
     def find_listed(self, listed: str, split: str = "") -> tuple[str | None, str]:
-        """The file that a list's entry means, or (None, why not).
+        """Return the file that a list's entry means, or (None, the reason why there is none).
 
         Tried in turn: the path as listed; the same with another extension or none; the path
         without its first folders (absolute paths, other roots); the file's name alone, where
@@ -167,14 +167,14 @@ def normal_path(listed: str, root: Path) -> str:
 
 
 def _splits_agree(listed_folders: list[str], candidate: str, split: str) -> bool:
-    """Whether a file found by name alone lies in no folder of another split than the listed one."""
+    """Whether a file found by name alone does not lie in the folder of another split."""
     wanted = split.rstrip("0123456789") if split else first_split(listed_folders)
     there = first_split(candidate.split("/")[:-1])
     return wanted is None or there is None or wanted == there
 
 
 def _folders_agree(folder: str, candidate: str) -> bool:
-    """Whether a file found by name alone can be the one that the list has in `folder`."""
+    """Whether a file found by name alone can be the one that the list puts into `folder`."""
     parts = candidate.split("/")[:-1]
     if not folder or not parts or split_from_folder(folder) or split_from_folder(parts[-1]):
         return True
@@ -182,5 +182,5 @@ def _folders_agree(folder: str, candidate: str) -> bool:
 
 
 def first_split(folders: list[str]) -> str | None:
-    """The split of the first folder among `folders` that is named after one."""
+    """The split of the first of the `folders` that is named after a split; None without one."""
     return next((split for part in folders if (split := split_from_folder(part))), None)

@@ -1,4 +1,4 @@
-"""The demo's small CLIP: how the shipped weights become an encoder folder.
+"""Makes an encoder folder from the shipped weights of the demo's small CLIP.
 
 No pretrained CLIP can be assumed on a machine without a network, so one was trained on single
 frames of the generated world (`tests/support/worlds/demo_clip.py`). Its weights are shipped here

@@ -3,7 +3,7 @@
 A clip shows one sprite on a dim, noisy gradient. Its class is (colour, shape, motion), written as
 words a person would use: "red circle moving left". Many motions cannot be told from one frame (left
 or right, growing or shrinking), which is what a temporal head is for. Three motions are never shown
-to a head, so that new classes can be asked for.
+to a head, so that it can be tested on new classes.
 
 Letters: T frames, S side of the square picture in pixels.
 """
@@ -49,7 +49,7 @@ MOTIONS = (
     "shaking",
     "blinking",
 )
-# A turned circle looks like itself, so these pairs would be classes nobody could tell apart.
+# A turned circle looks the same, so nobody could tell the classes of these pairs apart.
 _TURNS_UNSEEN = {(shape, m) for shape in ("circle", "ring") for m in MOTIONS if "spinning" in m}
 
 Frames = npt.NDArray[np.uint8]
@@ -71,7 +71,7 @@ class SpriteClass:
 
     @property
     def pair(self) -> tuple[str, str]:
-        """What does not move: colour and shape."""
+        """The parts that do not change during a clip: colour and shape."""
         return self.colour, self.shape
 
     @property
@@ -99,7 +99,7 @@ KNOWN_PAIRS = 16
 
 @dataclass(frozen=True)
 class World:
-    """Which classes a head trains on and which are new to it, drawn from one seed."""
+    """The classes that a head trains on and those that are new to it, drawn from one seed."""
 
     seed: int
     known: tuple[SpriteClass, ...]
@@ -225,7 +225,7 @@ def _signed_distance(shape: str, u: Floats, v: Floats) -> Floats:
 
 
 def encode_clip(frames: Frames, path: Path) -> None:
-    """Write frames uint8 [T, S, S, 3] as an H.264 MP4 file, 4:4:4 so that small colours survive."""
+    """Write frames uint8 [T, S, S, 3] as an H.264 MP4 file, 4:4:4 to keep small colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=FPS)
@@ -233,7 +233,7 @@ def encode_clip(frames: Frames, path: Path) -> None:
         stream.pix_fmt = "yuv444p"
         stream.codec_context.thread_count = 1
         # x264's macroblock tree does not always decide alike on pictures this small (3 files in 800
-        # differed), and the same world is to give the same files.
+        # differed), but the same world must give the same files.
         stream.options = {"crf": "6", "preset": "veryfast", "x264-params": "mbtree=0"}
         for picture in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
@@ -242,7 +242,7 @@ def encode_clip(frames: Frames, path: Path) -> None:
 
 @dataclass(frozen=True)
 class WorldFolders:
-    """Where `write_world` put the videos; both are folders of class folders."""
+    """The folders into which `write_world` put the videos; both hold class folders."""
 
     known: Path  # train/<class>/*.mp4 and val/<class>/*.mp4
     new: Path  # <class>/*.mp4, motions that no head trains on
@@ -258,9 +258,9 @@ def write_world(
     workers: int = 2,
     progress: ProgressSink = no_progress,
 ) -> WorldFolders:
-    """Make the world's clips as video files under `folder`, which holds nothing else.
+    """Write the world's clips as video files under `folder`, which holds nothing else.
 
-    An earlier complete set of the same recipe is kept, anything else in the folder is replaced.
+    An earlier complete set of the same recipe is kept; anything else in the folder is deleted.
     `train_clips` and `test_clips` are per class. The same world gives the same files.
     """
     jobs: list[tuple[SpriteClass, int, Path]] = []

@@ -1,1 +1,1 @@
-"""Where a CLIP comes from: names, files and fine-tuned towers."""
+"""Finds and loads CLIP models: by name, from files, and with fine-tuned towers."""

@@ -1,4 +1,4 @@
-"""Where a CLIP model comes from: a spec as the user writes it -> open_clip model with its weights.
+"""Loads CLIP models: turns a spec, as the user writes it, into an open_clip model with weights.
 
 A spec is a folder in open_clip's own format, an OpenAI-format `.pt` file, the name of a folder in
 the workspace's `encoders/`, or `ARCH/TAG` as open_clip names its pretrained models. Only the last
@@ -34,14 +34,14 @@ from pipeline.encoders.specs import CONFIG_FILE, WEIGHTS_FILE, local_encoder
 
 MAX_CONFIG_BYTES = 1 << 20
 HUB_TIMEOUT_S = 5
-# Entries of an OpenAI archive that describe the model rather than being weights of it.
+# Entries of an OpenAI archive that describe the model and are not weights.
 OPENAI_DESCRIPTION = ("input_resolution", "context_length", "vocab_size")
 LISTED_TENSORS = 3  # how many tensors an error names before it counts the rest
 
 
 @dataclass
 class LoadedClip:
-    """An fp32 open_clip model in evaluation mode and how it is described."""
+    """An fp32 open_clip model in evaluation mode, with its name and its configs."""
 
     name: str
     model: torch.nn.Module
@@ -53,7 +53,7 @@ class LoadedClip:
 def load_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
     """Load the model that `spec` names.
 
-    Raises UserError for an unknown name or unusable files, WorkError when weights cannot be had.
+    Raises UserError for an unknown name or unusable files, WorkError if weights cannot be fetched.
     """
     place = local_encoder(spec, encoders_dir)
     if place is not None:
@@ -73,7 +73,7 @@ def save_open_clip_folder(
     """Write `model` as a folder that `load_clip` and open_clip's `local-dir:` both load.
 
     Weights are stored as they are (dtype included). The config is written last: a folder without
-    it is an unfinished one.
+    it is unfinished.
     """
     state = {
         name: tensor.detach().cpu().clone().contiguous()
@@ -89,7 +89,7 @@ def save_open_clip_folder(
 
 
 def build_model(model_config: Mapping[str, Any], where: str) -> torch.nn.Module:
-    """An open_clip model with random weights. Raises UserError naming `where` for a bad config."""
+    """Build an open_clip model with random weights. For a bad config, UserError names `where`."""
     config = deepcopy(dict(model_config))
     custom_text = config.pop("custom_text", False)
     try:
@@ -156,7 +156,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of `path`. Raises UserError naming missing, extra and misshapen ones."""
+    """Read the tensors of `path`. UserError names missing, extra and misshapen tensors."""
 
     def listed(names: list[str]) -> str:
         rest = len(names) - LISTED_TENSORS
@@ -224,7 +224,7 @@ def _load_openai_file(path: Path) -> LoadedClip:
 
 
 def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a TorchScript archive or of a plain state dict; nothing in the file is run."""
+    """Read a TorchScript archive or a plain state dict; no code in the file is run."""
     try:
         if _is_torchscript(path):
             with warnings.catch_warnings():
@@ -284,7 +284,7 @@ def _openai_config(model: Any) -> dict[str, Any]:
 
 
 def _known_pretrained(spec: str) -> tuple[str, str] | None:
-    """(architecture, tag) when open_clip knows them. `ViT-B/16/openai` means `ViT-B-16/openai`."""
+    """(architecture, tag) if open_clip knows both. `ViT-B/16/openai` means `ViT-B-16/openai`."""
     architecture, _, tag = spec.strip().rpartition("/")
     architecture = architecture.replace("/", "-")
     if architecture and open_clip.is_pretrained_cfg(architecture, tag):
@@ -296,7 +296,7 @@ def _unknown_spec(spec: str, encoders_dir: Path | None) -> str:
     bare = spec.strip().replace("/", "-")
     tags = open_clip.list_pretrained_tags_by_model(bare)
     if tags:
-        return f"encoder {spec!r} needs a tag: for example {bare}/{tags[0]} (of {len(tags)})"
+        return f"encoder {spec!r} needs a tag: for example {bare}/{tags[0]} (one of {len(tags)})"
     if bare in open_clip.list_models():
         return f"encoder {spec!r}: open_clip has no weights for it; pass a folder or a .pt file"
     architecture = spec.strip().rpartition("/")[0].replace("/", "-")
@@ -342,7 +342,7 @@ def _load_pretrained(architecture: str, tag: str) -> LoadedClip:
 
 
 def _weights_of(spec: str, pretrained: Mapping[str, Any]) -> str:
-    """Path of the weights, from the hub's cache or fetched. Raises WorkError in one line."""
+    """Find the weights in the hub's cache or fetch them. Raises WorkError in one line."""
     hub_name = str(pretrained.get("hf_hub", ""))
     cached = _cached_weights(hub_name)
     if cached:

@@ -1,4 +1,4 @@
-"""Which files an encoder spec means, without loading them or the libraries that could."""
+"""Finds the files that an encoder spec means, without loading them or any slow library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 def encoder_label(spec: str, encoders_dir: Path | None = None) -> str:
-    """Short name of an encoder for a store's file name: its folder's or file's name, or `spec`."""
+    """Short name of an encoder, for a store's file name: that of its folder or file, or `spec`."""
     place = local_encoder(spec, encoders_dir)
     if place is None or _workspace_folder(spec, encoders_dir):
         return spec
@@ -32,7 +32,7 @@ def encoder_label(spec: str, encoders_dir: Path | None = None) -> str:
 
 
 def lasting_spec(spec: str, encoders_dir: Path | None = None) -> str:
-    """`spec` as it can be found from any working directory: paths absolute, names as they are."""
+    """Return `spec` in a form that holds in any working directory: paths become absolute."""
     place = local_encoder(spec, encoders_dir)
     if place is None or _workspace_folder(spec, encoders_dir):
         return spec
@@ -40,10 +40,10 @@ def lasting_spec(spec: str, encoders_dir: Path | None = None) -> str:
 
 
 def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
-    """The folder or file that `spec` names; None where it can only be `ARCH/TAG` of open_clip.
+    """The folder or file that `spec` names; None if it can only be an `ARCH/TAG` of open_clip.
 
-    A bare name that the workspace has is the workspace's, so that a command means the same from
-    every working directory; a file or folder of that name here is `./NAME`.
+    A bare name means the workspace's encoder if there is one, so that a command means the same in
+    every working directory. A file or folder of that name in the working directory is `./NAME`.
     """
     path = Path(os.path.expanduser(spec))  # Path.expanduser raises for an unknown user
     here = bool(spec.strip()) and (path.is_dir() or path.is_file())
@@ -56,7 +56,7 @@ def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
 
 
 def _workspace_folder(spec: str, encoders_dir: Path | None) -> Path | None:
-    """The folder of the workspace's encoder of this bare name; None where it has none."""
+    """The folder of the workspace's encoder with this bare name; None if there is none."""
     if encoders_dir is None or not is_plain_name(spec) or not (encoders_dir / spec).is_dir():
         return None
     return encoders_dir / spec
@@ -64,13 +64,13 @@ def _workspace_folder(spec: str, encoders_dir: Path | None) -> Path | None:
 
 @cache  # a command looks for its encoder several times
 def _say_taken(spec: str, taken: Path, other: Path) -> None:
-    logger.info("encoder %s: %s, of the workspace; %s would be ./%s", spec, taken, other, spec)
+    logger.info("encoder %s is %s in the workspace; for %s write ./%s", spec, taken, other, spec)
 
 
 def local_architecture(spec: str, encoders_dir: Path | None) -> str | None:
-    """The architecture of an encoder's folder, "ViT-B/16", from its configuration.
+    """Read the architecture of an encoder's folder, such as "ViT-B/16", from its configuration.
 
-    None where there is no such folder, and for a tower that has no usual name.
+    None if there is no such folder or the tower has no usual name.
     """
     place = local_encoder(spec, encoders_dir)
     if place is None or not place.is_dir():
@@ -91,9 +91,9 @@ def is_plain_name(spec: str) -> bool:
 
 
 def signature(spec: str, encoders_dir: Path | None) -> dict[str, Any]:
-    """What changes when the encoder's files do: JSON-ready names, sizes and times of change.
+    """JSON-ready names, sizes and times of the encoder's files, which show whether they changed.
 
-    For `ARCH/TAG` it is the name alone: open_clip pins what it stands for.
+    For `ARCH/TAG` it is the name alone, because open_clip pins the weights of that name.
     """
     place = local_encoder(spec, encoders_dir)
     if place is None:
@@ -112,13 +112,13 @@ def signature(spec: str, encoders_dir: Path | None) -> dict[str, Any]:
 def remember_fingerprint(
     store: Path | str, spec: str, encoders_dir: Path | None, fingerprint: str
 ) -> None:
-    """Note beside the store that the encoder has this fingerprint as its files are now."""
+    """Note beside the store the encoder's fingerprint and the present state of its files."""
     value = {"signature": signature(spec, encoders_dir), "fingerprint": fingerprint}
     write_json(_fingerprint_note(store), value)
 
 
 def remembered_fingerprint(store: Path | str, spec: str, encoders_dir: Path | None) -> str | None:
-    """The fingerprint noted for the encoder's files as they are now; None when there is none."""
+    """The noted fingerprint; None if there is none or the encoder's files changed since then."""
     files = signature(spec, encoders_dir)
     try:
         value = json.loads(_fingerprint_note(store).read_bytes())
@@ -131,7 +131,7 @@ def remembered_fingerprint(store: Path | str, spec: str, encoders_dir: Path | No
 
 
 def _fingerprint_note(store: Path | str) -> Path:
-    """The note's file: beside a store on disk, in the cache for one at a URL."""
+    """The path of the note: beside a store on disk, in the cache for a store at a URL."""
     if isinstance(store, str):
         digest = hashlib.sha256(store.encode()).hexdigest()[:16]
         return cache_folder() / "stores" / f"{digest}.encoder.json"

@@ -1,4 +1,4 @@
-"""A CLIP whose image tower was tuned elsewhere: which CLIP it was, and the two put together."""
+"""Finds the CLIP that an image tower was tuned from, and joins the tuned tower with it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _PUBLISHED: Final = {
     (1024, 14, 257, 24): "ViT-L-14/openai",
     (1024, 14, 577, 24): "ViT-L-14-336/openai",
 }
-# What of a preprocessing config is about pixels; the rest says where weights were fetched.
+# Entries of a preprocessing config that concern pixels; the others say where weights come from.
 _PIXELS: Final = ("size", "mean", "std", "interpolation", "resize_mode", "fill_color")
 
 
 def published_clip(tower_state: Mapping[str, torch.Tensor]) -> str:
-    """The spec of OpenAI's CLIP that has a tower of this shape (`visual.*` in its names).
+    """Return the spec of the OpenAI CLIP whose tower has this shape (tensors `visual.*`).
 
-    Raises UserError when none has.
+    Raises UserError when no such CLIP has it.
     """
     patches = tower_state["visual.conv1.weight"]
     positions = tower_state["visual.positional_embedding"].shape[0]
@@ -43,15 +43,15 @@ def published_clip(tower_state: Mapping[str, torch.Tensor]) -> str:
 
 
 def original_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
-    """The CLIP a tower was tuned from (specs and errors of `load_clip`).
+    """Load the CLIP that a tower was tuned from (specs and errors of `load_clip`).
 
-    Logged when its activation is not QuickGELU, with which OpenAI's CLIPs and the code that tunes
-    them compute.
+    Logs a warning if its activation is not QuickGELU, which OpenAI's CLIPs and the code that tunes
+    them use.
     """
     loaded = load_clip(spec, encoders_dir)
     if not loaded.model_config.get("quick_gelu"):
         logger.warning(
-            "%s computes with GELU, OpenAI's CLIPs with QuickGELU: make sure it is the CLIP that "
+            "%s uses GELU, but OpenAI's CLIPs use QuickGELU: make sure that it is the CLIP that "
             "the tower was tuned from",
             spec,
         )
@@ -59,12 +59,12 @@ def original_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
 
 
 def text_attention_heads(clip: LoadedClip) -> int:
-    """Attention heads of the text tower by OpenAI's rule (width 64 each)."""
+    """The number of attention heads of the text tower by OpenAI's rule (width 64 each)."""
     return max(1, int(clip.model_config["text_cfg"]["width"]) // 64)
 
 
 def tower_of(clip: LoadedClip) -> dict[str, torch.Tensor]:
-    """`visual.*` and `logit_scale` of a CLIP."""
+    """Return the tensors `visual.*` and `logit_scale` of a CLIP."""
     return {
         name: value
         for name, value in clip.model.state_dict().items()
@@ -75,9 +75,9 @@ def tower_of(clip: LoadedClip) -> dict[str, torch.Tensor]:
 def tuned_clip(
     original: LoadedClip, tower_state: Mapping[str, torch.Tensor], name: str
 ) -> LoadedClip:
-    """`original` with the tower and scale of `tower_state`, called `name`; changes `original`.
+    """Put the tower and scale of `tower_state` into `original`; return the result as `name`.
 
-    The names of `tower_state` must be those of `tower_of(original)`.
+    The model of `original` is changed. `tower_state` must have the names of `tower_of(original)`.
     """
     state = original.model.state_dict()
     for key, value in tower_state.items():

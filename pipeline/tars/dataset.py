@@ -36,9 +36,10 @@ class FailedVideo:
 
 @dataclass(frozen=True, slots=True)
 class Tar:
-    """One tar: `samples` videos are in it, `failed` ones keep their place beside it.
+    """One tar: `samples` is the number of videos in it, `failed` lists the videos it lacks.
 
-    `split` is set where tars are made per split. `bytes` and `sha256` are those of the file.
+    A failed video still counts as a row. `split` is set where every split has its own tars.
+    `bytes` and `sha256` describe the file.
     """
 
     file: str
@@ -50,17 +51,17 @@ class Tar:
 
     @property
     def rows(self) -> int:
-        """Listed videos of this tar, failed ones included."""
+        """The number of listed videos of this tar, failed ones included."""
         return self.samples + len(self.failed)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What `dataset.json` says. Labels are indices into `class_names` and `raw_class_names`.
+    """The content of `dataset.json`. Labels are indices into `class_names` and `raw_class_names`.
 
-    `keys_by_split` holds the keys of every split, failed videos included. `splits_disjoint` says
-    that tars are made per split. `fingerprint` changes with any byte of any tar, with labels,
-    splits and failures. `label_map` as `Listing.label_map`.
+    `keys_by_split` holds the keys of every split, failed videos included. `splits_disjoint` is
+    true where every split has its own tars. `fingerprint` changes with any byte of any tar and
+    with labels, splits and failures. `label_map` means the same as in `Listing`.
     """
 
     folder: Path
@@ -85,25 +86,25 @@ class Dataset:
             object.__setattr__(self, "fingerprint", _fingerprint(self._content()))
 
     def splits_of(self, key: str) -> tuple[str, ...]:
-        """The splits a video belongs to; none for a video outside all splits."""
+        """The splits that a video belongs to; empty for a video outside all splits."""
         return self._splits_by_key.get(key, ())
 
     def tar_path(self, tar: Tar) -> Path:
-        """Where the tar lies."""
+        """The path of the tar's file."""
         return self.folder / TARS_FOLDER / tar.file
 
     @property
     def listed(self) -> int:
-        """Listed videos, failed ones included."""
+        """The number of listed videos, failed ones included."""
         return sum(tar.rows for tar in self.tars)
 
     @property
     def packed(self) -> int:
-        """Videos in tars."""
+        """The number of videos in tars."""
         return sum(tar.samples for tar in self.tars)
 
     def facts(self) -> dict[str, Any]:
-        """What the data set holds, JSON-ready: counts, classes, splits and why videos failed."""
+        """JSON-ready facts: counts, classes, splits, and the reasons why videos failed."""
         return {
             "name": self.name,
             "videos_listed": self.listed,
@@ -143,13 +144,13 @@ class Dataset:
             "splits_disjoint": self.splits_disjoint,
             "shards": [asdict(tar) for tar in self.tars],
             "splits": {split: list(self.keys_by_split[split]) for split in self.split_names},
-            # Only where there is something to say, so that other data sets keep their fingerprint.
+            # Written only where it is set, so that other data sets keep their fingerprint.
             **({"label_map": self.label_map} if self.label_map else {}),
         }
 
 
 def write_failures(dataset_dir: Path, failures: Sequence[Mapping[str, Any]]) -> None:
-    """Write `failures.csv`, complete or not at all; one with a header only when none failed."""
+    """Write `failures.csv`, complete or not at all; if no video failed, it has only a header."""
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, FAILURE_COLUMNS, lineterminator="\n")
     table.writeheader()
@@ -158,9 +159,9 @@ def write_failures(dataset_dir: Path, failures: Sequence[Mapping[str, Any]]) -> 
 
 
 def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
-    """The tars of a split, all when None.
+    """Return the tars of a split, or all tars if `split` is None.
 
-    Raises UserError for an unknown split, one without videos, and where splits share tars.
+    Raises UserError for an unknown split, for one without videos, and where splits share tars.
     """
     if split is None:
         return list(dataset.tars)
@@ -181,8 +182,8 @@ def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
 def load_dataset(dataset_dir: Path) -> Dataset:
     """Read `dataset.json` of a packed data set.
 
-    Raises UserError when there is none (not packed, or packing was interrupted) or when it is of
-    a newer version, WorkError when it is damaged.
+    Raises UserError when the file is missing (not packed, or packing was interrupted) or has a
+    newer version, WorkError when it is damaged.
     """
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
@@ -197,13 +198,13 @@ def load_dataset(dataset_dir: Path) -> Dataset:
         version = int(value["format_version"])
         if version > FORMAT_VERSION:
             raise UserError(
-                f"{str(path)!r} has format version {version}, this program knows up to "
+                f"{str(path)!r} has format version {version}, but this program reads only up to "
                 f"{FORMAT_VERSION}: install a newer one"
             )
         dataset = _dataset(dataset_dir, value)
         if dataset.fingerprint != _fingerprint(dataset._content()):
             raise WorkError(
-                f"{str(path)!r} is damaged or was edited by hand (fingerprint): {remedy}"
+                f"{str(path)!r} is damaged or was edited by hand (wrong fingerprint): {remedy}"
             )
         return dataset
     except UserError:

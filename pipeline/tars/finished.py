@@ -1,4 +1,4 @@
-"""What packing remembers between runs: the record of every finished tar."""
+"""Records of finished tars, which packing keeps between runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RECORDS_FOLDER = ".packing"
 
 
 class VideoOutcome(NamedTuple):
-    """A packed video: the hash of its content if it was read, and a reason if it failed."""
+    """The outcome for one video: the hash of its content if read, and a reason if it failed."""
 
     key: str
     sha256: str | None
@@ -36,7 +36,7 @@ class TarRecord:
 
 
 def read_record(path: Path, tar: PlannedTar) -> TarRecord | None:
-    """The record of a finished tar; None where it is missing or of other videos."""
+    """Return the record of a finished tar, or None if it is missing or lists other videos."""
     try:
         value = json.loads(path.read_bytes())
         outcomes = tuple(VideoOutcome(*outcome) for outcome in value["videos"])
@@ -48,7 +48,7 @@ def read_record(path: Path, tar: PlannedTar) -> TarRecord | None:
 
 
 class HashingStream:
-    """A file to write to that hashes what goes through."""
+    """A writable file that hashes the bytes written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,8 +1,8 @@
-"""Video files to numbered WebDataset tars: original bytes, a JSON sidecar each, nothing lost.
+"""Packs video files into numbered WebDataset tars: the original bytes and a JSON sidecar of each.
 
-A tar is written under a temporary name and renamed, then its record is written beside it in
-`.packing/`; a later run keeps every tar that has a record. `failures.csv` and `dataset.json` are
-made from the records alone, so an interrupted and continued packing ends as an uninterrupted one.
+No listed video is lost. A tar is written under a temporary name and renamed; then its record is
+written into `.packing/`. A later run keeps every tar that has a record. `failures.csv` and
+`dataset.json` are made from the records alone, so an interruption does not change the result.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ _Sample = dict[str, str | bytes]
 class PackSummary:
     """What one run of `pack` did, and what the data set holds now.
 
-    `videos_*`, `shards` and `bytes` (of all tars) are the data set's; `shards_written`,
-    `shards_skipped` and `seconds` are this run's. `failures` are the first lines of
+    `videos_*`, `shards` and `bytes` (of all tars) describe the data set; `shards_written`,
+    `shards_skipped` and `seconds` describe this run. `failures` are the first lines of
     `failures.csv`.
     """
 
@@ -117,12 +117,12 @@ def pack(
     naming: Naming = USUAL_NAMING,
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
-    """Pack the videos of a data set into `dataset_dir`, or continue, or find it finished.
+    """Pack the videos of a data set into `dataset_dir`, or continue what an earlier run began.
 
     Files that are missing, unreadable or undecodable are listed in `failures.csv` and in
-    `dataset.json` and are in no tar; a share above `max_failures` sets `too_many_failures`.
-    `append` takes videos, classes and splits that the data set did not have when it was packed
-    into new tars, and leaves the earlier ones as they are. `naming` is about class names.
+    `dataset.json` and are in no tar. If their share is above `max_failures`, the summary has
+    `too_many_failures`. With `append`, videos, classes and splits that are new since the data set
+    was packed go into new tars; earlier tars stay as they are. `naming` decides on class names.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
@@ -182,23 +182,23 @@ def pack(
 
 
 class _Packing:
-    """One run of packing inside the lock: the plan, the records of finished tars, the work."""
+    """One run of packing, inside the lock: its plan, the records of finished tars, its work."""
 
     def __init__(self, plan: TarPlan, videos_dir: Path, dataset_dir: Path) -> None:
         self.plan = plan
         self._videos_dir = videos_dir
         self._dataset_dir = dataset_dir
         self._records_dir = dataset_dir / RECORDS_FOLDER
-        # Damage inside a file is for extraction to judge (--strict-decode): packing counts frames
-        # and leaves out what gives none.
+        # Extraction judges damage inside a file (--strict-decode). Packing only counts frames and
+        # leaves out videos that have none.
         self._decoder = PyAVDecoder("never")
         sweep_partials(dataset_dir)
         self.records: dict[str, TarRecord] = {}
 
     def settle_plan(self, append: bool = False) -> None:
-        """Keep a new plan, or check that an earlier one is equal, and load finished tars' records.
+        """Write the plan, or compare it with an earlier one and load the records of finished tars.
 
-        With `append` the earlier one may be equal but for videos that are new.
+        With `append`, the plan may have videos, classes and splits that the earlier one lacks.
 
         Raises UserError when the input changed, and when the folder holds something else.
         """
@@ -222,26 +222,26 @@ class _Packing:
         changes = differences(earlier, self.plan, self._changed_content(), may_grow=append)
         if changes:
             grown = len(changes) == 1 and " added (" in changes[0]
-            remedy = "take new videos into new tars with --append, or " if grown else ""
+            remedy = "pack new videos into new tars with --append, or " if grown else ""
             raise UserError(
-                f"the input of data set {self.plan.name!r} is not what it was packed from: "
+                f"the input of data set {self.plan.name!r} has changed since it was packed: "
                 f"{'; '.join(changes)}; {remedy}{self._remedy()}"
             )
         if earlier.tars != self.plan.tars:
-            self.plan.write(path)  # copied files: same content, other times
+            self.plan.write(path)  # files were copied: same content, new times
         for tar in self.plan.tars:
             record, path = self.records.get(tar.file), self._tar_path(tar)
             if record and not (path.is_file() and path.stat().st_size == record.bytes):
-                logger.warning("%s is not as it was written and is packed again", tar.file)
+                logger.warning("%s has changed since it was written and is packed again", tar.file)
                 del self.records[tar.file]
 
     def write_tars(
         self, pending: Sequence[PlannedTar], workers: int, progress: ProgressSink
     ) -> None:
-        """Write the tars that have no record yet, in order, and each one's record after it."""
+        """Write the tars that have no record yet, in order; the record of each follows it."""
         if not pending:
             return
-        # dataset.json says that everything is there, so it goes before anything changes.
+        # dataset.json means that packing is complete, so it is removed before anything changes.
         (self._dataset_dir / DATASET_FILE).unlink(missing_ok=True)
         total = sum(len(tar.videos) for tar in self.plan.tars)
         done = total - sum(len(tar.videos) for tar in pending)
@@ -270,7 +270,7 @@ class _Packing:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def finish(self) -> tuple[Dataset, list[dict[str, Any]], bool]:
-        """Write `failures.csv`, then `dataset.json`, unless they are there.
+        """Write `failures.csv`, then `dataset.json`, unless both are there and up to date.
 
         Returns the data set, the lines of `failures.csv`, and whether they were written now.
         """
@@ -318,7 +318,10 @@ class _Packing:
         return dataset, failures, True
 
     def _read_video(self, video: PlannedVideo) -> tuple[VideoOutcome, _Sample | None]:
-        """Read and probe one video; every way to fail becomes a reason, without a sample."""
+        """Read and probe one video; a failure gives a reason and no sample.
+
+        Raises UserError if the file has changed since the plan was made.
+        """
         if video.reason:
             return VideoOutcome(video.key, None, video.reason), None
         try:
@@ -339,13 +342,13 @@ class _Packing:
         except DecodeError as error:
             reason = one_line(error.reason)
         except Exception as error:
-            # One file must not stop hundreds of thousands; it is recorded, not passed over.
+            # One bad file must not stop hundreds of thousands of others; its failure is recorded.
             logger.exception("unexpected error in %s", video.path)
             reason = one_line(f"{type(error).__name__}: {error}")
         return VideoOutcome(video.key, digest, reason), None
 
     def _sample(self, video: PlannedVideo, data: bytes, digest: str) -> _Sample:
-        """What goes into the tar. Raises DecodeError for a video without frames."""
+        """Return the video and its sidecar for the tar. Raises DecodeError if it has no frames."""
         if not data:
             raise DecodeError("the file is empty (zero bytes)")
         info = self._decoder.probe(data)
@@ -374,9 +377,9 @@ class _Packing:
         }
 
     def _changed_content(self) -> Callable[[str], bool]:
-        """Whether a video's content differs from what is in its finished tar.
+        """Return a function that says whether a video differs from the copy in its finished tar.
 
-        Videos that are in no finished tar have nothing they could differ from.
+        It returns False for a video that is in no finished tar.
         """
         hashes = {
             outcome.key: outcome.sha256
@@ -413,7 +416,7 @@ def _in_order(
     items: Iterable[_Item],
     window: int,
 ) -> Iterator[_Result]:
-    """Results in the order of `items`, with at most `window` of them begun and not yet taken."""
+    """Yield results in the order of `items`; at most `window` are begun and not yet taken."""
     begun: deque[Future[_Result]] = deque()
     for item in items:
         begun.append(pool.submit(function, item))
@@ -429,7 +432,7 @@ def _check_arguments(
     if not NAME_PATTERN.fullmatch(name):
         raise UserError(
             f"data set name {name!r}: use letters, digits and . _ + - only, not beginning "
-            "with . + or -, at most 128"
+            "with . + or -, at most 128 characters"
         )
     if samples_per_shard < 1:
         raise UserError(f"--samples-per-shard {samples_per_shard}: it must be at least 1")

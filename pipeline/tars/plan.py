@@ -1,7 +1,7 @@
-"""What packing will do, decided before the first byte: which video goes into which tar.
+"""The plan of packing, made before anything is written: which video goes into which tar.
 
-The plan is kept beside the tars. A later run makes its own plan from the same input and compares:
-equal plans continue, unequal ones are refused with the difference.
+The plan is kept beside the tars. A later run makes its own plan from the same input and compares
+the two: if they are equal, packing continues; if not, it is refused with the differences.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PLAN_VERSION = 1
 
 
 class PlannedVideo(NamedTuple):
-    """One listed video. `reason` is set for those that fail before they are read.
+    """One listed video. `reason` is set if it fails before it is read.
 
     `path` is relative to the videos folder, or the name as listed where there is no file;
-    `size` in bytes and `mtime_ns` are -1 where there is no file. `batch` counts the times that
-    videos were appended before this one came.
+    `size` in bytes and `mtime_ns` are -1 where there is no file. `batch` is 0 for videos that
+    were packed first, 1 for those that were appended next, and so on.
     """
 
     key: str
@@ -44,7 +44,7 @@ class PlannedVideo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlannedTar:
-    """The videos of one tar, in their order in it."""
+    """The videos of one tar, in the order in which the tar holds them."""
 
     file: str
     split: str | None
@@ -72,16 +72,16 @@ class TarPlan:
 
     @property
     def last_batch(self) -> int:
-        """How often videos were appended."""
+        """The number of times that videos were appended."""
         return max((video.batch for video in self.videos), default=0)
 
     @cached_property
     def tars(self) -> tuple[PlannedTar, ...]:
-        """The videos ordered by a hash of seed and key and cut into tars, per split if disjoint.
+        """The tars: videos in the order of a hash of seed and key, cut per split if disjoint.
 
-        The order depends on nothing but keys and seed, so that annotations may list them in any
-        order, and mixes the classes of every tar. Videos that were appended get tars of their own,
-        so that earlier ones stay as they are.
+        The order depends only on keys and seed, so annotations may list videos in any order. It
+        also mixes the classes within every tar. Appended videos get tars of their own, so that
+        earlier tars stay as they are.
         """
         groups: dict[str | None, list[PlannedVideo]] = {}
         if self.splits_disjoint:
@@ -103,7 +103,7 @@ class TarPlan:
         return tuple(tars)
 
     def write(self, path: Path) -> None:
-        """Keep the plan's input, from which the same plan can be made again."""
+        """Write the plan's input, from which the same plan can be made again."""
         videos = [video for tar in self.tars for video in tar.videos]
         options = {name: getattr(self, name) for name in _OPTIONS}
         write_json(path, {"version": PLAN_VERSION, **options, "videos": videos}, indent=None)
@@ -121,7 +121,7 @@ def make_plan(
     seed: int,
     names_as: NamesAs,
 ) -> TarPlan:
-    """The plan for the videos of a listing; those without a readable file have a reason."""
+    """Make the plan for the videos of a listing; a video without a readable file gets a reason."""
     labels = {class_name: label for label, class_name in enumerate(listing.class_names)}
     videos = [
         _planned(videos_dir, video, labels[video.class_name])
@@ -143,7 +143,10 @@ def make_plan(
 
 
 def read_plan(path: Path) -> TarPlan:
-    """The plan that an earlier run kept. Raises WorkError when it is damaged."""
+    """Read the plan of an earlier run. Raises WorkError when it is damaged.
+
+    Raises UserError when another version of the program wrote it.
+    """
     folder, names = str(path.parent.parent), ("class_names", "split_names")
     try:
         value: dict[str, Any] = json.loads(path.read_bytes())
@@ -168,9 +171,9 @@ def read_plan(path: Path) -> TarPlan:
 
 
 def continued(old: TarPlan, new: TarPlan) -> TarPlan:
-    """The plan `new` with the videos of `old` where they are, and the others appended.
+    """Return `new` with the videos of `old` in their earlier tars and all other videos appended.
 
-    Classes and splits keep their numbers; new ones come after them.
+    The classes and splits of `old` keep their numbers; new ones come after them.
     """
     classes = tuple(dict.fromkeys((*old.class_names, *new.class_names)))
     labels = {name: label for label, name in enumerate(classes)}
@@ -191,10 +194,10 @@ def differences(
 ) -> list[str]:
     """One phrase for each way in which the input differs, with a count and an example.
 
-    With `may_grow` videos and classes that come after the earlier ones are no difference.
+    With `may_grow`, new videos, and new classes after the earlier ones, are not a difference.
 
-    `changed_content(key)` is called for videos of the same size with another time of change: a
-    copied file has another time and the same content.
+    `changed_content(key)` says whether a video's content changed. It is called where the size is
+    the same but the time of change differs, because a copied file has a new time and old content.
     """
     phrases = [
         f"{option} was {_shown(getattr(old, option))}, is {_shown(getattr(new, option))}"
@@ -202,7 +205,7 @@ def differences(
         if getattr(old, option) != getattr(new, option)
     ]
     if may_grow and old.splits_disjoint != new.splits_disjoint:
-        phrases.append("splits overlapped" if new.splits_disjoint else "splits overlap now")
+        phrases.append("splits overlapped before" if new.splits_disjoint else "splits overlap now")
     known = new.class_names[: len(old.class_names)] if may_grow else new.class_names
     if old.class_names != known:
         phrases.append(_class_difference(old.class_names, new.class_names))
@@ -245,11 +248,11 @@ def _shown(value: object) -> object:
 def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:
     gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
     if not gone and not come:
-        return "the order of classes is another"
+        return "the order of classes changed"
     examples = [f"{name!r} is new" for name in come[:1]] + [
         f"{name!r} is gone" for name in gone[:1]
     ]
-    return f"{len(old)} classes were {len(new)} now ({', '.join(examples)})"
+    return f"there were {len(old)} classes and are {len(new)} now ({', '.join(examples)})"
 
 
 def _planned(videos_dir: Path, video: VideoRecord, label: int) -> PlannedVideo:

@@ -27,7 +27,7 @@ _SIDECAR_FIELDS = {"key": str, "label": int, "num_frames": int, "splits": list}
 
 
 class DamagedTar(WorkError):
-    """A tar is missing or is not as it was packed; the other tars are not affected."""
+    """A tar is missing or differs from what was packed; the other tars are not affected."""
 
     @classmethod
     def of(cls, path: Path, what: str) -> DamagedTar:
@@ -38,7 +38,7 @@ class DamagedTar(WorkError):
 
 @dataclass(frozen=True, slots=True)
 class TarSample:
-    """Where one sample lies in its tar; `offset` and `size` are bytes of the video file."""
+    """The place of one sample in its tar; `offset` and `size` of the video file are in bytes."""
 
     key: str
     offset: int
@@ -55,47 +55,47 @@ class OpenTar:
         self._descriptor = descriptor
 
     def read(self, sample: TarSample) -> bytes:
-        """The original bytes of the video. Raises `DamagedTar` when the tar ends before them."""
+        """Return the original bytes of the video. Raises `DamagedTar` if the tar ends too early."""
         return _video(self.path, self._descriptor, sample.key, sample.offset, sample.size)
 
     def require(self, sha256: str) -> None:
-        """Read the whole file; raises `DamagedTar` when its hash is another."""
+        """Read the whole file and raise `DamagedTar` if its hash is not `sha256`."""
         digest, offset = hashlib.sha256(), 0
         while block := _bytes(self.path, self._descriptor, offset, HASH_BLOCK_BYTES):
             digest.update(block)
             offset += len(block)
         if digest.hexdigest() != sha256:
-            raise DamagedTar.of(self.path, "is damaged: its sha256 is not that of what was packed")
+            raise DamagedTar.of(self.path, "is damaged: its sha256 differs from the packed file's")
 
 
 @contextmanager
 def open_tar(path: Path, size: int | None = None) -> Iterator[OpenTar]:
-    """Open and index a tar; `size` is what it must have, in bytes.
+    """Open and index a tar; `size` is the number of bytes that it must have, if given.
 
-    Raises `DamagedTar` naming the tar when it is missing, has another size or is damaged.
+    Raises `DamagedTar`, which names the tar, if it is missing, has another size or is damaged.
     """
     file = _opened(path)
     with file:
         found = os.fstat(file.fileno()).st_size
         if size is not None and found != size:
-            raise DamagedTar.of(path, f"is damaged: it has {found} bytes, {size} were packed")
+            raise DamagedTar.of(path, f"is damaged: it has {found} bytes, but {size} were packed")
         yield OpenTar(path, file.fileno(), _index(path, file))
 
 
 def read_video(path: Path, key: str, offset: int, size: int) -> bytes:
-    """The bytes of one video of a tar whose index is known, without keeping the tar open.
+    """Read the bytes of one video at a known offset, without keeping the tar open.
 
-    Raises `DamagedTar` when the tar is missing, cannot be read or ends before them.
+    Raises `DamagedTar` if the tar is missing, cannot be read or ends too early.
     """
     with _opened(path) as file:
         return _video(path, file.fileno(), key, offset, size)
 
 
 def require_packed(archive: OpenTar, dataset: Dataset, tar: Tar) -> None:
-    """Raise `DamagedTar` unless the tar's samples are those in `dataset.json`."""
+    """Raise `DamagedTar` unless the tar's samples agree with `dataset.json`."""
     found = len(archive.samples)
     if found != tar.samples:
-        raise DamagedTar.of(archive.path, f"holds {found} samples, {tar.samples} were packed")
+        raise DamagedTar.of(archive.path, f"holds {found} samples, but {tar.samples} were packed")
     for sample in archive.samples:
         label, splits = sample.sidecar["label"], set(sample.sidecar["splits"])
         known = 0 <= label < len(dataset.class_names)
@@ -161,9 +161,9 @@ def _index(path: Path, file: BinaryIO) -> list[TarSample]:
 
 
 def _sidecar(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, key: str) -> dict[str, Any]:
-    """The sidecar as a JSON object, with the fields that reading the sample needs."""
+    """Read a sidecar: a JSON object that must have the fields needed to read the sample."""
     if member.size > MAX_SIDECAR_BYTES:
-        raise DamagedTar.of(path, f"has a sidecar of {member.size} bytes, {member.name}: too many")
+        raise DamagedTar.of(path, f"has too large a sidecar of {member.size} bytes: {member.name}")
     content = tar.extractfile(member)
     assert content is not None  # regular files always have content
     try:

@@ -1,8 +1,8 @@
-"""Where tars come from: a folder of this machine, or S3-compatible storage.
+"""Provides tars from a folder of this machine or from S3-compatible storage.
 
-From storage tars are fetched whole, one ahead of their use: videos are read at random places of a
-tar and often, so a tar is fetched once into a scratch folder and read there; while one is decoded
-the next is on its way.
+Tars in storage are fetched whole, one ahead of its use. Videos are read often and at random places
+of a tar, so each tar is fetched once into a scratch folder and read there. While one tar is
+decoded, the next one is being fetched.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from pipeline.tars.reading import DamagedTar
 
 logger = logging.getLogger(__name__)
 
-# One in use, one on its way.
+# One in use, one being fetched.
 TARS_ON_DISK = 2
-# The keys of 10 million videos.
+# Enough for the keys of 10 million videos.
 _DATASET_FILE_LIMIT = 2**30
 
 
 class TarSource:
-    """Gives the tars of a data set as local files, a few at a time; here where packing left them.
+    """Provides the tars of a data set as local files; this class uses the files of a local folder.
 
-    Its user first calls `open_order` with the order in which tars will be read, so that they can be
-    fetched ahead, and `release` with each one that is no longer needed.
+    The caller first calls `open_order` with the order in which it will read the tars, so that they
+    can be fetched ahead, and calls `release` for each tar that it no longer needs.
     """
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
 
     def open_order(self, tars: Sequence[Tar]) -> None:
-        """Say in which order `path` will be asked; here nothing is fetched."""
+        """Set the order in which `path` will be called; nothing has to be fetched here."""
 
     def path(self, tar: Tar) -> Path:
-        """Where the tar lies, whether it is there or not."""
+        """Return the path of the tar's file, which may be missing."""
         return self._dataset.tar_path(tar)
 
     def release(self, tar: Tar) -> None:
-        """Say that the tar is not needed any more; here nothing is held."""
+        """Give up a tar that is no longer needed; nothing has to be deleted here."""
 
     def close(self) -> None:
-        """Free what is held."""
+        """Free all resources; there are none here."""
 
 
 def remote_dataset(url: str, scratch: Path) -> Dataset:
-    """The packed data set at `url` (s3://bucket/prefix/datasets/NAME); its tars stay there.
+    """Load the packed data set at `url` (s3://bucket/prefix/datasets/NAME); its tars stay there.
 
-    `dataset.json` is fetched into `scratch`. Raises UserError when there is none or it is of a
-    newer version, WorkError when it is damaged or the storage fails.
+    `dataset.json` is fetched into `scratch`. Raises UserError when it is missing or has a newer
+    version, WorkError when it is damaged or the storage fails.
     """
     objects = ObjectFolder(url)
     try:
@@ -78,10 +78,11 @@ def remote_dataset(url: str, scratch: Path) -> Dataset:
 
 
 class RemoteTars(TarSource):
-    """Tars of the data set at `url`, as local files in `scratch`.
+    """Provides the tars of the data set at `url` as local files in `scratch`.
 
     One thread fetches in the order given to `open_order`, ahead of `path` as long as fewer
-    than two tars are on disk; what `path` asks for is fetched in any case. `release` deletes.
+    than two tars are on disk. A tar that `path` is called for is fetched in any case.
+    `release` deletes the tar's file.
     """
 
     def __init__(self, url: str, scratch: Path) -> None:
@@ -91,24 +92,24 @@ class RemoteTars(TarSource):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-tars")
         self._lock = Lock()
         self._stop = Event()
-        self._waiting: list[Tar] = []  # in order, not begun
-        self._fetches: dict[str, Future[Path]] = {}  # on their way to disk, or there
+        self._waiting: list[Tar] = []  # in order; fetching has not begun
+        self._fetches: dict[str, Future[Path]] = {}  # being fetched, or on disk
 
     def open_order(self, tars: Sequence[Tar]) -> None:
-        """Say in which order the tars will be asked for; fetching begins."""
+        """Set the order in which the tars will be needed, and begin to fetch."""
         with self._lock:
             self._waiting = [tar for tar in tars if tar.file not in self._fetches]
             self._prefetch()
 
     def path(self, tar: Tar) -> Path:
-        """A local file with the tar's bytes, once it is there; it stays until `release`.
+        """Wait for the tar and return its local file, which stays until `release`.
 
-        Raises DamagedTar naming the URL when the tar is missing or is not the one packed,
-        WorkError when the storage fails or the disk has no room for it.
+        Raises DamagedTar, which names the URL, when the tar is missing or is not the packed one;
+        raises WorkError when the storage fails or the disk has no room for the tar.
         """
         with self._lock:
             fetch = self._fetches.get(tar.file)
-            # What failed ahead of time (no room, storage away) may go well now.
+            # A fetch that failed ahead of time (no room, storage unreachable) may succeed now.
             if fetch is None or (fetch.done() and fetch.exception() is not None):
                 fetch = self._begin(tar)
         try:
@@ -118,7 +119,7 @@ class RemoteTars(TarSource):
             raise
 
     def release(self, tar: Tar) -> None:
-        """Delete the tar's file; the next one may be fetched."""
+        """Delete the tar's file, and fetch the next tar if there is one."""
         with self._lock:
             fetch = self._fetches.pop(tar.file, None)
             if fetch is not None and not fetch.cancel():
@@ -127,7 +128,7 @@ class RemoteTars(TarSource):
             self._prefetch()
 
     def close(self) -> None:
-        """Stop fetching and delete what is on disk."""
+        """Stop fetching and delete the files on disk."""
         with self._lock:
             self._stop.set()
             self._waiting.clear()
@@ -138,10 +139,10 @@ class RemoteTars(TarSource):
             (self._scratch / file).unlink(missing_ok=True)
 
     def _prefetch(self) -> None:
-        """Begin with the next tars as far as number and disk allow; the lock is held."""
+        """Begin to fetch the next tars if their number and the disk allow; needs the lock."""
         while self._waiting and len(self._fetches) < TARS_ON_DISK:
             if not has_room(self._scratch, self._waiting[0].bytes):
-                break  # `path` says so when it is needed and there is still no room
+                break  # `path` raises an error if the tar is needed and there is still no room
             self._begin(self._waiting[0])
 
     def _begin(self, tar: Tar) -> Future[Path]:
@@ -163,7 +164,7 @@ class RemoteTars(TarSource):
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != tar.sha256:
             raise DamagedTar(
-                f"{url} is damaged: its sha256 is not that of what was packed; {remedy}"
+                f"{url} is damaged: its sha256 differs from the packed file's; {remedy}"
             )
         logger.debug("fetched %s (%d bytes)", url, tar.bytes)
         return path

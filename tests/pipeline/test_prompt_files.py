@@ -82,7 +82,7 @@ def test_names_of_sets(tmp_path: Path) -> None:
         as_prompt_set(str(tmp_path / "none.txt"))
     with pytest.raises(UserError, match="has its own name: leave 'x' out"):
         as_prompt_set("video", "x")
-    with pytest.raises(UserError, match="--prompt-set-name 'x' names the set of one file, and 0"):
+    with pytest.raises(UserError, match="--prompt-set-name 'x' names the set of one file, but 0"):
         prompt_sets_from(["video"], [], "x")
     one = text_file(tmp_path, "{}\n", "one.txt")
     deep = tmp_path / "deep"

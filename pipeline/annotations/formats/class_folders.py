@@ -1,4 +1,4 @@
-"""Folder sets: class folders of videos, directly or under train, val and test."""
+"""Reads class folders of videos, which lie directly in a folder or under train, val and test."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def has_class_folders(folder: VideoFolder) -> bool:
 
 
 def read_class_folders(folder: VideoFolder) -> Listing:
-    """Every video in a class folder; the folder's name is the class, empty folders included.
+    """List every video in a class folder. The folder's name is the class, also if it is empty.
 
-    Where any of train, val (validation, ...) and test holds class folders, these are the splits.
+    Those of train, val (validation, ...) and test that hold class folders are the splits.
     Videos outside class folders have no class; they are left out and noted.
-    Raises UserError when there is no video in a class folder, when videos lie beside split
-    folders as well, and when two folders give one class name.
+    Raises UserError when no video is in a class folder, when there are split folders and videos
+    in other folders as well, and when two folders give one class name.
     """
     splits = _split_folders(folder)
     if not has_class_folders(folder):
@@ -33,7 +33,7 @@ def read_class_folders(folder: VideoFolder) -> Listing:
     for path in folder.folders:
         parts = path.split("/")
         if parts[-1].lower() in _NOT_CLASSES:
-            continue  # one that holds videos is added with them
+            continue  # if the folder holds videos, its class is added below
         if len(parts) == (2 if splits else 1) and (not splits or parts[0] in splits):
             classes.add(parts[-1])
     outside = []
@@ -72,7 +72,7 @@ def read_class_folders(folder: VideoFolder) -> Listing:
 
 
 def _split_folders(folder: VideoFolder) -> dict[str, str]:
-    """Top folders that are splits, with the split's name: those that hold folders of videos.
+    """Map the top folders that are splits, because they hold folders of videos, to split names.
 
     A class may be called "train" as well; its videos lie directly in it, beside other classes.
     """

@@ -22,9 +22,9 @@ def is_hmdb51(path: Path) -> bool:
 
 
 def read_hmdb51(files: Sequence[Path], folder: VideoFolder) -> Listing:
-    """All listed videos; splits "train1", "test1", "train2", ... overlap and flag 0 gives none.
+    """List all videos. Splits "train1", "test1", "train2", ... overlap; flag 0 gives no split.
 
-    The class is the split file's; videos may lie in class folders or in one flat folder.
+    The split file's name has the class; videos may lie in class folders or in one flat folder.
     Raises UserError for a line that is not `<file> <0|1|2>`.
     """
     builder = ListingBuilder()

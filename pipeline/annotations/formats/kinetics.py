@@ -1,8 +1,8 @@
 """Kinetics-400, -600, -700 and -700-2020: official CSV and DeepMind JSON files.
 
-The traps are those of the copies people have: ids that begin with "-" or contain "_", files named
-by id alone, flat folders, replacements of corrupted files, labels with quoted commas, times
-written as floats, "validate" for "val", test files without labels.
+The copies that people have hold traps: ids that begin with "-" or contain "_", files named by id
+alone, flat folders, replacements of corrupted files, labels with quoted commas, times written as
+floats, "validate" for "val", test files without labels.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def is_kinetics(path: Path) -> bool:
 
 
 def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
-    """Clips of all files matched with the videos by (id, start), or by id where names hold no time.
+    """Match the clips of all files with videos by (id, start), or by id where names hold no time.
 
-    The class is the file's, never a folder's spelling; spellings that differ only in case, quotes
-    or underscores are one class. A JSON file is left out where a CSV of the same name is there.
+    Classes are spelled as in the files, never as in folders; spellings that differ only in case,
+    quotes or underscores are one class. A JSON file is ignored if a CSV has the same name.
     Rows without a label are left out and noted. Raises UserError for a row that cannot be read
     and when no row has a label.
     """
@@ -111,12 +111,12 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
     if several:
         builder.note(
             f"{several} videos are in the folder more than once; one copy of each is taken "
-            f"(of {example})"
+            f"(for example of {example})"
         )
     return builder.build(sorted(set(spelling.values())))
 
 
-# Of one row: the id, start and end in seconds, label and split; empty where the file has none.
+# The id, start and end in seconds, label and split of one row; empty where the file has none.
 _Row = tuple[str, str, str, str, str]
 
 
@@ -132,7 +132,7 @@ def _csv_rows(path: Path) -> Iterator[_Row]:
 def _json_rows(path: Path) -> Iterator[_Row]:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{str(path)!r} is not a Kinetics file: its JSON has no ids as names")
+        raise UserError(f"{str(path)!r} is not a Kinetics file: its JSON maps no ids to clips")
     for youtube_id, entry in value.items():
         entry = entry if isinstance(entry, dict) else {}
         annotations = entry.get("annotations")
@@ -161,9 +161,9 @@ def _clip(
 
 
 class ClipIndex:
-    """Videos by the id and the start that their names hold.
+    """Finds videos by the id and the start in their names.
 
-    `names` are pairs of a name without extension and what stands for the video.
+    `names` are pairs: a name without extension, and the text that `find` returns for the video.
     """
 
     def __init__(self, names: Iterable[tuple[str, str]]) -> None:
@@ -175,13 +175,13 @@ class ClipIndex:
             self._by_id[clip[0]].append(video)
 
     def find(self, youtube_id: str, start: int | None) -> list[str]:
-        """The videos of this clip, or those of its id where either side has no start."""
+        """Return the videos of this clip, or all with its id where either side has no start."""
         found = self._by_clip.get((youtube_id, start)) or self._by_clip.get((youtube_id, None))
         return found or (self._by_id.get(youtube_id, []) if start is None else [])
 
 
 def _rank(split: str, path: str) -> tuple[bool, bool, int, str]:
-    """Which copy of a video is taken first: replacements, then those in the folder of its split."""
+    """Sort key for copies of a video: replacements first, then those in the folder of its split."""
     folders = path.split("/")[:-1]
     return not _is_replacement(path), first_split(folders) != split, len(folders), path
 
@@ -195,7 +195,7 @@ def _stem(path: str) -> str:
 
 
 def official_clip(stem: str) -> str | None:
-    """The id and start "ID_SSSSSS" of an official file name, equal in every Kinetics; else None."""
+    """The id and start "ID_SSSSSS" in an official name, the same in every Kinetics; else None."""
     match = _OFFICIAL_NAME.fullmatch(stem)
     return None if match is None else match[1]
 

@@ -1,8 +1,8 @@
-"""Lists of videos and labels as repositories write them: `path label`, CSV and TSV.
+"""Reads lists of videos and labels as repositories write them: `path label`, CSV and TSV.
 
 Formats differ in separator, header, order and number of columns, extension, and in whether labels
-are numbers or names (mmaction2, VideoMAE, SlowFast, X-CLIP, Text4Vis all differ). What cannot be
-told from the text alone is decided by which reading finds the files.
+are numbers or names (mmaction2, VideoMAE, SlowFast, X-CLIP, Text4Vis all differ). Where the text
+alone can be read in several ways, the way that finds the files is taken.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pipeline.annotations.video_folder import (
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".tsv", ".list", ".lst"})
 
 _COLUMNS = TABLES["columns"]
-_SAMPLE = 100  # rows tried against the folder to tell the separator
+_SAMPLE = 100  # rows looked up in the folder to find the separator
 _FILE_THEN_REST = re.compile(
     rf"(.*\.(?:{'|'.join(sorted(VIDEO_EXTENSIONS))}))\s+(\S.*)", re.IGNORECASE
 )
@@ -46,7 +46,7 @@ _FILE_THEN_REST = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class ListRow:
-    """One line: the path and the label as written, and the split, empty where it gives none."""
+    """One line: the path and the label as written, and the split, empty where there is none."""
 
     path: str
     label: str
@@ -59,9 +59,9 @@ def read_lists(
     class_names_file: Path | None = None,
     label_map: LabelMap = "corrected",
 ) -> Listing:
-    """All rows of the lists; integer labels get names from a file or from consistent folders.
+    """List the videos of all rows; integer labels get names from a file or consistent folders.
 
-    A file of names that exchanges some against the videos is corrected, or kept `label_map`
+    A file of names that exchanges names of classes is corrected, or kept if `label_map` is
     "as-published"; the listing says which.
 
     Raises UserError for a line without a label, a table of unknown shape, a number that the file
@@ -92,12 +92,12 @@ def read_lists(
     return builder.build(order)
 
 
-# Gives the video that a list's entry means, or None and why not: of a folder, or of a data set.
+# Returns the video that a list's entry means, or None, and the reason why there is none.
 Finder = Callable[[str], tuple[str | None, str]]
 
 
 def read_list(path: Path, find: Finder) -> list[ListRow]:
-    """The rows of one list, with the separator under which most of its files are found."""
+    """Read the rows of one list with the separator by which most of its files are found."""
     lines = read_lines(path)
     if not lines:
         raise UserError(f"annotation file {str(path)!r} is empty: name one that lists videos")
@@ -130,14 +130,14 @@ def read_list(path: Path, find: Finder) -> list[ListRow]:
 
 
 def _table(path: Path, separator: str) -> list[list[str]] | None:
-    """The file as a table, or None when its lines are not rows of one width of at least two."""
+    """Return the file as a table, or None if its rows differ in width or have only one cell."""
     rows = read_table(path, separator)
     width = len(rows[0]) if rows else 0
     return rows if width >= 2 and all(len(row) == width for row in rows) else None
 
 
 def _split_at_spaces(lines: Sequence[tuple[int, str]], find: Finder) -> list[list[str]] | None:
-    """`path label` or `path frames label` lines; a path may hold spaces, so may a label's name."""
+    """Split lines `path label` or `path frames label`; paths and label names may hold spaces."""
     table = []
     for _, text in lines:
         if match := _FILE_THEN_REST.fullmatch(text):
@@ -163,7 +163,10 @@ def _last_space(text: str) -> tuple[str, str]:
 
 
 def _header(row: Sequence[str]) -> dict[str, int] | None:
-    """Which column is what, when the row is a header; several label columns: the one of names."""
+    """Map kinds of columns to column numbers; None if the row is no header.
+
+    If there are several label columns, the one with names is taken.
+    """
     words = [cell.strip().lower() for cell in row]
     places = {
         kind: [place for place, word in enumerate(words) if word in names]
@@ -224,7 +227,7 @@ def _label_names(
     if numbers and len(numbers) < len(labels):
         other = next(label for label in labels if not label.isdigit())
         raise UserError(
-            f"labels are numbers and names mixed ({numbers[0]!r} and {other!r}): use one kind"
+            f"labels are a mix of numbers and names ({numbers[0]!r} and {other!r}): use one kind"
         )
     if not numbers:
         if names is None:
@@ -255,7 +258,7 @@ def _label_names(
         if names is None:
             builder.note(
                 "class names are the numbers of the list: no file of names was given and folders "
-                "do not tell them; zero-shot needs words, so pack with a CSV of id,name"
+                "do not show any; zero-shot needs words, so pack with a CSV of id,name"
             )
             names = {number: str(number) for number in sorted({n for n, _, _ in evidence})}
         else:

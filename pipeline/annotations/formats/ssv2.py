@@ -25,14 +25,14 @@ def is_ssv2(path: Path) -> bool:
 
 
 def read_ssv2(files: Sequence[Path], folder: VideoFolder) -> Listing:
-    """All videos whose template is known, in the order of the label file.
+    """List all videos that have a template; classes are in the order of the label file.
 
     A template's square brackets are stripped to find its label. Test videos have labels only
-    where `test-answers.csv` gives them; the rest is left out and noted.
-    Raises UserError for an unknown template or a file that is not as the official ones are.
+    where `test-answers.csv` gives them; the other test videos are left out and noted.
+    Raises UserError for an unknown template or a file that differs in form from the official ones.
     """
     builder = ListingBuilder()
-    # One list alone may be named; the labels and answers beside it belong to it all the same.
+    # The user may name a single list; the labels and answers beside it belong to it too.
     beside = sorted(files[0].parent.iterdir())
     label_file = next((path for path in beside if _LABELS.fullmatch(path.name)), None)
     answer_file = next((path for path in beside if _ANSWERS.fullmatch(path.name)), None)

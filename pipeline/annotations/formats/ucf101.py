@@ -21,11 +21,11 @@ def is_ucf101(path: Path) -> bool:
 
 
 def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
-    """All listed videos; splits "train1", "test1", "train2", ... overlap.
+    """List all videos. The splits "train1", "test1", "train2", ... overlap.
 
-    The class is the folder in the list, the order that of classInd.txt. Case of letters does not
-    matter: the class HandstandPushups has files named v_HandStandPushups.
-    Raises UserError for a class that classInd.txt does not hold or numbers otherwise.
+    The class is the folder in the list; classes are in the order of classInd.txt. The case of
+    letters does not matter: the class HandstandPushups has files named v_HandStandPushups.
+    Raises UserError for a class that classInd.txt lacks or to which it gives another number.
     """
     builder = ListingBuilder()
     lists = [path for path in files if _LIST_FILE.fullmatch(path.name)]
@@ -59,7 +59,7 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
                 expected, class_name = official[class_name.lower()]
                 if number is not None and number != expected:
                     raise UserError(
-                        f"{where}: class {class_name!r} has number {number}, in classInd.txt "
+                        f"{where}: class {class_name!r} has number {number}, but in classInd.txt "
                         f"{expected}: correct one of them"
                     )
             found = folder.find_in_class(name, class_name)

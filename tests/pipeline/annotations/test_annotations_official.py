@@ -260,7 +260,9 @@ def test_ucf101_numbers_that_disagree(tmp_path: Path) -> None:
     root = ucf101(tmp_path)
     path = write(root / "ucfTrainTestlist/trainlist01.txt", "YoYo/v_YoYo_g01_c01.avi 0\n")
     touch(root / "UCF-101", "YoYo/v_YoYo_g01_c01.avi")
-    with pytest.raises(UserError, match=r"line 1: class 'YoYo' has number 0, in classInd.txt 1"):
+    with pytest.raises(
+        UserError, match=r"line 1: class 'YoYo' has number 0, but in classInd.txt 1"
+    ):
         read_listing("ucf101", root / "UCF-101", path)
 
 

@@ -40,7 +40,7 @@ def test_rows_and_share_are_logged_before_work(
     read_listing("own", tmp_path / "v", tmp_path / "list.csv")
     shown = [record.getMessage() for record in caplog.records]
     assert shown[:3] == [f"read: {n}.mp4 -> class 'run', splits train" for n in range(3)]
-    assert shown[3] == "4 of 5 listed videos are there (80.0 %), 1 classes, splits: train"
+    assert shown[3] == "4 of 5 listed videos were found (80.0 %), 1 classes, splits: train"
 
 
 def test_any_name_goes_with_any_format(tmp_path: Path) -> None:

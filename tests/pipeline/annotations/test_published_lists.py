@@ -177,8 +177,8 @@ def test_the_unseen_classes_of_the_full_lists() -> None:
     chosen = unseen_classes(K600, K400)
     assert {K600[label] for label in chosen.unseen} == set(NEW)
     assert chosen.notes == (
-        "the three class splits are drawn here by name: name the published lists with "
-        "--class-lists for numbers that can be compared",
+        "the three class splits are drawn by this program: name the published lists with "
+        "--class-lists to get comparable numbers",
     )
     assert chosen.source == OWN_DRAW
     assert [len(labels) for labels in chosen.splits.values()] == [160] * 3
@@ -212,7 +212,7 @@ def test_class_lists_are_checked(tmp_path: Path) -> None:
     fewer = unseen_classes(K600, K400, [names, write(tmp_path / "few.txt", "new 1\nnew 2\n")])
     assert fewer.notes == (
         "2 class lists are given; 3 are published",
-        "class list few.txt has 2 classes; the published ones 160",
+        "class list few.txt has 2 classes; the published ones have 160",
     )
     for text, message in (
         ("new 1\nshared 5\n", r"1 classes that Kinetics-400 has \(such as 'shared 5'\)"),

@@ -378,7 +378,7 @@ def test_changed_input_is_refused(packed: tuple[Path, Path]) -> None:
     assert pack(videos, "own", out, samples_per_shard=4).shards_written == 0
 
     (videos / "dance").mkdir()
-    assert "3 classes were 4 now ('dance' is new)" in refused(videos, out)
+    assert "there were 3 classes and are 4 now ('dance' is new)" in refused(videos, out)
     (videos / "dance").rmdir()
     assert "samples_per_shard was 4, is 5" in refused(videos, out, samples_per_shard=5)
     assert "seed was 0, is 2" in refused(videos, out, seed=2)

@@ -36,7 +36,7 @@ def test_new_videos_go_into_new_tars(videos: Path, tmp_path: Path) -> None:
     pack(videos, "clips", out, samples_per_shard=2)
     before, first = tars(out), load_dataset(out)
     add(videos, "run/f sit/g", 10)  # "run" comes before the other classes in the alphabet
-    with pytest.raises(UserError, match="2 classes were 3 now"):
+    with pytest.raises(UserError, match="there were 2 classes and are 3 now"):
         pack(videos, "clips", out, samples_per_shard=2)
     summary = pack(videos, "clips", out, samples_per_shard=2, append=True)
     assert (summary.shards_written, summary.shards_skipped) == (1, 3)

@@ -148,7 +148,7 @@ def test_tars_that_are_not_those_packed(url: str, tars: RemoteTars) -> None:
     for shard, what in (
         (SHARDS[0], "is missing"),
         (SHARDS[1], "has 200000 bytes, not 200001"),
-        (SHARDS[2], "is damaged: its sha256 is not that of what was packed"),
+        (SHARDS[2], "is damaged: its sha256 differs from the packed file's"),
     ):
         with pytest.raises(DamagedTar, match=f"{url}/shards/{shard.file} {what}; .*|missing: copy"):
             tars.path(shard)

@@ -119,7 +119,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     data, size = path.read_bytes(), path.stat().st_size
     header = 512  # of the first member; the second member's follows its content
     for name, content, words in (
-        ("cut", data[:3000], f"has 3000 bytes, {size} were packed"),
+        ("cut", data[:3000], f"has 3000 bytes, but {size} were packed"),
         ("empty", b"", "has 0 bytes"),
         ("header", b"\0" * 100 + b"x" + data[101:], "damaged"),
         ("not a tar", b"x" * size, "damaged"),
