@@ -1,10 +1,11 @@
-"""Training augmentation: the random crop, flip and grey of the MoTE authors, the same for a clip.
+"""Training augmentation as the MoTE authors do it: random crop, flip, grey, drawn once per clip.
 
-T frames, H, W height and width of the frames, h, w of them resized, s side of the tower's input.
+T frames, H, W their height and width, h, w the same after resizing, s side of the tower's input.
 
-In order, each draw shared by all frames of a clip: the short side becomes 256 (bicubic), or s where
-the tower does not take 224; a random part of the picture becomes s x s (bilinear); mirrored with
-probability 0.5; grey with 0.2; scaled and normalised as in evaluation.
+The steps, with draws shared by all frames of a clip: the short side is resized to 256 (bicubic), or
+to s if the tower does not take 224; a random part of the picture is resized to s x s (bilinear); it
+is mirrored with probability 0.5 and made grey with 0.2; it is scaled and normalised as in
+evaluation.
 
 Source: the released code of MoTE (Zhu et al., NeurIPS 2024). The aspect ratio is drawn evenly, not
 evenly in its logarithm as in torchvision's RandomResizedCrop.
@@ -21,7 +22,7 @@ import torch
 from pipeline.preprocessing import FrameInput, Preprocessing, as_images, resized_size
 
 AREA = (0.08, 1.0)  # fraction of the resized picture
-ASPECT = (3 / 4, 4 / 3)  # width / height, before they may be exchanged
+ASPECT = (3 / 4, 4 / 3)  # width / height, before the two may be exchanged
 TRIES = 10
 FLIP, GREY, TURN = 0.5, 0.2, 0.5  # probabilities
 SHORT_SIDE, SHORT_SIDE_OF = 256, 224  # the resized short side for towers that take 224
@@ -48,7 +49,7 @@ class AugmentationDraw:
     def sample(
         cls, width: int, height: int, size: int, rng: np.random.Generator
     ) -> AugmentationDraw:
-        """A draw for pictures resized to `width` x `height`, towards an input of side `size`."""
+        """Draw choices for pictures resized to `width` x `height`, for an input of side `size`."""
         for _ in range(TRIES):
             part = crop_size(
                 width, height, rng.uniform(*AREA), rng.uniform(*ASPECT), rng.random() < TURN
@@ -67,9 +68,10 @@ class AugmentationDraw:
 def crop_size(
     width: int, height: int, area_fraction: float, aspect: float, turned: bool
 ) -> tuple[int, int]:
-    """(width, height) of a part of a picture, which may be larger than the picture.
+    """Return (width, height) of a part of a picture, which may be larger than the picture.
 
-    `area_fraction` of its pixels, `aspect` = width / height of the part, exchanged when `turned`.
+    The part has `area_fraction` of the picture's pixels and `aspect` = width / height; `turned`
+    exchanges width and height.
     """
     area = area_fraction * width * height
     part = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -77,18 +79,20 @@ def crop_size(
 
 
 def resized_for_training(size: int) -> tuple[int, int]:
-    """The square to whose side a picture's short side is resized, for a tower of input `size`."""
+    """Return the square size that the short side is resized to, for a tower of input `size`."""
     short = SHORT_SIDE if size == SHORT_SIDE_OF else size
     return short, short
 
 
 def resized_clip(frames: FrameInput, size: int) -> torch.Tensor:
-    """uint8 [T,H,W,3] -> uint8 [T,3,h,w], the short side resized for a tower of input `size`."""
+    """Resize uint8 [T,H,W,3] to uint8 [T,3,h,w], the short side for a tower of input `size`."""
     return Preprocessing(size=resized_for_training(size)).resize(as_images(frames))
 
 
 def augmented_pixels(resized: torch.Tensor, size: int, draw: AugmentationDraw) -> torch.Tensor:
-    """uint8 [T,3,h,w] of `resized_clip` -> uint8 [T,3,size,size] as `draw` says, not normalised.
+    """Turn uint8 [T,3,h,w] of `resized_clip` into uint8 [T,3,size,size] as `draw` says.
+
+    The result is not normalised.
 
     Raises ValueError when the drawn part lies outside the picture.
     """
@@ -107,7 +111,7 @@ def augmented_pixels(resized: torch.Tensor, size: int, draw: AugmentationDraw) -
 
 
 def training_pixels(frames: FrameInput, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """uint8 frames [T,H,W,3] of a clip -> uint8 [T,3,size,size], augmented and not normalised."""
+    """Augment uint8 frames [T,H,W,3] of a clip to uint8 [T,3,size,size], not normalised."""
     resized = resized_clip(frames, size)
     height, width = resized.shape[-2:]
     draw = AugmentationDraw.sample(width, height, size, rng)
@@ -115,7 +119,7 @@ def training_pixels(frames: FrameInput, size: int, rng: np.random.Generator) -> 
 
 
 def _grey(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [T,3,h,w] -> the same shape, every channel the brightness that Pillow computes."""
+    """Set every channel of uint8 [T,3,h,w] to the brightness that Pillow computes."""
     shares = torch.tensor(_LUMA, dtype=torch.int32).view(3, 1, 1)
     brightness = (pixels.int() * shares).sum(-3, keepdim=True).add_(1 << 15) >> 16
     return brightness.to(torch.uint8).expand_as(pixels)

@@ -1,9 +1,10 @@
-"""Frames to CLIP input: resize, crop, normalise. The only home of mean, std and sizes.
+"""Turns frames into CLIP's input: resizes, crops and normalises them.
 
 T frames, H, W height and width of the frames, h, w of the input of the tower.
 
-The geometry is that of the MoTE reference (Zhu et al., NeurIPS 2024): the short side becomes the
-crop size (bicubic with antialiasing, long side rounded down), so nothing is cut from it.
+Mean, std and sizes are defined only here. The geometry is that of the MoTE reference (Zhu et al.,
+NeurIPS 2024): the short side is resized to the crop size (bicubic with antialiasing, long side
+rounded down), so nothing is cut from that side.
 Pillow resizes, as in the reference, so that the pixels are the same to the last bit. Torchvision's
 uint8 resize differs by a grey level here and there; it would save 0.5 ms a frame of Kinetics size
 and 10 ms of a 1080p frame, where encoding a frame takes a core 25 ms (ViT-B/32) to 100 ms (B/16).
@@ -65,7 +66,7 @@ class Preprocessing:
     def from_open_clip(
         cls, config: Mapping[str, Any], size: int | tuple[int, int] | None = None
     ) -> Preprocessing:
-        """From the `preprocess_cfg` of an open_clip folder; missing entries are CLIP's.
+        """Read the `preprocess_cfg` of an open_clip folder; CLIP's values stand for missing ones.
 
         `size`, the input size of the tower itself, replaces the one in the config, as in
         open_clip. Raises UserError for a value that is not supported.
@@ -87,13 +88,13 @@ class Preprocessing:
         return cls(**{name: value for name, value in given.items() if name in known})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for provenance: two stores can be mixed only where these agree."""
+        """Return plain values for provenance: two stores can be mixed only if all values agree."""
         plain = asdict(self)
         plain.update(size=list(self.size), mean=list(self.mean), std=list(self.std))
         return plain
 
     def resize(self, frames: torch.Tensor) -> torch.Tensor:
-        """uint8 [T,3,H,W] resized as `resize_mode` says, before any crop."""
+        """Resize uint8 [T,3,H,W] as `resize_mode` says, before any crop."""
         height, width = frames.shape[-2:]
         target = resized_size(height, width, self.size, self.resize_mode)
         if (height, width) == target:
@@ -105,7 +106,7 @@ class Preprocessing:
         return rearrange(torch.from_numpy(stacked), "t h w c -> t c h w")
 
     def crop_pixels(self, frames: FrameInput, crops: int = 1) -> torch.Tensor:
-        """uint8 frames [T,H,W,3] (array or tensor) -> uint8 [crops,T,3,h,w], not normalised.
+        """Crop uint8 frames [T,H,W,3] (array or tensor) to uint8 [crops,T,3,h,w], not normalised.
 
         Crop order: 1: centre; 3: left, right, centre; 5: the corners and the centre; 10: each of
         the five followed by its mirror image. Raises UserError for another number of crops.
@@ -129,7 +130,7 @@ class Preprocessing:
     def require_crops(self, crops: int) -> None:
         """Raise UserError for a number of crops that is not possible."""
         if crops not in CROP_COUNTS:
-            raise UserError(f"{crops} crops are not a protocol: use 1, 3, 5 or 10")
+            raise UserError(f"{crops} crops are not supported: use 1, 3, 5 or 10")
         if crops > 1 and self.resize_mode != "shortest":
             raise UserError(
                 f"{crops} crops make no sense with resize mode {self.resize_mode!r}, which keeps "
@@ -137,14 +138,14 @@ class Preprocessing:
             )
 
     def normalise(self, pixels: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 [...,3,h,w] -> float32 (pixels / 255 - mean) / std, in `out` if that is given."""
+        """Turn uint8 [...,3,h,w] into float32 (pixels / 255 - mean) / std, in `out` if given."""
         mean = rearrange(torch.tensor(self.mean, device=pixels.device), "c -> c 1 1")
         std = rearrange(torch.tensor(self.std, device=pixels.device), "c -> c 1 1")
         values = pixels.float() if out is None else out.copy_(pixels)
         return values.div_(255).sub_(mean).div_(std)
 
     def crops(self, frames: FrameInput, crops: int = 1) -> torch.Tensor:
-        """uint8 frames [T,H,W,3] (array or tensor) -> float32 [crops,T,3,h,w], normalised."""
+        """Turn uint8 frames [T,H,W,3] (array or tensor) into normalised float32 [crops,T,3,h,w]."""
         return self.normalise(self.crop_pixels(frames, crops))
 
 
@@ -154,9 +155,9 @@ def evaluation_crops(
     crops: int,
     preprocessing: Preprocessing | None = None,
 ) -> torch.Tensor:
-    """uint8 frames [T,H,W,3] -> float32 [crops,T,3,size,size] for 1, 3, 5 or 10 crops.
+    """Turn uint8 frames [T,H,W,3] into float32 [crops,T,3,size,size] with 1, 3, 5 or 10 crops.
 
-    `preprocessing` gives everything but the size; CLIP's by default.
+    `preprocessing` gives everything but the size; the default is CLIP's.
     """
     return replace(preprocessing or Preprocessing(), size=_size(size)).crops(frames, crops)
 
@@ -164,7 +165,7 @@ def evaluation_crops(
 def resized_size(
     height: int, width: int, size: tuple[int, int], resize_mode: ResizeMode = "shortest"
 ) -> tuple[int, int]:
-    """(height, width) after resizing a picture towards an input of `size` (height, width)."""
+    """Return (height, width) of a picture resized towards an input of `size` (height, width)."""
     if resize_mode == "squash":
         return size
     if resize_mode == "shortest" and size[0] == size[1]:
@@ -180,11 +181,11 @@ def resized_size(
 def crop_corners(
     height: int, width: int, size: tuple[int, int], crops: int
 ) -> list[tuple[int, int]]:
-    """Upper left corners (x, y) of the crops of a resized picture.
+    """Return the upper left corners (x, y) of the crops of a resized picture.
 
-    The single crop is centred with Python's rounding (half to even). The others lie on a grid of
-    quarters rounded down, so "right" can stop up to 3 pixels short of the edge and the centre of
-    several crops is not that of one.
+    A single crop is centred with Python's rounding (half to even). Several crops lie on a grid of
+    quarters rounded down, so "right" can stop up to 3 pixels short of the edge, and their centre
+    crop is not the same as a single crop.
     """
     spare_y, spare_x = height - size[0], width - size[1]
     if crops == 1:
@@ -196,7 +197,7 @@ def crop_corners(
 
 
 def as_images(frames: FrameInput) -> torch.Tensor:
-    """[T,H,W,3] uint8 as a tensor [T,3,H,W] without copying; its memory stays channels-last."""
+    """View uint8 [T,H,W,3] as a tensor [T,3,H,W] without copying; memory stays channels-last."""
     # torch warns about arrays it may not write to, and refuses negative strides.
     tensor = torch.as_tensor(
         frames if isinstance(frames, torch.Tensor) else np.require(frames, requirements=["C", "W"])

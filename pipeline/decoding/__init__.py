@@ -8,10 +8,10 @@ from pipeline.decoding.pyav import PyAVDecoder
 
 
 def decoder_named(name: str, strict: Strictness = "auto") -> Decoder:
-    """The decoder on the CPU that `--decoder` names; "auto" is PyAV.
+    """Return the CPU decoder that `--decoder` names; "auto" gives PyAV.
 
-    `strict` says what is done about damage inside a file (docs/decoding.md). Raises UserError for
-    an unknown name.
+    `strict` says how damage inside a file is treated (docs/decoding.md). Raises UserError for an
+    unknown name.
     """
     if name in ("auto", PyAVDecoder.name):
         return PyAVDecoder(strict)

@@ -18,8 +18,8 @@ from pipeline.preprocessing import ResizeMode, resized_size
 
 logger = logging.getLogger(__name__)
 
-# The largest size of a resized frame: if its short side got the encoder's size, a strip of 8192x2
-# pixels would become a picture of 600 MB.
+# The largest size of a resized frame. Without a limit, a strip of 8192x2 pixels whose short side is
+# resized to the encoder's input would become a picture of 600 MB.
 MAX_RESIZED_PIXELS = 1 << 22
 
 
@@ -28,7 +28,7 @@ def within_limit(
     size: tuple[int, int],
     resize_mode: ResizeMode = "shortest",
 ) -> Callable[[VideoInfo], IntArray]:
-    """`choose`, but raising `DecodeError` if the frames would become too large when resized.
+    """Return a `choose` that raises `DecodeError` if resized frames would become too large.
 
     `size` and `resize_mode` say how frames are resized, see `Preprocessing`.
     """
@@ -52,17 +52,18 @@ def decode_chosen(
     size: tuple[int, int],
     resize_mode: ResizeMode = "shortest",
 ) -> tuple[VideoInfo, Frames, npt.NDArray[np.float64]]:
-    """(info, RGB uint8 [T,H,W,3], seconds float64 [T]) of the frames int64 [T] that `choose` gives.
+    """Decode the frames int64 [T] that `choose` gives.
 
-    `size` and `resize_mode` are as in `within_limit`, `choose` as in `Decoder.decode_with_info`.
-    Raises `DecodeError`, also for frames that would become too large and for any other error of the
-    decoder: only this video fails, and the others go on.
+    Returns (info, RGB uint8 [T,H,W,3], seconds float64 [T]). `size` and `resize_mode` are as in
+    `within_limit`, `choose` as in `Decoder.decode_with_info`. Raises `DecodeError`, also for frames
+    that would become too large and for any other error of the decoder, so that only this video
+    fails and the others go on.
     """
     try:
         return decoder.decode_with_info(source, within_limit(choose, size, resize_mode))
     except DecodeError:
         raise
     except Exception as error:
-        # One file must not stop hundreds of thousands; the error is recorded for it.
+        # One file must not stop the work on all the others; its error is recorded.
         logger.exception("unexpected error of the decoder: %s", one_line(error))
         raise DecodeError(one_line(f"{type(error).__name__}: {error}")) from error

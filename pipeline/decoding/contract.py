@@ -70,7 +70,7 @@ class Decoder(Protocol):
         """Count the frames, let `choose` pick indices [n], and decode those; read the file once.
 
         Indices are zero-based in display order; any order and repeats are allowed. Returns (info,
-        RGB uint8 [n, height, width, 3] in the order asked, seconds float64 [n]); the seconds are
+        RGB uint8 [n, height, width, 3] in the order given, seconds float64 [n]); the seconds are
         presentation times on the container's clock (frame number / fps in AVI, which has none).
         `choose` should depend on nothing but its argument: where only decoding can count the
         frames, it is called with the likely count first, and again if that was wrong.

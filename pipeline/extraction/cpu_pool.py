@@ -1,11 +1,11 @@
-"""Videos in, embeddings (or what else a tier keeps) out: threads that decode and encode.
+"""Turns videos into embeddings (or what else a tier keeps) in threads that decode and encode.
 
 Each thread works on its own videos with one torch thread. Measured on two cores this reaches 0.95
 to 1.0 of what decoding and encoding allow when they share the cores; one multi-threaded encoder
 fed by a decoding thread reached half of that.
 
 Letters: V views (one clip in one crop each, crop-major then clip), F frames of a view, D embedding
-(in tiers the item).
+(in other tiers the item).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ LOOKAHEAD = 3
 
 @dataclass(frozen=True)
 class EncodedVideo:
-    """One video after the encoder.
+    """The features of one video.
 
-    `features` float32 [V, F, D], raw projected embeddings, or [V, F, *item] of a tier in its type;
+    `features` float32 [V, F, D], raw projected embeddings, or [V, F, *item] in another tier's type;
     `frame_index` int64 [V, F] counted from zero; `pts` float64 [V, F] seconds.
     """
 
@@ -56,9 +56,9 @@ class EncodedVideo:
 
 
 class VideoPool(ABC):
-    """Encodes videos at the same time; results come in any order.
+    """Encodes several videos at the same time; results come in any order.
 
-    `window` is how many videos may be submitted and not yet taken: it bounds memory.
+    `window` is how many videos may be submitted before their results are taken: it bounds memory.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class VideoPool(ABC):
 
     @abstractmethod
     def submit(self, read: Callable[[], bytes]) -> Future[EncodedVideo | str]:
-        """Encode the video file that `read` gives; the result is a reason when it cannot be.
+        """Encode the video file that `read` returns. The result is the reason if that fails.
 
         The future raises what `read` raises, and RuntimeError or `WorkError` when the encoder
         itself fails. It is cancelled when the pool closes before the video's turn.
@@ -80,7 +80,7 @@ class VideoPool(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Drop what has not begun and wait for what has."""
+        """Cancel the videos that have not begun, and wait for those that have."""
 
 
 class ThreadVideoPool(VideoPool):
@@ -131,10 +131,10 @@ def encode_video(
     crops: int = 1,
     output: FrameOutput | None = None,
 ) -> EncodedVideo:
-    """Decode the frames that `sampling` chooses, crop, and encode them.
+    """Decode the frames that `sampling` chooses, crop them, and encode them.
 
-    The one path from video to embeddings: extraction and prediction both use it. `output` makes
-    something else than embeddings of the frames. Raises `DecodeError`.
+    This is the only path from video to embeddings: extraction and prediction both use it. `output`
+    makes something other than embeddings from the frames. Raises `DecodeError`.
     """
     output = output or PooledEmbeddings(encoder)
     info, frames, indices, seconds = decode_sampled(source, decoder, encoder, sampling)
@@ -148,9 +148,10 @@ def encode_video(
 def decode_sampled(
     source: Source, decoder: Decoder, encoder: Encoder, sampling: Sampling
 ) -> tuple[VideoInfo, Frames, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """(info, frames uint8 [clips * F,H,W,3], their indices and seconds [clips, F]) of a video.
+    """Decode the frames of a video that `sampling` chooses.
 
-    Raises `DecodeError`, also for frames that would become too large for the encoder's input.
+    Returns (info, frames uint8 [clips * F,H,W,3], their indices and seconds [clips, F]). Raises
+    `DecodeError`, also for frames that would become too large for the encoder's input.
     """
     info, frames, seconds = decode_chosen(
         source,
@@ -169,7 +170,7 @@ def in_views(
     indices: npt.NDArray[np.int64],
     seconds: npt.NDArray[np.float64],
 ) -> EncodedVideo:
-    """`features` [crops, clips * F, *item] of the frames `indices` [clips, F] by view."""
+    """Arrange `features` [crops, clips * F, *item] of the frames `indices` [clips, F] by view."""
     return EncodedVideo(
         info,
         rearrange(features, "c (v t) ... -> (c v) t ...", v=len(indices)),
@@ -179,10 +180,10 @@ def in_views(
 
 
 def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> str:
-    """The name of the decoder, as the store will record it.
+    """Return the name of the decoder, as the store will record it.
 
-    `begun_with` is the decoder of a store that exists: "auto" stays with it. Raises UserError for a
-    decoder that is unknown or cannot be used here.
+    `begun_with` is the decoder of a store that exists already: "auto" keeps that one. Raises
+    UserError for a decoder that is unknown or cannot be used here.
     """
     asked = request.decoder if request.decoder != "auto" else begun_with or "auto"
     if request.tier.pooled and wants_dali(asked, request.device, request.strict):
@@ -202,9 +203,9 @@ def open_pool(
     output: FrameOutput,
     decoder: Decoder | None = None,
 ) -> VideoPool:
-    """The pool for a request and one of the names `decoder_for` gives; close it after use.
+    """Open the pool for a request and a name that `decoder_for` returned; close it after use.
 
-    `output` is that of the request's tier; `decoder` stands in for the one that is named.
+    `output` makes the items of the request's tier; `decoder` replaces the decoder of that name.
     """
     common = encoder, request.sampling, request.crops, request.workers or usable_cores()
     if name == DECODER_NAME and decoder is None:

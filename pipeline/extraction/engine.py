@@ -1,4 +1,4 @@
-"""Tars through a pool of workers into the partitions of a store, in one process."""
+"""Runs tars through a pool of workers into the partitions of a store, in one process."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipeline.tars.dataset import Dataset, Tar
 from pipeline.tars.reading import DamagedTar
 from pipeline.tars.sources import TarSource
 
-# A long video must not keep the other workers waiting: the tars after its own go on, this many or
-# as many as there may be videos in the pool. Each holds its rows (embeddings in memory, other tiers
-# on the disk) and open files.
+# A long video must not keep the other workers waiting, so later tars are opened meanwhile: this
+# many, or as many as the pool may hold videos. Each open tar holds its rows (embeddings in memory,
+# other tiers on the disk) and open files.
 MIN_OPEN_TARS: Final = 4
 
 
 @dataclass(eq=False)
 class Engine:
-    """Does partitions through a pool of workers; a damaged tar does not stop the others.
+    """Does partitions with a pool of workers; a damaged tar does not stop the others.
 
-    Results go to their rows in any order, and a partition is written when its last row is in: what
-    is in memory is bounded by the pool's window, not by the data.
+    Results go to their rows in any order, and a partition is written when its last row is in. So
+    the memory needed is bounded by the pool's window, not by the data.
     """
 
     dataset: Dataset
@@ -39,7 +39,7 @@ class Engine:
     pool: VideoPool
     source: TarSource
     progress: ProgressSink
-    videos: int = field(default=0, init=False)  # that are to be done
+    videos: int = field(default=0, init=False)  # how many are to be done
     totals: Totals = field(default_factory=Totals, init=False)
     open: dict[int, TarRows] = field(default_factory=dict, init=False)
     in_pool: int = field(default=0, init=False)
@@ -49,10 +49,10 @@ class Engine:
     ] = field(default_factory=SimpleQueue, init=False)
 
     def run(self, numbers: Sequence[int]) -> Totals:
-        """Do the partitions `numbers`, once for each engine.
+        """Do the partitions `numbers`. Call this only once for each engine.
 
-        Raises `WorkError` when the encoder fails (its videos are not at fault), OSError when the
-        disk is full. The pool is closed then; else it can be used again.
+        Raises `WorkError` if the encoder fails (the videos are not at fault), OSError if the disk
+        is full. The pool is closed after an error; otherwise it can be used again.
         """
         self.source.open_order([self.tars[number] for number in numbers])
         self.videos = sum(self.tars[number].samples for number in numbers)
@@ -119,7 +119,7 @@ class Engine:
         except DamagedTar as error:
             rows.damage = rows.damage or str(error)
         except (WorkError, RuntimeError) as error:
-            # Torch's, such as out of memory: the videos are not at fault and must not be failed.
+            # Torch ran out of memory, for example: the video is not at fault and must not fail.
             raise WorkError(
                 f"the encoder failed at {rows.samples[position or 0].key!r} "
                 f"({one_line(error, 200)}): what is done is kept; run the same command again, "

@@ -1,4 +1,4 @@
-"""What an extraction will take: videos, bytes and hours, from a short sample of the real work."""
+"""Estimates the videos, bytes and hours of an extraction from a short sample of the real work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLE_SECONDS: Final = 10.0
 
 @dataclass(frozen=True)
 class Estimate(Outcome):
-    """What `extract` would do; sizes in bytes, of what is still to be done.
+    """What `extract` would do. Counts and sizes (in bytes) are of the work still to be done.
 
     `hours` is None when no video could be sampled.
     """
@@ -33,7 +33,7 @@ class Estimate(Outcome):
     store: str
     store_exists: bool
     videos: int
-    frames: int  # that would be encoded
+    frames: int  # how many would be encoded
     tars: int
     tars_done: int
     tier: str
@@ -41,7 +41,7 @@ class Estimate(Outcome):
     bytes_needed: int
     bytes_free: int
     fits: bool
-    disk: str  # where the bytes are free; a remote store's pass through there one tar at a time
+    disk: str  # the disk of `bytes_free`; a remote store passes through it one tar at a time
     videos_sampled: int
     sample_failures: int
     sample_seconds: float
@@ -54,7 +54,7 @@ class Estimate(Outcome):
     dataset_fingerprint: str
 
     def facts(self) -> dict[str, str]:
-        """The same in words."""
+        """The same facts in words, by name."""
         sampled = (
             f"{self.videos_per_second:.2f} videos/s in a sample of {self.videos_sampled} videos "
             f"({self.sample_seconds:.0f} s)"
@@ -88,7 +88,7 @@ def estimate(
     """Encode videos of the pending tars for `seconds`, keep nothing, and extrapolate.
 
     Records are shuffled before packing, so the first videos are like the others. Raises what
-    `extract` raises for what it cannot do.
+    `extract` raises if it cannot do the work.
     """
     plan = ExtractionPlan(request)
     job = ExtractionJob(plan)
@@ -129,7 +129,7 @@ def _sample(
     seconds: float,
     progress: ProgressSink,
 ) -> dict[str, Any]:
-    """Encode videos for `seconds`: the fields of `Estimate` that say how many and how fast."""
+    """Encode videos for `seconds`; return the fields of `Estimate` that say how many, how fast."""
     started = time.perf_counter()
 
     def results() -> Iterator[set[Future[Any]]]:
@@ -153,7 +153,7 @@ def _sample(
         elapsed = time.perf_counter() - started
         first = first or (videos, elapsed)
         progress(videos, total)
-    # Without the first results: libraries and caches warm up until then.
+    # The first results do not count, because libraries and caches warm up until then.
     before, since = first if first and videos > first[0] else (0, 0.0)
     return {
         "videos_sampled": videos,
@@ -164,7 +164,7 @@ def _sample(
 
 
 def _videos(plan: ExtractionPlan, source: TarSource) -> Iterator[bytes]:
-    """The video files of the pending tars that can be read; extraction reports the others."""
+    """Yield the video files of the pending tars, without damaged tars: `extract` reports those."""
     for number in plan.pending:
         tar = plan.tars[number]
         try:

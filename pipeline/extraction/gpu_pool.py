@@ -1,9 +1,9 @@
-"""Videos in, embeddings out, with the GPU's decoder: reading, decoding and encoding overlap.
+"""Turns videos into embeddings with the GPU's decoder; reading, decoding and encoding overlap.
 
-Reader threads read each file, survey its packets and choose frames. What NVDEC gives exactly is
-decoded in batches of one size by a decode thread; the rest is decoded by PyAV in the reader's
-thread. An encode thread takes both, and while the GPU encodes one batch the results of the one
-before are copied back and delivered. Every stage waits when the next has enough to do.
+Reader threads read each file, survey its packets and choose frames. A decode thread decodes the
+videos that NVDEC gives exactly, in batches of one picture size; PyAV decodes the rest in the reader
+threads. An encode thread takes both, and while the GPU encodes one batch, the results of the batch
+before are copied back and delivered. Every stage waits while the next one has enough to do.
 
 Letters: C crops, U frames of a video without repeats, h, w input of the tower, N pictures in a
 batch, D embedding.
@@ -43,7 +43,7 @@ WINDOW_BATCHES = 6
 
 @dataclass(eq=False)
 class _Video:
-    """One video on its way; `data` once it is read, as long as it may have to be decoded."""
+    """One video in the pool; `data` holds its file as long as it may have to be decoded."""
 
     read: Callable[[], bytes]
     future: Future[EncodedVideo | str]
@@ -68,16 +68,16 @@ class _Decoded:
 
 @dataclass(eq=False)
 class _Launched:
-    """A batch that was started; on a GPU it may still be at work."""
+    """A batch whose encoding was started; a GPU may still be working on it."""
 
     batch: list[_Decoded]
-    embeddings: torch.Tensor  # float32 [N,D] in memory, once `done` says so
+    embeddings: torch.Tensor  # float32 [N,D] in memory, valid after `done`
     done: Any = None  # the CUDA event after which it is complete
-    keep: Any = None  # what the GPU still reads: freeing it would let its memory be used again
+    keep: Any = None  # tensors that the GPU still reads: if freed, their memory would be reused
 
 
 class DaliVideoPool(VideoPool):
-    """A `VideoPool` around NVDEC of the encoder's GPU; `decoder` is for what NVDEC may not do."""
+    """A `VideoPool` around NVDEC of the encoder's GPU; `decoder` does what NVDEC may not do."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class DaliVideoPool(VideoPool):
     # Reader threads.
 
     def _to_readers(self, video: _Video, refusal: str | None = None) -> None:
-        """Have a video read, or only decoded by PyAV, as `refusal` says why. Needs the lock."""
+        """Give a video to the readers; with a `refusal` PyAV decodes it. Needs the lock."""
         self._reading += 1
         self._readers.submit(self._read, video, refusal)
 
@@ -189,7 +189,7 @@ class DaliVideoPool(VideoPool):
         try:
             plan = self._batcher.plan(video.data, choose)
         except DecodeError:
-            return "cannot be used"  # PyAV has the last word, and the reason
+            return "cannot be used"  # PyAV decides, and gives the reason
         if isinstance(plan, str):
             return plan
         self._batcher.add(video, plan)
@@ -215,8 +215,8 @@ class DaliVideoPool(VideoPool):
     def _decode_loop(self) -> None:
         """Decode batches until the pool closes.
 
-        Waits while the encoder has enough, so that batches can fill, and for readers that may fill
-        one. When no reader has anything to do, nothing more will come before results go out.
+        The thread waits while the encoder has enough to do, and while readers may still fill a
+        batch. When no reader has work, no video will come before results are delivered.
         """
         while not self._stopping:
             with self._changed:
@@ -229,7 +229,7 @@ class DaliVideoPool(VideoPool):
                 self._decode(batch)
 
     def _decode(self, batch: list[tuple[_Video, NvdecPlan]]) -> None:
-        """Decode a batch, and hand to PyAV the videos at which NVDEC fails."""
+        """Decode a batch, and give the videos on which NVDEC fails to PyAV."""
         decoded = [
             _Decoded(video, pixels, plan.info, plan.indices, plan.seconds, plan.places)
             for video, plan, pixels in self._batcher.decode(batch)
@@ -266,7 +266,7 @@ class DaliVideoPool(VideoPool):
                 self._finish(launched)
 
     def _next_decoded(self, *, wait: bool) -> list[_Decoded] | None:
-        """What can be encoded now, None when the pool closes; nothing only if not to `wait`."""
+        """Return the videos to encode now (none only without `wait`); None when the pool closes."""
         with self._changed:
             if wait:
                 self._changed.wait_for(lambda: self._stopping or self._by_nvdec or self._by_pyav)
@@ -287,7 +287,7 @@ class DaliVideoPool(VideoPool):
             if not self._on_gpu:
                 return _Launched(batch, embeddings)
             cuda: Any = torch.cuda
-            # Only pinned memory is copied to while the GPU goes on with the next batch.
+            # Only a copy to pinned memory lets the GPU go on with the next batch meanwhile.
             host = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
             host.copy_(embeddings, non_blocking=True)
             done = cuda.Event()
@@ -300,7 +300,7 @@ class DaliVideoPool(VideoPool):
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.dtype != torch.uint8:
             return pixels
-        if self._on_gpu:  # as bytes: a quarter of what has to cross the bus
+        if self._on_gpu:  # as bytes, a quarter of what floats would send over the bus
             pixels = pixels.pin_memory().to(self._encoder.device, non_blocking=True)
         return self._encoder.preprocessing.normalise(pixels)
 
@@ -335,14 +335,14 @@ class DaliVideoPool(VideoPool):
                 return
             self._unfinished.discard(video)
         if not video.future.set_running_or_notify_cancel():
-            return  # whoever submitted it no longer wants it
+            return  # the caller has cancelled it
         if isinstance(result, BaseException):
             video.future.set_exception(result)
         else:
             video.future.set_result(result)
 
     def _guarded(self, loop: Callable[[], None]) -> None:
-        """Run a thread's loop; should it ever fail, every future learns of it."""
+        """Run a thread's loop; if it fails, every unfinished future gets the error."""
         try:
             loop()
         except BaseException as error:

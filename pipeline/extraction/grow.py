@@ -1,4 +1,4 @@
-"""What a store needs from a data set and an encoder to grow."""
+"""Lets a store grow: by new tars of its data set, or by the class texts of a prompt set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.extraction.job import class_text
 from pipeline.prompts import PROMPT_SETS, PromptSet, as_prompt_set
 from pipeline.tars.dataset import Dataset, Tar, load_dataset
 
-if TYPE_CHECKING:  # an encoder brings torch along, and mere tars need none
+if TYPE_CHECKING:  # an encoder imports torch, which adding tars alone does not need
     from pipeline.clip_encoder import Encoder
 
 logger = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ def add_tars(
     encoders_dir: Path | None = None,
     device: str = "cpu",
 ) -> Grown:
-    """Give a store the tars of its data set, which was packed again with more of them.
+    """Add to a store the new tars of its data set, which was packed again with more tars.
 
-    The encoder, that of the store unless another one is named, is loaded only when classes are
-    new: their texts are needed. Raises UserError when the data set does not continue that of the
-    store or the encoder is another one, WorkError as `featstore.rewriting.grow.add_tars`.
+    The encoder (the store's, unless `encoder` names one) is loaded only if there are new classes,
+    which need class texts. Raises UserError if the data set is no extension of the store's or the
+    encoder is not the store's, WorkError as `featstore.rewriting.grow.add_tars` does.
     """
     recover(store_path)
     with _undisturbed(store_path):
@@ -48,10 +48,10 @@ def add_tars(
         made = store.provenance
         if dataset.name != made.dataset:
             raise UserError(
-                f"{store_path} was made of data set {made.dataset!r}, not of {dataset.name!r}: "
+                f"{store_path} was made from data set {made.dataset!r}, not {dataset.name!r}: "
                 "extract that one too and use `mote-cli store merge`"
             )
-        # The tars that belong into the store: all, or those of the split it was made of.
+        # The tars that belong into the store: all, or those of the split it was made from.
         files = {tar.file for tar in store.tars}
         tars = [
             s for s in dataset.tars if not made.split or s.split == made.split or s.file in files
@@ -83,12 +83,12 @@ def add_texts(
     encoders_dir: Path | None = None,
     device: str = "cpu",
 ) -> bool:
-    """Add the class texts of a prompt set to a store; False when it holds them already.
+    """Add the class texts of a prompt set to a store. Returns False if it holds them already.
 
-    `prompts`: a set's name, a template file, or a set that was read. Raises UserError for an
-    unknown set, one that lacks classes of the store, has other sentences than the store's of that
-    name, or another encoder than the store's, errors of `load_encoder`, and WorkError while a
-    process writes to the store.
+    `prompts` is a set's name, a template file, or a set that was read. Raises UserError if the set
+    is unknown, lacks classes of the store, or has other sentences than the store's set of that
+    name, and if the encoder is not the store's; raises WorkError while another process writes to
+    the store, and whatever `load_encoder` raises.
     """
     wanted = as_prompt_set(prompts)  # a wrong set is refused before the encoder is loaded
     recover(store_path)
@@ -104,7 +104,7 @@ def add_texts(
 
 @contextmanager
 def _undisturbed(path: Path) -> Iterator[None]:
-    """Say so when something fails because another process put a longer store at `path`."""
+    """If something fails because another process replaced the store at `path`, say so."""
 
     def folder_number() -> int | None:
         return path.stat().st_ino if path.exists() else None
@@ -121,7 +121,7 @@ def _undisturbed(path: Path) -> Iterator[None]:
 
 
 def _require_same_failures(store: Store, tars: list[Tar]) -> None:
-    """The videos that are in no tar must be those of the store: the tar's sha256 cannot tell."""
+    """Raise UserError unless the store has the same failed videos, which no tar's sha256 covers."""
     held = {tar.file: number for number, tar in enumerate(store.tars)}
     done = set(store.partitions())
     for tar in tars:
@@ -135,7 +135,7 @@ def _require_same_failures(store: Store, tars: list[Tar]) -> None:
         listed = [(store.keys[i], int(store.labels[i])) for i in at]
         if listed != [(failed.key, failed.label) for failed in tar.failed]:
             raise UserError(
-                f"the videos of {tar.file} that could not be packed are others than those of "
+                f"the videos of {tar.file} that could not be packed are not the same as in "
                 f"{store.path}: extract the data set as a new store"
             )
 
@@ -163,13 +163,13 @@ def _encoder(store: Store, spec: str | None, encoders_dir: Path | None, device: 
 
 
 def _longer(store: Store, prompt_set: str, dataset: Dataset, tower: Encoder) -> ClassText:
-    """Class texts of the data set's classes; rows that the store has stay as they are."""
+    """Make class texts for all classes of the data set, and keep the rows that the store has."""
     held = store.class_text(prompt_set)
     prompts = PromptSet(prompt_set, held.templates or PROMPT_SETS.get(prompt_set, ()))
     if not prompts.templates:
         raise UserError(
-            f"{store.path} has class texts {prompt_set!r} with sentences of each class that it "
-            "does not keep, so those of new classes cannot be made: remove its folder "
+            f"{store.path} does not keep the sentences of its class texts {prompt_set!r}, so the "
+            "texts of new classes cannot be made: remove its folder "
             f"class_text/{prompt_set}, add the tars, and make the class texts again with "
             "`mote-cli store add-texts --descriptions`"
         )

@@ -1,6 +1,6 @@
-"""A plan with what carries it out: encoder, decoder, and the store it is checked against.
+"""Carries out an extraction plan, with the encoder and decoder that it needs.
 
-The process that runs `mote-cli extract` and every worker of a cluster make one.
+The process that runs `mote-cli extract` makes one job, and so does every worker of a cluster.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from pipeline.prompts import PromptSet
 
 
 class ExtractionJob:
-    """The work of a plan; `close` it after use."""
+    """Does the work of a plan. Call `close` after use."""
 
     def __init__(
         self, plan: ExtractionPlan, encoder: Encoder | None = None, decoder: Decoder | None = None
     ) -> None:
-        """Load the encoder, and compare with the store where it was begun.
+        """Load the encoder, and compare the plan with the store if that exists already.
 
-        `encoder` and `decoder` stand in for those that the request names. Raises UserError when
-        the store was made in another way, and the errors of `load_encoder`.
+        `encoder` and `decoder` replace the ones that the request names. Raises UserError if the
+        store was made in another way, and whatever `load_encoder` raises.
         """
         begun = plan.writer.provenance if plan.writer is not None else None
         if decoder is None:
@@ -58,10 +58,10 @@ class ExtractionJob:
             self._require_same(plan.writer)
 
     def begin(self) -> AnyWriter:
-        """The writer of the store, which is made when it is not there.
+        """Return the writer of the store, and make the store if it does not exist.
 
-        Raises UserError when another process made it at this moment in another way, `WorkError`
-        when the disk is too small for it.
+        Raises UserError if another process has just made the store in another way, `WorkError` if
+        the disk is too small for the store.
         """
         request = self.plan.request
         writer = self.plan.writer
@@ -80,18 +80,18 @@ class ExtractionJob:
 
     @cached_property
     def pool(self) -> VideoPool:
-        """The pool of this job, opened when it is first asked for."""
+        """The pool of this job, which is opened on first use."""
         name = self.provenance.decoder
         return open_pool(self.plan.request, name, self.encoder, self._output, self._decoder)
 
     def run(
         self, writer: AnyWriter, numbers: Sequence[int], progress: ProgressSink = no_progress
     ) -> Totals:
-        """Do the partitions `numbers`, which the caller has claimed; errors as `Engine.run`."""
+        """Do the partitions `numbers`, which the caller has claimed. Raises as `Engine.run`."""
         plan = self.plan
         if isinstance(writer, StoreWriter) and not plan.request.retry_failed:
-            # Another process may have done some before they were claimed. In a remote store nothing
-            # can be claimed, so that looking once more would change nothing.
+            # Another process may have done some partitions before they were claimed. In a remote
+            # store nothing can be claimed, so looking once more would not help.
             numbers = [number for number in numbers if not writer.done(number)]
         if not numbers:
             return Totals()
@@ -105,7 +105,7 @@ class ExtractionJob:
             self.pool.close()
 
     def _require_same(self, writer: AnyWriter) -> None:
-        """Raise UserError with the differences when the store was made in another way."""
+        """Raise UserError that lists the differences if the store was made in another way."""
         plan = self.plan
         differences = writer.provenance.differences(self.provenance)
         store = plan.request.store_path
@@ -123,14 +123,14 @@ class ExtractionJob:
             differences.append(f"prompt sets: store lacks {lacking}")
         plan.require_same_sentences(writer)
         if differences:
-            remedy = "ask for what it holds, or remove it to extract anew"
+            remedy = "use the settings it was made with, or remove it to extract again"
             if local and all(phrase.startswith("dataset_fingerprint") for phrase in differences):
                 remedy = (
                     f"if the data set only has more tars now, `mote-cli store add-tars {place} "
-                    f"--dataset {plan.dataset.name}` adds them; else remove it to extract anew"
+                    f"--dataset {plan.dataset.name}` adds them; else remove it to extract again"
                 )
             raise UserError(
-                f"{store} was made in another way and is never mixed "
+                f"{store} was made in another way, and features are never mixed "
                 f"({'; '.join(differences)}): {remedy}"
             )
 
@@ -150,13 +150,13 @@ class ExtractionJob:
 
 
 def code_versions() -> dict[str, str]:
-    """Versions of what makes features out of videos."""
+    """Return the versions of the packages that make features from videos, by package name."""
     names = ("mote-video", "torch", "open_clip_torch", "av", "pillow")
     return {name: version(name) for name in names}
 
 
 def class_text(encoder: Encoder, names: tuple[str, ...], prompts: PromptSet) -> ClassText:
-    """Class texts of a prompt set as a store holds them."""
+    """Encode the class texts of a prompt set, in the form that a store holds."""
     return ClassText(
         names,
         encoder.class_embeddings(names, prompts).cpu().numpy(),
@@ -167,11 +167,11 @@ def class_text(encoder: Encoder, names: tuple[str, ...], prompts: PromptSet) -> 
 
 
 def _request_encoder(plan: ExtractionPlan) -> Encoder:
-    """The encoder of a request, in the precision of the store where one was begun."""
+    """Load the encoder of a request, in the precision of the store if that exists already."""
     request = plan.request
     precision = request.precision
     if precision == "auto" and plan.writer is not None:
-        # The choice is made by timing; a store once begun stays with it.
+        # "auto" chooses by timing; a store that was begun keeps the precision chosen then.
         precision = plan.writer.provenance.precision
     elif precision == "auto" and request.tier.kind == FRAMES:
         precision = "fp32"  # nothing is encoded: no need to time the tower
@@ -181,7 +181,7 @@ def _request_encoder(plan: ExtractionPlan) -> Encoder:
 
 
 def _provenance(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Provenance:
-    """What the store will record of how its features were made."""
+    """Describe how the features are made, for the store to record."""
     request = plan.request
     return Provenance(
         encoder=lasting_spec(request.encoder, request.encoders_dir),

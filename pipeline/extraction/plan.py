@@ -1,4 +1,4 @@
-"""What an extraction will do, worked out without loading an encoder.
+"""Works out what an extraction will do, without loading an encoder.
 
 A finished store is recognised here, so that running the same command again takes a moment.
 """
@@ -23,16 +23,16 @@ from pipeline.prompts import PROMPT_SETS, PromptSet, prompt_sets_of
 from pipeline.tars.dataset import load_dataset, tars_of
 from pipeline.tars.sources import RemoteTars, TarSource, remote_dataset
 
-# Keys, reasons and numbers of a row beside its features and frame times, generously.
+# A generous estimate for a row's key, reason and numbers, besides its features and frame times.
 ROW_EXTRA_BYTES: Final = 256
-# Tars that are being filled at the same time, as a rule: a few long videos keep theirs open.
+# How many tars are usually filled at the same time: a few long videos keep their tars open.
 OPEN_TARS: Final = 4
 
 
 def no_room(needed: int, disk: Path | str, free: int) -> WorkError:
-    """The error of a store of `needed` bytes for which `disk` has too few, `free` ones."""
+    """Return the error for a store of `needed` bytes on a `disk` with only `free` free bytes."""
     return WorkError(
-        f"the store will take {in_bytes(needed)}, {in_bytes(SPARE_BYTES)} are to stay free, and "
+        f"the store will take {in_bytes(needed)}, {in_bytes(SPARE_BYTES)} must stay free, and "
         f"{disk} has {in_bytes(free)}: make room, or put the workspace (--root) on a larger disk"
     )
 
@@ -44,7 +44,7 @@ class ExtractionPlan:
     """
 
     def __init__(self, request: ExtractionRequest) -> None:
-        """Read what is on disk; raises UserError and `WorkError` for what cannot be done."""
+        """Read data set and store. Raises UserError or `WorkError` if the work cannot be done."""
         self.request = request
         self._scratch: ScratchFolder | None = None
         if isinstance(request.dataset_dir, str):
@@ -54,8 +54,8 @@ class ExtractionPlan:
             self.dataset = load_dataset(request.dataset_dir)
         self.tars = tars_of(self.dataset, request.split)
         self.writer: AnyWriter | None = writer_of(request.store_path)  # None before it is made
-        # An unknown or wrong set of prompts is refused before the work begins. The sentences of a
-        # set that the store has are not needed again: its name is enough.
+        # An unknown or wrong prompt set is refused before the work begins. If the store has a set
+        # already, its name is enough: its sentences are not needed again.
         held = {*self.writer.prompt_sets} - PROMPT_SETS.keys() if self.writer else set()
         asked = [
             PromptSet(p) if isinstance(p, str) and p in held else p for p in request.prompt_sets
@@ -63,7 +63,7 @@ class ExtractionPlan:
         self.prompt_sets = prompt_sets_of(asked, self.dataset.class_names)
 
     def tar_source(self) -> TarSource:
-        """A new source of the data set's tars."""
+        """Return a new source of the data set's tars."""
         if self._scratch is None:
             return TarSource(self.dataset)
         return RemoteTars(str(self.request.dataset_dir), self._scratch.path)
@@ -76,9 +76,10 @@ class ExtractionPlan:
 
     @cached_property
     def pending(self) -> list[int]:
-        """Tars of this share that were to be done when this was first asked, or done again.
+        """Numbers of this share's tars that are still to be done, or to be done again.
 
-        The partitions of the store are looked through once, a remote store's in one listing.
+        The store is looked through once, on first use (a remote store in one listing); the list
+        does not change afterwards.
         """
         if self.writer is None:
             return self.mine
@@ -87,7 +88,7 @@ class ExtractionPlan:
         return [number for number in self.mine if number in retried or number in lacking]
 
     def schema(self, dim: int, item: tuple[int, ...] = ()) -> StoreSchema:
-        """Sizes of the store for an encoder of width `dim` and items of this shape."""
+        """Return the sizes of the store for an encoder of width `dim` and items of this shape."""
         return StoreSchema.create(
             tars=len(self.tars),
             capacity=max(tar.rows for tar in self.tars),
@@ -99,7 +100,7 @@ class ExtractionPlan:
         )
 
     def bytes_needed(self, numbers: list[int], schema: StoreSchema) -> int:
-        """Bytes that these partitions will take."""
+        """Return how many bytes these partitions will take."""
         frame_times = schema.views * schema.frames * 12
         per_tar = schema.capacity * (frame_times + ROW_EXTRA_BYTES)
         return sum(schema.shard_bytes(self.tars[number].rows) + per_tar for number in numbers)
@@ -111,7 +112,7 @@ class ExtractionPlan:
             raise no_room(needed, self.disk, free_bytes(self.disk))
 
     def room(self, numbers: list[int], schema: StoreSchema) -> str:
-        """What these partitions take and what is free, in words."""
+        """Say in words how much these partitions take and how much is free."""
         rows = sum(self.tars[number].rows for number in numbers)
         return (
             f"{rows} rows of {in_bytes(schema.row_bytes)} each ({schema.tier}), "
@@ -121,14 +122,15 @@ class ExtractionPlan:
 
     @property
     def disk(self) -> Path:
-        """A folder, perhaps not made yet, on the disk that takes what is written."""
+        """A folder on the disk that is written to; it may not exist yet."""
         place = self.request.store_path
         return cache_folder() if isinstance(place, str) else place.parent
 
     def disk_needed(self, numbers: list[int], schema: StoreSchema) -> int:
-        """Bytes of it that these partitions take: a remote store's pass through there.
+        """Return how many bytes of `disk` these partitions take.
 
-        Embeddings one partition at a time, other tiers with all tars that are open.
+        Partitions of a remote store only pass through that disk: embeddings one partition at a
+        time, other tiers with all tars that are open.
         """
         if isinstance(self.request.store_path, str):
             sizes = sorted(
@@ -139,9 +141,10 @@ class ExtractionPlan:
 
     @property
     def recorded_split(self) -> str:
-        """The split as the store records it, "" for all tars.
+        """The split as the store records it; "" means all tars.
 
-        Also "" in a store of the split's tars that does not say so, as earlier ones did not.
+        It is also "" for a store that holds the split's tars without recording the split, as
+        stores of earlier versions do.
         """
         if self.writer is not None and not self.writer.provenance.split:
             held = [made.file for made in self.writer.metadata.tars]
@@ -150,9 +153,9 @@ class ExtractionPlan:
         return self.request.split or ""
 
     def known_complete(self) -> bool:
-        """Whether nothing is left to do and the store is surely the one asked for.
+        """Return whether nothing is left to do and the store is certainly the one asked for.
 
-        Sure without loading the encoder: its files are those whose fingerprint was noted.
+        This does not load the encoder, but compares the fingerprint that was noted for its files.
         """
         if self.writer is None or self.pending:
             return False
@@ -175,16 +178,16 @@ class ExtractionPlan:
         )
 
     def require_same_sentences(self, writer: AnyWriter) -> bool:
-        """Raise UserError when the store has a prompt set of that name with other sentences."""
+        """Raise UserError if the store has a prompt set of the same name with other sentences."""
         held = set(writer.prompt_sets)
         for prompts in self.prompt_sets:
-            # Those that come with the program do not change.
+            # The prompt sets that come with the program do not change.
             if prompts.source and prompts.name in held:
                 prompts.require_held(open_rows(self.request.store_path))
         return True
 
     def _with_failures(self) -> set[int]:
-        """Done tars with a video that failed in extraction (not one that was never packed)."""
+        """Return the complete tars in which a video failed in extraction, not just in packing."""
         store = open_rows(self.request.store_path)
         failed = store.rows[store.status == STATUS_FAILED]
         numbers, positions = np.divmod(failed, store.schema.capacity)

@@ -1,4 +1,4 @@
-"""Videos of a store encoded again, from the tars and with the encoder it was made with."""
+"""Encodes videos of a store again, from the tars and with the encoder it was made with."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def reencode_store(
 ) -> Reencoding:
     """Encode `count` rows of a store again, drawn by `seed`, and compare them with what is stored.
 
-    A store in its place knows its workspace; `workspace` has the data set and the encoder of any
-    other. Raises what `reencoder` and `featstore.checking.verify.reencode` do.
+    The data set and the encoder come from the workspace that the store lies in, or from `workspace`
+    if it lies in none. Raises what `reencoder` and `featstore.checking.verify.reencode` raise.
     """
     store = open_store(path)
     dataset = store.provenance.dataset
@@ -53,11 +53,12 @@ def reencode_store(
 def reencoder(
     store: Store, dataset_dir: Path, encoders_dir: Path | None, device: str = "cpu"
 ) -> Iterator[EncodeRow]:
-    """What encodes rows of a store again, with the data set in `dataset_dir` and its own encoder.
+    """Give a function that encodes rows of a store again, from the data set in `dataset_dir`.
 
-    Raises UserError when either is gone or is another one, or was recorded in a way that this
-    version does not know; WorkError as `load_dataset` and `load_encoder`. Called with a row, it
-    raises UserError when the row's tar is gone, WorkError when the tar is damaged.
+    Raises UserError if the data set or the store's encoder is missing or has changed, or was
+    recorded in a way that this version does not know; WorkError as `load_dataset` and
+    `load_encoder`. The function raises UserError if the row's tar is missing, WorkError if the tar
+    is damaged.
     """
     made = store.provenance
     dataset = load_dataset(dataset_dir)
@@ -75,7 +76,7 @@ def reencoder(
     if encoder.fingerprint != made.encoder_fingerprint:
         raise UserError(
             f"{made.encoder} has weights {encoder.fingerprint[:16]} and {store.path.name} was "
-            f"made with {made.encoder_fingerprint[:16]}: put the encoder back that made it"
+            f"made with {made.encoder_fingerprint[:16]}: put back the encoder that made it"
         )
     output = frame_output(Tier.parse(made.tier), encoder)
     # One worker thread with one torch thread, as in extraction: the same bits come out.

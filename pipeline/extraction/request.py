@@ -1,4 +1,4 @@
-"""What is to be extracted, which tars this process does, and the result."""
+"""The request for an extraction, the share of one process, and the summary of what was done."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ PER_FRAME_EMBEDDING: Final = Tier()
 
 @dataclass(frozen=True)
 class Share:
-    """Every `count`-th tar, beginning with number `index`: the part of one of `count` processes."""
+    """The tars that one of `count` processes does: every `count`-th, starting at `index`."""
 
     index: int
     count: int
-    origin: str = ""  # what said so, for the log
+    origin: str = ""  # where the share was read from, for the log
 
     def __post_init__(self) -> None:
         if self.count < 1:
-            raise UserError(f"a share of {self.count} parts is none: --partition K/N needs N >= 1")
+            raise UserError(
+                f"tars cannot be shared by {self.count} processes: --partition K/N needs N >= 1"
+            )
 
     @classmethod
     def parse(cls, text: str, environment: Mapping[str, str] = os.environ) -> Share | None:
-        """The share that `--partition` means: "K/N", "all" (None), or "auto", the environment's.
+        """Return the share that `--partition` names: "K/N", "all" (gives None), or "auto".
 
-        K counts from 0 or from 1: only its remainder by N matters, so either way N processes
-        cover every tar once. "auto" takes RANK and WORLD_SIZE (torchrun), SLURM_PROCID and
-        SLURM_NTASKS (srun; a batch script has them too, but no SLURM_STEP_ID, and does all tars),
-        or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
-        Raises UserError for anything else.
+        K may count from 0 or from 1: only its remainder modulo N matters, so either way N processes
+        cover every tar once. "auto" reads the environment: RANK and WORLD_SIZE (torchrun),
+        SLURM_PROCID and SLURM_NTASKS (srun; a batch script has them too, but no SLURM_STEP_ID, and
+        does all tars), or SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT (job arrays).
+        Raises UserError for any other text.
         """
         if text == "all":
             return None
@@ -73,21 +75,21 @@ class Share:
                 return cls(
                     (int(index) - int(first)) % int(count),
                     int(count),
-                    f"{index_name}={index} and {count_name}={count} of the environment",
+                    f"{index_name}={index} and {count_name}={count} in the environment",
                 )
         return None
 
     @property
     def text(self) -> str:
-        """The share as `--partition` takes it."""
+        """The share in the form that `--partition` takes."""
         return f"{self.index}/{self.count}"
 
 
 @dataclass(frozen=True)
 class ExtractionRequest:
-    """What to extract, how, and where to: everything `mote-cli extract` asks for.
+    """What to extract, how, and where to: all that the options of `mote-cli extract` say.
 
-    `dataset_dir` and `store_path` are folders, or as str URLs (s3://...).
+    `dataset_dir` and `store_path` are folders (Path) or URLs (str, s3://...).
     """
 
     dataset_dir: Path | str
@@ -95,7 +97,7 @@ class ExtractionRequest:
     encoder: str
     sampling: Sampling
     encoders_dir: Path | None = None
-    split: str | None = None  # only for sets whose splits are disjoint: the tars of one split
+    split: str | None = None  # only the tars of this split; the data set's splits must be disjoint
     crops: int = 1
     precision: str = "auto"
     device: str = "cpu"
@@ -105,27 +107,27 @@ class ExtractionRequest:
     workers: int | None = None  # None: one per core this process may use
     max_failures: float = 0.05
     share: Share | None = None  # None: all tars
-    retry_failed: bool = False  # do partitions with failed videos again
+    retry_failed: bool = False  # extract partitions with failed videos again
     tier: Tier = PER_FRAME_EMBEDDING  # what is kept of every frame
 
     @property
     def views(self) -> int:
-        """Views of every video: one clip in one crop each."""
+        """How many views every video has; a view is one clip in one crop."""
         return self.sampling.clips * self.crops
 
 
 @dataclass
 class Totals:
-    """What was done: videos and frames, partitions written, tars that cannot be used."""
+    """What was done: counts of videos and frames, partitions written, tars that are unusable."""
 
     videos: int = 0
     frames: int = 0
-    videos_short: int = 0  # had fewer frames than asked for: frames repeat
+    videos_short: int = 0  # videos with fewer frames than asked for, so that frames repeat
     done: list[int] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)  # one line per tar, naming it
 
     def add(self, other: Totals) -> None:
-        """Add what was done elsewhere."""
+        """Add what another engine or worker has done."""
         self.videos += other.videos
         self.frames += other.frames
         self.videos_short += other.videos_short
@@ -135,7 +137,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class ExtractionSummary(Outcome):
-    """What an extraction did; counts of rows are those of the whole store."""
+    """What an extraction did. The `rows_` fields count rows of the whole store."""
 
     dataset: str
     store: str
@@ -145,12 +147,12 @@ class ExtractionSummary(Outcome):
     rows_ok: int
     rows_failed: int
     partitions_done: int
-    partitions_skipped: int  # were done before
+    partitions_skipped: int  # were complete already
     partitions_missing: int  # of other shares, not done yet
     partition: str  # the share of this process, "K/N"; empty when it had all tars
-    videos_short: int  # had fewer frames than asked for: frames repeat
-    rows_damaged: int  # ok, and damaged packets were passed over
-    rows_miscounted: int  # ok, and the container claims another number of frames
+    videos_short: int  # videos with fewer frames than asked for, so that frames repeat
+    rows_damaged: int  # rows with status ok whose damaged packets were skipped
+    rows_miscounted: int  # rows with status ok whose container states another number of frames
     videos_per_second: float
     frames_per_second: float
     seconds: float

@@ -1,4 +1,4 @@
-"""The rows of one tar on their way into a store: opened, filled in any order, handed over.
+"""Collects the rows of one tar, in any order, until they go into a store as a partition.
 
 Letters: V views (one clip in one crop each, crop-major then clip), F frames of a view, D embedding.
 """
@@ -35,17 +35,17 @@ class TarRows:
         schema: StoreSchema,
         on_disk: Callable[[int], FeatureRows],
     ) -> None:
-        """Open the tar at `path` and list its rows as `schema` has them.
+        """Open the tar at `path` and prepare its rows in the shapes of `schema`.
 
         Embeddings wait in memory until the tar is done; rows of other tiers, which are hundreds of
         times as large, go to the files that `on_disk` gives for the tar's number.
-        Raises `DamagedTar` when it is not the one packed, OSError when the disk is full.
+        Raises `DamagedTar` if it is not the tar that was packed, OSError if the disk is full.
         """
         self.number = number
         self.tar = tar
         self.waiting = 0  # results that are still to come
-        self.handed_out = False  # every sample has been
-        self.damage = ""  # of the tar: the partition is not written
+        self.handed_out = False  # whether every sample was given to the pool
+        self.damage = ""  # what is wrong with the tar; if anything, no partition is written
         self._resources = ExitStack()
         self.archive: OpenTar = self._resources.enter_context(open_tar(path, tar.bytes))
         self.samples = self.archive.samples
@@ -82,13 +82,13 @@ class TarRows:
             self._features = self._resources.enter_context(on_disk(number))
 
     def read(self, position: int) -> bytes:
-        """The video file of a sample. Raises `DamagedTar`; safe to call from threads."""
+        """Return the video file of a sample. Raises `DamagedTar`. Threads may call this."""
         if self.damage:
             raise DamagedTar(self.damage)  # nothing of this tar will be written
         return self.archive.read(self.samples[position])
 
     def put(self, position: int, result: EncodedVideo | str) -> bool:
-        """Take the result of the sample at `position`; False when its row failed."""
+        """Store the result of the sample at `position`. Returns False if its row failed."""
         fields = self._fields
         if isinstance(result, str):
             fields["reason"][position] = one_line(result)
@@ -115,7 +115,7 @@ class TarRows:
         return True
 
     def finish(self) -> Partition:
-        """The partition, checked."""
+        """Return the partition, which is checked when it is made."""
         return Partition(**self._fields, features=self._features)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Tars in, store partitions out: plan, make or continue the store, do the work, sum up."""
+"""Runs an extraction: plans it, makes or continues the store, does the work and sums it up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from featstore.progress import ProgressSink, no_progress
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, ExtractionSummary, Totals
 
-if TYPE_CHECKING:  # an encoder brings torch along, and a finished store needs none
+if TYPE_CHECKING:  # an encoder imports torch, which a finished store does not need
     from pipeline.clip_encoder import Encoder
     from pipeline.decoding.contract import Decoder
     from pipeline.extraction.cluster.connection import Cluster
@@ -35,18 +35,18 @@ def extract(
     cluster: Cluster | None = None,
     progress: ProgressSink = no_progress,
 ) -> ExtractionSummary:
-    """Fill the store that `request` names; partitions that are done are not done again.
+    """Fill the store that `request` names; partitions that are complete are not done again.
 
     An interruption at any moment loses at most the tars in flight. Videos that cannot be decoded
-    keep their row, with status failed and the reason. `decoder` and `encoder` stand in for those
-    that the request names. With `cluster` its workers do the work, on a device of its choice.
+    keep their row, with status failed and the reason. `decoder` and `encoder` replace the ones that
+    the request names. With `cluster`, the cluster's workers do the work, on the cluster's device.
 
-    Raises `UserError` when the store was made in another way, `WorkError` when tars are missing or
-    damaged (after the others are done), the disk is too small, the encoder fails, or another
+    Raises `UserError` if the store was made in another way, `WorkError` if tars are missing or
+    damaged (after the other tars are done), the disk is too small, the encoder fails, or another
     process writes the same partitions.
     """
     if cluster is not None:
-        # Here the encoder is only needed for names and texts.
+        # This process needs the encoder only for the store's provenance and class texts.
         request = replace(request, device="cpu" if cluster.device == "cpu" else "auto")
     plan = ExtractionPlan(request)
     if request.share is not None:
@@ -64,8 +64,8 @@ def extract(
 
         if plan.writer is None and not torch.cuda.is_available():
             raise UserError(
-                "--precision auto is timed where the command runs, which has no GPU as the workers "
-                "have: give --precision fp16, bf16 or fp32"
+                "--precision auto times the encoder on the machine of the command, which has no "
+                "GPU as the workers have: give --precision fp16, bf16 or fp32"
             )
     from pipeline.extraction.job import ExtractionJob
 
@@ -87,7 +87,7 @@ def extract(
 
 
 def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> ExtractionSummary:
-    """The summary of the store as it is now, or the error when tars could not be used."""
+    """Return the summary of the store as it is now; raise WorkError if tars were unusable."""
     request = plan.request
     if totals.damaged:
         raise WorkError(

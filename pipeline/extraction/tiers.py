@@ -1,4 +1,4 @@
-"""What is computed of every frame and kept: the tiers of a store (`featstore.format.tiers`).
+"""Computes what a store keeps of every frame, which is its tier (`featstore.format.tiers`).
 
 T frames, H, W their height and width, h, w the input of the tower, L tokens (CLS first), C width
 of the tower, D embedding width.
@@ -31,7 +31,7 @@ class FrameOutput(Protocol):
 
 
 def frame_output(tier: Tier, encoder: Encoder) -> FrameOutput:
-    """What makes the items of `tier`; UserError when the encoder has no such block."""
+    """Return what makes the items of `tier`. Raises UserError if the encoder lacks the block."""
     if tier.kind == FRAMES:
         return CroppedFrames(encoder)
     if tier.kind == TOKENS:
@@ -55,7 +55,7 @@ class PooledEmbeddings:
 
 
 class CroppedFrames:
-    """Pixels as the tower gets them before they are normalised, uint8 RGB [h,w,3]."""
+    """The tower's input pixels before they are normalised, uint8 RGB [h,w,3]."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.item: tuple[int, ...] = (*encoder.preprocessing.size, 3)
@@ -67,19 +67,19 @@ class CroppedFrames:
 
 
 class BlockTokens:
-    """All tokens as one block of the image tower gives them, float16 [L,C].
+    """All tokens that one block of the image tower gives out, float16 [L,C].
 
-    After both residuals of the block, in the tower's precision and then rounded; neither `ln_post`
-    nor the projection are applied. What comes after the block in the tower is not computed.
+    They are taken after both residuals of the block, computed in the tower's precision and then
+    rounded. Neither `ln_post` nor the projection is applied, and later blocks are not computed.
     """
 
     def __init__(self, encoder: Encoder, block: int) -> None:
-        """`block` counts from 0. UserError for a tower that is no ViT or has fewer blocks."""
+        """`block` counts from 0. Raises UserError if the tower is no ViT or has fewer blocks."""
         tower = encoder.image_tower
         if not isinstance(tower, VisionTransformer):
             raise UserError(
                 f"the image tower of {encoder.name} is a {type(tower).__name__}: tokens are taken "
-                "of open_clip's vision transformers only; use such an encoder, or --tier frames"
+                "from open_clip's vision transformers only; use such an encoder, or --tier frames"
             )
         blocks = cast(Any, tower.transformer).resblocks
         if block >= len(blocks):
@@ -89,7 +89,7 @@ class BlockTokens:
             )
         self._encoder = encoder
         self._batch_first = bool(cast(Any, tower.transformer).batch_first)
-        # Threads share the tower: the hook stops only those that are after tokens.
+        # Threads share the tower: the hook stops only the threads that want tokens.
         self._calling = threading.local()
         blocks[block].register_forward_hook(self._reached)
         blank = torch.zeros(1, 3, *encoder.preprocessing.size)
@@ -98,7 +98,7 @@ class BlockTokens:
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
         """See `FrameOutput`."""
         pixels = self._encoder.preprocessing.crops(frames, crops)
-        # Crop by crop, as many frames at once as the embeddings of one crop take.
+        # One crop at a time, so that a batch has the same size as for embeddings of one crop.
         return torch.stack([self._tokens(crop) for crop in pixels])
 
     def _tokens(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,9 @@
 
 n usable clips of a batch, T frames of a clip, h, w input of the tower.
 
-One thread reads a clip, decodes it and writes it into the batch. What is ahead of the consumer is
-bounded: whole batches by number and bytes, files and decoded frames by bytes. Nothing a thread does
-depends on another, so the batches are the same for any number of them.
+One thread reads a clip, decodes it and writes it into the batch. What is prepared ahead of the
+consumer is bounded: whole batches by number and bytes, files and decoded frames by bytes. No thread
+depends on another, so the batches are the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from pipeline.tars.reading import DamagedTar, read_video
 from pipeline.video_clips.order import ListedClip, listed_clips
 
 BATCHES_AHEAD = 2
-AHEAD_BYTES = 2 << 30  # of those batches; one is always prepared ahead
+AHEAD_BYTES = 2 << 30  # of those batches; at least one is always prepared ahead
 FILE_BYTES = 1 << 30  # of the files being decoded; a larger file is decoded alone
-FRAME_BYTES = 2 << 30  # of the decoded frames that are not yet pixels; likewise
+FRAME_BYTES = 2 << 30  # of the decoded frames that are not yet pixels; larger ones are held alone
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ClipBatch:
 class ClipLoader:
     """Decodes the clips of a split into batches; holds no threads between uses.
 
-    `n_listed` clips; `decoder_name` is that of the decoder in use.
+    `n_listed` is the number of clips, `decoder_name` the name of the decoder in use.
     """
 
     def __init__(
@@ -82,8 +82,8 @@ class ClipLoader:
     ) -> None:
         """T = `frames`; `batch_size` is this rank's part of a global batch.
 
-        `resized` is the size whose short side frames are resized to, by default the input's.
-        `workers` threads decode: ranks that share a machine must share its cores out. Raises
+        Frames are resized to the short side of `resized`, by default that of the tower's input.
+        `workers` threads decode: ranks on one machine must divide its cores among them. Raises
         UserError for a split that is unknown or empty and for a decoder that cannot be used here.
         """
         self._dataset = dataset
@@ -114,11 +114,11 @@ class ClipLoader:
         choose: Callable[[ListedClip, int], IntArray],
         pixels: Callable[[ListedClip, Frames], torch.Tensor],
     ) -> Generator[ClipBatch, None, None]:
-        """A batch for each of `parts` (positions, int64), in their order.
+        """Yield a batch for each of `parts` (positions, int64), in their order.
 
-        `choose` gives the frames of a clip by their number, `pixels` uint8 [T,3,h,w] of the decoded
-        ones; both are called from several threads. Closing the iterator, or an error in its user,
-        ends the threads after the clips that they are at. Raises what `pixels` raises.
+        `choose` gives the frame indices of a clip with so many frames, `pixels` makes uint8
+        [T,3,h,w] of the decoded frames; several threads call both. When the iterator is closed or
+        its user fails, the threads finish their clips and end. Raises what `pixels` raises.
         """
         budgets = _ByteBudget(FILE_BYTES), _ByteBudget(FRAME_BYTES)
         load = partial(self._load, choose, pixels, *budgets)
@@ -132,7 +132,7 @@ class ClipLoader:
                     begun.append(self._begin(part, threads, load))
                 if not begun:
                     return
-                # No name for the batch: it must not live on while the next one is waited for.
+                # No variable holds the batch: it must not live on during the wait for the next one.
                 yield _finished(began, *begun.popleft())
         finally:
             for budget in budgets:
@@ -169,14 +169,14 @@ class ClipLoader:
         try:
             with file_budget.holding(clip.size), ExitStack() as held:
                 data = read_video(path, clip.key, clip.offset, clip.size)
-                # A tenth of a millisecond where decoding takes twenty, and the only sign of much
-                # damage.
+                # This takes 0.1 ms where decoding takes 20 ms, and is the only way to notice much
+                # of the damage.
                 if clip.sha256 and hashlib.sha256(data).hexdigest() != clip.sha256:
-                    raise DamagedTar.of(path, f"is damaged: the sha256 of {clip.key!r} is another")
+                    raise DamagedTar.of(path, f"is damaged: the sha256 of {clip.key!r} differs")
 
                 def chosen(found: VideoInfo) -> IntArray:
                     indices = choose(clip, found.num_frames)
-                    held.close()  # decoders may ask twice
+                    held.close()  # decoders may call this twice
                     needed = 3 * found.width * found.height * len(indices)
                     held.enter_context(frame_budget.holding(needed))
                     return indices
@@ -193,7 +193,7 @@ class ClipLoader:
         return ""
 
 
-# A batch whose clips are with the threads: its clips, why each stays empty, frames of the others.
+# A batch in work: its clips, for each the reason why it is unusable ("" if it is not), and frames.
 _Begun = tuple[list[ListedClip], list[Future[str] | str], torch.Tensor]
 
 
@@ -222,7 +222,7 @@ def _finished(
 
 
 class _ByteBudget:
-    """Lets threads hold at most `limit` bytes together, or one of them more."""
+    """Lets threads hold at most `limit` bytes together; a thread that is alone may hold more."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -255,11 +255,11 @@ class _ByteBudget:
 
 
 def worker_threads(count: int) -> ThreadPoolExecutor:
-    """`count` running threads with one torch thread each; those of the caller stay as they are.
+    """Start `count` threads with one torch thread each; the caller's number stays as it is.
 
-    `torch.set_num_threads` is a setting of the thread for OpenMP, of the process for MKL and for
-    threads that have not used torch yet. So the workers set theirs and use torch, all of them
-    before the caller's is set again.
+    `torch.set_num_threads` sets a number for the thread in OpenMP, and for the process in MKL and
+    in threads that have not used torch yet. So all workers set their number and use torch before
+    the caller's number is set again.
     """
     before = torch.get_num_threads()
     threads = ThreadPoolExecutor(count, "clips")

@@ -18,8 +18,8 @@ from featstore.segments import IntArray, segment_ranges
 from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, open_tar, require_packed
 
-# Tars whose clips are mixed. Packing has mixed the classes of every tar already; this keeps what is
-# read at a time close together, which matters on disks with heads and on network file systems.
+# How many tars have their clips mixed. Packing has mixed the classes of every tar already. A small
+# number keeps reads close together, which matters on disks with heads and network file systems.
 TARS_TOGETHER = 8
 
 # The first word of a seed says what its random numbers are for. Numpy pads seeds with zeros, so two
@@ -29,11 +29,11 @@ _ORDER, _FRAMES, _AUGMENTATION = 1, 2, 3
 
 @dataclass(frozen=True, slots=True)
 class ListedClip:
-    """One listed video: the number of its tar in `dataset.json`, and where its bytes lie there.
+    """One listed video: its tar's number in `dataset.json`, and where its bytes lie in that tar.
 
     `position` counts the listed clips in the order of their keys. `reason` is set if there is
-    nothing to decode: packing failed, or the tar is damaged (then `label` is -1). `sha256` is that
-    of the video's bytes, "" if the sidecar has none.
+    nothing to decode: packing failed, or the tar is damaged (then `label` is -1). `sha256` is the
+    hash of the video's bytes, "" if the sidecar has none.
     """
 
     tar: int
@@ -48,10 +48,10 @@ class ListedClip:
 
 
 def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
-    """All listed videos of `split`, in the order of their keys; of all splits where it is None.
+    """List all videos of `split` (of all splits if it is None), in the order of their keys.
 
     Nothing is left out: a video that cannot be read has a reason. Videos that are in no intact tar
-    are assigned to the damaged ones; with several of those their tar is a guess.
+    are assigned to the damaged tars; if several are damaged, which one is a guess.
 
     Raises UserError for a split that does not exist or is empty, `DamagedTar` if a damaged tar
     holds videos whose names are unknown because they belong to no split.
@@ -62,7 +62,7 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
             f"{', '.join(map(repr, dataset.split_names)) or 'no splits'}"
         )
     found: dict[str, ListedClip] = {}
-    damaged: list[tuple[int, str]] = []  # tar and reason, once for each of its videos
+    damaged: list[tuple[int, str]] = []  # tar and reason, once for each video of the tar
     for number, tar in enumerate(dataset.tars):
         if dataset.splits_disjoint and split is not None and tar.split != split:
             continue
@@ -97,7 +97,7 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
     unknown = sum(tar.rows for tar in dataset.tars) - len(found) if split is None else 0
     if unknown:
         raise DamagedTar(
-            f"{damaged[0][1]} ({unknown} videos without a split cannot be named without it)"
+            f"{damaged[0][1]} ({unknown} videos without a split cannot be named without this tar)"
         )
     if not found:
         raise UserError(
@@ -109,16 +109,16 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
 
 
 def list_digest(clips: Sequence[ListedClip]) -> str:
-    """A hash of what the order depends on: it must be equal on all ranks."""
+    """Return a hash of what the order depends on; it must be equal on all ranks."""
     text = "\n".join(f"{clip.key} {clip.tar}" for clip in clips)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def epoch_order(tars_of: IntArray, seed: int, epoch: int, window: int = TARS_TOGETHER) -> IntArray:
-    """The order of an epoch: a permutation of the positions, int64 [N].
+    """Return the order of an epoch: a permutation of the positions, int64 [N].
 
-    `tars_of` int64 [N] is the tar of every position. The tars are permuted, then the clips of each
-    `window` tars that follow each other. `seed` and `epoch` are not negative.
+    `tars_of` int64 [N] is the tar of every position. The tars are permuted, then the clips within
+    every `window` consecutive tars. `seed` and `epoch` are not negative.
     """
     rng = np.random.default_rng([_ORDER, seed, epoch])
     tars, which = np.unique(tars_of, return_inverse=True)
@@ -127,17 +127,17 @@ def epoch_order(tars_of: IntArray, seed: int, epoch: int, window: int = TARS_TOG
 
 
 def steps_per_epoch(listed: int, batch_size: int, world_size: int = 1) -> int:
-    """Global batches of an epoch: every rank takes part in each, the last may be smaller."""
+    """Count the global batches of an epoch: every rank is part of each, the last may be smaller."""
     return -(-listed // (batch_size * world_size))
 
 
 def rank_parts(
     order: IntArray, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0
 ) -> Iterator[IntArray]:
-    """Rank's part of every global batch from number `start` on; parts of the last may be empty.
+    """Yield the rank's part of every global batch from number `start` on; the last may be empty.
 
-    Global batch k is order[k*G:(k+1)*G] with G = batch_size * world_size, a rank's part of it every
-    `world_size`-th from `rank` on.
+    Global batch k is order[k*G:(k+1)*G] with G = batch_size * world_size. A rank's part is every
+    `world_size`-th position in it, from `rank` on.
     """
     size = batch_size * world_size
     for first in range(start * size, len(order), size):
@@ -147,12 +147,12 @@ def rank_parts(
 def training_frames(
     num_frames: int, segments: int, seed: int, epoch: int, position: int
 ) -> IntArray:
-    """A random frame of each segment of a clip in this epoch, int64 [segments]."""
+    """Draw a frame from each segment of a clip for this epoch, int64 [segments]."""
     lowest, highest = segment_ranges(num_frames, segments)
     rng = np.random.default_rng([_FRAMES, seed, epoch, position])
     return rng.integers(lowest, highest, endpoint=True)
 
 
 def augmentation_rng(seed: int, epoch: int, position: int) -> np.random.Generator:
-    """The random numbers of a clip's augmentation in this epoch."""
+    """Return the random generator of a clip's augmentation in this epoch."""
     return np.random.default_rng([_AUGMENTATION, seed, epoch, position])

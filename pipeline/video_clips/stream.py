@@ -37,8 +37,8 @@ from pipeline.video_clips.order import (
 class ClipStream(ClipLoader):
     """The training clips of one rank, epoch by epoch.
 
-    `steps_per_epoch` global batches of `batch_size * world_size` clips. `digest` is equal on ranks
-    and runs whose order is the same for the same seed; `keys` are those of the listed clips.
+    `steps_per_epoch` is the number of global batches of `batch_size * world_size` clips. `digest`
+    is equal on ranks and runs whose order is the same for the same seed; `keys` name the clips.
     """
 
     def __init__(
@@ -50,16 +50,16 @@ class ClipStream(ClipLoader):
         augment: bool = True,
         **loading: Any,
     ) -> None:
-        """`loading` is as in `ClipLoader`, and so is what is raised.
+        """`loading` holds the other arguments of `ClipLoader`, whose errors are raised.
 
-        Without `augment` frames are drawn all the same, and cropped as in evaluation. Raises
-        UserError for augmentation towards an input that is not square, too.
+        Without `augment`, frames are still drawn at random, but cropped as in evaluation. Also
+        raises UserError if frames are to be augmented and the tower's input is not square.
         """
         size = preprocessing.size
         if augment and size[0] != size[1]:
             raise UserError(
                 f"the encoder takes {size[0]}x{size[1]} pixels: augmentation needs a square input, "
-                "train without it"
+                "so train without augmentation"
             )
         resized = resized_for_training(size[0]) if augment else size
         super().__init__(dataset, preprocessing=preprocessing, resized=resized, **loading)
@@ -70,12 +70,12 @@ class ClipStream(ClipLoader):
         self.keys = [clip.key for clip in self._clips]
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[ClipBatch, None, None]:
-        """This rank's part of the epoch's global batches from number `start` on.
+        """Yield this rank's part of the epoch's global batches from number `start` on.
 
-        The batches are those that come after `start` of the epoch from its beginning, bit for bit
-        (with NVDEC but for videos of sizes that it and PyAV share out as they come).
+        They are bit for bit the batches that follow the first `start` in the whole epoch (except,
+        with NVDEC, videos of sizes that NVDEC and PyAV divide in the order in which they come).
         `frames` of a batch are float32 [n,T,3,h,w]. Close the iterator to end its threads early
-        (`contextlib.closing`); they decode nothing more than the clips that they are at.
+        (`contextlib.closing`); they only finish the clips that they have begun.
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"step {start} of an epoch of {self.steps_per_epoch} steps")
@@ -97,7 +97,7 @@ class ClipStream(ClipLoader):
 
 
 class EvaluationClips(ClipLoader):
-    """The clips of a split for validation: one over every listed video, in listed order.
+    """The clips of a split for validation: one over the whole of every video, in listed order.
 
     Frames and the centre crop are those of extraction with one clip and one crop. A rank has the
     videos `rank::world_size`; nothing is padded or repeated, so ranks may have different numbers of
@@ -105,7 +105,7 @@ class EvaluationClips(ClipLoader):
     """
 
     def batches(self) -> Generator[ClipBatch, None, None]:
-        """This rank's videos in batches; `frames` are float32 [n,T,3,h,w]."""
+        """Yield this rank's videos in batches; `frames` are float32 [n,T,3,h,w]."""
         return self.decoded(
             rank_parts(np.arange(self._rank, self.n_listed, self._world_size), self._batch_size),
             lambda clip, num_frames: validation_indices(num_frames, self._frames),

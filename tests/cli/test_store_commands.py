@@ -123,7 +123,7 @@ def test_descriptions_do_not_stretch_to_new_classes(
     pack_again(root, folder)
     words = ("store", "add-tars", the_store(root), "--dataset", root / "datasets" / "clips")
     error = refused(2, *words)
-    assert "class texts 'own' with sentences of each class that it does not keep" in error
+    assert "does not keep the sentences of its class texts 'own'" in error
     shutil.rmtree(the_store(root) / "class_text" / "own")
     assert done(*words)["classes_added"] == 1
 
@@ -140,7 +140,7 @@ def test_what_does_not_continue_the_store(
     dataset = load_dataset(root / "datasets" / "clips")
     replace(dataset, name="others", fingerprint="").write()
     error = refused(2, "store", "add-tars", store, "--dataset", "clips", "--root", root)
-    assert "was made of data set 'clips', not of 'others'" in error
+    assert "was made from data set 'clips', not 'others'" in error
     with StoreWriter.open(store).claim([0]):
         error = refused(1, "store", "add-texts", store, "--prompts", "video", "--root", root)
     assert "is writing partition 0" in error

@@ -235,7 +235,7 @@ def test_what_is_needed_to_encode_again_is_gone(own: World, tmp_path: Path) -> N
     assert "cannot be loaded, so that nothing can be encoded again" in refused(2, *arguments)
     provenance(own.store, encoder="tiny")
     make_encoder(encoder, seed=1)
-    assert "put the encoder back that made it" in refused(2, *arguments)
+    assert "put back the encoder that made it" in refused(2, *arguments)
     (own.root / "datasets/clips/dataset.json").unlink()
     assert "mote-cli pack" in refused(2, *arguments)
 

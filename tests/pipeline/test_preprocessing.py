@@ -151,7 +151,7 @@ def test_unsupported_settings_are_named(config: dict[str, Any], message: str) ->
 
 
 def test_unsupported_crops_and_shapes_are_named() -> None:
-    with pytest.raises(UserError, match="2 crops are not a protocol: use 1, 3, 5 or 10"):
+    with pytest.raises(UserError, match="2 crops are not supported: use 1, 3, 5 or 10"):
         evaluation_crops(noise(40, 60), 32, 2)
     with pytest.raises(UserError, match="3 crops make no sense with resize mode 'squash'"):
         Preprocessing(size=(32, 32), resize_mode="squash").crops(noise(40, 60), 3)

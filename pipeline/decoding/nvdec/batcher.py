@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 BATCH_VIDEOS = 16
 BATCH_BYTES = 1 << 30  # decoded frames and pixels of one batch, on the GPU
 OPEN_SIZES = 24  # picture sizes that wait for a full batch; DALI keeps 100 decoders
-# After so many batches in a row without any result everything goes to PyAV.
+# After this many batches in a row without any result, all videos go to PyAV.
 GIVE_UP_AFTER = 3
 
 # Which picture size each coded size (codec, width, height) stands for in this process. DALI keeps
 # decoders by size as long as the process lives, and can give one made for 640x368 to a video of
 # 640x360: both are coded as 640x368, but the crop is the decoder's, and the colours come from the
-# wrong rows. So the first picture size of a coded size goes to NVDEC, others of it to PyAV.
+# wrong rows. So NVDEC gets the first picture size of a coded size, and PyAV gets the others.
 SHOWN_SIZES: dict[tuple[str, int, int], tuple[int, int]] = {}
 _BLOCK = 16  # sizes are coded in blocks of at most this many pixels
 
@@ -45,8 +45,8 @@ Output = TypeVar("Output")  # the decoded video: frames or pixels
 
 @dataclass(frozen=True)
 class NvdecPlan:
-    """One video for NVDEC. `seconds` of the `indices`; `places` [indices.size] among the U frames
-    of `clip`. `cost` in bytes on the GPU."""
+    """How NVDEC decodes a video. `seconds` are the times of `indices`, `places` [indices.size] are
+    their numbers among the U frames of `clip`, and `cost` is the bytes needed on the GPU."""
 
     info: VideoInfo
     indices: IntArray
@@ -70,7 +70,7 @@ class Buckets(Generic[Item]):
         self._full: deque[list[Item]] = deque()
 
     def add(self, key: Hashable, item: Item, cost: int) -> None:
-        """Add `item` to the batch of its key; one above the allowed cost gets its own."""
+        """Add `item` to the batch of its key; an item above the allowed cost gets its own batch."""
         if key in self._open and self._costs[key] + cost > self._cost:
             self._complete(key)
         self._open.setdefault(key, []).append(item)
@@ -81,7 +81,7 @@ class Buckets(Generic[Item]):
     def take(self, *, more_coming: bool) -> list[Item] | None:
         """The next complete batch, None if there is none. `more_coming`: items will follow."""
         if not self._full and self._open:
-            # Of equally full batches the oldest.
+            # The oldest batch if several are equally full.
             fullest = max(self._open, key=lambda key: len(self._open[key]))
             if not more_coming or len(self._open) > self._open_keys:
                 self._complete(fullest)
@@ -169,7 +169,7 @@ class NvdecBatcher(Generic[Item, Output]):
         return NvdecPlan(survey.info, indices, seconds, places.reshape(-1), clip, cost)
 
     def add(self, item: Item, plan: NvdecPlan) -> None:
-        """Add a planned video to those of its picture size."""
+        """Add a planned video to the others of its picture size."""
         key = plan.clip.codec, plan.clip.width, plan.clip.height  # DALI makes a decoder for each
         with self.changed:
             self._buckets.add(key, (item, plan), plan.cost)
@@ -183,7 +183,7 @@ class NvdecBatcher(Generic[Item, Output]):
     def decode(
         self, batch: Sequence[tuple[Item, NvdecPlan]]
     ) -> list[tuple[Item, NvdecPlan, Output]]:
-        """Outputs of a batch, or if it fails of its videos one by one, without those that fail."""
+        """Decode a batch, or if that fails its videos one by one; leave out those that fail."""
         decoded: list[tuple[Item, NvdecPlan, Output]] = []
         try:
             if not self.given_up:
@@ -194,7 +194,7 @@ class NvdecBatcher(Generic[Item, Output]):
                 try:
                     decoded += self._checked([planned])
                 except Exception as cause:
-                    logger.info("NVDEC failed at a video (%s): PyAV decodes it", one_line(cause))
+                    logger.info("NVDEC failed on a video (%s): PyAV decodes it", one_line(cause))
         with self.changed:
             if decoded:
                 self._counts["NVDEC"] += len(decoded)
@@ -202,7 +202,7 @@ class NvdecBatcher(Generic[Item, Output]):
             if self._fruitless >= GIVE_UP_AFTER and not self.given_up:
                 self.given_up = "NVDEC failed again and again"
                 logger.warning(
-                    "the GPU's decoder failed at %d batches in a row: PyAV decodes the rest",
+                    "the GPU's decoder failed on %d batches in a row: PyAV decodes the rest",
                     GIVE_UP_AFTER,
                 )
         return decoded
@@ -210,7 +210,7 @@ class NvdecBatcher(Generic[Item, Output]):
     def _checked(
         self, batch: Sequence[tuple[Item, NvdecPlan]]
     ) -> list[tuple[Item, NvdecPlan, Output]]:
-        """The batch with its outputs. Raises RuntimeError for a wrong number, shape or type."""
+        """Decode a batch. Raises RuntimeError if outputs have a wrong number, shape or type."""
         outputs = self._decode([plan.clip for _, plan in batch])
         if len(outputs) != len(batch):
             raise RuntimeError(f"{len(outputs)} videos came out of {len(batch)}")

@@ -1,8 +1,8 @@
 """NVDEC as a `Decoder` for many threads, whose clips are decoded together in batches.
 
 It starts no threads. A thread that wants a clip surveys it, adds it to others of its picture size
-and waits; the thread that first finds a complete batch and the GPU's decoder idle decodes the batch
-for all of them.
+and waits. The first thread that finds a complete batch while the GPU's decoder is idle decodes that
+batch for all threads.
 
 U frames of a video without repeats, H, W height and width of its picture.
 """
@@ -30,7 +30,7 @@ _Waiting = Future[Frames | None]
 class NvdecDecoder:
     """A `Decoder` around NVDEC, with `fallback` for videos that NVDEC may not decode exactly.
 
-    `device` is a GPU; `source` replaces `DaliFrames`, `codecs` those of the GPU.
+    `device` is a GPU; `source` replaces `DaliFrames`, `codecs` the codecs that the GPU decodes.
     At least `batch_videos` threads should use it at the same time.
     """
 
@@ -77,7 +77,7 @@ class NvdecDecoder:
 
     def _planned(self, data: bytes, choose: ChooseFrames) -> NvdecPlan | str:
         def waiting_for_nothing(found: VideoInfo) -> IntArray:
-            # The caller may wait here for memory that clips waiting for a batch hold.
+            # The caller may wait here for memory, which clips that wait for a batch hold.
             self._expect(-1)
             try:
                 return np.asarray(choose(found), np.int64).reshape(-1)

@@ -40,9 +40,9 @@ Decode = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Chosen frames of one video: its bytes as uint8 [n], increasing indices int64 [F], its kind.
+    """Chosen frames of one video: its bytes uint8 [n], increasing indices int64 [F], size, codec.
 
-    `data` is uint8 [frames,H,W,3] where the graph was built to take decoded frames.
+    `data` is uint8 [frames,H,W,3] if the graph was built to take decoded frames.
     """
 
     data: npt.NDArray[np.uint8]
@@ -97,10 +97,10 @@ def dali_version() -> dict[str, str]:
 
 
 def wants_dali(decoder: str, device: str, strict: Strictness = "auto") -> bool:
-    """Whether `--decoder`, `--device` and the strictness select the GPU's decoder.
+    """Return whether `--decoder`, `--device` and the strictness select the GPU's decoder.
 
-    With "auto" it is used on a CUDA device if possible, and a log line says why if it is not.
-    Raises UserError if it is named and cannot be used.
+    "auto" uses it on a CUDA device if possible; if it is not possible, a log line says why.
+    Raises UserError if `--decoder` names it and it cannot be used.
     """
     resolved = device
     if device == "auto":  # as for the encoder
@@ -124,7 +124,7 @@ def wants_dali(decoder: str, device: str, strict: Strictness = "auto") -> bool:
 
 
 def nvdec_decode(encoded: Any, frames: Any) -> Any:
-    """The decode stage on the GPU."""
+    """Build the decode stage of the graph, which runs on the GPU."""
     fn = importlib.import_module("nvidia.dali.fn")
     # The default pad_mode gives black frames without an error where a frame does not exist.
     # Threads pinned to cores would disturb the readers.
@@ -153,7 +153,7 @@ class _Graph:
         types = importlib.import_module("nvidia.dali.types")
         cuda: Any = torch.cuda  # the streams' annotations are incomplete
         self._stream = cuda.Stream(device_id) if device_id is not None else None
-        # Depth 1: inputs are given with `run`, and the user's queue holds what is decoded ahead.
+        # Depth 1: `run` gets the inputs, and the caller's queue holds what is decoded ahead.
         self._graph = dali.Pipeline(
             batch_size=batch_size, num_threads=threads, device_id=device_id, prefetch_queue_depth=1
         )
@@ -177,10 +177,10 @@ class _Graph:
 
 
 class DaliPixels(_Graph):
-    """Batches of clips to what the tower takes.
+    """Decodes batches of clips to the tower's input.
 
-    `preprocessing` and `crops` as in `Preprocessing.crops`; `half` gives float16 instead of
-    float32; `machine` as in `_Graph`.
+    `preprocessing` and `crops` are as in `Preprocessing.crops`; `half` gives float16 instead of
+    float32; `machine` are the arguments of `_Graph`.
     """
 
     def __init__(
@@ -195,11 +195,11 @@ class DaliPixels(_Graph):
         super().__init__(**machine)
 
     def __call__(self, clips: Sequence[Clip]) -> list[torch.Tensor]:
-        """Normalised pixels [C,F,3,h,w] of each clip, on the graph's device and complete.
+        """Return normalised pixels [C,F,3,h,w] of each clip, complete and on the graph's device.
 
         Raises RuntimeError if any clip fails, without saying which; the next call works again.
         """
-        with torch.cuda.stream(self._stream):  # nothing where there is none
+        with torch.cuda.stream(self._stream):  # does nothing for None
             outputs = self._run(clips, **self._inputs(clips))
             pixels = [
                 torch.stack([from_dlpack(output[i]) for output in outputs])
@@ -229,7 +229,7 @@ class DaliPixels(_Graph):
                     resized,
                     crop=settings.size,
                     **corner,
-                    # The corners are whole numbers, but for the error of a float32.
+                    # The corners are whole numbers, except for float32 rounding.
                     rounding="round",
                     mirror=mirror,
                     dtype=types.FLOAT16 if self._half else types.FLOAT,
@@ -272,7 +272,7 @@ class DaliPixels(_Graph):
 
 
 class DaliFrames(_Graph):
-    """Batches of clips to decoded frames in memory.
+    """Decodes batches of clips to frames in memory.
 
     Frames are not resized here: the CPU's augmentation does that exactly, and frames cross the bus
     as bytes.
@@ -282,7 +282,7 @@ class DaliFrames(_Graph):
         return [frames]
 
     def __call__(self, clips: Sequence[Clip]) -> list[npt.NDArray[np.uint8]]:
-        """RGB uint8 [F,H,W,3] of each clip, in memory of its own. Raises as `DaliPixels`."""
-        with torch.cuda.stream(self._stream):  # nothing where there is none
+        """Return RGB uint8 [F,H,W,3] of each clip, in memory of its own. Raises as `DaliPixels`."""
+        with torch.cuda.stream(self._stream):  # does nothing for None
             (output,) = self._run(clips)
             return [from_dlpack(output[i]).to("cpu", copy=True).numpy() for i in range(len(clips))]

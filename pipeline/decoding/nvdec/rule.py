@@ -40,7 +40,7 @@ _CODEC_NAMES = {"libdav1d": "av1", "libvpx-vp9": "vp9"}
 
 
 def nvdec_codecs(compute_capability: tuple[int, int]) -> frozenset[str]:
-    """FFmpeg's names of the codecs whose 8-bit 4:2:0 a GPU decodes.
+    """Return FFmpeg's names of the codecs that a GPU decodes in 8-bit 4:2:0.
 
     The GPU is given by its CUDA compute capability, such as (9, 0) for Hopper.
     """
@@ -65,8 +65,8 @@ class NvdecSurvey:
 def survey_video(data: bytes, codecs: frozenset[str]) -> NvdecSurvey | str:
     """Read the packets of `data` and decode its first frame; a string says why PyAV must decode it.
 
-    `codecs` are those of the GPU. Raises `DecodeError` as `PyAVDecoder` does for a file that no
-    decoder can read to its end.
+    `codecs` are the codecs that the GPU decodes. Raises `DecodeError` as `PyAVDecoder` does for a
+    file that no decoder can read to its end.
     """
     with VideoFile(data, "auto") as media:
         survey = read_survey(media)
@@ -112,7 +112,7 @@ def survey_video(data: bytes, codecs: frozenset[str]) -> NvdecSurvey | str:
 
 
 def _first_frame(media: VideoFile, packet: Packet[VideoStream]) -> VideoFrame | None:
-    """The first keyframe, None if it cannot be decoded alone. Ends the decoder's stream."""
+    """Return the first keyframe, None if it cannot be decoded alone. Ends the decoder's stream."""
     context = media.stream.codec_context
     try:
         frames = [*context.decode(packet), *context.decode(None)]
@@ -138,7 +138,7 @@ def _is_vp9_with_hidden(packet: Packet[VideoStream]) -> bool:
 def _has_leading(pts: npt.NDArray[np.int64], keyframe: npt.NDArray[np.bool_]) -> bool:
     """Whether a picture is shown before the keyframe that it follows in the file.
 
-    After a jump to such a keyframe NVDEC's parser drops them, and DALI miscounts the frames.
+    After a jump to such a keyframe NVDEC's parser drops that picture, and DALI miscounts frames.
     """
     current = np.maximum.accumulate(np.where(keyframe, np.arange(len(pts)), 0))
     return bool((pts < pts[current]).any())

@@ -72,7 +72,7 @@ class PyAVDecoder:
             return replace(survey.info(media, last.frame), damaged_packets=damaged)
 
     def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
-        """The frames `frame_indices` [n] as RGB uint8 [n, height, width, 3], in the order asked.
+        """Decode the frames `frame_indices` [n] to RGB uint8 [n, height, width, 3] in that order.
 
         Any order and repeats are allowed. Raises `DecodeError` as `decode_with_info`.
         """
@@ -100,7 +100,7 @@ class PyAVDecoder:
 
 
 class _OneFrame(FrameStack):
-    """Wants one frame for its size and rotation only: the pixels are never converted."""
+    """Keeps one frame for its size and rotation only: the pixels are never converted."""
 
     frame: VideoFrame
 
@@ -185,7 +185,7 @@ def _decode_chosen(media: VideoFile, survey: Survey, stack: FrameStack) -> int:
 def _packets_of(
     media: VideoFile, survey: Survey, runs: Iterable[PacketRun]
 ) -> Iterator[tuple[PacketRun, Iterable[Packet[VideoStream]]]]:
-    """Each run with its packets, which must be used up before the next run is asked for."""
+    """Yield each run with its packets, which must be used up before the next run is taken."""
     if survey.packets is not None:
         for run in runs:
             yield run, survey.packets[run.first : run.last + 1]
@@ -204,10 +204,10 @@ def _decode_run(
     packets: Iterable[Packet[VideoStream]],
     stack: FrameStack,
 ) -> bool:
-    """Decode one run of packets into `stack`; False if a frame may be wrong.
+    """Decode one run of packets into `stack`. Returns False if a frame may be wrong.
 
-    That is so if the decoder marks a frame as damaged, or if the first keyframe does not come out:
-    decoding cannot begin at everything that a container marks as a keyframe (intra refresh).
+    A frame may be wrong if the decoder marks one as damaged, or if the first keyframe does not come
+    out: decoding cannot begin at everything that a container marks as a keyframe (intra refresh).
     """
     context = media.stream.codec_context
     if context.is_open:
@@ -216,7 +216,7 @@ def _decode_run(
     pts = survey.table.pts
     start = int(pts[run.first])
     wanted = {int(pts[number]) for number in run.wanted}
-    begun = bool(survey.table.discard[run.first])  # then it never comes out
+    begun = bool(survey.table.discard[run.first])  # a discarded keyframe never comes out
     for number, packet in enumerate(chain(packets, [None]), start=run.first):
         if packet is not None:
             # A leading picture of the run's first keyframe depends on packets before it. It is not
@@ -236,10 +236,10 @@ def _decode_run(
 
 
 class _FramesInOrder:
-    """Every frame from the start with its index (-1: no packet has its time).
+    """Iterates over every frame from the start with its index (-1 if no packet has its time).
 
     `shown` counts the frames so far, `damaged` the skipped packets; `first_cause` is why the first
-    of those was skipped, in brackets. Raises `DecodeError` at damage if the strictness demands it.
+    packet was skipped, in brackets. Raises `DecodeError` at damage if the strictness demands it.
     """
 
     def __init__(self, media: VideoFile, survey: Survey) -> None:

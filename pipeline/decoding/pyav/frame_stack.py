@@ -30,7 +30,7 @@ def refuse_large(width: int, height: int) -> None:
 
 
 class FrameStack:
-    """Frames of the given indices [n], stored one by one; `missing` holds the others' indices."""
+    """Frames of the given indices [n], stored one by one; `missing` holds the indices to come."""
 
     def __init__(self, frame_indices: npt.ArrayLike) -> None:
         self.indices: npt.NDArray[np.int64] = np.asarray(frame_indices).reshape(-1)
@@ -125,7 +125,7 @@ def shown_size(frame: VideoFrame) -> tuple[int, int]:
 
 
 def _upright(rgb: npt.NDArray[np.generic], frame: VideoFrame) -> npt.NDArray[np.generic]:
-    """The picture uint8 [H,W,3] turned and mirrored as the display matrix says."""
+    """Turn and mirror the picture uint8 [H,W,3] as the display matrix says."""
     a, b, c, d = _display_axes(frame)
     if a == 0:
         rgb, a, d = rgb.transpose(1, 0, 2), c, b

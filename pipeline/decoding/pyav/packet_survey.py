@@ -22,8 +22,8 @@ from pipeline.decoding.pyav.video_file import VideoFile
 # AVI has no presentation times; VP8 hides alternate reference frames in packets of their own.
 RELIABLE_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
 RELIABLE_CODECS = {"h264", "hevc", "vp9", "av1", "libdav1d"}
-# A larger stream is read again instead of being kept: limits of bytes and of packets, because each
-# packet takes hundreds of bytes besides its data. 20,000 are eleven minutes at 30 frames a second.
+# A stream above one of these limits is read again instead of being kept. Packets are limited, too,
+# as each takes hundreds of bytes besides its data; 20,000 are eleven minutes at 30 frames a second.
 KEPT_PACKET_BYTES = 64 << 20
 KEPT_PACKETS = 20_000
 # A container that ends this much before its declared duration was cut off. One second and five
@@ -34,7 +34,7 @@ LOST_FRACTION = 0.05
 
 @dataclass
 class Survey:
-    """What the packets of a video say.
+    """What the packets of a video tell without being decoded.
 
     `reliable`: the table gives the display order. `timed`: frames have presentation times.
     `packet_of` int64 [frames]: the packet of every frame in display order, and `shown_pts` int64
@@ -83,7 +83,7 @@ class Survey:
         return self.with_count(info, self.likely_frames)
 
     def with_count(self, info: VideoInfo, num_frames: int) -> VideoInfo:
-        """`info` for another number of frames, on which rate and duration may depend."""
+        """Return `info` for another number of frames, on which rate and duration may depend."""
         duration = 0.0
         if self.timed and len(self.shown_pts):
             duration = (self.end_pts - int(self.shown_pts[0])) * self.seconds_per_tick
@@ -118,7 +118,7 @@ def read_survey(media: VideoFile) -> Survey:
             kept_bytes += packet.size
             if kept_bytes > KEPT_PACKET_BYTES or len(kept) > KEPT_PACKETS:
                 kept = None
-    # In a transport stream such a packet lost a part in transit; elsewhere the file ends inside it.
+    # In a transport stream a torn packet lost a part in transit; elsewhere the file ends inside it.
     ends_inside = 0 if "mpegts" in media.formats else torn
     _refuse_truncated(media, len(pts), ends_inside, indexed_when_opened, end_pts)
     if not pts:
@@ -157,7 +157,7 @@ def _refuse_truncated(
     readable = packets - torn
     formats = media.formats
     if "mov" in formats or "mp4" in formats:
-        # Not `stream.frames`: an edit list takes frames away that it still counts.
+        # Not `stream.frames`, which also counts the frames that an edit list removes.
         listed = len(media.stream.index_entries) or media.stream.frames
     elif "avi" in formats and indexed_when_opened == packets and not media.ends_early:
         listed = packets  # the index at the file's end was read: frames listed beyond are repeats

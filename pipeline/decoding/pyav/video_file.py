@@ -19,8 +19,9 @@ from pipeline.decoding.pyav import frame_stack
 # Codecs in which damage makes a video fail with strictness "auto". The H.264 decoder marks nearly
 # every damaged frame; docs/decoding.md lists what the others notice.
 NOTICING_CODECS = {"h264", "hevc"}
-# Options with which these two notice more. HEVC also checks the picture hashes that some encoders
-# write. The H.264 decoder would notice no more, and would fail on intact open groups of pictures.
+# Options with which decoders notice more damage. HEVC then also checks the picture hashes that some
+# encoders write. The H.264 decoder would notice no more, and would fail on intact open groups of
+# pictures.
 ERR_DETECT = {"hevc": "crccheck+explode", "mjpeg": "explode"}
 
 READ_BUFFER_BYTES = 1 << 18

@@ -1,4 +1,4 @@
-"""Which Ray cluster does an extraction, with how many workers, and the connection to it.
+"""Connects to the Ray cluster of an extraction, and decides how many workers run there.
 
 Ray (https://docs.ray.io) comes with the extra `cluster`; nothing here imports it before it is used.
 """
@@ -21,15 +21,15 @@ from featstore.files.machine import usable_cores
 logger = logging.getLogger(__name__)
 
 CONNECT_S: Final = 5.0
-# Only messages pass through Ray's shared memory; this is the least it takes.
+# Only messages pass through Ray's shared memory; this is the smallest size that Ray accepts.
 OBJECT_STORE_BYTES: Final = 80 << 20
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which cluster, and what of it; `sized` chooses where something is None."""
+    """A Ray cluster and the part of it to use; `sized` fills in what is None."""
 
-    address: str | None = None  # None: RAY_ADDRESS, else a cluster on this machine for this work
+    address: str | None = None  # None: RAY_ADDRESS, else a new cluster on this machine
     workers: int | None = None
     cpus_per_worker: int | None = None
     gpus_per_worker: float = 0.0
@@ -40,11 +40,12 @@ class Cluster:
         return "cuda" if self.gpus_per_worker > 0 else "cpu"
 
     def sized(self, machines: Sequence[Mapping[str, float]]) -> Cluster:
-        """With workers for these machines, whose resources are "CPU" and "GPU" as Ray names them.
+        """Return the cluster with its workers sized for `machines`.
 
-        Unless told otherwise: one worker per machine with all its CPUs, or one per GPU with its
-        part of the CPUs; of the smallest machine where they differ. Raises UserError when not even
-        one fits.
+        Ray names the resources of a machine "CPU" and "GPU".
+        By default there is one worker per machine with all its CPUs, or one per GPU with its part
+        of the CPUs; if machines differ, the smallest sets the size. Raises UserError if not even
+        one worker fits.
         """
         gpus, cpus = self.gpus_per_worker, self.cpus_per_worker
         found = [(machine.get("CPU", 0), machine.get("GPU", 0)) for machine in machines]
@@ -63,7 +64,7 @@ class Cluster:
                 "smaller --cpus-per-worker or --gpus-per-worker"
             )
         if not gpus and any(g for _, g in found):
-            logger.warning("the GPUs of the cluster are not used: --gpus-per-worker 1 takes them")
+            logger.warning("the GPUs of the cluster are not used: --gpus-per-worker 1 uses them")
         if (self.workers or 0) > room:
             logger.warning(
                 "%d workers were asked for, the cluster has room for %d", self.workers, room
@@ -73,9 +74,9 @@ class Cluster:
 
 @contextmanager
 def connected(cluster: Cluster) -> Iterator[Any]:
-    """The module ray, connected; a cluster of this machine is stopped at the end.
+    """Yield the module ray, connected; disconnect at the end, and stop a cluster started here.
 
-    A process that is connected already stays so.
+    A process that is connected already stays connected.
     """
     ray = _import_ray()
     if ray.is_initialized():
@@ -111,8 +112,8 @@ def connected(cluster: Cluster) -> Iterator[Any]:
 
 
 def _import_ray() -> Any:
-    # Ray prints what its daemon says about dead workers to stdout, which belongs to the result;
-    # these are said here in one line each.
+    # Ray prints its daemon's messages about dead workers to stdout, which is only for the result;
+    # the driver logs them in one line each.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -126,7 +127,7 @@ def _import_ray() -> Any:
 
 
 def _require_reachable(address: str) -> None:
-    """Raise UserError when nobody listens: Ray itself would try for two minutes."""
+    """Raise UserError if nothing answers at `address`; Ray itself would try for two minutes."""
     if "://" in address:
         raise UserError(
             f"{address!r} is an address of Ray Client, which is not supported: run the command on "

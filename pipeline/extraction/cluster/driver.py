@@ -1,7 +1,7 @@
-"""Extraction on a Ray cluster: workers get shares of the tars, and a dead worker's go to others.
+"""Extraction on a Ray cluster: workers do shares of the tars; others take over from dead workers.
 
-Workers write their own partitions, so that this process handles nothing but numbers. The store is
-the one that a single process would write: a partition depends on its tar and the encoder alone.
+Workers write their own partitions, so this process handles only numbers. The store is the same that
+a single process would write, because a partition depends only on its tar and the encoder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pipeline.extraction.request import ExtractionRequest, Totals
 
 logger = logging.getLogger(__name__)
 
-# The most tars of a share: between two shares a worker waits for the last video of the first, and
-# it reports when a share is done. The last shares are smaller, so that workers end together.
+# The most tars in a share. A worker waits for the last video of a share before it begins the next
+# one, and reports then. The last shares are smaller, so that all workers end at about one time.
 SHARE_TARS: Final = 4
-# How many more workers get a tar over which one died.
+# How many more workers may try a tar after one died while doing it.
 RETRIES: Final = 3
 # A worker of a killed command may live for some seconds and hold a partition meanwhile.
 CLAIM_WAIT_S: Final = 120.0
-# Workers that die before they have done anything are not replaced for ever.
+# How many workers may die before they have done anything; one more ends the run.
 FAILED_STARTS: Final = 3
 SHOWN_S: Final = 0.5
 NOTHING_STARTS_S: Final = 30.0
@@ -47,12 +47,12 @@ def run_on_ray(
 ) -> Totals:
     """Do the pending partitions of a store that exists; damaged tars do not stop the others.
 
-    The paths of the plan's request are right on every machine, and its precision is the store's. A
-    tar that no worker survived, or that another process holds, gets a line in the totals like a
-    damaged one.
+    The paths of the plan's request must be right on every machine; workers use the store's
+    precision. A tar that no worker survived, or that another process holds, gets a line in the
+    totals like a damaged tar.
 
-    Raises UserError when the cluster cannot be had or the workers cannot do what is asked,
-    WorkError when their work fails, also where their disk is the reason.
+    Raises UserError if the cluster cannot be reached or the workers cannot do the request,
+    WorkError if their work fails, also when their disk is the reason.
     """
     if not plan.pending:
         return Totals()
@@ -62,7 +62,7 @@ def run_on_ray(
 
 
 def _for_workers(plan: ExtractionPlan, writer: AnyWriter, cluster: Cluster) -> ExtractionRequest:
-    """The plan's request as processes with another working folder understand it."""
+    """Return the plan's request in a form that is valid in every working folder."""
     request, folder = plan.request, plan.request.encoders_dir
     dataset, store = (
         place.absolute() if isinstance(place, Path) else place
@@ -77,7 +77,7 @@ def _for_workers(plan: ExtractionPlan, writer: AnyWriter, cluster: Cluster) -> E
         device=cluster.device,
         precision=writer.provenance.precision,
         workers=request.workers or cluster.cpus_per_worker,
-        share=None,  # the tars are named
+        share=None,  # workers get the numbers of their tars
     )
 
 
@@ -86,7 +86,7 @@ class _Worker:
     actor: Any
     call: Any  # Ray's reference to the call that runs; None while there is none
     where: str = ""  # host and pid, once it has started
-    tars: Sequence[int] = ()  # that it is at
+    tars: Sequence[int] = ()  # numbers of the tars that it is doing
 
 
 @dataclass(eq=False)
@@ -114,14 +114,14 @@ class _Crew:
             size = min(SHARE_TARS, max(1, len(rest) // (2 * self.count)))
             self.shares.append(rest[:size])
             rest = rest[size:]
-        self.deaths: Counter[int] = Counter()  # by tar: workers that died while they were at it
+        self.deaths: Counter[int] = Counter()  # by tar: how many workers died while doing it
         self.failed_starts = 0
         self.workers: list[_Worker] = []
         self.left = set(plan.pending)
         self.totals = Totals()
 
     def samples(self, numbers: Collection[int]) -> int:
-        """Videos in these tars."""
+        """Return the number of videos in these tars."""
         return sum(self.plan.tars[number].samples for number in numbers)
 
     def run(self, progress: ProgressSink) -> Totals:
@@ -146,8 +146,8 @@ class _Crew:
                 elif time.monotonic() - waiting_since > NOTHING_STARTS_S:
                     waiting_since = float("inf")
                     logger.warning(
-                        "no worker has started yet: each takes %d CPUs and %g GPUs that must be "
-                        "free, and loads the encoder; waiting",
+                        "no worker has started yet: each needs %d free CPUs and %g free GPUs, and "
+                        "loads the encoder first; waiting",
                         self.cluster.cpus_per_worker,
                         self.cluster.gpus_per_worker,
                     )
@@ -168,7 +168,7 @@ class _Crew:
                 worker.call = worker.actor.do.remote(worker.tars)
 
     def wait(self) -> None:
-        """Take an answer when there is one; wait for it, but not longer than progress may."""
+        """Wait for an answer and take it, but only until progress must be shown again."""
         calls = {worker.call: worker for worker in self.workers if worker.call is not None}
         ready, _ = self.ray.wait(list(calls), num_returns=1, timeout=SHOWN_S)
         for call in ready:
@@ -195,20 +195,21 @@ class _Crew:
     def bury(self, worker: _Worker, error: Exception) -> None:
         """Put back the tars that a dead worker had not done."""
         self.workers.remove(worker)
-        self.ray.kill(worker.actor)  # it may only be out of reach
-        # What Ray says of a death, without its guesses.
+        self.ray.kill(worker.actor)  # it may be alive and only out of reach
+        # Ray's message about the death, without its guesses at the cause.
         _, found, detail = str(error).partition("Worker exit detail: ")
         reason = one_line(detail.partition(" Some common causes")[0] if found else error, 200)
         where = worker.where or "before it had started"
-        logger.warning("a worker died (%s): its tars go to others; %s", where, reason)
+        logger.warning("a worker died (%s): others do its tars; %s", where, reason)
         self.failed_starts += not worker.where
         if self.failed_starts > FAILED_STARTS:
             raise WorkError(
                 f"{self.failed_starts} workers died while they started (the last: {reason}): "
-                "what is done is kept; see the logs of Ray, and the memory of the machines"
+                "what is done is kept; check Ray's logs and the memory of the machines"
             )
         lacking = worker.tars
-        if lacking and not self.request.retry_failed:  # else the store does not show what was done
+        # With `retry_failed` the store does not show which of the tars were done again.
+        if lacking and not self.request.retry_failed:
             lacking = sorted(set(lacking).intersection(self.writer.pending()))
         written = [number for number in worker.tars if number not in lacking]
         self.totals.add(Totals(videos=self.samples(written), done=written))
@@ -216,8 +217,8 @@ class _Crew:
         for number in lacking:
             self.deaths[number] += 1
             if self.deaths[number] > RETRIES:
-                why = f"{self.deaths[number]} workers died over it, the last on {where}: {reason}"
+                why = f"{self.deaths[number]} workers died doing it, the last on {where}: {reason}"
                 self.totals.damaged.append(f"{self.plan.tars[number].file}: {why}")
                 self.left.discard(number)
-            else:  # alone, so that no other is blamed for it
+            else:  # as a share of its own, so that no other tar is blamed for it
                 self.shares.append([number])

@@ -1,7 +1,7 @@
-"""A worker of a cluster: the ordinary extraction of this machine, run over shares of the tars.
+"""A worker of a cluster, which runs the ordinary extraction of its machine on shares of the tars.
 
-Everything that goes in and out can be pickled. Errors are returned as values: raised in another
-process they would arrive with a traceback.
+All arguments and answers can be pickled. Errors are returned as values, because errors raised in
+another process would arrive with a traceback.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.extraction.job import ExtractionJob, code_versions
 from pipeline.extraction.plan import ExtractionPlan
 from pipeline.extraction.request import ExtractionRequest, Totals
 
-# Log records kept until the next answer takes them.
+# The most log records that an answer takes along: the latest ones.
 MAX_RECORDS: Final = 100
 CLAIM_RETRY_S: Final = 2.0
 
@@ -43,9 +43,9 @@ class TarWorker:
     def __init__(
         self, request: ExtractionRequest, versions: Mapping[str, str], claim_wait_s: float
     ) -> None:
-        """Load nothing yet: the first `do` can return what goes wrong.
+        """Load nothing yet, so that the first `do` can return the errors.
 
-        `versions` are those of the process that hands out the tars (`code_versions`);
+        `versions` are the `code_versions` of the process that hands out the tars;
         `claim_wait_s` is how many seconds to wait for a tar that another process holds.
         """
         self._request = request
@@ -76,7 +76,7 @@ class TarWorker:
         except OSError as error:  # a full disk, a folder without permission
             file = f"{error.filename}: " if error.filename else ""
             result = WorkError(
-                f"{socket.gethostname()}: {file}{error.strerror or error}: mend it and run the "
+                f"{socket.gethostname()}: {file}{error.strerror or error}: fix this and run the "
                 "same command again"
             )
         logged = [self._logged.get() for _ in range(self._logged.qsize())]
@@ -87,20 +87,21 @@ class TarWorker:
             if found != (asked := self._versions.get(package)):
                 raise UserError(
                     f"{package} is {found} on a worker ({self._where}) and {asked} where the "
-                    "command runs: the features would not be of one kind; install the same versions"
+                    "command runs: their features may differ; install the same versions everywhere"
                 )
         plan = ExtractionPlan(self._request)
         if plan.writer is None:
             raise WorkError(
-                f"{self._request.store_path} is not seen from {socket.gethostname()}: workers "
+                f"{self._request.store_path} cannot be found on {socket.gethostname()}: workers "
                 "need the same file system, or a store on S3-compatible storage"
             )
         return ExtractionJob(plan), plan.writer
 
     def _run(self, job: ExtractionJob, writer: AnyWriter, numbers: Sequence[int]) -> Totals:
-        """Do tars while holding their claim, all at once or else one by one.
+        """Claim tars and do them, all at once or else one by one.
 
-        Without a claim, a worker that outlives a killed command could write beside one of the next.
+        Without a claim, a worker that outlives a killed command could write at the same time as a
+        worker of the next command.
         """
         alone = len(numbers) == 1
         until = time.monotonic() + (self._claim_wait_s if alone else 0.0)
@@ -118,6 +119,6 @@ class TarWorker:
         if alone:
             return Totals(damaged=[f"{job.plan.tars[numbers[0]].file}: {held}"])
         totals = Totals()
-        for number in numbers:  # perhaps only one of them is held
+        for number in numbers:  # perhaps another process holds only one of them
             totals.add(self._run(job, writer, [number]))
         return totals

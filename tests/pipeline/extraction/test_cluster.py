@@ -159,7 +159,7 @@ def test_a_worker_with_other_code_or_another_encoder_refuses(root: Path) -> None
     make_encoder(root / "encoders/tiny", seed=1)  # as on a machine with another copy
     told = TarWorker(request, code_versions(), 0.0).do(()).result
     assert isinstance(told, UserError)
-    assert "was made in another way and is never mixed (encoder" in str(told)
+    assert "was made in another way, and features are never mixed (encoder" in str(told)
 
 
 def test_a_worker_does_shares_and_skips_what_is_done(root: Path, whole: dict[str, bytes]) -> None:
@@ -417,7 +417,7 @@ def test_a_tar_that_no_worker_survives_is_named(
     assert sorted(totals.done) == [tar for tar in range(TARS) if tar != 5]
     assert ray.tried.count(5) == 4
     assert totals.damaged == [
-        "clips-000005.tar: 4 workers died over it, the last on here: it broke."
+        "clips-000005.tar: 4 workers died doing it, the last on here: it broke."
     ]
     assert caplog.text.count("a worker died (here)") == 4
 

@@ -291,7 +291,7 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_disk_without_room_is_told_before_anything_is_made(
     request_for: Request, encoder: Encoder
 ) -> None:
-    with pytest.raises(WorkError, match=r"will take .* are to stay free, and .*: make room"):
+    with pytest.raises(WorkError, match=r"will take .* must stay free, and .*: make room"):
         extract(request_for(), encoder=encoder)
     assert not request_for().store_path.exists()
     found = estimate(request_for(), seconds=0.01)

@@ -376,7 +376,7 @@ def test_after_several_fruitless_batches_pyav_does_the_rest(
                 assert_same(got, on_cpu(video))
     assert len(decode.calls) == GIVE_UP_AFTER
     assert [r.message for r in caplog.records] == [
-        "the GPU's decoder failed at 3 batches in a row: PyAV decodes the rest"
+        "the GPU's decoder failed on 3 batches in a row: PyAV decodes the rest"
     ]
 
 
