@@ -1,4 +1,4 @@
-"""Where things are under the workspace root, and which store or run a command means.
+"""Where things lie under the workspace root, and which store or run a command works on.
 
 `datasets/<name>`, `features/<name>/*.zarr`, `heads/<run>`, `encoders/<name>`.
 """
@@ -29,9 +29,9 @@ HEAD_FILE: Final = "head.safetensors"
 CONFIG_FILE: Final = "config.json"
 DATASET_FILE: Final = "dataset.json"
 FIRST_STAGE: Final = "frozen"
-"""Folder in a fine-tuning's run that keeps the head it began with, where that had its name."""
+"""The folder in a fine-tuning's run that keeps the head it began with, if both have one name."""
 PROTOCOL_FIELD: Final = "protocol"
-"""In config.json of a run: the evaluation protocol that it was trained as a part of."""
+"""The field in a run's config.json that names the evaluation protocol that trained the run."""
 
 
 class Workspace:
@@ -41,19 +41,19 @@ class Workspace:
         self.root = Path(root)
 
     def dataset_dir(self, name: str) -> Path:
-        """Folder of a packed data set; UserError for a name that is no plain file name."""
+        """Return the folder of a packed data set; UserError if `name` is no plain file name."""
         return self.root / "datasets" / _checked(name, "data set")
 
     def features_dir(self, name: str) -> Path:
-        """Folder of a data set's stores; UserError as `dataset_dir`."""
+        """Return the folder of a data set's stores; UserError as `dataset_dir`."""
         return self.root / "features" / _checked(name, "data set")
 
     def run_dir(self, name: str) -> Path:
-        """Folder of one trained head; UserError as `dataset_dir`."""
+        """Return the folder of one trained head; UserError as `dataset_dir`."""
         return self.root / "heads" / _checked(name, "run")
 
     def head_dir(self, name: str) -> Path:
-        """Folder of the head that `RUN` or `RUN/frozen`, a fine-tuning's first stage, names.
+        """Return the folder of head `RUN`, or of `RUN/frozen`, the first stage of a fine-tuning.
 
         UserError as `dataset_dir`.
         """
@@ -61,15 +61,15 @@ class Workspace:
         return self.run_dir(run) / stage if stage == FIRST_STAGE else self.run_dir(name)
 
     def head_name(self, folder: Path) -> str:
-        """The name that `head_dir` gives this folder for."""
+        """Return the name of the head in this folder; the inverse of `head_dir`."""
         return folder.relative_to(self.root / "heads").as_posix()
 
     def encoder_dir(self, name: str) -> Path:
-        """Folder of an imported or fine-tuned encoder; UserError as `dataset_dir`."""
+        """Return the folder of an imported or fine-tuned encoder; UserError as `dataset_dir`."""
         return self.root / "encoders" / _checked(name, "encoder")
 
     def trained_runs(self) -> list[Path]:
-        """Folders of the runs that hold a finished head, newest first by their config.json."""
+        """Return the folders of runs that hold a finished head, newest config.json first."""
         begun = (self.root / "heads").glob(f"*/{CONFIG_FILE}")
         found = [
             (p.stat().st_mtime_ns, p.parent) for p in begun if (p.parent / HEAD_FILE).is_file()
@@ -77,7 +77,7 @@ class Workspace:
         return [folder for _, folder in sorted(found, reverse=True)]
 
     def stores(self, dataset: str) -> list[Path]:
-        """Folders of the stores made of a data set, sorted by name."""
+        """Return the folders of a data set's stores, sorted by name."""
         return sorted(p for p in self.features_dir(dataset).glob(f"*{STORE_SUFFIX}") if p.is_dir())
 
     def store_path(
@@ -90,9 +90,9 @@ class Workspace:
         split: str | None = None,
         tier: str = EMBEDDINGS,
     ) -> Path:
-        """Path of one extraction: `<encoder>--<sampling>[--crops3][--<tier>][--<split>].zarr`.
+        """Return the store's path: `<encoder>--<sampling>[--crops3][--<tier>][--<split>].zarr`.
 
-        Characters that file systems or copying tools trip over become "-".
+        Characters that trouble file systems or copying tools become "-".
         """
         parts = [encoder, sampling, f"crops{crops}" if crops > 1 else ""]
         parts += ["" if tier == EMBEDDINGS else tier, split or ""]
@@ -101,9 +101,10 @@ class Workspace:
         return self.features_dir(dataset) / f"{name}{STORE_SUFFIX}"
 
     def choose_dataset(self, name: str | None) -> str:
-        """`name`, or the only data set with features; UserError lists them when there are others.
+        """Return `name` or, if it is None, the only data set with features.
 
-        Also UserError when there is none, with the command that makes one.
+        Raises UserError if several data sets have features (it lists them) or none has (it names
+        the command that makes some).
         """
         if name is not None:
             return name
@@ -121,14 +122,14 @@ class Workspace:
         return found[0]
 
     def opened(self, dataset: str) -> OpenedStores:
-        """The stores of a data set for several questions in a row: each is opened once."""
+        """Return the stores of a data set as an object that opens each of them only once."""
         return OpenedStores(self, dataset)
 
     def _packed_splits(self, dataset: str) -> dict[str, bool] | None:
-        """The splits that dataset.json names, and whether each has tars of its own.
+        """Return the splits that dataset.json names, and whether each has tars of its own.
 
-        None where the data set is not here or its file cannot be read: packing and extracting
-        report what is wrong with it.
+        None if the data set is not here or its file cannot be read; packing and extracting report
+        what is wrong with that file.
         """
         try:
             packed = json.loads((self.dataset_dir(dataset) / DATASET_FILE).read_bytes())
@@ -138,11 +139,11 @@ class Workspace:
             return None
 
     def choose_run(self, name: str | None) -> Path:
-        """Folder of the named head, or of the newest run's; it holds head.safetensors.
+        """Return the folder of the named head, or of the newest; it holds head.safetensors.
 
-        Runs that an evaluation trained as a part of itself (few-shot, base-to-novel) and first
-        stages of fine-tunings (`RUN/frozen`) are taken by name only. UserError lists the runs when
-        there is none of that name, or says how to train one.
+        Without a name, runs that an evaluation trained (few-shot, base-to-novel) and first stages
+        of fine-tunings (`RUN/frozen`) are not considered. Raises UserError, which lists the runs,
+        if there is no head of that name; or which says how to train one, if there is no head.
         """
         wanted = None if name is None else self.head_dir(name)
         if wanted is not None and (wanted / HEAD_FILE).is_file():
@@ -150,7 +151,7 @@ class Workspace:
         if wanted is not None and (wanted / FIRST_STAGE / HEAD_FILE).is_file():
             raise UserError(
                 f"run {name} has no head yet: its fine-tuning is not finished (`mote-cli finetune` "
-                f"with --resume goes on); the head it began with is --head {name}/{FIRST_STAGE}"
+                f"with --resume continues it); it began with --head {name}/{FIRST_STAGE}"
             )
         trained = self.trained_runs()
         if not trained:
@@ -173,9 +174,9 @@ class Workspace:
 
 
 class OpenedStores:
-    """The stores of one data set, each opened when it is first looked at, and once.
+    """The stores of one data set, each opened once, when it is first needed.
 
-    They show what was committed then: take a new one after a store has grown.
+    A store shows what was committed when it was opened; make a new object after a store has grown.
     """
 
     def __init__(self, workspace: Workspace, dataset: str) -> None:
@@ -184,7 +185,7 @@ class OpenedStores:
         self._opened: dict[Path, Store | UserError | WorkError] = {}
 
     def open(self, path: Path) -> Store:
-        """The store at `path`; its errors are raised again whenever it is asked for."""
+        """Return the store at `path`; if opening it fails, each call raises the same error."""
         from featstore.opening import open_store  # folders and names need no arrays
 
         if path not in self._opened:
@@ -198,7 +199,7 @@ class OpenedStores:
         return found
 
     def default_split(self, names: Sequence[str]) -> str | None:
-        """The first of `names` that a readable store of embeddings has rows of, if any."""
+        """Return the first split of `names` with rows in a readable store of embeddings, if any."""
         for name in names:
             for path in self._workspace.stores(self.dataset):
                 try:
@@ -219,13 +220,13 @@ class OpenedStores:
         encoder: str | None = None,
         option: str = "--store",
     ) -> Store:
-        """The one store of embeddings of the data set that holds the split and was made as asked.
+        """Return the data set's one store of embeddings that fits the split and other arguments.
 
-        `name` is that of its folder, with or without ".zarr", or its URL. `encoder` is how the
-        command that would make a store should name the encoder; `option` is the one that gives
-        `name`.
-        Raises UserError when none fits (with the command that makes one) or several do (with
-        their names), WorkError when the one that fits is damaged or not finished.
+        `name` is the name of the store's folder, with or without ".zarr", or its URL. In messages,
+        `encoder` names the encoder in the command that makes a store, and `option` is the command
+        line option that sets `name`.
+        Raises UserError if no store fits (with the command that makes one) or several do (with
+        their names), WorkError if the store that fits is damaged or not finished.
         """
         from featstore.opening import open_store  # as in `open`
 
@@ -267,7 +268,7 @@ class OpenedStores:
                 )
             if damaged:
                 raise damaged[0]
-            # Splits that share tars share one store of them all.
+            # Splits that share tars also share one store of all those tars.
             own_tars = packed is None or packed.get(split or "", False)
             raise UserError(
                 f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
@@ -277,14 +278,14 @@ class OpenedStores:
         if len(fitting) > 1:
             names = ", ".join(_describe(store) for store in fitting)
             raise UserError(
-                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; say which with "
+                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; choose one with "
                 f"{option} NAME"
             )
         store = fitting[0]
         if not store.complete:
             raise WorkError(
                 f"{store.path} holds {len(list(store.partitions()))} of {store.schema.tars} "
-                "partitions: finish it with the `mote-cli extract` command that began it "
+                "partitions: finish it with the `mote-cli extract` command that started it "
                 f"(encoder {store.provenance.encoder}, sampling {store.provenance.sampling})"
             )
         for damage in damaged:
@@ -306,7 +307,7 @@ def _is_part_of_protocol(run: Path) -> bool:
     try:
         settings = json.loads((run / CONFIG_FILE).read_text())
     except (OSError, ValueError):
-        return False  # loading it reports what is wrong
+        return False  # loading the run reports what is wrong with it
     return isinstance(settings, dict) and bool(settings.get(PROTOCOL_FIELD))
 
 
@@ -317,7 +318,7 @@ def _require_match(
     encoder_fingerprint: str | None = None,
     sampling: str | None = None,
 ) -> None:
-    """UserError says in what a store differs from the one asked for."""
+    """Raise UserError, which says why, if the store does not fit the arguments."""
     names, made = store.split_names, store.provenance
     reason = ""
     if not store.schema.pooled:
@@ -335,7 +336,7 @@ def _require_match(
 
 
 def _require_remote_embeddings(url: str) -> None:
-    """UserError for a store of another tier, before its terabytes are fetched."""
+    """Raise UserError for a remote store of another tier, before its terabytes are fetched."""
     from featstore.remote.writer import RemoteStoreWriter  # obstore takes a while to load
 
     writer = RemoteStoreWriter.open(url)

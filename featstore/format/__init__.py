@@ -1,1 +1,1 @@
-"""What a store consists of: arrays, metadata, provenance and checksums."""
+"""The parts of a store: arrays, metadata, provenance and checksums."""

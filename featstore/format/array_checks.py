@@ -1,4 +1,4 @@
-"""What arrays hold: whole numbers where callers name rows, finite ones where features must be."""
+"""Checks of arrays: row numbers must be whole numbers, and features must be finite."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy.typing as npt
 from featstore.errors import UserError, one_line
 from featstore.format.schema import FeatureArray, RowArray
 
-# float16 as bits.
+# The float16 infinities as bit patterns.
 _INFINITY: Final = 0x7C00
 _NEGATIVE_INFINITY: Final = 0xFC00
 
 
 def whole_numbers(values: npt.ArrayLike, what: str) -> RowArray:
-    """`values` as int64 in their own shape; `what` names them in messages.
+    """Return `values` as int64 in the same shape; `what` names them in messages.
 
-    UserError for anything but whole numbers: numpy would read a mask as zeros and ones, and cut
-    fractions off.
+    Raises UserError for anything but whole numbers, because numpy would read a mask as zeros and
+    ones, and cut off fractions.
     """
     try:
         found = np.asarray(values)
@@ -27,23 +27,23 @@ def whole_numbers(values: npt.ArrayLike, what: str) -> RowArray:
         found = np.asarray(None)
     if found.dtype == np.int64:
         return found
-    if found.dtype.kind in "iu" or found.shape == (0,):  # [] is of floats
+    if found.dtype.kind in "iu" or found.shape == (0,):  # numpy makes floats of []
         return found.astype(np.int64)
     if found.dtype.kind == "b":
         raise UserError(
-            f"{what} are a mask: give numbers, of a mask over the samples store.rows[mask], else "
-            "numpy.flatnonzero(mask)"
+            f"{what} are a mask: give numbers instead, store.rows[mask] if the mask is over the "
+            "samples, else numpy.flatnonzero(mask)"
         )
     shown = one_line(repr(values), 60)
     raise UserError(f"{what} are {shown}: they must be whole numbers, in a list or an array")
 
 
 def not_finite(features: FeatureArray) -> npt.NDArray[np.bool_]:
-    """Which rows of float16 [n, ...] hold a number that is not finite; bool [n].
+    """Return which rows of float16 [n, ...] hold a number that is not finite; bool [n].
 
-    Whole numbers are all finite. Infinities and NaN have all bits of the exponent set: they are the
-    largest bit patterns of their sign. Comparing those is ten times as fast as asking for float16
-    values, and needs no memory.
+    Whole numbers are always finite. Infinities and NaN have all bits of the exponent set, so they
+    are the largest bit patterns of their sign. Comparing bit patterns is ten times as fast as
+    numpy's test of float16 values, and needs no memory.
     """
     if features.dtype.kind != "f":
         return np.zeros(len(features), np.bool_)

@@ -1,9 +1,9 @@
-"""crc32c of bytes, and of joined pieces from the checksums of the pieces.
+"""Compute the crc32c of bytes, and of joined pieces from the checksums of the pieces.
 
-A checksum is kept for every row of features, and rows lie one after another in a chunk. So what
-the checksum of a whole chunk must be follows from those of its rows: one fast pass over a megabyte
-proves that every row in it is the one that was committed, which the checksum stored behind the
-chunk cannot (that one agrees in a shard of another partition, too).
+Every row of features has a checksum, and the rows of a chunk lie one after another. So the checksum
+of a whole chunk follows from the checksums of its rows, and one fast pass over a megabyte proves
+that every row in it is the committed one. The checksum that is stored after the chunk cannot prove
+this, because it would also agree in a shard of another partition.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from featstore.format.schema import CRC_BYTES
 Checksums = npt.NDArray[np.uint32]
 
 
-# Checked piece by piece as it is read, data is still in the core's own cache: twice as fast as
-# from memory. In pieces of some megabytes, data that is not in the page cache is read half as fast
-# and comes to lie there in smaller parts, which slows later reads by a third (Linux 6.18, ext4).
+# If data is checked piece by piece while it is read, it is still in the core's own cache: twice as
+# fast as from memory. In pieces of some megabytes, data that is not in the page cache is read half
+# as fast and is cached in smaller parts, which slows later reads by a third (Linux 6.18, ext4).
 PIECE_BYTES: Final = 512 * 2**10
 
 
 def crc32c(data: bytes | npt.NDArray[Any], before: int = 0) -> int:
-    """crc32c of bytes or of a C-contiguous array's bytes, which follow those with crc `before`."""
+    """Return the crc32c of bytes or a C-contiguous array; `before` is the crc of earlier bytes."""
     return int(google_crc32c.extend(before, data))
 
 
@@ -38,9 +38,9 @@ class MissingFile(ValueError):
 
 
 def read_checked(path: Path, limit: int) -> tuple[bytes, int]:
-    """Content of a chunk file of at most `limit` bytes, and the checksum it ends with.
+    """Return the content of a chunk file and the checksum at its end.
 
-    ValueError when it cannot be read, is too long, or fails the checksum.
+    Raises ValueError if it cannot be read, has more than `limit` bytes or fails its checksum.
     """
     try:
         raw = read_bounded(path, limit)
@@ -57,9 +57,9 @@ def read_checked(path: Path, limit: int) -> tuple[bytes, int]:
 
 
 def chunk_checksums(checksums: Checksums, chunk_rows: int, row_bytes: int) -> Checksums:
-    """Checksum of the listed rows of each chunk from those of the rows: uint32 [n] -> [chunks].
+    """Compute the checksum of each chunk from those of its listed rows: uint32 [n] -> [chunks].
 
-    Chunks hold `chunk_rows` rows of `row_bytes` bytes, the last one perhaps fewer.
+    Chunks hold `chunk_rows` rows of `row_bytes` bytes; the last chunk may hold fewer.
     """
     whole, rest = divmod(len(checksums), chunk_rows)
     pieces = np.zeros((whole + (rest > 0), chunk_rows), np.uint32)
@@ -70,14 +70,14 @@ def chunk_checksums(checksums: Checksums, chunk_rows: int, row_bytes: int) -> Ch
 
 
 def joined(checksums: Checksums, piece_bytes: int) -> Checksums:
-    """Checksum of pieces laid end to end, from the checksum of each: uint32 [..., n] -> [...].
+    """Compute the checksum of joined pieces from the checksum of each: uint32 [..., n] -> [...].
 
-    All pieces have `piece_bytes` bytes; 0 in the first places stands for "no piece".
+    All pieces have `piece_bytes` bytes; leading zeros mean "no piece".
     """
     count = checksums.shape[-1]
     padding = (1 << (count - 1).bit_length()) - count if count else 1
     widths = [(0, 0)] * (checksums.ndim - 1) + [(padding, 0)]
-    # The checksum of no bytes is 0, so that zeros in front change nothing.
+    # The checksum of no bytes is 0, so leading zeros change nothing.
     sums = np.pad(checksums.astype(np.uint32), widths)
     doublings = 0
     while sums.shape[-1] > 1:
@@ -92,7 +92,7 @@ def joined(checksums: Checksums, piece_bytes: int) -> Checksums:
 
 @lru_cache(maxsize=64)
 def _tables(length: int, doublings: int) -> Checksums:
-    """What length * 2**doublings more bytes do to the four bytes of a checksum, uint32 [4, 256]."""
+    """Return how length * 2**doublings more bytes change a checksum, by byte, uint32 [4, 256]."""
     columns = _columns(length, doublings)
     values = np.arange(256, dtype=np.uint32)
     return np.stack([_apply(columns, values << np.uint32(8 * byte)) for byte in range(4)])
@@ -100,10 +100,10 @@ def _tables(length: int, doublings: int) -> Checksums:
 
 @lru_cache(maxsize=64)
 def _columns(length: int, doublings: int) -> Checksums:
-    """What length * 2**doublings more bytes do to each bit of a checksum, uint32 [32].
+    """Return how length * 2**doublings more bytes change a checksum, by bit, uint32 [32].
 
-    A checksum is linear over GF(2): crc(A + B) = M crc(A) ^ crc(B), M depending on the length of B
-    only. The columns of M come from the library's own arithmetic, with zeros for B.
+    A checksum is linear over GF(2): crc(A + B) = M crc(A) ^ crc(B), where M depends only on the
+    length of B. The library itself computes the columns of M, with zeros for B.
     """
     if doublings:
         half = _columns(length, doublings - 1)
@@ -115,7 +115,7 @@ def _columns(length: int, doublings: int) -> Checksums:
 
 
 def _apply(columns: Checksums, values: Checksums) -> Checksums:
-    """The matrix with these columns times each value, over GF(2)."""
+    """Multiply the matrix that has these columns by each value, over GF(2)."""
     bits = values[..., None] >> np.arange(32, dtype=np.uint32) & np.uint32(1)
     result: Checksums = np.bitwise_xor.reduce(bits * columns, axis=-1)
     return result

@@ -27,26 +27,26 @@ from featstore.format.provenance import Provenance
 from featstore.format.schema import CLASS_TEXT_GROUP, CRC_BYTES, FloatArray, class_text_spec
 
 DEFAULT_PROMPTS: Final = "mote28"
-"""The prompt set that is made, and used, where none is named."""
+"""The prompt set that is made and used if none is named."""
 
 _CHECKED_ATTRIBUTES: Final = (
     *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
 )
 
 
-# Unit rows after rounding to float32.
+# How far the length of a row may differ from 1 after rounding to float32.
 _UNIT_TOLERANCE: Final = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class ClassText:
-    """Text embeddings of the classes under one prompt set.
+    """The text embeddings of the classes under one prompt set.
 
-    `embeddings` float32 [C, D], rows of length 1 in the order of `names`; `sentences_hash` names
-    the sentences they were computed from. `templates` are the sentences with "{}" for the class
-    name, empty where every class has sentences of its own or it was not recorded;
-    `encoder_fingerprint` that of the encoder whose text tower made them, "" where it was not
-    recorded. ValueError when the shapes or lengths are wrong.
+    `embeddings` is float32 [C, D], with rows of length 1 in the order of `names`. `sentences_hash`
+    identifies the sentences that they were computed from. `templates` are the sentences with "{}"
+    for the class name, empty if every class has its own sentences or they were not recorded.
+    `encoder_fingerprint` belongs to the encoder whose text tower made them, "" if it was not
+    recorded. Raises ValueError if the shapes or lengths are wrong.
     """
 
     names: tuple[str, ...]
@@ -85,10 +85,10 @@ class ClassText:
 def read_class_text(
     store: Path, prompt_set: str, provenance: Provenance, class_names: Sequence[str]
 ) -> ClassText:
-    """The class texts of one prompt set, of the store's classes and its encoder.
+    """Read the class texts of one prompt set; they must fit the store's classes and its encoder.
 
-    UserError for metadata that does not fit the format or texts of another encoder, WorkError for
-    a damaged chunk or other class names.
+    Raises UserError for metadata that does not fit the format and for texts of another encoder,
+    WorkError for a damaged chunk and for other class names.
     """
     key = f"{CLASS_TEXT_GROUP}/{check_prompt_set(prompt_set)}"
     attributes = read_node(store, f"{key}/zarr.json", ARRAY_METADATA_LIMIT).get("attributes")
@@ -138,14 +138,14 @@ def read_class_text(
 
 
 def class_text_checksum(attributes: Mapping[str, Any]) -> int:
-    """As `metadata.attributes_checksum`, of those attributes of class texts that are there."""
+    """Return the crc32c of the attributes that class texts have, as `attributes_checksum` does."""
     return json_checksum(
         {name: attributes[name] for name in _CHECKED_ATTRIBUTES if name in attributes}
     )
 
 
 def _remake(store: Path, prompt_set: str) -> str:
-    """How class texts that are damaged are made again, as the end of a message."""
+    """Return the end of a message: how to make damaged class texts again."""
     return (
         f"remove {store / CLASS_TEXT_GROUP / prompt_set} and make them again with "
         "`mote-cli store add-texts`"

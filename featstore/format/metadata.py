@@ -1,8 +1,8 @@
-"""The metadata of a store: what its `zarr.json` files say, written once and checked before use.
+"""The metadata of a store: its `zarr.json` files are written once and checked before use.
 
-A store may come from anybody. Nothing of it is handed to zarr or to a codec before the size of
-each metadata file, the format version and every array's shape, chunks, type and codecs have been
-held against the schema, and no path in it may be a symbolic link.
+A store may come from anybody. Therefore the size of each metadata file, the format version and
+every array's shape, chunks, type and codecs are compared with the schema before zarr or a codec
+sees any of it, and no path in a store may be a symbolic link.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from featstore.format.schema import (
 # 700 class names about 20 KB. The limits leave room and stop a file made to exhaust memory.
 GROUP_METADATA_LIMIT: Final = 16 * 2**20
 ARRAY_METADATA_LIMIT: Final = 2**20
-# A sharded codec's configuration is 7 levels deep; preprocessing may have a few of its own.
+# The configuration of a sharding codec is 7 levels deep; preprocessing may add a few levels.
 _DEEPEST: Final = 32
 
 _CHECKED_ATTRIBUTES: Final = (
@@ -45,7 +45,7 @@ _PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class DamagedMetadata(UserError):
-    """A `zarr.json` of a store cannot be used: it is damaged, or was made to do harm."""
+    """A `zarr.json` of a store cannot be used: it is damaged or was made to do harm."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class StoreMetadata:
         for number, tar in enumerate(self.tars):
             if not 1 <= tar.rows <= self.schema.capacity:
                 raise ValueError(
-                    f"tar {number} lists {tar.rows} samples, a partition holds 1 to "
+                    f"tar {number} lists {tar.rows} samples, but a partition holds 1 to "
                     f"{self.schema.capacity}"
                 )
         if not self.class_names or len(self.class_names) != len(self.raw_class_names):
             raise ValueError(
                 f"{len(self.class_names)} class names and {len(self.raw_class_names)} raw ones: "
-                "there must be as many of each and at least one"
+                "there must be equally many of both and at least one"
             )
         if len(self.split_names) > MAX_SPLITS or len(set(self.split_names)) < len(self.split_names):
             raise ValueError(f"split names must be distinct and at most {MAX_SPLITS}")
@@ -113,20 +113,20 @@ class StoreMetadata:
 
 
 def attributes_checksum(attributes: Mapping[str, Any]) -> int:
-    """crc32c of the format's group attributes as JSON: keys sorted, ASCII, no spaces.
+    """Return the crc32c of the format's group attributes as JSON: keys sorted, ASCII, no spaces.
 
-    Chunks carry checksums of their own; names and provenance would otherwise have none.
+    Chunks have checksums of their own; without this one, names and provenance would have none.
     """
     return json_checksum({name: attributes.get(name) for name in _CHECKED_ATTRIBUTES})
 
 
 def json_checksum(value: Any) -> int:
-    """crc32c of `value` as JSON: keys sorted, ASCII, no spaces."""
+    """Return the crc32c of `value` as JSON: keys sorted, ASCII, no spaces."""
     return crc32c(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
 def tar_entry(value: Mapping[str, Any]) -> TarEntry:
-    """A TarEntry from {"file", "rows", "bytes", "sha256"}; ValueError when it is not one."""
+    """Make a TarEntry from {"file", "rows", "bytes", "sha256"}; ValueError if a type is wrong."""
     entry = TarEntry(value["file"], value["rows"], value["bytes"], value["sha256"])
     numbers, texts = (entry.rows, entry.bytes), (entry.file, entry.sha256)
     if not all(type(n) is int for n in numbers) or not all(isinstance(t, str) for t in texts):
@@ -135,7 +135,7 @@ def tar_entry(value: Mapping[str, Any]) -> TarEntry:
 
 
 def check_prompt_set(name: str) -> str:
-    """Return `name` if it can be a folder of the store; UserError otherwise."""
+    """Return `name` if it can be the name of a prompt set; UserError otherwise."""
     if not _PROMPT_SET.fullmatch(name):
         raise UserError(
             f"{name!r} is no name for a prompt set: use letters, digits, '.', '_' and '-'"
@@ -146,11 +146,11 @@ def check_prompt_set(name: str) -> str:
 def read_metadata(store: Path) -> StoreMetadata:
     """Read and check all metadata of the store at `store` without reading a chunk.
 
-    Raises UserError when it is not a store of this format and version, or not safe to open.
+    Raises UserError if it is not a store of this format and version, or not safe to open.
     """
     try:
         there, is_group = store.is_dir(), (store / "zarr.json").is_file()
-    except OSError as error:  # a folder that is closed to this user, a name that is too long
+    except OSError as error:  # this user may not read the folder, or its name is too long
         raise UserError(
             f"{store} cannot be read ({error.strerror}): name a folder that you may read"
         ) from error
@@ -158,18 +158,18 @@ def read_metadata(store: Path) -> StoreMetadata:
         previous = store.with_name(f"{store.name}.previous")
         if previous.is_dir():
             raise UserError(
-                f"{store} was being replaced when its process was killed, and {previous} is what "
-                "it was: rename it back, or run the same `mote-cli store` command again"
+                f"{store} was being replaced when its process was killed, and {previous} is the "
+                "store before that: rename it back, or run the same `mote-cli store` command again"
             )
         found = "it is a file" if store.exists() else "no such folder"
         raise UserError(
-            f"{store} is not a feature store: {found}; give the folder of one, or make it with "
-            "`mote-cli extract`"
+            f"{store} is not a feature store: {found}; give the folder of a store, or make one "
+            "with `mote-cli extract`"
         )
     if not is_group:
         if (store / ".zgroup").exists() or (store / ".zarray").exists():
             raise UserError(
-                f"{store} is a Zarr v2 store: only v3 is read, a v2 store can carry code; "
+                f"{store} is a Zarr v2 store: only v3 is read, because a v2 store can carry code; "
                 "make the store again with `mote-cli extract`"
             )
         raise UserError(
@@ -183,7 +183,7 @@ def read_metadata(store: Path) -> StoreMetadata:
 
 
 def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
-    """Parse the metadata file `key` of at most `limit` bytes; UserError when it is not one."""
+    """Parse the metadata file `key`; UserError if it is not valid or longer than `limit` bytes."""
     path = inside(store, key)
     try:
         raw = read_bounded(path, limit)
@@ -199,7 +199,7 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
         ) from error
     try:
         node = json.loads(raw)
-        if b"\\u" in raw:  # half a surrogate pair is no text and could not be written again
+        if b"\\u" in raw:  # half a surrogate pair is no text, so it could not be written again
             json.dumps(node, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise DamagedMetadata(
@@ -216,7 +216,7 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
 
 
 def _nested_beyond(value: Any, levels: int) -> bool:
-    """Whether lists and dicts lie inside one another more than `levels` deep."""
+    """Return whether lists and dicts are nested more than `levels` deep."""
     inner: list[Any] = [value]
     for _ in range(levels + 1):
         held = (v.values() if isinstance(v, dict) else v for v in inner)
@@ -227,16 +227,16 @@ def _nested_beyond(value: Any, levels: int) -> bool:
 
 
 def inside(store: Path, key: str) -> Path:
-    """The path of `key` in the store; UserError if a symbolic link lies on the way inside it.
+    """Return the path of `key` in the store; UserError if a symbolic link is on the way in it.
 
-    The store's folder itself may be reached through a link; keys are built from numbers and
+    The path of the store's folder itself may contain links. Keys are built from numbers and
     checked names, never from data.
     """
     return without_links(os.path.realpath(store), key)
 
 
 def without_links(root: str, key: str) -> Path:
-    """`inside` for a store whose folder's real path is known: `root`."""
+    """Do the same as `inside` when the real path of the store's folder is known: `root`."""
     path = root
     for part in key.split("/"):
         path = f"{path}/{part}"
@@ -249,23 +249,23 @@ def without_links(root: str, key: str) -> Path:
 
 
 def check_array(store: Path, name: str, spec: ArraySpec) -> None:
-    """UserError unless an array's `zarr.json` is as specified; it names the first difference."""
+    """Raise UserError, which names the first difference, unless a `zarr.json` is as specified."""
     node = read_node(store, f"{name}/zarr.json", ARRAY_METADATA_LIMIT)
     expected = _comparable(spec.metadata())
     found = _comparable(node)
     for field in sorted(expected.keys() | found.keys()):
         if _exact(expected.get(field)) != _exact(found.get(field)):
             raise DamagedMetadata(
-                f"array {name} of {store}: {field} is {_brief(found.get(field))}, the format has "
-                f"{_brief(expected.get(field))}; make the store again with `mote-cli extract`"
+                f"array {name} of {store}: {field} is {_brief(found.get(field))}, but the format "
+                f"has {_brief(expected.get(field))}; make the store again with `mote-cli extract`"
             )
 
 
 def wrong_attributes(store: Path, metadata: StoreMetadata) -> list[tuple[str, str]]:
-    """(array or group, why) where what an array says of itself to other readers was changed.
+    """Return (array or group, what is wrong) for all changed attributes that other readers use.
 
-    featstore does not read it: units, the names of entries, the meaning of numbers. What somebody
-    added is left alone. UserError as `read_node`.
+    featstore does not read these attributes: units, names of entries, the meaning of numbers. An
+    attribute that somebody added is no error. UserError as `read_node`.
     """
     wrong = []
     for name, node in array_nodes(metadata).items():
@@ -278,27 +278,28 @@ def wrong_attributes(store: Path, metadata: StoreMetadata) -> list[tuple[str, st
     try:
         node = read_node(store, f"{CLASS_TEXT_GROUP}/zarr.json", ARRAY_METADATA_LIMIT)
         if node.get("node_type") != "group":
-            wrong.append((CLASS_TEXT_GROUP, "it is not that of a group: put a copy of it back"))
+            wrong.append((CLASS_TEXT_GROUP, "it is not a group's zarr.json: put a copy of it back"))
     except UserError as error:
         wrong.append((CLASS_TEXT_GROUP, str(error)))
     return wrong
 
 
 def prompt_set_names(store: Path) -> list[str]:
-    """Names of the prompt sets whose class texts the store holds, sorted."""
+    """Return the names of the prompt sets whose class texts the store holds, sorted."""
     folder = inside(store, CLASS_TEXT_GROUP)
     try:
-        # A folder that lost its zarr.json is listed: reading it is an error then, not a set less.
+        # A folder without its zarr.json is listed too, so that reading it raises an error and the
+        # prompt set does not just disappear.
         names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be read ({error.strerror}): give yourself the right to read it"
+            f"{folder} cannot be read ({error.strerror}): make it readable for your user"
         ) from error
     return [name for name in names if _PROMPT_SET.fullmatch(name)]
 
 
 def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:
-    """The `zarr.json` of every array by array name, class texts excepted."""
+    """Return the `zarr.json` of every array by its name, without class texts."""
     arrays = metadata.schema.arrays()
     return {name: spec.metadata(ARRAY_ATTRIBUTES.get(name)) for name, spec in arrays.items()}
 
@@ -347,12 +348,12 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
 
 
 def _exact(value: Any) -> str:
-    """`value` as text: Python takes 1, 1.0 and true for equal, other readers do not."""
+    """Return `value` as text, because 1, 1.0 and true are equal in Python but not elsewhere."""
     return json.dumps(value, sort_keys=True)
 
 
 def _comparable(node: dict[str, Any]) -> dict[str, Any]:
-    """A node without its attributes and without the spellings that mean the same."""
+    """Return a node without attributes, with one spelling for fields that mean the same."""
     node = {key: value for key, value in node.items() if key != "attributes"}
     if not node.get("storage_transformers"):
         node.pop("storage_transformers", None)
@@ -361,7 +362,7 @@ def _comparable(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_codecs(value: Any) -> Any:
-    """Codec lists with empty configurations left out, as some writers do."""
+    """Return codec lists without empty configurations, which some writers leave out."""
     if isinstance(value, list):
         return [_plain_codecs(item) for item in value]
     if isinstance(value, dict):
@@ -371,7 +372,7 @@ def _plain_codecs(value: Any) -> Any:
 
 
 def is_texts(value: Any) -> bool:
-    """Whether it is a list of strings."""
+    """Return whether `value` is a list of strings."""
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)

@@ -1,4 +1,4 @@
-"""Where the features of a store come from, and what must agree before more are added to it."""
+"""How the features of a store were made, and what must be equal before more are added to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Final
 from featstore.errors import UserError
 from featstore.format.tiers import EMBEDDINGS
 
-# The name of an encoder may be a path, which differs between machines; its weights' fingerprint
-# says whether it is the same one. Library versions change without changing the features.
+# The name of an encoder may be a path, which differs between machines; the fingerprint of its
+# weights shows whether it is the same encoder. Library versions do not change the features.
 _INFORMATIVE: Final = frozenset({"encoder", "versions"})
-# Fields that stores written before them lack, with what their absence means.
+# Fields that older stores lack, and the values that they have then.
 _LATER: Final = {"quantised": "", "tier": EMBEDDINGS, "label_map": "", "split": ""}
 
 
@@ -21,16 +21,16 @@ _LATER: Final = {"quantised": "", "tier": EMBEDDINGS, "label_map": "", "split": 
 class Provenance:
     """How the features of a store were made.
 
-    `strict_decode` says which damage failed a video: "auto", "always" or "never".
-    `label_map` says what was done with a published file of class names that contradicts the
-    videos: "corrected", "as-published", or "" where none did.
-    `split` is the one whose tars the store was made of, "" when it was made of all.
-    `logit_scale` is the multiplier of cosines (already exponentiated, about 100 for CLIP);
-    `sampling` the text of the frame choice ("uniform:16"); `dataset_fingerprint` changes when the
-    packed tars change; `preprocessing` and `versions` hold JSON values only; `quantised` says how
-    the features were rounded afterwards, "" when they were not; `tier` what they are
-    (`featstore.format.tiers`), and `dim` the width of the encoder's embeddings also where they are
-    others. ValueError for a dim that is not positive or a scale that is not a positive finite
+    `strict_decode` says which damage makes a video fail: "auto", "always" or "never".
+    `label_map` says what was done if the published class names contradict the videos:
+    "corrected", "as-published", or "" if they do not contradict.
+    `split` names the split whose tars the store was made of, "" if it was made of all tars.
+    `logit_scale` is the multiplier of cosines (already exponentiated, about 100 for CLIP).
+    `sampling` says how frames were chosen ("uniform:16"). `dataset_fingerprint` changes when the
+    packed tars change. `preprocessing` and `versions` hold JSON values only. `quantised` says how
+    the features were rounded afterwards, "" if they were not. `tier` is the kind of the features
+    (`featstore.format.tiers`); `dim` is the width of the encoder's embeddings, whatever the tier.
+    Raises ValueError for a dim that is not positive or a scale that is not a positive finite
     number.
     """
 
@@ -60,10 +60,10 @@ class Provenance:
         json.dumps(asdict(self), allow_nan=False)
 
     def to_json(self) -> dict[str, Any]:
-        """Strictly JSON-ready dict (no NaN, no tuples that would come back as lists).
+        """Return a strictly JSON-ready dict (no NaN, no tuples, which would come back as lists).
 
-        `tier`, `label_map` and `split` are there only where they are not the usual ones, so that
-        earlier readers know the rest.
+        `tier`, `label_map` and `split` are left out if they have their usual values, so that
+        earlier readers know all fields that are there.
         """
         value: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
         for name in ("tier", "label_map", "split"):
@@ -73,7 +73,7 @@ class Provenance:
 
     @classmethod
     def from_json(cls, value: Any) -> Provenance:
-        """Read what `to_json` gave; UserError when a field is missing, unknown or mistyped."""
+        """Read the dict of `to_json`; UserError if a field is missing, unknown or mistyped."""
         wanted = {f.name: f.type for f in fields(cls)}
         if isinstance(value, dict):
             value = _LATER | value
@@ -101,11 +101,11 @@ class Provenance:
             raise UserError(f"provenance is not valid: {error}; make the store again") from error
 
     def differences(self, other: Provenance) -> list[str]:
-        """What keeps features of `other` out of the store that `self` describes.
+        """Return why features of `other` must not be added to the store that `self` describes.
 
-        One phrase per field, "sampling: store has uniform:16, asked for uniform:8"; of
-        `preprocessing` only the entries that differ. Empty when they may be mixed. The encoder's
-        name and the library versions are informative; everything else must be equal.
+        There is one phrase per field, "sampling: store has uniform:16, asked for uniform:8", and
+        for `preprocessing` one per differing entry. The list is empty if both may be mixed. The
+        encoder's name and the library versions may differ; everything else must be equal.
         """
         mine, theirs = _LATER | self.to_json(), _LATER | other.to_json()
         phrases = []

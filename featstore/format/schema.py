@@ -1,12 +1,12 @@
-"""The arrays of a feature store: names, shapes, types, chunks, codecs, units, as data.
+"""The arrays of a feature store, described as data: names, shapes, types, chunks, codecs, units.
 
-Dimension letters: N rows = tars x capacity, V views, F frames, D dim of the embedding. What is
-written [V, F, D] of features is [V, F, *item] in a store of another tier
+Dimension letters: N rows = tars x capacity, V views, F frames, D dim of the embedding. Where
+docstrings say [V, F, D] for features, a store of another tier has [V, F, *item]
 (`featstore.format.tiers`).
 
-Row `tar * capacity + position` belongs to sample `position` of tar `tar`; one tar in gives exactly
-one chunk (shard) file of every array, so that partitions never share a file. The metadata files
-are written from these specifications and every store is held against them before a chunk is read.
+Row `tar * capacity + position` belongs to sample `position` of tar `tar`. Each tar has exactly one
+chunk (shard) file of every array, so that partitions never share a file. The metadata files are
+written from these specifications, and every store is checked against them before a chunk is read.
 """
 
 from __future__ import annotations
@@ -35,24 +35,25 @@ TARGET_CHUNK_BYTES: Final = 1_500_000
 # `splits` is a 32-bit mask: bit i says that the row belongs to split i.
 MAX_SPLITS: Final = 32
 
-# How the inner chunks of the features may be compressed. Plain shards are dense arrays that can be
-# mapped; bitshuffle gains most on float16 features (86 % of the size with zstd, 88 % with lz4).
+# How the inner chunks of the features may be compressed. Shards without compression are dense
+# arrays that can be mapped. Of Blosc's filters, bitshuffle saves most on float16 features (they
+# take 86 % of their size with zstd, 88 % with lz4).
 CODECS: Final = ("none", "zstd", "lz4")
 _BLOSC_LEVEL: Final = {"zstd": 1, "lz4": 5}
-# What one number of the features is stored as: float16, int8 with a scale per dimension, or the
-# uint8 of pixels.
+# The type of one stored number of the features: float16, int8 with a scale per dimension, or uint8
+# for pixels.
 FEATURE_TYPES: Final = ("float16", "int8", "uint8")
-# int8 has no NaN; the quantised numbers are -127..127.
+# This number stands for NaN, which int8 lacks; the quantised numbers are -127..127.
 INT8_MISSING: Final = -128
 # Blosc adds a header of 16 bytes to a chunk it cannot compress.
 BLOSC_HEADER_BYTES: Final = 16
 
 CRC_BYTES: Final = 4
-# Offset and length of an inner chunk that a shard does not hold (Zarr v3 sharding).
+# The offset and the length of an inner chunk that a shard does not hold (Zarr v3 sharding).
 ABSENT: Final = 2**64 - 1
 
-# Far beyond any data set, and little enough memory: a reader keeps 13 bytes per inner chunk, and
-# has one chunk in memory when it is decoded (which is also the most that Blosc can).
+# These limits are far beyond any data set and still need little memory: a reader keeps 13 bytes per
+# inner chunk, and one decoded chunk. Blosc cannot make larger chunks either.
 MAX_CHUNKS: Final = 2**24
 MAX_CHUNK_BYTES: Final = 2**31 - 1
 FEATURE_SCALE: Final = "feature_scale"
@@ -62,8 +63,8 @@ COMMIT_ENTRIES: Final = ("rows", "checksum_crc32c", "features_bytes", "unix_time
 
 _ROW: Final = ("row",)
 _FRAME: Final = ("row", "view", "frame")
-# The arrays with one small chunk per tar, in the order in which they are written: data type, fill
-# value, dimensions, units.
+# The arrays with one small chunk per tar, in the order in which they are written. For each: data
+# type, fill value, dimensions, units.
 _CHUNK_PER_TAR: Final[dict[str, tuple[str, int | str, tuple[str, ...], str]]] = {
     "key": ("string", "", _ROW, ""),
     "reason": ("string", "", _ROW, ""),
@@ -80,11 +81,11 @@ _CHUNK_PER_TAR: Final[dict[str, tuple[str, int | str, tuple[str, ...], str]]] = 
     "chunk_checksum": ("uint32", 0, ("tar", "small_array"), ""),
     "commit": ("uint64", 0, ("tar", "entry"), ""),
 }
-# All of these but the commit entry, and those of them that `chunk_checksum` holds a checksum of.
+# All of these arrays except `commit`, and the arrays whose checksums `chunk_checksum` holds.
 PER_TAR_ARRAYS: Final = tuple(_CHUNK_PER_TAR)[:-1]
 SMALL_ARRAYS: Final = PER_TAR_ARRAYS[:-1]
-# All arrays that hold a file per partition, in the order in which they are written: the commit
-# entry makes it a done one.
+# All arrays with one file per partition, in the order in which they are written: the commit entry
+# comes last, because it marks the partition as done.
 PARTITION_ARRAYS: Final = (*PER_TAR_ARRAYS, "features", "commit")
 
 _BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -92,17 +93,17 @@ _SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}
 _CRC: Final[dict[str, Any]] = {"name": "crc32c"}
 _VLEN: Final[dict[str, Any]] = {"name": "vlen-utf8", "configuration": {}}
 _ZSTD: Final[dict[str, Any]] = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
-# Of arrays per row, where they are not those of numbers of several bytes.
+# The codecs of small arrays by data type; all other types use the codecs of multi-byte numbers.
 _CODECS: Final = {"string": (_VLEN, _ZSTD, _CRC), "uint8": (_SINGLE_BYTES, _CRC)}
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of the store, complete enough to write its `zarr.json`.
+    """One array of the store, with everything that its `zarr.json` needs.
 
-    `chunks` is what one file holds unless `shards` is given; then a file holds `shards` and
-    `chunks` is the inner chunk. `dtype` is the Zarr v3 data type name. `fill` is what the JSON
-    holds, so NaN is the string "NaN".
+    `chunks` is the shape that one file holds. If `shards` is given, a file holds that shape instead
+    and `chunks` is the shape of an inner chunk. `dtype` is the Zarr v3 data type name. `fill` is
+    the fill value in JSON, so NaN is the string "NaN".
     """
 
     shape: tuple[int, ...]
@@ -116,23 +117,23 @@ class ArraySpec:
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Little-endian numpy type of a numeric array; ValueError for strings."""
+        """The little-endian numpy type of a numeric array; ValueError for strings."""
         if self.dtype == "string":
             raise ValueError("a string array has no fixed-width numpy type")
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
     def file_bytes(self) -> int:
-        """Size of a chunk file of a numeric array that is neither sharded nor compressed."""
+        """The size of a chunk file of a numeric array that is neither sharded nor compressed."""
         return math.prod(self.chunks) * self.numpy_dtype.itemsize + CRC_BYTES
 
     @property
     def missing(self) -> float | str:
-        """What a row that is not there holds: the fill value as a number, or a text."""
+        """The value of rows that were not written: the fill value as a number or a text."""
         return float("nan") if self.fill == "NaN" else self.fill
 
     def metadata(self, attributes: dict[str, Any] | None = None) -> dict[str, Any]:
-        """The array's `zarr.json` (Zarr v3 core specification) as a JSON-ready dict."""
+        """Return the array's `zarr.json` (Zarr v3 core specification) as a JSON-ready dict."""
         codecs: list[dict[str, Any]] = [dict(codec) for codec in self.codecs]
         if self.shards is not None:
             codecs = [
@@ -165,20 +166,20 @@ class ArraySpec:
         }
 
     def chunk_key(self, tar: int) -> str:
-        """Key, relative to the array, of the one file that belongs to `tar`."""
+        """Return the key, relative to the array, of the one file that belongs to `tar`."""
         return "/".join(["c", str(tar), *["0"] * (len(self.shape) - 1)])
 
 
 @dataclass(frozen=True)
 class StoreSchema:
-    """The sizes that fix every array of a store.
+    """The sizes that determine every array of a store.
 
-    `tars` partitions of `capacity` rows; each row of features [views, frames, *item]; `chunk_rows`
-    rows per inner chunk of the features, a divisor of `capacity`. `dim` is the width of the class
-    texts. `codec` compresses the features, `feature_type` is what they are stored as; int8 is read
-    as float16. `tier` says what an item is (`featstore.format.tiers`): an embedding [dim] by
-    default, where `item` may be left out. ValueError when a size is not positive, the divisor does
-    not divide, codec, type or tier is unknown, or they do not fit together.
+    There are `tars` partitions of `capacity` rows. Each row of features is [views, frames, *item].
+    An inner chunk of the features has `chunk_rows` rows, a divisor of `capacity`. `dim` is the
+    width of the class texts. `codec` compresses the features, and `feature_type` is the type they
+    are stored as; int8 is read as float16. `tier` says what an item is (`featstore.format.tiers`):
+    by default an embedding [dim], for which `item` may be left out. Raises ValueError if a size is
+    not positive, `chunk_rows` is no divisor, codec, type or tier is unknown, or they do not fit.
     """
 
     tars: int
@@ -193,7 +194,7 @@ class StoreSchema:
     item: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        # A list in JSON; an embedding is as wide as the class texts.
+        # JSON gives a list. An embedding is as wide as the class texts.
         object.__setattr__(self, "item", tuple(self.item) or (self.dim,))
         if self.codec not in CODECS or self.feature_type not in FEATURE_TYPES:
             raise ValueError(
@@ -237,7 +238,7 @@ class StoreSchema:
         tier: str = EMBEDDINGS,
         item: tuple[int, ...] = (),
     ) -> StoreSchema:
-        """A schema whose inner chunk is the largest divisor of `capacity` within about 1.5 MB."""
+        """Make a schema whose inner chunks are as large as possible, up to about 1.5 MB."""
         kind = Tier.parse(tier).feature_types[0]
         row_bytes = views * frames * math.prod(item or (dim,)) * np.dtype(kind).itemsize
         wanted = max(1, min(capacity, TARGET_CHUNK_BYTES // max(1, row_bytes)))
@@ -247,9 +248,9 @@ class StoreSchema:
         )
 
     def to_json(self) -> dict[str, int | str | list[int]]:
-        """The sizes by name, as the store's attribute `schema` holds them.
+        """Return the sizes by name, as the store's attribute `schema` holds them.
 
-        `codec`, `feature_type`, `tier` and `item` are there only where they are not the plain ones.
+        `codec`, `feature_type`, `tier` and `item` are left out if they have their usual values.
         """
         held = [field for field in fields(self) if getattr(self, field.name) != field.default]
         value = {field.name: getattr(self, field.name) for field in held} | {"item": [*self.item]}
@@ -259,27 +260,27 @@ class StoreSchema:
 
     @property
     def rows(self) -> int:
-        """N, rows of every array, whether filled or not."""
+        """N, the number of rows of every array, filled or not."""
         return self.tars * self.capacity
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Shape (views, frames, *item) of one row of features."""
+        """The shape (views, frames, *item) of one row of features."""
         return self.views, self.frames, *self.item
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of features in memory."""
+        """The size in bytes of one row of features in memory."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What the features are read as: float16, or uint8 for frames."""
+        """The type that reading features gives: float16, or uint8 for frames."""
         return np.dtype(np.float16 if self.quantised else self.feature_type)
 
     @property
     def missing(self) -> float:
-        """What the features of a failed row are read as: NaN, or 0 where the type has none."""
+        """The value of all features of a failed row: NaN, or 0 if the type has no NaN."""
         return float("nan") if self.dtype.kind == "f" else 0.0
 
     @property
@@ -294,7 +295,7 @@ class StoreSchema:
 
     @property
     def mappable(self) -> bool:
-        """Whether a shard is a dense array as it is read, which can be mapped into memory."""
+        """Whether a shard is a dense array that can be mapped into memory without decoding."""
         return self.codec == "none" and not self.quantised
 
     @property
@@ -305,37 +306,37 @@ class StoreSchema:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one inner chunk of the features as stored, before compression."""
+        """The size in bytes of one inner chunk of the features as stored, before compression."""
         width = np.dtype(self.feature_type).itemsize
         return self.chunk_rows * math.prod(self.row_shape) * width
 
     @property
     def chunks_per_shard(self) -> int:
-        """Inner chunks in one shard of the features."""
+        """The number of inner chunks in one shard of the features."""
         return self.capacity // self.chunk_rows
 
     @property
     def index_bytes(self) -> int:
-        """Bytes of a shard's index: offset and length (u8) per inner chunk, then its crc32c."""
+        """The size of a shard's index: offset and length (u8) per inner chunk, then its crc32c."""
         return 16 * self.chunks_per_shard + CRC_BYTES
 
     def shard_bytes(self, rows: int) -> int:
-        """Size of the features file of a partition that lists `rows` samples.
+        """Return the size in bytes of the features file of a partition that lists `rows` samples.
 
-        Inner chunks that hold no listed row are absent from the shard. With a codec it is the
-        most that the file can take.
+        Inner chunks that hold no listed row are absent from the shard. With a codec, the result is
+        the largest size that the file can have.
         """
         chunks = -(-rows // self.chunk_rows)
         header = 0 if self.codec == "none" else BLOSC_HEADER_BYTES
         return chunks * (self.chunk_bytes + header + CRC_BYTES) + self.index_bytes
 
     def shard_can_have(self, size: int, rows: int) -> bool:
-        """Whether the features file of `rows` samples can have this size in bytes."""
+        """Return whether the features file of `rows` samples can have this size in bytes."""
         most = self.shard_bytes(rows)
         return size == most if self.codec == "none" else self.index_bytes < size <= most
 
     def arrays(self) -> dict[str, ArraySpec]:
-        """Every array of the store except the class texts (see `class_text_spec`)."""
+        """Return every array of the store except the class texts (see `class_text_spec`)."""
         arrays = {
             "features": ArraySpec(
                 shape=(self.rows, *self.row_shape),
@@ -348,7 +349,7 @@ class StoreSchema:
                 units="",
             )
         }
-        # By dimension: size of the array, and of a chunk.
+        # For each dimension: the size of the array and the size of a chunk.
         sizes = {
             "row": (self.rows, self.capacity),
             "tar": (self.tars, 1),
@@ -387,13 +388,12 @@ class StoreSchema:
 
 
 def class_text_spec(classes: int, dim: int) -> ArraySpec:
-    """The array `class_text/<prompt set>`: float32 [classes, dim], unit rows, one chunk."""
+    """Describe `class_text/<prompt set>`: float32 [classes, dim], rows of length 1, one chunk."""
     shape = (classes, dim)
     return ArraySpec(shape, "float32", shape, None, "NaN", (_BYTES, _CRC), ("class", "dim"), "")
 
 
-# What the integers of `commit`, `chunk_checksum`, `splits` and `status` mean, for readers that
-# know nothing of this package.
+# These attributes tell readers that do not know this package what the numbers of some arrays mean.
 ARRAY_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
     FEATURE_SCALE: {"meaning": "features x scale, in float16; -128 stands for NaN"},
     "commit": {"entries": list(COMMIT_ENTRIES)},
@@ -405,6 +405,6 @@ ARRAY_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
 
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
-# float16, or the type of a tier.
+# float16, or the type of another tier.
 FeatureArray = npt.NDArray[Any]
 RowArray = npt.NDArray[np.int64]

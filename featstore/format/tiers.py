@@ -1,8 +1,8 @@
-"""What a store holds of every frame: pooled embeddings, pixels, or tokens of the image tower.
+"""Tiers: what a store holds for every frame, be it pooled embeddings, pixels or tokens.
 
-A tier beside the pooled embeddings is a store of its own with the same tars, rows and commits; the
-rows of its `features` have another item: D for `embeddings`, [h, w, 3] for `frames`, [L, W] for
-`tokens:K` (L tokens of width W).
+Every tier is stored separately, with the same tars, rows and commits. Only the item, which a row
+of `features` holds for each frame, differs: [D] for `embeddings`, [h, w, 3] for `frames`, [L, W]
+for `tokens:K` (L tokens of width W from the image tower).
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ FRAMES: Final = "frames"
 TOKENS: Final = "tokens"
 
 _BLOCK = re.compile(r"(0|[1-9]\d{0,3})")
-# By kind: the types its features may be stored as, the first by default, and the item's dimensions.
+# For each kind: the types that its features may be stored as (the first is the default), and the
+# names of the item's dimensions.
 _KINDS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     EMBEDDINGS: (("float16", "int8"), ("dim",)),
     FRAMES: (("uint8",), ("height", "width", "channel")),
     TOKENS: (("float16",), ("token", "width")),
 }
-# More than any tower or picture has; keeps sizes of a store from anybody within 64 bits.
+# More than any tower or picture has. The limit keeps sizes that a store claims within 64 bits.
 _LARGEST: Final = 2**20
 
 
 @dataclass(frozen=True)
 class Tier:
-    """A kind of item, with the number of the tower's block for tokens."""
+    """A kind of item; for tokens also the number of the image tower's block."""
 
     kind: str = EMBEDDINGS
     block: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Tier:
-        """The tier that `--tier` and a store's attributes name; UserError for anything else."""
+        """Read a tier as `--tier` and a store's attributes spell it; UserError if it is unknown."""
         kind, colon, number = text.partition(":")
         if kind in (EMBEDDINGS, FRAMES) and not colon:
             return cls(kind)
@@ -51,7 +52,7 @@ class Tier:
 
     @property
     def text(self) -> str:
-        """The tier as `parse` takes it."""
+        """The tier as text that `parse` reads."""
         return self.kind if self.block is None else f"{self.kind}:{self.block}"
 
     @property
@@ -61,7 +62,7 @@ class Tier:
 
     @property
     def feature_types(self) -> tuple[str, ...]:
-        """What its numbers may be stored as, the usual type first."""
+        """The types that its numbers may be stored as, the usual one first."""
         return _KINDS[self.kind][0]
 
     @property
@@ -70,7 +71,7 @@ class Tier:
         return _KINDS[self.kind][1]
 
     def check_item(self, item: tuple[int, ...]) -> None:
-        """ValueError unless an item can have this shape."""
+        """Raise ValueError unless an item can have this shape."""
         names = self.dimension_names
         whole = all(type(size) is int and 0 < size <= _LARGEST for size in item)
         if not whole or len(item) != len(names) or math.prod(item) > 2**40:

@@ -1,1 +1,1 @@
-"""Rows and arrays of a store, read and checked."""
+"""Reading a store: its rows and arrays are checked before they are used."""

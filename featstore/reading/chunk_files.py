@@ -1,9 +1,9 @@
-"""Chunk files read without zarr: size and checksum first, then the bytes.
+"""Read chunk files without zarr: check size and checksum first, then decode the bytes.
 
-zarr-python 3.1.6 gives fill values for a missing file and for a zero-byte one, and decodes
-compressed text of any announced length; a store that must never answer with zeros, and may come
-from anybody, is read here instead (the features in `featstore.reading.features`). Every error is a
-WorkError that names the partition and the remedy.
+zarr-python 3.1.6 returns fill values for a missing or an empty file, and decodes compressed text
+of any announced length. But a store must never answer with zeros, and it may come from anybody, so
+its chunks are read here (features in `featstore.reading.features`). Every error is a WorkError that
+names the partition and the remedy.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from featstore.format.metadata import StoreMetadata, without_links
 from featstore.format.schema import CRC_BYTES, PARTITION_ARRAYS, PER_TAR_ARRAYS, SMALL_ARRAYS
 
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
-# A key is a file name (at most 255 bytes, three times that when quoted), a reason one line.
+# A key is a file name (at most 255 bytes, three times that when quoted), a reason is one line.
 MAX_TEXT_BYTES: Final = 4096
 _MAX_TEXT_CHUNK: Final = 2**30
 
 
 def text_chunk_limit(capacity: int) -> int:
-    """The most bytes that the strings of a partition may take (before zstd)."""
+    """Return how many bytes the strings of a partition may take at most (before zstd)."""
     return min(_MAX_TEXT_CHUNK, 4 + capacity * (4 + MAX_TEXT_BYTES))
 
 
 def _text_file_limit(capacity: int) -> int:
-    """The most bytes of their file: what cannot be compressed gets longer (ZSTD_COMPRESSBOUND)."""
+    """Return the most bytes of such a file: zstd may make text longer (ZSTD_COMPRESSBOUND)."""
     most = text_chunk_limit(capacity)
     return most + most // 256 + 1024
 
 
 class DamagedPartition(WorkError):
-    """A committed partition is not as it was written; `what` says it without place and remedy."""
+    """A committed partition is not as it was written; `what` names only the damage itself."""
 
     def __init__(self, what: str, message: str) -> None:
         super().__init__(message)
@@ -49,10 +49,11 @@ class DamagedPartition(WorkError):
 
 
 class Commit(NamedTuple):
-    """One entry of `commit`: the partition is done when it is there and the shard has its size.
+    """One entry of `commit`; a partition is done if it has one and its shard has the recorded size.
 
-    `rows` listed samples, crc32c over the rows' checksums, size of the features shard in bytes,
-    time of writing in seconds since 1970; uint64 [1, 4] in the array.
+    It holds the number of listed samples, the crc32c over the checksums of the rows, the size of
+    the features shard in bytes, and the time of writing in seconds since 1970. In the array it is
+    uint64 [1, 4].
     """
 
     rows: int
@@ -62,7 +63,7 @@ class Commit(NamedTuple):
 
 
 class ChunkFiles:
-    """Reads the chunk files of one store (partition = tar number)."""
+    """Reads the chunk files of one store; the partition of a tar has the tar's number."""
 
     def __init__(self, store: Path, metadata: StoreMetadata) -> None:
         self.store = store
@@ -71,12 +72,12 @@ class ChunkFiles:
         self.schema = metadata.schema
         self.specs = metadata.schema.arrays()
         self._recorded: dict[int, dict[str, int]] = {}
-        self._committed: dict[int, bytes] = {}  # the entries that were given out, by partition
+        self._committed: dict[int, bytes] = {}  # the entries that `commit` returned, by partition
 
     def check_small_sizes(self, tar: int) -> None:
-        """WorkError unless the small arrays' chunks are files that can have been written.
+        """Raise WorkError unless the chunk files of the small arrays have a possible size.
 
-        Also where this user may not read one of the partition.
+        Also raises WorkError if this user may not read a file of the partition.
         """
         for name in PARTITION_ARRAYS:
             if os.path.exists(path := self.path(name, tar)) and not os.access(path, os.R_OK):
@@ -87,21 +88,21 @@ class ChunkFiles:
                 size = _size_of_file(path)
             except ValueError as error:
                 raise self.damaged(tar, f"{name} chunk {error}") from error
-            if spec.dtype == "string":  # as long as zstd made it
+            if spec.dtype == "string":  # its length depends on the compression
                 if not CRC_BYTES < size <= _text_file_limit(self.schema.capacity):
                     raise self.damaged(tar, f"{name} chunk has {size} bytes")
             elif size != spec.file_bytes:
                 raise self.damaged(tar, f"{name} chunk has {size} bytes, not {spec.file_bytes}")
 
     def path(self, array: str, tar: int) -> Path:
-        """Where the chunk file lies; UserError if a symbolic link is on the way."""
+        """Return the path of the chunk file; UserError if a symbolic link is on the way."""
         return without_links(self._root, f"{array}/{self.specs[array].chunk_key(tar)}")
 
     def make_way(self, array: str, tar: int) -> Path:
-        """As `path`, after removing everything that stands in the way of a new file there.
+        """Return `path` after removing everything that stands in the way of a new file there.
 
         That is a folder or a symbolic link in the place of the file itself, or a file in the place
-        of a folder. UserError for a link on the way there, which is never followed.
+        of a folder. A symbolic link on the way is never followed, but raises UserError.
         """
         *folders, _ = parts = self.specs[array].chunk_key(tar).split("/")
         for depth in range(1, len(folders) + 1):
@@ -116,9 +117,9 @@ class ChunkFiles:
         return path
 
     def commit(self, tar: int) -> Commit | None:
-        """The commit entry of a partition, None when it was never committed.
+        """Return the commit entry of a partition, or None if it was never committed.
 
-        WorkError when the entry is there and damaged.
+        Raises WorkError if there is an entry but it is damaged.
         """
         try:
             values = self.numbers("commit", tar).reshape(-1)
@@ -130,28 +131,28 @@ class ChunkFiles:
         expected_rows = self.metadata.tars[tar].rows
         if commit.rows != expected_rows:
             raise self.damaged(
-                tar, f"commit entry lists {commit.rows} samples, the tar has {expected_rows}"
+                tar, f"commit entry lists {commit.rows} samples, but the tar has {expected_rows}"
             )
         if not self.schema.shard_can_have(commit.features_bytes, commit.rows):
-            raise self.damaged(tar, "commit entry records a size no shard can have")
+            raise self.damaged(tar, "commit entry records a size that no shard can have")
         self._committed[tar] = values.tobytes()
         return commit
 
     def check_shard(self, tar: int, commit: Commit) -> Path:
-        """Path of a committed partition's features shard; WorkError unless it has its size."""
+        """Return the path of a committed features shard; WorkError if its size is wrong."""
         path = self.path("features", tar)
         try:
             size = _size_of_file(path)
             if size == commit.features_bytes:
                 return path
-            problem = f"has {size} bytes, {commit.features_bytes} were written"
+            problem = f"has {size} bytes, but {commit.features_bytes} were written"
         except ValueError as error:
             problem = str(error)
         name = self.specs["features"].chunk_key(tar)
         raise self.damaged(tar, f"features shard {name} {problem}")
 
     def numbers(self, array: str, tar: int) -> npt.NDArray[Any]:
-        """The partition's chunk of a numeric array, read-only, in the shape of one chunk."""
+        """Return the partition's chunk of a numeric array, read-only, in the shape of a chunk."""
         spec = self.specs[array]
         body = self._checked_bytes(array, tar, spec.file_bytes)
         size = len(body) + CRC_BYTES
@@ -160,8 +161,8 @@ class ChunkFiles:
         return np.frombuffer(body, spec.numpy_dtype).reshape(spec.chunks)
 
     def texts(self, array: str, tar: int) -> list[str]:
-        """The partition's chunk of a string array: `capacity` strings."""
-        # Imported here: it takes longer than opening a store, and labels need no codec.
+        """Return the partition's chunk of a string array: `capacity` strings."""
+        # Imported here because it takes longer than opening a store, and labels need no codec.
         from numcodecs import VLenUTF8, Zstd
 
         capacity = self.schema.capacity
@@ -181,10 +182,10 @@ class ChunkFiles:
         return decoded
 
     def damaged(self, tar: int, what: str) -> DamagedPartition:
-        """The error for a damaged committed partition, with its remedy.
+        """Return the error for a damaged committed partition, with its remedy.
 
-        The message is another one if the partition is no longer the one whose commit entry was
-        read: a writer is replacing it, or has replaced it.
+        If a writer is replacing or has replaced the partition since its commit entry was read, the
+        message says that instead.
         """
         if self._written_anew(tar):
             return DamagedPartition(
@@ -212,13 +213,13 @@ class ChunkFiles:
         return now != known
 
     def _checked_bytes(self, array: str, tar: int, limit: int) -> bytes:
-        """Content of a chunk file without its checksum, once that agrees with file and commit."""
+        """Return a chunk file's bytes without their checksum, after checking file and commit."""
         path = self.path(array, tar)
         try:
             body, crc = read_checked(path, limit)
         except ValueError as error:
             raise self.damaged(tar, f"{array} chunk {error}") from error
-        # The file's own checksum cannot tell that it is another partition's file.
+        # The checksum inside the file would not show that the file belongs to another partition.
         if array in SMALL_ARRAYS and crc != self._recorded_checksums(tar)[array]:
             raise self.damaged(tar, f"{array} chunk is not the one that was committed")
         return body
@@ -233,7 +234,7 @@ class ChunkFiles:
 
 
 def _size_of_file(path: Path) -> int:
-    """Size of a regular file in bytes; ValueError says what is there instead."""
+    """Return the size of a regular file in bytes; ValueError says why it is no such file."""
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
@@ -246,7 +247,7 @@ def _size_of_file(path: Path) -> int:
 
 
 def _zstd_content_size(frame: bytes) -> int | None:
-    """Content size that a Zstandard frame header announces (RFC 8878, 3.1.1.1), if it does."""
+    """Return the content size in a Zstandard frame header (RFC 8878, 3.1.1.1), or None."""
     if len(frame) < 6 or frame[:4] != _ZSTD_MAGIC:
         return None
     descriptor = frame[4]

@@ -1,8 +1,8 @@
-"""Features that are not mapped: compressed or int8 ones, and any where the system cannot map.
+"""Decode features that are not mapped: compressed or int8 ones, or all if the system cannot map.
 
-They are decoded an inner chunk at a time; zarr would read the same and takes twice as long for it.
-What a compressed chunk announces about its length is held against the schema before it is decoded,
-so that a small file cannot fill the memory.
+They are decoded one inner chunk at a time; zarr would return the same in twice the time. The length
+that a compressed chunk announces is compared with the schema before decoding, so that a small file
+cannot fill the memory.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.shards import ShardFile
 
 _HEADER: Final = np.dtype([("flags", "<u4"), ("decoded", "<u4"), ("block", "<u4"), ("all", "<u4")])
-"""Of a Blosc chunk (c-blosc, README_CHUNK_FORMAT): bytes 4-7 say its decoded length, bytes 12-15
-its encoded one."""
+"""The header of a Blosc chunk (c-blosc, README_CHUNK_FORMAT): bytes 4-7 hold the decoded length,
+bytes 12-15 the encoded length."""
 
 _KEPT_BYTES: Final = 50_000_000
-"""Of the chunks of a store that were decoded last, which are kept."""
+"""The most recently decoded chunks of a store are kept in memory, up to about this many bytes."""
 
 
 def read_scale(files: ChunkFiles) -> FloatArray | None:
-    """The scale of the store's int8 features, float32 [D]; None where they are float16.
+    """Return the scale of the store's int8 features, float32 [D]; None if they are not int8.
 
-    WorkError when it is damaged.
+    Raises WorkError if the scale is damaged.
     """
     if not files.schema.quantised:
         return None
@@ -48,11 +48,11 @@ def read_scale(files: ChunkFiles) -> FloatArray | None:
 
 
 class CodedFeatures:
-    """The features of a store, decoded. Safe to share between threads."""
+    """Decodes the features of a store. Safe to share between threads."""
 
     def __init__(self, files: ChunkFiles) -> None:
         self._files = files
-        # A whole chunk is decoded for each row, and the next row asked for is often in the same.
+        # A whole chunk is decoded for each row, and the next row is often in the same chunk.
         chunk_bytes = files.schema.chunk_rows * files.schema.row_bytes
         self._chunk = lru_cache(max(1, _KEPT_BYTES // chunk_bytes))(self._decoded)
 
@@ -61,15 +61,15 @@ class CodedFeatures:
     ) -> list[int]:
         """Fill `out` [n, V, F, D] with rows first, first + 1, ... of one inner chunk.
 
-        Returns as `ShardFile.read`. ValueError for a chunk that cannot be read, WorkError for a
-        shard of another size and a damaged scale.
+        Returns the same as `ShardFile.read`. Raises ValueError for a chunk that cannot be read,
+        WorkError for a shard of the wrong size and for a damaged scale.
         """
         number, row = divmod(first, self._files.schema.chunk_rows)
         out[:] = self._chunk(tar, commit, number)[row : row + len(out)]
         return [crc32c(out)] if check else []
 
     def _decoded(self, tar: int, commit: Commit, number: int) -> FeatureArray:
-        """An inner chunk, [chunk_rows, V, F, D]; errors as `read`."""
+        """Decode an inner chunk, [chunk_rows, V, F, D]; errors as `read`."""
         schema = self._files.schema
         with ShardFile(self._files.check_shard(tar, commit), schema, commit.rows) as file:
             data = file.chunk(number)
@@ -77,7 +77,7 @@ class CodedFeatures:
             announced = np.frombuffer(data[: _HEADER.itemsize], _HEADER)[0]
             if (announced["decoded"], announced["all"]) != (schema.chunk_bytes, len(data)):
                 raise ValueError("a features chunk announces an impossible length")
-            # Imported here: it takes longer than opening a store, and most are read without.
+            # Imported here because it takes longer than opening a store, and most do not need it.
             from numcodecs.blosc import decompress
 
             try:

@@ -1,8 +1,8 @@
-"""Damage that was found, noted beside the store so that the next extraction repairs it.
+"""Note damage in a file beside the store, so that the next extraction repairs it.
 
-The note is `STORE.damaged.json`: by partition the reason and the commit entry as it was found. A
-finding holds as long as the partition has that entry; writing the partition again changes the
-entry. `StoreWriter.done` reads the note, so that `mote-cli extract` does damaged partitions again.
+The note is `STORE.damaged.json`: for each damaged partition, the reason and the commit entry that
+was found. A finding is valid as long as the partition has that entry; writing the partition again
+changes it. `StoreWriter.done` reads the note, so `mote-cli extract` redoes damaged partitions.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ _ENTRY_LIMIT: Final = 256
 
 
 def note_path(store: Path) -> Path:
-    """Where damage of a store is noted."""
+    """Return the path of the file in which damage of a store is noted."""
     return store.with_name(f"{store.name}.damaged.json")
 
 
 class DamageNote:
-    """The findings that are noted beside a store, as they are when this is made."""
+    """The findings that are noted beside a store; they are read once, when this object is made."""
 
     def __init__(self, files: ChunkFiles) -> None:
-        """Read the note; UserError when it is not one of ours."""
+        """Read the note; UserError if it cannot be read or mote did not write it."""
         self._files = files
         self._found: dict[int, tuple[str, str]] = {}  # reason and commit entry by partition
         note = note_path(files.store)
@@ -54,20 +54,20 @@ class DamageNote:
             ) from error
 
     def reason(self, tar: int) -> str | None:
-        """The damage of a partition; None if none was found or it was written again since."""
+        """Return the damage of a partition; None if it has none or was written again since."""
         reason, commit = self._found.get(tar, (None, None))
         return reason if commit == _entry(self._files, tar) else None
 
     def reasons(self) -> dict[int, str]:
-        """Reason by partition of the findings that still hold."""
+        """Return the findings that are still valid: partition number to reason."""
         found = {tar: self.reason(tar) for tar in self._found}
         return {tar: reason for tar, reason in found.items() if reason is not None}
 
 
 def note_damage(files: ChunkFiles, reasons: Mapping[int, str]) -> Path | None:
-    """Note the findings in place of earlier ones; without findings the note is removed.
+    """Replace the earlier note by these findings; without findings, remove the note.
 
-    Returns the note's path, None without findings. OSError where it cannot be written.
+    Returns the path of the note, or None without findings. Raises OSError if it cannot be written.
     """
     note = note_path(files.store)
     if not reasons:
@@ -84,8 +84,8 @@ def note_damage(files: ChunkFiles, reasons: Mapping[int, str]) -> Path | None:
 
 
 def _entry(files: ChunkFiles, tar: int) -> str:
-    """The commit entry's bytes as they lie on the disk, in hexadecimal; "" when there is none."""
+    """Return the bytes of the commit entry's file in hexadecimal; "" if there is none."""
     try:
         return read_bounded(files.path("commit", tar), _ENTRY_LIMIT).hex()
-    except (OSError, ValueError):  # UserError for a link, too
+    except (OSError, ValueError):  # UserError, which a symbolic link raises, is a ValueError
         return ""

@@ -1,9 +1,9 @@
-"""Reading features: every row is proven to be the one that was committed before it is given out.
+"""Read features. Before a row is returned, its checksum proves that it is the committed one.
 
 Single rows and frames are gathered from memory-mapped shards, whose inner chunks are checked when
-they are first touched; many rows at once are read from the files and checked as they come.
+they are first used; many rows at once are read from the files and checked while reading.
 
-Dimension letters: V views, F stored frames, D dim (in tiers the item); n rows asked for.
+Dimension letters: V views, F stored frames, D dim (in other tiers the item), n requested rows.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Shards that are opened together: after the megabytes of one, all that opening the next needs is
-# out of the core's caches. Far below the number of files that a process may have open.
+# How many shards are opened together, because reading the megabytes of one shard removes from the
+# core's caches all that opening the next one needs. Far below the limit of open files per process.
 _OPEN_AT_ONCE: Final = 32
 
 
@@ -48,7 +48,7 @@ class FeatureFiles:
         key_of: Callable[[int], str],
         mapped: bool,
     ) -> None:
-        """`key_of` gives the key of an array row, for messages; `mapped` as `open_store`."""
+        """`key_of` returns the key of an array row, for messages. For `mapped` see `open_store`."""
         self._files = files
         self._schema = files.schema
         self._commits = commits
@@ -56,23 +56,23 @@ class FeatureFiles:
         self._map = self._reserved() if mapped and self._schema.mappable else None
         self._coded = CodedFeatures(files)
         self._lock = threading.Lock()
-        self._checksums: dict[int, Checksums] = {}  # by partition, of its rows
-        # Of inner chunks, counted over all shards; what a chunk holds beyond the listed rows is
-        # not part of it. Only those of partitions in `_checksums` are set.
+        self._checksums: dict[int, Checksums] = {}  # checksums of the rows, by partition
+        # The checksums of the inner chunks, counted over all shards, without what a chunk holds
+        # beyond the listed rows. They are set only for the partitions in `_checksums`.
         chunks = self._schema.tars * self._schema.chunks_per_shard
         self._chunk_checksums = np.zeros(chunks, np.uint32)
-        self._checked = np.zeros(chunks, bool)  # of the map
+        self._checked = np.zeros(chunks, bool)  # which chunks of the map were checked
 
     @property
     def mapped(self) -> bool:
-        """Whether features are memory-mapped, else decoded chunk by chunk."""
+        """Whether features are memory-mapped; otherwise they are decoded chunk by chunk."""
         return self._map is not None
 
     def gather(self, rows: RowArray, views: RowArray | None, frames: RowArray | None) -> Tensor:
-        """Features [n, V', F', D] of listed array rows, in the store's type.
+        """Return the features [n, V', F', D] of listed array rows, in the store's dtype.
 
-        `views` [n] takes one view of each row (V' = 1), None all; `frames` [n, F'], None all (with
-        `views` None only). Needs `mapped`. Errors as `Store.features`.
+        `views` [n] picks one view of each row (V' = 1), None picks all; `frames` is [n, F'], or
+        None for all (only if `views` is None). Needs `mapped`. Errors as `Store.features`.
         """
         import torch
 
@@ -82,7 +82,7 @@ class FeatureFiles:
         stored, item = shape[1], shape[2:]
         dim = math.prod(item)
         if frames is None and not self._schema.pooled:
-            # As many windows as there are numbers, each a row wide, would be more than 2**63.
+            # One window per number, each as wide as a row, would be more than 2**63 numbers.
             frames = np.broadcast_to(np.arange(stored), (len(rows), stored))
         if frames is None:
             index, width, taken = starts, math.prod(shape), shape
@@ -105,14 +105,14 @@ class FeatureFiles:
         check: bool = True,
         progress: ProgressSink = no_progress,
     ) -> None:
-        """Read listed array rows into `out` [n, V, F, D], C-contiguous, in the store's type.
+        """Read listed array rows into `out` [n, V, F, D], C-contiguous, in the store's dtype.
 
-        Each shard is opened once, whatever the order of the rows, and rows that lie together are
-        read together. `check` False skips the comparison with the checksums of the rows.
-        `progress` counts rows.
+        Each shard is opened once, whatever the order of the rows, and neighbouring rows are read
+        together. `check` False skips the comparison with the checksums of the rows. `progress`
+        counts rows. Errors as `Store.features`.
         """
         schema = self._schema
-        # Coded features are read chunk by chunk.
+        # Features that are not mapped are decoded chunk by chunk.
         runs = list(_runs(rows, schema.chunk_rows if self._map is None else schema.capacity))
         runs.sort(key=lambda run: int(rows[run[0]]))
         tars = rows[[start for start, _ in runs]] // schema.capacity
@@ -140,7 +140,7 @@ class FeatureFiles:
                     progress(done, len(rows))
 
     def _row_starts(self, rows: RowArray) -> RowArray:
-        """Where rows begin in the map, in numbers; their chunks are mapped and checked."""
+        """Map and check the chunks of `rows`; return where each row begins, counted in numbers."""
         chunks = rows // self._schema.chunk_rows
         fresh = ~self._checked[chunks]
         if fresh.any():
@@ -152,7 +152,7 @@ class FeatureFiles:
         return starts
 
     def _check_chunks(self, chunks: RowArray) -> None:
-        """Map the shards of these inner chunks and compare them with the rows' checksums."""
+        """Map the shards of these inner chunks and check the chunks against the rows' checksums."""
         assert self._map is not None
         per_shard, chunk_rows = self._schema.chunks_per_shard, self._schema.chunk_rows
         self._require_checksums(np.unique(chunks // per_shard))
@@ -172,9 +172,9 @@ class FeatureFiles:
             self._checked[chunk] = True
 
     def _compare(self, first: int, features: FeatureArray, checksums: list[int]) -> None:
-        """WorkError unless rows first, first + 1, ... of one partition are as committed.
+        """Raise WorkError unless rows first, first + 1, ... of one partition are as committed.
 
-        `checksums` are those of the parts of `features` that lie in one inner chunk each.
+        `checksums` holds one checksum for each part of `features` that lies in one inner chunk.
         """
         tar, position = divmod(first, self._schema.capacity)
         chunk_rows, listed = self._schema.chunk_rows, self._commits[tar].rows
@@ -190,7 +190,7 @@ class FeatureFiles:
             position = stop
 
     def _compare_rows(self, tar: int, position: int, features: FeatureArray) -> None:
-        """As `_compare`, row by row: for parts of chunks, and to say which row is damaged."""
+        """Compare row by row: for parts of chunks, and to find which row is damaged."""
         recorded = self._checksums[tar][position : position + len(features)].tolist()
         for i, expected in enumerate(recorded):
             if crc32c(features[i]) != expected:
@@ -198,14 +198,14 @@ class FeatureFiles:
                 raise self._files.damaged(tar, f"features of sample {key!r} fail their checksum")
 
     def _require_checksums(self, tars: npt.NDArray[np.integer]) -> None:
-        """Have the checksums of the rows and chunks of these partitions."""
+        """Read the checksums of these partitions, of rows and chunks, unless they were read."""
         fresh = [tar for tar in tars.tolist() if tar not in self._checksums]
         schema = self._schema
         for tar in fresh:
             commit = self._commits[tar]
             recorded: Checksums = self._files.numbers("checksum", tar)[: commit.rows]
             if crc32c(recorded) != commit.checksum_crc32c:
-                raise self._files.damaged(tar, "row checksums are not those of the commit entry")
+                raise self._files.damaged(tar, "row checksums do not match the commit entry")
             sums = chunk_checksums(recorded, schema.chunk_rows, schema.row_bytes)
             first = tar * schema.chunks_per_shard
             self._chunk_checksums[first : first + len(sums)] = sums
@@ -213,10 +213,10 @@ class FeatureFiles:
 
     @contextmanager
     def _reading(self, tar: int, check: bool) -> Iterator[Callable[[int, FeatureArray], list[int]]]:
-        """What reads rows of a partition from some position in it, from its file or decoded.
+        """Yield a function that reads rows of a partition, beginning at a position in it.
 
-        It returns, if `check`, the crc32c of the parts that lie in one inner chunk each; rows that
-        are decoded must be of one chunk.
+        If `check`, the function returns a crc32c for each inner chunk that it read from. When it
+        decodes instead of reading from the file, all its rows must lie in one chunk.
         """
         commit = self._commits[tar]
         path = self._files.check_shard(tar, commit)
@@ -242,7 +242,7 @@ class FeatureFiles:
 
 
 def _runs(rows: RowArray, width: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the parts of `rows` that lie one after another; none crosses k * width."""
+    """Yield (start, stop) of each run of consecutive numbers in `rows`; none crosses k * width."""
     if len(rows):
         breaks = (np.diff(rows) != 1) | (rows[1:] // width != rows[:-1] // width)
         yield from pairwise([0, *(np.flatnonzero(breaks) + 1).tolist(), len(rows)])

@@ -1,10 +1,10 @@
-"""The features' shards as files: read in large pieces, or all mapped into one range of memory.
+"""Read the files of feature shards in large pieces, or map all of them into one range of memory.
 
-Without compression a shard is a dense array behind an index that carries its own checksum
-(Zarr v3 sharding, index at the end). Nothing here compares the features with their checksums:
-`featstore.reading.features` does.
+An uncompressed shard is a dense array, followed by an index with a checksum of its own (Zarr v3
+sharding, index at the end). Nothing here compares the features with the checksums of their rows;
+`featstore.reading.features` does that.
 
-Letters: V views, F frames, D dim, in tiers the item.
+Dimension letters: V views, F frames, D dim (in other tiers the item).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _MAP_FIXED: Final = 0x10  # Linux and macOS; Python's mmap has no name for it
 
 
 class ShardFile:
-    """One features shard, opened for reading. A context manager."""
+    """One features shard, opened for reading; a context manager that closes it."""
 
     def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
         """Open the shard of a partition that lists `rows` samples and check its index.
 
-        ValueError when it cannot be read, has another size or its index is wrong.
+        Raises ValueError if it cannot be read, has the wrong size or a wrong index.
         """
         self._chunk_rows = schema.chunk_rows
         self._row_bytes = schema.row_bytes
@@ -55,8 +55,8 @@ class ShardFile:
     def read(self, first: int, out: FeatureArray, check: bool = False) -> list[int]:
         """Fill `out` [n, V, F, D] with rows first, first + 1, ...
 
-        Returns, if `check`, the crc32c of the parts that lie in one inner chunk each. ValueError
-        when the file cannot be read.
+        If `check`, returns a crc32c for each inner chunk that it read from, otherwise []. Raises
+        ValueError if the file cannot be read.
         """
         target = out.reshape(-1).view(np.uint8)
         chunk, row = divmod(first, self._chunk_rows)
@@ -77,7 +77,7 @@ class ShardFile:
         return checksums
 
     def chunk(self, number: int) -> Bytes:
-        """An inner chunk as it is stored, uint8; ValueError as `read`, or for a wrong checksum."""
+        """Return an inner chunk as it is stored, uint8; errors as `read`, or a wrong checksum."""
         stored: Bytes = np.empty(self._lengths[number], np.uint8)
         self._fill(stored, self.offsets[number])
         body = stored[:-CRC_BYTES]
@@ -86,7 +86,7 @@ class ShardFile:
         return body
 
     def recorded_checksum(self, chunk: int) -> int:
-        """The checksum that is stored behind an inner chunk; errors as `read`."""
+        """Return the checksum that is stored after an inner chunk; errors as `read`."""
         stored: Bytes = np.empty(CRC_BYTES, np.uint8)
         self._fill(stored, self.offsets[chunk] + self._chunk_rows * self._row_bytes)
         return int(stored.view("<u4")[0])
@@ -102,9 +102,10 @@ class ShardFile:
         self.close()
 
     def _read_index(self, schema: StoreSchema, rows: int, start: int) -> None:
-        """Offset and length of each inner chunk with listed rows, from the index at `start`.
+        """Read offset and length of each inner chunk with listed rows from the index at `start`.
 
-        ValueError when it fails its checksum or a chunk is misplaced or cannot be as long.
+        Raises ValueError if the index fails its checksum, or a chunk has an impossible place or
+        length.
         """
         index: Bytes = np.empty(schema.index_bytes, np.uint8)
         self._fill(index, start)
@@ -120,7 +121,7 @@ class ShardFile:
                 raise ValueError(f"chunk {number} of the shard is absent or misplaced")
 
     def _fill(self, out: Bytes, offset: int) -> None:
-        """Fill `out` with the bytes from `offset` on."""
+        """Fill `out` with the bytes that begin at `offset`."""
         try:
             got = os.preadv(self.descriptor, [out], offset)  # type: ignore[list-item]
         except OSError as error:
@@ -134,23 +135,23 @@ class ShardFile:
 class ShardMap:
     """All features shards of a store in one range of addresses, each mapped when it is needed.
 
-    One range makes any choice of rows and frames of the whole store a single `index_select`, where
-    a map per shard would cost a call per shard and batch. Addresses cost nothing; those of shards
-    that are not mapped cannot be read at all. Maps need no open files, of which a process may
-    have fewer than a large store has shards.
+    With one range, a single `index_select` gathers any rows and frames of the whole store; a map
+    per shard would cost a call per shard and batch. Addresses cost nothing, and the addresses of
+    shards that are not mapped cannot be read. A map needs no open file; a large store may have
+    more shards than a process may have open files.
     """
 
     def __init__(self, schema: StoreSchema) -> None:
-        """Reserve the addresses; OSError when the process may not have as many."""
+        """Reserve the addresses; OSError if the process may not have that many."""
         self._schema = schema
         page = mmap.ALLOCATIONGRANULARITY
         self._span = -(-schema.shard_bytes(schema.capacity) // page) * page
         size = self._span * schema.tars
-        # Freed with the last array that looks into it, and all shards' maps with it.
+        # The range and the maps of all shards are freed with the last array that views it.
         self._range = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON, prot=0)
         self._address = np.frombuffer(self._range, np.uint8).ctypes.data
-        # torch warns of memory that is read-only; it is, and nobody writes to it. Made from the
-        # address, the memory looks writeable; it holds on to the map.
+        # torch warns about read-only memory. This memory is read-only, and nobody writes to it; but
+        # made from the address, it looks writeable. `owner` keeps the map alive.
         memory = (ctypes.c_uint8 * size).from_address(self._address)
         memory.owner = self._range  # type: ignore[attr-defined]
         self._width = schema.dtype.itemsize
@@ -158,7 +159,7 @@ class ShardMap:
             : size // self._width * self._width
         ].view(schema.dtype.newbyteorder("<"))
         self._windows: dict[int, Tensor] = {}
-        # Where each inner chunk begins, in numbers from the start of the range; -1: not mapped.
+        # Where each inner chunk begins, counted in numbers from the range's start; -1: not mapped.
         self.starts = np.full(schema.tars * schema.chunks_per_shard, -1, np.int64)
 
     def add(self, tar: int, path: Path, rows: int) -> None:
@@ -174,7 +175,7 @@ class ShardMap:
         self.starts[first : first + len(offsets)] = (start + offsets) // self._width
 
     def chunk(self, number: int, rows: int) -> FeatureArray:
-        """The first `rows` rows of an inner chunk (counted over all shards), read-only view."""
+        """Return a read-only view of the first rows of an inner chunk (counted over all shards)."""
         start = int(self.starts[number])
         size = rows * self._schema.row_bytes // self._width
         view: FeatureArray = self._numbers[start : start + size].reshape(
@@ -184,7 +185,7 @@ class ShardMap:
         return view
 
     def windows(self, width: int) -> Tensor:
-        """[numbers - width + 1, width]: row i is the `width` numbers from number i on."""
+        """Return [numbers - width + 1, width]: row i holds the `width` numbers from index i."""
         import torch
 
         found = self._windows.get(width)
@@ -196,7 +197,7 @@ class ShardMap:
 
 
 def _map_over(address: int, length: int, descriptor: int) -> None:
-    """Map a file read-only at an address inside a range that is ours."""
+    """Map a file read-only at an address inside a range that we reserved."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (

@@ -1,7 +1,7 @@
-"""Reading a store: opened and checked at once, everything else on demand, never a wrong number.
+"""Read a store. Opening checks it; features are read when needed, and never give a wrong number.
 
-Dimension letters: V views, F frames, D dim, in tiers the item; n rows asked for. "Row" is the
-array row `tar * capacity + position`; per-sample lists are aligned with `Store.rows`.
+Dimension letters: V views, F frames, D dim (in other tiers the item), n requested rows. "Row" is
+the array row `tar * capacity + position`; per-sample lists are in the order of `Store.rows`.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.features import FeatureFiles
 
-# Bytes kept per row must fit into memory, whatever a store claims; Kinetics-700 has 650,000.
+# The bytes kept per row must fit into memory, whatever a store claims. Kinetics-700: 650,000 rows.
 MAX_ROWS: Final = 2**30
 
 
 def _per_sample(array: str, docstring: str) -> cached_property[npt.NDArray[Any]]:
-    """A property of `Store`: what `array` holds of every listed sample, read-only, in its order."""
+    """A property of `Store`: the values of `array` for all listed samples, in order, read-only."""
     numbers = cached_property[npt.NDArray[Any]](lambda store: store._numbers(array))
     numbers.__doc__ = docstring
     return numbers
 
 
 class Store:
-    """A feature store, read-only, lazy and safe to share between threads.
+    """A read-only feature store that reads on demand and is safe to share between threads.
 
-    It shows the partitions that were committed when it was opened. Pickled by path, so worker
-    processes open their own. Every row of features is compared with its recorded checksum before
-    it is first given out.
+    It shows the partitions that were committed when it was opened. Pickling keeps only the path,
+    so worker processes open the store themselves. Before a row of features is returned for the
+    first time, it is compared with its recorded checksum.
     """
 
     def __init__(self, path: Path, *, mapped: bool = True) -> None:
-        # Absolute: the same store after a change of folder, and for processes that have another.
+        # Absolute, so that the path stays right when this or another process changes its folder.
         self.path = path = path.absolute()
         self._mapped = mapped
         self._metadata = read_metadata(path)
         if self.schema.rows > MAX_ROWS:
             raise UserError(
-                f"{path} has {self.schema.rows} rows, at most {MAX_ROWS} are read: do not "
+                f"{path} has {self.schema.rows} rows, and mote reads at most {MAX_ROWS}: do not "
                 "open a store from a source you do not trust"
             )
         self._files = ChunkFiles(path, self._metadata)
         found = {tar: self._intact_commit(tar) for tar in range(self.schema.tars)}
         self._commits = {tar: commit for tar, commit in found.items() if commit is not None}
-        # Listed rows by partition.
+        # The number of listed rows of each partition.
         self._limits = np.array([c.rows if c else 0 for c in found.values()], np.int64)
         self._features = FeatureFiles(self._files, self._commits, self._key_of, mapped)
 
@@ -70,21 +70,21 @@ class Store:
 
     @property
     def schema(self) -> StoreSchema:
-        """Sizes of the store."""
+        """The sizes of the store."""
         return self._metadata.schema
 
     @property
     def tier(self) -> str:
-        """What the features are ("embeddings", "frames", "tokens:K"; `featstore.format.tiers`)."""
+        """The kind of the features: "embeddings", "frames" or "tokens:K" (see `format.tiers`)."""
         return self.schema.tier
 
     @property
     def mapped(self) -> bool:
-        """Whether features are memory-mapped, else decoded chunk by chunk."""
+        """Whether features are memory-mapped; otherwise they are decoded chunk by chunk."""
         return self._features.mapped
 
     def require_embeddings(self) -> None:
-        """UserError unless the features are embeddings, which heads work on."""
+        """Raise UserError unless the features are embeddings, which heads work on."""
         if not self.schema.pooled:
             raise UserError(
                 f"{self.path.name} holds {self.tier}, not the embeddings that heads work on: "
@@ -98,7 +98,7 @@ class Store:
 
     @property
     def tars(self) -> tuple[TarEntry, ...]:
-        """The packed tars the store covers, by partition number."""
+        """The packed tars that the store covers, by partition number."""
         return self._metadata.tars
 
     @property
@@ -113,12 +113,12 @@ class Store:
 
     @property
     def split_names(self) -> list[str]:
-        """Names of the splits rows may belong to."""
+        """Names of the splits that rows may belong to."""
         return list(self._metadata.split_names)
 
     @property
     def complete(self) -> bool:
-        """Whether every tar has its committed partition."""
+        """Whether every tar has a committed partition."""
         return len(self._commits) == self.schema.tars
 
     def partitions(self) -> Iterator[int]:
@@ -126,9 +126,9 @@ class Store:
         return iter(sorted(self._commits))
 
     def iter_partitions(self) -> Iterator[tuple[int, RowArray, FeatureArray]]:
-        """(number, array rows [n], features float16 [n, V, F, D]) of each partition, ascending.
+        """Yield (number, array rows [n], features float16 [n, V, F, D]) by ascending partition.
 
-        One partition at a time is in memory. Errors as `features`.
+        Only one partition at a time is in memory. Errors as `features`.
         """
         for tar in self.partitions():
             first = tar * self.schema.capacity
@@ -138,7 +138,7 @@ class Store:
     # What it lists
 
     def facts(self) -> dict[str, Any]:
-        """What the store holds, JSON-ready: counts, shapes, provenance and why videos failed."""
+        """Describe the store, JSON-ready: counts, shapes, provenance and why videos failed."""
         failed = np.flatnonzero(self.status == STATUS_FAILED).tolist()
         keys, reasons = self.keys, self.reasons
         return {
@@ -161,7 +161,7 @@ class Store:
         }
 
     def __len__(self) -> int:
-        """Listed samples, ok or failed, in committed partitions."""
+        """The number of listed samples, ok or failed, in committed partitions."""
         return sum(commit.rows for commit in self._commits.values())
 
     @cached_property
@@ -178,32 +178,32 @@ class Store:
 
     @cached_property
     def keys(self) -> list[str]:
-        """Key of every listed sample, read-only."""
+        """The key of every listed sample, read-only."""
         return self._texts("key")
 
     @cached_property
     def reasons(self) -> list[str]:
-        """Why a sample failed, "" where it did not; read-only."""
+        """Why each listed sample failed, "" if it did not fail; read-only."""
         return self._texts("reason")
 
-    labels = _per_sample("label", "Label of every listed sample, int32 [len].")
+    labels = _per_sample("label", "The label of every listed sample, int32 [len].")
     num_frames = _per_sample("num_frames", "Frames counted in every listed video, int32 [len].")
     fps = _per_sample("fps", "Frames per second of every listed video, float32 [len].")
     container_frames = _per_sample(
-        "container_frames", "Frames that a video's container says it has, int32 [len]; 0 for none."
+        "container_frames", "The frame count in a video's container, int32 [len]; 0 if it has none."
     )
     damaged_packets = _per_sample(
-        "damaged_packets", "Damaged packets of a video that were passed over, int32 [len]."
+        "damaged_packets", "Damaged packets that were skipped in every video, int32 [len]."
     )
-    status = _per_sample("status", "1 for ok, 2 for failed, uint8 [len].")
+    status = _per_sample("status", "1 if the sample is ok, 2 if it failed, uint8 [len].")
     _splits = _per_sample("splits", "Bit i is set for the samples of split i, uint32 [len].")
-    _frame_indices = _per_sample("frame_index", "As `frame_index`, of all samples.")
-    _frame_times = _per_sample("pts", "As `pts`, of all samples.")
+    _frame_indices = _per_sample("frame_index", "`frame_index` of all listed samples.")
+    _frame_times = _per_sample("pts", "`pts` of all listed samples.")
 
     def split(self, name: str) -> RowArray:
-        """Array rows of one split, failed samples included, int64 [n], ascending.
+        """Return the array rows of one split, with failed samples, int64 [n], ascending.
 
-        UserError lists the splits when there is none of that name.
+        Raises UserError, which lists the splits, if no split has this name.
         """
         if name not in self._metadata.split_names:
             known = ", ".join(self._metadata.split_names) or "none"
@@ -213,16 +213,16 @@ class Store:
         return rows
 
     def row(self, key: str) -> int:
-        """Array row of the sample with this key; UserError when it is not listed."""
+        """Return the array row of the sample with this key; UserError if the key is not listed."""
         found = self._row_by_key.get(key)
         if found is None:
             raise UserError(f"{self.path} has no sample {key!r}: `mote-cli inspect` lists them")
         return found
 
     def positions(self, rows: npt.ArrayLike) -> RowArray:
-        """Where array rows stand in `rows`, `labels` and the like, int64 [n].
+        """Return the positions of array rows in `rows`, `labels` and other lists, int64 [n].
 
-        UserError when a row belongs to no listed sample.
+        Raises UserError if a row belongs to no listed sample.
         """
         found: RowArray = np.searchsorted(self.rows, self._listed(rows)).astype(np.int64)
         return found
@@ -231,11 +231,11 @@ class Store:
 
     @property
     def prompt_sets(self) -> list[str]:
-        """Prompt sets whose class texts the store holds."""
+        """The prompt sets whose class texts the store holds."""
         return prompt_set_names(self.path)
 
     def class_text(self, prompt_set: str) -> ClassText:
-        """Class texts of a prompt set; UserError lists the sets when there is none of that name."""
+        """Return the class texts of a prompt set; UserError, which lists the sets, if unknown."""
         known = self.prompt_sets
         if prompt_set not in known:
             raise UserError(
@@ -246,25 +246,25 @@ class Store:
         return read_class_text(self.path, prompt_set, self.provenance, self._metadata.class_names)
 
     def frame_index(self, rows: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """Indices of the encoded frames in their videos, int32 [n, V, F]; -1 where failed."""
+        """Return which frames of the videos were encoded, int32 [n, V, F]; -1 for failed videos."""
         return self._frame_indices[self.positions(rows)]
 
     def pts(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """Presentation times of the encoded frames in seconds, float64 [n, V, F]."""
+        """Return the presentation times of the encoded frames in seconds, float64 [n, V, F]."""
         return self._frame_times[self.positions(rows)]
 
     def features(self, rows: npt.ArrayLike, frames: npt.ArrayLike | None = None) -> FeatureArray:
-        """Raw (not normalised) frame embeddings, float16 [n, V, F', D]; NaN where failed.
+        """Return raw (not normalised) frame embeddings, float16 [n, V, F', D]; NaN for failed rows.
 
-        In a store of another tier its items, [n, V, F', *item]: frames are uint8, zeros where
-        failed.
+        A store of another tier returns its items, [n, V, F', *item]: frames are uint8, and zero
+        for failed rows.
 
-        `rows` are array rows, one or [n], in any order, repeats allowed; `frames` picks stored
-        frames by index: one, [F'] for all rows alike or [n, F'] per row; all F when None. The
-        array is the caller's to change.
+        `rows` is one array row or [n] of them, in any order; repeats are allowed. `frames` picks
+        stored frames by index: one, [F'] for all rows, or [n, F'] per row; None picks all F. The
+        caller may change the returned array.
         Raises UserError for a row that holds no sample and for anything but whole numbers (instead
-        of a mask give `rows[mask]`), IndexError for a frame that is not stored or counted from the
-        end, WorkError when a row does not agree with its checksum.
+        of a mask give `rows[mask]`), IndexError for a frame that is not stored or a negative
+        index, WorkError if a row fails its checksum.
         """
         wanted = self._listed(rows)
         chosen = None if frames is None else self._frame_choice(frames, len(wanted))
@@ -282,10 +282,10 @@ class Store:
     def clips(
         self, rows: npt.ArrayLike, views: npt.ArrayLike, frames: npt.ArrayLike
     ) -> FeatureArray:
-        """One view of each row at chosen frames: float16 [n, F', D].
+        """Return the chosen frames of one view of each row: float16 [n, F', D].
 
-        `views` [n], `frames` [n, F']; errors as `features`, IndexError for a view that is not
-        stored.
+        `views` is [n] and `frames` is [n, F']. Errors as `features`; also IndexError for a view
+        that is not stored.
         """
         wanted = self._listed(rows)
         chosen = self._frame_choice(frames, len(wanted))
@@ -308,10 +308,10 @@ class Store:
         check: bool = True,
         progress: ProgressSink = no_progress,
     ) -> None:
-        """Read the features of `rows` from their files into `out` [n, V, F, D], in their type.
+        """Read the features of `rows` from their files into `out` [n, V, F, D], of their dtype.
 
-        The fast way to many rows; `progress` counts them. `check` False trusts the bytes on the
-        disk and compares no checksums. Errors as `features`; `out` is undefined after one.
+        This is the fast way to read many rows; `progress` counts rows. With `check` False no
+        checksums are compared. Errors as `features`; after an error, `out` is undefined.
         """
         wanted = self._listed(rows)
         shape = (len(wanted), *self.schema.row_shape)
@@ -331,14 +331,14 @@ class Store:
                 self._files.check_shard(tar, commit)
                 return commit
             except WorkError:
-                # A writer that redoes the partition at this moment removes the commit entry first.
+                # A writer that replaces the partition just now has removed the commit entry first.
                 found, commit = commit, self._files.commit(tar)
                 if commit == found:
                     raise
         return None
 
     def _listed(self, rows: npt.ArrayLike) -> RowArray:
-        """`rows` as int64 [n]; UserError when one belongs to no listed sample."""
+        """Return `rows` as int64 [n]; UserError if one belongs to no listed sample."""
         wanted = whole_numbers(rows, "rows")
         if wanted.ndim != 1:
             if wanted.ndim > 1:
@@ -349,8 +349,8 @@ class Store:
         known[known] = positions[known] < self._limits[tars[known]]
         if not known.all():
             raise UserError(
-                f"row {int(wanted[~known][0])} of {self.path} holds no sample: it lies beyond its "
-                "tar's samples or in a partition that is not extracted yet"
+                f"row {int(wanted[~known][0])} of {self.path} holds no sample: it lies beyond the "
+                "samples of its tar or in a partition that is not extracted yet"
             )
         return wanted
 
@@ -392,7 +392,7 @@ class Store:
 
 
 class _ListedTexts(list[str]):
-    """A read-only list, because all callers of a store share it."""
+    """A list that nobody can change, because all callers of a store share it."""
 
     def _refused(self, *_: Any, **__: Any) -> Never:
         raise TypeError("the lists of a store are read-only: change a copy, list(...)")

@@ -1,4 +1,4 @@
-"""Which objects a store consists of, and which partitions a listing of them shows as done."""
+"""Find which objects belong to a store, and which partitions are done according to a listing."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ log = logging.getLogger(__name__)
 
 GROUP: Final = "zarr.json"
 ARRAY_NODES: Final = tuple(f"{name}/{GROUP}" for name in PARTITION_ARRAYS)
-_SCALE: Final = (f"{FEATURE_SCALE}/zarr.json", f"{FEATURE_SCALE}/c/0")  # of int8 features
+_SCALE: Final = (f"{FEATURE_SCALE}/zarr.json", f"{FEATURE_SCALE}/c/0")  # only for int8 features
 CLASS_TEXT = re.compile(CLASS_TEXT_GROUP + r"/(zarr\.json|[A-Za-z0-9][\w.-]*/(zarr\.json|c/0/0))")
 CHUNK = re.compile(rf"({'|'.join(PARTITION_ARRAYS)})/c/[0-9/]+")
 
 
 class NoStore(UserError):
-    """There is no store at a URL, or only a part of one that was never finished."""
+    """There is no store at a URL, or only part of a store that was never finished."""
 
 
 def metadata_names(
     objects: ObjectFolder, listing: Mapping[str, RemoteObject]
 ) -> list[tuple[str, int]]:
-    """Names and size limits of everything of a store but its partitions, `zarr.json` first.
+    """Return names and size limits of all objects except partitions, `zarr.json` first.
 
-    NoStore when the objects are no store, UserError when they are not safe to fetch.
+    Raises NoStore if the objects are no store, UserError if they are not safe to fetch.
     """
     if GROUP not in listing:
         state = "it has no zarr.json" if listing else "there are no objects"
@@ -64,13 +64,13 @@ def metadata_names(
 
 
 def partition_names(schema: StoreSchema, tar: int) -> dict[str, str]:
-    """The objects of one partition by array, in the order in which they are put."""
+    """Return the object names of one partition by array, in the order in which they are put."""
     specs = schema.arrays()
     return {array: f"{array}/{specs[array].chunk_key(tar)}" for array in PARTITION_ARRAYS}
 
 
 def is_done(metadata: StoreMetadata, listing: Mapping[str, RemoteObject], tar: int) -> bool:
-    """Whether all objects of a partition are listed, with the sizes they must have."""
+    """Return whether all objects of a partition are listed with the sizes that they must have."""
     schema = metadata.schema
     specs = schema.arrays()
     for array, name in partition_names(schema, tar).items():

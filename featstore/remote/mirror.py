@@ -1,4 +1,4 @@
-"""A store at a URL, read through a mirror on disk."""
+"""Read a store at a URL through a mirror on disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder,
 
 log = logging.getLogger(__name__)
 
-# Small objects cost a round trip each, whatever the bandwidth.
+# Each small object costs a round trip, whatever the bandwidth, so several are fetched at once.
 _FETCHES_AT_ONCE: Final = 8
 
 
@@ -32,10 +32,9 @@ def open_remote(url: str, *, mapped: bool = True, features: bool = True) -> Stor
     The mirror lies in MOTE_CACHE or the user's cache folder. Only committed partitions are
     fetched, and only what changed since the last time; several processes may do so at once. The
     store shows the partitions that were committed when it was opened.
-    Without `features` a mirror of its own holds everything else, for counts and lists; reading
-    features from that raises WorkError.
-    Raises UserError when it is no store of this format, WorkError when the storage or the disk
-    fails.
+    With `features` False, a separate mirror holds everything except features, for counts and
+    lists; reading features from that store raises WorkError.
+    Raises UserError if it is no store of this format, WorkError if the storage or the disk fails.
     """
     objects = ObjectFolder(url)
     mirror = _Mirror(objects, features)
@@ -46,10 +45,10 @@ def open_remote(url: str, *, mapped: bool = True, features: bool = True) -> Stor
 
 
 class _Mirror:
-    """The files of a remote store as far as they were fetched, and a journal of what they are.
+    """The fetched files of a remote store, and a journal that records their versions.
 
-    The journal beside the folder has one line per file, [name, size, version]; the last one
-    counts. It tells a rewritten object from one that is here: most have the same size.
+    The journal beside the folder has one line per file, [name, size, version]; the last line of a
+    file counts. It shows which objects were written again since, as most keep their size.
     """
 
     def __init__(self, objects: ObjectFolder, features: bool) -> None:
@@ -69,7 +68,7 @@ class _Mirror:
         self._held = self._read_journal()
         self._listing = self._objects.list()
         names = metadata_names(self._objects, self._listing)
-        if self._held.get(GROUP) != self._listing[GROUP]:  # made anew: nothing of it holds
+        if self._held.get(GROUP) != self._listing[GROUP]:  # a new store: no old file is valid
             shutil.rmtree(self.path, ignore_errors=True)
             self._held = {}
         for name, _ in names:
@@ -114,7 +113,7 @@ class _Mirror:
             not commit.exists()
             and self._held.get(files["commit"]) == self._listing[files["commit"]]
         ):
-            # It was here and was deleted, as the remedy for damage says: fetch all of it again.
+            # The user deleted the entry, as the remedy for damage says: fetch all files again.
             for name in files.values():
                 self._held.pop(name, None)
         commit.unlink(missing_ok=True)
@@ -124,7 +123,7 @@ class _Mirror:
         except (ChangedObject, MissingObject):
             commit.unlink(missing_ok=True)
             log.warning(
-                "partition %d of %s is being written just now: left out", tar, self._objects.url
+                "partition %d of %s is left out: it is being written", tar, self._objects.url
             )
 
     def _fetch(self, name: str) -> None:
@@ -132,7 +131,7 @@ class _Mirror:
             return
         found, path = self._listing[name], self.path / name
         if name.startswith("features/c/") and not self._features:
-            # As long as it should be, without content: no row of it passes its checksum.
+            # An empty file of the right size, none of whose rows passes its checksum.
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
             path.touch()
@@ -160,7 +159,7 @@ class _Mirror:
         for line in lines:
             try:
                 name, size, version = json.loads(line)
-            except ValueError:  # the line that a killed process was writing
+            except ValueError:  # a killed process did not finish this line
                 continue
             held[str(name)] = RemoteObject(int(size), str(version))
         return held

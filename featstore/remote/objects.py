@@ -1,12 +1,13 @@
-"""Objects on S3-compatible storage: a folder of them, read and written with patience.
+"""Read and write objects on S3-compatible storage, and repeat requests that fail.
 
-The only module that knows obstore. Credentials come from the environment alone (the variables of
-AWS, Google Cloud and Azure); none is taken from a URL or an argument, and no message repeats one.
+This is the only module that uses obstore. Credentials come from the environment alone (the
+variables of AWS, Google Cloud and Azure); a URL or an argument never holds one, and no message
+repeats one.
 
-Storage of this kind has no folders, no locks and no renames; what it has is that an object put
-under a name appears there whole or not at all. obstore repeats requests that fail on the way
-(connection refused or lost, 5xx, time-outs) and resumes bodies that end early, both for a few
-seconds; after that they begin anew here.
+Such storage has no folders, no locks and no renames, but an object that is put under a name appears
+there whole or not at all. For a few seconds, obstore itself repeats requests that fail on the way
+(connection refused or lost, 5xx, time-outs) and resumes bodies that end early; after that, this
+module begins the request again.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# How long obstore repeats a request by itself, deaf to Ctrl-C.
+# For how many seconds obstore repeats a request by itself; meanwhile Ctrl-C has no effect.
 _UNINTERRUPTED: Final = 3.0
 _LONGEST_PAUSE: Final = 10.0
-# Of silence, not of a whole transfer: a tar of many gigabytes may take hours.
+# This limits the time without any data, not the transfer: a tar of many gigabytes may take hours.
 _SILENCE: Final = timedelta(seconds=60)
 _CONNECT: Final = timedelta(seconds=10)
 _TRANSFER: Final = timedelta(hours=24)
-# Larger files go up in parts of this size, because the time limit of silence also runs while a
-# request is sent. The object appears when the last part is in.
+# Larger files are sent in parts of this size, because `_SILENCE` also limits the time to send a
+# request. The object appears when its last part has arrived.
 _PART_BYTES: Final = 16 * 2**20
 _PARTS_AT_ONCE: Final = 4
 _BLOCK_BYTES: Final = 2**20
@@ -61,7 +62,7 @@ _DENIED_CODES: Final = frozenset(
     {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 )
 
-# How `_reason` describes failures that may be gone the next time: S3's codes, HTTP's, or none.
+# What `_reason` returns for failures that may pass by themselves, with or without a code.
 _PASSING = re.compile(
     r"no connection|no answer in time|the connection broke|408|429|5\d\d"
     r"|InternalError|ServiceUnavailable|SlowDown|RequestTimeout|OperationAborted|Throttl"
@@ -77,19 +78,19 @@ class MissingObject(WorkError):
 
 
 class ChangedObject(WorkError):
-    """An object is not the one that was listed or begun: its size or its version differs."""
+    """An object's size or version changed since it was listed or since its transfer began."""
 
 
 class _BrokenOff(Exception):
-    """A transfer ended before the object did."""
+    """A transfer ended before the whole object was received."""
 
 
 @dataclass(frozen=True)
 class RemoteObject:
-    """What a listing says of an object.
+    """An object as a listing describes it.
 
-    `size` in bytes; `version` changes with its content (the entity tag, or the time of change
-    where the storage gives none).
+    `size` is in bytes; `version` changes with the content (it is the entity tag, or the time of
+    change if the storage gives no tag).
     """
 
     size: int
@@ -101,12 +102,12 @@ class ObjectFolder:
     between threads.
 
     Names are relative to the URL, with "/" between their parts. Every error is one line: UserError
-    for a URL, a name or an environment that cannot be used, WorkError for what went wrong on the
-    way, with the object's URL and the remedy.
+    for a URL, a name or an environment that cannot be used; WorkError for a request that failed,
+    with the object's URL and the remedy.
     """
 
     def __init__(self, url: str) -> None:
-        """Nothing is sent yet."""
+        """Prepare the connection; no request is sent yet."""
         scheme, self._bucket, self._prefix = parsed(url)
         self.url = "/".join(filter(None, (f"{scheme}://{self._bucket}", self._prefix)))
         self.patience = patience_seconds()
@@ -114,17 +115,17 @@ class ObjectFolder:
 
     @property
     def identity(self) -> str:
-        """What tells this folder from one of the same URL on another server; nothing secret."""
+        """A text that differs for the same URL on another server; it holds nothing secret."""
         return f"{s3_endpoint()} {self.url}" if self.url.startswith("s3:") else self.url
 
     def at(self, name: str) -> str:
-        """URL of an object, for messages."""
+        """Return the URL of an object, for messages."""
         return f"{self.url}/{name}" if name else self.url
 
     def get_bytes(self, name: str, limit: int) -> bytes:
-        """Content of an object of at most `limit` bytes.
+        """Return the content of an object of at most `limit` bytes.
 
-        Raises MissingObject, WorkError when it is larger.
+        Raises MissingObject if there is none, WorkError if it is larger.
         """
 
         def content() -> bytes:
@@ -132,7 +133,7 @@ class ObjectFolder:
             size = int(answer.meta["size"])
             if size > limit:
                 raise WorkError(
-                    f"{self.at(name)} has {size} bytes, at most {limit} make sense there: "
+                    f"{self.at(name)} has {size} bytes, but may have at most {limit}: "
                     "check what was put under this name"
                 )
             return bytes(answer.bytes())
@@ -151,9 +152,9 @@ class ObjectFolder:
         """Write an object's bytes to `path`, which appears complete or not at all.
 
         Once `stop` is set, a transfer ends with a WorkError.
-        A transfer that breaks off begins anew, so that the bytes of two versions never mix.
-        Raises MissingObject, ChangedObject when it has not the `size` or `version` expected,
-        OSError when the disk is full.
+        A transfer that breaks off begins again, so that the bytes of two versions never mix.
+        Raises MissingObject if there is none, ChangedObject if it does not have the expected
+        `size` or `version`, OSError if the disk is full.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
@@ -169,10 +170,10 @@ class ObjectFolder:
             unfinished.unlink(missing_ok=True)
 
     def put(self, name: str, source: bytes | Path, *, only_new: bool = False) -> bool:
-        """Put bytes or a file as one object, whole or not at all, also over an earlier one.
+        """Put bytes or a file as one object, whole or not at all; replace an earlier one.
 
-        With `only_new` an object that is there already stays, and False is returned: perhaps one
-        that this very call put, when the answer to its first attempt was lost.
+        With `only_new`, an object that is there already stays and False is returned. This call may
+        have put that object itself, if the answer to its first attempt was lost.
         """
         from obstore.exceptions import AlreadyExistsError
 
@@ -186,7 +187,7 @@ class ObjectFolder:
         return True
 
     def list(self) -> dict[str, RemoteObject]:
-        """Every object, by name; empty when there is none."""
+        """Return every object by its name; empty if there is none."""
         start = len(self._prefix) + 1 if self._prefix else 0
         listed = self._ask("", lambda: self._store.list(self._prefix or None).collect())
         return {
@@ -194,9 +195,9 @@ class ObjectFolder:
         }
 
     def delete(self, name: str) -> None:
-        """Delete an object; nothing happens when there is none."""
+        """Delete an object; nothing happens if there is none."""
         key = self._key(name)
-        with suppress(MissingObject):  # S3 does not mind, others do
+        with suppress(MissingObject):  # S3 reports no error for a missing object, others do
             self._ask(name, lambda: self._store.delete(key))
 
     def _key(self, name: str) -> str:
@@ -206,7 +207,7 @@ class ObjectFolder:
     def _receive(
         self, name: str, file: BinaryIO, size: int | None, version: str | None, stop: Event
     ) -> None:
-        """Write the object's bytes to `file`: one attempt, for `_ask`; errors as `download`."""
+        """Try once, for `_ask`, to write the object's bytes to `file`; errors as `download`."""
         from obstore.exceptions import BaseError, PreconditionError
 
         answer = self._store.get(self._key(name))
@@ -232,10 +233,10 @@ class ObjectFolder:
         )
 
     def _ask(self, name: str, request: Callable[[], T], stop: Event = _NEVER) -> T:
-        """Answer to one of obstore's calls, repeated while it fails on the way.
+        """Return the answer to a call of obstore; repeat the call while it fails on the way.
 
-        obstore repeats by itself, but does not notice Ctrl-C: it gets a few seconds at a time.
-        `patience` counts from the first failure. AlreadyExistsError passes as it is.
+        obstore also repeats requests, but ignores Ctrl-C meanwhile, so it gets only a few seconds
+        at a time. `patience` counts from the first failure. AlreadyExistsError is not handled.
         """
         from obstore.exceptions import AlreadyExistsError, BaseError
 
@@ -247,7 +248,7 @@ class ObjectFolder:
                 raise
             except (BaseError, ValueError, FileNotFoundError, _BrokenOff) as error:
                 final, reason = self._final(error, name), _reason(error)
-            # Outside of `except`: the text of obstore's errors may hold an access key.
+            # Raised outside of `except`: the text of obstore's error may hold an access key.
             if final is not None:
                 raise final
             if not deadline:
@@ -261,17 +262,17 @@ class ObjectFolder:
                     "check the network and, for s3, AWS_ENDPOINT_URL and AWS_REGION, then run the "
                     "same command again"
                 )
-            # Longer each time, and never the same for two clients.
+            # The pause gets longer each time, and is never the same for two clients.
             pause = min(_LONGEST_PAUSE, 2 * pause)
             self._go_on(name, stop, random.uniform(0.5, 1) * pause)
 
     def _go_on(self, name: str, stop: Event, after: float = 0.0) -> None:
-        """Return after `after` seconds; WorkError as soon as `stop` is set."""
+        """Wait for `after` seconds; raise WorkError as soon as `stop` is set."""
         if stop.wait(after):
             raise WorkError(f"{self.at(name)} was not fetched: the work was stopped")
 
     def _final(self, error: BaseException, name: str) -> WorkError | None:
-        """The error to raise where repeating does not help; None for one that passes."""
+        """Return the error to raise if repeating does not help; None if the failure may pass."""
         from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
 
         if isinstance(error, _BrokenOff):
@@ -289,7 +290,7 @@ class ObjectFolder:
             return WorkError(
                 f"access to {self.at(name)} is denied ({code or reason}): check the credentials in "
                 "the environment (for s3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
-                "AWS_SESSION_TOKEN) and what they may do"
+                "AWS_SESSION_TOKEN) and their permissions"
             )
         if isinstance(error, GenericError) and _PASSING.match(reason):
             return None
@@ -309,7 +310,7 @@ def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
         ) from error
     if scheme == "s3":
         require_credentials()
-    # Objects are deleted one at a time, and not every server knows how to delete many.
+    # Delete objects one at a time, because not every server can delete many at once.
     config: S3Config | None = {"disable_bulk_delete": True} if scheme == "s3" else None
     try:
         return from_url(
@@ -338,13 +339,13 @@ def _version(meta: ObjectMeta) -> str:
 
 
 def _code(error: BaseException) -> str:
-    """The error code of S3's answer, if it gave one."""
+    """Return the error code in S3's answer, "" if there is none."""
     found = re.search(r"<Code>(\w{1,60})</Code>", str(error))
     return found[1] if found else ""
 
 
 def _reason(error: BaseException) -> str:
-    """Why a request failed, in a few words, without addresses and without anything secret."""
+    """Say in a few words why a request failed, without addresses and without secrets."""
     text = str(error)
     if code := _code(error):
         return code

@@ -1,6 +1,7 @@
-"""URLs of remote storage and what the environment says about it, without any of it in messages.
+"""Parse URLs of remote storage and read its settings from the environment.
 
-Credentials come from the environment alone; what might be one in a URL is refused, not repeated.
+Credentials come from the environment alone. A URL that may contain one is refused, and no message
+repeats it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ PATIENCE_VARIABLE: Final = "MOTE_RETRY_SECONDS"
 # Longer than a server takes to restart.
 _PATIENCE: Final = 180.0
 
-# One of these says where S3 credentials are; without any, obstore would ask the network address
-# that only Amazon's machines have, and wait.
+# One of these variables must say where S3 credentials are. Without any, obstore would wait for a
+# network address that only Amazon's machines have.
 _S3_CREDENTIALS: Final = (
     "AWS_ACCESS_KEY_ID",
     "AWS_WEB_IDENTITY_TOKEN_FILE",
@@ -30,23 +31,26 @@ _S3_CREDENTIALS: Final = (
 )
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
-# Characters that S3's own guide says to avoid in names, and those a URL gives a meaning.
+# Characters that S3's own guide says to avoid in names, and characters with a meaning in URLs.
 _UNSAFE_IN_NAME: Final = frozenset('\\{}^%`[]"<>~#|?*')
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether `place` names remote storage rather than a path; a Path never does."""
+    """Return whether `place` is a URL of remote storage; a Path never is."""
     return isinstance(place, str) and "://" in place
 
 
 def parsed(url: str) -> tuple[str, str, str]:
-    """Scheme, bucket and prefix of a URL; no message repeats what might be a credential."""
+    """Split a URL into scheme, bucket and prefix; UserError if it is not valid.
+
+    No message repeats what might be a credential.
+    """
     scheme, mark, rest = url.partition("://")
     if not mark or scheme not in SCHEMES:
         shown = scheme if mark and re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "no scheme"
         raise UserError(
-            f"a URL with {shown} is not one of remote storage: use s3://BUCKET/PREFIX (the address "
-            "of a server other than Amazon's goes into AWS_ENDPOINT_URL)"
+            f"a URL with {shown} does not name remote storage: use s3://BUCKET/PREFIX (put the "
+            "address of a server other than Amazon's into AWS_ENDPOINT_URL)"
         )
     bucket, _, prefix = rest.partition("/")
     if "@" in rest or ":" in bucket:
@@ -68,7 +72,7 @@ def parsed(url: str) -> tuple[str, str, str]:
 
 
 def check_name(name: str, kind: str) -> None:
-    """UserError unless every part of `name` is a plain one; `kind` is what it names."""
+    """Raise UserError unless every part of `name` is plain; `kind` is a word for the message."""
     parts = name.split("/")
     fine = all(part.strip() and part not in (".", "..") for part in parts)
     if not fine or not name.isprintable() or not _UNSAFE_IN_NAME.isdisjoint(name):
@@ -79,7 +83,10 @@ def check_name(name: str, kind: str) -> None:
 
 
 def patience_seconds() -> float:
-    """How long failing requests are repeated: MOTE_RETRY_SECONDS, or 180."""
+    """Return for how many seconds failing requests are repeated: MOTE_RETRY_SECONDS, or 180.
+
+    UserError if the variable is not a number of seconds from 0 to 86400.
+    """
     text = os.environ.get(PATIENCE_VARIABLE)
     if text is None:
         return _PATIENCE
@@ -93,7 +100,7 @@ def patience_seconds() -> float:
 
 
 def require_credentials() -> None:
-    """UserError unless the environment says with which credentials to talk to an S3 server."""
+    """Raise UserError unless the environment names credentials for S3 servers."""
     if not any(os.environ.get(name) for name in _S3_CREDENTIALS):
         raise UserError(
             "no credentials for s3:// in the environment: set AWS_ACCESS_KEY_ID and "
@@ -102,9 +109,9 @@ def require_credentials() -> None:
 
 
 def s3_endpoint() -> str:
-    """Address of the S3 server that the environment names, "" for Amazon's.
+    """Return the address of the S3 server that the environment names, "" for Amazon's.
 
-    UserError when it is none, or holds a password.
+    Raises UserError if it is no address or may contain a password.
     """
     for name in _ENDPOINTS:
         if endpoint := os.environ.get(name):
@@ -116,7 +123,7 @@ def s3_endpoint() -> str:
             if not usable:
                 raise UserError(
                     f"{name} must be http://HOST:PORT or https://HOST:PORT, without credentials: "
-                    "these go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+                    "put credentials into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                 )
             return endpoint
     return ""

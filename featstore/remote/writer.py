@@ -1,9 +1,9 @@
-"""A store on S3-compatible storage, written object by object.
+"""Write a store to S3-compatible storage, object by object.
 
-The bytes are those of a local store, and so is the order in which they appear. What differs: a
-partition is written into a scratch folder first and then put, file by file; and there is no lock
-that would keep a second writer out. Two writers of one partition put equal objects, each whole; a
-mixture of two that were not equal fails its checksums when it is read.
+The bytes and the order in which they appear are the same as in a local store. Two things differ: a
+partition is first written into a scratch folder and then put, file by file; and no lock keeps a
+second writer out. Two writers of one partition put equal objects, each of them whole; if they are
+not equal, a mixture of both fails its checksums when it is read.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ log = logging.getLogger(__name__)
 
 
 class RemoteStoreWriter(PartitionWriter):
-    """Adds partitions to a store at a URL; what `StoreWriter` is for a folder.
+    """Adds partitions to a store at a URL, as `StoreWriter` does to a store in a folder.
 
-    Make one with `init` (new store) or `open` (existing store). Nothing but partitions is written
-    after `init`. Errors of the storage are one-line WorkErrors; what was put stays.
+    Make one with `init` (new store) or `open` (existing store). After `init`, only partitions are
+    written. If the storage fails, a one-line WorkError is raised and objects that were put stay.
     """
 
     def __init__(
         self, objects: ObjectFolder, scratch: ScratchFolder, listing: Mapping[str, RemoteObject]
     ) -> None:
-        """`scratch` holds the store's metadata in its folder `store`; it is closed with this.
+        """`scratch` holds the store's metadata in its folder `store`; `close` closes it, too.
 
-        `listing` says what is there now. It is not asked for again: what other processes write
-        meanwhile is theirs, and the next opening sees it.
+        `listing` holds the objects that exist now. It is not read again: this writer ignores what
+        other processes write in the meantime, and only the next opening sees it.
         """
         self._staging = StoreWriter.open(scratch.path / "store")
         super().__init__(self._staging.path, self._staging.metadata)
@@ -66,10 +66,10 @@ class RemoteStoreWriter(PartitionWriter):
         class_texts: Mapping[str, ClassText],
         feature_scale: FloatArray | None = None,
     ) -> RemoteStoreWriter:
-        """Make an empty store; its `zarr.json` is put last, so that it is there whole or not.
+        """Make an empty store. Its `zarr.json` is put last, so a store is complete or absent.
 
         What a killed `init` left is replaced. Two processes that make the same store at the same
-        moment both succeed. Arguments and errors as `StoreWriter.init`; also UserError when there
+        moment both succeed. Arguments and errors as `StoreWriter.init`; also UserError if there
         are objects under the URL that belong to no store.
         """
         objects = ObjectFolder(url)
@@ -83,11 +83,11 @@ class RemoteStoreWriter(PartitionWriter):
             for name in sorted(names):
                 objects.put(name, folder / name)
             node = (folder / GROUP).read_bytes()
-            # An earlier one was put by a worker that began at the same moment, or by a first
-            # attempt of ours whose answer was lost: it is equal, as a rule.
+            # If there is one already, a worker put it that began at the same moment, or our own
+            # first attempt did, and its answer was lost. Usually it is equal.
             ours = objects.put(GROUP, node, only_new=True)
             if not ours and objects.get_bytes(GROUP, GROUP_METADATA_LIMIT) != node:
-                raise StoreExists(f"{url} was made by another process meanwhile: continue it")
+                raise StoreExists(f"{url} was made by another process just now: continue it")
             return cls(objects, scratch, {})
         except BaseException:
             scratch.close()
@@ -95,7 +95,7 @@ class RemoteStoreWriter(PartitionWriter):
 
     @classmethod
     def open(cls, url: str) -> RemoteStoreWriter:
-        """Open an existing store to add partitions; UserError when it is not a valid store."""
+        """Open an existing store to add partitions; UserError if it is not a valid store."""
         objects = ObjectFolder(url)
         scratch = ScratchFolder()
         try:
@@ -109,24 +109,24 @@ class RemoteStoreWriter(PartitionWriter):
             raise
 
     def done(self, tar: int) -> bool:
-        """Whether it was committed, with all its objects, at the opening or was written since.
+        """Return whether the partition was complete at the opening, or was written since.
 
-        Of what was there at the opening, sizes are compared and contents are not read: objects
-        appear whole, and readers check them.
+        At the opening only the sizes of objects are compared. Their contents are not read, because
+        objects appear whole and readers check them.
         """
         return tar in self._done
 
     def feature_rows(self, tar: int) -> FeatureRows:
-        """As `StoreWriter.feature_rows`; needs scratch space for the partition."""
+        """Do the same as `StoreWriter.feature_rows`; needs scratch space for the partition."""
         return self._staging.feature_rows(tar)
 
     def write_partition(self, tar: int, partition: Partition) -> None:
-        """Write the partition of one tar, also over an earlier one, done or not.
+        """Write the partition of one tar; it replaces an earlier partition, done or not.
 
-        Order as in `StoreWriter.write_partition`: a process killed at any moment leaves the
-        partition done and right, or not done. Needs scratch space for one partition.
-        Raises ValueError when the partition does not fit the tar, WorkError when the storage
-        fails, OSError when the disk is full.
+        The order is that of `StoreWriter.write_partition`: if the process is killed at any moment,
+        the partition is done and right, or not done. Needs scratch space for one partition.
+        Raises ValueError if the partition does not fit the tar, WorkError if the storage fails,
+        OSError if the disk is full.
         """
         names = partition_names(self.schema, tar)
         try:
@@ -143,27 +143,27 @@ class RemoteStoreWriter(PartitionWriter):
 
     @contextmanager
     def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
-        """Does not keep others out, because object storage has no locks; the log says so.
+        """Log that this keeps no other process out, because object storage has no locks.
 
-        Two processes that write the same partitions do the work twice, and no harm.
+        Two processes that write the same partitions do the work twice, but do no harm.
         """
         log.info(
-            "%s: nothing keeps another process from doing the same partitions: give each its own "
-            "--partition K/N",
+            "%s: nothing keeps another process from writing the same partitions: give each process "
+            "its own --partition K/N",
             self.url,
         )
         yield
 
     def close(self) -> None:
-        """Remove the scratch folder; happens by itself when the process ends."""
+        """Remove the scratch folder; this also happens when the process ends."""
         self._scratch.close()
 
 
 def _clear(objects: ObjectFolder, kept: Sequence[str]) -> None:
-    """Make room for a new store: delete what a killed `init`, or a removed store, left behind.
+    """Make room for a new store: delete what a killed `init` or a removed store left behind.
 
-    What is about to be put anyway, `kept`, stays: another worker may have put it just now.
-    StoreExists when there is a store, UserError when there is anything else.
+    The objects named in `kept` stay: they will be put anyway, or another worker put them just now.
+    Raises StoreExists if there is a store, UserError if there is an object of anything else.
     """
     listing = objects.list()
     if GROUP in listing:
@@ -171,12 +171,12 @@ def _clear(objects: ObjectFolder, kept: Sequence[str]) -> None:
     for name in listing:
         if not (name in ARRAY_NODES or CLASS_TEXT.fullmatch(name) or CHUNK.fullmatch(name)):
             raise UserError(
-                f"{objects.at(name)} belongs to no store: choose a URL under which there is "
-                "nothing yet"
+                f"{objects.at(name)} belongs to no store: choose a URL under which there are no "
+                "objects yet"
             )
     stale = listing.keys() - set(kept)
     if stale:
         log.info("%s: removing %d objects of an unfinished store", objects.url, len(stale))
-    # Commit entries first: without them nothing else counts.
+    # Delete commit entries first: without them no other object is used.
     for name in sorted(stale, key=lambda name: not name.startswith("commit/")):
         objects.delete(name)

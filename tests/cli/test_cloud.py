@@ -150,7 +150,7 @@ def test_mistakes_are_one_line_without_secrets(
         (
             f"no dataset.json at {bucket}/datasets/clips",
             "URL holds credentials",
-            "a URL with http is not one of remote storage",
+            "a URL with http does not name remote storage",
             "looks like a URL: only `mote-cli extract`",
             "there is no bucket 'no-such-bucket'",
             "cannot be reached (no connection",

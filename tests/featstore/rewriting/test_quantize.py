@@ -87,7 +87,7 @@ def test_opening_says_that_nothing_is_mapped(
     convert(store, tmp_path / "c.zarr", "zstd")
     with caplog.at_level("INFO", "featstore"):
         open_store(tmp_path / "c.zarr")
-    assert "features are float16, zstd, decoded as they are read" in caplog.text
+    assert "features are float16, zstd and decoded on reading" in caplog.text
 
 
 def test_a_compressed_store_can_be_continued(store: Path, tmp_path: Path) -> None:
