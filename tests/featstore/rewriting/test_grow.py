@@ -101,7 +101,7 @@ def test_a_link_to_a_store_is_not_changed(store: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.zarr"
     link.symlink_to(store)
     for work in (add_three_tars, lambda path: add_class_text(path, "video", other_text())):
-        with pytest.raises(UserError, match="is a symbolic link: what changes a store takes"):
+        with pytest.raises(UserError, match="is a symbolic link: commands that change a store need"):
             work(link)
     assert len(open_store(link)) == 9
 
