@@ -22,7 +22,7 @@ EXIT_WORK_FAILED = 1
 EXIT_USER_INPUT = 2
 EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
-# Typer 0.2x carries its own copy of click; this finds the base of its errors in either.
+# Typer 0.2x carries its own copy of click; this finds the base class of usage errors in either.
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 SETTINGS: Final[dict[str, Any]] = {
@@ -42,7 +42,7 @@ COMMANDS: Final = {
     ),
     "extract": (
         "cli.commands.extract:extract",
-        "Decode, preprocess and encode every video once; features land in a Zarr store.",
+        "Decode, preprocess and encode every video once, and write the features to a Zarr store.",
     ),
     "train-head": (
         "cli.commands.train_head:train_head",
@@ -50,7 +50,7 @@ COMMANDS: Final = {
     ),
     "finetune": (
         "cli.commands.finetune:finetune",
-        "Train the image tower with the head, from packed videos; no store is needed.",
+        "Train the image tower together with the head, from packed videos and without a store.",
     ),
     "eval": (
         "cli.commands.eval:evaluate",
@@ -72,7 +72,7 @@ COMMANDS: Final = {
     ),
     "import-checkpoint": (
         "cli.commands.import_checkpoint:import_checkpoint",
-        "Make encoders/NAME and heads/NAME of a checkpoint of MoTE's released code.",
+        "Turn a checkpoint of MoTE's released code into encoders/NAME and heads/NAME.",
     ),
     "export": (
         "cli.commands.export:export",
@@ -92,21 +92,20 @@ COMMANDS: Final = {
     ),
     "protocols": (
         "cli.commands.protocols:app",
-        "The named evaluation protocols: what they train on, test, count and report, and how "
-        "what is run here differs from the papers.",
+        "Describe the named evaluation protocols: what each trains on, tests, counts and reports, "
+        "and how mote differs from the papers.",
     ),
     "store": (
         "cli.commands.store:app",
-        "Let a store grow, join stores, rewrite them smaller, or hand their rows to other "
-        "programs.",
+        "Add to a store, join stores, make a store smaller, or write its rows for other programs.",
     ),
 }
-"""Where each command is, and the line that the list of commands shows of it: the first paragraph
-of its help. A command's module is imported when the command is used, and not before."""
+"""The function of each command, and the line that describes it in the list of commands: the first
+paragraph of its help. A command's module is imported only when the command is used."""
 
 
 class Commands(TyperGroup):
-    """The commands of `COMMANDS`: their names are known at once, their options when one is used."""
+    """The commands of `COMMANDS`; the options of a command are loaded only when it is used."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -114,13 +113,13 @@ class Commands(TyperGroup):
             self.add_command(TyperCommand(name, help=line))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The command that `args` begin with, loaded, and the arguments that are left for it."""
+        """Load the command that `args` begin with; return its name, itself and the other words."""
         name, _, rest = super().resolve_command(ctx, args)
         return name, load_command(str(name)), rest
 
 
 def load_command(name: str) -> Any:
-    """The command of that name in `COMMANDS`, with its options; this imports its module."""
+    """Import the module of the command `name`; return the command with its options."""
     module, _, attribute = COMMANDS[name][0].partition(":")
     found = getattr(import_module(module), attribute)
     holder = typer.Typer(**SETTINGS)
@@ -167,13 +166,13 @@ def main() -> None:
     """Run the command line: 0 done, 1 the work failed, 2 the user's input is wrong."""
     log_to_stderr()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # File names may hold bytes that are no text; printing one must not end the work.
+        # File names may hold bytes that are not text; printing one must not stop the command.
         sys.stdout.reconfigure(errors="backslashreplace")
     code = _run()
     if code == EXIT_INTERRUPTED:
         fail(
-            "interrupted: what was finished is kept; the same command goes on from there "
-            "(train-head and finetune with --resume)"
+            "interrupted: finished work is kept; run the same command again to continue "
+            "(train-head and finetune need --resume)"
         )
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
@@ -183,7 +182,7 @@ def main() -> None:
 def _run() -> int:
     try:
         with _interruptible():
-            # Not standalone: errors of usage, too, are one line. Without a word: the help.
+            # Not standalone, so that usage errors are one line too. No arguments: show the help.
             code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
@@ -193,9 +192,9 @@ def _run() -> int:
         fail(one_line(error, limit=1000))
         return EXIT_WORK_FAILED
     except OSError as error:
-        # A full disk, a folder without permission, a vanished file: no traceback helps there.
+        # A full disk, a folder without permission, a vanished file: a traceback would not help.
         where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{one_line(error.strerror or error)}: mend it and run the same command again")
+        fail(f"{where}{one_line(error.strerror or error)}: fix it and run the same command again")
         return EXIT_WORK_FAILED
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
@@ -218,7 +217,7 @@ def _interruptible() -> Iterator[None]:
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, stop)
     except ValueError:
-        pass  # signals can be had in the main thread only
+        pass  # only the main thread can set signal handlers
     yield
 
 

@@ -1,4 +1,4 @@
-"""The command to run next, from what a store records of itself."""
+"""The command that fills or repairs a store, built from what the store records."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from featstore.workspace import Workspace
 
 
 def repair_command(store: Path, metadata: StoreMetadata, root: Path | None = None) -> str:
-    """The `mote-cli` command that fills this store; it does what is damaged or lacking, no more.
+    """Return the `mote-cli` command that fills this store: only what is damaged or missing.
 
-    Of a store that was made from others, the command that makes it again; capitals stand for what
-    it does not record. `root` is the workspace with its videos if it lies in none itself.
+    If the store was made from other stores, return the command that makes it again, with capitals
+    for what the store does not record. `root` is the workspace that holds the videos, for a store
+    that lies in no workspace.
     """
     made = metadata.provenance
     if made.quantised:
@@ -55,6 +56,6 @@ def repair_command(store: Path, metadata: StoreMetadata, root: Path | None = Non
 
 
 def _shown(path: Path) -> Path:
-    """`path` relative to the working folder where it lies inside."""
+    """Return `path`, relative to the working folder if it lies inside it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path

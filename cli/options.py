@@ -28,7 +28,7 @@ Root = Annotated[
         "--root",
         envvar="MOTE_ROOT",
         metavar="DIR",
-        help="Workspace: data sets, features, heads and encoders live under it.",
+        help="Workspace: the folder that holds data sets, features, heads and encoders.",
     ),
 ]
 Json = Annotated[
@@ -42,7 +42,7 @@ Split = Annotated[
 StoreSampling = Annotated[
     str | None,
     typer.Option(
-        "--sampling", metavar="TEXT", help="Which store, where several fit: its --sampling."
+        "--sampling", metavar="TEXT", help="If several stores fit, take the one of this sampling."
     ),
 ]
 StoreName = Annotated[
@@ -50,7 +50,7 @@ StoreName = Annotated[
     typer.Option(
         "--store",
         metavar="NAME|URL",
-        help="Which store, where several fit: its name; or one at s3://BUCKET/PREFIX.",
+        help="If several stores fit, take the one of this name, or the one at s3://BUCKET/PREFIX.",
     ),
 ]
 PromptSet = Annotated[
@@ -58,8 +58,8 @@ PromptSet = Annotated[
     typer.Option(
         "--prompts",
         metavar="SET|FILE",
-        help="Sentences for class names: a prompt set's name, or the file it comes from; default: "
-        "the head's, else mote28.",
+        help="Sentences for class names: the name of a prompt set, or the file it was read from; "
+        "default: the head's prompt set, else mote28.",
     ),
 ]
 Descriptions = Annotated[
@@ -67,7 +67,7 @@ Descriptions = Annotated[
     typer.Option(
         "--descriptions",
         metavar="FILE.json",
-        help='Sentences of each class, {"class name": ["...", ...]} (docs/text.md).',
+        help='File with sentences for each class, {"class name": ["...", ...]} (docs/text.md).',
     ),
 ]
 PromptSetName = Annotated[
@@ -75,7 +75,7 @@ PromptSetName = Annotated[
     typer.Option(
         "--prompt-set-name",
         metavar="NAME",
-        help="Name of the prompt set in a file; default: the file's, without its suffix.",
+        help="Name for the prompt set in a file; default: the file's name without its suffix.",
     ),
 ]
 Device = Annotated[
@@ -86,7 +86,8 @@ Precision = Annotated[
     typer.Option(
         "--precision",
         metavar="auto|fp32|bf16|fp16",
-        help="Arithmetic; auto takes bf16 where it is faster and agrees with fp32.",
+        help="Number format of the arithmetic; auto takes bf16 if it is faster and agrees with "
+        "fp32.",
     ),
 ]
 MaxFailures = Annotated[
@@ -111,17 +112,18 @@ Modulate = Annotated[
     bool,
     typer.Option(
         "--modulate/--no-modulate",
-        help="Temporal feature modulation: trust the head less on classes far from its own.",
+        help="Temporal feature modulation: trust the head less on classes that are far from those "
+        "it was trained on.",
     ),
 ]
 
-# What `train-head` and `finetune` set; what is left out is the recipe's.
+# Settings of `train-head` and `finetune`; those that are not given come from the recipe.
 Epochs = Annotated[
     int | None, typer.Option("--epochs", min=1, help="Passes over the training videos.")
 ]
 WarmupEpochs = Annotated[
     float | None,
-    typer.Option("--warmup-epochs", min=0, help="Epochs until the learning rate is reached."),
+    typer.Option("--warmup-epochs", min=0, help="Epochs in which the learning rate rises."),
 ]
 WeightDecay = Annotated[
     float | None, typer.Option("--weight-decay", min=0, help="AdamW's weight decay.")
@@ -134,11 +136,11 @@ Layers = Annotated[
     int | None, typer.Option("--layers", min=1, help="Layers of the temporal transformer.")
 ]
 Experts = Annotated[
-    int | None, typer.Option("--experts", min=1, help="Temporal experts of a layer that has them.")
+    int | None, typer.Option("--experts", min=1, help="Temporal experts per layer with experts.")
 ]
 TrainingSeed = Annotated[
     int | None,
-    typer.Option("--seed", help="Draws the head's first weights, and all that training draws."),
+    typer.Option("--seed", help="Seed of the head's first weights and of all random choices."),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
@@ -148,31 +150,31 @@ DEFAULT_MAX_FAILURES = 0.05
 
 
 def workspace(root: Path) -> Workspace:
-    """The workspace at `root`; `UserError` when no folder can be there."""
+    """Return the workspace at `root`; raises UserError if `root` cannot be a folder."""
     if re.match(r"[a-z0-9]{2,}:/", str(root)):  # a Path has lost the second "/"
         raise UserError(f"{root} looks like a URL: only `mote-cli extract` takes one as --root")
     for folder in (root, *root.absolute().parents):
         if folder.is_dir():
             return Workspace(root)
         if folder.exists():
-            raise UserError(f"{folder} is not a folder: --root takes one, which may be new")
+            raise UserError(f"{folder} is not a folder: --root takes a folder, also a new one")
     return Workspace(root)
 
 
 def same_root(root: Path | str) -> str:
-    """What the next command must add to find the same workspace: " --root DIR", or nothing."""
+    """Return what the next command needs to find the same workspace: " --root DIR", or ""."""
     if str(root) == os.environ.get("MOTE_ROOT", str(DEFAULT_ROOT)):
         return ""
     return f" --root {shlex.quote(str(root))}"
 
 
 def store_path(root: Path, text: str) -> Path:
-    """The store that `text` means: a path, or a name under features/ of the workspace.
+    """Return the path of the store `text`: a path, or a name under features/ of the workspace.
 
-    `UserError` when there is none of that name or several.
+    Raises UserError if no store or several stores have that name.
     """
     given = Path(text)
-    # A folder whose replacement was killed half way is put back when it is opened.
+    # If a replacement of the folder was killed half way, opening it puts the folder back.
     previous = given.with_name(f"{given.name}.previous") if given.name else given
     if "/" in text or given.exists() or previous.exists():
         return given
@@ -181,7 +183,7 @@ def store_path(root: Path, text: str) -> Path:
     found = [path for path in stores if path.name in (text, text + STORE_SUFFIX)]
     if len(found) > 1:
         places = ", ".join(map(str, found))
-        raise UserError(f"store {text!r} is there {len(found)} times ({places}): give its path")
+        raise UserError(f"the name {text!r} fits {len(found)} stores ({places}): give a path")
     if not found:
         known = ", ".join(path.name for path in stores) or "none"
         raise UserError(f"no store {text!r}: no such folder, and under {features} are: {known}")
@@ -189,35 +191,35 @@ def store_path(root: Path, text: str) -> Path:
 
 
 def known_device(name: str) -> str:
-    """`name` when it is one of --device's; `UserError` otherwise."""
+    """Return `name` if --device knows it; raises UserError otherwise."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"device {name!r} is unknown: choose auto, cpu or cuda")
     return name
 
 
 def device(name: str) -> str:
-    """The device that --device names, "cuda" for "auto" where there is one; else `UserError`."""
-    from heads.arithmetic import resolve_device  # torch, which --help does without
+    """Return the device that --device means, "cpu" or "cuda"; raises UserError if it is absent."""
+    from heads.arithmetic import resolve_device  # imports torch, which --help does not need
 
     return resolve_device(name).type
 
 
 def prompt_set(store: Store, text: str | None) -> str | None:
-    """Name of the store's prompt set that --prompts means; `UserError` as `held_prompt_set`."""
+    """Return the name of the prompt set that --prompts means; errors as `held_prompt_set`."""
     from pipeline.prompts import held_prompt_set
 
     return None if text is None else held_prompt_set(store, text)
 
 
 def architecture(workspace: Workspace, result: Mapping[str, Any]) -> str | None:
-    """Architecture of a result's image tower as its name or its folder in the workspace says."""
+    """Return the architecture of a result's image tower, found by the tower's name or folder."""
     from pipeline.encoders.specs import local_architecture
 
     return local_architecture(str(result.get("encoder", "")), workspace.root / "encoders")
 
 
 def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | None:
-    """Class names of a packed data set; None where it is not packed."""
+    """Return the class names of a packed data set, or None if it is not packed."""
     from pipeline.tars.dataset import DATASET_FILE, load_dataset
 
     folder = workspace.dataset_dir(dataset)
@@ -225,9 +227,9 @@ def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | No
 
 
 def class_list(text: str) -> list[str]:
-    """Class names from "a, b, c", those that hold a comma in quotes: '"cut, chop", run'.
+    """Split "a, b, c" into class names; a name with a comma is in quotes: '"cut, chop", run'.
 
-    `UserError` when there is none or one is named twice.
+    Raises UserError if there is no name or one is given twice.
     """
     fields = next(csv.reader([" ".join(text.split())], skipinitialspace=True), [])
     names = [name.strip() for name in fields if name.strip()]
@@ -247,6 +249,6 @@ def require_few_failures(failed: int, listed: int, max_failures: float, reasons:
     if failed > max_failures * listed:
         fail(
             f"{failed} of {listed} videos failed, more than --max-failures {max_failures:g} "
-            f"allows: everything else is done; {reasons}, or allow more"
+            f"allows: the other videos are done; {reasons}, or allow more"
         )
         raise typer.Exit(1)

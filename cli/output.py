@@ -1,4 +1,4 @@
-"""Where words go: results to stdout, everything else to stderr."""
+"""Printing for all commands: results go to stdout, everything else goes to stderr."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 PACKAGES = ("pipeline", "featstore", "heads", "cli")
-# Without a terminal a line every so often is enough to see that work goes on.
+# Without a terminal, one line every so often is enough to show that the work goes on.
 PLAIN_INTERVAL_S = 10.0
 WHOLE_NAME = 32
-PLAIN_WIDTH = 200  # of tables without a terminal
+PLAIN_WIDTH = 200  # width of tables without a terminal
 
 Shown = Mapping[str, Any] | Table | str
 
-# File names and class names may hold brackets: nothing that is printed is markup.
+# File names and class names may hold brackets, so printed text is never read as markup.
 results = Console(highlight=False, soft_wrap=True, markup=False)
 messages = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
@@ -54,14 +54,14 @@ _quiet = False
 
 
 def leave_it_to_the_first() -> None:
-    """No notices and no progress: another process of the same command shows them. Errors stay."""
+    """Silence notices and progress: another process of this command shows them. Errors stay."""
     global _quiet
     _quiet = True
     logging.disable()
 
 
 def fail(message: str) -> None:
-    """Print the one line of an error."""
+    """Print an error as one line."""
     messages.print(f"error: {message}")
 
 
@@ -73,9 +73,9 @@ def warn(message: str) -> None:
 def report(
     json: bool, value: Mapping[str, Any], shown: Mapping[str, Any] | Iterable[Shown]
 ) -> None:
-    """Print what a command found: with --json the object `value`, in ASCII for any locale.
+    """Print the result of a command: with --json the object `value`, in ASCII for any locale.
 
-    Without it `shown`: "name: value" lines of a mapping, tables, and single lines.
+    Without --json, print `shown`: a mapping as "name: value" lines, tables, and single lines.
     """
     if json:
         sys.stdout.write(dumps(value, allow_nan=False) + "\n")
@@ -87,14 +87,14 @@ def report(
                 results.print(f"{name:<{width}}  {fact}")
         elif isinstance(part, str) or results.is_terminal or "COLUMNS" in os.environ:
             results.print(part)
-        else:  # a file or another program has no width to fold the words for
+        else:  # a file or another program has no width at which to wrap lines
             Console(highlight=False, width=PLAIN_WIDTH, markup=False).print(part)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table to `report`; columns after the first are right-aligned.
+    """Make a table for `report`; columns after the first are right-aligned.
 
-    Names in the first column stay whole up to `WHOLE_NAME` letters.
+    Names in the first column are not wrapped up to `WHOLE_NAME` letters.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     made = Table(title=title or None, title_justify="left")
@@ -152,7 +152,7 @@ def _bar(what: str, unit: str) -> Progress:
 
 
 def _speed(rate: float) -> str:
-    """Units per second in words; "" before there is a rate, seconds of each for slow ones."""
+    """Write a rate as "2.0/s", or as "3.0 s each" below 1/s; "" while there is no rate."""
     if rate <= 0:
         return ""
     return f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
@@ -165,5 +165,5 @@ def _duration(seconds: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    """An accuracy for a table; "-" where there is none."""
+    """Write an accuracy for a table; "-" if there is none."""
     return "-" if value is None else f"{value:.1f}"

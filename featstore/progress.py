@@ -1,4 +1,4 @@
-"""How library code reports without printing: progress to a sink of the caller, then the outcome."""
+"""How library code reports without printing: first progress, to a sink, then the outcome."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def no_stages(what: str, unit: str) -> AbstractContextManager[ProgressSink]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a piece of work returns when it is done; base of dataclasses of JSON values."""
+    """What a piece of work returns at its end: the base of dataclasses that hold JSON values."""
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready dict."""
+        """Return the fields as a JSON-ready dict."""
         return asdict(self)

@@ -1,7 +1,7 @@
 """Segment arithmetic: which of n ordered things to take, as pure integer arithmetic.
 
-Used at both ends of the store: `pipeline.sampling` chooses frames of a video with it, training
-chooses among the stored frames of a row. It lives here because both may import `featstore`.
+Both ends of the store use it: `pipeline.sampling` chooses frames of a video, and training chooses
+among the stored frames of a row. It lives here because both may import `featstore`.
 
 The formulas are those of the MoTE reference (Zhu et al., NeurIPS 2024), zero-based.
 """
@@ -17,14 +17,14 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 Places = npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
-# Numbers that are computed at once, which stay in a core's nearer caches.
+# How many numbers are computed at once: so few that they stay in a core's nearer caches.
 _AT_ONCE: Final = 2**14
 
 
 def segment_positions(n: int, segments: int) -> IntArray:
-    """Position k of `segments` evenly spaced ones among n: int(n/segments*k) mod n.
+    """Return `segments` evenly spaced positions among n; position k is int(n/segments*k) mod n.
 
-    Returns int64 [segments], each in [0, n). For n < segments positions repeat, none is invented.
+    The result is int64 [segments], each in [0, n). If n < segments, positions repeat.
     Raises ValueError when n or `segments` is not positive.
     """
     _require_positive(n, segments)
@@ -33,7 +33,7 @@ def segment_positions(n: int, segments: int) -> IntArray:
 
 
 def segment_ranges(n: int, segments: int) -> tuple[IntArray, IntArray]:
-    """Inclusive (lo, hi) of each segment for random segment sampling, int64 [segments] each.
+    """Return the inclusive bounds of segments for random sampling: lo and hi, int64 [segments].
 
     Edge k is round-half-even((n-1)/segments*k); segment k spans edge k to edge k+1, both included,
     so neighbours may pick the same edge position.
@@ -48,29 +48,29 @@ def segment_ranges(n: int, segments: int) -> tuple[IntArray, IntArray]:
 class SegmentSampler:
     """Draws a view of each sample and a frame of each of its segments, for many samples at once.
 
-    A stream is the 64-bit words of numpy's PCG64 from the seed that names it, and each of its
-    samples has a place of its own there: any range of them is drawn without the ones before it,
-    and however it is cut, a sample gets the same.
+    A stream is the sequence of 64-bit words that numpy's PCG64 makes from the stream's seed. Each
+    sample has its own place in the stream, so any range of samples can be drawn without the
+    earlier ones, and a sample's draws do not depend on how the range is cut.
 
-    A number below n is a random 16-bit one times n, divided by 2**16: Lemire's method (ACM TOMACS
-    2019) without its rejections, which would move all that comes after them. The chance of each
+    A number below n is a random 16-bit number times n, divided by 2**16: Lemire's method (ACM
+    TOMACS 2019) without its rejections, which would shift all later numbers. The chance of each
     value is within 2**-16 of 1 / n.
     """
 
     def __init__(self, views: int, stored: int, frames: int) -> None:
-        """Samples of `views` views of `stored` frames, `frames` of which are drawn.
+        """Draw `frames` of the `stored` frames of one of `views` views.
 
-        ValueError when there are more than 2**16 to choose one from.
+        Raises ValueError if one would be drawn from more than 2**16 frames or views.
         """
         lowest, highest = segment_ranges(stored, frames)
         sizes = highest - lowest + 1
         most = max(views, int(sizes.max()))
         if most > 2**16:
             raise ValueError(
-                f"one of {most} frames or views is to be drawn: at most {2**16} can be"
+                f"cannot draw one of {most} frames or views: at most {2**16} are possible"
             )
         self._views, self._stored, self._frames = views, stored, frames
-        # A sample's words hold the 16-bit numbers of its frames, then that of its view.
+        # A sample's words hold the 16-bit numbers of its frames, then the number of its view.
         self._words = -(-(frames + (views > 1)) // 4)
         # Numpy works along long rows: along the eight of a sample it takes four times as long.
         self._at_once = max(1, _AT_ONCE // frames)
@@ -80,11 +80,11 @@ class SegmentSampler:
     def draw(
         self, stream: Sequence[int], first: int, count: int, starts: Places | None = None
     ) -> Places:
-        """Samples first, first + 1, ... of `stream`, which is named by whole numbers >= 0.
+        """Draw samples first, first + 1, ... of `stream`, whose seed is whole numbers >= 0.
 
         Returns places among the V * F stored frames of a sample, int64 [count, T]: frame f of view
-        v, the same view in all of a sample, is v * F + f. `starts` [count] are added, and places
-        are of their type, which must hold the sums.
+        v is v * F + f, and all frames of a sample have one view. `starts` [count] are added to the
+        places, which then have the type of `starts`; it must be able to hold the sums.
         """
         bits = np.random.PCG64(stream)
         bits.advance(first * self._words)
@@ -110,7 +110,7 @@ class SegmentSampler:
 def _below(
     sizes: npt.NDArray[np.uint32] | np.uint32, numbers: npt.NDArray[np.uint16]
 ) -> npt.NDArray[np.int32]:
-    """Random 16-bit numbers as numbers below `sizes`, which are 2**16 at most."""
+    """Turn random 16-bit numbers into numbers below `sizes`, which are at most 2**16."""
     products = np.multiply(numbers, sizes, dtype=np.uint32)
     products >>= np.uint32(16)
     return products.view(np.int32)

@@ -1,4 +1,4 @@
-"""`mote-cli compare`: in what two results differ, then by how much."""
+"""`mote-cli compare`: show which settings of two results differ, then by how much they differ."""
 
 from __future__ import annotations
 
@@ -15,34 +15,35 @@ if TYPE_CHECKING:
     from heads.evaluation.comparing.compare import Comparison
     from heads.evaluation.outcomes import Paired
 
-PAIRED_LINES = 3  # more test sets than that are told in one line
-_GAINS = "{only_b} videos only B has right, {only_a} only A: p = {p:.3g} (exact McNemar test)"
+PAIRED_LINES = 3  # more test sets than this are summed up in one line
+_GAINS = "{only_b} videos only B gets right, {only_a} only A: p = {p:.3g} (exact McNemar test)"
 
 
 def compare(
     a: Annotated[
         str,
         typer.Argument(
-            metavar="A", help="A result file, a run's folder, or the name of a run: its newest."
+            metavar="A", help="A result file, or a run's name or folder, for its newest result."
         ),
     ],
     b: Annotated[
         str | None,
         typer.Argument(
             metavar="[B]",
-            help="The other; of a run its newest on A's data set. Not needed with --published.",
+            help="The other result; a run stands for its newest result on A's data set. Not needed "
+            "with --published.",
         ),
     ] = None,
     published: Annotated[
         bool,
-        typer.Option("--published", help="Also published figures whose protocol is that of A."),
+        typer.Option("--published", help="Also show published figures with A's protocol."),
     ] = False,
     backbone: Annotated[
         str | None,
         typer.Option(
             metavar="ARCH",
-            help="Architecture of A's image tower, such as ViT-B/16; default: as its name or its "
-            "folder says.",
+            help="Architecture of A's image tower, such as ViT-B/16; default: found by the tower's "
+            "name or folder.",
         ),
     ] = None,
     root: options.Root = options.DEFAULT_ROOT,
@@ -51,8 +52,8 @@ def compare(
     """Say in which fields two results differ, which of them make the numbers incomparable, and
     only then compare the numbers.
 
-    Results are the JSON files under `heads/RUN/eval/`. A field that an older file lacks is called
-    unknown.
+    Results are the JSON files under `heads/RUN/eval/`. Fields that an older file lacks are shown
+    as unknown.
 
     Example: `mote-cli compare first second`
     """
@@ -80,11 +81,11 @@ def _shown(comparison: Comparison | None, found: Mapping[str, Any] | None) -> It
     if found is not None:
         yield from published_shown(found)
         if not found["published"] and not found["nearest"]:
-            yield "no published figure is of this data set"
+            yield "no figure is published for this data set"
 
 
 def published_shown(found: Mapping[str, Any]) -> Iterator[Shown]:
-    """What is shown of the figures that `published_beside` found; nothing if there are none."""
+    """Yield what to print of the figures that `published_beside` found; nothing without any."""
     if found["published"]:
         yield table(
             "Published with the same protocol",
@@ -103,7 +104,7 @@ def published_shown(found: Mapping[str, Any]) -> Iterator[Shown]:
         )
         yield from dict.fromkeys(f"{f['method']}: {f['note']}" for f in found["published"])
     elif found["nearest"]:
-        yield "no published figure has this protocol; nearest differ in:"
+        yield "no published figure has this protocol; the nearest ones differ in:"
         for near in found["nearest"]:
             yield (
                 f"  {near['method']} {near['backbone']} {near['value']:g} ({near['source']}): "
@@ -139,9 +140,9 @@ def _compared(comparison: Comparison) -> Iterator[Shown]:
             "measure the same thing"
         )
     elif comparison.unsure:
-        yield f"cannot be told whether comparable: {', '.join(comparison.unsure)} unknown"
+        yield f"perhaps not comparable: {', '.join(comparison.unsure)} unknown"
     else:
-        yield "comparable: the same videos, names and views, in the same way"
+        yield "comparable: both measure the same videos, names and views in the same way"
     if comparison.numbers:
         yield table(
             "Accuracy in per cent, difference in points",
@@ -163,7 +164,7 @@ def _compared(comparison: Comparison) -> Iterator[Shown]:
 
 
 def _many(pairs: Sequence[Paired]) -> str:
-    """One line for the draws of half-class and the like."""
+    """Sum up many test sets, such as the draws of half-class, in one line."""
 
     def span(values: Sequence[float]) -> str:
         low, high = f"{min(values):.3g}", f"{max(values):.3g}"
@@ -171,7 +172,7 @@ def _many(pairs: Sequence[Paired]) -> str:
 
     return (
         f"{len(pairs)} test sets of {span([pair.n for pair in pairs])} videos: "
-        f"{span([pair.only_b for pair in pairs])} videos only B has right, "
+        f"{span([pair.only_b for pair in pairs])} videos only B gets right, "
         f"{span([pair.only_a for pair in pairs])} only A: p = {span([pair.p for pair in pairs])} "
         "(exact McNemar tests, one each; --json has them all)"
     )

@@ -1,4 +1,4 @@
-"""`mote-cli demo`: the whole job, offline, on clips it makes itself."""
+"""`mote-cli demo`: do the whole job offline, on clips that it makes itself."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from featstore.files.durable import write_json
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Draws the world and starts the heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generated world and of the heads.")] = 0,
     seeds: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Repeat with N seeds: mean, spread.")
+        int, typer.Option(metavar="N", min=1, help="Repeat with N seeds; show mean and spread.")
     ] = 1,
     finetune: Annotated[
         int,
         typer.Option(
             metavar="EPOCHS",
             min=0,
-            help="Then also fine-tune the CLIP's tower with MoTE's head for so many epochs, half a "
-            "minute each.",
+            help="Then also fine-tune the CLIP's tower with MoTE's head for this many epochs, half "
+            "a minute each.",
         ),
     ] = 0,
     root: options.Root = options.DEFAULT_ROOT,

@@ -1,4 +1,4 @@
-"""`mote-cli doctor`: what this machine can do."""
+"""`mote-cli doctor`: show what this machine can do."""
 
 from __future__ import annotations
 

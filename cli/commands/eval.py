@@ -1,4 +1,4 @@
-"""`mote-cli eval`: accuracy of a head under a named protocol."""
+"""`mote-cli eval`: measure the accuracy of a head under a named protocol."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluate(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(metavar="PROTOCOL", help="A protocol by its name: `mote-cli protocols list`."),
+        typer.Option(metavar="PROTOCOL", help="Name of a protocol in `mote-cli protocols list`."),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -53,7 +53,7 @@ def evaluate(
     head: options.Head = None,
     split: options.Split = None,
     views: Annotated[
-        str | None, typer.Option(metavar="CLIPSxCROPS", help="Take the store with these views.")
+        str | None, typer.Option(metavar="CLIPSxCROPS", help="Use the store with these views.")
     ] = None,
     sampling: options.StoreSampling = None,
     store_name: options.StoreName = None,
@@ -63,15 +63,16 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="K",
-            help="Classes modulation compares on either side; default: the head's, 5 as published.",
+            help="Nearest classes that modulation compares on either side; default: the head's "
+            "setting, 5 as published.",
         ),
     ] = None,
     modulation_temperature: Annotated[
         str | None,
         typer.Option(
             metavar="T",
-            help="The larger, the less the head is held back, none: not at all; default: the "
-            "head's, 0.05 as published.",
+            help="Temperature of modulation: a larger one holds the head back less, none not at "
+            "all; default: the head's setting, 0.05 as published.",
         ),
     ] = None,
     ensemble: Annotated[
@@ -80,7 +81,7 @@ def evaluate(
             metavar="WEIGHT",
             min=0.0,
             max=1.0,
-            help="Add CLIP's own cosines per frame with this weight; 0.5 as DiST in zero-shot.",
+            help="Add CLIP's own cosines per frame with this weight; DiST has 0.5 in zero-shot.",
         ),
     ] = None,
     clip_store: Annotated[
@@ -104,19 +105,21 @@ def evaluate(
         typer.Option(
             "--sweep",
             metavar="NAME=V,V,...",
-            help="Many settings from one pass: modulation-temperature, modulation-neighbours, "
-            "ensemble, fusion; or blend, over imported towers. May be repeated.",
+            help="Measure many settings in one pass: modulation-temperature, "
+            "modulation-neighbours, ensemble, fusion; or blend, over imported towers. May be "
+            "repeated.",
         ),
     ] = None,
     allow_overlap: Annotated[
         bool,
-        typer.Option("--allow-overlap", help="Measure although tested videos are training videos."),
+        typer.Option("--allow-overlap", help="Measure even if training videos are tested."),
     ] = False,
     label_map: Annotated[
         str,
         typer.Option(
             metavar="corrected|as-published",
-            help="Class names that published label files exchange (HMDB51): right, or as they are.",
+            help="Some published label files swap class names (HMDB51): correct them, or keep "
+            "them.",
         ),
     ] = "corrected",
     k600_source: Annotated[
@@ -124,15 +127,15 @@ def evaluate(
         typer.Option(
             metavar="test|val|FILE",
             help="Videos of Kinetics-600 zero-shot: a split, or a list of names or YouTube ids; "
-            "default: test where it was extracted, else val.",
+            "default: test if it was extracted, else val.",
         ),
     ] = None,
     class_lists: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="DIR|FILE",
-            help="Class splits of Kinetics-600 zero-shot, a file of names or numbers each (repeat "
-            "the option, or name a folder); default: three drawn here.",
+            help="Class splits of Kinetics-600 zero-shot, one file of names or numbers per split "
+            "(repeat the option, or name a folder); default: three that mote draws.",
         ),
     ] = None,
     k400_names: Annotated[
@@ -151,7 +154,7 @@ def evaluate(
     draw_seeds: Annotated[
         str | None,
         typer.Option(
-            metavar="S,S,...", help="Draws of the shots; default: 1, for base-to-novel 1,2,3."
+            metavar="S,S,...", help="Seeds of the shots; default: 1, for base-to-novel 1,2,3."
         ),
     ] = None,
     lists_from: Annotated[
@@ -161,22 +164,22 @@ def evaluate(
         ),
     ] = None,
     train_store: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Store to train from, where several fit.")
+        str | None, typer.Option(metavar="NAME", help="Store to train from, if several fit.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="Settings of training, as train-head's.")
+        str | None, typer.Option(metavar="NAME|FILE", help="Training recipe, as for train-head.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of training.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Of training.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Videos per training step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of training.")] = None,
     repeat: Annotated[
         str,
         typer.Option(
-            metavar="N|full", help="Repeat the shots N times an epoch, or to the full size."
+            metavar="N|full", help="Repeat the shots N times per epoch, or to the full set's size."
         ),
     ] = "full",
     name: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Name that the runs trained here begin with.")
+        str | None, typer.Option(metavar="RUN", help="First part of the trained runs' names.")
     ] = None,
     best_epoch: Annotated[
         bool,
@@ -189,7 +192,8 @@ def evaluate(
         str,
         typer.Option(
             metavar="auto|fp32|bf16",
-            help="Arithmetic of the head; auto takes bf16 for wide heads where it is faster.",
+            help="Number format of the head's arithmetic; auto takes bf16 for wide heads if it is "
+            "faster.",
         ),
     ] = "auto",
     device: options.Device = "auto",
@@ -198,10 +202,11 @@ def evaluate(
 ) -> None:
     """Evaluate a head on a store: top-1, top-5, and how many videos were listed and failed.
 
-    --closeset takes the val (or test) split, --zeroshot all videos, or the mean over the official
-    test lists of HMDB51 and UCF101; --protocol any protocol by its name. The result is kept as
-    JSON beside the head, with accuracy per class and confusion. torchrun shares the work.
-    --fewshot and --base-to-novel train heads first, from the weights of --head where it is given.
+    --closeset tests the val (or test) split. --zeroshot tests all videos, or takes the mean over
+    the official test lists of HMDB51 and UCF101. --protocol takes any protocol by its name.
+    --fewshot and --base-to-novel train heads first, from the weights of --head if it is given.
+    The result is kept as JSON beside the head, with accuracy per class and confusion. To share
+    the work among processes, run it under torchrun.
 
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
@@ -235,7 +240,7 @@ def evaluate(
     if views is None and named is not None and named.kind == "closeset" and named.views:
         (views,) = named.views
     if views is not None:
-        count_views(views)  # a UserError before anything is read
+        count_views(views)  # raises its UserError before anything is read
     swept = swept_values.parse_sweeps(sweeps or [])
     fused = swept_values.value_of(swept_values.FUSION, fusion)
     if isinstance(fused, list):
@@ -245,7 +250,7 @@ def evaluate(
         fused = None
     kind = named.kind if named is not None else KINDS[chosen[0]]
     if kind in trained.KINDS and swept:
-        raise UserError(f"--sweep goes with heads that are there: {kind} trains its own")
+        raise UserError(f"--sweep needs a head that is trained already: {kind} trains its own")
     workspace = options.workspace(root)
     request = asked.EvaluationRequest(
         workspace,

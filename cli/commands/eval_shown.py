@@ -1,4 +1,4 @@
-"""What `mote-cli eval` shows of its results."""
+"""How `mote-cli eval` prints its results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def report_evaluation(
     beside: Mapping[str, Any],
     is_sweep: bool,
 ) -> None:
-    """Report an evaluation, the files it was kept in, and published figures `beside` the first."""
+    """Report an evaluation, its files, and the published figures `beside` the first result."""
     measured = [result for result, _ in evaluation.measured]
     for gap in evaluation.missing:
         remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
@@ -61,7 +61,7 @@ def report_evaluation(
 
 
 def _sweep(title: str, measured: list[EvalResult]) -> Table:
-    """One line per setting; columns of what does not differ are left out."""
+    """Make a table with one line per setting, without the columns in which none differ."""
     columns: dict[str, list[Any]] = {
         "blend": [r.blend for r in measured],
         "neighbours": [r.modulation_neighbours for r in measured],
@@ -88,7 +88,7 @@ def _sweep(title: str, measured: list[EvalResult]) -> Table:
 
 
 def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> Iterator[Shown]:
-    """One line per number of shots, and the published figures that `value` has of each."""
+    """Yield a table with one line per number of shots, then the published figures of each."""
     yield table(
         f"few-shot on {value['dataset']}, tested on {outcomes[0].last.per_split[0].split} "
         f"({outcomes[0].last.n_evaluated} videos)",
@@ -110,7 +110,7 @@ def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> 
 
 
 def base_to_novel_shown(value: Mapping[str, Any]) -> Iterator[Shown]:
-    """Every draw, the means over the draws, and published figures; all of it is in `value`."""
+    """Yield each draw, the means over the draws, and the published figures, all from `value`."""
     rows = [
         [f"draw {run['draw']}", percent(run["base"]), percent(run["novel"]), ""]
         for run in value["per_seed"]

@@ -1,4 +1,4 @@
-"""`mote-cli export`: a head for use elsewhere."""
+"""`mote-cli export`: write a head as a file for other programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Tower for the official format, where the head's own is not found by its name.",
+            help="Image tower for the official format, if the head's own is not found by name.",
         ),
     ] = None,
     root: options.Root = options.DEFAULT_ROOT,
@@ -37,8 +37,8 @@ def export(
 ) -> None:
     """Write a head as one file for other programs; an existing file is replaced.
 
-    The official format also holds the image tower: that of an imported or fine-tuned run as it was
-    trained, to the bit, or the encoder the head was trained with.
+    The official format also holds the image tower: for an imported or fine-tuned run the trained
+    tower, bit for bit; for other runs the encoder that the head was trained with.
 
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
@@ -73,7 +73,7 @@ def export(
             origin = head.origin
             spec = encoder or (None if origin is None else origin.encoder)
             if spec is None:
-                raise UserError(f"run {run} does not say its encoder: name it with --encoder SPEC")
+                raise UserError(f"run {run} records no encoder: name it with --encoder SPEC")
             try:
                 clip = original_clip(spec, workspace.root / "encoders")
             except UserError as error:

@@ -1,4 +1,4 @@
-"""`mote-cli extract`: tars through a frozen CLIP into a feature store."""
+"""`mote-cli extract`: encode the videos in tars with a frozen CLIP into a feature store."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ def extract(
     dataset: options.Dataset,
     split: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Only the tars of this split (disjoint splits only)."),
+        typer.Option(metavar="NAME", help="Take only this split's tars (needs disjoint splits)."),
     ] = None,
     encoder: Annotated[
         str,
         typer.Option(
             metavar="SPEC",
             help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
-            "file, or a name under encoders/ of the workspace (`./NAME` is one here).",
+            "file, or a name under encoders/ of the workspace (`./NAME` is a folder here).",
         ),
     ] = options.DEFAULT_ENCODER,
     sampling: Annotated[
         str,
         typer.Option(
             metavar="uniform:F|clips:TxV",
-            help="F frames over the whole video, or V clips of T frames each.",
+            help="Take F frames over the whole video, or V clips of T frames each.",
         ),
     ] = "uniform:16",
     tier: Annotated[
         str,
         typer.Option(
             metavar="embeddings|frames|tokens:K",
-            help="What is kept of every frame: its pooled embedding, its pixels after resize and "
+            help="What to store of each frame: its pooled embedding, its pixels after resize and "
             "crop, or all tokens of block K of the image tower, counted from 0.",
         ),
     ] = "embeddings",
     crops: Annotated[
-        int, typer.Option(metavar="1|3", help="Centre, or three along the long side.")
+        int, typer.Option(metavar="1|3", help="Centre crop, or three crops along the long side.")
     ] = 1,
     prompts: Annotated[
         list[str] | None,
@@ -67,16 +67,16 @@ def extract(
         str,
         typer.Option(
             metavar="auto|pyav|dali",
-            help="What decodes the videos: pyav on the CPU, dali on the GPU (docs/gpu.md); auto "
-            "takes dali where --device is a GPU that can.",
+            help="Decode videos with pyav on the CPU or dali on the GPU (docs/gpu.md); auto takes "
+            "dali if --device is a GPU that supports it.",
         ),
     ] = "auto",
     strict_decode: Annotated[
         bool | None,
         typer.Option(
             "--strict-decode/--no-strict-decode",
-            help="Fail videos with any sign of damage, or pass over damage and count it; default: "
-            "fail those whose damage the H.264 and HEVC decoders notice.",
+            help="Fail videos with any sign of damage, or skip damage and count it; default: fail "
+            "videos whose damage the H.264 or HEVC decoder notices.",
             show_default=False,
         ),
     ] = None,
@@ -84,31 +84,29 @@ def extract(
         str,
         typer.Option(
             metavar="K/N|all|auto",
-            help="Do every N-th tar only, so that N processes share the work; auto takes K and N "
+            help="Do only every N-th tar, so that N processes share the work; auto takes K and N "
             "from torchrun's or SLURM's environment variables.",
         ),
     ] = "auto",
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Do tars with failed videos once more.")
+        bool, typer.Option("--retry-failed", help="Do tars with failed videos again.")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run", help="Only say what would be done, and how long that may take; no store."
-        ),
+        typer.Option("--dry-run", help="Only say what would be done and how long; make no store."),
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads (of each Ray worker); default: one per core.")
+        int | None, typer.Option(min=1, help="Threads (per Ray worker); default: one per core.")
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="local|ray", help="This process, or workers of a Ray cluster.")
+        str, typer.Option(metavar="local|ray", help="Work in this process or on a Ray cluster.")
     ] = "local",
     address: Annotated[
         str | None,
         typer.Option(
             metavar="HOST:PORT|auto|local",
-            help="The Ray cluster; default: that of RAY_ADDRESS, else one on this machine for this "
-            "command.",
+            help="Address of the Ray cluster; default: RAY_ADDRESS, else a cluster that this "
+            "command starts on this machine.",
         ),
     ] = None,
     ray_workers: Annotated[
@@ -116,18 +114,19 @@ def extract(
         typer.Option(
             metavar="N",
             min=1,
-            help="Ray workers; default: one per machine, or per GPU with --gpus-per-worker.",
+            help="Number of Ray workers; default: one per machine, or per GPU with "
+            "--gpus-per-worker.",
         ),
     ] = None,
     cpus_per_worker: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="CPUs and threads of a Ray worker.")
+        int | None, typer.Option(metavar="N", min=1, help="CPUs and threads per Ray worker.")
     ] = None,
     gpus_per_worker: Annotated[
         float | None,
         typer.Option(
             metavar="N",
             min=0,
-            help="GPUs of a Ray worker, such as 1 or 0.5; default: none, 1 with --device cuda.",
+            help="GPUs per Ray worker, such as 1 or 0.5; default: none, or 1 with --device cuda.",
         ),
     ] = None,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
@@ -143,22 +142,22 @@ def extract(
         typer.Option(
             envvar="MOTE_ROOT",
             metavar="DIR|URL",
-            help="Workspace: data sets and features live under it; also s3://BUCKET/PREFIX.",
+            help="Workspace with data sets and features: a folder, or s3://BUCKET/PREFIX.",
         ),
     ] = str(options.DEFAULT_ROOT),
     json: options.Json = False,
 ) -> None:
-    """Decode, preprocess and encode every video once; features land in a Zarr store.
+    """Decode, preprocess and encode every video once, and write the features to a Zarr store.
 
-    Interrupt it whenever you like: at most the tars in flight are lost, and the same command goes
-    on. Videos that fail keep their row with the reason.
+    You can interrupt it at any time: at most the tars in progress are lost, and the same command
+    continues. A video that fails keeps its row in the store, with the reason.
 
-    --root and --store may be on S3-compatible storage (extra `cloud`; credentials from the
-    environment only): docs/cloud.md.
+    --root and --store may lie on S3-compatible storage (this needs the extra `cloud`, and takes
+    credentials from the environment only): see docs/cloud.md.
 
     Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
     """
-    # Nothing here imports torch: a finished store is recognised without it.
+    # Nothing here imports torch, which recognising a finished store does not need.
     from featstore.format.class_texts import DEFAULT_PROMPTS
     from featstore.format.tiers import Tier
     from pipeline.encoders.specs import encoder_label
@@ -170,8 +169,8 @@ def extract(
     wanted = Tier.parse(tier)
     cluster = _cluster(engine, device, address, ray_workers, cpus_per_worker, gpus_per_worker)
     if cluster is not None and partition == "auto":
-        partition = "all"  # the cluster is the one that shares the work out
-    # Under a URL lies what would lie under the folder; encoders are sought on this machine.
+        partition = "all"  # the cluster divides the work itself
+    # A URL holds what the workspace folder would hold; encoders are looked up on this machine.
     remote = is_url(root)
     workspace = options.workspace(Path() if remote else Path(root))
     encoders = (options.DEFAULT_ROOT if remote else workspace.root) / "encoders"
@@ -239,7 +238,7 @@ def _cluster(
     cpus_per_worker: int | None,
     gpus_per_worker: float | None,
 ) -> Cluster | None:
-    """The cluster that the options speak of; None for this process."""
+    """Return the cluster that the options describe; None to work in this process."""
     if engine == "local":
         rays = {
             "--address": address,
@@ -258,16 +257,16 @@ def _cluster(
     gpus = gpus_per_worker if gpus_per_worker is not None else float(device == "cuda")
     if (device == "cuda" and not gpus) or (device == "cpu" and gpus):
         raise UserError(
-            f"--device {device} and --gpus-per-worker {gpus:g} do not fit together: workers use "
-            "GPUs when they are given some"
+            f"--device {device} and --gpus-per-worker {gpus:g} do not fit together: a worker "
+            "computes on a GPU exactly if it is given one"
         )
     return Cluster(address, workers, cpus_per_worker, gpus)
 
 
 def _facts(summary: ExtractionSummary) -> dict[str, Any]:
     notes = {
-        "damaged": (summary.rows_damaged, "videos had damaged packets that were passed over"),
-        "miscounted": (summary.rows_miscounted, "containers speak of another number of frames"),
+        "damaged": (summary.rows_damaged, "videos had damaged packets that were skipped"),
+        "miscounted": (summary.rows_miscounted, "containers state another number of frames"),
         "missing": (summary.partitions_missing, "tars are not done yet"),
     }
     facts: dict[str, Any] = {
@@ -289,8 +288,8 @@ def _facts(summary: ExtractionSummary) -> dict[str, Any]:
 def _following(
     summary: ExtractionSummary, tier: Tier, split: str | None, store: str | None, root: str
 ) -> str:
-    """The command to type next."""
-    local = store is not None and not is_url(store)  # heads look under --root only
+    """Return the command to run next."""
+    local = store is not None and not is_url(store)  # train-head looks under --root only
     if local or not tier.pooled:
         return f"mote-cli inspect {shlex.quote(summary.store)}"
     if is_url(summary.store):

@@ -1,4 +1,4 @@
-"""`mote-cli finetune`: tower and head trained together, from packed videos."""
+"""`mote-cli finetune`: train tower and head together, from packed videos."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def finetune(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="The CLIP to begin with, as --encoder of extract takes it; default: the one that "
-            f"--from-head was trained on, else {options.DEFAULT_ENCODER}.",
+            help="The CLIP to begin with, written as for --encoder of extract; default: the one "
+            f"that --from-head was trained on, else {options.DEFAULT_ENCODER}.",
         ),
     ] = None,
     from_head: Annotated[
         str | None,
         typer.Option(
             metavar="RUN",
-            help="Begin with the head of this run instead of a new one; RUN may be --name: the "
-            "first stage is kept in its folder frozen/.",
+            help="Begin with the head of this run instead of a new one. RUN may be the same as "
+            "--name: the earlier head is then kept in the folder frozen/ of the run.",
         ),
     ] = None,
     recipe: Annotated[
@@ -39,7 +39,7 @@ def finetune(
         typer.Option(
             metavar="NAME|FILE",
             help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo) "
-            "or from a TOML file; options given beside it win.",
+            "or from a TOML file; options on the command line override them.",
         ),
     ] = None,
     name: Annotated[
@@ -53,8 +53,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="tower|head|tower-last-N",
-            help="What is trained: everything, all but the tower, or the tower's last N blocks "
-            "with the head.",
+            help="What to train: everything, all but the tower, or the tower's last N blocks and "
+            "the head.",
         ),
     ] = None,
     split: options.Split = None,
@@ -87,20 +87,21 @@ def finetune(
         str | None,
         typer.Option(
             metavar="shared|per-rank",
-            help="Experts and temperatures of a step: one draw for all processes, or one each.",
+            help="Draw the experts and temperatures of a step once for all processes, or once per "
+            "process.",
         ),
     ] = None,
     augment: Annotated[
         bool | None,
         typer.Option(
-            "--augment/--no-augment", help="Random crop, flip and grey.", show_default=False
+            "--augment/--no-augment", help="Random crop, flip, greyscale.", show_default=False
         ),
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
             metavar="auto|fp32|bf16|fp16",
-            help="Arithmetic of training; auto takes bf16 (fp16 on older ones) on a GPU.",
+            help="Number format of training; on a GPU, auto takes bf16 (fp16 on older GPUs).",
         ),
     ] = None,
     checkpointing: Annotated[
@@ -115,8 +116,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="auto|ddp|fsdp",
-            help="Several processes: whole copies (DDP) or shares of the model (FSDP2); auto "
-            "shards towers from 200 million parameters, which ViT-L has.",
+            help="With several processes, each holds a whole copy of the model (DDP) or a share "
+            "of it (FSDP2); auto shards towers of 200 million parameters or more, such as ViT-L.",
         ),
     ] = None,
     save: Annotated[
@@ -129,7 +130,7 @@ def finetune(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="Share of the tuned tower in the encoder, the rest is the one it began with; "
+            help="Share of the tuned tower in the encoder; the rest is the tower it began with. "
             "0.99 as published.",
         ),
     ] = None,
@@ -146,7 +147,7 @@ def finetune(
         typer.Option(min=1, help="Decode threads of each process; default: its share of cores."),
     ] = None,
     decoder: Annotated[
-        str, typer.Option(metavar="auto|pyav|dali", help="What decodes the videos.")
+        str, typer.Option(metavar="auto|pyav|dali", help="Decoder, as for extract.")
     ] = "auto",
     device: options.Device = "auto",
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
@@ -154,11 +155,11 @@ def finetune(
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Train the image tower with the head, from packed videos; no store is needed.
+    """Train the image tower together with the head, from packed videos and without a store.
 
     The tuned tower becomes encoders/RUN and the head heads/RUN, for extract, eval, predict and
-    export. On several GPUs: `torchrun --nproc-per-node N -m cli.main finetune ...`. A run that was
-    interrupted goes on with --resume (docs/finetuning.md).
+    export. On several GPUs: `torchrun --nproc-per-node N -m cli.main finetune ...`. --resume
+    continues an interrupted run (docs/finetuning.md).
 
     Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
     """
@@ -179,7 +180,7 @@ def finetune(
                 require_run_name(run)
                 settings = load_recipe(recipe or FINETUNE_RECIPE)
                 first = None
-                if from_head is not None:  # the run's own head may have been put aside already
+                if from_head is not None:  # the run's own head may be in frozen/ already
                     own = from_head == run
                     first = workspace.run_dir(run) if own else workspace.choose_run(from_head)
                 request = FinetuneRequest(
@@ -230,23 +231,23 @@ def finetune(
     if not ranks.first:
         raise typer.Exit(int(failed > max_failures * listed))
     options.require_few_failures(
-        failed, listed, max_failures, f"{summary.path}/failures.csv has the reasons"
+        failed, listed, max_failures, f"the reasons are in {summary.path}/failures.csv"
     )
 
 
 def _say(error: BaseException, ranks: Ranks) -> None:
-    """Raise what this process should end with in place of `error`, if not that."""
+    """Raise the exception that should end this process instead of `error`, if there is one."""
     if ranks.alone:
         return
-    # Whoever started the processes stops them all when one ends: they are ending already.
+    # The launcher stops all processes when one ends, and this one is ending already.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if isinstance(error, KeyboardInterrupt):
         raise WorkError(
-            f"rank {ranks.rank} of {ranks.world_size} was told to stop (another one ended, or the "
-            "job): the same command with --resume goes on"
+            f"rank {ranks.rank} of {ranks.world_size} was stopped (another rank ended, or the "
+            "job): run the same command with --resume to continue"
         ) from None
     if isinstance(error, UserError | WorkError) and not getattr(error, "speaks", True):
-        # Another process says it.
+        # Another process prints this error.
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 

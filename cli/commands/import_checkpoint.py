@@ -1,4 +1,4 @@
-"""`mote-cli import-checkpoint`: the authors' released weights as an encoder and a head."""
+"""`mote-cli import-checkpoint`: turn the authors' released weights into an encoder and a head."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def import_checkpoint(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="The CLIP it was tuned from, as --encoder of extract takes it: gives the text "
-            "tower and the blend. Default: OpenAI's of the same shape.",
+            help="The CLIP it was tuned from, written as for --encoder of extract; it gives the "
+            "text tower and the blend. Default: OpenAI's CLIP of the same shape.",
         ),
     ] = None,
     class_names: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="CSV `id,name` of the training classes; the checkpoint holds only their features, "
-            "which the names are checked against.",
+            help="CSV `id,name` of the training classes; the checkpoint holds only the features of "
+            "the names, and the names are checked against these.",
         ),
     ] = None,
     blend: Annotated[
@@ -38,7 +38,7 @@ def import_checkpoint(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="Share of the tuned tower, the rest is CLIP's own; 0.99 as published.",
+            help="Share of the tuned tower; the rest is CLIP's own. 0.99 as published.",
         ),
     ] = 0.99,
     attention_heads: Annotated[
@@ -46,21 +46,22 @@ def import_checkpoint(
         typer.Option(
             metavar="N",
             min=1,
-            help="Of the head; default: those of the CLIP's text tower, as published.",
+            help="Attention heads of the temporal head; default: as many as CLIP's text tower has, "
+            "as published.",
         ),
     ] = None,
     frames: Annotated[
         int,
-        typer.Option(metavar="T", min=1, help="Frames per view it was trained with; not in FILE."),
+        typer.Option(metavar="T", min=1, help="Frames per view in training; FILE lacks this."),
     ] = 8,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Make encoders/NAME and heads/NAME of a checkpoint of MoTE's released code.
+    """Turn a checkpoint of MoTE's released code into encoders/NAME and heads/NAME.
 
     `extract --encoder NAME` then encodes with the fine-tuned tower, and `eval` and `predict` take
-    `--head NAME`. Nothing in FILE is run. Either both appear or neither.
+    `--head NAME`. No code in FILE is run. Either both are made or neither.
 
     Example: `mote-cli import-checkpoint MoTE_B16.pt --name mote-b16 --class-names k400.csv`
     """

@@ -1,4 +1,4 @@
-"""`mote-cli inspect`: what a data set, a store or a run holds."""
+"""`mote-cli inspect`: show what a data set, a store or a run holds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WANTED = (
 
 
 def inspect_path(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder under the workspace.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of one of these.")],
     json: options.Json = False,
 ) -> None:
     """Say what PATH is (data set, feature store or run) and what is in it.

@@ -1,4 +1,4 @@
-"""`mote-cli pack`: video files into WebDataset tars."""
+"""`mote-cli pack`: pack video files into WebDataset tars."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def pack(
         Path,
         typer.Option(
             metavar="DIR",
-            help="Folder of the videos: class folders (also under train/, val/, test/), or what "
-            "the annotations name.",
+            help="Folder of the videos: one folder per class (also under train/, val/, test/), or "
+            "the files that the annotations name.",
         ),
     ],
     annotations: Annotated[
@@ -31,32 +31,33 @@ def pack(
     ] = None,
     class_names: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="CSV `id,name` for lists with numbers as labels."),
+        typer.Option(metavar="FILE", help="CSV `id,name`, for lists whose labels are numbers."),
     ] = None,
     label_map: Annotated[
         str,
         typer.Option(
             metavar="corrected|as-published",
-            help="A file of class names that exchanges some against what the videos are called "
-            "(X-CLIP's for HMDB51): put right, or kept for comparison.",
+            help="Some published files of class names swap names (X-CLIP's for HMDB51): correct "
+            "them, or keep them for comparison.",
         ),
     ] = "corrected",
     class_names_as: Annotated[
         str,
         typer.Option(
             metavar="words|raw",
-            help="Natural words (`ApplyEyeMakeup`: apply eye makeup), or the data set's spelling.",
+            help="Write class names as natural words (`ApplyEyeMakeup` as apply eye makeup), or in "
+            "the data set's spelling.",
         ),
     ] = "words",
     samples_per_shard: Annotated[
         int, typer.Option(metavar="N", min=1, help="Videos per tar (= rows per shard).")
     ] = 256,
-    seed: Annotated[int, typer.Option(help="Order of the videos in the tars.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of videos in the tars.")] = 0,
     append: Annotated[
         bool,
         typer.Option(
             "--append",
-            help="Take videos that came since into new tars; earlier tars stay as they are.",
+            help="Pack videos that were added since into new tars; earlier tars do not change.",
         ),
     ] = False,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
@@ -65,15 +66,16 @@ def pack(
 ) -> None:
     """Pack labelled videos into WebDataset tars, checking that each can be decoded.
 
-    Known names (k400, k600, k700, hmdb51, ucf101, ssv2) read the official annotation files; any
-    other name is a folder of class folders or a list. Running it again continues.
+    For the data sets k400, k600, k700, hmdb51, ucf101 and ssv2 the official annotation files are
+    read; any other name takes a folder of class folders, or a list. To continue interrupted work,
+    run the command again.
 
     Example: `mote-cli pack --dataset my-clips --videos ~/videos`
     """
     from pipeline.annotations.class_names import Naming
     from pipeline.tars.packing import pack as run
 
-    # Naming checks its words, which are the user's.
+    # Naming checks the words, which come from the user.
     naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
     with progress_of("pack", "videos") as progress:
         summary = run(

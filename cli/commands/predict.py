@@ -1,4 +1,4 @@
-"""`mote-cli predict`: what happens in these videos, in the user's own words."""
+"""`mote-cli predict`: name what happens in videos, in the user's own words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def predict(
     head: options.Head = None,
     encoder: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="Default: the encoder the head was trained with."),
+        typer.Option(metavar="SPEC", help="Encoder; default: the one the head was trained with."),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to show per video.")] = 5,
     frames: Annotated[
@@ -39,7 +39,7 @@ def predict(
 ) -> None:
     """Name the classes that fit each video best, with scores that add up to 1.
 
-    Without a trained head (or with `--head mean`) frames are averaged, as CLIP would.
+    Without a trained head (or with `--head mean`) the embeddings of the frames are averaged.
 
     Example: `mote-cli predict clip.mp4 --classes "arm wrestling, cooking, crossing a street"`
     """

@@ -1,4 +1,4 @@
-"""`mote-cli protocols`: what each named protocol measures, from the objects `eval` runs on."""
+"""`mote-cli protocols`: show what each named protocol measures, from the objects `eval` uses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     rich_markup_mode="markdown",
     help=(
-        "The named evaluation protocols: what they train on, test, count and report, and how what "
-        "is run here differs from the papers.\n\n"
+        "Describe the named evaluation protocols: what each trains on, tests, counts and reports, "
+        "and how mote differs from the papers.\n\n"
         "Example: `mote-cli protocols show ucf101-zeroshot-3splits`"
     ),
 )
@@ -47,7 +47,7 @@ def show_protocol(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a protocol.")],
     json: options.Json = False,
 ) -> None:
-    """Show everything two results of a protocol must share, and how ours differ from the papers.
+    """Show what any two results of a protocol must share, and how mote differs from the papers.
 
     Example: `mote-cli protocols show ucf101-zeroshot-3splits`
     """
@@ -83,7 +83,7 @@ def show_protocol(
 
 
 def _figure(figure: Published) -> str:
-    """One line with all that is known of a published figure."""
+    """Describe a published figure in one line, with all that is known about it."""
     value = f"{figure.value:g}" + ("" if figure.std is None else f" +- {figure.std:g}")
     measure = "" if figure.measure == "top1" else f"{figure.measure} "
     told = {
@@ -107,7 +107,7 @@ def _named(counts: Mapping[str, int]) -> str:
 
 
 def _counts(protocol: Protocol) -> str:
-    """The first published counts, for the table."""
+    """Write the first published counts, for the table."""
     if not protocol.expected:
         return "-"
     shown = " / ".join(f"{count:,}" for count in protocol.expected[0].counts.values())

@@ -1,4 +1,4 @@
-"""`mote-cli store ...`: stores that grow, join, shrink, and leave for other programs."""
+"""`mote-cli store ...`: add to stores, join them, make them smaller, write them as other files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from featstore.workspace import STORE_SUFFIX
 app = typer.Typer(
     rich_markup_mode="markdown",
     help=(
-        "Let a store grow, join stores, rewrite them smaller, or hand their rows to other "
+        "Add to a store, join stores, make a store smaller, or write its rows for other "
         "programs.\n\n"
         "A store is named by its path, or by its name under `features/` of the workspace.\n\n"
         "Example: `mote-cli store export my-store --to parquet --out my-rows`"
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-# What several of these commands take; what other commands take, too, is in `cli.options`.
+# Options of several of these commands; those that other commands share are in `cli.options`.
 StorePath = Annotated[
     str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
 ]
@@ -32,8 +32,8 @@ OutStore = Annotated[
     typer.Option(
         "--out",
         metavar="STORE",
-        help="Path of the new store; must not exist. `train-head` and `eval` find it under "
-        "features/NAME/ of the workspace, NAME being the `--dataset` that they are given.",
+        help="Path of the new store; must not exist. `train-head` and `eval` find it if it lies "
+        "under features/NAME/ of the workspace, where NAME is the value of their `--dataset`.",
     ),
 ]
 TextEncoder = Annotated[
@@ -41,7 +41,7 @@ TextEncoder = Annotated[
     typer.Option(
         "--encoder",
         metavar="SPEC",
-        help="Where the store's encoder is, when it is not found by its recorded name.",
+        help="The store's encoder, if it is not found by its recorded name.",
     ),
 ]
 
@@ -61,10 +61,10 @@ def add_tars(
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Give a store the new tars of its data set; `extract` then does just those.
+    """Add the new tars of its data set to a store; `extract` then does only those.
 
-    The earlier tars must be unchanged. New classes and splits may come at the end of the lists;
-    the texts of new classes are computed with the store's encoder.
+    The earlier tars must be unchanged. New classes and splits may only be added at the end of the
+    lists; the texts of new classes are computed with the store's encoder.
 
     Example: `mote-cli store add-tars my-store --dataset my-clips`
     """
@@ -111,10 +111,10 @@ def merge(
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Make one store of several that were made alike from different data sets.
+    """Join several stores that were made in the same way from different data sets.
 
-    Classes and splits are united by name. Features are linked where they can be, so that the new
-    store takes little room on the same disk.
+    Classes and splits with the same name become one. Features files are linked if possible, so
+    that the new store takes little room on the same disk.
 
     Example: `mote-cli store merge first.zarr second.zarr --out both.zarr`
     """
@@ -145,7 +145,7 @@ def export(
         str,
         typer.Option(
             metavar="safetensors|parquet|npy",
-            help="parquet is what Hugging Face datasets and Arrow read (needs pyarrow).",
+            help="Format; Hugging Face datasets and Arrow read parquet (needs pyarrow).",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to make; must not exist.")],
@@ -158,12 +158,12 @@ def export(
         ),
     ] = None,
     rows_per_file: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Default: files of about 256 MB.")
+        int | None, typer.Option(metavar="N", min=1, help="Default: as many as fill 256 MB.")
     ] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Write rows as files of other programs; the folder appears when it is complete.
+    """Write rows as files for other programs; the folder appears once it is complete.
 
     Videos that failed have no features: they are left out, counted, and named in export.json.
 
@@ -199,7 +199,7 @@ def convert(
     codec: Annotated[
         str,
         typer.Option(
-            metavar="none|zstd|lz4", help="none is fastest to read; zstd is smallest, lz4 quicker."
+            metavar="none|zstd|lz4", help="none reads fastest; zstd is smallest, lz4 is quicker."
         ),
     ],
     out: OutStore,
@@ -233,10 +233,10 @@ def quantize(
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Rewrite a store with int8 features, half the size, and print what that costs.
+    """Rewrite a store with int8 features, half the size, and print the loss in accuracy.
 
-    The cost is measured on the store's own rows: how far each frame's embedding turns, and how
-    often CLIP's mean of frames answers the same.
+    The loss is measured on the store's own rows: how far the embedding of each frame turns, and
+    how often CLIP's mean of frames gives the same answer.
 
     Example: `mote-cli store quantize my-store --out half.zarr`
     """
@@ -282,7 +282,7 @@ def add_texts(
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Add the class texts of another prompt set; no feature is touched.
+    """Add the class texts of another prompt set; the features do not change.
 
     Example: `mote-cli store add-texts my-store --prompts video`
     """
@@ -305,7 +305,7 @@ def add_texts(
         )
         for prompt_set in prompt_sets
     }
-    state = {True: "added", False: "were there already"}
+    state = {True: "added", False: "already in the store"}
     report(
         json,
         {
@@ -329,7 +329,7 @@ def _sizes(before: int, after: int) -> str:
 
 
 def _use(store: Path) -> str:
-    """What a new store is good for where it lies."""
+    """Return the next command for a new store, or where to move the store to use it."""
     from featstore.format.metadata import read_metadata
 
     name = store.absolute().parent.name

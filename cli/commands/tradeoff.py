@@ -1,4 +1,4 @@
-"""`mote-cli tradeoff`: known classes against new ones, one row per head."""
+"""`mote-cli tradeoff`: compare heads on known and on new classes, one row per head."""
 
 from __future__ import annotations
 
@@ -34,26 +34,24 @@ def tradeoff(
         list[str] | None,
         typer.Option(
             metavar="NAME,...",
-            help="Data sets or protocols of new classes; default: ucf101, hmdb51 and k600 where "
-            "there are results on them, else all that have some.",
+            help="Data sets or protocols of new classes; default: those of ucf101, hmdb51 and k600 "
+            "that have results, else all that have results.",
         ),
     ] = None,
     allow_mixed: Annotated[
         bool,
-        typer.Option(
-            "--allow-mixed", help="Show heads together whose results are not of one protocol."
-        ),
+        typer.Option("--allow-mixed", help="Show heads together even if their protocols differ."),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plot, .png or .svg; default: under --root.")
+        Path | None, typer.Option(metavar="FILE", help="Plot, .png or .svg; default: in --root.")
     ] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
     """Collect the newest results of several heads: close-set, zero-shot, and the trade-off score.
 
-    The zero-shot column is the harmonic mean of the sets, the score the harmonic mean of it and
-    the close-set accuracy, both from unrounded numbers.
+    The zero-shot column is the harmonic mean over the data sets. The score is the harmonic mean
+    of that column and the close-set accuracy. Both are computed from unrounded numbers.
 
     Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
     """
@@ -66,8 +64,8 @@ def tradeoff(
     unknown = [name for name in runs or [] if name not in known]
     if unknown:
         raise UserError(
-            f"run {unknown[0]!r} has no results (with results are: {', '.join(known) or 'none'}): "
-            f"`mote-cli eval --closeset NAME --head {unknown[0]}` makes them"
+            f"run {unknown[0]!r} has no results (runs with results: {', '.join(known) or 'none'}): "
+            f"make some with `mote-cli eval --closeset NAME --head {unknown[0]}`"
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
     found = collect(
@@ -117,7 +115,7 @@ def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
             for row in found.rows
         ],
     )
-    mixed = [f"not of one protocol: {line}" for line in found.mixed]
+    mixed = [f"protocols differ: {line}" for line in found.mixed]
     for line in (*mixed, *found.unknown, *found.missing):
         warn(line)
     yield f"plot {figure}"

@@ -1,4 +1,4 @@
-"""`mote-cli train-head`: a temporal head from a feature store."""
+"""`mote-cli train-head`: train a temporal head on a feature store."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train_head(
         typer.Option(
             metavar="NAME|FILE",
             help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo, "
-            "end-to-end) or from a TOML file; options given beside it win.",
+            "end-to-end) or from a TOML file; options on the command line override them.",
         ),
     ] = None,
     head: Annotated[
@@ -56,7 +56,7 @@ def train_head(
         int | None,
         typer.Option(metavar="K", min=1, help="Train on K videos of each class, drawn by key."),
     ] = None,
-    draw_seed: Annotated[int, typer.Option(metavar="S", min=0, help="Which draw of --shots.")] = 1,
+    draw_seed: Annotated[int, typer.Option(metavar="S", min=0, help="Seed of --shots.")] = 1,
     classes: Annotated[
         str,
         typer.Option(
@@ -68,11 +68,12 @@ def train_head(
         str,
         typer.Option(
             metavar="N|full",
-            help="Have every video N times in an epoch; full: until they are as many as all.",
+            help="Use every video N times per epoch; full: until an epoch is as long as with all "
+            "videos.",
         ),
     ] = "1",
     from_head: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Start from this head's weights.")
+        str | None, typer.Option(metavar="RUN", help="Start from the weights of this head.")
     ] = None,
     resume: options.Resume = False,
     root: options.Root = options.DEFAULT_ROOT,
@@ -81,8 +82,8 @@ def train_head(
     """Train a head on stored features; the encoder is not run again.
 
     A recipe holds every setting of head and training (docs/recipes.md); the default one is the
-    paper's ViT-B/16 head for a frozen encoder. A run that was interrupted goes on with --resume,
-    bit for bit as if it had not been.
+    paper's ViT-B/16 head for a frozen encoder. --resume continues an interrupted run, with the
+    same result, bit for bit, as without the interruption.
 
     Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
     """
@@ -114,7 +115,7 @@ def train_head(
     if from_head is not None:
         if (head, layers, experts) != (None, None, None):
             raise UserError(
-                "--from-head brings its own shape: leave --head, --layers and --experts out"
+                "--from-head sets the shape of the head: leave --head, --layers and --experts out"
             )
         initial, initial_run = choose_head(workspace, from_head)
         if initial is None:

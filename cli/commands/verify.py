@@ -1,4 +1,4 @@
-"""`mote-cli verify`: is a store as it was written, and would it be made the same again?"""
+"""`mote-cli verify`: check that a store is as it was written, and would come out the same again."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def verify(
         typer.Option(
             metavar="N",
             min=0,
-            help="Encode N videos again, drawn at random, with the recorded encoder, and compare.",
+            help="Encode N random videos again with the recorded encoder, and compare.",
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Which videos --reencode draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the choice of --reencode.")] = 0,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
     """Check a feature store: files and sizes, with --deep all checksums.
 
-    The store is not changed. Damage is noted beside it, so that the same `mote-cli extract` command
-    that made the store does the damaged partitions again, and only those. Exit code 1 names them.
+    The store is not changed. Damage is noted beside it: the `mote-cli extract` command that made
+    the store then does the damaged partitions again, and only those. With damage, the exit code
+    is 1.
 
     Example: `mote-cli verify ViT-B-16-openai--uniform-16 --deep`
     """
@@ -52,7 +53,7 @@ def verify(
         with progress_of("verify", "partitions") as progress:
             checked = check(path, deep, progress)
         repair = repair_command(path, read_metadata(path), root)
-    except DamagedMetadata as error:  # partitions cannot be told without it
+    except DamagedMetadata as error:  # without metadata the partitions are unknown
         damage = (Damage("metadata", one_line(error, limit=1000)),)
         checked, repair = Report(False, deep, 0, 0, 0, damage, ()), ""
     damaged: list[dict[str, Any]] = [vars(finding) for finding in checked.damaged]
@@ -67,7 +68,7 @@ def verify(
             {
                 "partition": row.partition,
                 "reason": f"{row.key!r} encoded again has cosine {row.cosine:.6f}, "
-                f"{again.tolerance} is allowed",
+                f"at least {again.tolerance} is required",
             }
             for row in again.rows
             if row.cosine < again.tolerance and not row.reason
@@ -89,7 +90,7 @@ def verify(
             least = min(row.cosine for row in again.rows)
             yield facts | {
                 "encoded again": f"{len(again.rows)} videos, {again.equal} equal bit for bit; "
-                f"least cosine {least:.6f}, {again.tolerance} is allowed"
+                f"least cosine {least:.6f}, at least {again.tolerance} is required"
             }
             yield table(
                 "",

@@ -1,11 +1,11 @@
-"""Training batches from a store: features held in memory, memory-mapped, or streamed, by size.
+"""Training batches from a store: features are held in memory, memory-mapped, or streamed, by size.
 
 Dimension letters: N samples, V views, F stored frames, D dim, B batch, T frames of a clip. For a
 store of another tier than embeddings read *item for D, and its type for float16.
 
 A whole batch is drawn and gathered at once: one `index_select` over the flattened features reaches
-about a million clips a second on one core, while a dataset asked sample by sample, with or without
-worker processes, reached a tenth of that (measured at T = 8 of F = 32, D = 512).
+about a million clips a second on one core, while fetching sample by sample, with or without worker
+processes, reached a tenth of that (measured at T = 8 of F = 32, D = 512).
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from featstore.segments import Places, SegmentSampler
 log = logging.getLogger(__name__)
 
 Holding = Literal["resident", "mapped", "streamed"]
-"""How a loader has its features: in memory, in files the page cache keeps in memory, in files."""
+"""Where a loader keeps its features: in memory, in files that the page cache holds, or in files."""
 
-# The rest is for the optimizer, the head, the page cache and other programs.
+# Share of free memory for features; the rest is for optimizer, head, page cache, other programs.
 RESIDENT_SHARE: Final = 0.6
-# Beyond it the page cache cannot hold the files, and single random reads would wait for the disk.
+# Above this share the page cache cannot hold the files, and random reads would wait for the disk.
 MAPPED_SHARE: Final = 0.9
 
-# What the random streams of an epoch are for; the draws have one per rank.
+# The purposes of an epoch's random streams; the draws have one stream per rank.
 _ORDER: Final = 0
 _DRAWS: Final = 1
-# Frames drawn together, for several batches if they are small. Gathering a few batches puts
-# everything else out of the caches, and drawing starts four times slower then; this is a megabyte.
+# How many frames are drawn together, for several batches if they are small. Gathering a few batches
+# evicts all else from the caches, and then drawing starts four times slower; this is a megabyte.
 _TOGETHER: Final = 2**17
-# Places below it are int32, half the size: a megabyte of them is out of the caches.
+# Places below this are int32, half the size, because a megabyte of places leaves the caches.
 _INT32_PLACES: Final = 2**31
 
 
@@ -55,9 +55,9 @@ _INT32_PLACES: Final = 2**31
 class Batch:
     """One training batch.
 
-    `features` float16 [B, T, D], raw embeddings as they are stored, on the device of the loader's
-    features (what computes with them makes them float32 where it computes: half the bytes travel);
-    `labels` int64 [B] beside them. `samples` [B] says which ones these are of the loader's N,
+    `features` float16 [B, T, D] are raw embeddings as stored, on the loader's features' device
+    (convert them to float32 where they are computed with, so that half the bytes travel); `labels`
+    int64 [B] are on the same device. `samples` [B] are positions among the loader's N samples,
     whose array rows are `array_rows` [N].
     """
 
@@ -68,16 +68,16 @@ class Batch:
 
     @property
     def rows(self) -> Tensor:
-        """int64 [B] on the CPU: array rows if the loader knows them, else places in its features.
+        """The array rows if the loader knows them, else positions in its features: int64 [B], CPU.
 
-        Looked up when asked for, which most training never does.
+        They are looked up only on request, because most training never needs them.
         """
         return torch.from_numpy(self.array_rows[self.samples])
 
 
 # Gathers samples `first`, first + 1, ... of an order in batches of B: takes first, places [n, T] of
-# frames and B, and gives float16 [B, T, D], the last one of what remains of n. Places are counted
-# from each sample's first frame, or, where an epoch has starts, from those.
+# frames and B, and yields float16 [B, T, D]; the last batch has what remains of n. Places count
+# from each sample's first frame or, if an epoch has starts, from where the starts are counted.
 Clips = Callable[[int, Places, int], Iterator[Tensor]]
 
 
@@ -103,11 +103,11 @@ def resident(
 ) -> Tensor:
     """Load the features of array rows into memory: float16 [n, V, F, D], checksums compared.
 
-    `check` False trusts the bytes on the disk. Raises UserError for a row that holds no sample,
-    WorkError when one fails its checksum.
+    `check` False trusts the bytes on the disk. Raises UserError if a row holds no sample,
+    WorkError if a row fails its checksum.
     """
     wanted = np.atleast_1d(whole_numbers(rows, "rows"))
-    # Numpy asks for large pages, torch does not: filling its memory took four times as long.
+    # Numpy asks for large pages and torch does not: filling torch's memory took four times as long.
     loaded: FeatureArray = np.empty((len(wanted), *store.schema.row_shape), store.schema.dtype)
     store.read_into(wanted, loaded, check=check, progress=progress)
     return torch.from_numpy(loaded)
@@ -119,9 +119,9 @@ def load_features(
     progress: ProgressSink = no_progress,
     holding: Holding | None = None,
 ) -> Tensor | MappedFeatures | StreamedFeatures:
-    """Features of array rows, held as `holding` says, by default as `choose_holding` does.
+    """Return the features of array rows, held as `holding` says; `choose_holding` is the default.
 
-    Errors as `resident`; those of features that stay in files when they are read.
+    Errors as `resident`; features that stay in files raise them only when they are read.
     """
     wanted = np.atleast_1d(whole_numbers(rows, "rows"))
     if holding is None:
@@ -134,11 +134,11 @@ def load_features(
 
 
 def choose_holding(nbytes: int, available: int | None = None, *, mappable: bool = True) -> Holding:
-    """How to hold `nbytes` of features; the choice is logged with its reason.
+    """Choose how to hold `nbytes` of features; the choice is logged with its reason.
 
-    `available` is the free memory in bytes, that of this process by default. Features that are
-    not `mappable` are read chunk by chunk: a random row then costs a whole chunk, so
-    that they are streamed where others are mapped.
+    `available` is the free memory in bytes, by default the free memory of this process. Features
+    that are not `mappable` are read chunk by chunk: a random row would cost a whole chunk, so they
+    are streamed where mappable ones are mapped.
     """
     free = available_memory() if available is None else available
     holding: Holding = "streamed"
@@ -156,7 +156,7 @@ def choose_holding(nbytes: int, available: int | None = None, *, mappable: bool 
     log.info(
         "features: %s; %.1f MB %s %d %% of the %.0f MB of memory that is free%s",
         *(how, nbytes / 1e6, within, round(100 * share), free / 1e6),
-        "" if mappable or holding != "streamed" else ", and the store is not one that is mapped",
+        "" if mappable or holding != "streamed" else ", and this store cannot be memory-mapped",
     )
     return holding
 
@@ -166,19 +166,20 @@ class FeatureLoader:
 
     Each sample of a batch takes one view at random and, per segment of its F stored frames, one
     frame at random (TSN, Wang et al., ECCV 2016, with the segment edges of `segments`). Order and
-    draws depend on (seed, epoch, step, rank) only, so any step of any epoch can be had without the
-    ones before it. Resident and mapped features give the same batches; streamed ones come in
-    another order, in which each batch is of one pool of blocks.
+    draws depend only on (seed, epoch, step, rank), so any step of any epoch can be computed without
+    the earlier ones. Resident and mapped features give the same batches; streamed features come in
+    another order, in which each batch is drawn from one pool of blocks.
 
-    With `world_size` W each of W ranks has its own part of every epoch: together they have every
-    sample exactly once. Nothing is padded or repeated, so the parts differ by one sample at most
-    and the ranks' numbers of batches by one; what synchronises the ranks at every step has to stop
-    at the smallest number (`len` of each rank) or join uneven inputs (torch's `Join`).
+    With `world_size` W each of W ranks has its own part of every epoch, and together they have
+    every sample exactly once. Nothing is padded or repeated, so the parts differ by at most one
+    sample, and the ranks' numbers of batches by at most one. Code that synchronises the ranks at
+    every step must stop at the smallest number (`len` of each rank) or join uneven inputs (torch's
+    `Join`).
 
     With `repeats` R an epoch has every sample R times, in one shuffled order.
 
-    ValueError when a rank has no sample, a size is not positive, or streamed features are to be
-    repeated.
+    Raises ValueError if a rank has no sample, a size is not positive, or streamed features are to
+    be repeated.
     """
 
     def __init__(
@@ -228,14 +229,14 @@ class FeatureLoader:
         self.frames = frames
 
     def __len__(self) -> int:
-        """Batches per epoch of this rank; the last one may be smaller."""
+        """The number of batches per epoch of this rank; the last batch may be smaller."""
         mine = len(range(self._rank, self._count * self._repeats, self._world_size))
         return -(-mine // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `start` on; every sample `repeats` times.
+        """Yield the batches of one epoch from step `start` on, with every sample `repeats` times.
 
-        ValueError, at the first batch, for a negative epoch or step.
+        Raises ValueError, at the first batch, if epoch or step is negative.
         """
         if epoch < 0 or start < 0:
             raise ValueError(f"epoch {epoch}, step {start}: both are counted from 0")
@@ -261,7 +262,7 @@ class FeatureLoader:
                     starts = order * per_sample
                     starts = starts.astype(np.int32) if small else starts
                     clips = self._clips_from_memory(self._features)
-            # Put into order and cut once, so that a step takes what is its.
+            # The labels are ordered and split once, so that a step only takes its part.
             ordered = torch.from_numpy(order).to(self._device)
             labels = torch.split(self._labels.index_select(0, ordered), self.batch_size)
             stream = (self._seed, epoch, _DRAWS, self._rank)
@@ -278,7 +279,7 @@ class FeatureLoader:
                     first += self.batch_size
 
     def _clips_from_files(self, features: MappedFeatures, order: RowArray) -> Clips:
-        """What gathers the samples of `order` from mapped files."""
+        """Return a function that gathers the samples of `order` from mapped files."""
         array_rows = features.rows[order]
 
         def gather(first: int, places: Places, count: int) -> Iterator[Tensor]:
@@ -292,7 +293,7 @@ class FeatureLoader:
         return gather
 
     def _clips_from_memory(self, features: Tensor) -> Clips:
-        """What gathers samples from features in memory; places count from their first frame."""
+        """Return a function that gathers from memory; places count from the first frame of all."""
         item = self._item
         flat = features.reshape(-1, math.prod(item))
 

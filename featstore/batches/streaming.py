@@ -1,8 +1,8 @@
-"""Features that are read anew in every epoch: blocks of rows, a pool at a time, shuffled within.
+"""Features that are read anew in every epoch: blocks of rows, in pools that are shuffled.
 
-For stores that no memory holds. Blocks of two megabytes are read in random order, so that the
-disk reads large pieces, and a pool of them is shuffled as a whole: with the usual sizes a batch
-comes from some 60 places of the store. A thread reads the next pool while one is used.
+This is for stores that do not fit into memory. Blocks of two megabytes are read in random order, so
+that the disk reads large pieces, and a pool of blocks is shuffled as a whole: with the usual sizes
+a batch comes from some 60 places of the store. A thread reads the next pool while one is used.
 
 Dimension letters as in `featstore.batches.loader`.
 """
@@ -28,16 +28,16 @@ from featstore.reading.store import Store
 from featstore.segments import Places
 
 POOL_BYTES: Final = 256 * 2**20
-"""Memory of streaming: one pool in use and one being read, half of it each."""
+"""Memory for streaming: one pool in use and one being read take half of it each."""
 
-# Read at once from one place: a disk takes longer to find a smaller piece than to read it.
+# How much is read from one place: a disk takes longer to find a smaller piece than to read it.
 BLOCK_BYTES: Final = 2 * 2**20
 
 
 def _references() -> int:
-    """What Python counts of an array that only a piece of `BatchMemory` and its caller hold.
+    """Return Python's reference count of an array that only `BatchMemory` and its caller hold.
 
-    3 in the Python versions so far; 3.14 leaves out what it need not count.
+    It is 3 in the Python versions so far; 3.14 leaves out references it need not count.
     """
     pieces = deque([(np.empty(0), None)])
     piece = pieces.popleft()
@@ -45,15 +45,15 @@ def _references() -> int:
     return sys.getrefcount(array)
 
 
-# Of a piece whose batch is gone: a batch that somebody holds is one more.
+# The count of a piece whose batch is gone; a batch that somebody holds adds one.
 _FREE: Final = _references()
 
 
 class BatchMemory:
-    """Memory for batches, used again once nobody holds the batch that was in it.
+    """Memory for batches, which is used again once nobody holds the batch that was in it.
 
-    A fresh piece of a few megabytes for every batch may come from the system page by page, which
-    takes half as long as gathering the batch. Threads may take from one memory.
+    Fresh memory of a few megabytes for every batch may come from the system page by page, which
+    takes half as long as gathering the batch. Several threads may share one memory.
     """
 
     def __init__(self, dtype: npt.DTypeLike = np.float16) -> None:
@@ -61,7 +61,7 @@ class BatchMemory:
         self._pieces: deque[tuple[FeatureArray, Tensor]] = deque()  # the one longest in use first
 
     def take(self, count: int, clip: int, item: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """A batch [B, T, *item] with any content, and the same as [B * T, D] to write to."""
+        """Return a batch [B, T, *item] of any content, and its memory as [B * T, D] to write to."""
         shape = (count, clip, *item)
         for _ in range(len(self._pieces)):
             try:
@@ -86,7 +86,7 @@ class BatchMemory:
 class StreamedFeatures:
     """Features of array rows `rows` in the files of `store`; stands in for float16 [N, V, F, D].
 
-    `memory` is what two pools take, in bytes; a pool has one row at least.
+    `memory` is the size of two pools in bytes; a pool has at least one row.
     """
 
     store: Store
@@ -100,11 +100,11 @@ class StreamedFeatures:
 
     @property
     def pool_rows(self) -> int:
-        """Samples of one pool."""
+        """The number of samples in one pool."""
         return max(1, min(len(self.rows), self.memory // 2 // self.store.schema.row_bytes))
 
     def shuffled(self, rng: np.random.Generator, rank: int, world_size: int) -> ShuffledBlocks:
-        """An order of one rank's part of the samples; the same `rng` state gives the same parts."""
+        """Shuffle one rank's part of the samples; the same `rng` state gives the same parts."""
         blocks = rng.permutation(len(self._edges) - 1)
         lengths = np.diff(self._edges)[blocks]
         # Positions of the blocks' samples in `_by_row`: each block's start, counted on.
@@ -137,8 +137,8 @@ class StreamedFeatures:
 class ShuffledBlocks:
     """One epoch of one rank: reads pools ahead and gathers clips from them, front to back.
 
-    `order` [n]: which sample comes when; `starts` [n]: where its first frame is among those of its
-    pool.
+    `order` [n] lists the samples in turn; `starts` [n] is the position of each sample's first
+    frame among the frames of its pool.
     """
 
     def __init__(self, features: StreamedFeatures, samples: RowArray, places: RowArray) -> None:
@@ -155,10 +155,10 @@ class ShuffledBlocks:
         self._pool: tuple[int, Tensor] | None = None
 
     def clips(self, first: int, places: Places, count: int) -> Iterator[Tensor]:
-        """Samples first, first + 1, ... of the order in batches of `count`, the last of the rest.
+        """Yield samples first, first + 1, ... of the order in batches of at most `count`.
 
-        Gives [B, T, *item] each, the frames at `places` [n, T] of the samples' pools (see
-        `starts`). Parts are asked for in order; the first may be any. Errors as `Store.read_into`.
+        Each batch is [B, T, *item], the frames at `places` [n, T] of the samples' pools (see
+        `starts`). Call with parts in order; the first may be any. Errors as `Store.read_into`.
         """
         clip = places.shape[1]
         for begin in range(0, len(places), count):
@@ -179,7 +179,7 @@ class ShuffledBlocks:
         self._reader.shutdown(wait=True, cancel_futures=True)
 
     def _flat(self, pool: int) -> Tensor:
-        """[pool rows * V * F, D] of a pool, which is waited for; the next is begun."""
+        """Wait for a pool, begin to read the next, and return this one [pool rows * V * F, D]."""
         if self._pool is None or self._pool[0] != pool:
             self._begin(pool)
             self._pool = pool, self._coming.pop(pool).result()

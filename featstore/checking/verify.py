@@ -40,7 +40,7 @@ REENCODE_COSINE: Final = {"fp32": 0.99999, "bf16": 0.999, "fp16": 0.999}
 
 @dataclass(frozen=True)
 class Damage:
-    """One finding: the partition's number, or the name of what belongs to none, and why."""
+    """One finding: the partition's number, or the name of a part outside partitions, and why."""
 
     partition: int | str
     reason: str
@@ -50,7 +50,7 @@ class Damage:
 class Report(Outcome):
     """What a check found: committed partitions, rows by status, damage, partitions not yet done.
 
-    `ok` says that nothing is damaged; an unfinished store is not damaged. `deep` says that every
+    `ok` is true if nothing is damaged; an unfinished store is not damaged. `deep` is true if every
     byte was read.
     """
 
@@ -69,9 +69,9 @@ def verify(
     """Check the store: metadata, commit entries, sizes of all files; `deep` reads every byte.
 
     A deep check compares the checksum of every chunk and every row, and finds rows of floating
-    point numbers that are not finite exactly where their status is ok. Any other check reports
-    again what an earlier deep one noted beside the store, unless that was repaired. Raises
-    UserError when the store's metadata cannot be used at all.
+    point numbers that contradict their status: finite if failed, or not finite if ok. Any other
+    check repeats what an earlier deep check noted beside the store, unless it was repaired. Raises
+    UserError if the store's metadata cannot be used at all.
     """
     path = Path(store_path)
     metadata = read_metadata(path)
@@ -117,19 +117,19 @@ def verify(
 def note_partitions(path: Path, deep: bool, damaged: Mapping[int, str]) -> Path | None:
     """Note beside the store what a check found, so that `extract` does those partitions again.
 
-    `damaged` is the reason by partition. Returns the note's path; None without findings, or where
-    it cannot be written, which is logged with a remedy.
+    `damaged` holds the reason by partition. Returns the note's path, or None if there is no
+    finding or the note cannot be written, which is logged with a remedy.
     """
     files = ChunkFiles(path, read_metadata(path))
-    # What a deep check found stays noted until it is repaired, in the words it was found with.
+    # Findings of a deep check stay noted, in the same words, until they are repaired.
     noted = {} if deep else DamageNote(files).reasons()
     try:
         return note_damage(files, {**damaged, **noted})
     except OSError as error:
         where = ", ".join(str(path / "commit" / "c" / str(tar)) for tar in sorted(damaged))
         logger.warning(
-            "%s cannot be written (%s), so that extract will not know of the damage: delete %s "
-            "before it is run",
+            "%s cannot be written (%s), so extract will not know of the damage: delete %s before "
+            "you run extract",
             *(note_path(path), error.strerror, where or "that file"),
         )
         return None
@@ -138,7 +138,7 @@ def note_partitions(path: Path, deep: bool, damaged: Mapping[int, str]) -> Path 
 def _check_bytes(
     files: ChunkFiles, tar: int, commit: Commit, status: npt.NDArray[np.uint8]
 ) -> None:
-    """Read all chunks of a committed partition; WorkError at the first that is wrong."""
+    """Read all chunks of a committed partition; raise WorkError at the first wrong one."""
     classes = len(files.metadata.class_names)
     for name in SMALL_ARRAYS:
         if files.specs[name].dtype == "string":
@@ -165,9 +165,9 @@ def _wrong_features(
     status: npt.NDArray[np.uint8],
     checksums: Checksums,
 ) -> str:
-    """What is wrong with the features of a partition, "" when nothing is.
+    """Return what is wrong with the features of a partition, or "" if nothing is.
 
-    WorkError for a damaged scale of int8 features.
+    Raises WorkError if the scale of int8 features is damaged.
     """
     schema, rows = files.schema, commit.rows
     expected = chunk_checksums(checksums, schema.chunk_rows, schema.row_bytes).tolist()
@@ -208,15 +208,15 @@ def _wrong_features(
 
 
 EncodeRow = Callable[[int, str], "npt.NDArray[Any] | str"]
-"""Encodes the video of an array row, whose key is given too: float32 [V, F, D] (the items of a
-tier in its type), or why it cannot be decoded."""
+"""Encodes the video of an array row, given the row and its key. Returns float32 [V, F, D] (or the
+items of another tier in its type), or the reason why the video cannot be decoded."""
 
 
 @dataclass(frozen=True)
 class ReencodedRow:
     """One row encoded again: the smallest cosine of its frames and the largest difference.
 
-    `reason` says why it could not be encoded; `cosine` is 0 then.
+    If the row could not be encoded, `reason` says why and `cosine` is 0.
     """
 
     key: str
@@ -229,7 +229,7 @@ class ReencodedRow:
 
 @dataclass(frozen=True)
 class Reencoding(Outcome):
-    """Rows encoded again and compared; `ok` when every cosine reaches `tolerance`."""
+    """Rows encoded again and compared; `ok` is true if every cosine reaches `tolerance`."""
 
     ok: bool
     tolerance: float
@@ -247,7 +247,7 @@ def reencode(
 ) -> Reencoding:
     """Encode `count` ok rows again, drawn without repeats by `seed`, and compare.
 
-    Raises UserError when the store has no ok row, and what `encode` raises.
+    Raises UserError if the store has no ok row, and whatever `encode` raises.
     """
     usable = np.flatnonzero(store.status == STATUS_OK)
     if not len(usable):

@@ -21,7 +21,7 @@ os.register_at_fork(after_in_child=_note_fork)
 
 
 def settle_torch() -> None:
-    """In a forked process have torch use one thread; once, so that more may be set afterwards."""
+    """Make torch use one thread in a forked process, once, so that more may be set later."""
     global _forked
     if _forked:
         import torch

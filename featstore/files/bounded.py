@@ -1,7 +1,7 @@
-"""Small files of a store that may come from anybody: read whole, or refused before they are.
+"""Reads small files of a store that may come from anybody, or refuses to before reading them.
 
 A pipe would keep its reader waiting for ever and a device never ends; both can be unpacked from an
-archive. What a file claims to hold costs memory only once its size is known.
+archive. No memory is used for a file's content before its size is known.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """All bytes of a regular file of at most `limit` bytes; never waits and follows no link.
+    """Return all bytes of a regular file of at most `limit` bytes; never wait, follow no link.
 
-    OSError when it cannot be opened or read, ValueError when it is something else than a file or
-    larger.
+    Raises OSError if it cannot be opened or read, ValueError if it is larger or is not a regular
+    file.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags), "rb", buffering=0) as file:

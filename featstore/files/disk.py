@@ -19,12 +19,12 @@ def free_bytes(path: Path) -> int:
 
 
 def has_room(path: Path, size: int) -> bool:
-    """Whether `size` bytes, and a little to spare, fit on the disk of `path`."""
+    """Return whether `size` bytes, and a little to spare, fit on the disk of `path`."""
     return free_bytes(path) >= size + SPARE_BYTES
 
 
 def in_bytes(count: int) -> str:
-    """A number of bytes in words."""
+    """Write a number of bytes in kB, MB or GB."""
     if count < 1e5:
         return f"{count / 1e3:.2f} kB"
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PARTIAL_SUFFIX = ".partial"
-# What file systems say that cannot link two files: another disk, no links, too many, not allowed.
+# Errors of file systems that cannot link two files: another disk, no links, too many, forbidden.
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EACCES, errno.ENOSYS)
 
 
@@ -50,7 +50,7 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def durable_path(path: Path) -> Iterator[Path]:
-    """Where to write a file that appears as `path` only when the block ends without an error."""
+    """Yield a place for a file that appears as `path` only if the block ends without an error."""
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
@@ -94,10 +94,10 @@ def new_folders(staging: Path, *targets: Path) -> Iterator[list[Path]]:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give `target` the content of `source`: a hard link where the file system has them.
+    """Make `target` a hard link to `source`, or a copy if the file system cannot link.
 
     A linked file must never be changed in place; every write of a store is a new file and a
-    rename. `target` appears complete or not at all; FileExistsError when it is there.
+    rename. `target` appears complete or not at all. Raises FileExistsError if it exists already.
     """
     make_folder(target.parent)
     if target.exists():
@@ -125,7 +125,7 @@ def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:
 
 
 def sweep_partials(folder: Path) -> int:
-    """Delete what interrupted writes left anywhere under `folder`; returns how many files."""
+    """Delete files that interrupted writes left anywhere under `folder`; return how many."""
     leftovers = list(folder.rglob(f"*{PARTIAL_SUFFIX}")) if folder.is_dir() else []
     for leftover in leftovers:
         leftover.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""Folders that are built beside their place and appear there by one rename, or change places.
+"""Builds folders beside their place, then moves them there by one rename or one exchange.
 
-Neither a reader nor a process killed at any moment sees a folder that is half old and half new.
+No reader ever sees a folder that is half old and half new, and no killed process leaves one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _UNSUPPORTED: Final = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 @contextmanager
 def new_folder(target: Path, *, store: bool = True) -> Iterator[Path]:
-    """A path to make a folder at; it becomes `target` when the block ends well.
+    """Yield a path to make a folder at; the folder becomes `target` if the block succeeds.
 
-    The path lies in a staging folder beside `target`, which is removed however the block ends;
-    what a killed process left is removed by the next. Another process that makes the same
-    target is refused (WorkError); UserError when the target exists, or is at a place where no
-    folder can or should be made. The lock file beside it stays where it is that of a `store`.
+    The path lies in a staging folder beside `target`, which is removed however the block ends; the
+    next call removes what a killed process left. Raises WorkError while another process makes the
+    same target, UserError if the target exists or no folder can or should be made there. The lock
+    file beside the target stays if the target is a `store`.
     """
     _require_place(target)
     make_folder(target.parent)
@@ -77,11 +77,11 @@ def _require_absent(target: Path) -> None:
 
 @contextmanager
 def replacement(target: Path) -> Iterator[Path]:
-    """A path to build a folder at, which takes the place of `target` when the block ends well.
+    """Yield a path to build a folder at, which replaces `target` if the block succeeds.
 
-    Where the system can exchange two folders in one step (Linux), `target` is there at every
-    moment. Elsewhere it is away between two renames; `recover` puts it back after a kill. The
-    caller holds the lock of the folder.
+    If the system can exchange two folders in one step (Linux), `target` exists at every moment.
+    On other systems it is missing between two renames; `recover` puts it back after a kill. The
+    caller must hold the lock of the folder.
     """
     with staging(target) as place:
         yield place
@@ -95,7 +95,7 @@ def replacement(target: Path) -> Iterator[Path]:
 
 
 def sweep(target: Path) -> None:
-    """Remove staging folders that killed processes left; the caller keeps others from `target`."""
+    """Remove staging folders that killed processes left; the caller must have locked `target`."""
     for leftover in target.parent.glob(f"{glob.escape(target.name)}.*{PARTIAL_SUFFIX}"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -119,10 +119,10 @@ def _previous(target: Path) -> Path:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A path to build something at that belongs to `target`; removed however the block ends.
+    """Yield a path beside `target` to build something at; it is removed however the block ends.
 
-    What earlier ones left is removed too, so the caller keeps others from `target`. Raises
-    WorkError when the disk is full.
+    Leftovers of earlier calls are removed too, so the caller must have locked `target`. Raises
+    WorkError if the disk is full.
     """
     sweep(target)
     folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")

@@ -31,7 +31,7 @@ _LOCK, _LOCK_AND_WAIT = (
 
 @contextmanager
 def exclusive(lock_file: Path, work: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold `lock_file` while doing `work`, "training RUN"; the rest as `claimed`."""
+    """Hold `lock_file` while doing `work`, such as "training RUN"; otherwise like `claimed`."""
     with claimed(lock_file, [0], lambda _: work, wait=wait):
         yield
 
@@ -40,11 +40,11 @@ def exclusive(lock_file: Path, work: str, *, wait: bool = False) -> Iterator[Non
 def claimed(
     lock_file: Path, records: Sequence[int], work: Callable[[int], str], *, wait: bool = False
 ) -> Iterator[None]:
-    """Hold some `records` of `lock_file`: a part of the work each, "writing partition 3 of STORE".
+    """Hold `records` of `lock_file`; each is for a piece of work: "writing partition 3 of STORE".
 
-    Raises WorkError that names the process and the work where another holds one of them, unless
-    `wait` says to wait for it. The file is made if needed and never removed: removing it would
-    let two processes lock two different files of the same name.
+    If another process holds one of the records, raises a WorkError that names the process and the
+    work, or waits for it if `wait` is set. The file is made if needed and never removed: removing
+    it would let two processes lock two different files of the same name.
     """
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     try:  # never through a link, which may have come with somebody's archive
@@ -76,10 +76,10 @@ def claimed(
 
 
 def hold(lock_file: Path) -> int | None:
-    """A descriptor that holds `lock_file`, made if needed, until it is closed.
+    """Return a descriptor that holds `lock_file`, made if needed, until the descriptor is closed.
 
-    None where another process holds it, or removed it at this moment: the holder of such a lock
-    may remove its file.
+    Returns None if another process holds the lock or has just removed the file, which the holder
+    of such a lock may do.
     """
     descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -1,8 +1,8 @@
-"""What this machine and the groups of this process give it: memory, cores, bfloat16 products.
+"""What this process may use of the machine: memory, cores, bfloat16 products.
 
 Containers and batch systems limit a process by control groups (cgroups v1 and v2, Linux kernel
-documentation), while /proc/meminfo describes the whole machine. What files left in the page cache
-counts as used there, too, and is given back when memory is wanted, so that it is free here.
+documentation), while /proc/meminfo describes the whole machine. Control groups count the page cache
+as used, but the system gives it back when memory is needed, so it counts as free here.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
 
 
 def _room(group: Path, limit: str, usage: str, prefix: str) -> int | None:
-    """Bytes that a group leaves, None where it sets no limit."""
+    """Return the bytes that a group leaves free, or None if it sets no limit."""
     try:
         most = int((group / limit).read_text())  # "max" where there is none
         used = int((group / usage).read_text())

@@ -30,7 +30,7 @@ def cache_folder() -> Path:
 
 
 def require_room(folder: Path, size: int, what: str) -> None:
-    """WorkError unless `size` bytes of `what` fit on the disk of `folder`."""
+    """Raise WorkError unless `size` bytes of `what` fit on the disk of `folder`."""
     if not has_room(folder, size):
         free = free_bytes(folder)
         raise WorkError(
@@ -40,10 +40,10 @@ def require_room(folder: Path, size: int, what: str) -> None:
 
 
 class ScratchFolder:
-    """A new folder that goes when it is closed, or when its process ends.
+    """A new folder that is removed when it is closed, or when its process ends.
 
-    After a kill -9 the next ScratchFolder made beside it removes it: each has a lock file beside
-    it that the kernel frees with its process.
+    After a kill -9, the next ScratchFolder made beside it removes it: each has a lock file beside
+    it, and the kernel frees the lock when the process ends.
     """
 
     def __init__(self, parent: Path | None = None) -> None:

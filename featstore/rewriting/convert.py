@@ -1,4 +1,4 @@
-"""A store rewritten with its features compressed, or no longer compressed."""
+"""Rewrites a store with its features compressed, or no longer compressed."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Converted(Outcome):
 def convert(
     path: Path, out: Path, codec: str, *, progress: ProgressSink = no_progress
 ) -> Converted:
-    """Make a store of the same content, equal to the bit, whose features have another codec.
+    """Make a store with the same content, equal to the bit, whose features have another codec.
 
-    It appears under `out` when it is complete; tars that are not extracted yet stay so, and
-    `extract` can fill them (other tiers than embeddings are compressed only when complete). Raises
-    UserError for an unknown codec and when `out` exists, WorkError for damage and while a process
-    writes to the store.
+    The new store appears at `out` when it is complete. It also lacks the tars that are not
+    extracted yet, and `extract` can fill it (a tier other than embeddings must be complete to be
+    compressed). Raises UserError if the codec is unknown or `out` exists, WorkError for damage and
+    while a process writes to the store.
     """
     if codec not in CODECS:
         raise UserError(f"codec {codec!r} is unknown: choose one of {', '.join(CODECS)}")

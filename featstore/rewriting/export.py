@@ -1,12 +1,12 @@
-"""Rows of a store as files of other programs: safetensors, Parquet, npy.
+"""Writes rows of a store as files for other programs: safetensors, Parquet, npy.
 
 An export is a folder that appears when it is complete. Every format has the same columns, written
-a file at a time, so that memory holds one file's rows:
+file by file, so that memory holds the rows of one file:
 
     key, label, class_name, splits, num_frames, fps, frame_index, pts, features
 
-and beside them `export.json` (provenance, names, what was left out, the files with their sha256)
-and `class_text-SET.npy`, float32 [classes, D], of each prompt set.
+Beside these files lie `export.json` (provenance, names, rows left out, the files with their sha256)
+and, for each prompt set, `class_text-SET.npy`, float32 [classes, D].
 
 Dimension letters: n rows of a file, V views, F frames, D dim.
 """
@@ -35,7 +35,7 @@ from featstore.reading.store import Store
 from featstore.rewriting.source import claimed_source
 
 EXPORT_FILE: Final = "export.json"
-# A file that other tools load at once, and the most that an export holds in memory.
+# Size of a file that other tools can load at once, and the most that an export holds in memory.
 TARGET_FILE_BYTES: Final = 256 * 2**20
 
 Columns: TypeAlias = dict[str, Any]
@@ -44,7 +44,7 @@ Files: TypeAlias = Mapping[str, bytes | memoryview]
 
 @dataclass(frozen=True)
 class Exported(Outcome):
-    """What `export` wrote, and the rows that were asked for and left out because they failed."""
+    """What `export` wrote, and how many chosen rows it left out because they failed."""
 
     folder: str
     format: str
@@ -64,12 +64,12 @@ def export(
     rows_per_file: int | None = None,
     progress: ProgressSink = no_progress,
 ) -> Exported:
-    """Write rows of a store under the new folder `out` as "safetensors", "parquet" or "npy".
+    """Write rows of a store into the new folder `out` as "safetensors", "parquet" or "npy".
 
-    All rows, or those of a split, or of some classes (natural or raw names), or of both. Rows
+    `split` and `classes` (natural or raw names) restrict the rows; the default is all rows. Rows
     that failed have no features: they are left out, counted and named in `export.json`.
-    Raises UserError when nothing is left, a name is unknown, `out` exists or pyarrow is not
-    installed, WorkError when the store is not complete or a row fails its checksum.
+    Raises UserError if no row is left, a name is unknown, `out` exists or pyarrow is not
+    installed; WorkError if the store is not complete or a row fails its checksum.
     """
     if format not in WRITERS:
         raise UserError(f"format {format!r} is unknown: choose one of {', '.join(WRITERS)}")
@@ -128,11 +128,11 @@ def export(
 
 
 def _columns(store: Store, rows: RowArray) -> Columns:
-    """All columns of array rows [n] that are ok, by name.
+    """Return all columns of array rows [n], which must be ok, by name.
 
     `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `frame_index` int32 [n, V, F];
-    `pts` float64 [n, V, F] seconds; `features` float16 [n, V, F, D], of a tier its items in its
-    type; `key`, `class_name` and `splits` are lists of n.
+    `pts` float64 [n, V, F] in seconds; `features` float16 [n, V, F, D], or the items of another
+    tier in its type; `key`, `class_name` and `splits` are lists of length n.
     """
     at = store.positions(rows)
     members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
@@ -165,7 +165,7 @@ def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> R
 
 
 def _nearest(name: str, store: Store) -> str:
-    """Which class may have been meant."""
+    """Return a hint at which class may have been meant."""
     names = {known.lower(): known for known in [*store.raw_class_names, *store.class_names]}
     meant = difflib.get_close_matches(name.lower(), names, n=3)
     if meant:
@@ -195,8 +195,8 @@ def _safetensors(columns: Columns, store: Store) -> Files:
 def _in_order(file: bytes) -> bytes:
     """A safetensors file with the texts in its header sorted.
 
-    The library gives them in another order every time, and an export made again has to have the
-    same sha256.
+    The library writes them in another order every time, but a repeated export must have the same
+    sha256.
     """
     end = 8 + int.from_bytes(file[:8], "little")
     header = json.dumps(json.loads(file[8:end]), sort_keys=True, separators=(",", ":")).encode()
@@ -232,7 +232,7 @@ def _parquet(columns: Columns, store: Store) -> Files:
     return {"features.parquet": table_bytes(columns, store)}
 
 
-# Each writes the columns of one file's rows; names are those of the files without their number.
+# Each function returns the files for one part of the rows, by file name without the number.
 WRITERS: Final[dict[str, Callable[[Columns, Store], Files]]] = {
     "safetensors": _safetensors,
     "parquet": _parquet,

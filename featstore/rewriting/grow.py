@@ -24,9 +24,9 @@ from featstore.writing.writer import StoreWriter, require_fitting, write_class_t
 
 @dataclass(frozen=True)
 class Grown(Outcome):
-    """What `add_tars` did: tars and rows that the store has now, and how many of them are new.
+    """What `add_tars` did: how many tars and rows the store has now, and how many are new.
 
-    `pending` partitions are still to be extracted, the new ones and those that were not done.
+    `pending` counts the partitions still to be extracted: new ones and ones that were not done.
     """
 
     store: str
@@ -48,11 +48,11 @@ def add_tars(
     dataset_fingerprint: str,
     class_texts: Mapping[str, ClassText] | None = None,
 ) -> Grown:
-    """Give a store the tars of a data set that was packed again with more of them.
+    """Add tars to a store whose data set was packed again with more tars.
 
-    `tars` are all of them in the data set's order, the earlier ones unchanged (file, rows and
-    sha256) and wherever they are now. Names may only be added at the end. `class_texts` replaces
-    those of the store, and is needed where classes are new.
+    `tars` are all tars in the data set's order. Earlier tars must be unchanged (file, rows and
+    sha256) but may have moved in the order. Names may only be added at the end. `class_texts`
+    replaces the class texts of the store, and is needed if there are new classes.
 
     A new store is built beside the old one, with the partitions that are done linked into their
     places, and exchanged with it; killed at any moment, the old or the new one is there. A `Store`
@@ -116,11 +116,11 @@ def add_tars(
 
 
 def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
-    """Add the class texts of a prompt set; False when the store holds the same ones already.
+    """Add the class texts of a prompt set; return False if the store holds the same ones already.
 
-    They are written beside the store and put into it by one rename. Raises UserError when they are
-    of other classes, another size, another encoder, or other sentences than those of that name,
-    WorkError while a process writes to the store.
+    The texts are written beside the store and moved into it by one rename. Raises UserError if
+    they have other classes, another size or another encoder than the store, or if the store has
+    other sentences under that name; WorkError while a process writes to the store.
     """
     _require_folder(path)
     with claimed_source(path) as source:
@@ -151,13 +151,13 @@ def add_class_text(path: Path, prompt_set: str, text: ClassText) -> bool:
 def _require_folder(path: Path) -> None:
     if path.is_symlink():
         raise UserError(
-            f"{path} is a symbolic link: what changes a store takes the folder itself, "
+            f"{path} is a symbolic link: commands that change a store need the folder itself, "
             f"{path.resolve()}"
         )
 
 
 def _places(path: Path, old: StoreMetadata, entries: Sequence[TarEntry]) -> dict[int, int]:
-    """Where each tar of the store is among `entries`; UserError when one is gone or too large."""
+    """Return where each tar of the store is in `entries`; UserError if one is gone or too large."""
     numbers = {entry.file: number for number, entry in enumerate(entries)}
     places = {}
     for number, tar in enumerate(old.tars):

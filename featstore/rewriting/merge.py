@@ -1,4 +1,4 @@
-"""Several stores that were made alike become one."""
+"""Merges several stores that were made in the same way into one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SAME_TEXT = 0.9999
 
 @dataclass(frozen=True)
 class Merged(Outcome):
-    """What `merge` made; `tars_linked` of the tars kept their features file as it was."""
+    """What `merge` made; `tars_linked` counts the tars whose features file was kept as it was."""
 
     store: str
     stores: tuple[str, ...]
@@ -50,15 +50,15 @@ def merge(
     prefix_keys: bool = False,
     progress: ProgressSink = no_progress,
 ) -> Merged:
-    """Make one store of several that differ in their data set only; it appears when complete.
+    """Merge stores that differ only in their data set; the new store appears when complete.
 
-    Classes and splits are united by name, and labels become those of the union. Features files
-    are linked where the capacity is that of the new store, the largest, and written anew
-    elsewhere, equal to the bit. Class texts are those that every store has. `prefix_keys` puts
-    each store's data set before its keys.
+    Classes and splits of the same name become one, and labels are changed to fit. The new store
+    has the largest capacity of the stores: features files of stores with this capacity are linked,
+    the others are written anew, equal to the bit. Only class texts that every store has are kept.
+    `prefix_keys` puts each store's data set before its keys.
 
-    Raises UserError when the stores were not made alike, a key is in two of them or `out` exists,
-    WorkError when one is not complete, damaged, or being written to.
+    Raises UserError if the stores were not made in the same way, two of them have the same key, or
+    `out` exists; WorkError if one is not complete, damaged, or being written to.
     """
     if len({path.resolve() for path in paths}) < len(paths) or len(paths) < 2:
         raise UserError("merge takes two or more different stores: name each once")
@@ -76,7 +76,7 @@ def merge(
             )
         prefixes = _prefixes(sources, prefix_keys)
         texts, left_out = _united_texts(sources, tuple(classes))
-        # The sizes of the store whose partitions are largest, for all tars.
+        # All tars get the sizes of the store whose partitions are largest.
         schema = max((source.metadata.schema for source in sources), key=lambda s: s.capacity)
         tars = [
             replace(tar, file=f"{prefix}{tar.file}")
@@ -122,7 +122,7 @@ def merge(
 
 
 def _moved_bits(splits: npt.NDArray[np.uint32], bits: Sequence[int]) -> npt.NDArray[np.uint32]:
-    """Splits [n] as bits, bit i of them as bit `bits[i]`."""
+    """Return `splits` [n] with bit i moved to bit `bits[i]`."""
     moved = np.zeros_like(splits)
     for old, new in enumerate(bits):
         moved |= (splits >> np.uint32(old) & np.uint32(1)) << np.uint32(new)
@@ -137,7 +137,7 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
         dataset_fingerprint=mine.dataset_fingerprint,
         split=mine.split,
     )
-    # Their file names are the same as a rule, so the two are told apart by their order.
+    # Both files usually have the same name, so the message calls them the first and the second.
     differences = [
         phrase.replace("store has", "the first has").replace("asked for", "the second has")
         for phrase in mine.differences(theirs)
@@ -168,7 +168,7 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
 
 
 def _united_classes(sources: Sequence[SourceStore]) -> dict[str, str]:
-    """Raw names by natural name, in the order of first appearance."""
+    """Return the raw names by natural name, in the order of first appearance."""
     classes: dict[str, str] = {}
     for source in sources:
         names = source.metadata.class_names
@@ -181,7 +181,7 @@ def _united_classes(sources: Sequence[SourceStore]) -> dict[str, str]:
 
 
 def _prefixes(sources: Sequence[SourceStore], prefix_keys: bool) -> list[str]:
-    """What comes before the keys of each store; UserError when a key would be there twice."""
+    """Return the prefix for the keys of each store; raises UserError if a key occurs twice."""
     names = [source.store.provenance.dataset for source in sources]
     prefixes = [f"{name}/" if prefix_keys else "" for name in names]
     seen: dict[str, Path] = {}
@@ -204,7 +204,7 @@ def _prefixes(sources: Sequence[SourceStore], prefix_keys: bool) -> list[str]:
 def _united_texts(
     sources: Sequence[SourceStore], classes: tuple[str, ...]
 ) -> tuple[dict[str, ClassText], tuple[str, ...]]:
-    """Class texts of the union for the prompt sets that all have, and the other sets."""
+    """Return the class texts of the prompt sets that all stores have, and the other sets' names."""
     texts = [source.texts() for source in sources]
     common = [name for name in texts[0] if all(name in held for held in texts)]
     left_out = tuple(sorted({name for held in texts for name in held} - set(common)))
@@ -235,7 +235,7 @@ def _joined(prompt_set: str, texts: Sequence[ClassText], classes: tuple[str, ...
     return ClassText(
         *(classes, np.stack([rows[name] for name in classes]), joined),
         templates=templates.pop() if len(templates) == 1 else (),
-        # The stores have one encoder, and reading has refused texts of another.
+        # The stores have the same encoder, and reading refused texts of any other.
         encoder_fingerprint=min(text.encoder_fingerprint for text in texts),
     )
 

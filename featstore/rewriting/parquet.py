@@ -1,4 +1,4 @@
-"""Rows of a store as a Parquet table that Arrow and Hugging Face `datasets` read."""
+"""Writes rows of a store as a Parquet table that Arrow and Hugging Face `datasets` can read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ except ImportError as missing:
 
 
 def table_bytes(rows: Mapping[str, Any], store: Store) -> bytes:
-    """A Parquet file of the columns of an export.
+    """Return a Parquet file with the columns of an export.
 
     `features`, `frame_index` and `pts` are lists of fixed size, flattened in C order; the
     schema's metadata holds their shapes under "mote", and under "huggingface" what `datasets`

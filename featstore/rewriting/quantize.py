@@ -1,4 +1,4 @@
-"""A store rewritten with int8 features, and what that costs, measured on its own rows."""
+"""Rewrites a store with int8 features and measures the loss on the store's own rows."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ QUANTISED: Final = "int8 per dimension"
 
 @dataclass(frozen=True)
 class Agreement:
-    """Top-1 of CLIP's mean of frames with one prompt set's class texts, in percent.
+    """Top-1 results of CLIP's mean of frames with one prompt set's class texts, in percent.
 
-    `agreement` of the float16 and the int8 answers, and the accuracy of each.
+    `agreement` is how often the float16 and the int8 answers are the same; the others are the
+    accuracies of each.
     """
 
     prompt_set: str
@@ -36,10 +37,10 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Quantised(Outcome):
-    """What `quantize` made and what it costs.
+    """What `quantize` made, and the loss.
 
-    `cosine_error` is 1 - cosine of a frame's embedding before and after, over all frames of rows
-    that are ok; `agreement` has one entry per prompt set.
+    `cosine_error` is 1 minus the cosine between a frame's embedding before and after, over all
+    frames of ok rows; `agreement` has one entry per prompt set.
     """
 
     store: str
@@ -55,18 +56,19 @@ class Quantised(Outcome):
 def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> Quantised:
     """Make a store whose features are int8 with one scale per dimension, half as large.
 
-    `open_store` gives its features as float16 like any other's; `provenance.quantised` says that
-    they are rounded. It appears under `out` when it is complete. The store is read three times:
-    for the scale, to write, and to measure. Raises UserError when it is quantised already, when
-    no row is ok or `out` exists, WorkError when it is not complete, damaged, or being written to.
+    `open_store` returns the features as float16, as for any store; `provenance.quantised` records
+    that they are rounded. The new store appears at `out` when it is complete. The old one is read
+    three times: for the scale, to write, and to measure. Raises UserError if the old one is
+    quantised already or has no ok row, or `out` exists; WorkError if the old one is not complete,
+    damaged, or being written to.
     """
     with claimed_source(path) as source, new_folder(out) as folder:
         made = source.metadata
         if made.schema.quantised:
-            raise UserError(f"{path} is quantised already: nothing is gained by doing it twice")
+            raise UserError(f"{path} is quantised already: doing it twice gains nothing")
         if not made.schema.pooled:
             raise UserError(
-                f"{path} holds {made.schema.tier}, and only embeddings are quantised: "
+                f"{path} holds {made.schema.tier}, but only embeddings can be quantised: "
                 "`mote-cli store convert --codec zstd` makes it smaller without loss"
             )
         source.require_complete("quantise")
@@ -93,7 +95,7 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
 
 
 def _scale(source: SourceStore, progress: ProgressSink, steps: int) -> FloatArray:
-    """The scale that the largest value of each dimension needs, float32 [D]."""
+    """Return the scale that the largest value of each dimension needs, float32 [D]."""
     largest = np.zeros(source.metadata.schema.dim)
     found = False
     for tar, rows, _ in _ok_rows(source):
@@ -110,7 +112,7 @@ def _scale(source: SourceStore, progress: ProgressSink, steps: int) -> FloatArra
 def _cost(
     source: SourceStore, folder: Path, progress: ProgressSink, steps: int
 ) -> tuple[tuple[float, float], tuple[Agreement, ...]]:
-    """Mean and largest cosine error over frames, and the agreement per prompt set."""
+    """Return the mean and largest cosine error over frames, and the agreement per prompt set."""
     rounded = Store(folder)
     texts = source.texts()
     total, largest, frames, rows = 0.0, 0.0, 0, 0
@@ -138,7 +140,7 @@ def _cost(
 
 
 def _ok_rows(source: SourceStore) -> Iterator[tuple[int, RowArray, npt.NDArray[np.int32]]]:
-    """A chunk's worth of rows that are ok at a time: partition, array rows, labels."""
+    """Yield the ok rows of one chunk at a time: partition, array rows, labels."""
     store, schema = source.store, source.metadata.schema
     rows = store.rows[store.status == STATUS_OK]
     edges = np.flatnonzero(np.diff(rows // schema.chunk_rows)) + 1
@@ -148,7 +150,7 @@ def _ok_rows(source: SourceStore) -> Iterator[tuple[int, RowArray, npt.NDArray[n
 
 
 def _unit(features: HalfArray) -> npt.NDArray[np.float64]:
-    """Embeddings [..., D] with length 1; those that are zero stay so."""
+    """Scale embeddings [..., D] to length 1; zero embeddings stay zero."""
     wide = features.astype(np.float64)
     length = np.linalg.norm(wide, axis=-1, keepdims=True)
     unit: npt.NDArray[np.float64] = wide / np.where(length > 0, length, 1)

@@ -1,4 +1,4 @@
-"""Whole partitions out of a store, for those that make another store of them."""
+"""Reads whole partitions of a store, for code that makes another store from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SourceStore:
         self.files = ChunkFiles(path, self.metadata)
 
     def partition(self, tar: int) -> Partition:
-        """Everything of a committed partition, every checksum compared; WorkError for damage."""
+        """Return a committed partition, all checksums compared; raises WorkError for damage."""
         rows = self.metadata.tars[tar].rows
         first = tar * self.metadata.schema.capacity
         values: dict[str, Any] = {}
@@ -52,11 +52,11 @@ class SourceStore:
         return Partition(features=features, **values)
 
     def shard(self, tar: int) -> Path:
-        """The features file of a partition."""
+        """Return the path of a partition's features file."""
         return self.files.path("features", tar)
 
     def texts(self) -> dict[str, ClassText]:
-        """The class texts by prompt set."""
+        """Return the class texts by prompt set."""
         return {name: self.store.class_text(name) for name in self.store.prompt_sets}
 
     def rewrite(
@@ -67,9 +67,9 @@ class SourceStore:
         scale: FloatArray | None,
         progress: ProgressSink,
     ) -> tuple[int, int]:
-        """Make a store of the same partitions and class texts in `folder`.
+        """Make a store with the same partitions and class texts in `folder`.
 
-        `scale` float32 [D] is that of int8 features. Returns the bytes of all features
+        `scale` float32 [D] is the scale of int8 features. Returns the bytes of all features
         files before and after. Errors as `StoreWriter.init` and `partition`.
         """
         metadata = replace(self.metadata, schema=schema, provenance=provenance)
@@ -84,7 +84,7 @@ class SourceStore:
         return before, after
 
     def require_complete(self, work: str) -> None:
-        """WorkError with the remedy when a partition is missing."""
+        """Raise WorkError with the remedy if a partition is missing."""
         missing = self.metadata.schema.tars - len(list(self.store.partitions()))
         if missing:
             raise WorkError(
@@ -96,9 +96,9 @@ class SourceStore:
 
 @contextmanager
 def claimed_source(path: Path) -> Iterator[SourceStore]:
-    """A store that nothing writes to inside the block.
+    """Open a store and keep other processes from writing to it inside the block.
 
-    Raises WorkError while a process writes to it, UserError when it is no store.
+    Raises WorkError while a process writes to it, UserError if it is not a store.
     """
     recover(path)
     with ExitStack() as stack:
@@ -106,7 +106,7 @@ def claimed_source(path: Path) -> Iterator[SourceStore]:
             stack.enter_context(StoreWriter.open(path).claim())
             sweep(path)
         except OSError as error:
-            # Where no lock file can be made nothing can be written either.
+            # If no lock file can be made, nothing can be written either.
             if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
         yield SourceStore(path)

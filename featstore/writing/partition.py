@@ -1,4 +1,4 @@
-"""What goes into a store for one tar: the rows of its samples.
+"""What a store holds for one tar: the rows of its samples.
 
 Dimension letters: n samples of the tar, V views, F frames, D dim, in tiers the item.
 """
@@ -19,18 +19,18 @@ from featstore.writing.shard_rows import FeatureRows
 
 @dataclass(frozen=True, eq=False)
 class Partition:
-    """What one tar becomes: n listed samples, those that failed included, in the tar's order.
+    """The n listed samples of one tar in the tar's order, including those that failed.
 
     `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `status` uint8 [n] (1 ok,
-    2 failed); `splits` uint32 [n] (bit i: belongs to split i); `container_frames` int32 [n] (what
-    the container says, 0 when it says nothing) and `damaged_packets` int32 [n] (passed over by
-    the decoder), both 0 where failed; `reason` of each failure, else "";
-    `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F] seconds; `features` float16
-    [n, V, F, D], or [n, V, F, *item] in the type of a tier, or a shard in the making to which the
-    rows that are ok were put. A failed row has features and pts NaN (whole numbers: 0) and
-    frame_index -1.
-    ValueError when lengths, shapes or statuses do not fit; WorkError for a row that is ok and
-    whose features are not finite.
+    2 failed); `splits` uint32 [n] (bit i is set if the sample belongs to split i);
+    `container_frames` int32 [n], the number of frames that the container states, 0 if it states
+    none; `damaged_packets` int32 [n], how many the decoder skipped; both are 0 for failed samples;
+    `reason`, why a sample failed, else ""; `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F]
+    in seconds; `features` float16 [n, V, F, D], or [n, V, F, *item] in the type of a tier, or
+    `FeatureRows` into which the ok rows were put. A failed row has features and pts NaN (features
+    of whole numbers: 0) and frame_index -1.
+    Raises ValueError if lengths, shapes or statuses do not fit, WorkError if the features of an ok
+    row are not finite.
     """
 
     key: list[str]
@@ -51,7 +51,7 @@ class Partition:
         if n == 0 or len(set(self.key)) != n:
             raise ValueError("a partition needs at least one sample and distinct keys")
         if len(self.features.shape) < 4 or len(self.reason) != n:
-            raise ValueError("features must be [n, V, F, ...] and reasons as many as keys")
+            raise ValueError("features must be [n, V, F, ...], with as many reasons as keys")
         views, frames = self.features.shape[1:3]
         of_features = np.uint8 if self.features.dtype == np.uint8 else np.float16
         expected: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
@@ -74,11 +74,11 @@ class Partition:
                     f"{np.dtype(dtype)} {list(shape)}"
                 )
         if not np.all((self.status == STATUS_OK) | (self.status == STATUS_FAILED)):
-            raise ValueError("every sample of a partition is ok (1) or failed (2)")
+            raise ValueError("every sample of a partition must be ok (1) or failed (2)")
         failed = self.status == STATUS_FAILED
         if isinstance(self.features, FeatureRows):
             if np.any(self.features.written == failed):
-                raise ValueError("the samples that are ok, and no others, have their features put")
+                raise ValueError("features must be put for all ok samples and for no others")
         else:
             wrong = not_finite(self.features) & ~failed
             if wrong.any():
@@ -88,6 +88,6 @@ class Partition:
                 )
             for row in (self.features[i] for i in np.flatnonzero(failed)):
                 if not (np.isnan(row) if row.dtype.kind == "f" else row == 0).all():
-                    raise ValueError("a failed sample has features NaN, or 0 where there is no NaN")
+                    raise ValueError("features of a failed sample must be NaN (whole numbers: 0)")
         if np.any(self.frame_index[failed] != -1):
-            raise ValueError("a failed sample has frame_index -1")
+            raise ValueError("frame_index of a failed sample must be -1")

@@ -1,10 +1,11 @@
-"""The files of a partition: chunks of the small arrays, and a features shard in the making.
+"""The files of a partition: chunks of the small arrays, and a features shard written row by row.
 
-A row of frames or tokens takes megabytes and a partition of them hundreds, while a row of
-embeddings takes kilobytes. A plain shard is dense, so that the place of a row in it is known before
-any other row is there, and the checksum of a chunk follows from those of its rows. So rows go
-straight into the file that becomes the shard: memory holds one row, nothing is written twice.
-Written and not mapped: a full disk is an error then, where a map ends the process.
+A row of frames or tokens takes megabytes, and their partition hundreds of megabytes, while a row of
+embeddings takes kilobytes. A plain shard is dense, so the place of a row in it is known before any
+other row is written, and the checksum of a chunk follows from the checksums of its rows. Rows are
+therefore written straight into the file that becomes the shard: memory holds one row, and nothing
+is written twice. The file is not memory-mapped, because a full disk is then an error, while with a
+map it kills the process.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from featstore.format.schema import ABSENT, CRC_BYTES, ArraySpec, FeatureArray, 
 
 
 def write_chunk(path: Path, spec: ArraySpec, values: Any) -> int:
-    """Write a file of an array that is not sharded; returns the checksum that it ends with.
+    """Write a file of an array that is not sharded; return the checksum at the file's end.
 
-    `values` are the first of the chunk (an array or texts), the rest holds the fill value.
-    Readers find the bytes that zarr would have written.
+    `values` (an array or texts) begin the chunk; the rest of it holds the fill value. The bytes
+    are the same as zarr would have written.
     """
     if spec.dtype == "string":
-        # Imported here: it takes longer than opening a store, and readers do without.
+        # Imported here: it takes longer than opening a store, and readers do not need it.
         from numcodecs import VLenUTF8, Zstd
 
         texts = np.full(spec.chunks, spec.missing, object)
@@ -50,12 +51,12 @@ def write_chunk(path: Path, spec: ArraySpec, values: Any) -> int:
 
 
 def compressed_shard(schema: StoreSchema, features: FeatureArray) -> bytes:
-    """The features file of a partition in a store with a codec, encoded by zarr."""
+    """Return the bytes of a features file, encoded by zarr, for a store with a codec."""
     import zarr  # it takes longer than opening a store, and only codecs need it
     from zarr.core.buffer.cpu import Buffer
 
     spec = schema.arrays()["features"]
-    alone = replace(spec, shape=spec.shards or spec.chunks)  # an array of one shard
+    alone = replace(spec, shape=spec.shards or spec.chunks)  # an array with a single shard
     held: dict[str, Any] = {"zarr.json": Buffer.from_bytes(json.dumps(alone.metadata()).encode())}
     array = zarr.open_array(zarr.storage.MemoryStore(held), mode="r+", zarr_format=3)
     # The default leaves out a chunk that holds fill values only.
@@ -65,16 +66,16 @@ def compressed_shard(schema: StoreSchema, features: FeatureArray) -> bytes:
 
 
 class FeatureRows(AbstractContextManager["FeatureRows"]):
-    """The features of one partition; it stands in for the array [rows, V, F, *item] as stored.
+    """The features shard of one partition, written row by row; acts as [rows, V, F, *item].
 
-    A context manager: what was not placed when it ends is removed. After kill -9 the next claim of
-    the partition removes it.
+    It is a context manager: at the end it removes the file if the file was not placed. After a
+    kill -9, the next claim of the partition removes the file.
     """
 
     def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
-        """Begin the shard of `rows` samples that will be at `path`; OSError as files give it.
+        """Begin a shard of `rows` samples, which `place` moves to `path`.
 
-        ValueError for a store whose shards are not plain.
+        Raises OSError if the file cannot be made, ValueError if the store's shards are not plain.
         """
         if schema.codec != "none":
             raise ValueError(f"features stored as {schema.storage} are written as a whole")
@@ -91,7 +92,7 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
         self._file.truncate(schema.shard_bytes(rows))
 
     def put(self, position: int, row: FeatureArray) -> None:
-        """Write one row [V, F, *item]; ValueError for another shape or type, or if not finite."""
+        """Write one row [V, F, *item]; raises ValueError if its shape, type or values are wrong."""
         if (row.shape, row.dtype) != (self.shape[1:], self.dtype):
             raise ValueError(
                 f"row is {row.dtype} {list(row.shape)}: it must be {self.dtype} "
@@ -105,7 +106,7 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
         self.written[position] = True
 
     def put_all(self, rows: FeatureArray) -> None:
-        """Write all rows [rows, V, F, *item], as they are to be read again, failed ones too."""
+        """Write all rows [rows, V, F, *item] as they will be read, including the failed ones."""
         rows = np.ascontiguousarray(rows, self.dtype.newbyteorder("<"))
         for first in range(0, len(rows), self._schema.chunk_rows):
             self._write(rows[first : first + self._schema.chunk_rows], self._place(first))
@@ -113,7 +114,7 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
         self.written[:] = True
 
     def finish(self) -> Checksums:
-        """Fill the rows that were not put, write checksums and index, sync; checksums [rows]."""
+        """Fill rows that were not put, write checksums and index, sync; return checksums [rows]."""
         schema, rows = self._schema, len(self.written)
         chunks = -(-rows // schema.chunk_rows)
         missing = schema.arrays()["features"].missing
@@ -121,7 +122,7 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
         written = np.pad(self.written, (0, chunks * schema.chunk_rows - rows))
         padded = np.full(len(written), crc32c(empty), np.uint32)
         padded[written] = self._checksums[self.written]
-        # What was never written reads as zeros.
+        # Parts of the file that were never written read as zeros.
         for position in np.flatnonzero(~written).tolist() if missing != 0 else ():
             self._write(empty, self._place(position))
         body = schema.chunk_bytes
@@ -139,13 +140,13 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
         return padded[:rows]
 
     def place(self) -> None:
-        """Make it the shard, after `finish`; an earlier one must be gone."""
+        """Move the finished file into its place as the shard; an earlier one must be gone."""
         self._partial.replace(self._path)
         self._file.close()
         sync_folder(self._path.parent)
 
     def close(self) -> None:
-        """Remove it unless it was placed."""
+        """Remove the file unless it was placed."""
         if not self._file.closed:
             self._file.close()
             self._partial.unlink(missing_ok=True)

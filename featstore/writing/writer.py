@@ -1,4 +1,4 @@
-"""Writing a store: made once, then one partition per tar, each all there or not there at all."""
+"""Writing a store: it is made once, then gets one partition per tar, each complete or absent."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ log = logging.getLogger(__name__)
 
 
 class PartitionWriter(ABC):
-    """What writers have in common, wherever their store lies."""
+    """What all writers have in common, wherever their store lies."""
 
     def __init__(self, folder: Path, metadata: StoreMetadata) -> None:
-        """`folder` is where the metadata files are."""
+        """Write to the store whose metadata files are in `folder`."""
         self.metadata = metadata
         self.schema = metadata.schema
         self.provenance = metadata.provenance
@@ -68,23 +68,23 @@ class PartitionWriter(ABC):
 
     @property
     def prompt_sets(self) -> list[str]:
-        """Prompt sets whose class texts the store holds."""
+        """The names of the prompt sets whose class texts the store holds."""
         return prompt_set_names(self._folder)
 
     @abstractmethod
     def done(self, tar: int) -> bool:
-        """Whether a partition is committed and has all its files."""
+        """Return whether a partition is committed and has all its files."""
 
     def pending(self) -> list[int]:
-        """Numbers of the partitions that are not done."""
+        """Return the numbers of the partitions that are not done."""
         return [tar for tar in range(self.schema.tars) if not self.done(tar)]
 
 
 class StoreWriter(PartitionWriter):
     """Adds partitions to a store. Make one with `init` (new store) or `open` (existing store).
 
-    Nothing but partitions is written after `init`. A partition is written by one process at a
-    time: hold `claim` around the work. Different processes may fill different partitions.
+    After `init`, only partitions are written. Only one process may write a partition at a time:
+    hold `claim` around the work. Different processes may fill different partitions.
     """
 
     def __init__(self, path: Path, metadata: StoreMetadata) -> None:
@@ -100,15 +100,15 @@ class StoreWriter(PartitionWriter):
         class_texts: Mapping[str, ClassText],
         feature_scale: FloatArray | None = None,
     ) -> StoreWriter:
-        """Make an empty store that appears under `path` complete or not at all.
+        """Make a store without partitions; it appears at `path` complete or not at all.
 
-        `class_texts` by prompt set. `feature_scale` float32 [D] for int8 features, and only then.
-        Waits for another process that makes the same store at this moment. Raises StoreExists when
-        `path` exists, UserError when a name cannot be stored or class texts do not fit, ValueError
-        for a scale that does not, WorkError when the disk is full.
+        `class_texts` are by prompt set. `feature_scale` float32 [D] is needed for int8 features
+        and only for them. Waits if another process is making the same store. Raises StoreExists if
+        `path` exists, UserError if a name cannot be stored or class texts do not fit, ValueError
+        if the scale does not fit, WorkError if the disk is full.
         """
         if (feature_scale is not None) != metadata.schema.quantised:
-            raise ValueError("int8 features need a scale, and no others do")
+            raise ValueError("int8 features need a scale, and other features must have none")
         make_folder(path.parent)
         with claimed(lock_file(path), [0], lambda _: f"making {path}", wait=True):
             if path.exists():
@@ -121,17 +121,17 @@ class StoreWriter(PartitionWriter):
 
     @classmethod
     def open(cls, path: Path) -> StoreWriter:
-        """Open an existing store to add partitions; UserError when it is not a valid store."""
+        """Open an existing store to add partitions; raises UserError if it is not a valid store."""
         return cls(path, read_metadata(path))
 
     def file(self, array: str, tar: int) -> Path:
-        """The file of an array that belongs to a tar."""
+        """Return the path of an array's file for one tar."""
         return self._files.path(array, tar)
 
     def done(self, tar: int) -> bool:
-        """Whether it is committed, with a features shard of its size and every small chunk.
+        """Return whether it is committed, with a shard of the right size and all small chunks.
 
-        Not when `mote-cli verify` noted damage that was not repaired since.
+        It is not done if `mote-cli verify` noted damage that was not repaired since.
         """
         try:
             commit = self._files.commit(tar)
@@ -153,37 +153,37 @@ class StoreWriter(PartitionWriter):
         return DamageNote(self._files)
 
     def feature_rows(self, tar: int) -> FeatureRows:
-        """Where the features of a partition can be put row by row before it is written.
+        """Return an object that takes the features of a partition row by row before it is written.
 
-        Hold `claim`, give it to `write_partition` as the partition's features, and close it.
-        UserError for a store that is compressed.
+        Hold `claim`, pass the object to `write_partition` as the partition's features, then close
+        it. Raises UserError if the store is compressed.
         """
         if not self.schema.mappable:
             raise UserError(
-                f"{self.path} has its features as {self.schema.storage}, and {self.schema.tier} "
-                "are extracted uncompressed: finish the store it was made of and convert that"
+                f"{self.path} stores features as {self.schema.storage}, but {self.schema.tier} "
+                "are extracted uncompressed: finish the store it was made from, then convert that"
             )
         return FeatureRows(self.file("features", tar), self.schema, self.metadata.tars[tar].rows)
 
     def write_partition(self, tar: int, partition: Partition, shard: Path | None = None) -> None:
-        """Write the partition of one tar, also over an earlier one, done or not.
+        """Write the partition of one tar; an earlier one, done or not, is replaced.
 
-        `shard` is the features file of a store of the same sizes, codec and type that holds just
-        these features: it is linked, or copied where it cannot be, instead of written anew.
+        `shard` is a features file with exactly these features from a store of the same sizes,
+        codec and type. It is linked, or copied if it cannot be linked, instead of written anew.
 
-        Order: the new shard is written beside its place; the commit entry and the old shard go;
-        the small arrays come, the shard takes its place, the commit entry comes. Each file is
-        synced before the next begins, so that a process killed at any moment leaves the partition
-        done and right, or not done.
-        Raises ValueError when the partition does not fit the tar, OSError when the disk is full.
+        The order is: write the new shard beside its place, remove the commit entry and the old
+        shard, write the small arrays, move the shard into its place, write the commit entry. Each
+        file is synced before the next begins, so that a process killed at any moment leaves the
+        partition either done and right, or not done.
+        Raises ValueError if the partition does not fit the tar, OSError if the disk is full.
         """
         self._check_fits(tar, partition)
         paths = {name: self._files.make_way(name, tar) for name in PARTITION_ARRAYS}
         try:
             earlier = self._files.commit(tar)
         except WorkError:
-            earlier = None  # a damaged entry is equal to no sound one
-        # Where the disk is full, what was there stays.
+            earlier = None  # no sound entry equals a damaged one
+        # If the disk is full, the new shard fails and the earlier partition stays.
         with self._shard(paths["features"], partition.features, shard) as (checksums, put_features):
             for name in ("commit", "features"):
                 if paths[name].exists():
@@ -207,7 +207,7 @@ class StoreWriter(PartitionWriter):
             rows=len(partition.key),
             checksum_crc32c=crc32c(checksums),
             features_bytes=paths["features"].stat().st_size,
-            # A new entry is never equal to the one before it.
+            # This makes the new entry differ from the one before it.
             unix_time=max(earlier.unix_time + 1 if earlier else 0, int(time.time())),
         )
         write_chunk(paths["commit"], self._files.specs["commit"], np.array([commit], np.uint64))
@@ -216,7 +216,7 @@ class StoreWriter(PartitionWriter):
     def _shard(
         self, path: Path, features: FeatureArray | FeatureRows, same: Path | None
     ) -> Iterator[tuple[Checksums, Callable[[], None]]]:
-        """Checksums uint32 [n] of the rows as they are read, and what makes their shard `path`."""
+        """Yield checksums uint32 [n] of the rows as read, and a function that makes the shard."""
         if isinstance(features, FeatureRows):
             yield features.finish(), features.place
             return
@@ -236,11 +236,11 @@ class StoreWriter(PartitionWriter):
 
     @contextmanager
     def claim(self, tars: Iterable[int] | None = None) -> Iterator[None]:
-        """Be the only process that writes the partitions `tars` (all when None).
+        """Be the only process that writes the partitions `tars` (None means all).
 
-        The claim is a lock on ranges of a file beside the store, which the kernel frees when its
-        process ends, however it ends. What interrupted writes left in these partitions is
-        removed. Raises WorkError when another process holds one of them.
+        The claim is a lock on ranges of a file beside the store, which the kernel frees when the
+        process ends in any way. Files that interrupted writes left in these partitions are
+        removed. Raises WorkError if another process holds one of the partitions.
         """
         mine = frozenset(range(self.schema.tars) if tars is None else tars)
         records = [1 + tar for tar in sorted(mine)]
@@ -248,13 +248,13 @@ class StoreWriter(PartitionWriter):
             lock_file(self.path), records, lambda n: f"writing partition {n - 1} of {self.path}"
         ):
             swept = 0
-            # Unfinished files of other partitions may be in the making.
+            # Other processes may be writing unfinished files of other partitions.
             for leftover in list(self.path.rglob(f"*{PARTIAL_SUFFIX}")):
                 _, chunks, tar, *_ = (*leftover.relative_to(self.path).parts, "", "")
-                number = tar.partition(".")[0]  # of a file in the array's folder, or of the folder
+                number = tar.partition(".")[0]  # the name begins with the partition's number
                 if chunks == "c" and number.isdecimal() and int(number) in mine:
                     swept += 1
-                    if leftover.is_dir() and not leftover.is_symlink():  # none of ours
+                    if leftover.is_dir() and not leftover.is_symlink():  # not made by mote
                         shutil.rmtree(leftover)
                     else:
                         leftover.unlink(missing_ok=True)
@@ -264,19 +264,19 @@ class StoreWriter(PartitionWriter):
 
     def _check_fits(self, tar: int, partition: Partition) -> None:
         if not 0 <= tar < self.schema.tars:
-            raise ValueError(f"partition {tar}: the store has 0 to {self.schema.tars - 1}")
+            raise ValueError(f"no partition {tar}: the store has 0 to {self.schema.tars - 1}")
         n, *row_shape = partition.features.shape
         if n != self.metadata.tars[tar].rows:
             raise ValueError(
-                f"partition {tar} has {n} samples, its tar lists {self.metadata.tars[tar].rows}"
+                f"partition {tar} has {n} samples, but its tar lists {self.metadata.tars[tar].rows}"
             )
         if tuple(row_shape) != self.schema.row_shape:
             raise ValueError(
-                f"partition {tar} has rows {row_shape}, the store {list(self.schema.row_shape)}"
+                f"partition {tar} has rows {row_shape}, the store has {list(self.schema.row_shape)}"
             )
         if partition.features.dtype != self.schema.dtype:
             raise ValueError(
-                f"partition {tar} has {partition.features.dtype}, the store {self.schema.dtype}"
+                f"partition {tar} has {partition.features.dtype}, the store has {self.schema.dtype}"
             )
         classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
         if np.any((partition.label < 0) | (partition.label >= classes)):
@@ -286,17 +286,17 @@ class StoreWriter(PartitionWriter):
         for text in (*partition.key, *partition.reason):
             try:
                 fits = len(text.encode()) <= MAX_TEXT_BYTES
-            except UnicodeEncodeError:  # file names may hold bytes that are no text
+            except UnicodeEncodeError:  # file names may hold bytes that are not text
                 fits = False
             if not fits:
                 raise UserError(
-                    f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason is "
+                    f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason must be "
                     f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
                 )
 
 
 class StoreExists(UserError):
-    """A store is there already under the path where one was to be made."""
+    """A store was to be made at a path that exists already."""
 
 
 def write_skeleton(
@@ -305,7 +305,7 @@ def write_skeleton(
     class_texts: Mapping[str, ClassText],
     feature_scale: FloatArray | None = None,
 ) -> None:
-    """Write everything of a store but its partitions; UserError when a name cannot be stored."""
+    """Write all of a store but its partitions; raises UserError if a name cannot be stored."""
     for prompt_set, text in class_texts.items():
         require_fitting(prompt_set, text, metadata)
     _write_node(folder, metadata.group_node(), GROUP_METADATA_LIMIT)
@@ -321,19 +321,19 @@ def write_skeleton(
 
 
 def require_fitting(prompt_set: str, text: ClassText, metadata: StoreMetadata) -> None:
-    """UserError unless the class texts can be those of a prompt set in a store."""
+    """Raise UserError unless the class texts fit the classes and the size of a store."""
     check_prompt_set(prompt_set)
     names, dim = metadata.class_names, metadata.schema.dim
     if text.names != names or text.embeddings.shape[1] != dim:
         raise UserError(
-            f"class texts {prompt_set!r} are of {len(text.names)} classes with "
+            f"class texts {prompt_set!r} are for {len(text.names)} classes with "
             f"{text.embeddings.shape[1]} numbers each, the store has {len(names)} with {dim}: "
-            "compute them for the store's classes with its encoder"
+            "compute class texts for the store's classes with its encoder"
         )
 
 
 def write_class_text(folder: Path, text: ClassText) -> None:
-    """Make the array of one prompt set's class texts, a new folder."""
+    """Write the class texts of one prompt set as an array in the new folder `folder`."""
     spec = class_text_spec(*text.embeddings.shape)
     _write_node(folder, spec.metadata(text.attributes()), ARRAY_METADATA_LIMIT)
     write_chunk(folder / spec.chunk_key(0), spec, text.embeddings)
@@ -349,16 +349,16 @@ def _write_node(folder: Path, node: dict[str, Any], limit: int) -> None:
         write_json(path, node)
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{one_line(ascii(error.object), 100)} holds a name that is no Unicode text: rename it"
+            f"{one_line(ascii(error.object), 100)} holds a name that is not Unicode text: rename it"
         ) from error
     if path.stat().st_size > limit:
         raise UserError(
-            f"the metadata of the store takes {path.stat().st_size} bytes, at most {limit} can be "
-            "read again: pack with more --samples-per-shard"
+            f"the metadata of the store takes {path.stat().st_size} bytes, but only {limit} can be "
+            "read again: pack with a larger --samples-per-shard"
         )
 
 
 def lock_file(store: Path) -> Path:
-    """The lock file beside a store; record 0 is held while the store is made, 1 + tar while a
-    partition is written."""
+    """Return the lock file beside a store: record 0 is held while the store is made, and record
+    1 + tar while the partition of a tar is written."""
     return store.with_name(f"{store.name}.lock")

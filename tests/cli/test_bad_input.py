@@ -88,7 +88,7 @@ def test_bad_files_are_counted_and_everything_else_is_packed(bad_world: World) -
     assert summary["videos_failed"] == 5
     line = bad_world.printed["pack error"]
     assert line.startswith("error: 5 of 25 videos failed, more than --max-failures 0.05 allows")
-    assert "everything else is done" in line
+    assert "the other videos are done" in line
     assert "failures.csv" in line
     with open(bad_world.root / "datasets/clips/failures.csv", newline="") as file:
         reasons = {Path(row["path"]).name: row["reason"] for row in csv.DictReader(file)}

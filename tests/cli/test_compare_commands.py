@@ -56,12 +56,12 @@ def test_old_files_and_outcomes(tmp_path: Path) -> None:
     new = write_result(tmp_path / "new.json", splits=(53.0,))
     text = mote("compare", old, new).out
     assert "unknown: A does not say protocol_name" in text
-    assert "cannot be told whether comparable: " in text
+    assert "perhaps not comparable: " in text
     assert "+3.00" in text
     for file, place in ((old, 0), (new, 1)):
         write_outcomes(file, {"test1": {"x": place, "y": 0}})
     text = mote("compare", old, new).out
-    assert "test1, 2 videos: 0 videos only B has right, 1 only A: p = 1" in text
+    assert "test1, 2 videos: 0 videos only B gets right, 1 only A: p = 1" in text
 
 
 def test_the_draws_of_half_class_are_told_in_one_line(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_draws_of_half_class_are_told_in_one_line(tmp_path: Path) -> None:
         write_outcomes(file, sets)
     text = mote("compare", *files).out
     line = (
-        "10 test sets of 3 videos: 0 videos only B has right, 1 only A: p = 1 (exact McNemar "
+        "10 test sets of 3 videos: 0 videos only B gets right, 1 only A: p = 1 (exact McNemar "
         "tests, one each; --json has them all)"
     )
     assert text.count("McNemar") == text.count(line) == 1
@@ -88,7 +88,7 @@ def test_published_figures_stand_beside_a_result(tmp_path: Path) -> None:
     assert "1,530 listed, 1,528" in text
     other = write_result(tmp_path / "o.json", views="1x1", encoder="mine")
     text = mote("compare", other, "--published", "--root", tmp_path).out
-    assert "no published figure has this protocol; nearest differ in:" in text
+    assert "no published figure has this protocol; the nearest ones differ in:" in text
     assert "views: published 3x1, ours 1x1" in text
     make_encoder(tmp_path / "encoders" / "mine")  # a tower that has no name
     assert local_architecture("mine", tmp_path / "encoders") is None

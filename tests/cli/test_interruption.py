@@ -1,4 +1,4 @@
-"""Commands that are killed or interrupted, in real processes: what was finished is kept."""
+"""Commands that are killed or interrupted, in real processes: finished work is kept."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_interrupting_extract(
 
 def assert_one_line(running: Running) -> None:
     assert running.words.count("error:") == 1, running.words
-    assert "error: interrupted: what was finished is kept" in running.words
+    assert "error: interrupted: finished work is kept" in running.words
     assert "Traceback" not in running.words
     assert "Exception" not in running.words
     assert running.out.read_text() == ""

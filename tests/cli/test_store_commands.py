@@ -278,7 +278,7 @@ def test_a_store_is_found_by_name_or_path(own: World, tmp_path: Path) -> None:
     done("store", "export", own.store.name, *out)
     shutil.copytree(own.store, own.root / "features" / "other" / own.store.name)
     error = refused(2, "store", "export", own.store.name, *out)
-    assert "is there 2 times" in error
+    assert "fits 2 stores" in error
     assert "exists already" in refused(2, "store", "export", own.store, *out)
 
 

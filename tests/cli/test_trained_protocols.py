@@ -211,7 +211,7 @@ def test_shots_of_train_head(packed: dict[str, tuple[Tree, Path]], tmp_path: Pat
     other = done(*arguments, "--from-head", summary["run"], "--name", "next", "--shots", "1")
     assert other["n_trained"] == len(UCF101)
     error = refused(2, *arguments, "--from-head", "next", "--layers", "2", "--name", "x")
-    assert "--from-head brings its own shape" in error
+    assert "--from-head sets the shape of the head" in error
 
 
 def test_base_to_novel_by_hand(packed: dict[str, tuple[Tree, Path]], tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_note_that_cannot_be_written_is_said(own: World) -> None:
     assert result.code == 1
     assert result.json["note"] is None
     assert "cannot be written" in result.err
-    assert f"delete {own.store / 'commit/c/2'} before it is run" in result.err
+    assert f"delete {own.store / 'commit/c/2'} before you run extract" in result.err
 
 
 def test_a_note_of_somebody_else_is_refused(own: World) -> None:

@@ -205,7 +205,7 @@ def test_what_cannot_be_mapped_is_streamed_instead(
         caplog.clear()
         assert isinstance(load_features(other, other.rows), StreamedFeatures)
         assert "exceed 60 % of" in caplog.messages[-1]
-        assert caplog.messages[-1].endswith("the store is not one that is mapped")
+        assert caplog.messages[-1].endswith("this store cannot be memory-mapped")
     monkeypatch.setattr("featstore.batches.loader.available_memory", lambda: size * 2)
     assert isinstance(load_features(other, other.rows), torch.Tensor)
 

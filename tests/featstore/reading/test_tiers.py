@@ -224,7 +224,7 @@ def test_what_is_not_placed_is_removed_and_what_was_killed_is_swept(tmp_path: Pa
     with writer.claim(), writer.feature_rows(0) as features:
         features.put(0, np.asarray(partition.features)[0])
         assert len(partial()) == 1
-        with pytest.raises(ValueError, match="samples that are ok"):
+        with pytest.raises(ValueError, match="for all ok samples"):
             replace(partition, features=features)
     assert partial() == []
     left = writer.feature_rows(0)  # by a process that is killed
@@ -290,7 +290,7 @@ def test_batches_are_those_of_memory(tmp_path: Path, schema: StoreSchema) -> Non
 def test_what_the_store_commands_do_with_tiers(tmp_path: Path, schema: StoreSchema) -> None:
     path = tmp_path / "s.zarr"
     expected = features_of(filled(path, schema))
-    with pytest.raises(UserError, match="only embeddings are quantised"):
+    with pytest.raises(UserError, match="only embeddings can be quantised"):
         quantize(path, tmp_path / "q.zarr")
     convert(path, tmp_path / "z.zarr", "zstd")
     small = open_store(tmp_path / "z.zarr")

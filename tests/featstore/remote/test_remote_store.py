@@ -291,7 +291,7 @@ def _make_or_open(url: str) -> RemoteStoreWriter:
 
 def test_a_partition_that_does_not_fit(filled: str) -> None:
     writer = remote_writer(filled)
-    with pytest.raises(ValueError, match="has 5 samples, its tar lists 6"):
+    with pytest.raises(ValueError, match="has 5 samples, but its tar lists 6"):
         writer.write_partition(0, partition(1))
     assert writer.pending() == []
 

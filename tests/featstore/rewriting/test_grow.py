@@ -101,7 +101,9 @@ def test_a_link_to_a_store_is_not_changed(store: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.zarr"
     link.symlink_to(store)
     for work in (add_three_tars, lambda path: add_class_text(path, "video", other_text())):
-        with pytest.raises(UserError, match="is a symbolic link: what changes a store takes"):
+        with pytest.raises(
+            UserError, match="is a symbolic link: commands that change a store need"
+        ):
             work(link)
     assert len(open_store(link)) == 9
 
@@ -155,7 +157,7 @@ def test_new_classes_need_their_texts(store: Path) -> None:
         "split_names": ("train", "val", "test"),
     }
     tars = tar_entries([0, 1, 2], [6, 3, 4])
-    with pytest.raises(UserError, match=r"are of 3 classes .*, the store has 4 .*: compute them"):
+    with pytest.raises(UserError, match=r"are for 3 classes .*, the store has 4 .*: compute them"):
         add_tars(store, tars, **change)
     grown = add_tars(store, tars, class_texts={"mote28": unit_text(names)}, **change)
     assert (grown.classes_added, grown.pending) == (1, 1)
@@ -184,7 +186,7 @@ def test_class_texts_that_do_not_fit(store: Path) -> None:
         add_class_text(store, "../video", other_text())
     with pytest.raises(UserError, match="of other sentences"):
         add_class_text(store, "mote28", other_text())
-    with pytest.raises(UserError, match="are of 2 classes with 16 numbers"):
+    with pytest.raises(UserError, match="are for 2 classes with 16 numbers"):
         add_class_text(store, "video", unit_text(CLASS_NAMES[:2]))
     assert open_store(store).prompt_sets == ["mote28"]
 

@@ -46,7 +46,7 @@ def test_duplicate_keys_and_wrong_statuses() -> None:
         changed(partition, key=["a"] * 8)
     with pytest.raises(ValueError, match=r"ok \(1\) or failed \(2\)"):
         changed(partition, status=np.zeros(8, np.uint8))
-    with pytest.raises(ValueError, match="a failed sample has features NaN"):
+    with pytest.raises(ValueError, match="features of a failed sample must be NaN"):
         changed(partition, status=np.full(8, 2, np.uint8))
 
 
@@ -60,12 +60,12 @@ def test_features_that_overflow_are_named(value: float) -> None:
 
 def test_partition_must_fit_its_tar(tmp_path: Path) -> None:
     writer = init_store(tmp_path / "s.zarr", SCHEMA, [8, 3])
-    with pytest.raises(ValueError, match="has 8 samples, its tar lists 3"):
+    with pytest.raises(ValueError, match="has 8 samples, but its tar lists 3"):
         writer.write_partition(1, make_partition(SCHEMA, 1, 8))
     with pytest.raises(ValueError, match="partition 2: the store has 0 to 1"):
         writer.write_partition(2, make_partition(SCHEMA, 1, 8))
     other = StoreSchema.create(2, 8, 2, 4, 8)
-    with pytest.raises(ValueError, match=r"rows \[2, 4, 8\], the store \[2, 4, 16\]"):
+    with pytest.raises(ValueError, match=r"rows \[2, 4, 8\], the store has \[2, 4, 16\]"):
         writer.write_partition(0, make_partition(other, 0, 8))
     partition = make_partition(SCHEMA, 0, 8)
     with pytest.raises(ValueError, match=r"label outside 0\.\.2"):
@@ -85,7 +85,7 @@ def test_class_texts_must_be_unit_rows_of_the_same_classes(tmp_path: Path) -> No
     metadata = StoreMetadata(SCHEMA, make_provenance(), (TarEntry("a", 1, 1, ""),) * 2, *names)
     path = tmp_path / "s.zarr"
     texts = {"name": ClassText(CLASS_NAMES[::-1], unit, "")}
-    with pytest.raises(UserError, match="class texts 'name' are of 3 classes"):
+    with pytest.raises(UserError, match="class texts 'name' are for 3 classes"):
         StoreWriter.init(path, metadata, texts)
     texts = {"../name": ClassText(CLASS_NAMES, unit, "")}
     with pytest.raises(UserError, match="no name for a prompt set"):
