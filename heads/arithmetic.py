@@ -1,4 +1,4 @@
-"""Which arithmetic a head runs in, and on which device."""
+"""Chooses the arithmetic that a head runs in, and the device."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ not depend on whether the CPU has bfloat16 products (which would halve the time 
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device asked for; "auto" is CUDA where there is one, else the CPU.
+    """Return the device of that name; "auto" is CUDA if the machine has it, else the CPU.
 
-    UserError for an unknown device, and for CUDA where there is none.
+    UserError for an unknown device, and for CUDA on a machine without it.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise UserError(f"device {device!r} is unknown: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda was asked for and this machine has none: use --device cpu")
+        raise UserError("device cuda was asked for, but this machine has none: use --device cpu")
     return torch.device(device)
 
 
 def resolve_precision(precision: str, dim: int, device: torch.device) -> str:
-    """Whether a head of width `dim` runs in "fp32" or "bf16"; "auto" takes bf16 where it helps.
+    """Return the arithmetic of a head of width `dim`, "fp32" or "bf16".
 
-    That is on a GPU with bfloat16, and on a CPU with AVX512-BF16, AMX or Arm's bf16 for a width of
-    at least 256. Raises UserError for an unknown precision.
+    "auto" takes bf16 where it helps: on a GPU with bfloat16, and, for a width of at least 256, on a
+    CPU with AVX512-BF16, AMX or Arm's bf16. Raises UserError for an unknown precision.
     """
     if precision not in get_args(Precision):
         raise UserError(f"precision {precision!r} is unknown: choose auto, fp32 or bf16")
@@ -46,10 +46,10 @@ def resolve_precision(precision: str, dim: int, device: torch.device) -> str:
 
 
 def resolve_training_precision(precision: str, device: torch.device) -> str:
-    """The precision of end-to-end training, "fp32", "bf16" or "fp16" (of `FinetuneConfig`).
+    """Return the precision of end-to-end training (`FinetuneConfig`): "fp32", "bf16" or "fp16".
 
-    "auto" takes bf16 on a GPU with bfloat16, fp16 on an older one, as the released code, and fp32
-    on a CPU, where most have no bfloat16 products.
+    "auto" takes bf16 on a GPU with bfloat16; fp16 on an older GPU, like the released code; and fp32
+    on a CPU, because most CPUs have no bfloat16 products.
     """
     if precision != "auto":
         return precision
@@ -59,7 +59,7 @@ def resolve_training_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """The context a pass runs in; weights stay float32 in all of them."""
+    """Return the context for a forward pass in `precision`; weights stay float32 in every one."""
     context: AbstractContextManager[None] = torch.autocast(
         device.type,
         dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
@@ -69,9 +69,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
 
 
 def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """The scaler that keeps small gradients from vanishing in float16; idle in other precisions.
+    """Return the scaler that keeps small gradients from vanishing in float16 (otherwise idle).
 
-    Scale the loss, step and update through it in every precision: one loop serves all. It skips a
-    step whose gradients are not finite and lowers its scale, which starts at 65536.
+    Scale the loss, step and update through it in every precision, so that one loop serves them all.
+    It skips a step whose gradients are not finite and lowers its scale, which starts at 65536.
     """
     return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

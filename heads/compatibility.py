@@ -1,4 +1,4 @@
-"""Whether a head, a store and its class texts belong together.
+"""Checks whether a head, a store and its class texts belong together.
 
 C = classes, D = embedding width.
 """
@@ -22,10 +22,11 @@ log = logging.getLogger(__name__)
 
 
 def require_fits(store: Store, head: Head, prompt_set: str | None) -> tuple[str, ClassText]:
-    """The prompt set (default: the head's, else the store's only one) and its texts to test with.
+    """Return the prompt set to test with, and its class texts.
 
-    UserError when head, store and texts do not belong together or the store holds no embeddings,
-    WorkError when it is not complete.
+    The default is the head's prompt set, else the store's only one. Raises UserError when head,
+    store and texts do not belong together or the store holds no embeddings, and WorkError when the
+    store is not complete.
     """
     check_complete(store)
     check_fits(head, store)
@@ -40,43 +41,43 @@ def check_fits(head: Head, store: Store) -> None:
     provenance = store.provenance
     if head.config.dim != provenance.dim:
         raise UserError(
-            f"the head takes embeddings of width {head.config.dim} and {store.path.name} holds "
-            f"{provenance.dim} ({provenance.encoder}): extract with the head's encoder"
+            f"the head takes embeddings of width {head.config.dim}, but {store.path.name} holds "
+            f"width {provenance.dim} ({provenance.encoder}): extract with the head's encoder"
         )
     if head.origin is not None:
         check_encoder(head.origin, provenance.encoder, provenance.encoder_fingerprint)
 
 
 def check_encoder(origin: HeadOrigin, encoder: str, fingerprint: str) -> None:
-    """Raise UserError when features of `encoder` are not those the head was trained on."""
+    """Raise UserError when the head was trained on features of an encoder other than `encoder`."""
     if origin.encoder_fingerprint != fingerprint:
         raise UserError(
             f"the head was trained on features of {origin.encoder} (weights "
-            f"{origin.encoder_fingerprint[:12]}), these come from {encoder} (weights "
+            f"{origin.encoder_fingerprint[:12]}), but these features come from {encoder} (weights "
             f"{fingerprint[:12]}): use the head's encoder"
         )
 
 
 def mean_head(dim: int, logit_scale: float = 100.0) -> Head:
-    """The head without parameters: a video is the mean of its frames, as CLIP would have it."""
+    """Return the head without parameters, which averages the frames of a video as CLIP does."""
     return build_head(
         method(MEAN_OF_FRAMES).config(kind=MEAN_OF_FRAMES, dim=dim), logit_scale=logit_scale
     )
 
 
 def check_complete(store: Store) -> None:
-    """Raise unless `store` holds embeddings (UserError) of every listed sample (WorkError)."""
+    """Raise UserError if `store` holds no embeddings, WorkError if it is not complete."""
     store.require_embeddings()
     if not store.complete:
         raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
 
 
 def check_class_text(head: Head, text: ClassText, prompt_set: str) -> None:
-    """Raise UserError when class texts differ from those the head was trained with.
+    """Raise UserError when class texts differ from the texts that the head was trained with.
 
-    Told by the classes both know: the same name under the same prompt set must have the same
-    embedding, or other sentences or another text tower made it; and by the templates, where both
-    say them. Another prompt set is noted.
+    Two things are compared: the embeddings of the classes that both know, since the same name in
+    the same prompt set has another embedding only if other sentences or another text tower made it;
+    and the templates, if both have them. Another prompt set only causes a warning.
     """
     origin = head.origin
     if origin is None:
@@ -90,9 +91,9 @@ def check_class_text(head: Head, text: ClassText, prompt_set: str) -> None:
     if origin.prompt_templates and text.templates not in ((), origin.prompt_templates):
         raise UserError(
             f"prompt set {prompt_set} of the store has other sentences ({text.templates[0]!r}, "
-            "...) than the one of that name the head was trained with "
-            f"({origin.prompt_templates[0]!r}, ...): add the head's to the store under another "
-            "name and choose it with --prompts"
+            "...) than the prompt set of the same name that the head was trained with "
+            f"({origin.prompt_templates[0]!r}, ...): add the head's prompt set to the store under "
+            "another name and choose it with --prompts"
         )
     trained = {name: at for at, name in enumerate(origin.class_names or ())}
     shared = [at for at, name in enumerate(text.names) if name in trained]
@@ -106,15 +107,15 @@ def check_class_text(head: Head, text: ClassText, prompt_set: str) -> None:
         raise UserError(
             f"the class text of {text.names[shared[worst]]!r} in prompt set {prompt_set} is not "
             f"the one the head was trained with (cosine {float(cosines[worst]):.4f}): other "
-            "sentences or another text tower made it; make the class texts again with the head's, "
-            "or choose another set with --prompts"
+            "sentences or another text tower made it; make the class texts again with the head's "
+            "sentences and text tower, or choose another prompt set with --prompts"
         )
 
 
 def knows_classes(head: Head, text: ClassText) -> bool:
-    """Whether the tested classes are those the head was trained on, in whatever order.
+    """Return whether the tested classes are those the head was trained on, in any order.
 
-    Told by their names; by their embeddings for a head that has only those.
+    Names are compared, or embeddings if the head has no class names.
     """
     if head.origin is None:
         return True
@@ -129,7 +130,7 @@ def knows_classes(head: Head, text: ClassText) -> bool:
 
 
 def default_prompt_set(store: Store, head: Head) -> str:
-    """The head's prompt set, else the store's only one; UserError where it has several."""
+    """Return the head's prompt set, else the store's only one; UserError if it has several."""
     if head.origin is not None:
         return head.origin.prompt_set
     known = store.prompt_sets
@@ -142,10 +143,10 @@ def default_prompt_set(store: Store, head: Head) -> str:
 
 
 def training_prompt_set(store: Store, initial: Head | None) -> str:
-    """The prompt set to train with where none is named: that of the head the training starts from,
-    else the usual one, else the store's only one.
+    """Return the prompt set to train with if the user names none.
 
-    UserError where the store has several others.
+    It is the prompt set of `initial`, the head that training starts from, else the usual one, else
+    the store's only one. UserError if the store has several, but not the usual one.
     """
     if initial is not None and initial.origin is not None:
         return initial.origin.prompt_set

@@ -1,4 +1,4 @@
-"""The evaluation of heads, from the name of a protocol to a result that can be compared.
+"""Evaluates heads: from the name of a protocol to a result that can be compared with others.
 
 It may import every other part of `heads`; only `heads/__init__.py` and `heads/demo.py` import it,
 so that models and training know nothing of protocols (docs/decisions/0021).

@@ -31,7 +31,7 @@ from heads.scoring.scores import TOP_K, Fusion, Scoring
 
 log = logging.getLogger(__name__)
 
-NAMED: Final = 3  # videos a note names
+NAMED: Final = 3  # how many videos a note names
 
 
 def evaluate_store(
@@ -48,11 +48,11 @@ def evaluate_store(
     ensemble: float | None = None,
     **options: Any,
 ) -> EvalResult:
-    """Accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
+    """Measure the accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
 
-    `protocol` is one of `heads.evaluation.protocols.choose` or its name, `tests` its test sets
-    (`build_test_sets`). The score settings are those of `Scoring.of_head`; `fusion` defaults to
-    the protocol's. `options` and errors are those of `evaluate_many`.
+    `protocol` is a protocol of `heads.evaluation.protocols.choose` or its name, and `tests` are its
+    test sets (`build_test_sets`). `Scoring.of_head` explains the score settings; `fusion` defaults
+    to the protocol's. `options` are passed on to `evaluate_many`, which also lists the errors.
     """
     model = head or mean_head(store.provenance.dim, store.provenance.logit_scale)
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
@@ -88,23 +88,24 @@ def evaluate_many(
     precision: Precision = "auto",
     progress: ProgressSink = no_progress,
 ) -> list[EvalResult]:
-    """One result per entry of `scorings`, all from one pass of the head over the store.
+    """Return one result per entry of `scorings`, all from one pass of the head over the store.
 
-    Every listed row counts once per test set: evaluated, or failed in extraction. Rows shared by
-    test sets are computed once. All of the store's views are fused; `views` ("4x3") only checks
-    that they are as expected. `prompt_set` defaults to the head's, else to the store's only one.
-    `frames` defaults to what the head was trained with, else to all stored ones; fewer than stored
-    are taken at even steps. `clip_store` holds raw CLIP features of the same keys and views, for
-    CLIP's part of an ensemble (default: `store` itself). `facts` go into the record. The head runs
-    in `precision`, by default in bfloat16 if that is much faster (wide heads on processors that
-    multiply it); means over frames, cosines and scores are float32 in any case.
+    Every listed row counts once per test set, as evaluated or as failed in extraction. Rows that
+    several test sets share are computed once. All views of the store are fused; `views` ("4x3")
+    only checks that the store has them. `prompt_set` defaults to the head's, else to the store's
+    only one. `frames` defaults to the number that the head was trained with, else to all stored
+    frames; a smaller number is taken at even steps. `clip_store` holds raw CLIP features of the
+    same keys and views for CLIP's part of an ensemble (default: `store` itself). `facts` go into
+    the result. The head runs in `precision`, by default in bfloat16 if that is much faster (wide
+    heads on processors that multiply it); means over frames, cosines and scores are always float32.
 
-    In a process group (`torch.distributed`) every process evaluates each world-th row and all of
-    them return the same results: no row is repeated, and the counts are those of one process.
+    In a process group (`torch.distributed`) every process evaluates every world-size-th row, and
+    all of them return the same results: no row is repeated, and the counts are as in one process.
 
-    Raises UserError when head and store do not fit, the views are others, a close-set head knows
-    other classes, a video's class is no candidate, modulation has fewer classes than it compares,
-    or no row can be evaluated; WorkError when a store is not complete or a score is not finite.
+    Raises UserError when the head does not fit the store, the store has other views, a close-set
+    head knows other classes, the class of a video is no candidate, modulation has fewer classes
+    than it compares, or no row can be evaluated. Raises WorkError when a store is not complete or
+    a score is not finite.
     """
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
     if not tests:
@@ -113,8 +114,8 @@ def evaluate_many(
     stored_views = views_of(store)
     if views is not None and views != stored_views:
         raise UserError(
-            f"{store.path.name} has {stored_views} views, {views} were asked for: choose or "
-            "extract a store with those"
+            f"{store.path.name} has {stored_views} views, but {views} were asked for: choose a "
+            f"store with {views} views, or extract one"
         )
     if named.kind == "closeset" and not knows_classes(head, text):
         raise UserError(
@@ -127,7 +128,7 @@ def evaluate_many(
     stored = store.schema.frames
     wanted = frames or (head.origin.frames if head.origin is not None else stored)
     if wanted > stored:
-        log.warning("%d frames asked for, %d are stored: using those", wanted, stored)
+        log.warning("%d frames were asked for, but only %d are stored: using those", wanted, stored)
     used = min(wanted, stored)
     chosen = segment_positions(stored, used) if used < stored else None
     measured = Measurement(store, tests)
@@ -168,14 +169,14 @@ def _record(
     views: str,
     facts: RunFacts,
 ) -> dict[str, Any]:
-    """The fields of a result that all settings share."""
+    """Return the fields of a result that are the same under every setting."""
     provenance = store.provenance
     tested = [tuple(classes.tolist()) for classes in measured.candidates]
     names = {text.names[label] for labels in tested for label in labels}
     origin = head.origin
     trained = None if origin is None or origin.class_names is None else set(origin.class_names)
     missing = sum(
-        store.reasons[at].startswith("no such file")  # when the data set was packed
+        store.reasons[at].startswith("no such file")  # it was missing when the data set was packed
         for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
     )
     listed = dict(
@@ -241,7 +242,7 @@ def _result(
     record: Mapping[str, Any],
     clip: ClipFeatures | None,
 ) -> EvalResult:
-    """The result of one setting."""
+    """Return the result under one setting."""
     parts = [_split(measured, number, t) for t in range(len(measured.tests))]
     results = [result for result, _ in parts]
     top1 = [result.top1 for result in results]
@@ -270,13 +271,13 @@ def _result(
 
 
 def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, SplitDetail]:
-    """Counts and accuracy of one test set under one setting."""
+    """Return the counts, the accuracy and the predictions of one test set under one setting."""
     name, members, classes = measured.tests[t].name, measured.members[t], measured.candidates[t]
     places = measured.places[number][t]
     done = np.isin(members, measured.usable)
     if not done.any():
         raise UserError(
-            f"split {name} lists {len(places)} samples and none of them was extracted: "
+            f"split {name} lists {len(places)} samples, but none of them was extracted: "
             "choose another split, or see the reasons with mote-cli inspect"
         )
     evaluated = places[done]
@@ -302,7 +303,7 @@ def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, Spl
 
 
 def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
-    """`resize` and `crop` of a result, in words, from a store's preprocessing."""
+    """Describe a store's preprocessing in words: the fields `resize` and `crop` of a result."""
     size = preprocessing.get("size")
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     mode = preprocessing.get("resize_mode", "shortest")

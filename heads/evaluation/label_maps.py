@@ -1,7 +1,7 @@
-"""Class names of a published label file that exchanges some of them.
+"""Gives a store the class names of a published label file that exchanges some names by mistake.
 
-Whoever uses HMDB51's file (`pipeline.annotations.label_names`) scores 120 of the 1,530 test clips
-against the wrong names. It is here only for comparison with such numbers.
+With HMDB51's file (`pipeline.annotations.label_names`), 120 of the 1,530 test clips are scored
+against the wrong names. It is here only for comparison with numbers that were measured so.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ AS_PUBLISHED: Final = "as-published"
 
 
 def known_exchange(dataset: str, class_names: Sequence[str]) -> dict[int, int]:
-    """Labels of `dataset`'s published exchange, each with the label whose name it gets.
+    """Return the labels that the published file of `dataset` misnames.
 
-    UserError when no exchange is known for the data set, or when none of its classes is there.
+    Each label comes with the label whose name it has in that file. UserError when no exchange is
+    known for the data set, or when none of the exchanged classes is in `class_names`.
     """
     labels = {name: label for label, name in enumerate(class_names)}
     pairs = [
@@ -33,15 +34,15 @@ def known_exchange(dataset: str, class_names: Sequence[str]) -> dict[int, int]:
     ]
     if not pairs:
         raise UserError(
-            f"no published label file that exchanges names of {dataset} is known: "
-            f"--label-map {AS_PUBLISHED} goes with {', '.join(PUBLISHED_EXCHANGES)} or with a file "
-            "of names that is packed or named with --lists-from"
+            f"no published label file that exchanges names of {dataset} is known: use --label-map "
+            f"{AS_PUBLISHED} only with {', '.join(PUBLISHED_EXCHANGES)}, or with a file of names "
+            "that is packed or given by --lists-from"
         )
     return {**dict(pairs), **{b: a for a, b in pairs}}
 
 
 def check_label_map(label_map: str) -> None:
-    """UserError for a word that is no label map."""
+    """Raise UserError unless `label_map` is "corrected" or "as-published"."""
     if label_map not in (CORRECTED, AS_PUBLISHED):
         raise UserError(
             f"--label-map {label_map!r} is unknown: choose {CORRECTED} or {AS_PUBLISHED}"
@@ -49,10 +50,10 @@ def check_label_map(label_map: str) -> None:
 
 
 def named_as(store: Store, dataset: str, label_map: str) -> Store:
-    """`store` with the class names of `label_map`, "corrected" or "as-published".
+    """Return `store` with the class names of `label_map`, "corrected" or "as-published".
 
-    A store that was packed with published names has them already. UserError for another word, and
-    the errors of `known_exchange`.
+    A store that was packed with the published names already has them and is returned as it is.
+    UserError for another label map; otherwise the errors of `known_exchange`.
     """
     check_label_map(label_map)
     if label_map == CORRECTED or store.provenance.label_map == AS_PUBLISHED:
@@ -61,15 +62,15 @@ def named_as(store: Store, dataset: str, label_map: str) -> Store:
 
 
 def with_exchanged_names(store: Store, exchange: Mapping[int, int]) -> Store:
-    """`store` with the name and the texts of label `exchange[x]` for label x; rows as they are."""
+    """Return `store` with the name and texts of label `exchange[x]` for label x, and equal rows."""
     return _Renamed(store, exchange) if exchange else store
 
 
 class _Renamed(Store):
-    """A store whose classes have other names; its provenance says so."""
+    """A store with exchanged class names; the label map in its provenance is "as-published"."""
 
     def __init__(self, store: Store, exchange: Mapping[int, int]) -> None:
-        # The opened store itself under other names: nothing is opened or read again.
+        # This shares the state of the opened store, so that nothing is opened or read again.
         vars(self).update(vars(store))
         labels = list(range(len(store.class_names)))
         before: list[int] = vars(store).get("_order", labels)

@@ -1,4 +1,4 @@
-"""Training videos among the tested ones, found so that none of them is tested by mistake."""
+"""Finds training videos among the tested ones, so that none is tested by mistake."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ NAMED: Final = 3  # how many videos an error names
 
 
 def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | None:
-    """Those of `rows` (int64, array rows of `store`) that the run was trained on; None: unknown.
+    """Return those of `rows` (int64, array rows of `store`) that the run was trained on.
 
-    Videos are told by data set and key, clips of Kinetics by their YouTube id and start in every
-    data set. A run that recorded no keys but trained on this store is told by its rows.
+    Returns None if that is not known. Two videos are the same if they have the same data set and
+    key; clips of Kinetics are the same in all data sets if their YouTube id and start are. If the
+    run recorded no keys but was trained on this store, its rows are compared.
     """
     settings = read_config(run_dir) or {}
     if untrained(settings.get("head", {}).get("kind")):
@@ -50,16 +51,16 @@ def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | No
 def require_no_leak(
     store: Store, tests: Sequence[TestSet], run_dir: Path, *, allow: bool = False
 ) -> int | None:
-    """Number of tested videos that the run in `run_dir` was trained on; None when not known.
+    """Return how many tested videos the run in `run_dir` was trained on; None when not known.
 
-    UserError that names some when there are any, unless `allow`, which makes it a warning.
+    If there are any, raises a UserError that names some of them, or with `allow` only warns.
     """
     rows = np.unique(np.concatenate([np.asarray(test.rows, np.int64) for test in tests]))
     found = trained_videos(store, rows, run_dir)
     if found is None:
         log.warning(
-            "%s does not say which videos it was trained on: whether tested ones are among them "
-            "is not known",
+            "%s does not say which videos it was trained on: it is not known whether tested "
+            "videos are among them",
             run_dir.name,
         )
         return None
@@ -74,7 +75,7 @@ def require_no_leak(
     if not allow:
         raise UserError(
             f"{what}: name a split without them with --split, or pass --allow-overlap to measure "
-            "all the same"
+            "anyway"
         )
     log.warning("%s", what)
     return len(found)
@@ -83,9 +84,9 @@ def require_no_leak(
 def require_disjoint(
     train: Store, rows: npt.ArrayLike, test: Store, tested: npt.ArrayLike, *, allow: bool = False
 ) -> int:
-    """How many videos, told by their keys, are trained on and tested.
+    """Return how many videos are both trained on and tested, which their keys tell.
 
-    UserError names them; with `allow` a warning does.
+    If there are any, raises a UserError that names some of them, or with `allow` only warns.
     """
     trained = {train.keys[int(place)] for place in train.positions(rows)}
     keys = [test.keys[int(place)] for place in test.positions(np.unique(np.asarray(tested)))]
@@ -95,15 +96,15 @@ def require_disjoint(
     words = f"{len(both)} videos are trained on and tested ({shown(both)})"
     if not allow:
         raise UserError(
-            f"{words}: the test would be of what was learned; correct the lists, or pass "
-            "--allow-overlap to measure it all the same"
+            f"{words}, so the test would be on videos seen in training: correct the lists, or "
+            "pass --allow-overlap to measure anyway"
         )
-    log.warning("%s: the result is no test of new videos", words)
+    log.warning("%s: the result does not show how the head does on new videos", words)
     return len(both)
 
 
 def warn_of_known_classes(head: Head, store: Store, novel: TestSet) -> None:
-    """Say so when a head that a training starts from has seen classes that count as novel."""
+    """Log a warning if `head`, which a training starts from, was trained on novel classes."""
     known = None if head.origin is None else head.origin.class_names
     if novel.classes is None or known is None:
         return
@@ -111,14 +112,17 @@ def warn_of_known_classes(head: Head, store: Store, novel: TestSet) -> None:
     seen = [name for name in names if name in known]
     if seen:
         log.warning(
-            "the head this starts from was trained on %d of the %d novel classes (%s): they are "
-            "not new to it",
+            "the training starts from a head that was trained on %d of the %d novel classes (%s): "
+            "they are not new to it",
             *(len(seen), len(names), shown(seen)),
         )
 
 
 def _rows_by_hash(store: Store, rows: RowArray, data: Mapping[str, Any]) -> RowArray | None:
-    """Tested rows of a run without keys that trained on a split of this store, or all of it."""
+    """Return those of `rows` that a run without recorded keys was trained on; None if not known.
+
+    The run must have been trained on a split of this store, or on all of it.
+    """
     if data.get("dataset_fingerprint") != store.provenance.dataset_fingerprint:
         return None
     for listed in (*(store.split(name) for name in store.split_names), store.rows):
@@ -132,5 +136,5 @@ def _rows_by_hash(store: Store, rows: RowArray, data: Mapping[str, Any]) -> RowA
 
 
 def _clip(key: str) -> str | None:
-    """YouTube id and start of a clip of Kinetics; None for other names."""
+    """Return the YouTube id and start of a clip of Kinetics from its key; None for other keys."""
     return official_clip(key.rpartition("/")[2])

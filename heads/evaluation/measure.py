@@ -1,4 +1,4 @@
-"""The pass of an evaluation: the rank of every tested video's true class under every setting.
+"""Finds the rank of the true class of every tested video, under every setting of the score.
 
 N = videos, V = views, D = embedding width, C = classes.
 """
@@ -29,13 +29,14 @@ NOT_EVALUATED = -1
 
 
 class Measurement:
-    """The tested rows of a store, and the outcome per setting and test set.
+    """The tested rows of a store, and their outcomes under every setting in every test set.
 
-    Attributes: `listed` int64, array rows in any test set; their `positions` among the store's
-    samples and their `keys`; `usable`, indices into `listed` of those a score can be computed for;
-    per test set t `candidates[t]`, label ids, and `members[t]`, indices into `listed`; per setting
-    s `places[s][t]` and `predicted[s][t]` int64, one entry per member: place of the true class
-    (0 = best) and predicted label, -1 for failed ones.
+    `listed` (int64) holds the array rows of all test sets, `positions` their places among the
+    store's samples, and `keys` their keys. `usable` holds the indices into `listed` of the rows
+    that a score can be computed for. Test set t has the label ids `candidates[t]` and the indices
+    `members[t]` into `listed`. Under setting s, `places[s][t]` and `predicted[s][t]` (int64) have
+    one entry per member: the rank of the true class (0 = best), and the predicted label; both are
+    -1 for a row whose extraction failed.
     """
 
     def __init__(self, store: Store, tests: Sequence[TestSet]) -> None:
@@ -65,14 +66,15 @@ class Measurement:
         clip: ClipFeatures | None = None,
         progress: ProgressSink = no_progress,
     ) -> None:
-        """Fill `places` and `predicted`; each process of a group does a part, all get all of it.
+        """Fill `places` and `predicted`.
 
-        WorkError when a score is not finite.
+        In a process group each process computes a part, and every process gets all of the results.
+        Raises WorkError when a score is not finite.
         """
         group = Ranks.joined_before()
         mine = self.usable[group.rank :: group.world_size]
         where = head.logit_scale.device
-        # Per test set: index among its members of an entry of `listed`, or -1.
+        # slots[t][i]: the index of entry i of `listed` among the members of test set t, or -1.
         slots = np.full((len(self.members), len(self.listed)), -1, np.int64)
         for slot, members in zip(slots, self.members, strict=True):
             slot[members] = np.arange(len(members))
@@ -116,11 +118,11 @@ class Measurement:
         self._gather(group)
 
     def listed_keys(self, members: npt.NDArray[np.integer]) -> list[str]:
-        """Keys of entries of `listed`."""
+        """Return the keys of the entries of `listed` that have the indices `members`."""
         return [self.keys[member] for member in members.tolist()]
 
     def _local_labels(self, t: int) -> LabelIds:
-        """Label of every member of a test set as its number among the candidates."""
+        """Return the label of every member of test set t as an index into its candidates."""
         labels, classes = self.labels[self.members[t]], self.candidates[t]
         number = np.full(len(self.store.class_names), -1)
         number[classes] = np.arange(len(classes))
@@ -130,7 +132,7 @@ class Measurement:
             name = self.store.class_names[int(labels[at])]
             raise UserError(
                 f"the class list of {self.tests[t].name} does not match its videos: "
-                f"{self.keys[self.members[t][at]]} is of class {name!r}, which is none of its "
+                f"{self.keys[self.members[t][at]]} is of class {name!r}, which is not among its "
                 f"{len(classes)} candidates"
             )
         return local
@@ -139,12 +141,12 @@ class Measurement:
         finite = scores.isfinite().all(1).cpu().numpy()
         if not finite.all():
             raise WorkError(
-                f"scores of sample {self.keys[members[~finite][0]]} are not finite: check head "
-                "and features"
+                f"the scores of sample {self.keys[members[~finite][0]]} are not finite: check the "
+                "head and the features"
             )
 
     def _gather(self, group: Ranks) -> None:
-        """Give every process the entries of all of them: an entry is -1 in all but one."""
+        """Give every process all entries; each entry is -1 in all processes but one."""
         parts = [array for table in (self.places, self.predicted) for row in table for array in row]
         values, start = group.greatest(torch.from_numpy(np.concatenate(parts))).numpy(), 0
         for array in parts:
@@ -153,11 +155,12 @@ class Measurement:
 
 
 class ClipFeatures:
-    """Raw CLIP features of the videos of another store: CLIP's part of an ensemble.
+    """Raw CLIP features of the tested videos from another store, for CLIP's part of an ensemble.
 
-    Needed if the tested store was made with a tuned tower. `frames` are those taken from the tested
-    store, or None; if this store holds another number, all are taken. UserError when it has other
-    videos, views or classes.
+    An ensemble needs this if the tested store was made with a tuned tower. `frames` are the indices
+    of the frames taken from the tested store, None for all. They are taken here too, unless this
+    store holds another number of frames per view: then all of its frames are taken. UserError when
+    this store has other videos, views or classes.
     """
 
     def __init__(
@@ -186,12 +189,12 @@ class ClipFeatures:
         self._device = device
 
     def failed(self, keys: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """[n] whether extraction failed; UserError for a key the store does not have."""
+        """Tell which extractions failed, bool [n]; UserError for a key that the store lacks."""
         positions = self.store.positions(self._rows(keys))
         return np.asarray(self.store.status[positions] != STATUS_OK)
 
     def summaries(self, keys: Sequence[str]) -> ViewSummaries:
-        """Summaries [n,V,D] without a head."""
+        """Return the summaries [n,V,D] of CLIP's features alone, without a head."""
         stored = self.store.features(self._rows(keys), self._frames)
         features = torch.from_numpy(stored).float().to(self._device)
         units = functional.normalize(features, dim=-1).mean(2)
@@ -204,19 +207,19 @@ class ClipFeatures:
 def check_candidates(
     tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: Head
 ) -> None:
-    """Raise UserError for candidates that are no classes of the store or too few to modulate."""
+    """Raise UserError if candidates are not classes of the store, or too few to modulate."""
     names = [test.name for test in tests]
     if len(set(names)) < len(names):
         raise ValueError(f"test sets need distinct names, not {names}")
     for test in tests:
         wanted = np.arange(len(text.names)) if test.classes is None else test.classes
         outside = wanted[(wanted < 0) | (wanted >= len(text.names))]
-        problem = f"label {outside[0]} is none of them" if len(outside) else ""
+        problem = f"label {outside[0]} is not among them" if len(outside) else ""
         problem = problem or ("" if len(wanted) else "it is empty")
         if problem or len(np.unique(wanted)) < len(wanted):
             raise UserError(
                 f"the class list of {test.name} does not match the {len(text.names)} classes of "
-                f"the store: {problem or 'it is not of distinct ones'}"
+                f"the store: {problem or 'it names a class twice'}"
             )
         tested = len(text.names) if test.modulation_classes == "all" else len(wanted)
         for scoring in scorings:

@@ -1,7 +1,7 @@
-"""The outcome of every video beside a result, and the comparison of two of them.
+"""Saves the outcome of every video beside a result, and compares the outcomes of two results.
 
-`NAME.outcomes.csv` beside `NAME.json`: columns split, key, place. The place is that of the true
-class among the candidates, 0 for a right answer; videos that failed are left out.
+`NAME.outcomes.csv` lies beside `NAME.json` and has the columns split, key and place. The place is
+the rank of the true class among the candidates, 0 for a right answer; failed videos are left out.
 """
 
 from __future__ import annotations
@@ -20,33 +20,32 @@ OUTCOMES_LIMIT: Final = 2**28  # bytes; a million videos are about 40 MB
 _HEADER: Final = ["split", "key", "place"]
 
 Outcomes = dict[str, dict[str, int]]
-"""Place of the true class by key, by test set."""
+"""For every test set, the rank of the true class of every video by its key."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """Two results on the same n videos of one test set.
+    """Two results, A and B, compared on the same n videos of one test set.
 
-    `p` is that of the exact two-sided binomial test on the videos where one is right and the other
-    wrong (McNemar's test, exact): the probability of a split at least as uneven if both are equally
-    good.
+    `p` comes from the exact two-sided binomial test on the videos that only one has right (exact
+    McNemar's test): the probability of a division at least as uneven if both are equally good.
     """
 
     split: str
     n: int
     only_a: int
-    """Videos that A has right and B wrong."""
+    """How many videos A has right and B wrong."""
     only_b: int
     p: float
 
 
 def outcomes_file(result: Path) -> Path:
-    """Where the outcomes of a result file lie."""
+    """Return the path of the outcomes that belong to a result file."""
     return result.with_name(result.name.removesuffix(".json") + ".outcomes.csv")
 
 
 def write_outcomes(result: Path, outcomes: Mapping[str, Mapping[str, int]]) -> Path:
-    """Keep the outcomes of a result beside it; returns their file."""
+    """Save outcomes beside their result file; return the path."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(_HEADER)
@@ -58,7 +57,7 @@ def write_outcomes(result: Path, outcomes: Mapping[str, Mapping[str, int]]) -> P
 
 
 def read_outcomes(result: Path) -> Outcomes | None:
-    """The outcomes beside a result file, None without any; UserError when the file is damaged."""
+    """Read the outcomes beside a result file; None without a file, UserError if it is damaged."""
     path = outcomes_file(result)
     try:
         with open(path, "rb") as file:
@@ -75,12 +74,12 @@ def read_outcomes(result: Path) -> Outcomes | None:
         for split, key, place in rows:
             found.setdefault(split, {})[key] = int(place)
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{path} holds no outcomes of videos ({error}): evaluate again") from error
+        raise UserError(f"{path} is no file of outcomes ({error}): evaluate again") from error
     return found
 
 
 def paired_outcomes(a: Path, b: Path) -> list[Paired]:
-    """One entry per test set with the same videos in both results; none without their outcomes."""
+    """Compare two results on every test set with equal videos; [] if one has no outcomes."""
     of_a, of_b = read_outcomes(a) or {}, read_outcomes(b) or {}
     found = []
     for split, places in of_a.items():
@@ -94,11 +93,11 @@ def paired_outcomes(a: Path, b: Path) -> list[Paired]:
 
 
 def binomial_p(one: int, other: int) -> float:
-    """Two-sided p of `one` against `other` if both are equally likely; 1 if both are 0."""
+    """Return the two-sided p of two counts whose events are equally likely; 1 if both are 0."""
     n, tail = one + other, 0
     term = 1  # n choose k, k = 0, 1, ...: exact whole numbers
     for k in range(min(one, other) + 1):
         tail += term
         term = term * (n - k) // (k + 1)
-    # Both are whole numbers, beyond the range of floats; their quotient is within it.
+    # Both whole numbers can exceed the range of floats, but their quotient does not.
     return min(1.0, 2 * tail / 2**n) if n else 1.0

@@ -1,4 +1,4 @@
-"""The request for one evaluation (data set, protocol, head, score), and its results."""
+"""Evaluates an existing head as one request says: data set, protocol, head and score."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pipeline.annotations.known_sets import known_dataset
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How scores are computed; None stands for the setting of the head or the protocol."""
+    """How scores are computed; None means the setting of the head or the protocol."""
 
     modulate: bool = True
     modulation_neighbours: int | None = None
@@ -63,7 +63,7 @@ class EvaluationRequest:
     store: str | None = None
     """Name of the store, or its URL, if several fit."""
     prompt_set: Callable[[Store], str | None] = lambda store: None
-    """Chooses one of the store's prompt sets; None is the head's, or the only one."""
+    """Chooses one of the store's prompt sets; None means the head's, or the store's only one."""
     score: ScoreSettings = field(default_factory=ScoreSettings)
     swept: sweeps.Values = field(default_factory=dict)
     """Values to sweep, by name, as `heads.evaluation.sweeps.parse_sweeps` returns them."""
@@ -83,7 +83,7 @@ class EvaluationRequest:
         return self.workspace.opened(self.dataset)
 
     def fitting_store(self, split: str | None, head: Head | None, **others: Any) -> Store:
-        """The one store that fits the request and `head`; `others` take the place of its wishes."""
+        """Return the one store that fits the request and `head`; `others` override the request."""
         origin = None if head is None else head.origin
         wanted = {
             "views": None if self.views is None else count_views(self.views),
@@ -95,31 +95,34 @@ class EvaluationRequest:
         return self.stores.choose(split=split, **(wanted | others))
 
     def chosen_clip_store(self) -> Store | None:
-        """The store of CLIP's own features; UserError if there is no ensemble to use it."""
+        """Return the store of CLIP's own features; UserError if no ensemble would use it."""
         if self.clip_store is None:
             return None
         if self.score.ensemble is None and sweeps.ENSEMBLE not in self.swept:
-            raise UserError("--clip-store is for --ensemble WEIGHT or --sweep ensemble=...")
+            raise UserError(
+                "--clip-store works only with --ensemble WEIGHT or --sweep ensemble=...: "
+                "add one of them, or leave --clip-store out"
+            )
         return self.stores.choose(name=self.clip_store)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of an evaluation with the folders of their runs, and what is missing."""
+    """The results of an evaluation with the folders of their runs, and the missing results."""
 
     measured: list[tuple[EvalResult, Path]]
     missing: list[dict[str, Any]]
-    """Blends of a sweep that could not be measured: blend, reason, and the remedy."""
+    """One entry per blend of a sweep that could not be measured: blend, reason and remedy."""
 
     def save(self) -> list[Path]:
-        """Keep every result beside its head; returns the files in the order of `measured`."""
+        """Save every result in the folder of its run; return the files in order of `measured`."""
         return [save_result(result, run_dir) for result, run_dir in self.measured]
 
 
 def require_unused(settings: Any, words: str) -> None:
-    """UserError when a field of a dataclass, an option of that name, is not its default.
+    """Raise UserError if a field of the dataclass `settings` does not have its default value.
 
-    `words` say what the options go with.
+    Every field is an option of the same name; `words` say what these options may be used with.
     """
     given = [
         f"--{field.name.replace('_', '-')}"
@@ -127,21 +130,21 @@ def require_unused(settings: Any, words: str) -> None:
         if getattr(settings, field.name) != field.default
     ]
     if given:
-        raise UserError(f"{', '.join(given)} go with {words}: leave them out")
+        raise UserError(f"{', '.join(given)} can be used only with {words}: leave them out")
 
 
 def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluation:
-    """Measure an existing head, or a sweep of settings and towers; nothing is written.
+    """Measure an existing head, or a sweep of settings and towers, without writing anything.
 
-    In a process group every process calls it, does a part of the work and returns the same. Raises
-    UserError for a request that cannot be met, and the errors of `evaluate_many`.
+    In a process group every process must call this; each does a part of the work, and all return
+    the same. Raises UserError for a request that cannot be met, and the errors of `evaluate_many`.
     """
     head, run_dir = choose_head(request.workspace, request.head)
     shares = request.swept.get(sweeps.BLEND)
     if shares is None:
         return Evaluation(_measure(request, head, run_dir, *_store(request, head), stages), [])
     if request.store is not None:
-        raise UserError("--sweep blend takes the store of every tower: leave --store out")
+        raise UserError("--sweep blend chooses the store of every tower itself: leave --store out")
     measured: list[tuple[EvalResult, Path]] = []
     missing: list[dict[str, Any]] = []
     for blended in sweeps.blended_runs(request.workspace, run_dir, shares, request.dataset):
@@ -165,7 +168,7 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
 
 
 def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | None]:
-    """The store that is tested, and the split that it was chosen for."""
+    """Return the store to test, and the split that it was chosen for."""
     split = request.split
     protocol = request.protocol or usual_protocol(request.kind, request.dataset, split=split)
     if protocol.lists == "given":

@@ -1,7 +1,7 @@
 """The result of an evaluation, and the files it is saved in.
 
-Everything that explains a different number must be here: the videos, the names and sentences, the
-frames and pixels, the weights, the score.
+A result must hold everything that can explain a different number: the videos, the class names and
+sentences, the frames and pixels, the weights, and the score settings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from heads.files.run_files import read_config
 from heads.methods.registry import untrained
 
 RESULT_FORMAT: Final = 2
-NAMED_SPLITS: Final = 3  # in a file's name; a hash in it stands for all of them
+NAMED_SPLITS: Final = 3  # how many splits a file name lists; its hash covers all of them
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class SplitResult:
     top5: float | None
     """None with fewer than five classes."""
     n_classes: int
-    """Candidates the samples were scored against."""
+    """The number of candidates that the samples were scored against."""
 
 
 @dataclass(frozen=True, eq=False)
 class SplitDetail:
-    """Every prediction of one test set, n samples evaluated, in the store's order."""
+    """Every prediction of one test set: its n evaluated samples, in the store's order."""
 
     split: str
     classes: LabelIds
@@ -57,12 +57,12 @@ class SplitDetail:
     predicted: LabelIds
     """[n] the label ids with the best score; ties go to the candidate named first."""
     places: LabelIds
-    """[n] place of the true class, 0 = best."""
+    """[n] the rank of the true class, 0 = best."""
     keys: tuple[str, ...]
-    """[n] keys of the videos."""
+    """[n] the keys of the videos."""
 
     def confusion(self) -> npt.NDArray[np.int64]:
-        """Counts [true class, predicted class] of the candidates, in the order of `classes`."""
+        """Count the videos by [true class, predicted class], both in the order of `classes`."""
         n = len(self.classes)
         order = np.argsort(self.classes)
         true, said = (
@@ -74,30 +74,30 @@ class SplitDetail:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a result records beyond store and head; None if it is not known."""
+    """What a result records besides the facts of the store and the head; None means unknown."""
 
     blend: float | None = None
-    """Share of the tuned tower, the rest is CLIP's own."""
+    """Share of the tuned tower in the blended one; the rest is CLIP's own."""
     epoch: int | None = None
     epoch_choice: str | None = None
-    """The word "last", or "best on" the test set or the split that was evaluated in training."""
+    """Either "last" or "best on ...", with the test set or the split evaluated in training."""
     class_names_source: str | None = None
-    """Where class names come from, for example the file of the annotations."""
+    """Where the class names come from, for example the file of the annotations."""
     label_map: str | None = None
     """Either "corrected" or "as-published", for data sets whose published names are wrong."""
     prompt_templates: tuple[str, ...] | None = None
     """The sentences of the prompt set, with {} for the class name."""
     n_trained_on: int | None = None
-    """Tested videos that are training videos of the head."""
+    """How many tested videos are training videos of the head."""
     shots: int | None = None
-    """Training videos per class, of few-shot and base-to-novel."""
+    """Training videos per class, in few-shot and base-to-novel."""
 
 
 Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
 GROUPS: Final[tuple[Group, ...]] = get_args(Group)
 
 
-# Metadata of the fields of `EvalResult` in each group.
+# One function per group: it returns the metadata of a field of `EvalResult` in that group.
 _tested: Callable[..., dict[str, Any]] = partial(dict, group="what was tested")
 _how: Callable[..., dict[str, Any]] = partial(dict, group="how")
 _with: Callable[..., dict[str, Any]] = partial(dict, group="with what")
@@ -106,16 +106,16 @@ _arithmetic: Callable[..., dict[str, Any]] = partial(dict, group="arithmetic")
 
 @dataclass(frozen=True)
 class EvalResult:
-    """One evaluation, with what is needed to compare it with another.
+    """One evaluation, with everything that is needed to compare it with another.
 
-    Over several test sets, `top1` and `top5` are means of theirs and the counts are of distinct
-    samples. `mean` and `std` (population) are of their top-1.
+    With several test sets, `top1` and `top5` are the means over the test sets, and the counts are
+    of distinct samples. `mean` and `std` (population) are taken over the top-1 of the test sets.
 
-    A field is declared here and nowhere else. Its metadata: `group`, in which it is compared
-    (numbers and remarks have none); `decisive`, two numbers that differ in it do not measure the
-    same thing, whatever the heads; `identity`, it is part of the hash in the file's name;
-    `none_known`, None means "none" here, while elsewhere it means unknown; `of`, the part of the
-    evaluation that has it under the same name (`taken_from`).
+    Fields are declared here and nowhere else. The metadata of a field may have: `group`, the group
+    it is compared in (numbers and remarks have none); `decisive`, if two results that differ in the
+    field do not measure the same thing, whatever their heads are; `identity`, if the field is part
+    of the hash in the file's name; `none_known`, if None means "none" and not "unknown"; `of`, the
+    part of the evaluation that has an attribute of the same name (`taken_from`).
     """
 
     protocol: str = field(metadata=_tested(decisive=True))
@@ -133,15 +133,15 @@ class EvalResult:
     views: str = field(metadata=_how(decisive=True, identity=True))
     """Clips x crops, for example "4x3"."""
     sampling: str = field(metadata=_how(decisive=True, identity=True, of="provenance"))
-    """Sampling of the store, for example "clips:8x4"."""
+    """How the store was sampled, for example "clips:8x4"."""
     sampler: str = field(metadata=_how(decisive=True))
     """How frames are chosen: the first word of `sampling`."""
     resize: str = field(metadata=_how(decisive=True, identity=True))
-    """What the short side was scaled to, with the interpolation, for example "224 bicubic"."""
+    """How frames were scaled, with the interpolation: "short side to 224, bicubic"."""
     crop: str = field(metadata=_how(decisive=True, identity=True))
-    """What was cut from it, for example "224, 3 along the long side"."""
+    """What was cut from a scaled frame: "224x224 3 along the long side"."""
     frames: int = field(metadata=_how(decisive=True, identity=True))
-    """T, frames per view the head was given."""
+    """T, the number of frames per view that the head was given."""
     prompt_set: str = field(metadata=_how(identity=True))
     prompt_templates: list[str] | None = field(metadata=_how(decisive=True))
     encoder: str = field(metadata=_with(of="provenance"))
@@ -154,43 +154,43 @@ class EvalResult:
     kind: str = field(metadata=_with())
     modulate: bool = field(metadata=_with(identity=True, of="scoring"))
     modulation_neighbours: int | None = field(metadata=_with(identity=True, none_known=True))
-    """None if the head was not modulated, as is the temperature."""
+    """None if the head was not modulated; so is the temperature."""
     modulation_temperature: float | None = field(metadata=_with(identity=True, none_known=True))
     fusion: str = field(metadata=_how(decisive=True, identity=True, of="scoring"))
     ensemble: float | None = field(metadata=_with(identity=True, none_known=True, of="scoring"))
     """Weight of CLIP's own scores; None for the head alone."""
     clip_store: str | None = field(metadata=_with(identity=True, none_known=True))
-    """Store of CLIP's scores, if it is not the tested one."""
+    """The store that CLIP's own scores come from, if it is not the tested one."""
     n_classes: int = field(metadata=_tested(decisive=True))
-    """Candidates of a test set, the most where they differ."""
+    """The number of candidates of a test set; the largest if the test sets differ in it."""
     n_classes_trained: int | None = field(metadata=_with())
-    """Candidates whose name the head was trained on; None when that is not known."""
+    """How many candidates' names the head was trained on; None when that is not known."""
     head_fingerprint: str = field(metadata=_with())
     blend: float | None = field(metadata=_with(of="facts"))
     epoch: int | None = field(metadata=_with(of="facts"))
     epoch_choice: str | None = field(metadata=_with(decisive=True, identity=True, of="facts"))
     trained_on: str | None = field(metadata=_tested(decisive=True))
-    """Data set the head was trained on; None if it is not known."""
+    """The data set that the head was trained on; None if it is not known."""
     training_videos: str | None = field(metadata=_tested())
-    """Its training videos, in words; None if they are not known."""
+    """The head's training videos, in words; None if they are not known."""
     shots: int | None = field(metadata=_tested(decisive=True, of="facts"))
-    """Videos per class among them, of few-shot and base-to-novel; None elsewhere."""
+    """Training videos per class, in few-shot and base-to-novel; None elsewhere."""
     n_trained_on: int | None = field(metadata=_tested(of="facts"))
-    """Listed videos that are training videos of the head; None if that is not known."""
+    """How many listed videos are training videos of the head; None if that is not known."""
     source: str = field(metadata={"of": "protocol"})
-    """Publications the protocol comes from."""
+    """The publications that the protocol comes from."""
     test_list: str = field(metadata=_tested(of="protocol"))
     published_counts: list[str]
-    """Sources whose published counts of videos are the ones listed here."""
+    """The sources that publish the same counts of videos as are listed here."""
     notes: list[str]
     """Differences from the published protocol (counts of videos, views, fusion), and videos of the
     store that are in no split."""
     list_hash: str = field(metadata=_tested(decisive=True, identity=True))
-    """Hash of the keys listed, in the store's order."""
+    """Hash of the keys of the listed videos, in the store's order."""
     class_names_hash: str = field(metadata=_tested(decisive=True))
-    """Of all class names of the store."""
+    """Hash of all class names of the store."""
     class_list_hash: str = field(metadata=_tested(decisive=True, identity=True))
-    """Of the candidates of every test set."""
+    """Hash of the names of the candidates of every test set."""
     class_names_source: str = field(metadata=_tested())
     label_map: str | None = field(metadata=_how(decisive=True, identity=True, none_known=True))
     prompts_hash: str = field(metadata=_how(decisive=True, identity=True))
@@ -202,21 +202,21 @@ class EvalResult:
     decoder: str = field(metadata=_arithmetic(identity=True, of="provenance"))
     device: str = field(metadata=_arithmetic())
     precision: str = field(metadata=_arithmetic(identity=True))
-    """Arithmetic of the head: "fp32" or "bf16"."""
+    """The arithmetic that the head ran in: "fp32" or "bf16"."""
     result_format: int = RESULT_FORMAT
     details: tuple[SplitDetail, ...] = field(default=(), repr=False, compare=False)
-    """Every prediction; not part of the JSON, written beside it. So are the names."""
+    """Every prediction. Not part of the JSON but written beside it, like the class names."""
     class_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """Class names of the store, by label."""
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values, without `details` and `class_names`."""
+        """Return the fields as strict JSON values, without `details` and `class_names`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _BESIDE}
         return {**plain, "per_split": [asdict(split) for split in self.per_split]}
 
     @property
     def file_name(self) -> str:
-        """Name of the result's file, without a suffix: the same for the same measurement only."""
+        """The name of the result's file, without a suffix; only equal measurements share it."""
         parts = [self.protocol_name]
         if self.dataset != self.protocol_name.partition("-")[0]:
             parts.append(self.dataset)
@@ -229,7 +229,7 @@ class EvalResult:
         return f"{'--'.join(parts)}--{self._identity()}"
 
     def _identity(self) -> str:
-        """Eight digits of a hash of what was measured, without the numbers."""
+        """Return eight digits of a hash of everything that defines the measurement."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
         splits = [part.split for part in self.per_split]
         text = json.dumps([chosen, splits], sort_keys=True)
@@ -240,18 +240,19 @@ _BESIDE: Final = ("details", "class_names")
 
 
 def taken_from(**parts: Any) -> dict[str, Any]:
-    """The fields of a result that are attributes of one of `parts`, by name."""
+    """Return the fields of a result that `parts` have as attributes (metadata `of`), by name."""
     named = {f.name: f.metadata.get("of") for f in fields(EvalResult)}
     return {name: getattr(parts[of], name) for name, of in named.items() if of in parts}
 
 
 def save_result(result: EvalResult, run_dir: Path) -> Path:
-    """Save a result under `run_dir/eval`, one name per measurement; measuring again replaces it.
+    """Save a result under `run_dir/eval` and return its file; measuring again replaces it.
 
-    Beside the JSON: `.per-class.csv`, accuracy of every class of every test set; `.outcomes.csv`,
-    the rank of every video's true class (`heads.evaluation.outcomes`); and `.confusion.npz` with,
-    per test set NAME, the counts `NAME` [true, predicted] int64, the label ids `NAME_labels` of its
-    classes, and `class_names` of all labels.
+    Three files are written beside the JSON: `.per-class.csv` has the accuracy of every class of
+    every test set; `.outcomes.csv` has the rank of every video's true class
+    (`heads.evaluation.outcomes`); `.confusion.npz` has, for every test set NAME, the counts `NAME`
+    int64 [true, predicted] and the label ids `NAME_labels` of its classes, and the `class_names` of
+    all labels.
     """
     folder = run_dir / "eval"
     base = result.file_name
@@ -263,7 +264,7 @@ def save_result(result: EvalResult, run_dir: Path) -> Path:
         for part in result.details:
             arrays |= {part.split: part.confusion(), f"{part.split}_labels": part.classes}
         data = io.BytesIO()
-        np.savez_compressed(data, **arrays)  # type: ignore[arg-type]  # names are the splits'
+        np.savez_compressed(data, **arrays)  # type: ignore[arg-type]  # split names are the keys
         write_bytes(folder / f"{base}.confusion.npz", data.getvalue())
         outcomes = {
             part.split: dict(zip(part.keys, part.places.tolist(), strict=True))
@@ -275,9 +276,9 @@ def save_result(result: EvalResult, run_dir: Path) -> Path:
 
 
 def per_class_csv(details: Iterable[SplitDetail], class_names: tuple[str, ...]) -> str:
-    """`split,label,class_name,n_evaluated,top1,top5` for every candidate; percent, empty for none.
+    """Return the CSV text `split,label,class_name,n_evaluated,top1,top5`, a line per candidate.
 
-    Top-5 is empty with fewer than five candidates.
+    Accuracies are in percent and empty without videos; top-5 is empty with under five candidates.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -296,10 +297,10 @@ def per_class_csv(details: Iterable[SplitDetail], class_names: tuple[str, ...]) 
 
 
 def run_facts(run_dir: Path, **known: Any) -> RunFacts:
-    """The facts about a run's weights in its config.json, and what is `known` otherwise.
+    """Return the facts about a run's weights from its config.json; `known` ones override them.
 
-    A run trained here has the weights of its last epoch; an imported or fine-tuned one says which.
-    WorkError when the file is not JSON; without the file nothing is added.
+    A run trained here has the weights of its last epoch; the file of an imported or fine-tuned run
+    names the epoch. WorkError when the file is not JSON; without a file only `known` counts.
     """
     settings = read_config(run_dir)
     said: dict[str, Any] = {}

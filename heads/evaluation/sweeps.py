@@ -1,4 +1,4 @@
-"""Sweeps: many settings of the score from one pass, and towers of other blends."""
+"""Sweeps: many settings of the score measured in one pass, and towers with other blends."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ Values = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class BlendedRun:
-    """An imported head whose tower is blended with one share; None if there is none."""
+    """The run whose tower is blended with `share`; `run_dir` is None if there is no such run."""
 
     share: float
     run_dir: Path | None
     remedy: str
-    """The command that makes what is missing."""
+    """The command that makes the missing head or store."""
 
 
 def parse_sweeps(given: Sequence[str]) -> Values:
-    """{"ensemble": [0.0, 0.5]} from "ensemble=0,0.5"; UserError for text of another form.
+    """Parse sweeps such as "ensemble=0,0.5" into {"ensemble": [0.0, 0.5]}.
 
-    "fusion=all" means all fusions; "none" for modulation is 0, which turns it off.
+    "fusion=all" means all fusions; "none" for a setting of modulation means 0, which turns
+    modulation off. UserError for text of another form.
     """
     values: Values = {}
     for text in given:
@@ -59,9 +60,9 @@ def parse_sweeps(given: Sequence[str]) -> Values:
 def settings(
     config: MethodConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
 ) -> list[Scoring]:
-    """The score settings of every combination of swept values; the others are those of `fixed`.
+    """Return the score settings for every combination of swept values; `fixed` holds the others.
 
-    Combinations with the same effect (modulation off, with any neighbours) are there once.
+    Combinations with the same effect (modulation off, with any neighbours) are returned once.
     UserError when a swept setting is fixed as well or has no effect on this head.
     """
     names = [name for name in NAMES if name in swept and name != BLEND]
@@ -83,7 +84,7 @@ def settings(
 
 
 def value_of(name: str, text: str | None) -> Any:
-    """The value of an option, None if it is not given; "none" is 0, which turns modulation off."""
+    """Return the value of an option, None if it was not given; "none" means 0 (modulation off)."""
     if text is None:
         return None
     values = _values(name, text)
@@ -93,15 +94,15 @@ def value_of(name: str, text: str | None) -> Any:
 def blended_runs(
     place: Workspace, run_dir: Path, shares: Sequence[float], dataset: str
 ) -> list[BlendedRun]:
-    """The runs of the tuned tower of `run_dir`, one per share of it in the tower that is used.
+    """Find a run for each of `shares`: the tuned tower of `run_dir`, blended with that share.
 
-    UserError when that run has no tower of its own.
+    UserError when the run in `run_dir` has no tuned tower of its own.
     """
     own = _tuned(run_dir)
     if own is None:
         raise UserError(
-            f"{run_dir.name} has no tuned tower to blend with CLIP's: --sweep blend goes with "
-            "heads of import-checkpoint or finetune"
+            f"{run_dir.name} has no tuned tower to blend with CLIP's: use --sweep blend with a "
+            "head that import-checkpoint or finetune made"
         )
     others = {run: _tuned(run) for run in (run_dir, *place.trained_runs())}
     found = []
@@ -126,15 +127,15 @@ def blended_runs(
 
 @dataclass(frozen=True)
 class _Tuned:
-    """The tuned tower of a run, whose encoder has the name of the run."""
+    """The tuned tower of a run; its encoder has the name of the run."""
 
     tower: str
-    """Hash of its weights before blending."""
+    """Hash of the tower's weights before blending."""
     blend: float
     file: str | None = field(compare=False)
-    """Name of the checkpoint it was imported from; None for one that was tuned here."""
+    """Name of the checkpoint that the tower was imported from; None if it was tuned here."""
     options: str = field(compare=False)
-    """Its options of import-checkpoint, besides the share."""
+    """The options that import-checkpoint needs for the tower, besides the share."""
 
 
 def _tuned(run_dir: Path) -> _Tuned | None:
@@ -173,7 +174,7 @@ def _values(name: str, word: str) -> Sequence[Any]:
         value = int(word) if name == NEIGHBOURS else float(word)
     except ValueError:
         kind = "whole number" if name == NEIGHBOURS else "number"
-        raise UserError(f"{name} {word!r} is no {kind}: give one from 0 up") from None
+        raise UserError(f"{name} {word!r} is not a {kind}: give one from 0 up") from None
     if not 0 <= value < float("inf") or (name == BLEND and value > 1):
         raise UserError(
             f"{name} {word} is out of range: give a number from 0 "

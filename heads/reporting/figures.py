@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Draws pictures of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from featstore.errors import UserError
 from featstore.files.durable import write_bytes
 from heads.methods.registry import method, names
 
-_FINETUNED = "-finetuned"  # the end of a method's name, in the demo
+_FINETUNED = "-finetuned"  # the demo ends the name of a fine-tuned method with this
 
 
 def tradeoff_plot(
@@ -25,12 +25,12 @@ def tradeoff_plot(
     closeset: str = "close-set",
     zeroshot: str = "zero-shot",
 ) -> None:
-    """Close-set against zero-shot top-1, one point per head and setting, written as PNG or SVG.
+    """Plot close-set against zero-shot top-1 as PNG or SVG, one point per head and setting.
 
     Each row holds `head`, `modulated`, `closeset_top1` and `zeroshot_top1` (percent); `closeset`
-    and `zeroshot` name the data sets. Rows with the same head share a colour, hollow markers are
-    modulated ones, and an arrow leads from a head to its modulated self. Grey lines join points of
-    equal harmonic mean. Raises UserError when there is no row or the suffix is another.
+    and `zeroshot` name the data sets. Rows of the same head share a colour. A hollow marker is a
+    modulated head, and an arrow leads to it from the same head without modulation. Grey lines join
+    points of equal harmonic mean. Raises UserError if there is no row or the suffix is another.
     """
     kind = path.suffix.lstrip(".").lower()
     if kind not in ("png", "svg"):
@@ -41,7 +41,7 @@ def tradeoff_plot(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, head in enumerate(dict.fromkeys(str(row["head"]) for row in rows)):
-        colour = f"C{number}"  # the colours of matplotlib's cycle, which begins anew after its end
+        colour = f"C{number}"  # colours from matplotlib's cycle, which starts again at its end
         points: dict[bool, tuple[float, float]] = {}
         for row in rows:
             if row["head"] == head:
@@ -85,7 +85,7 @@ def tradeoff_plot(
 
 
 def _title(head: str) -> str:
-    """The name of a method in pictures; other names of heads stay as they are."""
+    """Return the title of a head that is named after a method; other names stay as they are."""
     name = head.removesuffix(_FINETUNED)
     if name not in names():
         return head

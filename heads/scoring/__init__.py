@@ -1,1 +1,1 @@
-"""From frame features to scores of classes."""
+"""Turns frame features into scores of classes."""

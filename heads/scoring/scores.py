@@ -1,4 +1,4 @@
-"""From views to scores to accuracy: fusing views, modulating, ranking classes.
+"""Turns view summaries into scores and ranks: modulates the head, fuses views, ranks classes.
 
 N = videos, V = views, T = frames, D = embedding width, C = classes.
 """
@@ -30,25 +30,25 @@ from heads.scoring.view_summaries import ViewSummaries, summarise
 log = logging.getLogger(__name__)
 
 Fusion = Literal["softmax", "cosine", "features"]
-"""How views become one score: mean of softmax over cosines (MoTE, X-CLIP, ViFi-CLIP), mean of
-cosines, or cosines of the mean video feature (Text4Vis)."""
+"""How views become one score per class: by the mean of the softmax of cosines (MoTE, X-CLIP,
+ViFi-CLIP), the mean of cosines, or the cosines of the mean video feature (Text4Vis)."""
 
 TOP_K = 5
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How scores of a video are computed from the summaries of its views."""
+    """How the scores of a video are computed from the summaries of its views."""
 
     fusion: Fusion = "softmax"
     modulate: bool = True
     modulation_neighbours: int = NEIGHBOURS
-    """K of modulation, classes compared on either side."""
+    """K of modulation: how many tested and how many trained classes it compares."""
     modulation_temperature: float = TEMPERATURE
-    """Of modulation's exponential: the larger it is, the more the head contributes."""
+    """Temperature of modulation's exponential: the larger, the more the head contributes."""
     ensemble: float | None = None
-    """Weight w of CLIP: scores come from (1 - w) * head + w * CLIP, both cosines; None for the
-    head alone. DiST (Qing et al., ICCV 2023) tests zero-shot with 0.5."""
+    """Weight w of CLIP: scores are computed from the cosines (1 - w) * head + w * CLIP. None means
+    the head alone. DiST (Qing et al., ICCV 2023) tests zero-shot with 0.5."""
 
     def __post_init__(self) -> None:
         if self.fusion not in get_args(Fusion):
@@ -57,19 +57,19 @@ class Scoring:
             )
         if self.ensemble is not None and not 0 <= self.ensemble <= 1:
             raise UserError(
-                f"ensemble weight {self.ensemble:g} is not a share: 0 is the head alone, 1 CLIP "
-                "alone, 0.5 as DiST"
+                f"ensemble weight {self.ensemble:g} is not between 0 (the head alone) and 1 (CLIP "
+                "alone): choose a weight in this range, for example DiST's 0.5"
             )
         k, t = self.modulation_neighbours, self.modulation_temperature
         if self.modulate and not (k >= 1 and 0 < t < math.inf):
             raise UserError(
-                f"modulation with {k} neighbours and temperature {t:g} is none: "
-                "give at least 1 and a number above 0"
+                f"modulation cannot use {k} neighbours and temperature {t:g}: "
+                "give at least 1 neighbour and a finite temperature above 0"
             )
 
     @classmethod
     def of_head(cls, config: MethodConfig, *, modulate: bool = True, **given: Any) -> Scoring:
-        """The settings of a head, except `given` ones that are not None; 0 turns modulation off."""
+        """Return a head's settings, but `given` ones that are not None; 0 turns modulation off."""
         names = ("modulation_neighbours", "modulation_temperature")
         chosen = {name: getattr(config, name) for name in names}
         chosen |= {name: value for name, value in given.items() if value is not None}
@@ -78,11 +78,11 @@ class Scoring:
 
 
 class BlockScores:
-    """Scores of the N videos of one block under any settings; what these share is computed once.
+    """Computes scores of the N videos of one block under any settings, shared parts only once.
 
-    `class_embeddings` [C,D] are all classes of the store, `training_class_embeddings` [S,D] those
-    that modulation compares with. If the head's features are those of a tuned tower, `clip` are the
-    summaries for CLIP's part of an ensemble and their class texts [C,D].
+    `class_embeddings` [C,D] are all classes of the store; `training_class_embeddings` [S,D] are the
+    classes that modulation compares them with. If the head's features come from a tuned tower,
+    `clip` holds the summaries for CLIP's part of an ensemble and the class texts [C,D] of that part.
     """
 
     def __init__(
@@ -105,9 +105,10 @@ class BlockScores:
         candidates: Tensor | None = None,
         modulate_with_all: bool = False,
     ) -> Tensor:
-        """Scores [n, candidates] float64 of `videos` (int64 [n]) among `candidates` (None: all).
+        """Return scores float64 [n, candidates] of `videos` (int64 [n]); `candidates` None: all.
 
-        Modulation looks for neighbours among the candidates, or among all classes.
+        Modulation looks for neighbours among the candidates, or, with `modulate_with_all`, among
+        all classes.
         """
         mean = scoring.fusion == "features"
         cosines = self._cosines(scoring, None if modulate_with_all else candidates, mean)
@@ -124,7 +125,7 @@ class BlockScores:
         return class_cosines(self._clip.units, self._clip_classes)
 
     def _cosines(self, scoring: Scoring, tested: Tensor | None, mean: bool) -> Tensor:
-        """[N,V,C] cosines of views; with `mean` [N,C] float64, of the mean video feature."""
+        """Return the cosines of views [N,V,C]; with `mean`, of mean features, float64 [N,C]."""
 
         def compute() -> Tensor:
             features = self.video_features(scoring, tested)
@@ -138,7 +139,10 @@ class BlockScores:
         return self._once(key, compute)
 
     def video_features(self, scoring: Scoring, tested: Tensor | None = None) -> Tensor:
-        """Video features of views [N,V,D], not normalised; `tested` as `candidates` above."""
+        """Return the video features of views [N,V,D], not normalised.
+
+        Modulation looks for neighbours among the classes `tested` (None: all).
+        """
         scale = None
         if scoring.modulate and self.summaries.hidden is not None:
             key = ("near", _list_key(tested), scoring.modulation_neighbours)
@@ -147,7 +151,7 @@ class BlockScores:
         return self.summaries.video_features(scale)
 
     def _similarity(self, tested: Tensor | None, neighbours: int) -> Tensor:
-        """[N,V] `Modulation.similarity`, which no temperature changes."""
+        """Return `Modulation.similarity` [N,V], which does not depend on the temperature."""
         features = self.summaries.features
         found = modulation(
             rearrange(features, "n v d -> (n v) 1 d"),
@@ -171,7 +175,7 @@ def _list_key(classes: Tensor | None) -> tuple[int, ...] | None:
 def view_features(
     head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
 ) -> Tensor:
-    """Video feature of every view, [N,V,T,D] -> [N,V,D], not normalised, on the head's device."""
+    """Return unnormalised video features of views, [N,V,T,D] -> [N,V,D], on the head's device."""
     scoring = Scoring.of_head(head.config, modulate=modulate)
     summaries = summarise(head, features)
     classes = class_embeddings.to(summaries.features)
@@ -181,7 +185,7 @@ def view_features(
 def view_cosines(
     head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
 ) -> Tensor:
-    """Cosine of every view with every class, [N,V,T,D] and [C,D] -> [N,V,C]."""
+    """Return the cosine of every view with every class, [N,V,T,D] and [C,D] -> [N,V,C]."""
     embeddings = functional.normalize(
         view_features(head, features, class_embeddings, modulate), dim=-1
     )
@@ -189,25 +193,25 @@ def view_cosines(
 
 
 def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:
-    """Scores [N,C] float64 from the cosines of views [N,V,C].
+    """Fuse the cosines of views [N,V,C] into scores [N,C] float64.
 
-    "softmax": mean over views of softmax over classes, without a logit scale, as the released
-    code does (its second softmax changes no ranking and is left out). float64, because in float32
-    the almost uniform scores of 400 classes tie.
+    "softmax" is the mean over views of the softmax over classes, without a logit scale, as in the
+    released code (its second softmax changes no ranking and is left out). Scores are float64,
+    because the almost uniform scores of 400 classes would tie in float32.
     """
     if how == "softmax":
         return cosines.double().softmax(-1).mean(1)
     if how == "cosine":
         return cosines.double().mean(1)
     raise ValueError(
-        f"cosines cannot be fused by {how!r}: it needs the features, use `BlockScores`"
+        f"cosines cannot be fused by {how!r}, which needs the features: use `BlockScores`"
     )
 
 
 def ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """Place of the true class, 0 = best, int64 [N], from scores [N,C] and labels [N].
+    """Return the rank of the true class, 0 = best, int64 [N], from scores [N,C] and labels [N].
 
-    In a tie the class of lower index comes first, so that the result does not depend on a sort.
+    In a tie the class with the lower index comes first: the result does not depend on a sort.
     """
     truth = scores.gather(1, labels[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
@@ -215,18 +219,18 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def percent(hits: Tensor) -> float:
-    """Share of true values in percent."""
+    """Return the share of true values in percent."""
     return 100.0 * float(hits.double().mean())
 
 
 def can_modulate(head: Head, named: int) -> bool:
-    """Whether modulation is possible with `named` tested classes; a warning says why not."""
+    """Return whether modulation is possible with `named` tested classes; if not, log why."""
     trained = head.training_class_embeddings.shape[0]
     needed = head.config.modulation_neighbours
     if not head.config.modulates or min(named, trained) >= needed:
         return True
     log.warning(
-        "modulation is off: it compares the %d nearest classes, and %d were named, %d trained on",
+        "modulation is off: it compares the %d nearest classes, but %d were named, %d trained on",
         *(needed, named, trained),
     )
     return False
@@ -239,12 +243,12 @@ def predict_scores(
     class_names: Sequence[str],
     modulate: bool = True,
 ) -> list[tuple[str, float]]:
-    """Classes of one video, best first, with scores that add up to 1.
+    """Return the classes of one video, best first, with scores that add up to 1.
 
     `features` [V,T,D], `class_embeddings` [C,D] in the order of `class_names`. A score is the
-    softmax over classes of (logit scale * cosine), averaged over views; unlike the scores of
-    evaluation it uses the logit scale, so that it reads as the model's confidence. With fewer than
-    five classes, named or trained on, modulation is skipped and that is logged.
+    softmax over classes of (logit scale * cosine), averaged over views. Unlike the scores of
+    evaluation it uses the logit scale, so that it reads as the model's confidence. If fewer than
+    five classes are named or were trained on, modulation is skipped with a warning.
     """
     if not class_names or len(class_names) != class_embeddings.shape[0]:
         raise UserError(

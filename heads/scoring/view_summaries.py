@@ -1,9 +1,9 @@
-"""One pass of a head over features: three vectors per view, from which all scores are computed.
+"""Runs a head over features once and keeps three vectors per view; all scores come from these.
 
 N = videos, V = views, T = frames, D = embedding width.
 
-A head's video feature of a view is `m * hidden + features`, with m the modulation of the view
-(`heads.methods.mote.modulation`, from `features` and the candidate classes), and CLIP's mean over
+The head's video feature of a view is `m * hidden + features`, where m is the modulation of the view
+(`heads.methods.mote.modulation`, from `features` and the candidate classes). CLIP's mean over
 frames of cosines is `units . class`. So other candidate lists, fusions, modulation settings and the
 ensemble with CLIP are arithmetic on these vectors and need no second pass.
 """
@@ -31,18 +31,18 @@ BATCH_FRAMES = 4096  # frames per forward pass: large enough for the cores, smal
 
 @dataclass(frozen=True, eq=False)
 class ViewSummaries:
-    """What remains of N videos, on the head's device; float32 for features from a store."""
+    """The summaries of N videos, on the head's device; float32 for features from a store."""
 
     hidden: Tensor | None
-    """[N,V,D] mean over frames of the transformer's output, before modulation and skip; None for
-    a head without one."""
+    """[N,V,D] mean over frames of the transformer's output, before modulation and skip; None if
+    the head has no transformer."""
     features: Tensor
     """[N,V,D] mean over frames of the CLIP features."""
     units: Tensor
     """[N,V,D] mean over frames of the CLIP features scaled to length 1."""
 
     def video_features(self, scale: Tensor | None) -> Tensor:
-        """The head's video features [N,V,D], not normalised; `scale` [N,V] modulates them."""
+        """Return the head's video features [N,V,D], not normalised; `scale` [N,V] modulates."""
         if self.hidden is None:
             return self.features
         if scale is None:
@@ -52,7 +52,7 @@ class ViewSummaries:
 
 @torch.no_grad()
 def summarise(head: Head, features: Tensor) -> ViewSummaries:
-    """The summaries of raw CLIP features [N,V,T,D]; `BATCH_FRAMES` frames go through at a time."""
+    """Summarise raw CLIP features [N,V,T,D], about `BATCH_FRAMES` frames per forward pass."""
     _, views, frames, _ = features.shape
     where = head.logit_scale.device
     hidden: list[Tensor] = []
@@ -81,11 +81,11 @@ def summarise_store(
     precision: str = "fp32",
     progress: ProgressSink = no_progress,
 ) -> Iterator[tuple[int, ViewSummaries]]:
-    """(index of the first row in `rows`, summaries) of one block of `rows` after the other.
+    """Yield (index in `rows` of the first row, summaries) for one block of `rows` after another.
 
     `rows` are array rows whose extraction did not fail; `frames` picks stored frames. A block is
     about one forward pass, so that memory does not grow with the store. The head runs in
-    `precision` on its own device; means are float32 in any case.
+    `precision` on its own device; means are always float32.
     """
     used = store.schema.frames if frames is None else len(frames)
     step = max(1, BATCH_FRAMES // (store.schema.views * used))

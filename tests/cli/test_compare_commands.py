@@ -100,7 +100,7 @@ def test_what_compare_refuses(tmp_path: Path, own: World) -> None:
     file = write_result(tmp_path / "r.json")
     assert "two results, or one with --published" in refused(2, "compare", file)
     error = refused(2, "compare", file, "nothing", "--root", own.root)
-    assert "neither a result file nor a run with results (with results are: none)" in error
+    assert "neither a result file nor a run with results (runs with results: none)" in error
     assert "is not a result" in refused(2, "compare", file, own.store / "zarr.json")
 
 
@@ -190,7 +190,7 @@ def test_a_head_is_not_tested_on_a_set_of_the_same_name(own: World, tmp_path: Pa
     file.write_text("a film of {}\n")
     done("store", "add-texts", own.store, "--prompts", file, *place)
     error = refused(2, "eval", "--zeroshot", "clips", "--split", "val", "--head", "own", *place)
-    assert "has other sentences ('a film of {}', ...) than the one of that name" in error
+    assert "has other sentences ('a film of {}', ...) than the prompt set of the same name" in error
 
 
 def test_descriptions_through_the_commands(own: World, tmp_path: Path) -> None:

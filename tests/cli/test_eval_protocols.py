@@ -150,8 +150,8 @@ def test_a_protocol_of_any_data_set(run: Callable[..., Any]) -> None:
         (("--protocol", "k400-closeset-4x3", "--dataset", "clips"), "has 1 views, not 12"),
         (("--zeroshot", "clips", "--sweep", "views=1"), "one of modulation-temperature"),
         (("--zeroshot", "clips", "--sweep", "ensemble"), "write NAME=VALUE,VALUE"),
-        (("--zeroshot", "clips", "--sweep", "ensemble=half"), "ensemble 'half' is no number"),
-        (("--zeroshot", "clips", "--sweep", "ensemble=0,2"), "2 is not a share"),
+        (("--zeroshot", "clips", "--sweep", "ensemble=half"), "ensemble 'half' is not a number"),
+        (("--zeroshot", "clips", "--sweep", "ensemble=0,2"), "2 is not between 0"),
         (("--zeroshot", "clips", "--sweep", "blend=2"), "blend 2 is out of range"),
         (("--zeroshot", "clips", "--sweep", "fusion=sum"), "fusion 'sum' is unknown"),
         (
@@ -162,9 +162,9 @@ def test_a_protocol_of_any_data_set(run: Callable[..., Any]) -> None:
             ("--zeroshot", "clips", "--ensemble", "0.5", "--sweep", "ensemble=0,1"),
             "contradict each other",
         ),
-        (("--zeroshot", "clips", "--modulation-neighbours", "5.5"), "is no whole number"),
+        (("--zeroshot", "clips", "--modulation-neighbours", "5.5"), "is not a whole number"),
         (("--zeroshot", "clips", "--modulation-neighbours", "13"), "compares the 13 nearest"),
-        (("--zeroshot", "clips", "--clip-store", "a"), "--clip-store is for --ensemble"),
+        (("--zeroshot", "clips", "--clip-store", "a"), "--clip-store works only with --ensemble"),
         (
             ("--zeroshot", "clips", "--no-modulate", "--sweep", "modulation-temperature=1"),
             "changes nothing without modulation",

@@ -1,1 +1,1 @@
-"""Results side by side: with each other and with published figures."""
+"""Compares results with each other and with published figures."""

@@ -1,7 +1,7 @@
-"""Two saved results side by side: first the fields in which they differ, then their numbers.
+"""Compares two saved results: first the fields in which they differ, then their numbers.
 
-Fields are those of the result files (docs/comparing.md). A field that a file lacks is unknown, and
-unknown is not equal.
+docs/comparing.md describes the fields of result files. A field that a file lacks is unknown, and
+an unknown value is never equal to another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 RESULT_LIMIT: Final = 64 * 2**20  # bytes; a result of 700 classes is some kilobytes
 EVAL_FOLDER: Final = "eval"
 
-# What `EvalResult` declares of each field, by the name under which a difference is reported.
+# The metadata of each field of `EvalResult`, by the name under which a difference is reported.
 _DECLARED: Final = {
     "splits" if field.name == "per_split" else field.name: field.metadata
     for field in fields(EvalResult)
@@ -35,7 +35,7 @@ FIELDS: Final[dict[str, tuple[Group, bool]]] = {
     if "group" in declared
 }
 _NONE_IS_KNOWN: Final = {name for name, said in _DECLARED.items() if said.get("none_known")}
-# Entries that are not compared, among them those of earlier versions and those that `eval` prints.
+# Entries that are not compared, including entries of earlier versions and those `eval` prints.
 _NO_FIELDS: Final = frozenset(
     {"per_split", "file", "count_notes", "published", "nearest"} | _DECLARED.keys() - FIELDS.keys()
 )
@@ -43,7 +43,7 @@ _NO_FIELDS: Final = frozenset(
 
 @dataclass(frozen=True)
 class SavedResult:
-    """One result file: `values` is its JSON object, `time_ns` the time it was written."""
+    """One result file: `values` is its JSON object, `time_ns` the time when it was written."""
 
     path: Path
     values: Mapping[str, Any]
@@ -67,7 +67,7 @@ class SavedResult:
 
     @property
     def top1(self) -> float:
-        """Top-1 in percent, unrounded; the mean over several test sets."""
+        """Top-1 in percent, unrounded; the mean if there are several test sets."""
         return float(self.values["top1"])
 
     @property
@@ -76,7 +76,7 @@ class SavedResult:
         return {str(split["split"]): split for split in self.values["per_split"]}
 
     def field(self, name: str) -> tuple[bool, Any]:
-        """(known, value) of a field; "splits" are the test sets by name, with their counts."""
+        """Return (known, value) of a field; "splits" has the number of videos per test set."""
         if name == "splits":
             return True, {split: part.get("n_listed") for split, part in self.splits.items()}
         if name == "shots" and self.role not in ("fewshot", "base-to-novel"):
@@ -96,7 +96,7 @@ class Difference:
     decisive: bool
     """A difference in this field makes the numbers incomparable."""
     unknown: bool
-    """One of the results, or both, lacks the field: they may or may not differ."""
+    """At least one of the results lacks the field, so that they may or may not differ."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found: the two files, their differences, then their numbers."""
+    """What `compare` found: the two files, their differences and their numbers."""
 
     a: str
     b: str
@@ -122,7 +122,7 @@ class Comparison:
     """Test sets that only A has."""
     only_b: tuple[str, ...]
     paired: tuple[Paired, ...]
-    """One per test set, if the outcome of every video lies beside both results."""
+    """One entry per test set, if the outcomes of all videos are saved beside both results."""
 
     @property
     def incomparable(self) -> tuple[str, ...]:
@@ -131,11 +131,11 @@ class Comparison:
 
     @property
     def unsure(self) -> tuple[str, ...]:
-        """Fields whose difference would, and which one of the results lacks."""
+        """Fields that one result lacks and whose difference would make the numbers incomparable."""
         return tuple(d.name for d in self.differences if d.decisive and d.unknown)
 
     def to_json(self) -> dict[str, Any]:
-        """The comparison as strict JSON values; `comparable` is null if it is not known."""
+        """Return the comparison as strict JSON values; `comparable` is null if it is not known."""
         verdict = {
             "a": self.a,
             "b": self.b,
@@ -147,10 +147,10 @@ class Comparison:
 
 
 def read_result(path: Path) -> SavedResult:
-    """Read a result file of `eval`, of any version; UserError when it is none."""
+    """Read a result file that any version of `eval` wrote; UserError if it is another file."""
     try:
         with open(path, "rb") as file:
-            raw = file.read(RESULT_LIMIT)  # what is larger is cut off, so that it is no JSON
+            raw = file.read(RESULT_LIMIT)  # a larger file is cut off and then is not valid JSON
         time_ns = path.stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a result file") from error
@@ -174,20 +174,20 @@ def _is_number(value: Any) -> bool:
 
 
 def saved_results(run_dir: Path) -> list[SavedResult]:
-    """The results kept under a run's `eval/`; other JSON files there are logged and left out."""
+    """Return the results under a run's `eval/`; other JSON files there are logged and left out."""
     found = []
     for path in sorted((run_dir / EVAL_FOLDER).glob("*.json")):
         try:
             found.append(read_result(path))
         except UserError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
     return found
 
 
 def newest_result(run_dir: Path, like: SavedResult | None = None) -> SavedResult:
-    """The newest result of a run; with `like`, the newest on its data set, if there is one.
+    """Return the newest result of a run; UserError when the run has no result.
 
-    UserError when the run has no result.
+    With `like`, results of the same kind of protocol on the same data set come first.
     """
     results = saved_results(run_dir)
     if not results:
@@ -201,14 +201,14 @@ def newest_result(run_dir: Path, like: SavedResult | None = None) -> SavedResult
 
 
 def evaluated_runs(workspace: Workspace) -> list[Path]:
-    """Folders of the runs that have results, sorted by name."""
+    """Return the folders of the runs that have results, sorted by name."""
     return sorted({file.parent.parent for file in workspace.root.glob("heads/*/eval/*.json")})
 
 
 def choose_result(workspace: Workspace, text: str, like: SavedResult | None = None) -> SavedResult:
-    """The result that `text` names: a file, or the newest of a run, by its folder or name.
+    """Return the result in the file `text`, or the newest one of the run `text` (folder or name).
 
-    `like` as for `newest_result`. UserError when it names neither.
+    `like` as for `newest_result`. UserError if `text` is neither.
     """
     path = Path(text)
     if path.is_file():
@@ -221,13 +221,13 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
             return newest_result(folder, like)
     known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
     raise UserError(
-        f"{text!r} is neither a result file nor a run with results (with results are: {known}): "
-        "`mote-cli eval` makes them"
+        f"{text!r} is neither a result file nor a run with results (runs with results: {known}): "
+        "make a result with `mote-cli eval`"
     )
 
 
 def differences(a: SavedResult, b: SavedResult) -> list[Difference]:
-    """The fields in which two results differ or which one of them lacks, group by group."""
+    """List the fields in which two results differ or which one of them lacks, group by group."""
     others = (a.values.keys() | b.values.keys()) - FIELDS.keys() - _NO_FIELDS
     compared = {**FIELDS, **dict.fromkeys(sorted(others), ("other", False))}
     found: list[Difference] = []
@@ -256,10 +256,10 @@ def differences(a: SavedResult, b: SavedResult) -> list[Difference]:
 
 
 def compare(a: SavedResult, b: SavedResult) -> Comparison:
-    """The differences of two results, and then their numbers.
+    """Compare two results: their fields, then their numbers.
 
-    Numbers are compared on test sets of the same name. If there are several test sets or they have
-    other names, so are the means over all of them.
+    Numbers are compared on test sets of the same name. If the names differ or there are several
+    test sets, the means over all test sets are compared as well.
     """
     one, other = a.splits, b.splits
     pairs = [(name, one[name], other[name]) for name in one if name in other]

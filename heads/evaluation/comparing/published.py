@@ -1,8 +1,8 @@
-"""Published figures, and which of them stand for the same protocol as a result of ours.
+"""Finds the published figures that were measured by the same protocol as one of our results.
 
 The figures are data (`published.toml`). A figure is printed beside a result only if its protocol,
 data set, views, frames, backbone, prompts and fusion are known and the same, and its number of
-videos is the same or unknown. All others are at most near, and are shown with their differences.
+videos is the same or unknown. Others are at most near, and are shown with their differences.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.annotations.known_sets import known_dataset
 
 PUBLISHED_FILE: Final = Path(__file__).with_name("published.toml")
 
-# The fields that must agree, in the order in which a difference weighs, with a result's names.
+# The fields that must agree, the most important first, each with its name in a result.
 COMPARED: Final = {
     **{"dataset": "dataset", "protocol": "protocol_name", "shots": "shots", "backbone": "encoder"},
     **{"views": "views", "frames": "frames", "prompts": "prompt_set", "fusion": "fusion"},
@@ -31,18 +31,18 @@ _VIT = re.compile(r"vit[-_]?(b|l|h|g)[-_/]?(14|16|32)(?!\d)")
 
 @dataclass(frozen=True)
 class Published(AsJson):
-    """One published figure; None and "" where the publication does not say."""
+    """One published figure; a field is None or "" if the publication does not state it."""
 
     method: str
     backbone: str
-    """Architecture of the image tower, "ViT-B/16"."""
+    """Architecture of the image tower, for example "ViT-B/16"."""
     trained_on: str
     protocol: str
-    """Name of a protocol, "closeset" or the like if its details are not known, or "tradeoff", a
-    composite score of several tests."""
+    """Name of a protocol, or its kind such as "closeset" if the details are not known, or
+    "tradeoff", a composite score of several tests."""
     dataset: str
     value: float
-    """In per cent; `measure` says of what."""
+    """The number in per cent; `measure` says what it measures."""
     source: str
     sure: str
     measure: str = "top1"
@@ -54,15 +54,15 @@ class Published(AsJson):
     prompts: str = ""
     fusion: str = ""
     videos: str = ""
-    """Whose list of videos."""
+    """Who published the list of videos."""
     n: list[int] | None = None
-    """Videos listed per test set."""
+    """The number of listed videos per test set."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Near:
-    """A figure on the same data set that is not comparable, and why not."""
+    """A figure on the same data set that is not comparable, with the reasons."""
 
     figure: Published
     differs: tuple[str, ...]
@@ -71,7 +71,7 @@ class Near:
 
 @cache
 def published_figures() -> tuple[Published, ...]:
-    """All figures of the file, each with what its source says of all of them."""
+    """Return all figures of the file; each includes the keys that its source gives for them all."""
     return tuple(
         Published(**{k: v for k, v in source.items() if k != "figures"} | figure)
         for source in tomllib.loads(PUBLISHED_FILE.read_text(encoding="utf-8"))["source"]
@@ -80,25 +80,26 @@ def published_figures() -> tuple[Published, ...]:
 
 
 def published_of(protocol: str) -> list[Published]:
-    """All figures of the protocol of that name."""
+    """Return all figures of the protocol with that name."""
     return [figure for figure in published_figures() if figure.protocol == protocol]
 
 
 def comparable(result: Mapping[str, Any], backbone: str | None = None) -> list[Published]:
-    """Published figures with the protocol of a result (`EvalResult.to_json()`, or a result file).
+    """Return the published figures that are comparable with a result.
 
-    The mapping holds `measure` if its number is not a top-1 ("harmonic mean" of base-to-novel).
-    `backbone` is the architecture of its image tower, such as "ViT-B/16"; by default the encoder's
-    name says it. Print a figure together with its `count_note` and its `note`.
+    `result` is `EvalResult.to_json()` or the content of a result file; it has a key `measure` if
+    its number is not a top-1 ("harmonic mean" for base-to-novel). `backbone` is the architecture of
+    the image tower, such as "ViT-B/16"; by default it is taken from the encoder's name. Print a
+    figure together with its `count_note` and its `note`.
     """
     return [f for f in published_figures() if not differs(f, result, backbone)]
 
 
 def nearest(result: Mapping[str, Any], backbone: str | None = None, limit: int = 3) -> list[Near]:
-    """Figures on the result's data set that differ from it in the fewest fields, at most `limit`.
+    """Return the figures on the result's data set that differ in the fewest fields, up to `limit`.
 
-    Figures of its protocol and its number of shots come first. The list is empty if a figure is
-    comparable, or if the data set has none.
+    Figures with the result's protocol and number of shots come first. The list is empty if any
+    figure is comparable, or if there are no figures on the data set.
     """
     ours = _ours(result, backbone)
     near = [
@@ -118,10 +119,10 @@ def nearest(result: Mapping[str, Any], backbone: str | None = None, limit: int =
 
 
 def differs(figure: Published, result: Mapping[str, Any], backbone: str | None = None) -> list[str]:
-    """Why a figure is not comparable with a result, a phrase per field; empty if it is.
+    """Return why a figure is not comparable with a result, one phrase per field; empty if it is.
 
     A field that is unknown on either side counts as a difference. Only the publication's number of
-    listed videos may be unknown; `count_note` says so.
+    listed videos may be unknown; `count_note` mentions that.
     """
     ours = _ours(result, backbone)
     phrases = []
@@ -144,7 +145,7 @@ def differs(figure: Published, result: Mapping[str, Any], backbone: str | None =
 
 
 def count_note(figure: Published, result: Mapping[str, Any]) -> str:
-    """The numbers of videos in words: both lists', or that the published one is unknown."""
+    """State the result's numbers of videos and the published ones, or that these are unknown."""
     parts = result.get("per_split", [])
     listed, evaluated = ([part.get(name) for part in parts] for name in ("n_listed", "n_evaluated"))
     said = f"{_counts(listed)} listed" + (
@@ -154,13 +155,13 @@ def count_note(figure: Published, result: Mapping[str, Any]) -> str:
 
 
 def architecture(encoder: str) -> str | None:
-    """The architecture in an encoder's name: "ViT-B/16" for "ViT-B-16/openai"; None without one."""
+    """Find the architecture in an encoder's name: "ViT-B/16" in "ViT-B-16/openai"; None without."""
     match = _VIT.search(encoder.lower())
     return None if match is None else f"ViT-{match[1].upper()}/{match[2]}"
 
 
 def _ours(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
-    """The compared fields of a result; None for those that its file lacks."""
+    """Return the compared fields of a result; None for fields that its file lacks."""
     return {
         **{name: result.get(field) for name, field in COMPARED.items()},
         "dataset": known_dataset(str(result.get("dataset", ""))),
@@ -174,10 +175,10 @@ def _counts(counts: list[Any]) -> str:
 
 
 def published_beside(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
-    """JSON-ready: the `published` figures comparable with a result, or else the `nearest`.
+    """Return the `published` figures that are comparable with a result, or else the `nearest` ones.
 
-    `result` and `backbone` are those of `comparable`. Comparable figures have their `count_note`,
-    the nearest what `differs`.
+    The value is ready for JSON. `result` and `backbone` as for `comparable`. Comparable figures
+    come with their `count_note`, the nearest ones with the list `differs`.
     """
     return {
         "published": [

@@ -1,8 +1,8 @@
-"""Composite scores of a head, and its newest results collected into one row.
+"""Computes composite scores of heads from their newest results, one row per head and setting.
 
-Known classes against new ones: the harmonic mean of zero-shot sets, and the trade-off score, the
-harmonic mean of it and the close-set top-1 (MoTE, Zhu et al., NeurIPS 2024, table 4). Both are
-computed from unrounded accuracies and rounded once, when they are printed.
+The scores weigh known classes against new ones: the harmonic mean of the top-1 on zero-shot sets,
+and the trade-off score, the harmonic mean of that and the close-set top-1 (MoTE, Zhu et al.,
+NeurIPS 2024, table 4). Both use unrounded accuracies and are rounded once, when they are printed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Role = Literal["closeset", "zeroshot"]
 
 PAPER_CLOSESET: Final = "k400"
 PAPER_ZEROSHOT: Final = ("ucf101", "hmdb51", "k600")
-# Fields in which all results of a row must agree: otherwise they are not of one model.
+# Fields in which all results of a row must agree; otherwise they come from different models.
 _OF_ONE_HEAD: Final = ("head_fingerprint", "encoder_fingerprint", "blend")
-# Settings of the score that a sweep varies, with their usual values (MoTE's).
+# The score settings that a sweep varies, with their usual values (MoTE's).
 _USUAL: Final[Mapping[str, Any]] = {
     "modulation_neighbours": 5,
     "modulation_temperature": 0.05,
@@ -39,9 +39,9 @@ _USUAL: Final[Mapping[str, Any]] = {
 
 
 def harmonic_mean(accuracies: Sequence[float]) -> float:
-    """n / (1/a_1 + ... + 1/a_n) of accuracies in percent; 0 when one of them is 0.
+    """Return n / (1/a_1 + ... + 1/a_n) of accuracies in percent; 0 when one of them is 0.
 
-    Raises UserError when there is none, or when one is no percentage.
+    Raises UserError when there are no accuracies, or when one is not a percentage.
     """
     if not accuracies or not all(0 <= accuracy <= 100 for accuracy in accuracies):
         raise UserError(
@@ -57,13 +57,13 @@ class Setting:
 
     modulated: bool
     changes: tuple[str, ...]
-    """What is not as usual, such as "temperature 0.1": sweeps leave such results."""
+    """The settings that differ from the usual ones, such as "temperature 0.1", as in a sweep."""
 
     @classmethod
     def of(cls, result: SavedResult, prompts: str | None = None) -> Setting:
-        """The setting of a result; a field that an old file lacks could not be chosen then.
+        """Return the setting of a result; `prompts` is the head's own prompt set, if known.
 
-        `prompts` is the head's own prompt set, if it is known.
+        A field that an old file lacks counts as usual: it could not be chosen at that time.
         """
         changes = [
             f"{name.removeprefix('modulation_')} {result.values[name]:g}"
@@ -80,12 +80,12 @@ class Setting:
 
     @property
     def text(self) -> str:
-        """In words: "on", "off", "on, temperature 0.1"."""
+        """The setting in words: "on", "off" or "on, temperature 0.1"."""
         return ", ".join(("on" if self.modulated else "off", *self.changes))
 
     @property
     def options(self) -> str:
-        """The options of `mote-cli eval` for it, each with a space before."""
+        """The options of `mote-cli eval` for the setting, each with a space before it."""
         own = "" if self.modulated else " --no-modulate"
         for change in self.changes:
             own += " --modulation-" if f"modulation_{change.split()[0]}" in _USUAL else " --"
@@ -95,7 +95,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class TradeoffRow:
-    """One head in one setting; accuracies are in percent, unrounded, None without a result."""
+    """One head in one setting; accuracies are in percent, unrounded, and None without a result."""
 
     head: str
     setting: Setting
@@ -104,12 +104,12 @@ class TradeoffRow:
 
     @property
     def found(self) -> list[SavedResult]:
-        """The results that are there."""
+        """The results that exist."""
         return [result for result in self.results if result is not None]
 
     @property
     def complete(self) -> bool:
-        """Whether every result is there."""
+        """Whether every result exists."""
         return None not in self.results
 
     @property
@@ -119,16 +119,16 @@ class TradeoffRow:
 
     @property
     def zeroshot_top1(self) -> float | None:
-        """Harmonic mean of the zero-shot sets' top-1."""
+        """The harmonic mean of the top-1 on the zero-shot sets; None if one is missing."""
         return _mean_of_known(self.top1[1:])
 
     @property
     def score(self) -> float | None:
-        """The trade-off score."""
+        """The trade-off score; None if a result is missing."""
         return _mean_of_known([self.top1[0], self.zeroshot_top1])
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers, and the files they are from, as strict JSON values."""
+        """Return the numbers, and the files that they come from, as strict JSON values."""
         closeset, *zeroshot = self.results
         return {
             "head": self.head,
@@ -147,27 +147,27 @@ class TradeoffRow:
 
 
 def _mean_of_known(values: Sequence[float | None]) -> float | None:
-    """The harmonic mean; None when one of the values is."""
+    """Return the harmonic mean of the values; None when one of them is None."""
     known = [value for value in values if value is not None]
     return harmonic_mean(known) if len(known) == len(values) else None
 
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """The table: a row per head and setting, and the commands that fill its gaps."""
+    """The table: one row per head and setting, and the commands that fill its gaps."""
 
     closeset: str
     zeroshot: tuple[str, ...]
     rows: tuple[TradeoffRow, ...]
     missing: tuple[str, ...]
-    """A line per missing result, with the command that makes it."""
+    """One line per missing result, with the command that makes it."""
     mixed: tuple[str, ...]
-    """A line per protocol field in which heads differ in one column, if that was allowed."""
+    """One line per protocol field in which heads of one column differ, if that was allowed."""
     unknown: tuple[str, ...]
-    """A line per column in which some results lack protocol fields."""
+    """One line per column in which some results lack protocol fields."""
 
     def to_json(self) -> dict[str, Any]:
-        """The table as strict JSON values."""
+        """Return the table as strict JSON values."""
         return {**vars(self), "rows": [row.to_json() for row in self.rows]}
 
 
@@ -178,12 +178,12 @@ def collect(
     zeroshot: Sequence[str] = (),
     allow_mixed: bool = False,
 ) -> Tradeoff:
-    """The newest results under `eval/` of the run folders, one row per head and setting.
+    """Collect the newest results under `eval/` of the run folders, one row per head and setting.
 
-    `closeset` and `zeroshot` name data sets or protocols (docs/protocols.md); by default those of
-    the paper if there are results on them, else every data set with results. Raises UserError
-    when a column would mix protocols and `allow_mixed` is off (it names the fields), when
-    results of one row are of different weights, or when no row is complete.
+    `closeset` and `zeroshot` name data sets or protocols (docs/protocols.md); the defaults are the
+    data sets of the paper if there are results on them, else every data set with results. Raises
+    UserError when a column would mix protocols and `allow_mixed` is off (the error names the
+    fields), when the results of one row have different weights, or when no row is complete.
     """
     found = {run.name: _results_of_new_videos(run) for run in runs}
     prompts = {run.name: own_prompts(run, found[run.name]) for run in runs}
@@ -212,7 +212,7 @@ def collect(
             )
             for setting in sorted(by_setting) or [Setting(False, ())]
         ]
-        # A sweep leaves settings that were measured on one set only: they are no gaps to fill.
+        # After a sweep, some settings were measured on one set only; these are not gaps to fill.
         begun = [row for row in made if row.found and (row.complete or not row.setting.changes)]
         for row in begun or made[-1:]:
             if row.complete:
@@ -224,24 +224,27 @@ def collect(
         raise UserError(
             "no head has a result on every set: " + "; ".join(missing[:6])
             if missing
-            else "there is no head with results: train one and evaluate it with mote-cli eval"
+            else "no head has results: train a head and evaluate it with mote-cli eval"
         )
     mixed, unsure = _mixed(complete)
     if mixed and not allow_mixed:
         raise UserError(
-            f"the results are not of one protocol: {'; '.join(mixed)}: evaluate the heads alike, "
-            "name those that were, or show them together with --allow-mixed"
+            f"the results are not of one protocol: {'; '.join(mixed)}: evaluate all heads in the "
+            "same way, name only heads that were, or pass --allow-mixed to show them together"
         )
     return Tradeoff(close, zero, tuple(rows), tuple(missing), tuple(mixed), tuple(unsure))
 
 
 def _results_of_new_videos(run: Path) -> list[SavedResult]:
-    """The results of a run, newest first; those on its training videos are logged and left out."""
+    """Return the results of a run, newest first.
+
+    Results on the run's own training videos are logged and left out.
+    """
     fair = []
     for result in saved_results(run):
         if seen := result.values.get("n_trained_on"):
             log.warning(
-                "passed over: %s is of %s videos that its head was trained on", result.path, seen
+                "skipped: %s tests %s videos that its head was trained on", result.path, seen
             )
         else:
             fair.append(result)
@@ -249,12 +252,12 @@ def _results_of_new_videos(run: Path) -> list[SavedResult]:
 
 
 def is_scored(run: Path) -> bool:
-    """Whether a run has results of other protocols than those that train a head for themselves."""
+    """Whether a run has results of protocols that do not train heads of their own."""
     return any(result.role not in ("fewshot", "base-to-novel") for result in saved_results(run))
 
 
 def own_prompts(run: Path, results: Sequence[SavedResult]) -> str | None:
-    """The prompt set of a run's training; if it is not known, the one that most results have."""
+    """Return the prompt set a run was trained with; if unknown, the one that most results have."""
     try:
         own = (read_config(run) or {})["data"]["prompt_set"]
     except (WorkError, OSError, KeyError, TypeError):
@@ -296,19 +299,19 @@ def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]]) -> list[str]:
 
 
 def _require_one_head(row: TradeoffRow) -> None:
-    """UserError unless the results of a row are of the same weights."""
+    """Raise UserError unless all results of a row come from the same weights."""
     first, *others = row.found
     for result, name in itertools.product(others, _OF_ONE_HEAD):
         one, other = first.values.get(name), result.values.get(name)
         if name in first.values and name in result.values and one != other:
             raise UserError(
-                f"{row.head}: {name} of {first.path.name} is {one}, of {result.path.name} it is "
-                f"{other}: the two are not of one model; evaluate both again"
+                f"{row.head}: {name} is {one} in {first.path.name} and {other} in "
+                f"{result.path.name}: they come from different models; evaluate both again"
             )
 
 
 def _mixed(rows: Sequence[TradeoffRow]) -> tuple[list[str], list[str]]:
-    """(a line per field in which two heads differ in one column, one per column with unknowns)."""
+    """Return a line per field in which two heads of one column differ, and per unsure column."""
     mixed: dict[str, None] = {}
     unsure: dict[str, dict[str, None]] = {}
     for row, other in itertools.combinations(rows, 2):

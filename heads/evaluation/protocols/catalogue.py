@@ -1,4 +1,4 @@
-"""The protocols by name, read from protocols.toml, which says what its keys mean."""
+"""All protocols by name, read from protocols.toml; that file explains its keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from heads.evaluation.protocols.protocol import Expected, Protocol
 
 
 def _read() -> dict[str, Protocol]:
-    """The protocols in the order of the file."""
+    """Read the protocols, in the order of the file."""
     text = files(__package__).joinpath("protocols.toml").read_text(encoding="utf-8")
     for short, paper in tomllib.loads(text)["papers"].items():
         text = text.replace(f"{{{short}}}", paper)
@@ -43,4 +43,4 @@ def _read() -> dict[str, Protocol]:
 
 
 PROTOCOLS: Final = _read()
-"""Every protocol by its name; the first ones of a kind are those of any data set."""
+"""Every protocol by its name; the first protocol of each kind is for any data set."""

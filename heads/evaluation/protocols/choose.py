@@ -1,4 +1,4 @@
-"""The named protocols, which one a data set usually takes, and the test sets of a protocol."""
+"""Finds a protocol by its name or for a data set, and builds the test sets of a protocol."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBERED_TEST = re.compile(r"test[1-9]\d?")
 
 
 def protocol_named(name: str) -> Protocol:
-    """The protocol of that name; UserError lists the names when there is none."""
+    """Return the protocol of that name; a UserError lists the names if there is none."""
     if name not in PROTOCOLS:
         raise UserError(
             f"protocol {name!r} is unknown: choose one of {', '.join(PROTOCOLS)} "
@@ -29,13 +29,13 @@ def protocol_named(name: str) -> Protocol:
 
 
 def views_of(store: Store) -> str:
-    """The store's views as "clips x crops" text, for example "4x3"."""
+    """Return the store's views as text, clips x crops, for example "4x3"."""
     crops = store.provenance.crops
     return f"{store.schema.views // crops}x{crops}"
 
 
 def count_views(text: str) -> int:
-    """Number of views of "clips x crops" text: "4x3" is 12. Raises UserError for other text."""
+    """Return the number of views in "CLIPSxCROPS" text: "4x3" is 12. UserError for other text."""
     match = re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", text)
     if match is None:
         raise UserError(f"views {text!r} are not understood: write CLIPSxCROPS, for example 4x3")
@@ -50,11 +50,11 @@ def usual_protocol(
     views: str | None = None,
     split_names: Sequence[str] | None = None,
 ) -> Protocol:
-    """The protocol that `--closeset NAME`, `--zeroshot NAME` and the like mean for a data set.
+    """Return the protocol that `--closeset NAME`, `--zeroshot NAME` and so on mean for a data set.
 
-    It is the one for any data set if a `split` is named, because published protocols are defined by
-    their lists, and if the store's `split_names` lack those lists. `views` ("4x3") choose between
-    protocols that differ in them.
+    It is the general one, for any data set, if a `split` is named (because published protocols are
+    defined by their lists) or if the store's `split_names` lack the published lists. `views`
+    ("4x3") decides between protocols that differ in their views.
     """
     known = known_dataset(dataset)
     if split is not None:
@@ -68,17 +68,17 @@ def usual_protocol(
 
 
 def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> dict[str, RowArray]:
-    """Array rows of the lists a protocol tests, by the lists' names, failed ones included.
+    """Return the array rows of each list that a protocol tests, by the list's name.
 
-    `split` names another list, if the protocol is not defined by its own. UserError when the store
-    lacks the splits.
+    Rows whose extraction failed are included. `split` names another list to test; a protocol that
+    is defined by its own list refuses that. UserError when the store lacks the splits.
     """
     rule = protocol.lists
     if split is not None:
         if protocol.dataset is not None or rule not in ("val", "usual"):
             raise UserError(
                 f"protocol {protocol.name} is defined by its list ({protocol.test_list}): leave "
-                "--split out, or use --closeset NAME or --zeroshot NAME with it"
+                "--split out, or use --split with --closeset NAME or --zeroshot NAME"
             )
         return {split: store.split(split)}
     if rule == "val":
@@ -86,7 +86,7 @@ def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> d
     numbered = _numbered(store.split_names)
     if rule == "tests" and len(numbered) < 2:
         raise UserError(
-            f"{protocol.name} tests the official lists test1, test2, ..., and {store.path.name} "
+            f"{protocol.name} tests the official lists test1, test2, ..., but {store.path.name} "
             f"has the splits {', '.join(store.split_names) or 'none'}: pack the data set with its "
             "official annotations"
         )
@@ -102,7 +102,7 @@ def listed_rows(protocol: Protocol, store: Store, split: str | None = None) -> d
 def build_test_sets(
     protocol: Protocol, store: Store, split: str | None = None
 ) -> tuple[TestSet, ...]:
-    """The test sets of a close-set, zero-shot or half-class protocol; errors as `listed_rows`."""
+    """Build a protocol's test sets (close-set, zero-shot, half-class); errors as `listed_rows`."""
     lists = listed_rows(protocol, store, split)
     if protocol.kind != "halfclass":
         return tuple(TestSet(name, rows) for name, rows in lists.items())
@@ -115,7 +115,10 @@ def build_test_sets(
 
 
 def count_notes(protocol: Protocol, listed: Mapping[str, int]) -> tuple[list[str], list[str]]:
-    """(sources whose published counts are those of `listed`, a line per list with other counts)."""
+    """Compare the numbers of videos in `listed` with the published ones.
+
+    Returns the sources that publish the same counts, and a line for each list with other counts.
+    """
     if not protocol.expected:
         return [], []
     agreeing = [e.source for e in protocol.expected if dict(e.counts) == dict(listed)]

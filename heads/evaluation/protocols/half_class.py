@@ -1,4 +1,4 @@
-"""Half-class evaluation: ten random halves of the classes, as Text4Vis, BIKE and MoTE draw them.
+"""Half-class evaluation on ten random halves of the classes, drawn as Text4Vis, BIKE and MoTE do.
 
 N = videos, V = views, D = embedding width, C = classes.
 """
@@ -36,11 +36,11 @@ class HalfClassResult:
 def half_class_draws(
     labels: npt.NDArray[np.integer], classes: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """(videos kept, candidate classes) of the ten draws, both int64 and ascending.
+    """Yield (videos kept, candidate classes) of each of the ten draws, both int64 and ascending.
 
-    `labels` [N]. For s = 0..9 NumPy's legacy generator seeded with s permutes the C `classes`;
-    videos of the first C // 2 are kept, and the candidates are the classes that occur among them.
-    UserError when a half has fewer than five classes with videos.
+    `labels` [N] are the true classes. For s = 0..9 NumPy's legacy generator, seeded with s,
+    permutes the C `classes`; the videos of the first C // 2 are kept, and the candidates are the
+    classes of these videos. UserError when a half has fewer than five classes with videos.
     """
     for seed in range(10):
         # the protocol is defined by this generator
@@ -58,10 +58,10 @@ def half_class_draws(
 def half_class_accuracy(
     view_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor | npt.NDArray[np.integer]
 ) -> HalfClassResult:
-    """The half-class protocol on given video features.
+    """Measure the half-class protocol on given video features.
 
-    `view_embeddings` [N,V,D], `class_embeddings` [C,D], `labels` [N]. Draws and errors as
-    `half_class_draws`; scores are mean cosines over views.
+    `view_embeddings` [N,V,D], `class_embeddings` [C,D], `labels` [N]. `half_class_draws` makes the
+    draws and lists the errors; scores are mean cosines over views.
     """
     truth = torch.as_tensor(labels).to(torch.int64).cpu()
     embeddings = functional.normalize(view_embeddings.cpu().double(), dim=-1)

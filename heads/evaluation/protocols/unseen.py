@@ -1,4 +1,4 @@
-"""Zero-shot on Kinetics-600: the classes of it that Kinetics-400 lacks."""
+"""Zero-shot evaluation on the classes of Kinetics-600 that Kinetics-400 lacks."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ log = logging.getLogger(__name__)
 _SPLITS = ("test", "val")
 
 PackedClassNames = Callable[[str], Sequence[str] | None]
-"""Class names of a packed data set by its name; None if it is not packed."""
+"""Returns the class names of a packed data set from its name; None if it is not packed."""
 
 
 @dataclass(frozen=True)
 class UnseenChoice:
-    """Which videos and classes are tested; the defaults stand for the usual ones."""
+    """Which videos and classes are tested; the defaults mean the usual ones."""
 
     k600_source: str | None = None
-    """Split of Kinetics-600 that is tested ("test", "val"), or the path of a list of its videos."""
+    """The tested split of Kinetics-600 ("test", "val"), or the path of a list of its videos."""
     class_lists: tuple[Path, ...] = ()
-    """Files with the classes of each test set, or one folder of them; empty: drawn here."""
+    """Files with the classes of each test set, or one folder of such files; if this is empty, the
+    classes are drawn here."""
     k400_names: Path | None = None
     """File with the class names of Kinetics-400."""
 
     def split(self, stores: OpenedStores) -> str | None:
-        """The split that is tested; None for a list of videos. UserError when there is none."""
+        """Return the split to test; None for a list of videos. UserError when there is none."""
         if self.k600_source is not None and self.k600_source not in _SPLITS:
             return None
         split = self.k600_source or stores.default_split(_SPLITS)
         if split is None:
             raise UserError(
-                f"no store of {stores.dataset} has a test or val split: extract one, or name a "
-                "list of its videos with --k600-source"
+                f"no store of {stores.dataset} has a test or val split: extract one of them, or "
+                "name a list of videos with --k600-source"
             )
         return split
 
@@ -58,11 +59,11 @@ class UnseenChoice:
         origin: HeadOrigin | None,
         packed: PackedClassNames,
     ) -> tuple[tuple[TestSet, ...], str]:
-        """Test sets of unseen classes, and in words where classes and videos are from.
+        """Return the test sets of unseen classes, and the source of classes and videos in words.
 
-        `split` is what the method `split` returned, `origin` that of the tested head. Counts that
-        differ from the published ones are logged. UserError when the names of Kinetics-400 are not
-        known, a list is not understood, or a test set has no video.
+        `split` is what the method `split` returned; `origin` is the origin of the tested head.
+        Counts that differ from the published ones are logged. UserError when the names of
+        Kinetics-400 are not known, a list is not understood, or a test set has no video.
         """
         names, names_from = self._k400_names(origin, packed)
         chosen = unseen_classes(store.class_names, names, self.class_lists)
@@ -82,7 +83,7 @@ class UnseenChoice:
             of_classes = rows_of_classes(store, rows, classes)
             if not len(of_classes):
                 raise UserError(
-                    f"none of the {len(rows)} videos of {videos} is of a class of {name}: name "
+                    f"none of the {len(rows)} videos of {videos} has a class of {name}: name "
                     "another --k600-source"
                 )
             tests.append(TestSet(name, of_classes, classes))
@@ -94,7 +95,7 @@ class UnseenChoice:
     def _k400_names(
         self, origin: HeadOrigin | None, packed: PackedClassNames
     ) -> tuple[list[str], str]:
-        """The class names of Kinetics-400, and where they are from."""
+        """Return the class names of Kinetics-400, and where they are from."""
         file = self.k400_names
         if file is not None:
             if not file.is_file():
@@ -110,7 +111,7 @@ class UnseenChoice:
         if of_head:
             return of_head, f"the head's, trained on {trained_on}"
         raise UserError(
-            "which classes are new depends on the names of Kinetics-400: name a file with "
-            "--k400-names, pack k400, or test a head that was trained on it; --protocol zeroshot "
-            "--dataset k600 tests all its classes"
+            "the class names of Kinetics-400 are not known, and they decide which classes are new: "
+            "name a file with --k400-names, pack k400, or test a head that was trained on it; "
+            "--protocol zeroshot --dataset k600 tests all classes of Kinetics-600"
         )

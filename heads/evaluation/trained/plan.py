@@ -1,4 +1,4 @@
-"""The runs of a few-shot or base-to-novel protocol: the videos each trains on and is tested on.
+"""Plans the runs of a few-shot or base-to-novel protocol: which videos each trains on and tests.
 
 Videos are drawn by key (`heads.training.training_set`), or a published list gives their keys.
 """
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class GivenList:
-    """Keys of the videos to train on, from a published list."""
+    """The keys of the videos to train on, from a published list."""
 
     name: str
     keys: tuple[str, ...]
@@ -39,10 +39,10 @@ class GivenList:
 
 @dataclass(frozen=True)
 class ShotPlan:
-    """What the runs of a protocol share: stores, splits, and the names of the runs.
+    """What the runs of a protocol share: stores, splits, and the naming of runs.
 
-    `run_dir` returns the folder of a run for the end of its name. `train` and `test` may be one
-    store.
+    `run_dir` returns the folder of the run whose name has the given ending. `train` and `test` may
+    be the same store.
     """
 
     train: Store
@@ -57,17 +57,17 @@ class ShotPlan:
         if self.train.class_names != self.test.class_names:
             differing = set(self.train.class_names) ^ set(self.test.class_names)
             raise UserError(
-                f"{self.train.path.name} and {self.test.path.name} have other class lists "
+                f"{self.train.path.name} and {self.test.path.name} have different class lists "
                 f"({shown(sorted(differing)) or 'in another order'}): take stores of one data set"
             )
 
     def fewshot(
         self, shots: Sequence[int], draw: int, given: Mapping[int, GivenList] | None = None
     ) -> list[ShotRun]:
-        """One run per number of shots, tested on the test split among all classes.
+        """Plan one run per number of shots, each tested on the test split among all classes.
 
-        `given` holds published lists by number of shots; the others are drawn with seed `draw`.
-        UserError when training and test videos overlap, unless that is allowed.
+        `given` holds published lists by number of shots; without a list, videos are drawn with seed
+        `draw`. UserError when training and test videos overlap, unless `allow_overlap` is set.
         """
         tests = (TestSet(self.test_split, self.test.split(self.test_split)),)
         runs = []
@@ -83,7 +83,7 @@ class ShotPlan:
                 other = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts != count)]
                 if other:
                     log.warning(
-                        "%d classes have not %d videos in %s: %s",
+                        "%d classes do not have exactly %d videos in %s: %s",
                         *(len(other), count, listed.name, shown(other)),
                     )
             runs.append(self._run(train, tests, count, draw))
@@ -92,21 +92,25 @@ class ShotPlan:
     def base_to_novel(
         self, shots: int, draws: Sequence[int], given: Mapping[int, GivenList] | None = None
     ) -> list[ShotRun]:
-        """One run per draw on base classes, tested on base among base and novel among novel names.
+        """Plan one run per draw, trained on the base classes.
 
-        Base classes are the half with more training videos, or those of the `given` lists (by
-        draw). Errors as `fewshot`; UserError also for classes with less than two halves.
+        Base videos are tested among the base classes, novel videos among the novel ones. The base
+        classes are the half with more training videos, or those of the `given` lists (by draw).
+        Errors as `fewshot`; UserError also if there are fewer than two classes.
         """
         names = self.train.class_names
         if len(names) < 2:
-            raise UserError(f"{len(names)} class has no base and novel half: take more classes")
+            raise UserError(
+                f"{len(names)} class cannot be halved into base and novel: take more classes"
+            )
         if given:
             keys = [key for listed in given.values() for key in listed.keys]
             rows = np.array([self.train.row(key) for key in keys], np.int64)
             base = np.unique(self.train.labels[self.train.positions(rows)]).astype(np.int64)
             if len(base) == len(names):
                 raise UserError(
-                    f"the lists train on all {len(names)} classes: none is left to be novel"
+                    f"the lists train on all {len(names)} classes, so that no class is novel: take "
+                    "lists of the base classes only"
                 )
             if len(base) != -(-len(names) // 2):
                 log.warning("the lists have %d base classes of %d", len(base), len(names))

@@ -1,4 +1,4 @@
-"""The request for few-shot or base to novel: heads are trained, then tested."""
+"""Evaluates few-shot or base to novel as one request says: trains heads, then tests them."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ KINDS = ("fewshot", "base-to-novel")
 
 @dataclass(frozen=True)
 class Training:
-    """How the heads are trained; None stands for the protocol's or the recipe's own."""
+    """How the heads are trained; None means the setting of the protocol or the recipe."""
 
     shots: str | None = None
-    """Videos per class, "2,4,8"."""
+    """Numbers of training videos per class, for example "2,4,8"."""
     draw_seeds: str | None = None
     lists_from: Path | None = None
-    """A clone of a repository with published lists of shots."""
+    """Folder of a cloned repository with published lists of shots."""
     train_store: str | None = None
     recipe: str | None = None
     epochs: int | None = None
@@ -64,21 +64,21 @@ class Training:
     lr: float | None = None
     repeat: str = "full"
     name: str | None = None
-    """The beginning of the runs' names."""
+    """What the names of the runs begin with."""
     best_epoch: bool = True
     """Test every epoch too, and report the best one separately."""
 
     def require_unused(self, kind: str) -> None:
-        """UserError when a setting is given that a protocol of `kind` does not use."""
+        """Raise UserError if any setting is given, because `kind` tests without training."""
         require_unused(
             self,
-            f"--fewshot and --base-to-novel, which train heads; {kind} tests one that is there",
+            f"--fewshot and --base-to-novel, which train heads; {kind} tests an existing head",
         )
 
 
 @dataclass(frozen=True)
 class TrainedEvaluation:
-    """The outcomes of a protocol's runs; their results are saved already."""
+    """The outcomes of the runs of a protocol; their results are already saved."""
 
     kind: str
     protocol_name: str
@@ -88,7 +88,7 @@ class TrainedEvaluation:
     files: list[Path]
 
     def to_json(self) -> dict[str, Any]:
-        """The runs as strict JSON values; of base to novel also the means over the draws."""
+        """Return the runs as strict JSON values; for base to novel also the means over draws."""
         value: dict[str, Any] = {
             "protocol": self.kind,
             **{name: getattr(self, name) for name in ("protocol_name", "dataset", "head")},
@@ -102,7 +102,7 @@ class TrainedEvaluation:
         return value
 
     def save_summary(self, value: Mapping[str, Any]) -> Path:
-        """Save `value`, the report on all runs, beside the first of them."""
+        """Save `value`, the report on all runs, in the folder of the first run."""
         file = self.outcomes[0].run.run_dir / "base-to-novel.json"
         write_json(file, dict(value))
         return file
@@ -111,10 +111,10 @@ class TrainedEvaluation:
 def evaluate_trained(
     ask: EvaluationRequest, how: Training, stages: Stages = no_stages
 ) -> TrainedEvaluation:
-    """Run the protocol: a training per number of shots or seed, continued where it stopped.
+    """Run the protocol: train once per number of shots or seed, or continue, and test each head.
 
-    Every result is saved beside its run as soon as it is there. Raises UserError for a request that
-    cannot be met, and the errors of `train_and_test`.
+    Every result is saved in the folder of its run as soon as it is measured. Raises UserError for a
+    request that cannot be met, and the errors of `train_and_test`.
     """
     require_unused(ask.unseen, f"--zeroshot k600, not with {ask.kind}")
     check_label_map(ask.label_map)
@@ -140,8 +140,8 @@ def evaluate_trained(
     draws = numbers("--draw-seeds", how.draw_seeds, DRAW_SEEDS[ask.kind])
     if len(draws if few else shots) > 1:
         raise UserError(
-            "few-shot has one draw seed for all numbers of shots, base-to-novel one number of "
-            "shots for all seeds: run the command once for each"
+            "few-shot takes one draw seed for all numbers of shots, and base-to-novel takes one "
+            "number of shots for all seeds: run the command once for each"
         )
     given, train, test, label_map = _lists(ask, how, train, test, shots if few else draws)
     prefix = how.name or (
@@ -216,7 +216,7 @@ def evaluate_trained(
 
 
 def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int, ...]:
-    """The whole numbers in "2,4,8"; UserError for other text and for repeated numbers."""
+    """Parse "2,4,8" into whole numbers; UserError for other text and for repeated numbers."""
     if text is None:
         return tuple(default)
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -228,7 +228,7 @@ def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int,
 def _stores(
     ask: EvaluationRequest, how: Training, initial: Head | None
 ) -> tuple[Store, Store, tuple[str, str]]:
-    """The store to train from, the one to test, and their splits."""
+    """Return the store to train from, the store to test, and the split of each."""
     train_split = ask.stores.default_split(("train1", "train"))
     test_split = ask.split or ask.stores.default_split(("test1", "val", "test"))
     if train_split is None or test_split is None:
@@ -240,7 +240,7 @@ def _stores(
     test = ask.fitting_store(test_split, initial)
     name = how.train_store
     if name is None and train_split in test.split_names and len(test.split(train_split)):
-        name = ask.store  # the store that was named has both
+        name = ask.store  # the named store has both splits
     others = {"views": None, "sampling": None, "name": name, "option": "--train-store"}
     train = ask.fitting_store(train_split, initial, **others)
     return train, test, (train_split, test_split)
@@ -249,8 +249,8 @@ def _stores(
 def _lists(
     ask: EvaluationRequest, how: Training, train: Store, test: Store, wanted: Sequence[int]
 ) -> tuple[Mapping[int, GivenList] | None, Store, Store, str]:
-    """Published lists by number of shots or seed, both stores with the label map's class names, and
-    the label map as results name it."""
+    """Return the published lists by number of shots or seed, the stores to train from and to test
+    with the class names of the label map, and the label map that results record."""
     dataset, as_published = known_dataset(ask.dataset), ask.label_map == AS_PUBLISHED
     if how.lists_from is None:
         if not as_published:

@@ -1,8 +1,8 @@
 """Protocols that train before they test: few-shot, and base to novel classes.
 
-Each training is a run of its own under heads/, continued where it stopped. The reported number is
-that of the last epoch. X-CLIP, ViFi-CLIP and MSTA report the epoch that is best on the test set; it
-is measured as well, under a label that says so, because its choice uses the answers.
+Each training is a run of its own under heads/ and continues where it stopped. The reported number
+comes from the last epoch. X-CLIP, ViFi-CLIP and MSTA report the epoch that is best on the test set.
+That epoch is measured too, with a label that says so, because choosing it uses the answers.
 """
 
 from __future__ import annotations
@@ -41,36 +41,36 @@ TEST_TOP1: Final = "test_top1"
 SHOTS: Final = {"fewshot": (2, 4, 8, 16), "base-to-novel": (16,)}
 DRAW_SEEDS: Final = {"fewshot": (1,), "base-to-novel": (1, 2, 3)}
 _EPOCHS: Final = {"fewshot": 10, "base-to-novel": 11, ("fewshot", "ssv2"): 2}
-"""Epochs unless a recipe or a user says otherwise: MoTE's for few-shot, with the set repeated to
-the size of the full one; ViFi-CLIP's for base-to-novel, which takes the shots once per epoch. Here
-they are repeated as well, because a new head learns nothing in thirty steps."""
+"""The epochs unless a recipe or a user sets them. For few-shot they are MoTE's, where the training
+set is repeated to the size of the full one. For base-to-novel they are ViFi-CLIP's, which takes the
+shots once per epoch; here they are repeated too, as a new head learns nothing in thirty steps."""
 
 Evaluate = Callable[[Head, Sequence[TestSet], RunFacts, str], EvalResult]
-"""Tests a head on test sets; takes also what is known of its run, and the run's name."""
+"""Tests a head on test sets; the other arguments are the facts and the name of its run."""
 
 
 def usual_epochs(kind: str, dataset: str) -> int:
-    """Epochs of a protocol of `kind` on a data set, unless a recipe or a user says otherwise."""
+    """Return the epochs of a `kind` of protocol on a data set if no recipe or user sets them."""
     return _EPOCHS.get((kind, known_dataset(dataset)), _EPOCHS[kind])
 
 
 @dataclass(frozen=True)
 class ShotRun:
-    """One training, and what it is tested on."""
+    """One training run: its training videos and the test sets of its head."""
 
     run_dir: Path
     shots: int
     draw: int
-    """Seed of the draw, or number of the published list."""
+    """The seed of the draw, or the number of the published list."""
     train: TrainingSet
     tests: tuple[TestSet, ...]
     overlap: int = 0
-    """Tested videos that are trained on."""
+    """How many tested videos are also training videos."""
 
 
 @dataclass(frozen=True)
 class ShotOutcome:
-    """The results of a run; `best` is None if it was not asked for or is not known."""
+    """The results of a run; `best` is None if the best epoch was not wanted or is not known."""
 
     run: ShotRun
     training: TrainSummary
@@ -78,7 +78,7 @@ class ShotOutcome:
     best: EvalResult | None
 
     def to_json(self) -> dict[str, Any]:
-        """The outcome as strict JSON values."""
+        """Return the outcome as strict JSON values."""
         return {
             "run": self.run.run_dir.name,
             "shots": self.run.shots,
@@ -100,11 +100,11 @@ def train_and_test(
     best_epoch: bool = True,
     **options: Any,
 ) -> ShotOutcome:
-    """Train `run` from `store`, or continue it, or find it done; then test its last epoch.
+    """Train `run` from `store` or continue it, unless it is finished; then test its last epoch.
 
-    With `best_epoch` every epoch is tested, and the head of the best one (mean top-1 of the test
-    sets, the earliest of equal ones) is kept as best-on-test.safetensors. `options` are further
-    ones of `train_head`. Errors of `train_head` and of `evaluate`.
+    With `best_epoch` every epoch is tested, and the head of the best epoch (by mean top-1 of the
+    test sets; the earliest of equal epochs) is kept as best-on-test.safetensors. `options` are
+    passed on to `train_head`. Raises the errors of `train_head` and of `evaluate`.
     """
     watch = _BestEpoch(run, evaluate) if best_epoch else None
     summary = train_head(
@@ -128,7 +128,7 @@ def train_and_test(
         found = watch.found(summary.epochs)
         if found is None:
             log.warning(
-                "%s was trained without testing every epoch: its best epoch is not known", name
+                "%s was trained without a test after every epoch: its best epoch is not known", name
             )
         else:
             chosen = trained if found == summary.epochs else load_head(run.run_dir / BEST_HEAD)
@@ -140,7 +140,7 @@ def train_and_test(
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """For tests that are repeated: the test of the last epoch gives the same warnings."""
+    """Silence warnings of repeated tests; the test of the last epoch logs the same ones."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -151,7 +151,7 @@ def _no_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _BestEpoch:
-    """Tests the head after every epoch and keeps the best one so far, also over a resume."""
+    """Tests the head after every epoch and keeps the best one so far, even across a resume."""
 
     _run: ShotRun
     _evaluate: Evaluate
@@ -161,14 +161,14 @@ class _BestEpoch:
         with _no_warnings():
             top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).top1
         best = self._read()
-        # An epoch that is repeated after a kill finds its own note, which is equal and stays.
+        # An epoch that is repeated after a kill finds its own equal note and does not replace it.
         if best is None or top1 > best[TEST_TOP1]:
             save_head(head, self._run.run_dir / BEST_HEAD)
             write_json(self._run.run_dir / BEST_NOTE, {"epoch": epoch, TEST_TOP1: top1})
         return {TEST_TOP1: top1}
 
     def found(self, epochs: int) -> int | None:
-        """The best epoch; None unless every one of `epochs` was tested."""
+        """Return the best epoch; None unless all `epochs` epochs were tested."""
         lines = (self._run.run_dir / METRICS_FILE).read_text().splitlines()
         tested = sum(TEST_TOP1 in json.loads(line) for line in lines)
         best = self._read()
@@ -183,12 +183,12 @@ class _BestEpoch:
 
 
 def base_to_novel(outcomes: Sequence[ShotOutcome], *, best: bool = False) -> dict[str, Any] | None:
-    """Base and novel accuracy in percent over the seeds' runs, from unrounded values, JSON-ready.
+    """Return base and novel accuracy in percent over the runs of all seeds, ready for JSON.
 
-    Of their best epochs if `best`; None if a run has none. The first test set of every run is base,
-    the second novel. `harmonic_mean` is that of the two means over seeds; papers do not say which
-    one they take, and `mean_of_harmonic_means` is the other reading. Standard deviations are the
-    population's.
+    With `best` the numbers are from the best epochs; None if a run has no best epoch. The first
+    test set of every run is base, the second is novel. `harmonic_mean` is taken of the two means
+    over seeds; papers do not say how they take it, and `mean_of_harmonic_means` is the other
+    reading. Values are unrounded, and standard deviations are the population's.
     """
     results = [outcome.best if best else outcome.last for outcome in outcomes]
     found = [result for result in results if result is not None]

@@ -224,7 +224,7 @@ def test_head_and_store_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--zeroshot"):
         evaluate(renamed, head, protocol="closeset")
     assert evaluate(renamed, head).n_classes_trained == 7
-    with pytest.raises(UserError, match="1x1 views, 4x3 were asked for"):
+    with pytest.raises(UserError, match="1x1 views, but 4x3 were asked for"):
         evaluate(store, head, views="4x3")
     with pytest.raises(UserError, match="none of them was extracted"):
         evaluate(store, head, tests=[TestSet("broken", np.array([3]))])

@@ -129,10 +129,10 @@ def test_the_ensemble_adds_cosines_of_frames(fusion: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ensemble": 1.5}, "ensemble weight 1.5 is not a share"),
+        ({"ensemble": 1.5}, "ensemble weight 1.5 is not between 0"),
         ({"fusion": "max"}, "fusion 'max' is unknown"),
-        ({"modulation_neighbours": 0}, "modulation with 0 neighbours"),
-        ({"modulation_temperature": float("inf")}, "temperature inf is none"),
+        ({"modulation_neighbours": 0}, "modulation cannot use 0 neighbours"),
+        ({"modulation_temperature": float("inf")}, "neighbours and temperature inf"),
     ],
 )
 def test_settings_that_make_no_score(options: dict[str, Any], message: str) -> None:

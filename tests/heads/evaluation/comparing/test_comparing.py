@@ -199,5 +199,5 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
 def test_damaged_outcomes_are_refused(tmp_path: Path) -> None:
     file = write_result(tmp_path / "a.json")
     (tmp_path / "a.outcomes.csv").write_text("split,key,place\ntest1,clip,first\n")
-    with pytest.raises(UserError, match="holds no outcomes"):
+    with pytest.raises(UserError, match="is no file of outcomes"):
         read_outcomes(file)

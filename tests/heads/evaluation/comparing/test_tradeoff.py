@@ -132,7 +132,7 @@ def test_results_of_training_videos_are_passed_over(
     closeset(run, 99.0, time=5, n_trained_on=12)
     (row,) = collect([run]).rows
     assert row.top1[0] == 80.0
-    assert "close5-True.json is of 12 videos that its head was trained on" in caplog.text
+    assert "close5-True.json tests 12 videos that its head was trained on" in caplog.text
 
 
 def test_the_newest_result_counts_and_modulation_is_a_row(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_what_is_missing_comes_with_its_command(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="no head has a result on every set: part has no zeroshot"):
         collect([tmp_path / "part"])
-    with pytest.raises(UserError, match="there is no head with results"):
+    with pytest.raises(UserError, match="no head has results"):
         collect([])
     with pytest.raises(UserError, match="--protocol hmdb51-halfclass-full --head b16"):
         collect([run], zeroshot=["hmdb51-halfclass-full"])
@@ -204,7 +204,7 @@ def test_other_protocols_are_not_mixed_silently(tmp_path: Path) -> None:
 def test_a_row_is_of_one_model(tmp_path: Path) -> None:
     run = whole(tmp_path / "a", 83.0, 83.4, 55.8, 70.2)
     zeroshot(run, "ucf101", 84.0, time=3, head_fingerprint="trained anew")
-    with pytest.raises(UserError, match=r"head_fingerprint of close.* is f1f1, of ucf101"):
+    with pytest.raises(UserError, match=r"head_fingerprint is f1f1 in close.* in ucf101"):
         collect([run])
 
 

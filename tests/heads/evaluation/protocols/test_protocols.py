@@ -191,9 +191,9 @@ def test_candidates_of_a_test_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ([0, 1, 2, 3, 4], r"clip005 is of class 'wave', which is none of its 5 candidates"),
-        ([0, 1, 2, 3, 4, 5, 6, 8], "label 8 is none of them"),
-        ([0, 0, 1, 2, 3, 4, 5, 6, 7], "not of distinct ones"),
+        ([0, 1, 2, 3, 4], r"clip005 is of class 'wave', which is not among its 5 candidates"),
+        ([0, 1, 2, 3, 4, 5, 6, 8], "label 8 is not among them"),
+        ([0, 0, 1, 2, 3, 4, 5, 6, 7], "it names a class twice"),
     ],
 )
 def test_a_class_list_must_match(tmp_path: Path, classes: list[int], message: str) -> None:

@@ -51,12 +51,12 @@ def test_plans(tmp_path: Path, store: Store) -> None:
     with pytest.raises(UserError, match="videos are trained on and tested"):
         plan.fewshot([2], 1, {2: GivenList("l.txt", ("clip001",))})
     everything = GivenList("all", tuple(store.keys))
-    with pytest.raises(UserError, match="none is left to be novel"):
+    with pytest.raises(UserError, match="so that no class is novel"):
         plan.base_to_novel(16, [1], {1: everything})
     renamed = action_store(
         tmp_path / "r.zarr", class_names=("x", *"abcdefg"), samples=16, failed=()
     )
-    with pytest.raises(UserError, match="have other class lists"):
+    with pytest.raises(UserError, match="have different class lists"):
         ShotPlan(store, renamed, "train", "val", run_dir=Path)
 
 
