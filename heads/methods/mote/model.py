@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -200,5 +201,5 @@ class TemporalHead(Head):
             dim=1,
         )
         if routings > 1:
-            table = table.view(layers, routings, *table.shape[1:])
+            table = rearrange(table, "(l r) p e -> l r p e", r=routings)
         return list(table.to(self.logit_scale.device))

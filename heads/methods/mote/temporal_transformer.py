@@ -71,9 +71,9 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, coefficients: Tensor | None) -> Tensor:
         """`hidden` [P or 1, B,T,D] -> [P,B,T,D]; `coefficients` as `ExpertFeedForward` takes."""
         hidden = hidden + self.attention(self.attention_norm(hidden))
-        tokens = self.feed_forward_norm(hidden).flatten(1, 2)
+        tokens = rearrange(self.feed_forward_norm(hidden), "p b t d -> p (b t) d")
         added: Tensor = self.feed_forward(tokens, coefficients)
-        return hidden + added.reshape(-1, *hidden.shape[1:])
+        return hidden + rearrange(added, "p (b t) d -> p b t d", t=hidden.shape[2])
 
 
 class TemporalTransformer(nn.Module):
