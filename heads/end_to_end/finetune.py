@@ -139,7 +139,7 @@ def finetune(
             return _run(request, plan, ranks, progress)
     except torch.OutOfMemoryError as error:
         raise WorkError(
-            f"rank {ranks.rank} of {ranks.world_size}: the GPU's memory is not enough: lower "
+            f"rank {ranks.rank} of {ranks.world_size}: the GPU has too little memory: lower "
             "--batch-size (and raise --accumulation), or add --checkpointing or --shard fsdp"
         ) from error
 

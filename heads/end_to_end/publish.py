@@ -55,7 +55,7 @@ def publish(
         original = load_clip(origin.encoder, encoders_dir)
         if fingerprint(original.model, original.model_config) != origin.encoder_fingerprint:
             raise WorkError(
-                f"encoder {origin.encoder} is not the one that the run began with any more: put it "
+                f"encoder {origin.encoder} is no longer the one that the run began with: put it "
                 "back, then run the same command with --resume"
             )
         parts = blended(tower, tower_of(original), blend)

@@ -69,7 +69,7 @@ def plain_tensors(entries: object, where: str) -> dict[str, Tensor]:
         if name in tensors:
             raise UserError(f"{where}: {name} is there twice, with and without `module.`")
         if not isinstance(value, Tensor) or not _is_plain(value):
-            raise UserError(f"{where}: {name} is no tensor of numbers: the file is not whole")
+            raise UserError(f"{where}: {name} is not a tensor of numbers: the file is incomplete")
         if not bool(value.isfinite().all()):
             raise UserError(f"{where}: {name} holds NaN or infinity: the file is damaged")
         scale = name == "logit_scale" and value.numel() == 1  # stored as a number or a list of one

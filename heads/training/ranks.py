@@ -191,7 +191,7 @@ def contact(ranks: Ranks) -> Iterator[None]:
         reason = one_line(str(error).rpartition("] ")[2], 120)
         raise WorkError(
             f"rank {ranks.rank} of {ranks.world_size} lost the others ({reason}): one of them "
-            "ended, see its message; the same command with --resume goes on"
+            "ended, see its message; continue with the same command and --resume"
         ) from error
 
 

@@ -144,7 +144,7 @@ def restore_best(path: Path, parameters: Parameters, epoch: int) -> None:
         _require_format(path, card)
         if card.get("epoch") != epoch:
             raise WorkError(
-                f"{path} is of epoch {card.get('epoch')}, the best was {epoch}: train again"
+                f"{path} holds epoch {card.get('epoch')}, but the best was {epoch}: train again"
             )
         for name, parameter in parameters.items():
             _copy(parameter, read(f"parameter.{name}"))

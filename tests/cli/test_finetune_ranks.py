@@ -154,7 +154,7 @@ def test_a_process_that_dies_ends_the_run_everywhere_and_it_resumes(
     words = running[other].words
     (line,) = [line for line in words.splitlines() if line.startswith("error:")]
     assert line.startswith(f"error: rank {other} of 2 lost the others (")
-    assert line.endswith("the same command with --resume goes on")
+    assert line.endswith("continue with the same command and --resume")
     assert "Traceback" not in words
     assert not (root / "heads/r/head.safetensors").exists()
     # The order is a global one: one process with the same global batch may go on.
@@ -250,4 +250,4 @@ def test_torchrun_starts_and_stops_the_processes(root: Path) -> None:
     lines = [line for line in log.read_text().splitlines() if line.startswith("error:")]
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: rank 0 of 2 ")
-    assert lines[0].endswith("the same command with --resume goes on")
+    assert lines[0].endswith("continue with the same command and --resume")
