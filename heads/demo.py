@@ -1,4 +1,4 @@
-"""The demo's work: one generated world through every stage, from making its videos to accuracy."""
+"""The demo: runs a generated world through every stage, from making its videos to accuracy."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ MEASURES: Final = ("closeset_top1", "zeroshot_top1", "harmonic_mean")
 
 @dataclass(frozen=True)
 class DemoRow:
-    """One line of the table: a head, its temporal feature modulation on or off."""
+    """One line of the table: a head, with temporal feature modulation on or off."""
 
     head: str
     modulated: bool
 
 
 def demo_rows(finetuned: bool) -> list[DemoRow]:
-    """The lines of the table, those of the fine-tuned head last."""
+    """Return the lines of the table; those of the fine-tuned head come last."""
     trained = [*TRAINED, *([f"{TRAINED[-1]}-finetuned"] if finetuned else [])]
     return [DemoRow(MEAN_OF_FRAMES, False)] + [
         DemoRow(head, modulated) for head in trained for modulated in (False, True)
@@ -56,8 +56,8 @@ def run_world(
 ) -> list[dict[str, float]]:
     """Make, pack, extract, train and evaluate the world of one seed.
 
-    Gives the `MEASURES` of each of `demo_rows`, in per cent. What an earlier run of the same seed
-    finished is not done again.
+    Returns the `MEASURES` for each of `demo_rows`, in per cent. Stages that an earlier run of the
+    same seed finished are not repeated.
     """
     make_encoder_folder(workspace.encoder_dir(ENCODER_NAME))
     with stages(f"make videos (seed {seed})", "videos") as progress:
@@ -115,9 +115,9 @@ def run_world(
 
 
 def demo_table(runs: Sequence[list[dict[str, float]]], finetuned: bool) -> list[dict[str, Any]]:
-    """The rows of `run_world`'s runs, JSON-ready: `head`, `modulated` and the mean of each measure.
+    """Make the table of runs of `run_world`, JSON-ready: `head`, `modulated`, mean of each measure.
 
-    Of several runs also `_std`, the population's standard deviation, and `_per_seed`.
+    For several runs, each measure also has `_std` (of the population) and `_per_seed`.
     """
     table = []
     for row, *measured in zip(demo_rows(finetuned), *runs, strict=True):
@@ -135,7 +135,7 @@ def demo_table(runs: Sequence[list[dict[str, float]]], finetuned: bool) -> list[
 def _extracted(
     workspace: Workspace, datasets: Mapping[str, str], encoder: str, stages: Stages
 ) -> dict[str, Store]:
-    """The stores of the data sets by an encoder of the workspace."""
+    """Extract and open the stores of the data sets with an encoder of the workspace."""
     stores = {}
     for kind, dataset in datasets.items():
         path = workspace.store_path(dataset, encoder=encoder, sampling=SAMPLING.text)
@@ -155,7 +155,7 @@ def _extracted(
 
 
 def _measured(stores: Mapping[str, Store], head: Head | None, row: DemoRow) -> dict[str, float]:
-    """Close-set accuracy on the known classes, zero-shot accuracy on the new ones."""
+    """Measure close-set accuracy on the known classes and zero-shot accuracy on the new ones."""
     top1 = [
         evaluate_store(
             store,

@@ -1,4 +1,4 @@
-"""How tower and head are trained together: the recipe's numbers and what only this mode has."""
+"""The settings for training tower and head together: the recipe's and those of this mode."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from heads.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """The recipe of end-to-end training; what it inherits has the meaning it has there.
+    """The recipe of end-to-end training; inherited fields mean the same as in `TrainConfig`.
 
-    `batch_size` counts the videos of one process, as in the released code: the batch of a step is
-    that times the number of processes. `logit_scale_lr_ratio` is the rate of tower and logit scale
+    `batch_size` counts the videos of one process, as in the released code: a step has `batch_size`
+    times the number of processes. `logit_scale_lr_ratio` is the rate of tower and logit scale
     relative to the head's. Raises UserError when a value is out of range.
     """
 
     WHAT: ClassVar[str] = "fine-tuning"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # type: ignore[assignment]
-    """fp16 as well, with a gradient scaler."""
+    """fp16 is possible too, with a gradient scaler."""
 
     train: str = "tower"
     """What is trained: "tower" (with the head), "head" (tower frozen, logit scale trained), or
@@ -38,13 +38,13 @@ class FinetuneConfig(TrainConfig):
     """Which weights the run publishes: those of the last epoch, or of the epoch with the best
     top-1 in evaluation."""
     blend: float = within(0.99, 0, 1)
-    """Share of the tuned tower in the published encoder, the rest is the tower it began with;
-    0.99 in the released test code, 1 is the tuned tower alone."""
+    """Share of the tuned tower in the published encoder; the rest is the original tower. It is 0.99
+    in the released test code; 1 means the tuned tower alone."""
     shard: Literal["auto", "ddp", "fsdp"] = "auto"
     """With several processes: whole copies of the model ("ddp"), or parameters, gradients and
     optimiser state in shares ("fsdp"); "auto" chooses by the tower's size."""
     augment: bool = True
-    """Random crop, flip and grey; off: the centre crop of evaluation."""
+    """Whether to crop, flip and grey at random; if not, the centre crop of evaluation is used."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

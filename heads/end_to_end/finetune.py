@@ -53,13 +53,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FinetuneSummary(Outcome):
-    """What a finished run did; counts and times are of all its processes and calls."""
+    """The summary of a finished run; counts and times include all its processes and calls."""
 
     run: str
     dataset: str
     head: str
     encoder: str
-    """The CLIP it began with."""
+    """The CLIP that the run began with."""
     trained: str
     epochs: int
     frames: int
@@ -77,7 +77,7 @@ class FinetuneSummary(Outcome):
     published_epoch: int
     """Epoch whose weights were published, from 1."""
     top1: float | None
-    """Of the published weights, before blending; None without an evaluation."""
+    """Accuracy of the published weights, before blending; None without an evaluation."""
     best_epoch: int | None
     best_top1: float | None
     batch_size: int
@@ -94,19 +94,19 @@ class FinetuneSummary(Outcome):
     peak_rss_mb: float
     peak_gpu_mb: float | None
     resumed_from: int
-    """Steps this call found done."""
+    """Steps already done before this call."""
     blend: float
     encoder_fingerprint: str
-    """Of the published encoder."""
+    """Fingerprint of the published encoder."""
     path: str
     encoder_path: str
     failures: list[dict[str, Any]]
-    """The first few, with reasons; all are in failures.csv."""
+    """The first few failed videos, with reasons; failures.csv lists all."""
 
 
 LISTED_FAILURES: Final = 5
 TRAINED: Final = {"head": "head and logit scale"}
-"""Of `--train`, in words; the others with the head."""
+"""Words for values of `--train`; every other value is named together with the head."""
 
 
 def finetune(
@@ -139,7 +139,7 @@ def finetune(
             return _run(request, plan, ranks, progress)
     except torch.OutOfMemoryError as error:
         raise WorkError(
-            f"rank {ranks.rank} of {ranks.world_size}: the GPU's memory is not enough: lower "
+            f"rank {ranks.rank} of {ranks.world_size}: the GPU has too little memory: lower "
             "--batch-size (and raise --accumulation), or add --checkpointing or --shard fsdp"
         ) from error
 
@@ -207,9 +207,9 @@ def end_to_end_trainer(
     shard: bool,
     **more: Any,
 ) -> Trainer:
-    """A trainer of tower and head on clips, the model spread over `ranks`; `more` are its fields.
+    """Make a trainer of tower and head on clips, with the model spread over `ranks`.
 
-    The class texts are the head's training classes.
+    `more` are further fields of the trainer. The class texts are the head's training classes.
     """
     module = spread(TrainingStep(model, **config.loss_weights), ranks, shard)
 
@@ -248,7 +248,7 @@ def end_to_end_trainer(
 def _close_epoch(
     request: FinetuneRequest, plan: Plan, trainer: Trainer, epoch: int
 ) -> dict[str, Any]:
-    """Evaluate where it is due, and write down the failures; what the epoch's record adds."""
+    """Evaluate if it is due and write the failures; return what to add to the epoch's record."""
     config, ranks, position = request.config, trainer.ranks, trainer.position
     began, evaluation, every = time.perf_counter(), None, config.evaluate_every
     if plan.evaluation is not None and every and (epoch % every == 0 or epoch == config.epochs):
@@ -291,7 +291,7 @@ def _close_epoch(
 
 
 def _memory_words(device: torch.device) -> str:
-    """The most memory this process has held so far, in words."""
+    """Describe the most memory that this process has held so far."""
     words = f"{peak_rss_mb() / 1000:.1f} GB"
     return words if device.type != "cuda" else f"{words}, GPU {_gpu_mb(device) / 1000:.1f} GB"
 
@@ -301,9 +301,9 @@ def _gpu_mb(device: torch.device) -> float:
 
 
 def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
-    """UserError unless all processes were started alike and see the same data and encoder.
+    """Raise UserError unless all processes have the same options, data and encoder.
 
-    The path to the encoder may differ.
+    Only the path to the encoder may differ.
     """
     unlike = sorted(
         {
@@ -325,7 +325,7 @@ def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
 def _summary(
     request: FinetuneRequest, plan: Plan, ranks: Ranks, resumed_from: int
 ) -> FinetuneSummary:
-    """What the files of a finished run say."""
+    """Read the summary of a finished run from its files."""
     run_dir, config = request.run_dir, request.config
     metrics = read_metrics(run_dir)
     failures = read_failed_clips(run_dir)
@@ -378,7 +378,7 @@ def _summary(
 
 
 def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
-    """Say once what will be done."""
+    """Log once what will be trained."""
     clips, model = plan.clips, plan.model
     if config.batch_size * ranks.world_size > clips.n_listed:
         log.warning(
@@ -400,7 +400,7 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
 
 
 def _warn_of_memory(plan: Plan, config: FinetuneConfig) -> None:
-    """A GPU says that its memory is used up; the system ends a process without a word."""
+    """Warn before the CPU's memory runs out: the system then ends the process without an error."""
     videos = min(config.batch_size, plan.clips.n_listed)
     needed = plan.model.kept_bytes() * config.frames * videos
     # Gradients and both moments of AdamW, which are still to come.

@@ -1,4 +1,4 @@
-"""Weights that a method's authors released, made an encoder and a head of a workspace."""
+"""Import weights released by a method's authors as an encoder and a head of a workspace."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def import_checkpoint(
     device: str = "auto",
     progress: ProgressSink = no_progress,
 ) -> dict[str, Any]:
-    """Make encoders/`name` and heads/`name` of a checkpoint; either both appear or neither.
+    """Make encoders/`name` and heads/`name` from a checkpoint; either both appear or neither.
 
-    `clip` is the spec of the CLIP that the tower was tuned from; None: OpenAI's of its shape.
-    `blend` is the share of the tuned tower, the rest is that CLIP's own. `class_names_file`, CSV
-    `id,name`, names the training classes, which are checked against the features in the
-    checkpoint; `progress` counts their sentences. Returns what the import is about, JSON-ready.
-    UserError for a name in use and for a file, a CLIP or names that do not fit, WorkError when the
-    CLIP cannot be had.
+    `clip` is the spec of the CLIP that the tower was tuned from; None means OpenAI's CLIP of the
+    same shape. `blend` is the share of the tuned tower; the rest is the tower of that CLIP.
+    `class_names_file`, CSV `id,name`, names the training classes, which are checked against the
+    features in the checkpoint; `progress` counts their sentences. Returns the facts of the import,
+    JSON-ready. Raises UserError for a name in use and for a file, a CLIP or names that do not fit,
+    WorkError if the CLIP is not available.
     """
     encoder_dir, run_dir = workspace.encoder_dir(name), workspace.run_dir(name)
     require_run_name(name)

@@ -26,26 +26,26 @@ logger = logging.getLogger(__name__)
 
 
 class EndToEndModel(nn.Module):
-    """An image tower of open_clip and a head, trained together; class texts are given and fixed.
+    """An image tower of open_clip and a head, trained together against fixed class texts.
 
-    `image_tower` is taken over, not copied: it becomes float32, and trainable by `train`, however
-    it was loaded; the `Encoder` it came from is good for texts only from then on. Load it in fp32,
-    and move the model to its device as a whole.
+    `image_tower` is used itself, not copied: it is converted to float32 and its parameters are
+    frozen or trained as `train` says, so its `Encoder` can afterwards only encode texts. Load the
+    tower in fp32, and move the whole model to its device.
 
     The tower stays in evaluation mode in training too: a vision transformer computes the same in
     both modes (patch dropout apart, which the released code does not use), and a ResNet's batch
     statistics would depend on how a batch is shared out over processes.
 
-    `logit_scale` is CLIP's multiplier as a number, or its parameter, the natural logarithm, as a
-    tensor. `train` is "tower" (everything), "head" (tower frozen; head and logit scale trained) or
-    "tower-last-N" (`heads.end_to_end.trained_parts`). `checkpointing` trades time for memory in the
-    tower.
+    `logit_scale` is CLIP's multiplier as a number, or its natural logarithm as a tensor. `train` is
+    "tower" (everything), "head" (tower frozen; head and logit scale trained) or "tower-last-N"
+    (`heads.end_to_end.trained_parts`). `checkpointing` trades time for memory in the tower.
 
-    Raises UserError when tower and head have different widths, and for a `train` or
-    `checkpointing` that the tower cannot have.
+    Raises UserError if tower and head have different widths, and if the tower does not support
+    `train` or `checkpointing`.
 
-    Attributes: `image_tower`, `head`, `logit_scale` (parameter, natural logarithm), `trained` (what
-    `train` was). An optimiser is `build_optimizer(model.head, model.tower_parameters(), config)`.
+    Attributes: `image_tower`, `head`, `logit_scale` (parameter, natural logarithm), `trained` (the
+    value of `train`). Build an optimiser with `build_optimizer(model.head,
+    model.tower_parameters(), config)`.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class EndToEndModel(nn.Module):
         return self
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Preprocessed frames floating [B,T,3,s,s] -> embeddings [B,T,D], not normalised.
+        """Encode preprocessed frames, floating [B,T,3,s,s] -> embeddings [B,T,D], not normalised.
 
-        Their dtype is autocast's where it is on, else float32. A frozen tower keeps no gradients.
-        Raises ValueError for another shape or dtype.
+        Embeddings have autocast's dtype if it is on, else float32. A frozen tower keeps no
+        gradients. Raises ValueError for another shape or dtype.
         """
         self._check_frames(frames)
         images = rearrange(frames, "b t c h w -> (b t) c h w").to(self.logit_scale.dtype)
@@ -103,11 +103,11 @@ class EndToEndModel(nn.Module):
         subsets: Tensor | None = None,
         **weights: float,
     ) -> Any:
-        """Losses of one batch, means over its samples, as `Head.training_loss` gives them.
+        """Return the losses of one batch, averaged over samples, as `Head.training_loss` does.
 
-        `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B], best on the CPU, where they
-        are checked without waiting for a GPU; `class_embeddings` [C,D]; `draw`, `subsets` and
-        `weights` (where not given, the recipe's defaults) as `Head.training_loss` takes them. Tower
+        `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B], best on the CPU, where
+        checking them does not wait for a GPU; `class_embeddings` [C,D]; `draw`, `subsets` and
+        `weights` (missing ones: the recipe's defaults) as `Head.training_loss` takes them. Tower
         and head run under the caller's autocast, the losses outside it. The features are not
         detached.
         Raises ValueError for wrong shapes or labels, UserError for more frames than positions.
@@ -134,23 +134,24 @@ class EndToEndModel(nn.Module):
             subsets,
             TrainConfig().loss_weights | weights,
         )
-        # With the feature loss alone it would have no gradient, for which DDP waits.
+        # With the feature loss alone, the scale would get no gradient, and DDP would wait for it.
         return terms._replace(total=terms.total + 0.0 * scale)
 
     def forward(self, frames: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
-        """Cosines [B,C] of preprocessed `frames` [B,T,3,s,s] with `class_embeddings` [C,D].
+        """Return cosines [B,C] of preprocessed `frames` [B,T,3,s,s] with `class_embeddings` [C,D].
 
-        The evaluation pass of the head (`Head.forward`); every view is a sample. Switch the
-        model to evaluation and gradients off around it. Errors as in `training_loss`.
+        This is the head's evaluation pass (`Head.forward`); every view is a sample. Call it in
+        evaluation mode and without gradients. Errors as in `training_loss`.
         """
         self._check_frames(frames)
         cosines: Tensor = self.head(self.encode(frames), class_embeddings, modulate)
         return cosines
 
     def kept_bytes(self) -> int:
-        """Bytes of activations that the tower keeps of one frame for the backward pass.
+        """Return the bytes of activations that the tower keeps of one frame for the backward pass.
 
-        Most of what a step takes beside the weights; 0 for a frozen tower or one of unknown input.
+        They are most of a step's memory besides the weights; 0 if the tower is frozen or its input
+        size is unknown.
         """
         if not self._tower_trains or self._size is None:
             return 0
@@ -169,7 +170,7 @@ class EndToEndModel(nn.Module):
         return sum(kept.values())
 
     def tower_parameters(self) -> list[nn.Parameter]:
-        """Group 0 of `build_optimizer`: the tower's trained parameters and the logit scale."""
+        """Return group 0 of `build_optimizer`: trained tower parameters and the logit scale."""
         return [*(p for p in self.image_tower.parameters() if p.requires_grad), self.logit_scale]
 
     def _check_frames(self, frames: Tensor) -> None:
@@ -183,12 +184,12 @@ class EndToEndModel(nn.Module):
 
 
 class TrainingStep(nn.Module):
-    """`EndToEndModel.training_loss`, weighted, as the forward of a module, for several processes.
+    """A module whose forward is the weighted `EndToEndModel.training_loss`, for several processes.
 
-    DistributedDataParallel wraps it, because it hooks into `forward`, which is the evaluation pass
-    of the model itself. With FSDP2 the model is sharded, so that both passes work, and
-    `register_fsdp_forward_method(model, "training_loss")` called; FSDP2 takes no scalars, so that
-    `model.logit_scale` becomes a parameter of shape [1] before.
+    DistributedDataParallel wraps this module, because it hooks into `forward`, which in the model
+    itself is the evaluation pass. FSDP2 shards the model, so that both passes work, after
+    `register_fsdp_forward_method(model, "training_loss")`; FSDP2 accepts no scalar parameters, so
+    `model.logit_scale` is left out of the sharding.
     """
 
     def __init__(
@@ -209,11 +210,11 @@ class TrainingStep(nn.Module):
         subsets: Tensor | None = None,
         weight: float = 1.0,
     ) -> Any:
-        """The losses of this process's part of a batch, each times `weight`.
+        """Return the losses of this process's part of a batch, each multiplied by `weight`.
 
-        Processes average gradients, so n samples of N over W processes weigh n * W / N for the
-        gradient of the mean over all N. A part without samples (`frames` [0,T,3,s,s]) computes a
-        black clip with weight 0: every process takes part in every exchange of gradients.
+        Processes average gradients, so n samples of N over W processes get weight n * W / N, which
+        gives the gradient of the mean over all N. A part without samples (`frames` [0,T,3,s,s])
+        uses a black clip with weight 0, because every process must exchange gradients.
         """
         if frames.shape[0] == 0:
             weight = 0.0
@@ -238,7 +239,7 @@ def _in_float32(image_tower: nn.Module) -> nn.Module:
 
 
 def _log_scale(logit_scale: float | Tensor) -> Tensor:
-    """The parameter's value [] float32, from a multiplier (number) or a logarithm (tensor)."""
+    """Return the parameter's value [] float32 from a multiplier (number) or logarithm (tensor)."""
     if isinstance(logit_scale, Tensor):
         if logit_scale.numel() != 1:
             raise ValueError(f"the logit scale must be one number, not {list(logit_scale.shape)}")
@@ -257,7 +258,7 @@ def _input_size(image_tower: nn.Module) -> tuple[int, int] | None:
 
 @torch.no_grad()
 def _output_width(image_tower: nn.Module, size: tuple[int, int]) -> int:
-    """D as the tower gives it: towers do not all say it, and a changed one may say it wrongly."""
+    """Measure D: not every tower has it as an attribute, and a changed tower may have it wrong."""
     parameter = next(image_tower.parameters())
     blank = torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype)
     return image_embeddings(image_tower.eval(), blank).shape[-1]

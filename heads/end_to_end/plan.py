@@ -1,4 +1,4 @@
-"""What a fine-tuning will do: request, data, encoder and head, checked before the first step."""
+"""The plan of a fine-tuning: request, data, encoder and head, checked before the first step."""
 
 from __future__ import annotations
 
@@ -49,45 +49,45 @@ TRAIN_SPLIT: Final = "train"
 
 @dataclass(frozen=True)
 class FinetuneRequest:
-    """What to fine-tune on what, and where the results go."""
+    """The encoder and head to fine-tune, the data, and the folders of the results."""
 
     dataset_dir: Path
     run_dir: Path
     encoder_dir: Path
-    """Where the tuned encoder is published; its name is the run's."""
+    """Folder in which the tuned encoder is published; it has the name of the run."""
     encoders_dir: Path
     config: FinetuneConfig
     head: Callable[[int], MethodConfig]
-    """The new head for embeddings of a width; not asked with `from_head`."""
+    """A function from the embedding width to the new head; not called with `from_head`."""
     encoder: str | None = None
-    """Spec of the CLIP to begin with; None: the one `from_head` was trained on."""
+    """Spec of the CLIP to begin with; None means the one that `from_head` was trained on."""
     from_head: Path | None = None
-    """Run whose head to begin with; the same as `run_dir` for a second stage in one folder."""
+    """Folder of the run whose head to begin with; `run_dir` itself for a second stage in it."""
     split: str | None = None
-    """None: "train", or all videos of a data set without splits."""
+    """Training split; None means "train", or all videos of a data set without splits."""
     eval_split: str | None = None
-    """None: "val", else "test", else no evaluation."""
+    """Evaluation split; None means "val", else "test", else no evaluation."""
     prompt_set: str | PromptSet | None = None
-    """A set's name, a file of templates or of descriptions; None: as `from_head`, else "mote28"."""
+    """Name, or file of templates or descriptions; None means that of `from_head`, else "mote28"."""
     resume: bool = False
     decoder: str = "auto"
     workers: int | None = None
-    """Decode threads of this process; None: its share of the machine's cores."""
+    """Decode threads of this process; None means its share of the machine's cores."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints inside an epoch; None: every ten minutes."""
+    """Steps between checkpoints inside an epoch; None means every ten minutes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found out before the first step, the same on all processes."""
+    """Everything decided before the first step; the same on all processes."""
 
     dataset: Dataset
     model: EndToEndModel
     """On this process's device."""
     origin: HeadOrigin
-    """Of the head to be published, but for the encoder: that is the one it begins with."""
+    """Origin of the head to be published, except that it names the encoder training begins with."""
     clip_shape: tuple[int, ...]
-    """T, 3, height and width of the pixels of a clip."""
+    """The shape of a clip: T, 3, height and width in pixels."""
     clips: ClipStream
     evaluation: EvaluationClips | None
     eval_split: str | None
@@ -97,7 +97,7 @@ class Plan:
 
 
 def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
-    """Load and check everything; may fail on some processes only."""
+    """Load and check everything; an error may occur on some processes only."""
     config = request.config
     dataset = load_dataset(request.dataset_dir)
     split = _training_split(dataset, request.split)
@@ -113,7 +113,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     spec = lasting_spec(spec, request.encoders_dir)
     encoder = load_encoder(spec, "fp32", str(ranks.device), request.encoders_dir)
     prompt_set = _prompt_set(request, begun)
-    # The text tower is the same everywhere; what it gives may differ in the last bit.
+    # The text tower is the same on all processes, but its output may differ in the last bit.
     classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()
     if begun is None:
         head = build_head(
@@ -199,7 +199,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     )
     shard = sharded(ranks, config.shard, encoder.image_tower)
     if shard:
-        trained_blocks(encoder.image_tower)  # UserError where it has none
+        trained_blocks(encoder.image_tower)  # UserError if the tower has no blocks
     require_trainable(head, config, clips.steps_per_epoch)
     return Plan(
         dataset=dataset,
@@ -254,9 +254,9 @@ def _evaluation_split(dataset: Dataset, request: FinetuneRequest, split: str | N
 
 
 def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, classes: Tensor) -> Head:
-    """A head to go on with, its classes in the data set's order; UserError where it does not fit.
+    """Return a copy of `begun` with its classes in the data set's order; UserError if it misfits.
 
-    `classes` [C,D] are the data set's.
+    `classes` [C,D] are the class embeddings of the data set.
     """
     if begun.config.dim != encoder.dim:
         raise UserError(
@@ -281,6 +281,6 @@ def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, class
 
 
 def _cores_of_this_process() -> int:
-    """Cores over the processes that the launcher started on this machine."""
+    """Return the machine's cores divided by the processes that the launcher started on it."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, usable_cores() // max(1, int(local) if local.isdigit() else 1))

@@ -1,4 +1,4 @@
-"""What happens in videos that belong to no data set: their classes, with scores."""
+"""Predict the classes of videos that belong to no data set."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def predict(
     device: str = "auto",
     progress: ProgressSink = no_progress,
 ) -> dict[str, Any]:
-    """The `top` classes that fit each video best; the scores of all classes add up to 1.
+    """Return the `top` best classes of each video; the scores of all classes add up to 1.
 
-    What is None is the head's own: classes, encoder, frames and prompts. `head` names a run, the
-    mean of frames, or with None the newest run, else the mean. Returns `head`, `encoder` and
-    `videos`, JSON-ready: `path`, `num_frames`, `predictions` of `class_name` and `score`, and
-    `error` where a video cannot be decoded, which is logged. UserError for files, classes, a head
-    or an encoder that are not there or do not fit.
+    Classes, encoder, frames and prompts default to the head's own. `head` is the name of a run or
+    "mean" (the mean of frames); None means the newest run, or the mean if there is none. Returns
+    `head`, `encoder` and `videos`, JSON-ready: `path`, `num_frames`, `predictions` of `class_name`
+    and `score`, and `error` if a video cannot be decoded, which is also logged. Raises UserError
+    for files, classes, a head or an encoder that do not exist or do not fit.
     """
     for path in videos:
         if not path.is_file():

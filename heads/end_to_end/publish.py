@@ -1,7 +1,7 @@
-"""From trained weights to what every other command takes: an encoder, a head and the bare tower.
+"""Publish trained weights as an encoder, a head and the bare tower, which other commands take.
 
-`encoders/RUN` is the blended tower with the text tower it began with, `heads/RUN/tower.safetensors`
-the tuned tower unblended, `heads/RUN/head.safetensors` the head, bound to the published encoder.
+`encoders/RUN` holds the blended tower with the original text tower, `heads/RUN/tower.safetensors`
+the unblended tuned tower, and `heads/RUN/head.safetensors` the head for the published encoder.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ def publish(
     epoch_choice: str,
     ranks: Ranks,
 ) -> str:
-    """Write encoder, tower and head; returns the fingerprint of the published encoder.
+    """Write encoder, tower and head; return the fingerprint of the published encoder.
 
-    `origin` is the head's but for the encoder, which is the CLIP that the training began with, as
-    it was then. `epoch` counts from 1, `epoch_choice` says
-    how it was chosen. Every process must come here. The head is written last: encoder and head
-    appear together or, when the writing fails, not at all; after a kill between the two the same
-    call completes them. Raises WorkError when the CLIP has changed since, or another encoder of
-    that name was made.
+    `origin` is the head's origin, except that its encoder is the CLIP that the training began with,
+    as it was then. `epoch` counts from 1, and `epoch_choice` tells how it was chosen. Every process
+    must call this. The head is written last: encoder and head appear together or, if writing fails,
+    not at all; if the process is killed between the two, the same call completes them. Raises
+    WorkError if the CLIP has changed since, or if another encoder of that name was made.
     """
     tower_state = {f"visual.{name}": v for name, v in model.image_tower.state_dict().items()}
     tower = whole_tensors({**tower_state, "logit_scale": model.logit_scale}.items(), ranks)
@@ -56,7 +55,7 @@ def publish(
         original = load_clip(origin.encoder, encoders_dir)
         if fingerprint(original.model, original.model_config) != origin.encoder_fingerprint:
             raise WorkError(
-                f"encoder {origin.encoder} is not the one that the run began with any more: put it "
+                f"encoder {origin.encoder} is no longer the one that the run began with: put it "
                 "back, then run the same command with --resume"
             )
         parts = blended(tower, tower_of(original), blend)

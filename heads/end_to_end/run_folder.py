@@ -1,8 +1,8 @@
-"""The folder of a fine-tuning: what it was begun with, and the stage that came before it.
+"""The folder of a fine-tuning: its settings, and the stage that came before it.
 
-`heads/RUN` holds config.json, metrics.jsonl, failures.csv and state/ while it trains; then
-tower.safetensors and, last, head.safetensors. A run that continues a head of the same name keeps
-that first stage, with everything measured of it, in `heads/RUN/frozen`.
+`heads/RUN` holds config.json, metrics.jsonl, failures.csv and state/ during training, afterwards
+also tower.safetensors and, written last, head.safetensors. A run that continues a head of the same
+name keeps that first stage, with its results, in `heads/RUN/frozen`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _INFORMATIVE: Final = frozenset(
 
 
 def is_finetuning(run_dir: Path) -> bool:
-    """Whether the run in `run_dir` was begun by this mode; WorkError for a damaged config.json."""
+    """Return whether this mode began the run in `run_dir`; WorkError for a damaged config.json."""
     settings = read_config(run_dir)
     return settings is not None and settings.get("mode") == MODE
 
 
 def starting_head(run_dir: Path, from_head: Path) -> Path:
-    """Folder of the head to begin with: that of `from_head`, kept aside if it is `run_dir`."""
+    """Return the folder of the head to begin with: `from_head`, or its copy kept in `run_dir`."""
     if from_head != run_dir or (is_finetuning(run_dir) is False and _has_head(run_dir)):
         return from_head
     kept = run_dir / FIRST_STAGE
@@ -68,14 +68,14 @@ def starting_head(run_dir: Path, from_head: Path) -> Path:
 def open_run(
     run_dir: Path, encoder_dir: Path, settings: Mapping[str, Any], *, resume: bool, continues: bool
 ) -> None:
-    """Begin or continue the run; `continues` says that it begins with the head of this name.
+    """Begin or continue the run; `continues` means that it begins with the head of this name.
 
-    UserError where the run or an encoder of its name exists, and for other settings than those it
-    was begun with, naming them.
+    Raises UserError if the run or an encoder of its name exists, or if the settings differ from
+    those that the run began with (the message names them).
     """
     begun = read_config(run_dir)
     if begun is not None and begun.get("mode") == MODE:
-        # Other processes make other draws, where every process makes its own.
+        # If every process makes its own draws, the number of processes changes them.
         per_rank = settings["training"]["draws"] == "per-rank"
         may_differ = _INFORMATIVE - ({"batch.processes"} if per_rank else set())
         require_same_run(run_dir, begun, settings, resume, FinetuneConfig, may_differ)
@@ -97,7 +97,7 @@ def open_run(
 
 
 def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write failures.csv: every video that failed, with the epoch it first did, from 1."""
+    """Write failures.csv: every failed video with the epoch of its first failure, from 1."""
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["key", "split", "first_epoch", "reason"])
@@ -111,10 +111,10 @@ def _has_head(run_dir: Path) -> bool:
 
 
 def _keep_first_stage(run_dir: Path) -> None:
-    """Move a head and its records to `frozen/`; done again from any point it was stopped at.
+    """Move a head and its records to `frozen/`; can be repeated if it was stopped at any point.
 
-    They are complete in one of the two places at every moment, and the folder never looks like a
-    finished fine-tuning: its new config.json is written after the old head is gone.
+    The files are complete in one of the two places at every moment, and the folder never looks like
+    a finished fine-tuning, because the new config.json is written after the old head is gone.
     """
     kept = run_dir / FIRST_STAGE
     if _has_head(run_dir):

@@ -19,18 +19,18 @@ ViT-L/14 304 million."""
 
 
 def sharded(ranks: Ranks, shard: str, tower: nn.Module) -> bool:
-    """Whether parameters are spread over the processes: `shard`, or by the tower's size."""
+    """Return whether to spread parameters over the processes: by `shard`, or by tower size."""
     if ranks.alone or shard == "ddp":
         return False
     return shard == "fsdp" or sum(p.numel() for p in tower.parameters()) >= SHARDED_FROM
 
 
 def spread(step: TrainingStep, ranks: Ranks, shard: bool) -> nn.Module:
-    """`step`, whose forward every process calls equally often, made to average gradients.
+    """Make the processes average the gradients of `step`, which all must call equally often.
 
-    Whole copies (DistributedDataParallel), or with `shard` FSDP2: each block of the tower and each
-    layer of the head is put together only while it computes, and so is the rest. Optimisers must
-    be built afterwards.
+    Processes hold whole copies (DistributedDataParallel), or with `shard` use FSDP2: each block of
+    the tower, each layer of the head and the rest are assembled only while they compute. Optimisers
+    must be built afterwards.
     """
     if ranks.alone:
         return step

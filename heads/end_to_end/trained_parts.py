@@ -1,7 +1,7 @@
 """Which part of the model is trained: everything, the head alone, or the tower's last blocks.
 
-The head and the logit scale are trained in every case. What is frozen has no gradient, and so no
-weight decay and no optimiser state (`heads.training.schedule.build_optimizer` leaves it out).
+The head and the logit scale are always trained. Frozen parameters have no gradient, and so no
+weight decay and no optimiser state (`heads.training.schedule.build_optimizer` leaves them out).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from heads.end_to_end.config import last_blocks
 
 
 def trained_blocks(image_tower: nn.Module, last: int | None = None) -> list[nn.Module]:
-    """The transformer blocks of a tower that are trained, in order: all, or the `last` ones.
+    """Return the transformer blocks of a tower that are trained, in order: all, or the `last` ones.
 
     Raises UserError for a tower that is not open_clip's `VisionTransformer` (a ResNet, a tower of
     timm), and for more blocks than the tower has.
@@ -57,7 +57,7 @@ def freeze_all_but(image_tower: nn.Module, train: str) -> None:
 
 
 def _after_blocks(image_tower: nn.Module) -> Iterator[nn.Parameter]:
-    """Parameters of an open_clip vision transformer that the last block's output meets."""
+    """Yield the parameters of an open_clip vision transformer that follow its last block."""
     for name in ("attn_pool", "attn_pool_contrastive", "ln_post"):
         part = getattr(image_tower, name, None)
         if isinstance(part, nn.Module):
@@ -68,10 +68,10 @@ def _after_blocks(image_tower: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def checkpoint_gradients(image_tower: nn.Module) -> None:
-    """Keep only every block's input for the backward pass and compute its inside again there.
+    """Keep only each block's input for the backward pass, which computes the block again.
 
     Values and gradients stay the same; a step computes the tower's forward twice. The released code
-    always does so. Raises UserError for a tower without it.
+    always does so. Raises UserError for a tower that does not support it.
     """
     # open_clip's ResNet has the method too, and it does nothing.
     if not isinstance(image_tower, VisionTransformer | TimmModel):

@@ -1,4 +1,4 @@
-"""The close-set protocol on videos: what `extract` and `eval` would measure, without a store.
+"""The close-set protocol on videos: measures the same as `extract` and `eval`, without a store.
 
 B = videos of a batch, T = frames, s = input size, C = classes. One clip per video, centre crop,
 float32; the counts are exact for any number of processes.
@@ -20,7 +20,7 @@ from pipeline.tars.dataset import Dataset
 from pipeline.video_clips.stream import EvaluationClips
 
 SPLITS = ("val", "test")
-"""The first of these that the data set has is evaluated on, as by `eval --closeset`."""
+"""Evaluation uses the first of these that the data set has, as `eval --closeset` does."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Validation:
     """None with fewer than five classes."""
 
     def to_json(self) -> dict[str, Any]:
-        """What the run's records hold."""
+        """Return the entries for the run's records."""
         return {
             "split": self.split,
             "n_listed": self.n_listed,
@@ -48,7 +48,7 @@ class Validation:
 
 
 def validation_split(dataset: Dataset) -> str | None:
-    """The split to evaluate on; None where the data set has none with videos."""
+    """Return the split to evaluate on; None if the data set has no such split with videos."""
     return next((s for s in SPLITS if len(dataset.keys_by_split.get(s, ()))), None)
 
 
@@ -65,10 +65,11 @@ def validate(
     modulate: bool,
     in_step: bool,
 ) -> tuple[Validation | None, list[tuple[str, str]]]:
-    """Accuracy of `model` on `clips`, None when none of them can be decoded; this rank's failures.
+    """Return the accuracy of `model` on `clips` and the failures (key, reason) of this rank.
 
-    `class_embeddings` [C,D] on the model's device, in the order of labels. `in_step`: every process
-    must run the model equally often, those without videos left on a black clip of `shape`.
+    The accuracy is None if no clip can be decoded. `class_embeddings` [C,D] are on the model's
+    device, in the order of labels. With `in_step`, every process runs the model equally often, on a
+    black clip of `shape` when it has no videos left.
     """
     training = model.training
     model.eval()

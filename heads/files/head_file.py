@@ -1,7 +1,7 @@
-"""Files of a run: the finished head, and the state training continues from. No pickle anywhere.
+"""Read and write safetensors files of a run: the finished head, and the training state. No pickle.
 
-`head.safetensors` holds the head's state dict (MoTE's is in `heads.methods.mote.model`) and, in its
-metadata, one JSON text with its configuration and origin, so the file alone is enough to use it.
+`head.safetensors` holds the head's state dict (for MoTE, see `heads.methods.mote.model`) and, as
+metadata, a JSON text with configuration and origin, so that the file alone is enough to use it.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ def save_head(head: Head, path: Path) -> None:
 
 
 def load_head(path: str | Path) -> Head:
-    """The head of a run folder or of a `head.safetensors` file, on the CPU, in evaluation mode.
+    """Load the head of a run folder or a `head.safetensors` file on the CPU, in evaluation mode.
 
-    Raises UserError when there is none, when the file is not a head of ours or a tensor is
-    missing, extra or misshapen; WorkError when the file is damaged or holds numbers that are not
-    finite.
+    Raises UserError if there is no head, if mote did not write the file, or if a tensor is missing,
+    extra or misshapen; WorkError if the file is damaged or holds numbers that are not finite.
     """
     path = Path(path)
     file = path / HEAD_FILE if path.is_dir() else path
@@ -73,9 +72,9 @@ def load_head(path: str | Path) -> Head:
 def choose_head(
     workspace: Workspace, name: str | None, *, or_mean: bool = False
 ) -> tuple[Head | None, Path]:
-    """The head that `name` means and its run folder; (None, folder) for the mean of frames.
+    """Return the head called `name` and its run folder; (None, folder) for the mean of frames.
 
-    None means the newest run, or the mean where `or_mean` allows it and nothing was trained.
+    None means the newest run, or the mean if `or_mean` allows it and nothing was trained.
     Errors as `Workspace.choose_run` and `load_head`.
     """
     if name == MEAN_OF_FRAMES or (name is None and or_mean and not workspace.trained_runs()):
@@ -85,7 +84,7 @@ def choose_head(
 
 
 def head_fingerprint(head: Head) -> str:
-    """Hash of the head's configuration and tensors, 16 hex digits: which weights were tested."""
+    """Hash the head's configuration and tensors, 16 hex digits; identifies the tested weights."""
     digest = hashlib.sha256(json.dumps(head.config.to_json(), sort_keys=True).encode())
     for name, tensor in sorted(head.state_dict().items()):
         digest.update(name.encode())
@@ -102,7 +101,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, A
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and card that `save_tensors` wrote; errors as `load_head`."""
+    """Load tensors and card that `save_tensors` wrote; errors as `load_head`."""
     with open_tensors(path) as (names, tensor, card):
         return {name: tensor(name) for name in names}, card
 
@@ -111,7 +110,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def open_tensors(
     path: Path,
 ) -> Iterator[tuple[list[str], Callable[[str], Tensor], dict[str, Any]]]:
-    """Names, a function that reads one tensor, and the card; errors as `load_head`."""
+    """Yield names, a function that reads one tensor, and the card; errors as `load_head`."""
     try:
         with safe_open(path, framework="pt") as file:
             try:

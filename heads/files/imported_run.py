@@ -1,4 +1,4 @@
-"""What an imported or fine-tuned run keeps beside its head: the tower as it was trained."""
+"""The unblended tower that an imported or fine-tuned run keeps beside its head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from heads.methods.text_classifier import SAME_CLASS, class_cosines
 
 
 def imported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
-    """Unblended tower and epoch (from 0) of a run that has its own; None for a head on a store."""
+    """Load a run's unblended tower and epoch (from 0); None for a head trained from a store."""
     file = run_dir / TOWER_FILE
     if not file.is_file():
         return None
@@ -27,8 +27,8 @@ def imported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
 
 
 def tower_facts(run_dir: Path) -> dict[str, Any] | None:
-    """What stands beside the unblended tower of a run: `epoch`, counted from 0, and where it was
-    trained here `blend` and `epoch_choice`; None for a run without a tower of its own."""
+    """Read the facts stored with a run's unblended tower: `epoch`, counted from 0, and after a
+    fine-tuning also `blend` and `epoch_choice`; None for a run without a tower of its own."""
     file = run_dir / TOWER_FILE
     if not file.is_file():
         return None
@@ -37,9 +37,9 @@ def tower_facts(run_dir: Path) -> dict[str, Any] | None:
 
 
 def tower_hash(run_dir: Path) -> str | None:
-    """SHA-256 of the tensors of the unblended tower of a run, None for a run without one.
+    """Return the SHA-256 of the tensors of a run's unblended tower; None for a run without one.
 
-    A tower that was exported and imported again has the same.
+    It stays the same when a tower is exported and imported again.
     """
     found = imported_tower(run_dir)
     if found is None:
@@ -52,9 +52,9 @@ def tower_hash(run_dir: Path) -> str | None:
 
 
 def require_class_names(head: Head, class_names: tuple[str, ...], embeddings: Tensor) -> None:
-    """Raise UserError unless `class_names` are those of the head's classes, in its order.
+    """Raise UserError unless `class_names` are the names of the head's classes, in its order.
 
-    `embeddings` [S,D]: the names' class features by the text tower the head was trained with.
+    `embeddings` [S,D] are the class features of the names, from the head's own text tower.
     """
     trained = head.training_class_embeddings
     if len(class_names) != trained.shape[0]:

@@ -1,4 +1,4 @@
-"""Heads for use outside this package: experts merged for good, as safetensors or ONNX.
+"""Export heads for use outside this package: with experts merged, as safetensors or ONNX.
 
 B = batch (views), T = frames, D = embedding width, C = classes tested, S = training classes,
 K = neighbours.
@@ -28,11 +28,11 @@ ONNX_OUTPUT = "cosines"
 
 
 def merged_head(head: Head) -> Head:
-    """`head` as one plain network on the CPU, with the same cosines and the same origin.
+    """Return `head` as one plain network on the CPU, with the same cosines and the same origin.
 
-    MoTE's experts are merged as evaluation merges them; `save_head` writes the result as it writes
-    any head. Raises UserError for a head that no single
-    network stands for, and for a method that runs in mote only.
+    MoTE's experts are merged as evaluation merges them; `save_head` can write the result like any
+    head. Raises UserError for a head that no single network can replace, and for a method that runs
+    in mote only.
     """
     chosen = method(head.config.kind)
     chosen.require("used by other programs", chosen.portable)
@@ -47,7 +47,7 @@ def save_onnx(head: Head, path: Path) -> None:
     classes than modulation compares (K) a modulated output is NaN. The metadata entry "mote" is a
     JSON text with configuration, origin and logit scale.
 
-    Raises UserError when the packages for it are not installed, and as `merged_head`.
+    Raises UserError if the packages for ONNX are not installed, and as `merged_head`.
     """
     absent = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if absent:
@@ -99,10 +99,10 @@ def save_onnx(head: Head, path: Path) -> None:
 
 
 class _Cosines(nn.Module):
-    """A merged head whose modulation is switched by an input, in operations ONNX has.
+    """A merged head whose modulation is switched by an input, in operations that ONNX has.
 
-    The model's own forward refuses too few classes by looking at shapes; a graph cannot, so here
-    such an output is NaN.
+    The model's own forward checks shapes and refuses too few classes; a graph cannot, so here the
+    output is NaN instead.
     """
 
     def __init__(self, head: Head) -> None:
@@ -137,9 +137,9 @@ class _Cosines(nn.Module):
 
 
 def _nearest(video: Tensor, classes: Tensor, count: int) -> Tensor:
-    """The `count` rows of `classes` [C,D] nearest to `video` [B,D] -> [B,count,D].
+    """Return the `count` rows of `classes` [C,D] nearest to `video` [B,D] -> [B,count,D].
 
-    Rows of zeros that are chosen last fill up a shorter list.
+    A shorter list is filled up with rows of zeros, which are chosen last.
     """
     scores = functional.pad(video @ classes.T, (0, count), value=-math.inf)
     table = functional.pad(classes, (0, 0, 0, count))

@@ -1,13 +1,13 @@
-"""The files of a run folder `heads/RUN`: what they are called, and the plain ones read and written.
+"""The files of a run folder `heads/RUN`: their names, and functions for the plain text ones.
 
 | file | |
 |---|---|
-| `config.json` | what the run was begun with; written first |
-| `training-keys.json` | which videos move its weights |
+| `config.json` | the settings that the run began with; written first |
+| `training-keys.json` | the videos that the head was trained on |
 | `metrics.jsonl` | one record per epoch |
 | `failures.csv` | videos that could not be decoded, end to end only |
-| `state/` | what training continues from, the best weights, the lock |
-| `tower.safetensors` | the tower as it was trained, of imported and fine-tuned heads |
+| `state/` | the state that training continues from, the best weights, the lock |
+| `tower.safetensors` | the tower as trained, for imported and fine-tuned heads |
 | `head.safetensors` | the head; written last: a run with it is finished |
 """
 
@@ -31,7 +31,7 @@ from featstore.workspace import FIRST_STAGE
 from featstore.workspace import HEAD_FILE as HEAD_FILE
 
 KEYS_FILE: Final = "training-keys.json"
-"""In a run folder: {data set: [keys]}, of every video that moved its parameters."""
+"""In a run folder: {data set: [keys]}, with every video that its parameters were trained on."""
 METRICS_FILE: Final = "metrics.jsonl"
 FAILURES_FILE: Final = "failures.csv"
 STATE_FILE: Final = "state/last.safetensors"
@@ -43,7 +43,7 @@ TOWER_FILE: Final = "tower.safetensors"
 
 
 def read_config(run_dir: Path) -> dict[str, Any] | None:
-    """config.json of a run; None where there is none, WorkError where it is no JSON object."""
+    """Read config.json of a run; None if there is none, WorkError if it is no JSON object."""
     file = run_dir / CONFIG_FILE
     if not file.is_file():
         return None
@@ -57,7 +57,7 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
 
 
 def rows_hash(rows: RowArray) -> str:
-    """Hash of array rows as config.json of a run has it, 16 hex digits."""
+    """Return the hash of array rows, 16 hex digits, as stored in config.json of a run."""
     return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:16]
 
 
@@ -66,8 +66,8 @@ def write_training_keys(
 ) -> None:
     """Record in a run folder that it trains on these videos of a data set.
 
-    What was recorded before stays, and what the run it `began_with` records joins it: a head that
-    goes on from another one has seen both.
+    Videos recorded before are kept, and those of the run `began_with` are added, because a head
+    that continues another one has seen the videos of both.
     """
     seen = {dataset: set(keys)}
     for folder in (run_dir, began_with):
@@ -77,9 +77,9 @@ def write_training_keys(
 
 
 def read_training_keys(run_dir: Path) -> dict[str, frozenset[str]] | None:
-    """Keys by data set that a run was trained on; None where it does not say.
+    """Return the keys by data set that a run was trained on; None if they were not recorded.
 
-    WorkError when the file is not what `write_training_keys` wrote.
+    Raises WorkError if `write_training_keys` cannot have written the file.
     """
     file = run_dir / KEYS_FILE
     if not file.is_file():
@@ -92,13 +92,13 @@ def read_training_keys(run_dir: Path) -> dict[str, frozenset[str]] | None:
 
 
 def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
-    """Write the records of a run's epochs, a line each."""
+    """Write the records of a run's epochs, one per line."""
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
     write_bytes(run_dir / METRICS_FILE, lines.encode())
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a finished run's epochs."""
+    """Read the records of a run's epochs; empty if the file is missing or damaged."""
     try:
         return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
     except (OSError, ValueError):
@@ -106,7 +106,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of failures.csv; none where there is no such file."""
+    """Read the lines of failures.csv; empty if there is no such file."""
     try:
         text = (run_dir / FAILURES_FILE).read_text()
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def describe_run(run_dir: Path) -> dict[str, Any]:
-    """What a run is and how far it got, JSON-ready; UserError when `run_dir` is no run."""
+    """Describe a run and its progress, JSON-ready; UserError if `run_dir` is no run."""
     settings = read_config(run_dir)
     if settings is None:
         raise UserError(f"{run_dir} is no run: it has no {CONFIG_FILE}")

@@ -1,4 +1,4 @@
-"""What the head of every method is: CLIP frame features of a view in, cosines with class texts out.
+"""The base class of all heads: CLIP frame features of a view in, cosines with class texts out.
 
 B = batch (views), T = frames, D = embedding width, C = classes tested, S = training classes.
 """
@@ -24,13 +24,13 @@ CLIP_LOGIT_SCALE: Final = (
 
 
 class Head(nn.Module):
-    """A video is the mean of its frames, each of which the method adds `hidden` to.
+    """A head, which adds `hidden` to each frame of a video and averages the frames.
 
-    A method inherits this and writes `hidden`, `reset_parameters` and `training_loss`, and what of
-    the rest is other than here. The output for a view is `m * hidden(x) + x`, with m = 1 in
+    A method inherits from this class, writes `hidden`, `reset_parameters` and `training_loss`, and
+    overrides whatever else differs. The output for a view is `m * hidden(x) + x`, with m = 1 in
     training and without modulation.
 
-    Attributes: `config`; `origin`, what it was trained on (None when built by hand).
+    Attributes: `config`; `origin`, what the head was trained on (None if built by hand).
     """
 
     training_class_embeddings: Tensor
@@ -46,14 +46,14 @@ class Head(nn.Module):
         self.register_buffer("logit_scale", torch.tensor(math.log(CLIP_LOGIT_SCALE)))
 
     def hidden(self, features: Tensor) -> Tensor | None:
-        """What the method adds to `features` [B,T,D] in evaluation, [B,T,D]; None for nothing."""
+        """Return what evaluation adds to `features` [B,T,D], also [B,T,D]; None for nothing."""
         raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the first weights of a new head; `generator` is on the CPU."""
 
     def draw(self, generator: torch.Generator) -> Any:
-        """The chance of one training step, which the whole batch shares; `generator` on the CPU."""
+        """Make the random draw of one training step, for the whole batch; `generator` on CPU."""
         return None
 
     def training_loss(
@@ -66,7 +66,7 @@ class Head(nn.Module):
         subsets: Tensor | None,
         weights: Mapping[str, float],
     ) -> Any:
-        """The losses of one batch: a NamedTuple of scalars, `total` and then the method's `losses`.
+        """Return the losses of one batch: a NamedTuple of scalars, `total`, then `Method.losses`.
 
         `features` floating [B,T,D], not detached; `labels` int64 [B]; `class_embeddings` [C,D];
         `logit_scale` [] natural logarithm; `draw` from `draw`; `subsets` int64 [B], where
@@ -76,11 +76,11 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def check_loss_weights(self, weights: Mapping[str, float]) -> None:
-        """Raise UserError when the recipe's weights leave this head no loss."""
+        """Raise UserError if the recipe's loss weights leave this head without a loss."""
 
     @property
     def data_subsets(self) -> int:
-        """How many subsets the training videos are divided into; 0 where they are not."""
+        """The number of subsets that the training videos are divided into; 0 for none."""
         return 0
 
     @property
@@ -94,11 +94,11 @@ class Head(nn.Module):
         return []
 
     def merged(self) -> Head:
-        """The head as one plain network with the same cosines, on the CPU, for other programs."""
+        """Return the head as one plain network on the CPU, with the same cosines, for export."""
         return self.cpu().eval()
 
     def forward(self, features: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
-        """Cosines [B,C] of `features` [B,T,D] with `class_embeddings` [C,D] (evaluation pass).
+        """Return evaluation cosines [B,C] of `features` [B,T,D] and `class_embeddings` [C,D].
 
         `modulate` applies Temporal Feature Modulation (no effect where the head adds nothing or its
         configuration turns it off). Floating dtypes are cast to the head's. Raises UserError on
@@ -109,7 +109,7 @@ class Head(nn.Module):
         return class_cosines(video_embeddings(frames), class_embeddings)
 
     def aggregate(self, features: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
-        """Frame features after the head, [B,T,D] -> [B,T,D]; with class embeddings, modulated."""
+        """Apply the head to frames, [B,T,D] -> [B,T,D]; modulated if given class embeddings."""
         features, hidden = self.temporal(features)
         if hidden is None:
             return features
@@ -126,12 +126,12 @@ class Head(nn.Module):
         return scale[:, None, None] * hidden + features
 
     def temporal(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(`features` [B,T,D] in the head's dtype, `hidden` of them); UserError as `forward`."""
+        """Return `features` [B,T,D] in the head's dtype and their `hidden`; errors as `forward`."""
         features = self.checked(features, "features", 3)
         return features, self.hidden(features)
 
     def checked(self, values: Tensor, what: str, rank: int) -> Tensor:
-        """Features (rank 3) or class embeddings (2) in the head's dtype; UserError for others."""
+        """Return features (rank 3) or class embeddings (2) in the head's dtype, or UserError."""
         if values.ndim != rank or values.shape[-1] != self.config.dim:
             raise UserError(
                 f"{what} of shape {list(values.shape)} do not fit this head: it takes "
@@ -143,7 +143,7 @@ class Head(nn.Module):
         return values.to(self.logit_scale.dtype)
 
     def require_frames(self, frames: int) -> None:
-        """Raise UserError when `frames` per view are more than the head takes."""
+        """Raise UserError if the head takes fewer than `frames` frames per view."""
         most = self.most_frames
         if most is not None and frames > most:
             raise UserError(
@@ -159,9 +159,9 @@ def build_head(
     logit_scale: float = CLIP_LOGIT_SCALE,
     generator: torch.Generator | None = None,
 ) -> Head:
-    """A new head of the method `config.kind` on the CPU, its first weights drawn.
+    """Build a new head of the method `config.kind` on the CPU and draw its first weights.
 
-    `class_embeddings` [S,D] are those of the training classes (None: none, modulation impossible);
+    `class_embeddings` [S,D] belong to the training classes (with None, modulation is impossible);
     `logit_scale` is the encoder's multiplier. `generator` (CPU) makes the draw reproducible.
     Raises UserError when the embeddings have another width than the head.
     """

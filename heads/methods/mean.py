@@ -1,4 +1,4 @@
-"""CLIP's mean of frames, as the registry has it; the model is MoTE's without its transformer."""
+"""CLIP's mean of frames as a registered method; its model is MoTE's without the transformer."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The methods, by name: what the commands and everything else outside a method asks about it.
+"""The registry of methods by name, which code outside a method uses to learn about it.
 
 A method is a folder `heads/methods/NAME/` with its configuration, model, losses and official names
 (or, where it shares them, a module), whose `METHOD` is registered here by its name in `_BUILT_IN`.
 It is imported when the method is first asked for, and imports the model only where that is used:
 so this module needs no torch, and `import heads` loads no method that needs video decoding.
 
-The commands ask it and hold no name of a method: `train-head` and `finetune` what can be trained,
-`import-checkpoint` and `export` about the authors' format, `eval` and `predict` about modulation,
-`tradeoff` and `demo` for titles.
+The commands contain no method names and ask the registry instead: `train-head` and `finetune` what
+can be trained, `import-checkpoint` and `export` about the authors' format, `eval` and `predict`
+about modulation, `tradeoff` and `demo` for titles.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ if TYPE_CHECKING:
     from heads.methods.settings import MethodConfig
 
 DEFAULT_METHOD: Final = "mote"
-"""What a configuration without `kind` is of."""
+"""The method of a configuration without `kind`."""
 MEAN_OF_FRAMES: Final = "mean"
 """The method without parameters, and the name by which commands ask for no head."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way of getting from the frames of a video to one embedding of it."""
+    """A way to compute one embedding of a video from its frames."""
 
     name: str
     title: str
-    """Its name in pictures."""
+    """The name of the method in pictures."""
     config: Any
-    """Frozen dataclass of a head's shape, a `MethodConfig`."""
+    """The class of a head's configuration: a frozen dataclass that is a `MethodConfig`."""
     head: Callable[[Any, int], Head]
-    """The head for a configuration and a number of training classes, its weights not drawn."""
+    """A function of configuration and number of training classes; the head has no weights drawn."""
     losses: tuple[str, ...] = ()
-    """Names of the losses beside the total, as `Head.training_loss` gives them."""
+    """Names of the losses besides the total, in the order of `Head.training_loss`."""
     trains: bool = True
-    """Whether it has parameters."""
+    """Whether the method has parameters to train."""
     from_store: bool = True
     """Whether it can be trained from stored frame features."""
     end_to_end: bool = True
     """Whether it can be trained together with the image tower."""
     modulated: bool = True
-    """Whether temporal feature modulation can hold back what it adds to the frames."""
+    """Whether temporal feature modulation can scale down what the head adds to the frames."""
     portable: bool = True
     """Whether it can be exported as safetensors and ONNX."""
     official: str | None = None
-    """Module of the format in which its authors publish weights: `is_of(content)`, whether what a
-    file holds is such a checkpoint as far as its entries' names say; `read(path)`, the checkpoint,
-    every tensor checked; `write(path, head, tower_state, epoch)`. UserError for what does not fit.
-    """
+    """Module for the format in which the authors publish weights. `is_of(content)` says whether the
+    entries of a file have the names of such a checkpoint; `read(path)` returns the checkpoint with
+    every tensor checked; `write(path, head, tower_state, epoch)` writes one. They raise UserError
+    for content that does not fit."""
 
     @property
     def checkpoint(self) -> Any:
-        """The module `official`; None without an official format."""
+        """The module named by `official`; None without an official format."""
         return None if self.official is None else import_module(self.official)
 
     def require(self, what: str, possible: bool) -> None:
-        """UserError unless it is `possible` to do `what` with this method."""
+        """Raise UserError unless it is `possible` to do `what` with this method."""
         if not possible:
             raise UserError(f"{self.title} cannot be {what}: choose another --head")
 
@@ -75,17 +75,17 @@ _registered: dict[str, Method | None] = dict.fromkeys(_BUILT_IN)
 
 
 def register(added: Method) -> None:
-    """Make a method known that has no folder here."""
+    """Register a method that has no folder here."""
     _registered[added.name] = added
 
 
 def names() -> list[str]:
-    """The names of all methods."""
+    """Return the names of all methods."""
     return list(_registered)
 
 
 def method(name: str) -> Method:
-    """The method of that name; UserError, naming the choices, when there is none."""
+    """Return the method of that name; UserError, listing the choices, if there is none."""
     if name not in _registered:
         raise UserError(f"head kind {name!r} is unknown: choose one of {', '.join(_registered)}")
     found = _registered[name]
@@ -96,33 +96,33 @@ def method(name: str) -> Method:
 
 
 def require_run_name(name: str) -> None:
-    """UserError for a name that no run can have: that by which commands ask for no head."""
+    """Raise UserError for the name "mean", which no run can have: it asks commands for no head."""
     if name == MEAN_OF_FRAMES:
         raise UserError(f"--name {name}: --head {name} means no head; use another name")
 
 
 def config_from_json(value: Any) -> MethodConfig:
-    """The configuration that `to_json` of some method's gave; UserError where it is none."""
+    """Read the configuration that some method's `to_json` wrote; UserError if it is none."""
     kind = value.get("kind", DEFAULT_METHOD) if isinstance(value, Mapping) else DEFAULT_METHOD
     found: MethodConfig = method(kind).config.from_json(value)
     return found
 
 
 def untrained(kind: object) -> bool:
-    """Whether `kind`, of a record of any version, is a method without parameters."""
+    """Return whether `kind`, from a record of any version, is a method without parameters."""
     return isinstance(kind, str) and kind in _registered and not method(kind).trains
 
 
 def read_checkpoint(file: Path) -> tuple[Method, Any]:
-    """The method whose authors' format `file` has, and the checkpoint, every tensor checked.
+    """Return the method whose authors' format `file` has, and the checkpoint with checked tensors.
 
-    UserError for a file that is damaged, holds code, or is of no format that is known.
+    Raises UserError for a file that is damaged, holds code, or has an unknown format.
     """
     from heads.methods.weight_files import load_weight_file
 
     content = load_weight_file(file)
     known = [found for found in map(method, _registered) if found.official is not None]
     fitting = [found for found in known if found.checkpoint.is_of(content)]
-    # A file of no format known gets the first one's errors, which say what such a file holds.
+    # For an unknown format, the first known one raises an error that says what it expects.
     chosen = (fitting or known)[0]
     return chosen, chosen.checkpoint.read(file)

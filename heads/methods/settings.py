@@ -1,4 +1,4 @@
-"""What every method's head says of itself: its configuration, and what it was trained on."""
+"""The configuration of every method's head, and the record of what it was trained on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from featstore.errors import UserError
 
 
 def within(default: Any, least: int, most: int | None = None) -> Any:
-    """A field of `Settings` that holds a number from `least` up, or from `least` to `most`."""
+    """Make a field of `Settings` for a number from `least` up, or from `least` to `most`."""
     return field(default=default, metadata={"range": (least, most)})
 
 
@@ -25,15 +25,15 @@ class AsJson:
 
 @dataclass(frozen=True)
 class Settings:
-    """A dataclass that checks its fields by their types, is written as JSON and read again.
+    """A dataclass that checks its fields by their types and can be written and read as JSON.
 
     A `Literal` must be one of its choices and a bool true or false; a number must be finite and lie
     in the range that `within` gives it, from 0 up without one. Numbers for a float field become
-    floats, and lists for a tuple become tuples. UserError for anything else.
+    floats, and lists for a tuple become tuples. Any other value raises UserError.
     """
 
     WHAT: ClassVar[str]
-    """Which configuration it is, in errors."""
+    """The name of the configuration in errors."""
 
     def __post_init__(self) -> None:
         kinds = get_type_hints(type(self))
@@ -42,9 +42,9 @@ class Settings:
             object.__setattr__(self, each.name, value)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as strict JSON values, an infinite number as text.
+        """Return the fields as strict JSON values, an infinite number as text.
 
-        Fields marked as `later` are there only where they say something.
+        Fields marked as `later` are left out if they are empty.
         """
         later = {each.name for each in fields(self) if "later" in each.metadata}
         found = {name: _plain(value) for name, value in asdict(self).items()}
@@ -52,7 +52,7 @@ class Settings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of `to_json`; UserError names fields that this version does not know."""
+        """Invert `to_json`; UserError for missing fields and for fields unknown to this version."""
         if not isinstance(value, Mapping):
             raise UserError(f"the {cls.WHAT} configuration is {type(value).__name__}, no object")
         unknown = sorted(set(value) - {each.name for each in fields(cls)})
@@ -75,7 +75,7 @@ class Settings:
 
 
 def _checked(each: Field[Any], kind: Any, value: Any) -> Any:
-    """The value of a field, as its type has it; UserError where it does not fit."""
+    """Return the value of a field, converted to its type; UserError if it does not fit."""
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     if choices and value not in choices:
         raise UserError(f"{each.name} {value!r} is unknown: choose one of {', '.join(choices)}")
@@ -101,26 +101,26 @@ def _checked(each: Field[Any], kind: Any, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a field as JSON can hold it."""
+    """Convert the value of a field to a JSON value."""
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
     return str(value) if value in (math.inf, -math.inf) else value
 
 
 class MethodConfig(Settings):
-    """The shape of a head, as everything outside its method sees it.
+    """The configuration of a head, with the fields that code outside its method may use.
 
-    A method's own class is a frozen dataclass with these fields, and usually more of them.
+    Each method has a frozen dataclass with these fields and usually more.
     """
 
     dim: int
     """D, the embedding width of the encoder."""
     kind: str
-    """Name of the method, as `heads.methods.registry` has it."""
+    """Name of the method in `heads.methods.registry`."""
     modulation_neighbours: int
     """K, classes on either side that temporal feature modulation compares; 0 turns it off."""
     modulation_temperature: float
-    """Scale of modulation's exponential: the larger, the less it holds the head back."""
+    """Scale of modulation's exponential: a larger one reduces the head's effect less."""
 
     @property
     def modulates(self) -> bool:
@@ -130,10 +130,10 @@ class MethodConfig(Settings):
 
 @dataclass(frozen=True)
 class HeadOrigin(Settings):
-    """What a head was trained on: everything needed to use it on the right features.
+    """The record of what a head was trained on: all that is needed to give it the right features.
 
-    An imported head says less than one trained here: what is not known is empty, and class names
-    that nobody gave are None, never invented.
+    For an imported head less is known: unknown fields are empty, and class names are None if nobody
+    gave them.
     """
 
     WHAT: ClassVar[str] = "head origin"
@@ -145,21 +145,21 @@ class HeadOrigin(Settings):
     """Fingerprint of the tower's weights; features of another tower are refused."""
     encoder_precision: str
     sampling: str
-    """Sampling of the store it was trained on, for example "uniform:16"."""
+    """Sampling of the store that the head was trained on, for example "uniform:16"."""
     crops: int
     preprocessing: dict[str, Any]
     prompt_set: str
     class_names: tuple[str, ...] | None
-    """[C] training classes, in the order of `training_class_embeddings`; None when not known."""
+    """[C] training classes, in the order of `training_class_embeddings`; None if not known."""
     frames: int
-    """T, frames per view it was trained with."""
+    """T, frames per view in training."""
     prompt_templates: tuple[str, ...] = ()
-    """Sentences of the prompt set, with {} for the class name; empty where every class had its
-    own or they are not known."""
+    """Sentences of the prompt set, with {} for the class name; empty if every class had its own
+    sentences or if they are not known."""
     trained_on: str = field(default="", metadata={"later": True})
-    """Which videos of the data set, in words: "train1, 16 videos per class (draw 1)"; "" where
-    nothing is known."""
+    """A description of the training videos, such as "train1, 16 videos per class (draw 1)"; empty
+    if not known."""
     initial_head: str = field(default="", metadata={"later": True})
-    """Fingerprint of the head whose weights it started from, "" for a new one."""
+    """Fingerprint of the head whose weights training started from; empty for a new head."""
     label_map: str = field(default="", metadata={"later": True})
     """As `featstore.Provenance.label_map`."""

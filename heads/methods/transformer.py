@@ -1,4 +1,4 @@
-"""The plain temporal transformer, as the registry has it; the model is MoTE's with one expert."""
+"""The plain temporal transformer as a registered method; its model is MoTE's with one expert."""
 
 from __future__ import annotations
 

@@ -17,9 +17,9 @@ _CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what a pickle wants to ca
 
 
 def load_weight_file(path: Path) -> Mapping[str, Any]:
-    """The dictionary in a file of `torch.save`; UserError when it is none, damaged or holds code.
+    """Load a dictionary written by `torch.save`; UserError if it is damaged, holds code or is none.
 
-    Tensors are mapped, not read: what is not used, such as the optimiser's state, costs nothing.
+    Tensors are memory-mapped: unused ones, such as the optimiser's state, cost nothing.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -44,7 +44,7 @@ def load_weight_file(path: Path) -> Mapping[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    # torch's own text advises loading with code allowed; it is not passed on.
+    # torch's own message advises the user to allow code, so it is left out.
     if match := _CODE.search(str(error)):
         return UserError(
             f"{path} holds code ({match[1]}), not only tensors, and nothing of it was "
@@ -57,9 +57,9 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def plain_tensors(entries: object, where: str) -> dict[str, Tensor]:
-    """`entries` as float32 tensors of their own memory, without `module.` prefixes.
+    """Copy `entries` as float32 tensors, under names without `module.` prefixes.
 
-    UserError names an entry that is no tensor, is not finite, or appears twice.
+    Raises UserError, naming the entry, if one is not a tensor, is not finite, or appears twice.
     """
     if not isinstance(entries, Mapping):
         raise UserError(f"{where} is a {type(entries).__name__}, not a state dict")
@@ -69,7 +69,7 @@ def plain_tensors(entries: object, where: str) -> dict[str, Tensor]:
         if name in tensors:
             raise UserError(f"{where}: {name} is there twice, with and without `module.`")
         if not isinstance(value, Tensor) or not _is_plain(value):
-            raise UserError(f"{where}: {name} is no tensor of numbers: the file is not whole")
+            raise UserError(f"{where}: {name} is not a tensor of numbers: the file is incomplete")
         if not bool(value.isfinite().all()):
             raise UserError(f"{where}: {name} holds NaN or infinity: the file is damaged")
         scale = name == "logit_scale" and value.numel() == 1  # stored as a number or a list of one
@@ -79,8 +79,10 @@ def plain_tensors(entries: object, where: str) -> dict[str, Tensor]:
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Whether a tensor holds every number it claims to: not sparse, not a few repeated by strides,
-    which would let a small file ask for any amount of memory."""
+    """Return whether a tensor stores all its numbers: it is not sparse, and strides repeat none.
+
+    Otherwise a small file could ask for any amount of memory.
+    """
     return (
         value.layout == torch.strided
         and not value.is_meta
@@ -93,7 +95,7 @@ def _is_plain(value: Tensor) -> bool:
 def blended(
     tuned: Mapping[str, Tensor], original: Mapping[str, Tensor], blend: float
 ) -> dict[str, Tensor]:
-    """`blend` of the tuned tower and the rest of the original, tensor by tensor; 1 is the tuned.
+    """Average tensors: `blend` of the tuned tower, the rest of the original; 1 is the tuned tower.
 
     MoTE's released test code blends tower and logit scale 0.99 to 0.01 (Zhu et al., NeurIPS 2024).
     """
@@ -109,7 +111,7 @@ LISTED_FAULTS: Final = 3  # how many tensors an error names before it counts the
 
 
 def describe_faults(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> str:
-    """Which tensors are missing, extra or misshapen, as a phrase; empty when all fit."""
+    """Describe which tensors are missing, extra or misshapen; an empty text if all fit."""
     faults = [f"{name} is missing" for name in wanted if name not in found]
     faults += [f"{name} is extra" for name in found if name not in wanted]
     faults += [

@@ -1,10 +1,10 @@
 """Recipes: a head and its training as a TOML file that a user can read, copy and pass.
 
-A file has the tables `[head]` (fields of the configuration of its `kind`,
-without `dim`, which is the encoder's),
-`[training]` (fields of `TrainConfig`) and `[finetune]` (fields of `FinetuneConfig`: what is other
-or more when the tower trains as well). What it leaves out has the default of the field. The comment
-it begins with says the command, the source, the published figure and what was run.
+A file has the tables `[head]` (fields of the configuration of its `kind`, without `dim`, which
+comes from the encoder), `[training]` (fields of `TrainConfig`) and `[finetune]` (fields of
+`FinetuneConfig` that differ or are added when the tower trains too). Missing fields have their
+defaults. The comment at the top gives the command, the source, the published figure and what was
+run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TABLES: Final = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one recipe file says; `None` among overrides means that nothing was given."""
+    """The contents of one recipe file; an override of `None` leaves the recipe's value."""
 
     name: str
     head: Mapping[str, Any]
@@ -42,9 +42,9 @@ class Recipe:
     finetune: Mapping[str, Any]
 
     def head_config(self, dim: int, **overrides: Any) -> MethodConfig:
-        """The head for embeddings of width `dim`; another `kind` takes the fields that it knows.
+        """Return the head for embeddings of width `dim`; another `kind` uses the fields it knows.
 
-        UserError when a value is out of range, and for an override that its method does not know.
+        Raises UserError if a value is out of range or the method does not know an override.
         """
         given = _given(overrides)
         chosen = _method_of(dict(self.head) | given)
@@ -57,26 +57,26 @@ class Recipe:
         return config
 
     def train_config(self, **overrides: Any) -> TrainConfig:
-        """The training; UserError when a value is out of range."""
+        """Return the training settings; UserError if a value is out of range."""
         return TrainConfig(**(dict(self.training) | _given(overrides)))
 
     def finetune_config(self, **overrides: Any) -> FinetuneConfig:
-        """The training of tower and head; UserError when a value is out of range."""
+        """Return the settings for training tower and head; UserError if a value is out of range."""
         return FinetuneConfig(**(dict(self.training) | dict(self.finetune) | _given(overrides)))
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with mote."""
+    """Return the names of the recipes that come with mote."""
     found = (entry.name for entry in files(__name__).iterdir())
     return sorted(name.removesuffix(_SUFFIX) for name in found if name.endswith(_SUFFIX))
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """The recipe of that name, or of that TOML file.
+    """Load the recipe of that name, or from that TOML file.
 
-    A path is what has a folder, the suffix .toml or is a file that is there; everything else is a
-    name. Raises UserError when there is none, when it is not TOML, and for tables, keys and
-    values that are none of a recipe, naming them.
+    `name` is a path if it has a folder or the suffix .toml or if such a file exists; else it is a
+    name. Raises UserError if there is no such recipe, if it is not TOML, and for tables, keys and
+    values that a recipe cannot have (the message names them).
     """
     path = Path(name)
     own = isinstance(name, Path) or path.suffix == _SUFFIX or len(path.parts) > 1 or path.is_file()

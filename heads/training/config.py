@@ -23,23 +23,23 @@ class TrainConfig(Settings):
 
     epochs: int = within(30, 1)
     warmup_epochs: float = 5.0
-    """Linear warm-up; one as long as the whole run or longer counts as a sixth of the run."""
+    """Epochs of linear warm-up; if not shorter than the run, a sixth of the run is used instead."""
     lr: float = 5e-5
     """Base learning rate of the head."""
     logit_scale_lr_ratio: float = 0.07
     """Rate of the logit scale (and of the tower, end to end) relative to `lr`."""
     weight_decay: float = 0.2
-    """On every tensor, biases and norms included."""
+    """Applied to every tensor, including biases and norms."""
     batch_size: int = within(192, 1)
     frames: int = within(8, 1)
-    """T, frames per view drawn from the stored ones."""
+    """T, frames per view, drawn from the stored frames."""
     seed: int = 1024
     accumulation: int = within(1, 1)
     """Batches per optimiser step; a remainder is carried into the next epoch."""
     lr_refresh: int = within(1, 1)
     """Iterations between refreshes of the learning rate; 10 is the authors' quirk."""
     expert_weight: float = 1.0
-    """Weight of the expert pass's cross-entropy; of all three weights, 0 turns the term off."""
+    """Weight of the expert pass's cross-entropy; 0 turns a term off, here and in the next two."""
     merged_weight: float = 0.5
     """Weight of the merged pass's cross-entropy."""
     feature_weight: float = 0.1
@@ -53,7 +53,7 @@ class TrainConfig(Settings):
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up in force (the recipe's share of the run where the run is short)."""
+        """The epochs of warm-up that are used: a sixth of the run if the run is short."""
         return self.warmup_epochs if self.warmup_epochs < self.epochs else self.epochs / 6
 
     @property

@@ -1,4 +1,4 @@
-"""The processes of one training or evaluation: who they are, and what they agree on.
+"""The processes of one training or evaluation, and how they exchange values and errors.
 
 Everything goes through torch.distributed under torchrun's environment variables (RANK, WORLD_SIZE,
 LOCAL_RANK, MASTER_ADDR, MASTER_PORT): gloo between CPUs, NCCL between GPUs. Without them there is
@@ -40,7 +40,7 @@ class Ranks:
 
     @classmethod
     def joined_before(cls) -> Ranks:
-        """This process in the group that it is in already; alone where it is in none."""
+        """Return this process's rank in the group it has joined; alone if it has joined none."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
@@ -74,7 +74,7 @@ class Ranks:
         return values
 
     def gathered(self, value: Result) -> list[Result]:
-        """What every process gave, by rank, on all of them."""
+        """Return the values of all processes, by rank, on every process."""
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -82,7 +82,7 @@ class Ranks:
         return values
 
     def everywhere(self, value: Result) -> Result:
-        """What the first process gave."""
+        """Return the value of the first process, on every process."""
         if self.alone:
             return value
         held = [value]
@@ -91,7 +91,7 @@ class Ranks:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """Do something that may fail on some processes only: it then fails on all.
+        """Run a block that may fail on some processes; if it does, it fails on all of them.
 
         The error of the lowest rank is raised everywhere; its attribute `speaks` says which
         process should print it. Every process must come here.
@@ -117,7 +117,7 @@ class Ranks:
         raise agreed(WorkError(text) if kind == "WorkError" else UserError(text), self.first)
 
     def only_first(self, work: Callable[[], Result]) -> Result:
-        """Run `work` in the first process; its result, or its error, everywhere."""
+        """Run `work` in the first process and return its result (or raise its error) everywhere."""
         result: Any = None
         with self.agreeing():
             if self.first:
@@ -126,16 +126,16 @@ class Ranks:
 
 
 def agreed(error: UserError | WorkError, speaks: bool) -> UserError | WorkError:
-    """`error`, which all processes raise, with the mark of the one that prints it."""
+    """Mark `error`, which all processes raise, with whether this process prints it."""
     error.speaks = speaks  # type: ignore[union-attr]
     return error
 
 
 def joined(device: str = "auto") -> Ranks:
-    """This process among those that torchrun (or another launcher) started, each on its own GPU.
+    """Join the processes that torchrun (or another launcher) started, each on its own GPU.
 
-    Waits for the others. Raises UserError when the environment is not that of a launcher or the
-    device cannot be had, WorkError when the others do not come.
+    Waits for the others. Raises UserError if the launcher's variables are wrong or the device is
+    not available, WorkError if the other processes cannot be reached.
     """
     try:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -173,7 +173,7 @@ def joined(device: str = "auto") -> Ranks:
 
 
 def left(ranks: Ranks) -> None:
-    """Leave the others in good order; nothing for one process."""
+    """Leave the process group; does nothing for a single process."""
     if not ranks.alone and dist.is_initialized():
         with suppress(RuntimeError):
             dist.destroy_process_group()
@@ -181,7 +181,7 @@ def left(ranks: Ranks) -> None:
 
 @contextmanager
 def contact(ranks: Ranks) -> Iterator[None]:
-    """Turn the errors of a lost process into one line; others pass."""
+    """Turn errors about a lost process into a one-line WorkError; other errors pass through."""
     try:
         yield
     except RuntimeError as error:
@@ -191,13 +191,13 @@ def contact(ranks: Ranks) -> Iterator[None]:
         reason = one_line(str(error).rpartition("] ")[2], 120)
         raise WorkError(
             f"rank {ranks.rank} of {ranks.world_size} lost the others ({reason}): one of them "
-            "ended, see its message; the same command with --resume goes on"
+            "ended, see its message; run the same command with --resume to continue"
         ) from error
 
 
 @contextmanager
 def together(device: str = "auto") -> Iterator[Ranks]:
-    """`joined` for as long as the block takes; errors as `joined`."""
+    """Join the other processes for the duration of the block; errors as `joined`."""
     ranks = joined(device)
     try:
         yield ranks

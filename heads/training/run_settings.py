@@ -1,4 +1,4 @@
-"""The settings of a run, `config.json`: written when it begins, compared when it goes on."""
+"""The settings of a run, `config.json`: written when it begins, compared when it continues."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from heads.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
-# Names of the same weights or places may differ between machines, and words and
-# templates say what hashes pin.
+# Names of the same weights and places may differ between machines; hashes already fix what the
+# words and templates describe.
 _INFORMATIVE = frozenset({"data.encoder", "data.trained_on", "data.prompt_templates"})
 
 
 def open_run(run_dir: Path, settings: Mapping[str, Any], resume: bool) -> None:
-    """Begin or continue the run: `config.json` says what it is; UserError where it may not."""
+    """Begin the run or, if `config.json` agrees, continue it; UserError if it may not."""
     begun = read_config(run_dir)
     if begun is None:
         if (run_dir / HEAD_FILE).is_file():
@@ -42,10 +42,10 @@ def require_same_run(
     training: type[TrainConfig],
     informative: Collection[str],
 ) -> None:
-    """UserError unless the run that was `begun` may go on with `settings`.
+    """Raise UserError unless the run begun with settings `begun` may continue with `settings`.
 
-    Fields that this version knows and that of the run did not have their default, those of the
-    recipe by its class `training`; `informative` as `setting_differences` takes it.
+    Fields that are missing because an older version began the run get their defaults, in the recipe
+    from its class `training`; `informative` as `setting_differences` takes it.
     """
     if not resume:
         raise UserError(
@@ -66,7 +66,7 @@ def require_same_run(
 def setting_differences(
     begun: Mapping[str, Any], settings: Mapping[str, Any], informative: Collection[str]
 ) -> list[str]:
-    """What differs between the settings a run was begun with and those asked for, in words.
+    """Describe the differences between the settings a run began with and the requested ones.
 
     Names are "table.field"; those in `informative` may differ.
     """

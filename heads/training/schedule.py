@@ -1,4 +1,4 @@
-"""When training does what: learning rates, AdamW's groups, the random draws of epochs and samples.
+"""Learning rates, AdamW's parameter groups, and the random draws of epochs and samples.
 
 B = batch.
 
@@ -18,9 +18,9 @@ from heads.training.config import TrainConfig
 
 
 def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.float64]:
-    """Rates in force at every optimiser step, float64 [epochs, optimiser steps, 2].
+    """Return the rates at every optimiser step, float64 [epochs, optimiser steps, 2].
 
-    The last axis is the two groups of `build_optimizer`. `steps_per_epoch` counts iterations
+    The last axis holds the two groups of `build_optimizer`. `steps_per_epoch` counts iterations
     (batches); with `accumulation` A every A-th of them is an optimiser step. The rate is
     base * t / warm-up, then base * (1 + cos(pi * (t - warm-up) / (epochs - warm-up))) / 2, with t
     in epochs, refreshed at iteration 0 of an epoch and every `lr_refresh`-th one.
@@ -43,10 +43,10 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.
 def build_optimizer(
     head: nn.Module, tower_parameters: Iterable[nn.Parameter], config: TrainConfig
 ) -> torch.optim.AdamW:
-    """AdamW (betas 0.9 and 0.999, epsilon 1e-8) over two groups, weight decay on everything.
+    """Make AdamW (betas 0.9 and 0.999, epsilon 1e-8) over two groups, with weight decay on both.
 
-    Group 0: `tower_parameters` at `lr * logit_scale_lr_ratio`; training from a store these are
-    the logit scale alone. Group 1: the head's trainable parameters at `lr`.
+    Group 0: `tower_parameters` at `lr * logit_scale_lr_ratio`; in training from a store, this is
+    only the logit scale. Group 1: the head's trainable parameters at `lr`.
     """
     groups = [
         {"params": list(tower_parameters), "lr": config.lr * config.logit_scale_lr_ratio},
@@ -58,16 +58,16 @@ def build_optimizer(
 
 
 def draw_generator(seed: int, epoch: int) -> torch.Generator:
-    """The CPU generator of one epoch's routing draws."""
+    """Return the CPU generator for the routing draws of one epoch."""
     word = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
 def data_subsets(rows: Tensor, subsets: int, seed: int) -> Tensor:
-    """The data subset of every sample: `rows` [B] int64 -> [B] int64 in 0..subsets-1.
+    """Return the data subset of every sample: `rows` [B] int64 -> [B] int64 in 0..subsets-1.
 
     "subset" routing splits the samples of a data set into as many parts as there are experts, by a
-    draw that depends on the seed and the sample's row alone: a sample is with the same expert
+    draw that depends only on the seed and the sample's row: a sample keeps the same expert
     in every epoch, in every batch and after a resume. Parts are equal up to chance. The draw is one
     step of SplitMix64 (Steele, Lea and Flood, 2014).
     """

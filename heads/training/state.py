@@ -1,9 +1,9 @@
-"""What a run continues from: one file with everything the next step depends on.
+"""The saved state of a run: one file with everything the next step depends on.
 
-`state/last.safetensors` holds the trained parameters, what the optimiser knows of each, gradients
-of a batch group that is not complete, and (as its card) the place in the data, the scaler, partial
-sums and the records so far. Tensors are whole, however many processes share the model, so that the
-number of processes may change. `state/best.safetensors` holds the parameters alone.
+`state/last.safetensors` holds the trained parameters, the optimiser's state of each, gradients of
+an incomplete group of batches, and (as its card) the position in the data, the scaler, partial sums
+and the records so far. Tensors are stored whole, however many processes share the model, so that
+the number of processes may change. `state/best.safetensors` holds the parameters alone.
 
 Random draws need no state: they depend on seed, epoch, step and position only.
 """
@@ -23,40 +23,40 @@ from heads.files.head_file import open_tensors, save_tensors
 from heads.training.ranks import Ranks
 
 STATE_FORMAT: Final = 2
-"""1 is read as well: heads trained from a store kept epoch and records in another place there."""
+"""Format 1 is also read: there, heads trained from a store kept epoch and records elsewhere."""
 
 Parameters = Mapping[str, nn.Parameter]
-"""What is trained, by the name that files have it under."""
+"""The trained parameters, by their names in files."""
 
 
 @dataclass
 class Position:
-    """How far a run is; JSON-ready. Numbers of a run of several processes are of all of them."""
+    """The progress of a run, JSON-ready; all numbers count all processes together."""
 
     epoch: int = 0
-    """Epochs done, their evaluation included."""
+    """Epochs done, including their evaluation."""
     step: int = 0
-    """Batches done of the epoch that is under way."""
+    """Batches done in the current epoch."""
     sums: list[float] = field(default_factory=list)
-    """Of the epoch's losses over its samples, the total first."""
+    """Sums of the epoch's losses over its samples, the total loss first."""
     pending: int = 0
-    """Samples whose gradients are kept for an optimiser step that is not complete."""
+    """Samples whose gradients wait for an incomplete optimiser step."""
     samples: int = 0
     """Samples trained on in the epoch."""
     failed: int = 0
-    """Samples of the epoch that could not be decoded."""
+    """Samples in the epoch that could not be decoded."""
     seconds: float = 0.0
     waited: float = 0.0
-    """Seconds of those that were spent waiting for data."""
+    """The part of `seconds` that was spent waiting for data."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    """Records of the epochs done."""
+    """Records of the finished epochs."""
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Reason and first epoch of every video that failed, by key."""
     best: dict[str, Any] | None = None
-    """Epoch and top1 of the best evaluation."""
+    """Epoch and top1 of the best evaluation so far."""
 
     def next_epoch(self) -> None:
-        """The epoch is done: begin the next."""
+        """Count the epoch as done and begin the next."""
         self.epoch += 1
         self.step = self.samples = self.failed = 0
         self.sums = [0.0] * len(self.sums)
@@ -64,7 +64,7 @@ class Position:
 
 
 def all_finite(parameters: Parameters, ranks: Ranks) -> bool:
-    """Whether every trained weight is a number, on all processes."""
+    """Return whether every trained weight is finite on all processes."""
     bad = 0
     for parameter in parameters.values():
         value: Any = parameter.detach()
@@ -80,7 +80,7 @@ def save_state(
     position: Position,
     ranks: Ranks,
 ) -> None:
-    """Write the state, complete or not at all; every process must come here, the first writes."""
+    """Write the state, complete or not at all. Every process must call this; the first writes."""
     parts: list[tuple[str, Tensor]] = []
     for name, parameter in parameters.items():
         parts.append((f"parameter.{name}", parameter))
@@ -102,7 +102,7 @@ def restore_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> Position:
-    """Take over what `save_state` wrote; WorkError when the file does not fit the model."""
+    """Load what `save_state` wrote; raises WorkError if the file does not fit the model."""
     with open_tensors(path) as (names, read, card):
         _require_format(path, card)
         known = set(names)
@@ -132,28 +132,28 @@ def restore_state(
 
 
 def save_best(path: Path, parameters: Parameters, epoch: int, ranks: Ranks) -> None:
-    """Write the trained parameters after `epoch` epochs; every process must come here."""
+    """Write the trained parameters after `epoch` epochs; every process must call this."""
     tensors = whole_tensors(((f"parameter.{n}", p) for n, p in parameters.items()), ranks)
     card = {"format": STATE_FORMAT, "epoch": epoch}
     ranks.only_first(lambda: save_tensors(path, tensors, card))
 
 
 def restore_best(path: Path, parameters: Parameters, epoch: int) -> None:
-    """Take over the parameters that `save_best` wrote after `epoch`; WorkError where it did not."""
+    """Load the parameters that `save_best` wrote after `epoch`; WorkError for another epoch."""
     with open_tensors(path) as (_, read, card):
         _require_format(path, card)
         if card.get("epoch") != epoch:
             raise WorkError(
-                f"{path} is of epoch {card.get('epoch')}, the best was {epoch}: train again"
+                f"{path} holds epoch {card.get('epoch')}, but the best was {epoch}: train again"
             )
         for name, parameter in parameters.items():
             _copy(parameter, read(f"parameter.{name}"))
 
 
 def whole_tensors(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor]:
-    """Each tensor by its name, whole and on the CPU, in the first process; nothing in the others.
+    """Return the whole tensors by name, on the CPU, in the first process; nothing in the others.
 
-    Every process must come here: those of a sharded tensor put it together.
+    Every process must call this, because together they assemble a sharded tensor.
     """
     held: dict[str, Tensor] = {}
     for name, tensor in tensors:
@@ -165,19 +165,19 @@ def whole_tensors(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[s
 
 
 def in_shares(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, told without its module, which takes a while to import."""
+    """Return whether a tensor is a DTensor, without importing its module, which is slow."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU; a sharded one is put together, for which all must ask."""
+    """Return the whole tensor on the CPU; for a sharded tensor, all processes must call this."""
     value: Any = tensor.detach()
     full: Tensor = value.full_tensor() if in_shares(value) else value
     return full.cpu()
 
 
 def like(full: Tensor, model: Tensor) -> Tensor:
-    """`full`, given whole, as `model` is: on its device, sharded as it is."""
+    """Move the whole tensor `full` to the device and dtype of `model` and shard it likewise."""
     moved = full.to(model.device, model.dtype)
     if not in_shares(model):
         return moved

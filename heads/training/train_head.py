@@ -57,7 +57,7 @@ from heads.training.training_set import (
 log = logging.getLogger(__name__)
 
 AfterEpoch = Callable[[Head, int], Mapping[str, float]]
-"""Is called after every epoch with the head as it is and the number of epochs done."""
+"""A function called after every epoch with the current head and the number of epochs done."""
 
 RUN_FORMAT = 1
 
@@ -80,10 +80,10 @@ class TrainSummary(Outcome):
     seconds: float
     samples_per_second: float | None
     resumed_from: int
-    """Epochs this call found done; equal to `epochs` when the run had finished before."""
+    """Epochs already done before this call; equal to `epochs` if the run had finished before."""
     path: str
     trained_on: str = ""
-    """Which videos, in words; "" where the caller did not say."""
+    """A description of the training videos; empty if the caller gave none."""
 
 
 def train_head(
@@ -107,18 +107,18 @@ def train_head(
 ) -> TrainSummary:
     """Train a head on array rows `rows` of `store` and leave it in `run_dir`.
 
-    `classes` are the label ids to train on, by default all: they are renumbered in this order, and
-    the head knows the texts of no others. `trained_on` says in words what rows and classes are.
-    An epoch has every row `repeats` times. `initial` gives the weights to start from, its
-    configuration must be `head`; `initial_run` is its folder, whose training videos count as this
-    run's. `after_epoch` is called with the head and the number of epochs
-    done; what it returns joins the epoch's record in metrics.jsonl. `protocol` names the evaluation
-    that a run is a part of: such a run is nobody's newest head.
+    `classes` are the label ids to train on, by default all. They are renumbered in this order, and
+    the head learns no other class texts. `trained_on` describes the rows and classes in words.
+    An epoch has every row `repeats` times. `initial` is a head of configuration `head`, whose
+    weights training starts from; `initial_run` is its folder, and its training videos count as
+    this run's. `after_epoch` is called with the head and the number of epochs done; its return
+    value is added to the epoch's record in metrics.jsonl. `protocol` names the evaluation that the
+    run belongs to; such a run is never chosen as the newest head.
 
     Rows whose extraction failed are left out, counted and logged. Features stay in memory when
-    they fit. The same seed on the same machine gives the same bits, also through `resume`, which
-    continues after the last checkpoint (and starts a run that is not there yet). A store with
-    fewer frames per view than `training.frames` is used with all it has.
+    they fit. The same seed on the same machine gives the same bits, also after `resume`, which
+    continues from the last checkpoint (and starts a run that does not exist yet). If the store has
+    fewer frames per view than `training.frames`, all of its frames are used.
 
     `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
     Raises UserError when head, rows or classes do not fit the store, when the run exists and
@@ -248,7 +248,7 @@ def train_head(
 
 
 def training_rows(store: Store, split: str | None) -> RowArray:
-    """Array rows to train on: those of `split`, or all of a store without splits.
+    """Return the array rows to train on: the rows of `split`, or all if the store has no splits.
 
     Raises UserError when the store has splits and none is named: training on everything would
     also train on the videos that are to be evaluated.
@@ -272,7 +272,7 @@ def _train(
     progress: ProgressSink,
     after_epoch: AfterEpoch | None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Run the epochs that are not done yet; returns all epochs' records and how many were done."""
+    """Run the remaining epochs; return the records of all epochs and how many were done before."""
 
     def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
         for batch in loader.epoch(epoch, start):
@@ -311,7 +311,7 @@ BLOCK_ORDER = "blocks"
 
 
 def _holding(run_dir: Path, nbytes: int, mappable: bool) -> Holding:
-    """How to hold the features; a run that was begun keeps the order it was begun with.
+    """Choose how to hold the features; a run keeps the order of videos that it began with.
 
     Streamed features come in another order than resident and mapped ones, and how much memory is
     free differs between machines and days.

@@ -3,9 +3,9 @@
 n = samples of this process's part of a batch, N = good samples of the whole batch, W = processes,
 B = batch, T = frames, D = embedding width, C = classes.
 
-What differs between the two is handed in: where batches come from, and how one becomes losses. A
-video that cannot be decoded leaves its batch smaller: the loss of a step is the mean over the good
-samples of all processes. They average gradients, so each weighs its own mean by n * W / N.
+The caller supplies what differs between the two: the source of batches and the losses of a batch.
+A video that cannot be decoded makes its batch smaller: the loss of a step is the mean over the good
+samples of all processes. Processes average gradients, so each weighs its own mean by n * W / N.
 
 Source: MoTE (Zhu et al., NeurIPS 2024) and its released code (schedule, groups, draws).
 """
@@ -56,9 +56,9 @@ class TrainingBatch:
     labels: Tensor
     """[n] int64."""
     positions: Tensor
-    """[n] int64, which sample of the data set each is."""
+    """[n] int64, the position of each sample in the data set."""
     keys: tuple[str, ...] = ()
-    """Of the samples, where a message is to name them."""
+    """The samples' keys, if messages should name them."""
     failed: Sequence[tuple[str, str]] = ()
     """Key and reason of every video of the batch that could not be decoded."""
     waited: float = 0.0
@@ -66,7 +66,7 @@ class TrainingBatch:
 
 
 Batches = Callable[[int, int], Generator[TrainingBatch, None, None]]
-"""(epoch, step) -> the batches of an epoch from a step on."""
+"""A function (epoch, step) that yields the batches of an epoch, beginning at a step."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class _Step:
 
 
 def require_trainable(head: Head, config: TrainConfig, steps_per_epoch: int) -> None:
-    """UserError when an epoch is shorter than an optimiser step, or no loss the head has is on."""
+    """Raise UserError if an epoch is shorter than an optimiser step or the head has no loss on."""
     if config.accumulation > steps_per_epoch:
         raise UserError(
             f"accumulation {config.accumulation} is more than the {steps_per_epoch} batches "
@@ -91,14 +91,14 @@ def require_trainable(head: Head, config: TrainConfig, steps_per_epoch: int) -> 
 
 @dataclass
 class Trainer:
-    """Trains a model on batches; `position` says how far it is.
+    """Trains a model on batches; `position` holds the progress.
 
     The model must be on its device. Build it once per process, then `resume`, then `train`. Draws
     depend on (seed, epoch) only, so that an epoch repeats exactly from any state inside it.
     """
 
     model: nn.Module
-    """What is trained, with `logit_scale`: the head, or the tower with it."""
+    """The model trained together with `logit_scale`: the head, or the head with the tower."""
     head: Head
     logit_scale: nn.Parameter
     """Natural logarithm of the multiplier of cosines."""
@@ -106,24 +106,23 @@ class Trainer:
     """(inputs, labels, class_embeddings, draw, subsets, weight) -> the losses of
     `Head.training_loss`, each times `weight`."""
     tower_parameters: list[nn.Parameter]
-    """What is trained at the rate of tower and logit scale; they are spread over processes before.
-    """
+    """Parameters trained at the rate of tower and logit scale; already spread over processes."""
     config: TrainConfig
     steps_per_epoch: int
     precision: str
     class_embeddings: Tensor | None = None
-    """[C,D]; None: those of the head's training classes."""
+    """[C,D]; None means the embeddings of the head's training classes."""
     ranks: Ranks = field(default_factory=Ranks)
     run_dir: Path = Path()
     batches: Batches | None = None
     n_listed: int = 0
     checkpoint_every: int | None = None
-    """Steps between checkpoints inside an epoch; None: every ten minutes."""
+    """Steps between checkpoints inside an epoch; None means every ten minutes."""
     draw_seed: int | None = None
-    """Seed of the draws; None: the recipe's."""
+    """Seed of the draws; None means the seed of the recipe."""
     progress: ProgressSink = no_progress
     details: Callable[[Position], Mapping[str, Any]] = lambda position: {}
-    """What progress says besides epoch and loss."""
+    """A function that gives what progress reports besides epoch and loss."""
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -135,7 +134,7 @@ class Trainer:
         self.parameters = {name: value for name, value in own.items() if value.requires_grad}
         self.optimizer = build_optimizer(self.head, self.tower_parameters, self.config)
         group = self.optimizer.param_groups[0]
-        if any(map(in_shares, group["params"])):  # with which the whole logit scale has no group
+        if any(map(in_shares, group["params"])):  # the logit scale is whole and needs its own group
             group["params"] = [p for p in group["params"] if p is not self.logit_scale]
             self.optimizer.add_param_group({**group, "params": [self.logit_scale]})
         self.scaler = scaler(self.precision, self.ranks.device)
@@ -160,9 +159,9 @@ class Trainer:
         device: torch.device | None = None,
         **more: Any,
     ) -> Trainer:
-        """A trainer of one head on features [B,T,D], its logit scale beside it (group 0).
+        """Make a trainer of one head on features [B,T,D], with the logit scale in group 0.
 
-        `more` are other fields.
+        `more` are further fields of the trainer.
         """
         device = device or torch.device("cpu")
         head = head.to(device)
@@ -201,7 +200,7 @@ class Trainer:
         return self.position.epoch + (self.position.step == self.steps_per_epoch)
 
     def resume(self) -> bool:
-        """Continue from the state that the run left, if it did; every process comes here.
+        """Continue from the saved state, if there is one; every process must call this.
 
         Raises WorkError when the state is damaged or does not fit.
         """
@@ -221,10 +220,10 @@ class Trainer:
         return True
 
     def train(self, after_epoch: Callable[[int], Mapping[str, Any]]) -> None:
-        """Train what is left of all epochs; every process comes here.
+        """Train the remaining epochs; every process must call this.
 
         `after_epoch` is called with the number of epochs done and the model in evaluation mode;
-        what it returns joins the epoch's record in metrics.jsonl. Errors as `run_epoch`.
+        its return value is added to the epoch's record in metrics.jsonl. Errors as `run_epoch`.
         """
         while self.position.epoch < self.config.epochs:
             self.run_epoch()
@@ -234,7 +233,7 @@ class Trainer:
             self.next_epoch()
 
     def run_epoch(self) -> None:
-        """Train what is left of the epoch and save the state; the epoch is not closed yet.
+        """Train the rest of the epoch and save the state; `next_epoch` closes the epoch.
 
         Raises WorkError when the loss stops being a number or no video can be decoded.
         """
@@ -270,7 +269,7 @@ class Trainer:
         self.head.logit_scale.copy_(self.logit_scale.detach().reshape(()))
 
     def next_epoch(self) -> None:
-        """The epoch is done, its evaluation included."""
+        """Mark the epoch as done, including its evaluation."""
         self.position.next_epoch()
         self._saved = (0, self._saved[1])
 
@@ -346,7 +345,7 @@ class Trainer:
         return time.monotonic() - moment >= CHECKPOINT_EVERY_S
 
     def _look(self) -> None:
-        """Add up the losses of the steps since the last look; WorkError when one is no number."""
+        """Add up the losses of the steps since the last look; WorkError if one is not finite."""
         unseen, self._unseen = self._unseen, []
         if not unseen:
             return
@@ -355,7 +354,7 @@ class Trainer:
         for step, row in zip(unseen, rows, strict=True):
             if not math.isfinite(row[0]):
                 self._stop(step, f"the loss became {row[0] / max(position.samples, 1)}")
-            # One by one: the sum must not depend on how often one looks.
+            # Add them one by one, so that the sum does not depend on how often this runs.
             position.sums = [total + value for total, value in zip(position.sums, row, strict=True)]
 
     def _stop(self, step: _Step, what: str) -> None:
@@ -378,7 +377,7 @@ class Trainer:
         )
 
     def save(self) -> None:
-        """Write the state, unless a weight is no number (WorkError); every process comes here."""
+        """Write the state; WorkError if a weight is not finite. Every process must call this."""
         nothing = _Step(self.position.step, (), torch.zeros(0))
         last = self._unseen[-1] if self._unseen else nothing
         self._look()
@@ -393,7 +392,7 @@ class Trainer:
         self._changed = False
 
     def merged_failures(self) -> dict[str, dict[str, Any]]:
-        """All failures so far, of all processes, by key; every process comes here."""
+        """Return the failures of all processes so far, by key; every process must call this."""
         new, self.failures = self.failures, []
         epoch = self.position.epoch + 1
         for part in self.ranks.gathered(new):
@@ -403,7 +402,7 @@ class Trainer:
         return self.position.failures
 
     def _report(self, last: bool = False) -> None:
-        """Tell the progress sink, at most ten times a second and at the end of an epoch."""
+        """Report progress at most ten times a second and at the end of an epoch."""
         now = time.monotonic()
         if not last and now - self._said < 0.1:
             return
@@ -418,7 +417,7 @@ class Trainer:
         )
 
     def _record(self) -> dict[str, Any]:
-        """What both modes say in the epoch's line of metrics.jsonl."""
+        """Return the entries of the epoch's line in metrics.jsonl that both modes have."""
         position = self.position
         means = [total / max(position.samples, 1) for total in position.sums]
         return {
@@ -434,7 +433,7 @@ class Trainer:
 
 @contextmanager
 def gradients_shared(module: object, now: bool) -> Iterator[None]:
-    """The backward pass inside averages gradients over the processes, or (`now` off) later."""
+    """Average the gradients of the backward pass inside over the processes if `now`, else later."""
     if now or not isinstance(module, nn.parallel.DistributedDataParallel):
         yield  # sharded gradients are averaged at once: whole ones would need the memory saved
     else:

@@ -2,9 +2,9 @@
 
 n = rows, C = classes of the store, S = classes trained on, D = embedding width.
 
-A draw of shots depends on the seed and the keys alone: not on the order of a list, nor on the store
-or the machine. Sets of one seed are nested, those of 4 shots hold those of 2; the published lists
-are not (X-CLIP, Ni et al., ECCV 2022; ViFi-CLIP, Rasheed et al., CVPR 2023).
+A draw of shots depends only on the seed and the keys, not on the order of a list, the store or the
+machine. Sets of one seed are nested: the set of 4 shots contains the set of 2. The published lists
+are not nested (X-CLIP, Ni et al., ECCV 2022; ViFi-CLIP, Rasheed et al., CVPR 2023).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _SHOWN = 5  # names that a message lists before it counts the rest
 
 @dataclass(frozen=True)
 class ShotDraw:
-    """Array rows drawn, ascending, and the classes with fewer videos than asked for."""
+    """The array rows drawn, ascending, and the classes with fewer videos than requested."""
 
     rows: RowArray
     short: Mapping[str, int]
-    """Name of each class that has fewer videos, 0 included, with how many it has."""
+    """The classes with fewer videos, or with none: class name -> number of videos."""
     words: str
-    """What was drawn, for records."""
+    """A description of the draw, for records."""
 
 
 def draw_shots(
@@ -46,11 +46,11 @@ def draw_shots(
     seed: int,
     classes: npt.ArrayLike | None = None,
 ) -> ShotDraw:
-    """`shots` videos of each class among array rows `rows`; all of a class that has fewer.
+    """Draw `shots` videos of each class from array rows `rows`, or all of a class with fewer.
 
-    Listed videos count, also those whose extraction failed: they are left out of training and
-    told there, so that the draw is the same whatever failed. `classes` (label ids, all by default)
-    are those to draw from. UserError for fewer than one shot or when there is no video at all.
+    Videos whose extraction failed take part, so that the draw does not depend on failures; training
+    leaves them out and reports them. `classes` are the label ids to draw from, by default all.
+    Raises UserError for fewer than one shot or if there is no video at all.
     """
     if shots < 1 or seed < 0:
         raise UserError(f"{shots} shots with draw seed {seed}: take at least 1 shot, seed 0 or up")
@@ -81,9 +81,9 @@ def draw_shots(
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What of a store a head is trained on; as `heads.training.train_head.train_head` takes it.
+    """The part of a store that a head is trained on, as arguments of `train_head`.
 
-    `words` say it for records and `suffix` for the names of runs.
+    `words` describes it in records, `suffix` in the names of runs.
     """
 
     rows: RowArray
@@ -103,10 +103,10 @@ def choose_training_set(
     half: str = "all",
     repeat: str = "1",
 ) -> TrainingSet:
-    """Of array rows `rows`, those of all classes or one half of them, all or `shots` per class.
+    """Choose array rows from `rows`: all or half of the classes, all videos or `shots` per class.
 
-    `half` is "all", "base" or "novel" (`frequency_halves` of `rows`); `repeat` a number or "full".
-    UserError for other words.
+    `half` is "all", "base" or "novel" (`frequency_halves` of `rows`); `repeat` is a number or
+    "full". Raises UserError for other words.
     """
     if half not in ("all", "base", "novel"):
         raise UserError(f"classes {half!r} are unknown: choose all, base or novel")
@@ -135,9 +135,9 @@ def choose_training_set(
 def frequency_halves(
     labels: npt.ArrayLike, class_names: Sequence[str]
 ) -> tuple[RowArray, RowArray]:
-    """Base and novel label ids, ascending: the half with more training videos is base.
+    """Return base and novel label ids, ascending: the half with more training videos is base.
 
-    `labels` [n] are those of the training videos. Ties go by name, and an odd class is base
+    `labels` [n] are the labels of the training videos. Ties go by name, and an odd class is base
     (ViFi-CLIP, Rasheed et al., CVPR 2023: 26 and 25 of HMDB51, 51 and 50 of UCF101).
     """
     counts = np.bincount(np.asarray(labels, np.int64), minlength=len(class_names))
@@ -150,17 +150,17 @@ def frequency_halves(
 
 
 def rows_of_classes(store: Store, rows: npt.ArrayLike, classes: npt.ArrayLike) -> RowArray:
-    """Those of the array rows whose label is one of `classes`."""
+    """Return the array rows whose label is in `classes`."""
     listed = np.unique(np.asarray(rows, np.int64))
     found: RowArray = listed[np.isin(store.labels[store.positions(listed)], classes)]
     return found
 
 
 def repeats_of(repeat: str, full: int, chosen: int) -> int:
-    """How often an epoch has every chosen video: a number, or "full" for as many as all.
+    """Return how often an epoch has every chosen video: the number `repeat`, or enough for "full".
 
     "full" repeats the set to about the size of the full one, as MoTE and Text4Vis do: full
-    // chosen times. UserError for other words.
+    // chosen times. Raises UserError for other words.
     """
     if repeat == "full":
         return max(1, full // max(chosen, 1))
@@ -174,9 +174,9 @@ def _place(seed: int, key: str) -> tuple[bytes, str]:
 
 
 def subset_text(text: ClassText, classes: npt.ArrayLike | None) -> ClassText:
-    """The texts [S,D] of label ids `classes` in their order; all of them for None.
+    """Return the texts [S,D] of the label ids `classes`, in that order; all texts for None.
 
-    UserError when an id is none of the store's or is there twice.
+    Raises UserError if an id is not in the store or appears twice.
     """
     if classes is None:
         return text
@@ -187,8 +187,9 @@ def subset_text(text: ClassText, classes: npt.ArrayLike | None) -> ClassText:
 
 
 def renumbered(store: Store, rows: RowArray, classes: npt.ArrayLike | None) -> RowArray:
-    """Labels of array rows [n] int64, as places in `classes`; UserError for a row of no such class.
+    """Return the labels [n] int64 of array rows as indices into `classes`.
 
+    Raises UserError if a row belongs to another class.
     Base and novel classes have label spaces of their own (ViFi-CLIP, Rasheed et al., CVPR 2023).
     """
     positions = store.positions(rows)
@@ -203,14 +204,14 @@ def renumbered(store: Store, rows: RowArray, classes: npt.ArrayLike | None) -> R
         at = int(np.flatnonzero(found < 0)[0])
         raise UserError(
             f"video {store.keys[int(positions[at])]!r} of class "
-            f"{store.class_names[labels[at]]!r} is not of the {len(ids)} classes to train on: "
+            f"{store.class_names[labels[at]]!r} is not one of the {len(ids)} classes to train on: "
             "leave the video out or name its class"
         )
     return found
 
 
 def warn_of_classes_without_videos(names: Sequence[str], labels: RowArray) -> None:
-    """Say which of the classes `names` no label [n] stands for."""
+    """Log the classes of `names` that have no label in `labels` [n]."""
     present = np.bincount(labels, minlength=len(names)) > 0
     absent = [name for name, there in zip(names, present, strict=True) if not there]
     if absent:
@@ -220,9 +221,9 @@ def warn_of_classes_without_videos(names: Sequence[str], labels: RowArray) -> No
 
 
 def start_from(head: Head, initial: Head) -> None:
-    """Give `head` the weights and the logit scale of `initial`; its classes stay its own.
+    """Copy the weights and the logit scale of `initial` into `head`, which keeps its classes.
 
-    UserError when the two are not of one configuration.
+    Raises UserError if the two configurations differ.
     """
     if head.config != initial.config:
         raise UserError(
@@ -235,7 +236,7 @@ def start_from(head: Head, initial: Head) -> None:
 
 
 def shown(names: Sequence[str]) -> str:
-    """A few of the names, and how many more there are."""
+    """Return the first few names as text, with the number of the others."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(repr, names[:_SHOWN])) + more
 

@@ -1,4 +1,4 @@
-"""MoTE, as the registry has it; the model is imported when a head is made."""
+"""MoTE as a registered method; its model is imported when a head is made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OFFICIAL: Final = "heads.methods.mote.official"
 
 
 def temporal_head(config: HeadConfig, training_classes: int) -> TemporalHead:
-    """The head for a configuration, its weights not drawn."""
+    """Return the head of a configuration, before its weights are drawn."""
     from heads.methods.mote.model import TemporalHead
 
     return TemporalHead(config, training_classes)

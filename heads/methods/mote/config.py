@@ -1,4 +1,4 @@
-"""What a head of MoTE, of the plain temporal transformer or of the mean of frames is made of.
+"""The configuration of heads of kind MoTE, plain temporal transformer and mean of frames.
 
 D = embedding width, L = layers, E = experts.
 R = routings of a layer: 1, or 2 where both projections are routed separately.
@@ -22,8 +22,8 @@ Aggregation = Literal["weights", "outputs"]
 
 TEMPERATURES = (-9.6, -4.8, -2.4, -1.2, -0.6, 0.6, 1.2, 2.4, 4.8, 9.6, math.inf)
 """Temperatures of the merged pass, drawn uniformly (MoTE, Zhu et al., NeurIPS 2024, released code).
-A small positive one leans on the last expert, a small negative one on the first, infinity is the
-plain average."""
+A small positive one favours the last expert, a small negative one the first, and infinity gives
+the plain average."""
 
 POSITIONS = 77
 """Rows of the position table: the context length of CLIP's text tower, as in the released heads."""
@@ -40,15 +40,15 @@ _UNUSED: Final = {
 
 @dataclass(frozen=True)
 class HeadConfig(MethodConfig):
-    """The shape of a temporal head; validated and completed on construction.
+    """The configuration of a temporal head; validated and completed on construction.
 
-    `kind="transformer"` is the plain temporal transformer: one expert, no merged pass; what is
-    said about experts is set to the defaults. `kind="mean"` has no parameters; its layers,
+    `kind="transformer"` is the plain temporal transformer: one expert, no merged pass; the fields
+    about experts are set to their defaults. `kind="mean"` has no parameters; its layers,
     experts and attention heads are set to 0. Raises UserError when a value is out of range.
 
     The defaults from `placement` on are the released heads'; the others are the alternatives that
-    MoTE (Zhu et al., NeurIPS 2024) compares them with. Files written before a field existed
-    mean its default.
+    MoTE (Zhu et al., NeurIPS 2024) compares them with. In files older than a field, the field has
+    its default.
     """
 
     WHAT: ClassVar[str] = "head"
@@ -73,10 +73,10 @@ class HeadConfig(MethodConfig):
     ("multinomial"), one drawn evenly ("uniform"), or, for every sample, the expert of the data
     subset it belongs to ("subset", see `heads.training.schedule.data_subsets`)."""
     expert_prior: tuple[float, ...] = ()
-    """[E] relative frequencies of "multinomial" routing; none is softmax(1, ..., E)."""
+    """[E] relative frequencies of "multinomial" routing; if empty, softmax(1, ..., E)."""
     temperatures: tuple[float, ...] = TEMPERATURES
-    """Temperatures of the merged pass, drawn evenly. One is a fixed temperature (infinity: the
-    plain average), none leaves softmax(1, ..., E) undivided."""
+    """Temperatures of the merged pass, drawn evenly. A single one is fixed (infinity: the plain
+    average); without any, softmax(1, ..., E) is not divided."""
     initialisation: Initialisation = "different"
     """Whether experts start from draws of their own or all from the same one ("identical")."""
     aggregation: Aggregation = "weights"
@@ -123,7 +123,7 @@ class HeadConfig(MethodConfig):
 
     @property
     def routings(self) -> int:
-        """R, draws that each layer takes."""
+        """R, the number of draws for each layer."""
         return 2 if self.placement == "separate" else 1
 
     @property

@@ -30,9 +30,9 @@ class FeedForwardWeights(NamedTuple):
 
 
 def temperature_weights(temperature: float, experts: int) -> Tensor:
-    """Merging weights [E] float32: softmax((1, ..., E) / temperature); infinity averages evenly.
+    """Return merging weights [E] float32: softmax((1, ..., E) / temperature); infinity is uniform.
 
-    They are formed in float32 whatever the layer's dtype, as the released code does.
+    They are computed in float32 whatever the layer's dtype, as the released code does.
     """
     return (torch.arange(1, experts + 1, dtype=torch.float32) / temperature).softmax(0)
 
@@ -49,13 +49,13 @@ class ExpertFeedForward(nn.Module):
 
     A pass runs with `coefficients` [P,E]: a one-hot row is the expert pass, softmax weights the
     merged pass. Weights are mixed, not outputs, so every pass costs one network. By the head's
-    `placement` a projection may be shared (one stacked entry, and its coefficients are not looked
-    at), or both may be routed separately: coefficients are [2,P,E] then, up and down.
+    `placement` a projection may be shared (one stacked entry, whose coefficients are ignored), or
+    both may be routed separately, with coefficients [2,P,E] for up and down.
 
     In evaluation the experts merge with softmax(`fusion_logits`), [E], or [2,E] for separate
-    routing; those are never trained (zeros give the plain average) but a checkpoint may hold
-    others. The merged weights are kept until a weight changes or training begins. Aggregation of
-    "outputs" runs all experts instead and averages what they give.
+    routing; the logits are never trained (zeros give the plain average) but a checkpoint may hold
+    other values. The merged weights are kept until a weight changes or training begins. Aggregation
+    "outputs" runs all experts instead and averages their outputs.
     """
 
     fusion_logits: Tensor
@@ -74,9 +74,9 @@ class ExpertFeedForward(nn.Module):
         self._merged: tuple[tuple[object, ...], FeedForwardWeights] | None = None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Weights N(0, 0.02^2); biases and fusion logits 0.
+        """Draw weights from N(0, 0.02^2) and set biases and fusion logits to 0.
 
-        Every expert its own draw, or all the same one where the head's initialisation says so.
+        Every expert has its own draw, or all have the same one with initialisation "identical".
         """
         for weight in (self.up_weight, self.down_weight):
             drawn = weight if self.config.initialisation == "different" else weight[:1]
@@ -88,7 +88,7 @@ class ExpertFeedForward(nn.Module):
             nn.init.zeros_(zero)
 
     def train(self, mode: bool = True) -> ExpertFeedForward:
-        """Switch the mode; forgets the merged weights."""
+        """Switch the mode and forget the merged weights."""
         self._merged = None
         super().train(mode)
         return self
@@ -100,8 +100,8 @@ class ExpertFeedForward(nn.Module):
     def combine(self, coefficients: Tensor) -> FeedForwardWeights:
         """Mix the experts with `coefficients` [P,E] or [2,P,E] into P networks.
 
-        In the parameters' dtype: one product per tensor, and one for its gradient, outside
-        autocast, because mixing in bfloat16 would round the master weights before they are used.
+        Computed in the parameters' dtype, with one product per tensor and one for its gradient, and
+        outside autocast, because bfloat16 would round the master weights before they are used.
         """
         with torch.autocast(self.up_weight.device.type, enabled=False):
             rows = coefficients.to(self.up_weight)
@@ -114,11 +114,11 @@ class ExpertFeedForward(nn.Module):
             )
 
     def evaluation_weights(self) -> FeedForwardWeights:
-        """The experts merged for evaluation (P = 1), from memory where nothing changed since."""
+        """Return the experts merged for evaluation (P = 1), kept from before if nothing changed."""
         stacked = self._stacked
         coefficients = self.fusion_logits.softmax(-1).unsqueeze(-2)
         if torch.is_grad_enabled() and any(w.requires_grad for w in stacked):
-            return self.combine(coefficients)  # a remembered tensor would pass no gradient on
+            return self.combine(coefficients)  # a kept tensor would not propagate gradients
         device = self.up_weight.device.type
         low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (low, *((w.data_ptr(), w._version, w.dtype) for w in (*stacked, self.fusion_logits)))

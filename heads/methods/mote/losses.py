@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class TrainingPass(NamedTuple):
-    """What the loss of one training step is computed from."""
+    """The tensors that the loss of one training step is computed from."""
 
     expert_cosines: Tensor
     """[B,C] cosines of the expert pass (of the only pass for kind "transformer")."""

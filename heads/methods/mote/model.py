@@ -28,6 +28,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -54,7 +55,7 @@ class TemporalHead(Head):
         self.transformer = None if config.kind == "mean" else TemporalTransformer(config)
 
     def hidden(self, features: Tensor) -> Tensor | None:
-        """Output of the merged pass, before modulation and skip; None for kind "mean"."""
+        """Return the merged pass's output, before modulation and skip; None for kind "mean"."""
         return None if self.transformer is None else self.transformer(features)[0]
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -63,7 +64,7 @@ class TemporalHead(Head):
             self.transformer.reset_parameters(generator)
 
     def draw(self, generator: torch.Generator) -> RoutingDraw:
-        """Experts and temperatures of one step."""
+        """Draw the experts and temperatures of one step."""
         return RoutingDraw.sample(self.config, generator)
 
     def training_loss(
@@ -76,13 +77,13 @@ class TemporalHead(Head):
         subsets: Tensor | None,
         weights: Mapping[str, float],
     ) -> LossTerms:
-        """`mote_loss` of `training_pass`; as `Head.training_loss`."""
+        """Return `mote_loss` of `training_pass`; arguments as `Head.training_loss`."""
         passes = self.training_pass(features, class_embeddings, draw, subsets)
         with torch.autocast(features.device.type, enabled=False):
             return mote_loss(passes, features, labels, logit_scale.exp(), **weights)
 
     def check_loss_weights(self, weights: Mapping[str, float]) -> None:
-        """A plain transformer has the expert pass alone, and needs its weight."""
+        """Raise UserError if a plain transformer, with its one pass, has expert weight 0."""
         if self.config.kind == "transformer" and not weights["expert_weight"]:
             raise UserError(
                 "expert_weight is 0, and a plain transformer has no other loss: choose another "
@@ -91,12 +92,12 @@ class TemporalHead(Head):
 
     @property
     def data_subsets(self) -> int:
-        """One for every expert with "subset" routing."""
+        """One subset for every expert with "subset" routing, else 0."""
         return self.config.experts if self.config.routing == "subset" else 0
 
     @property
     def most_frames(self) -> int | None:
-        """The rows of the position table."""
+        """The number of rows in the position table; None for kind "mean"."""
         return None if self.transformer is None else self.config.positions
 
     @property
@@ -106,10 +107,10 @@ class TemporalHead(Head):
 
     @torch.no_grad()
     def merged(self) -> TemporalHead:
-        """The head with every block's experts merged into one, as evaluation merges them.
+        """Return the head with every block's experts merged into one, as evaluation merges them.
 
-        It gives the same cosines and says the same about its origin. Raises UserError for a head
-        that averages its experts' outputs: no single network gives those.
+        It has the same cosines and the same origin. Raises UserError for a head that averages its
+        experts' outputs, because no single network computes such an average.
         """
         config = self.config
         if self.transformer is None:
@@ -140,10 +141,10 @@ class TemporalHead(Head):
         draw: RoutingDraw,
         subsets: Tensor | None = None,
     ) -> TrainingPass:
-        """Expert pass and merged pass over the same `features` [B,T,D], run together.
+        """Run expert pass and merged pass together over the same `features` [B,T,D].
 
-        `draw` has L*R entries, and `subsets` [B] int64, the data subset of every sample, is given
-        for "subset" routing and only for it (ValueError otherwise). Kind "transformer" has one
+        `draw` has L*R entries. `subsets` [B] int64, the data subset of every sample, must be given
+        for "subset" routing and only then (ValueError otherwise). Kind "transformer" has one
         pass; kind "mean" returns its features for both.
         """
         features = self.checked(features, "features", 3)
@@ -180,7 +181,7 @@ class TemporalHead(Head):
         return TrainingPass(cosines[0], cosines[1], frames[1])
 
     def _coefficients(self, draw: RoutingDraw) -> list[Tensor]:
-        """Per layer [P,E], or [2,P,E]: one-hot for the expert pass, then the merged pass."""
+        """Return per layer [P,E] or [2,P,E]: a one-hot row for the expert pass, then the merged."""
         layers, experts, routings = self.config.layers, self.config.experts, self.config.routings
         if not len(draw.experts) == len(draw.temperatures) == layers * routings:
             raise ValueError(
@@ -200,5 +201,5 @@ class TemporalHead(Head):
             dim=1,
         )
         if routings > 1:
-            table = table.view(layers, routings, *table.shape[1:])
+            table = rearrange(table, "(l r) p e -> l r p e", r=routings)
         return list(table.to(self.logit_scale.device))

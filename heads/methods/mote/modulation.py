@@ -1,4 +1,4 @@
-"""Temporal Feature Modulation: trust the head less, the further a video is from training.
+"""Temporal Feature Modulation: the further a video is from training, the less the head counts.
 
 B = batch, T = frames, D = embedding width, C = tested classes, S = training classes,
 K = neighbours.
@@ -40,10 +40,10 @@ def modulation(
     neighbours: int = NEIGHBOURS,
     temperature: float = MODULATION_TEMPERATURE,
 ) -> Modulation:
-    """How far the head may move each video, from raw CLIP frame features [B,T,D].
+    """Return how far the head may move each video, given raw CLIP frame features [B,T,D].
 
     `class_embeddings` [C,D] (the classes tested) and `training_class_embeddings` [S,D] are used as
-    given; unit rows are expected. Where both lists are the same, the scale is 1 up to rounding.
+    given and should have unit rows. If both lists are the same, the scale is 1 up to rounding.
     The result depends on the class list tested. Raises UserError below K classes on either side.
     """
     require_neighbours(class_embeddings.shape[0], training_class_embeddings.shape[0], neighbours)

@@ -1,4 +1,4 @@
-"""The checkpoint format of MoTE's released code, in and out: one table of names for both ways.
+"""Read and write checkpoints of MoTE's released code, with one table of names for both.
 
 A checkpoint is a dictionary that `torch.save` wrote:
 
@@ -39,8 +39,8 @@ BLEND: Final = 0.99
 """Share of the tuned tower in what the released test scripts evaluate; the rest is CLIP's own."""
 
 TUNED: Final = 0.5
-"""Cosine of the weights of two towers from which one can be the other, tuned: unrelated ones are
-near 0, and a tower tuned at a far higher rate than the published (the golden run) is at 0.9."""
+"""The least cosine between the weights of a tower and its tuned version: unrelated towers are near
+0, and a tower tuned at a far higher rate than the published one (the golden run) is at 0.9."""
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ _EXPERT = {
 }
 
 
-# What of a head's configuration the released code has no choice in, and evaluation depends on.
+# Configuration fields that are fixed in the released code and that evaluation depends on.
 _FIXED = ("placement", "aggregation", "modulation_neighbours", "modulation_temperature")
 
 
@@ -82,7 +82,7 @@ class _Entry(NamedTuple):
 
 
 def _entries(layers: int, experts: int) -> Iterator[_Entry]:
-    """Every tensor of a head under both names."""
+    """Yield every tensor of a head under both names."""
     for official, ours in _OUTER.items():
         yield _Entry(official, ours, None)
     for layer in range(layers):
@@ -96,21 +96,21 @@ def _entries(layers: int, experts: int) -> Iterator[_Entry]:
 
 @dataclass(frozen=True)
 class OfficialCheckpoint:
-    """A checkpoint whose every tensor was found to be there, finite and of the right shape."""
+    """A checkpoint in which every tensor is known to be present, finite and of the right shape."""
 
     head_state: dict[str, Tensor]
     """The head under its official names, float32."""
     tower_state: dict[str, Tensor]
-    """`visual.*` and `logit_scale` as they were trained, float32."""
+    """`visual.*` and `logit_scale` as trained, float32."""
     epoch: int
     name: str
-    """What errors call it."""
+    """The name of the checkpoint in errors."""
 
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any]) -> OfficialCheckpoint:
         """Read a file (nothing in it is run) or take a loaded mapping; checks every tensor.
 
-        `module.` prefixes are dropped; other entries, such as the optimiser's, are not looked at.
+        `module.` prefixes are dropped; other entries, such as the optimiser's, are ignored.
         Raises UserError for a file that is damaged or holds code, for the checkpoint of another
         method, and for tensors that are missing, extra, misshapen or not finite.
         """
@@ -140,9 +140,9 @@ class OfficialCheckpoint:
         return self.head_state["spe_cls_feature"].shape[1]
 
     def build_head(self, attention_heads: int | None = None) -> TemporalHead:
-        """The head in our form, in evaluation mode; `attention_heads` defaults to D // 64.
+        """Build our form of the head, in evaluation mode; `attention_heads` defaults to D // 64.
 
-        UserError when they do not divide D.
+        Raises UserError if they do not divide D.
         """
         config = _config_of(self.head_state, self.name, attention_heads or 0)
         head = TemporalHead(config, _classes_of(self.head_state))
@@ -156,11 +156,11 @@ class OfficialCheckpoint:
     def blended_tower(
         self, original: Mapping[str, Tensor], blend: float = BLEND
     ) -> dict[str, Tensor]:
-        """`blend` of the tuned tower and `1 - blend` of CLIP's own, tensor by tensor, float32.
+        """Average `blend` of the tuned tower and `1 - blend` of CLIP's own tower, in float32.
 
-        `original`: the state dict of that CLIP in OpenAI's or open_clip's names; its text tower
-        is not looked at. UserError when its image tower has another shape, or for a share beyond
-        0 to 1; logged when its weights have nothing in common with the tuned ones.
+        `original` is the state dict of that CLIP in OpenAI's or open_clip's names; its text tower
+        is ignored. Raises UserError if its image tower has another shape or `blend` is outside 0 to
+        1; logs a warning if its weights have nothing in common with the tuned ones.
         """
         if not 0 <= blend <= 1:
             raise UserError(f"blend {blend} is no share: it must be from 0 to 1")
@@ -189,7 +189,7 @@ class ImportedCheckpoint:
 
     head: TemporalHead
     tower_state: dict[str, Tensor]
-    """`visual.*` and `logit_scale` (logarithm), float32; blended where CLIP's own were given."""
+    """`visual.*` and `logit_scale` (logarithm), float32; blended if CLIP's own were given."""
     epoch: int
     """Index of the last epoch trained."""
     logit_scale: float
@@ -202,10 +202,10 @@ def import_official_checkpoint(
     blend: float = BLEND,
     attention_heads: int | None = None,
 ) -> ImportedCheckpoint:
-    """Head and image tower of a checkpoint of MoTE's released code.
+    """Import head and image tower from a checkpoint of MoTE's released code.
 
-    `tower_state`: the original CLIP's state dict; given, the tower is `blend` of the checkpoint's
-    and `1 - blend` of it, which is what the released test scripts evaluate. `attention_heads`
+    With `tower_state`, the original CLIP's state dict, the tower is `blend` of the checkpoint's and
+    `1 - blend` of the original, as in the released test scripts. `attention_heads`
     defaults to D // 64 (at least 1, lowered until it divides D); the released code takes the text
     tower's, which is the same for OpenAI's ViTs. The file is read with `weights_only=True`.
     Raises UserError as `OfficialCheckpoint.read`, `build_head` and `blended_tower`.
@@ -226,10 +226,10 @@ def import_official_checkpoint(
 def official_checkpoint(
     head: Head, tower_state: Mapping[str, Tensor], epoch: int
 ) -> dict[str, Any]:
-    """`head` and its tower as the released code would have saved them, without the optimiser.
+    """Convert `head` and its tower to the form the released code saves, without the optimiser.
 
-    `tower_state`: a state dict with `visual.*` and `logit_scale`; the rest of a CLIP is left out.
-    Raises UserError for a head or a tower that has no place in the format.
+    `tower_state` is a state dict with `visual.*` and `logit_scale`; other entries are left out.
+    Raises UserError for a head or a tower that the format cannot hold.
     """
     config = head.config
     if not any(True for _ in head.parameters()):
@@ -262,11 +262,11 @@ def save_official_checkpoint(
 
 
 def is_of(content: Mapping[str, Any]) -> bool:
-    """Whether a file with these entries is a checkpoint of MoTE's released code."""
+    """Return whether a file with these entries is a checkpoint of MoTE's released code."""
     return _HEAD in content
 
 
-# As the registry knows them.
+# The names that the registry uses.
 read, write = OfficialCheckpoint.read, save_official_checkpoint
 
 
@@ -283,13 +283,13 @@ def _require(
 
 
 def _usual(sizes: Iterable[int]) -> int:
-    """The size most tensors agree on, so that the one that does not is named; 1 without any."""
+    """Return the most frequent size, so that errors name the tensor that deviates; 1 if empty."""
     counted = Counter(sizes).most_common(1)
     return counted[0][0] if counted else 1
 
 
 def _usual_count(names: Iterable[str], pattern: str) -> int:
-    """How many numbers there are at the group "n" of `pattern` in names else alike, usually."""
+    """Count the numbers at group "n" of `pattern` that names equal elsewhere usually have."""
     found = [match for name in names if (match := re.fullmatch(pattern, name))]
     alike = Counter(
         match.string[: match.start("n")] + match.string[match.end("n") :] for match in found
@@ -298,7 +298,7 @@ def _usual_count(names: Iterable[str], pattern: str) -> int:
 
 
 def _likeness(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    """Cosine of the matrices of two towers of one shape; vectors, such as norms, are all alike."""
+    """Return the cosine between two towers' matrices; vectors, such as norms, are all alike."""
     pairs = [(value, second[name]) for name, value in first.items() if value.ndim > 1]
     product = sum(float((a * b).sum()) for a, b in pairs)
     squares = [sum(float(pair[side].square().sum()) for pair in pairs) for side in (0, 1)]
@@ -311,7 +311,7 @@ def _classes_of(head: Mapping[str, Tensor]) -> int:
 
 
 def _config_of(head: Mapping[str, Tensor], where: str, attention_heads: int = 0) -> HeadConfig:
-    """The configuration that the tensors of an official head speak of."""
+    """Infer the configuration from the tensors of an official head."""
     widths = [
         value.shape[-1]
         for name, value in head.items()
@@ -333,7 +333,7 @@ def _config_of(head: Mapping[str, Tensor], where: str, attention_heads: int = 0)
 
 
 def _head_shapes(config: HeadConfig, classes: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a head under its official name."""
+    """Return the shape of every tensor of a head under its official name."""
     with torch.device("meta"):
         state = TemporalHead(config, classes).state_dict()
     return {
@@ -343,7 +343,7 @@ def _head_shapes(config: HeadConfig, classes: int) -> dict[str, tuple[int, ...]]
 
 
 def _require_tower(tower: Mapping[str, Tensor], dim: int, where: str) -> None:
-    """UserError unless `tower` is an OpenAI ViT that projects to width `dim`, with its scale."""
+    """Raise UserError unless `tower` is an OpenAI ViT of output width `dim` with a logit scale."""
     patches = tower.get("visual.conv1.weight")
     places = tower.get("visual.positional_embedding")
     norms_there = any(".ln_" in name and value.ndim for name, value in tower.items())
@@ -358,7 +358,7 @@ def _require_tower(tower: Mapping[str, Tensor], dim: int, where: str) -> None:
             f"{where} holds no vision transformer of CLIP: it needs visual.conv1.weight and "
             "visual.positional_embedding"
         )
-    from open_clip.transformer import VisionTransformer  # takes a while, and reading needs it alone
+    from open_clip.transformer import VisionTransformer  # slow, and only reading needs it
 
     patch = max(patches.shape[-1], 1)
     side = math.isqrt(max(places.shape[0] - 1, 1))  # patches of a square picture, and the class

@@ -17,14 +17,14 @@ from heads.methods.mote.experts import temperature_weights
 
 @dataclass(frozen=True)
 class RoutingDraw:
-    """The chance of one training step: per layer one expert and one merging temperature.
+    """The random draw of one training step: per layer one expert and one merging temperature.
 
     A draw is shared by the whole batch, as in the released code. With placement "separate" every
     layer has two entries, for its up and then its down projection.
     """
 
     experts: tuple[int, ...]
-    """[L*R] expert that runs in the expert pass, 0-based; not looked at for "subset" routing."""
+    """[L*R] expert that runs in the expert pass, 0-based; ignored for "subset" routing."""
     temperatures: tuple[float, ...]
     """[L*R] temperature of the merged pass."""
 
@@ -51,7 +51,7 @@ class RoutingDraw:
 
 
 def expert_probabilities(config: HeadConfig) -> torch.Tensor:
-    """Probabilities [E] float32 of the expert draw; the released heads' are softmax(1, ..., E)."""
+    """Return the probabilities [E] float32 of the expert draw (released: softmax(1, ..., E))."""
     if config.routing == "uniform":
         return torch.full((config.experts,), 1 / config.experts)
     if not config.expert_prior:

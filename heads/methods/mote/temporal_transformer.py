@@ -23,12 +23,12 @@ LAYER_NORM_EPSILON = 1e-12  # the released head's own LayerNorm, not PyTorch's 1
 
 
 class SelfAttention(nn.Module):
-    """Full attention over T frames, packed query-key-value projection, biases everywhere.
+    """Full attention over T frames with a packed query-key-value projection and biases everywhere.
 
-    Written as two products and a softmax: at T = 8 on a CPU (D = 512, forward and backward) that
-    takes a quarter of the time of `scaled_dot_product_attention` in bfloat16; in float32 it takes
-    1.7 times as long, under 2 % of a training step of that width. One path that is also free of the
-    fused kernels' non-deterministic backward on GPUs.
+    It is written as two products and a softmax: at T = 8 on a CPU (D = 512, forward and backward)
+    that takes a quarter of the time of `scaled_dot_product_attention` in bfloat16; in float32 it
+    takes 1.7 times as long, under 2 % of a training step of that width. This also avoids the fused
+    kernels' non-deterministic backward pass on GPUs.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -71,9 +71,9 @@ class Block(nn.Module):
     def forward(self, hidden: Tensor, coefficients: Tensor | None) -> Tensor:
         """`hidden` [P or 1, B,T,D] -> [P,B,T,D]; `coefficients` as `ExpertFeedForward` takes."""
         hidden = hidden + self.attention(self.attention_norm(hidden))
-        tokens = self.feed_forward_norm(hidden).flatten(1, 2)
+        tokens = rearrange(self.feed_forward_norm(hidden), "p b t d -> p (b t) d")
         added: Tensor = self.feed_forward(tokens, coefficients)
-        return hidden + added.reshape(-1, *hidden.shape[1:])
+        return hidden + rearrange(added, "p (b t) d -> p b t d", t=hidden.shape[2])
 
 
 class TemporalTransformer(nn.Module):
@@ -95,8 +95,8 @@ class TemporalTransformer(nn.Module):
     def forward(self, features: Tensor, coefficients: Sequence[Tensor] | None = None) -> Tensor:
         """`features` [B,T,D] -> [P,B,T,D].
 
-        `coefficients`: per layer what `ExpertFeedForward` takes; the passes share everything up to
-        the first feed-forward. None is the merged evaluation pass (P = 1).
+        `coefficients` holds, per layer, those that `ExpertFeedForward` takes; the passes share
+        everything up to the first feed-forward. None means the merged evaluation pass (P = 1).
         """
         hidden = (features + self.positions[: features.shape[1]])[None]
         for layer, block in enumerate(self.blocks):

@@ -258,7 +258,7 @@ def test_the_best_weights_are_those_of_their_epoch(tmp_path: Path) -> None:
         other.logit_scale.zero_()
     restore_best(file, dict(other.named_parameters()), 2)
     assert equal(weights(tuned), {n: p.detach() for n, p in other.named_parameters()})
-    with pytest.raises(WorkError, match="is of epoch 2, the best was 3"):
+    with pytest.raises(WorkError, match="holds epoch 2, but the best was 3"):
         restore_best(file, dict(other.named_parameters()), 3)
 
 

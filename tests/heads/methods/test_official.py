@@ -235,7 +235,7 @@ def test_a_missing_misshapen_or_infinite_tensor_is_named(part: str, name: str) -
         broken.view(-1)[-1] = number
         assert "NaN or infinity" in refused({**whole[part], name: broken})
     for other in (3.0, "text", value.to_sparse() if value.ndim else None, value.long()):
-        assert "is no tensor of numbers" in refused({**whole[part], name: other})
+        assert "is not a tensor of numbers" in refused({**whole[part], name: other})
     assert "is there twice" in refused({**whole[part], f"module.{name}": value})
 
 
@@ -299,7 +299,7 @@ def test_a_tensor_that_repeats_a_few_numbers_is_refused() -> None:
     """A small file could ask for any amount of memory."""
     source = checkpoint()
     fusion(source)["spe_cls_feature"] = torch.zeros(1, 8).expand(10**12, 8)
-    with pytest.raises(UserError, match="spe_cls_feature is no tensor of numbers"):
+    with pytest.raises(UserError, match="spe_cls_feature is not a tensor of numbers"):
         import_official_checkpoint(source)
 
 

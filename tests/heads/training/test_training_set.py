@@ -113,7 +113,7 @@ def test_a_subset_of_classes_has_labels_of_its_own(tmp_path: Path, store: Store)
     assert head.origin.trained_on == "two classes"
     text = torch.from_numpy(store.class_text("mote28").embeddings)
     assert torch.equal(head.training_class_embeddings, text[classes])
-    with pytest.raises(UserError, match="is not of the 2 classes to train on"):
+    with pytest.raises(UserError, match="is not one of the 2 classes to train on"):
         train(store, tmp_path / "a", classes=classes)
     with pytest.raises(UserError, match="none of the store's 8 classes"):
         train(store, tmp_path / "b", classes=[1, 8])
