@@ -82,7 +82,7 @@ class BlockScores:
 
     `class_embeddings` [C,D] are all classes of the store; `training_class_embeddings` [S,D] are the
     classes that modulation compares them with. If the head's features come from a tuned tower,
-    `clip` holds the summaries for CLIP's part of an ensemble and the class texts [C,D] of that part.
+    `clip` holds the summaries for CLIP's part of an ensemble and its class texts [C,D].
     """
 
     def __init__(
