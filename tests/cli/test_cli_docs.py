@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import COMMANDS, app, load_command
+from featstore.format.schema import CODECS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -37,6 +38,11 @@ def test_every_option_is_explained(command: str) -> None:
             continue
         text = getattr(parameter, "help", None)
         assert text or parameter.opts[0] in SELF_EXPLAINING, f"{command} {parameter.opts}"
+
+
+def test_convert_names_every_codec() -> None:
+    (codec,) = (p for p in load_command("store").commands["convert"].params if p.name == "codec")
+    assert codec.metavar == "|".join(CODECS)
 
 
 SELF_EXPLAINING = {"--epochs", "--warmup-epochs", "--batch-size", "--weight-decay", "--layers",
