@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """The input is wrong and the user can mend it (exit code 2).
+    """The input is wrong and the user can correct it (exit code 2).
 
     The message is one line: the value, the rule it breaks, the remedy.
     """

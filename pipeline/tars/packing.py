@@ -153,7 +153,7 @@ def pack(
     except OSError as error:
         where = error.filename or dataset_dir
         raise WorkError(
-            f"cannot write {str(where)!r}: {error.strerror or error}; mend it and run the same "
+            f"cannot write {str(where)!r}: {error.strerror or error}; fix it and run the same "
             "command again, finished tars are kept"
         ) from error
     skipped = len(plan.tars) - len(pending)

@@ -252,7 +252,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has rows"):
         writer.write_partition(0, make_partition(uint8, 0, 6))
     tokens = make_partition(TOKENS, 0, 6)
-    with pytest.raises(ValueError, match="has uint8, the store float16"):
+    with pytest.raises(ValueError, match="has uint8, the store has float16"):
         writer.write_partition(
             0, replace(tokens, features=np.zeros((6, *TOKENS.row_shape), np.uint8))
         )

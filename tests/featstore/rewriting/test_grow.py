@@ -157,7 +157,9 @@ def test_new_classes_need_their_texts(store: Path) -> None:
         "split_names": ("train", "val", "test"),
     }
     tars = tar_entries([0, 1, 2], [6, 3, 4])
-    with pytest.raises(UserError, match=r"are for 3 classes .*, the store has 4 .*: compute them"):
+    with pytest.raises(
+        UserError, match=r"are for 3 classes .*, the store has 4 .*: compute class texts"
+    ):
         add_tars(store, tars, **change)
     grown = add_tars(store, tars, class_texts={"mote28": unit_text(names)}, **change)
     assert (grown.classes_added, grown.pending) == (1, 1)
