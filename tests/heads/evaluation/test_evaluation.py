@@ -218,7 +218,7 @@ def test_head_and_store_must_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ViT-B-32/random \(weights 0123.*ViT-L-14/x \(weights ff"):
         evaluate(other, head)
     wide = action_store(tmp_path / "c.zarr", dim=32)
-    with pytest.raises(UserError, match=r"width 16 and c\.zarr holds 32"):
+    with pytest.raises(UserError, match=r"width 16, but c\.zarr holds width 32"):
         evaluate(wide, head)
     renamed = action_store(tmp_path / "d.zarr", class_names=[*ACTIONS[:7], "swim"])
     with pytest.raises(UserError, match="--zeroshot"):
