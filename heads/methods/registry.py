@@ -117,6 +117,11 @@ def untrained(kind: object) -> bool:
     return isinstance(kind, str) and kind in _registered and not method(kind).trains
 
 
+def knows_only_its_classes(kind: object) -> bool:
+    """Return whether `kind`, from a record of any version, is a method without new classes."""
+    return isinstance(kind, str) and kind in _registered and not method(kind).open_vocabulary
+
+
 def read_checkpoint(file: Path) -> tuple[Method, Any]:
     """Return the method whose authors' format `file` has, and the checkpoint with checked tensors.
 

@@ -52,7 +52,7 @@ class NeighbourHead(OwnClassesHead):
     def own_scores(self, embeddings: Tensor) -> Tensor:
         """Return the logarithm of the votes [...,S], divided by the multiplier of cosines."""
         flat = embeddings.to(self.videos).reshape(-1, embeddings.shape[-1])
-        k = max(self.config.neighbours, 1)
+        k = min(max(self.config.neighbours, 1), len(self.videos))
         parts = [
             self._votes(part @ self.videos.T, [k])[0]
             for part in flat.split(self._queries_at_once())
