@@ -80,7 +80,7 @@ def tradeoff(
         zeroshot=names,
         allow_mixed=allow_mixed,
         baseline=workspace.run_dir(MEAN_OF_FRAMES),
-        place=options.same_root(root),
+        root_option=options.same_root(root),
     )
     figure = out or workspace.root / FIGURE
     tradeoff_plot(

@@ -19,12 +19,12 @@ def baselines(
     rows: Sequence[TradeoffRow],
     wanted: Sequence[tuple[Role, str]],
     results: Sequence[SavedResult],
-    place: str,
+    root_option: str,
 ) -> tuple[list[TradeoffRow], list[str]]:
     """Return the rows of CLIP's mean of the heads' frames, and a line per missing result.
 
     There is one row, or one for each choice of stores and frames among the heads of `rows`.
-    `wanted` are the columns; `results` are those of CLIP's mean, newest first; `place` as for
+    `wanted` are the columns; `results` are those of CLIP's mean, newest first; `root_option` as for
     `collect`.
     """
     heads = [row for row in rows if row.head != MEAN_OF_FRAMES]
@@ -49,7 +49,7 @@ def baselines(
             if like is not None and chosen[-1] is None:
                 missing.append(
                     f"CLIP's mean of the same frames has no {role} result on {name}: "
-                    f"`mote-cli eval {eval_option(role, name)}{_options(like)}{place}`"
+                    f"`mote-cli eval {eval_option(role, name)}{_options(like)}{root_option}`"
                 )
         names = tuple(dict.fromkeys(row.head for row in group)) if len(whole) > 1 else ()
         made.append(TradeoffRow(MEAN_OF_FRAMES, _PLAIN, tuple(chosen), names))

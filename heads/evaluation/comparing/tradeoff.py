@@ -61,16 +61,16 @@ def collect(
     zeroshot: Sequence[str] = (),
     allow_mixed: bool = False,
     baseline: Path | None = None,
-    place: str = "",
+    root_option: str = "",
 ) -> Tradeoff:
     """Collect the newest results under `eval/` of the run folders, one row per head and setting.
 
     `closeset` and `zeroshot` name data sets or protocols (docs/protocols.md); the defaults are the
     data sets of the paper if there are results on them, else every data set with results.
     `baseline` is the folder of the results of CLIP's mean of frames, which get rows of their own
-    beside the heads'. `place` is what commands need to find the workspace, " --root DIR". Raises
-    UserError when a column would mix protocols and `allow_mixed` is off (the error names the
-    fields), when the results of one row have different weights, or when no row is complete.
+    beside the heads'. `root_option` is what commands need to find the workspace, " --root DIR".
+    Raises UserError when a column would mix protocols and `allow_mixed` is off (the error names
+    the fields), when the results of one row have different weights, or when no row is complete.
     """
     found = {run.name: _results_of_new_videos(run) for run in runs}
     prompts = {run.name: own_prompts(run, found[run.name]) for run in runs}
@@ -107,11 +107,11 @@ def collect(
             if row.complete:
                 _require_one_head(row)
             rows.append(row)
-            missing += _missing(row, wanted, place)
+            missing += _missing(row, wanted, root_option)
     beside: list[TradeoffRow] = []
     if baseline is not None and any(row.found and row.head != MEAN_OF_FRAMES for row in rows):
         means = found.get(MEAN_OF_FRAMES) or _results_of_new_videos(baseline)
-        beside, without = baselines([row for row in rows if row.found], wanted, means, place)
+        beside, without = baselines([row for row in rows if row.found], wanted, means, root_option)
         missing += without
     complete = [row for row in (*beside, *rows) if row.complete]
     if not complete:
@@ -177,7 +177,7 @@ def _datasets(found: Mapping[str, Sequence[SavedResult]], role: Role) -> list[st
     return sorted({r.dataset for results in found.values() for r in results if r.role == role})
 
 
-def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]], place: str) -> list[str]:
+def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]], root_option: str) -> list[str]:
     chosen = "" if row.head == MEAN_OF_FRAMES else row.setting.options
     lacking = [w for w, result in zip(wanted, row.results, strict=True) if result is None]
     lines = []
@@ -185,7 +185,7 @@ def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]], place: str) -
         lines = [f"{row.head} knows only its own classes: it has no zero-shot result"]
         lacking = [w for w in lacking if w[0] != "zeroshot"]
     for role, name in lacking:
-        command = f"mote-cli eval {eval_option(role, name)} --head {row.head}{chosen}{place}"
+        command = f"mote-cli eval {eval_option(role, name)} --head {row.head}{chosen}{root_option}"
         lines.append(f"{row.head} has no {role} result on {name}: `{command}`")
     return lines
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from featstore import UserError, WorkError
+from featstore import UserError, WorkError, open_store
 from heads import HeadConfig, TestSet, build_head, evaluate_store, load_head, predict_scores
 from heads.files.head_file import load_tensors, save_tensors
 from heads.methods.knn import NeighbourConfig
@@ -177,7 +177,7 @@ def test_a_fitted_head_is_evaluated_and_refuses_other_classes(
     assert one.read_bytes() == other.read_bytes()
     head = load_head(runs[kind + "a"])
     assert isinstance(head, OwnClassesHead)
-    store = action_store(tmp_path / "again.zarr", samples=64, split_names=("train",), views=2)
+    store = open_store(runs["store"])
     new = store.split("train")[48:]
     known: dict[str, Any] = {"dataset": "toy", "device": "cpu"}
     result = evaluate_store(store, head, protocol="closeset", tests=[TestSet("new", new)], **known)
@@ -205,7 +205,7 @@ def test_a_fitted_head_is_evaluated_and_refuses_other_classes(
     with pytest.raises(UserError, match=words):
         predict_scores(head, torch.from_numpy(asked), texts[:1], ["swim"])
     strange = action_store(
-        tmp_path / "strange.zarr", split_names=("train",), class_names=("swim", *ACTIONS)
+        tmp_path / "strange.zarr", split_names=("train",), class_names=("swim", *ACTIONS[1:])
     )
     for protocol in ("zeroshot", "closeset"):
         with pytest.raises(UserError, match=words):
@@ -219,7 +219,7 @@ def test_a_fitted_head_is_evaluated_and_refuses_other_classes(
 
 
 def test_what_is_fitted_starts_from_no_other_head(runs: dict[str, Path], tmp_path: Path) -> None:
-    store = action_store(tmp_path / "toy.zarr")
+    store = open_store(runs["store"])
     first = load_head(runs["lineara"])
     with pytest.raises(UserError, match="linear probe cannot be trained from another head's"):
         train_head(
