@@ -139,7 +139,8 @@ def _compared(comparisons: Comparisons) -> Iterator[Shown]:
         if row.unknown:
             who = [of for of, text in zip(letters, row.values, strict=True) if text == "unknown"]
             verb = "does" if len(who) == 1 else "do"
-            lacking.setdefault(f"{' and '.join(who)} {verb} not say", []).append(row.name)
+            named = " and ".join(", ".join(who).rsplit(", ", 1))
+            lacking.setdefault(f"{named} {verb} not say", []).append(row.name)
     yield from (f"unknown: {who} {', '.join(names)}" for who, names in lacking.items())
     two = len(comparisons.pairs) == 1
     for letter, pair in zip(letters[1:], comparisons.pairs, strict=True):

@@ -109,10 +109,10 @@ def collect(
             rows.append(row)
             missing += _missing(row, wanted, root_option)
     beside: list[TradeoffRow] = []
+    without: list[str] = []
     if baseline is not None and any(row.found and row.head != MEAN_OF_FRAMES for row in rows):
         means = found.get(MEAN_OF_FRAMES) or _results_of_new_videos(baseline)
         beside, without = baselines([row for row in rows if row.found], wanted, means, root_option)
-        missing += without
     complete = [row for row in (*beside, *rows) if row.complete]
     if not complete:
         raise UserError(
@@ -126,7 +126,7 @@ def collect(
             f"the results are not of one protocol: {'; '.join(mixed)}: evaluate all heads in the "
             "same way, name only heads that were, or pass --allow-mixed to show them together"
         )
-    lines = (tuple(missing), tuple(mixed), tuple(unsure))
+    lines = (tuple(missing + without), tuple(mixed), tuple(unsure))
     return Tradeoff(close, zero, tuple(rows), *lines, tuple(beside))
 
 
