@@ -162,9 +162,9 @@ def _compared(comparisons: Comparisons) -> Iterator[Shown]:
         )
     for letter, pair in zip(letters[1:], comparisons.pairs, strict=True):
         beside = "" if two else f", beside {letter}"
-        for who, only in (("A", pair.only_a), (letter, pair.only_b)):
+        for whose, only in (("A", pair.only_a), (letter, pair.only_b)):
             if only:
-                yield f"only {who} has {', '.join(only)}{beside}"
+                yield f"only {whose} has {', '.join(only)}{beside}"
         yield from _gains(pair.paired, letter)
 
 

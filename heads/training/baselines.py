@@ -87,4 +87,4 @@ def _embeddings(features: Tensor | npt.NDArray[Any]) -> Tensor:
     """Return the unit embeddings [n,D] of videos, from frame features [n,F,D]."""
     frames = torch.as_tensor(features)
     step = max(1, BATCH_FRAMES // frames.shape[1])
-    return torch.cat([video_embeddings(part.float()) for part in frames.split(step)])
+    return torch.cat([video_embeddings(part.float()) for part in torch.split(frames, step)])

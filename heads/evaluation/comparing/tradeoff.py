@@ -208,7 +208,9 @@ def _mixed(rows: Sequence[TradeoffRow]) -> tuple[list[str], list[str]]:
     unsure: dict[str, dict[str, None]] = {}
     for row, other in itertools.combinations(rows, 2):
         for one, two in zip(row.results, other.results, strict=True):
-            for found in differences(one, two) if one and two else ():
+            if one is None or two is None:
+                continue
+            for found in differences(one, two):
                 if found.decisive and found.unknown:
                     unsure.setdefault(one.dataset, {})[found.name] = None
                 elif found.decisive:

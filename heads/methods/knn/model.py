@@ -55,7 +55,7 @@ class NeighbourHead(OwnClassesHead):
         k = min(max(self.config.neighbours, 1), len(self.videos))
         parts = [
             self._votes(part @ self.videos.T, [k])[0]
-            for part in flat.split(self._queries_at_once())
+            for part in torch.split(flat, self._queries_at_once())
         ]
         votes = torch.cat(parts) if parts else flat.new_zeros(0, self._classes)
         return votes.log().reshape(*embeddings.shape[:-1], -1) / self.logit_scale.exp()
@@ -77,7 +77,7 @@ class NeighbourHead(OwnClassesHead):
         hits = torch.zeros(len(choices), dtype=torch.int64, device=self.videos.device)
         step = -(-len(labels) // LEFT_OUT)
         asked = torch.arange(0, len(labels), step, device=self.videos.device)
-        for part in asked.split(self._queries_at_once()):
+        for part in torch.split(asked, self._queries_at_once()):
             cosines = self.videos[part] @ self.videos.T
             cosines[torch.arange(len(part), device=part.device), part] = -torch.inf
             answers = torch.stack([v.argmax(1) for v in self._votes(cosines, choices)])

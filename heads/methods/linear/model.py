@@ -30,7 +30,7 @@ FOLDS: Final = 5
 SMALL_SET: Final = 2000
 """Up to so many videos every fold is left out in turn; in larger sets one fold says enough."""
 WORSE: Final = 2  # after so many penalties worse than the best, weaker ones are not tried
-PATH_STEPS, FINAL_STEPS = 25, 100  # iterations of L-BFGS for a penalty that is tried, and the last
+PATH_STEPS, FINAL_STEPS = 15, 60  # iterations of L-BFGS for a penalty that is tried, and the last
 SHARE_PENALTY: Final = 0.01  # keeps the texts' share finite where it separates all videos
 AT_ONCE: Final = 2**24  # scores that are computed at once: 64 MB
 
@@ -123,7 +123,7 @@ def _cross_entropy(embeddings: Tensor, labels: Tensor, weight: Tensor, bias: Ten
 
 def _parts(embeddings: Tensor, labels: Tensor, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     size = max(1, AT_ONCE // max(classes, 1))
-    yield from zip(embeddings.split(size), labels.split(size), strict=True)
+    yield from zip(torch.split(embeddings, size), torch.split(labels, size), strict=True)
 
 
 class _Regression:
