@@ -59,8 +59,8 @@ COMMANDS: Final = {
     ),
     "compare": (
         "cli.commands.compare:compare",
-        "Say in which fields two results differ, which of them make the numbers incomparable, "
-        "and only then compare the numbers.",
+        "Say in what the training and the fields of results differ, which of it makes the "
+        "numbers incomparable, and only then compare the numbers.",
     ),
     "tradeoff": (
         "cli.commands.tradeoff:tradeoff",
