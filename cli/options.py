@@ -226,6 +226,13 @@ def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | No
     return load_dataset(folder).class_names if (folder / DATASET_FILE).is_file() else None
 
 
+def video_paths(workspace: Workspace, dataset: str) -> Mapping[str, str]:
+    """Return the paths of a data set's videos by key; {} if it is not packed in this workspace."""
+    from pipeline.tars.paths import video_paths as paths_in
+
+    return paths_in(workspace.dataset_dir(dataset))
+
+
 def class_list(text: str) -> list[str]:
     """Split "a, b, c" into class names; a name with a comma is in quotes: '"cut, chop", run'.
 

@@ -54,6 +54,7 @@ from pipeline.tars.finished import (
     read_record,
 )
 from pipeline.tars.plan import (
+    PLAN_FILE,
     PlannedTar,
     PlannedVideo,
     TarPlan,
@@ -65,7 +66,6 @@ from pipeline.tars.plan import (
 
 logger = logging.getLogger(__name__)
 
-_PLAN_FILE = "plan.json"
 _SHOWN_FAILURES = 5
 
 _Item = TypeVar("_Item")
@@ -202,7 +202,7 @@ class _Packing:
 
         Raises UserError when the input changed, and when the folder holds something else.
         """
-        path = self._records_dir / _PLAN_FILE
+        path = self._records_dir / PLAN_FILE
         if not path.exists():
             packed = self._dataset_dir.glob(f"{TARS_FOLDER}/*.tar")
             if (self._dataset_dir / DATASET_FILE).exists() or any(packed):

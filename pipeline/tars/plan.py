@@ -22,6 +22,7 @@ from pipeline.annotations.class_names import NamesAs, Naming
 from pipeline.annotations.listing import Listing, VideoRecord, key_from_name
 
 PLAN_VERSION = 1
+PLAN_FILE = "plan.json"
 
 
 class PlannedVideo(NamedTuple):
