@@ -6,7 +6,6 @@ sentences, the frames and pixels, the weights, and the score settings.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.files.durable import write_bytes, write_json
+from featstore.files.tables import csv_line
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.protocols.protocol import LabelIds
 from heads.files.imported_run import tower_facts
@@ -280,9 +280,7 @@ def per_class_csv(details: Iterable[SplitDetail], class_names: tuple[str, ...]) 
 
     Accuracies are in percent and empty without videos; top-5 is empty with under five candidates.
     """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["split", "label", "class_name", "n_evaluated", "top1", "top5"])
+    lines = [csv_line(["split", "label", "class_name", "n_evaluated", "top1", "top5"])]
     for part in details:
         for label in part.classes.tolist():
             places = part.places[part.labels == label]
@@ -292,8 +290,8 @@ def per_class_csv(details: Iterable[SplitDetail], class_names: tuple[str, ...]) 
                 else ""
                 for k in (1, 5)
             ]
-            table.writerow([part.split, label, class_names[label], len(places), *shares])
-    return text.getvalue()
+            lines.append(csv_line([part.split, label, class_names[label], len(places), *shares]))
+    return "".join(lines)
 
 
 def run_facts(run_dir: Path, **known: Any) -> RunFacts:

@@ -27,7 +27,7 @@ from pipeline.annotations.listing import (
     split_from_word,
 )
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.text_files import read_lines, read_table
+from pipeline.annotations.text_files import is_number, read_lines, read_table
 from pipeline.annotations.video_folder import (
     VIDEO_EXTENSIONS,
     VideoFolder,
@@ -143,12 +143,12 @@ def _split_at_spaces(lines: Sequence[tuple[int, str]], find: Finder) -> list[lis
         if match := _FILE_THEN_REST.fullmatch(text):
             path, label = match[1], match[2]
             frames, _, last = label.partition(" ")
-            if frames.isdigit() and last.strip().isdigit():
+            if is_number(frames) and is_number(last.strip()):
                 label = last.strip()
         else:
             path, label = _last_space(text)
             shorter, frames = _last_space(path)
-            if shorter and frames.isdigit() and label.isdigit():
+            if shorter and is_number(frames) and is_number(label):
                 # `x 300 4`, unless "x 300" is the name of a file
                 path = path if find(path)[0] is not None else shorter
         if not path:
@@ -204,7 +204,7 @@ def _columns_without_header(path: Path, body: list[list[str]]) -> dict[str, int]
         return {"path": 0, "label": 1}
     if width == 3 and all(split_from_word(row[2]) in TABLES["splits"] for row in body):
         return {"path": 0, "label": 1, "split": 2}
-    if width == 3 and all(row[1].isdigit() for row in body):
+    if width == 3 and all(is_number(row[1]) for row in body):
         return {"path": 0, "label": 2}  # the middle is a number of frames
     raise UserError(
         f"{str(path)!r} has {width} columns of unknown meaning: give it a header line such as "
@@ -222,10 +222,10 @@ def _label_names(
 ) -> tuple[dict[str, str], list[str] | None]:
     """The raw class name of every label text, and the class order (None: sorted by name)."""
     labels = sorted({row.label for row in rows})
-    numbers = [label for label in labels if label.isdigit()]
+    numbers = [label for label in labels if is_number(label)]
     names = read_names(class_names_file) if class_names_file is not None else None
     if numbers and len(numbers) < len(labels):
-        other = next(label for label in labels if not label.isdigit())
+        other = next(label for label in labels if not is_number(label))
         raise UserError(
             f"labels are a mix of numbers and names ({numbers[0]!r} and {other!r}): use one kind"
         )

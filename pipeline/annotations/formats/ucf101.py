@@ -8,7 +8,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.listing import Listing, ListingBuilder
-from pipeline.annotations.text_files import read_lines
+from pipeline.annotations.text_files import is_number, read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 CLASS_FILE = "classind.txt"
@@ -77,7 +77,7 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
 
 def _listed_and_number(text: str) -> tuple[str, int | None]:
     listed, _, number = text.rpartition(" ")
-    if listed and number.isdigit():
+    if listed and is_number(number):
         return listed.strip(), int(number)
     return text, None
 
@@ -86,7 +86,7 @@ def _read_class_file(path: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     for line, text in read_lines(path):
         number, _, name = text.partition(" ")
-        if not number.isdigit() or not name.strip() or int(number) in names:
+        if not is_number(number) or not name.strip() or int(number) in names:
             raise UserError(
                 f"{str(path)!r} line {line}: {text!r} is not `<number> <Class>` with a new number: "
                 "fetch the official file again"
