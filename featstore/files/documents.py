@@ -100,7 +100,9 @@ def read_json(
     try:
         return parse_json(raw, foreign=foreign)
     except ValueError as reason:
-        raise error(f"{path} cannot be read as JSON: {one_line(reason, 160)}; {remedy}") from None
+        raise error(
+            f"{path} is not JSON that mote reads ({one_line(reason, 160)}); {remedy}"
+        ) from None
 
 
 def read_object(
@@ -131,7 +133,9 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
     try:
         return parse_toml(raw)
     except ValueError as reason:
-        raise UserError(f"{path} is not TOML: {one_line(reason, 160)}; {remedy}") from None
+        raise UserError(
+            f"{path} is not TOML that mote reads ({one_line(reason, 160)}); {remedy}"
+        ) from None
 
 
 def read_document(

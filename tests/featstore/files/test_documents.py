@@ -99,7 +99,7 @@ def test_what_is_refused(tmp_path: Path, raw: bytes, words: str) -> None:
     for error in (UserError, WorkError):
         with pytest.raises(error) as told:
             read_json(path, "write it again", error=error)
-        assert str(told.value).startswith(f"{path} cannot be read as JSON: ")
+        assert str(told.value).startswith(f"{path} is not JSON that mote reads (")
         assert str(told.value).endswith("; write it again")
     assert found_object(path) is None
 
@@ -127,7 +127,7 @@ def test_the_deepest_that_is_read() -> None:
 def test_toml_that_is_refused(tmp_path: Path, raw: bytes) -> None:
     path = tmp_path / "a.toml"
     path.write_bytes(raw)
-    with pytest.raises(UserError, match=r"is not TOML: .*; use another$"):
+    with pytest.raises(UserError, match=r"is not TOML that mote reads .*; use another$"):
         read_toml(path, "use another")
 
 
