@@ -236,8 +236,8 @@ class ListingBuilder:
         if renamed:
             example = next(iter(self._of_same_key.values()))[0]
             self._notes.append(
-                f"{renamed} videos differ from another one only in the extension: all are kept, "
-                f"with the extension in their keys (e.g. {example.path or example.source!r})"
+                f"{renamed} videos have a name in common with another file: all are kept, with "
+                f"path and extension as their keys (e.g. {example.path or example.source!r})"
             )
         return videos
 

@@ -40,7 +40,7 @@ def test_extensions_case_and_dots(tmp_path: Path) -> None:
         "a/a.b.mp4": "a/a.b",
         "b/test.mp4": "b/test",
     }
-    assert any("3 videos differ from another one only in the extension" in n for n in listing.notes)
+    assert any("3 videos have a name in common with another file" in n for n in listing.notes)
     assert all("." not in record.key for record in listing.records)
 
 
