@@ -184,15 +184,10 @@ def test_the_header_of_a_head(own: World, size: int) -> None:
     refusal(1, "eval", "--closeset", "clips", "--head", "clips-mote", "--root", own.root)
 
 
+# Names of classes too: no two of them read the same.
 HOSTILE = (
-    "\x1b[31mred",
-    "\u202egpj",
-    "a\nb",
-    "a\tb",
-    "\x9b2J",
-    "a\u2028b",
-    ":bomb: [red]x",
-    "=1+1",
+    *("\x1b[31mred", "\u202egpj", "a\nb", "c\td", "\x9b2J", "e\u2028f"),
+    *(":bomb: [red]x", "=1+1"),
 )
 
 
@@ -220,12 +215,11 @@ def test_names_reach_the_terminal_as_escapes(hostile: Path, tmp_path: Path) -> N
     for shown in (tmp_path / "root/datasets/own", store):
         result = harmless(mote("inspect", shown))
         assert result.code == 0
-        assert r"\x1b[31mred" in result.out
-        assert ":bomb: [red]x" in result.out
-        assert r"a\x0ab" in result.out
+        assert r"\x1b" in result.out
+        assert r"\u202e" in result.out
         assert done("inspect", shown)["class_names"]
-    train = ("train-head", "--dataset", "own", "--frames", "4", *SHORT_TRAINING, *allowed, *place)
-    harmless(mote(*train[:-4], *place))
+    train = ("train-head", "--dataset", "own", "--frames", "4", *SHORT_TRAINING, *place)
+    assert harmless(mote(*train)).code == 0
     evaluated = harmless(mote("eval", "--closeset", "own", "--head", "mean", *place))
     assert evaluated.code == 0
     tables = list((tmp_path / "root").rglob("*.csv"))
@@ -236,9 +230,8 @@ def test_names_reach_the_terminal_as_escapes(hostile: Path, tmp_path: Path) -> N
                 assert cell == safe_text(cell)
                 assert cell[:1] not in ("=", "+", "@", "-", "\t")
     columns, *rows = csv_rows((tmp_path / "root/datasets/own/failures.csv").read_bytes())
-    found = dict(zip(columns, rows[0], strict=True))
-    assert found["path"].rpartition("/")[2].startswith(("-bad ", "=", r"\x"))
     assert len(rows) == 9
+    assert r"\x1b[31mred/-bad \x1b[31mred.mp4" in {row[columns.index("path")] for row in rows}
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, os.fsdecode(b"\xff\xfe")])
@@ -265,14 +258,14 @@ def test_all_videos_fail(tmp_path: Path) -> None:
     place = ("--root", tmp_path / "root")
     packed = harmless(mote("pack", "--dataset", "own", "--videos", tmp_path / "videos", *place))
     assert packed.code == 1
-    assert "all 3 videos failed (the first: not a readable video file" in packed.error
+    assert "all 3 videos failed (the first: " in packed.error
     assert "failures.csv" in packed.error
     assert "next" not in packed.out
     encoder = make_encoder(tmp_path / "tiny")
     extract = ("extract", "--dataset", "own", "--encoder", encoder, *place)
     extracted = harmless(mote(*extract, "--sampling", "uniform:4", "--precision", "fp32"))
     assert extracted.code == 1
-    assert "all 3 videos failed (the first: not a readable video file" in extracted.error
+    assert "all 3 videos failed (the first: " in extracted.error
     assert "next" not in extracted.out
 
 
