@@ -108,7 +108,10 @@ class VideoFolder:
         if path in self._files:
             return True
         inside = not path.startswith(("/", "../")) and path not in ("", "..", ".")
-        return inside and (self.root / path).is_file()
+        try:
+            return inside and (self.root / path).is_file()
+        except OSError:  # a name that no file system takes
+            return False
 
     @cached_property
     def _files(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_line
 from pipeline.annotations.class_names import LabelMap, comparable, one_spelling
 from pipeline.annotations.label_names import (
     correct_names,
@@ -27,7 +27,7 @@ from pipeline.annotations.listing import (
     split_from_word,
 )
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.text_files import is_number, read_lines, read_table
+from pipeline.annotations.text_files import is_number, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import (
     VIDEO_EXTENSIONS,
     VideoFolder,
@@ -98,6 +98,12 @@ Finder = Callable[[str], tuple[str | None, str]]
 
 def read_list(path: Path, find: Finder) -> list[ListRow]:
     """Read the rows of one list with the separator by which most of its files are found."""
+    if path.suffix.lower() == ".json":
+        read_json(path)  # says what is wrong with it
+        raise UserError(
+            f"{str(path)!r} is JSON, but has the shape of neither Kinetics nor Something-Something: "
+            "name a CSV list of path,label"
+        )
     lines = read_lines(path)
     if not lines:
         raise UserError(f"annotation file {str(path)!r} is empty: name one that lists videos")
@@ -117,13 +123,13 @@ def read_list(path: Path, find: Finder) -> list[ListRow]:
         uneven = next((row for row in commas if len(row) != len(commas[0])), None)
         if uneven is not None and len(commas[0]) > 1:
             raise UserError(
-                f"{str(path)!r}: the row {','.join(uneven)!r} has {len(uneven)} columns, the first "
+                f"{str(path)!r}: the row {one_line(','.join(uneven), 80)!r} has {len(uneven)} columns, the first "
                 f"row {len(commas[0])}: quote cells that hold a comma"
             )
     if best is None:
         number, text = next((line for line in lines if len(line[1].split()) < 2), lines[0])
         raise UserError(
-            f"{str(path)!r} line {number}: {text!r} is not `path label`: every line needs a path "
+            f"{str(path)!r} line {number}: {one_line(text, 80)!r} is not `path label`: every line needs a path "
             "and a label, separated by a space, a comma or a tab"
         )
     return _rows(path, best[2])
@@ -190,7 +196,7 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
         listed, label = row[columns["path"]], row[columns["label"]]
         if not listed or not label:
             raise UserError(
-                f"{str(path)!r}: the row {','.join(row)!r} lacks a path or a label: complete it"
+                f"{str(path)!r}: the row {one_line(','.join(row), 80)!r} lacks a path or a label: complete it"
             )
         word = row[columns["split"]] if "split" in columns else ""
         split = split_from_word(word) if word else split_from_file_name(path.stem)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_line
 from pipeline.annotations.listing import Listing, ListingBuilder
 from pipeline.annotations.text_files import is_number, read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
@@ -50,7 +50,9 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
             class_name = class_name.rpartition("/")[2]
             where = f"{str(path)!r} line {line}"
             if not class_name:
-                raise UserError(f"{where}: {text!r} is not `Class/file.avi`: correct the line")
+                raise UserError(
+                    f"{where}: {one_line(text, 80)!r} is not `Class/file.avi`: correct the line"
+                )
             if official:
                 if class_name.lower() not in official:
                     raise UserError(
@@ -88,7 +90,7 @@ def _read_class_file(path: Path) -> dict[int, str]:
         number, _, name = text.partition(" ")
         if not is_number(number) or not name.strip() or int(number) in names:
             raise UserError(
-                f"{str(path)!r} line {line}: {text!r} is not `<number> <Class>` with a new number: "
+                f"{str(path)!r} line {line}: {one_line(text, 80)!r} is not `<number> <Class>` with a new number: "
                 "fetch the official file again"
             )
         names[int(number)] = name.strip()
