@@ -51,6 +51,11 @@ def is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal() and len(text) <= 18
 
 
+def quoted(text: str) -> str:
+    """A line of a file as an error shows it: in quotes, its beginning if it is long."""
+    return repr(one_line(text, 80))
+
+
 def list_files(folder: Path) -> list[Path]:
     """The files directly in a folder, sorted, without hidden ones; UserError when unreadable."""
     try:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable, one_spelling
 from pipeline.annotations.label_names import (
     correct_names,
@@ -27,7 +27,7 @@ from pipeline.annotations.listing import (
     split_from_word,
 )
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.text_files import is_number, read_json, read_lines, read_table
+from pipeline.annotations.text_files import is_number, quoted, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import (
     VIDEO_EXTENSIONS,
     VideoFolder,
@@ -101,8 +101,8 @@ def read_list(path: Path, find: Finder) -> list[ListRow]:
     if path.suffix.lower() == ".json":
         read_json(path)  # says what is wrong with it
         raise UserError(
-            f"{str(path)!r} is JSON, but has the shape of neither Kinetics nor Something-Something: "
-            "name a CSV list of path,label"
+            f"{str(path)!r} is JSON, but has the shape of neither Kinetics nor Something-Something "
+            "V2: name a CSV list of path,label"
         )
     lines = read_lines(path)
     if not lines:
@@ -123,14 +123,14 @@ def read_list(path: Path, find: Finder) -> list[ListRow]:
         uneven = next((row for row in commas if len(row) != len(commas[0])), None)
         if uneven is not None and len(commas[0]) > 1:
             raise UserError(
-                f"{str(path)!r}: the row {one_line(','.join(uneven), 80)!r} has {len(uneven)} columns, the first "
-                f"row {len(commas[0])}: quote cells that hold a comma"
+                f"{str(path)!r}: the row {quoted(','.join(uneven))} has {len(uneven)} columns, the "
+                f"first row {len(commas[0])}: quote cells that hold a comma"
             )
     if best is None:
         number, text = next((line for line in lines if len(line[1].split()) < 2), lines[0])
         raise UserError(
-            f"{str(path)!r} line {number}: {one_line(text, 80)!r} is not `path label`: every line needs a path "
-            "and a label, separated by a space, a comma or a tab"
+            f"{str(path)!r} line {number}: {quoted(text)} is not `path label`: every line needs a "
+            "path and a label, separated by a space, a comma or a tab"
         )
     return _rows(path, best[2])
 
@@ -196,7 +196,8 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
         listed, label = row[columns["path"]], row[columns["label"]]
         if not listed or not label:
             raise UserError(
-                f"{str(path)!r}: the row {one_line(','.join(row), 80)!r} lacks a path or a label: complete it"
+                f"{str(path)!r}: the row {quoted(','.join(row))} lacks a path or a "
+                "label: complete it"
             )
         word = row[columns["split"]] if "split" in columns else ""
         split = split_from_word(word) if word else split_from_file_name(path.stem)

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError
 from pipeline.annotations.listing import Listing, ListingBuilder
-from pipeline.annotations.text_files import is_number, read_lines
+from pipeline.annotations.text_files import is_number, quoted, read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 CLASS_FILE = "classind.txt"
@@ -51,7 +51,7 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
             where = f"{str(path)!r} line {line}"
             if not class_name:
                 raise UserError(
-                    f"{where}: {one_line(text, 80)!r} is not `Class/file.avi`: correct the line"
+                    f"{where}: {quoted(text)} is not `Class/file.avi`: correct the line"
                 )
             if official:
                 if class_name.lower() not in official:
@@ -90,8 +90,8 @@ def _read_class_file(path: Path) -> dict[int, str]:
         number, _, name = text.partition(" ")
         if not is_number(number) or not name.strip() or int(number) in names:
             raise UserError(
-                f"{str(path)!r} line {line}: {one_line(text, 80)!r} is not `<number> <Class>` with a new number: "
-                "fetch the official file again"
+                f"{str(path)!r} line {line}: {quoted(text)} is not `<number> <Class>` with a new "
+                "number: fetch the official file again"
             )
         names[int(number)] = name.strip()
     return names
