@@ -62,6 +62,7 @@ from pipeline.tars.plan import (
     differences,
     make_plan,
     read_plan,
+    with_earlier_keys,
 )
 
 logger = logging.getLogger(__name__)
@@ -213,6 +214,7 @@ class _Packing:
             self.plan.write(path)
             return
         earlier = read_plan(path)
+        self.plan = with_earlier_keys(earlier, self.plan)
         if append or earlier.last_batch:
             self.plan = continued(earlier, self.plan)
         for tar in earlier.tars:
