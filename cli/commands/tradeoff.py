@@ -57,6 +57,7 @@ def tradeoff(
     """
     from heads.evaluation.comparing.compare import evaluated_runs
     from heads.evaluation.comparing.tradeoff import collect, is_scored
+    from heads.evaluation.next_steps import evaluation_of
     from heads.reporting.figures import tradeoff_plot
 
     workspace = options.workspace(root)
@@ -65,7 +66,7 @@ def tradeoff(
     if unknown:
         raise UserError(
             f"run {unknown[0]!r} has no results (runs with results: {', '.join(known) or 'none'}): "
-            f"make some with `mote-cli eval --closeset NAME --head {unknown[0]}`"
+            f"make some with `{evaluation_of(workspace.head_dir(unknown[0]))}`"
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
     found = collect(

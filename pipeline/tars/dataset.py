@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from featstore.commands import command
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import write_bytes, write_json
 from featstore.workspace import DATASET_FILE as DATASET_FILE
@@ -188,10 +189,9 @@ def load_dataset(dataset_dir: Path) -> Dataset:
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
         state = "packing is not finished" if (dataset_dir / ".packing").is_dir() else "not packed"
-        raise UserError(
-            f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): run "
-            f"`mote-cli pack --dataset {dataset_dir.name} --videos DIR`"
-        )
+        root = dataset_dir.parent.parent if dataset_dir.parent.name == "datasets" else None
+        pack = command("pack", dataset=dataset_dir.name, videos="DIR", root=root)
+        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): run `{pack}`")
     remedy = f"delete {str(dataset_dir)!r} and pack again"
     try:
         value = json.loads(path.read_bytes())

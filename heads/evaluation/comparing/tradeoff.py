@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from featstore.commands import command
 from featstore.errors import UserError, WorkError
 from heads.evaluation.comparing.compare import SavedResult, differences, saved_results
 from heads.evaluation.protocols.choose import PROTOCOLS
@@ -218,13 +220,14 @@ def collect(
             if row.complete:
                 _require_one_head(row)
             rows.append(row)
-            missing += _missing(row, wanted)
+            missing += _missing(row, wanted, runs[0].parent.parent)
     complete = [row for row in rows if row.complete]
     if not complete:
         raise UserError(
             "no head has a result on every set: " + "; ".join(missing[:6])
             if missing
-            else "no head has results: train a head and evaluate it with mote-cli eval"
+            else "no head has results: train a head, and evaluate it with the command that is "
+            "printed then"
         )
     mixed, unsure = _mixed(complete)
     if mixed and not allow_mixed:
@@ -288,11 +291,16 @@ def _datasets(found: Mapping[str, Sequence[SavedResult]], role: Role) -> list[st
     return sorted({r.dataset for results in found.values() for r in results if r.role == role})
 
 
-def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]]) -> list[str]:
-    chosen = "" if row.head == MEAN_OF_FRAMES else row.setting.options
+def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]], root: Path) -> list[str]:
+    chosen = [] if row.head == MEAN_OF_FRAMES else shlex.split(row.setting.options)
     return [
-        f"{row.head} has no {role} result on {name}: `mote-cli eval "
-        f"{'--protocol' if name in PROTOCOLS else f'--{role}'} {name} --head {row.head}{chosen}`"
+        f"{row.head} has no {role} result on {name}: `"
+        + command(
+            *("eval", "--protocol" if name in PROTOCOLS else f"--{role}", name),
+            *("--head", row.head, *chosen),
+            root=root,
+        )
+        + "`"
         for (role, name), result in zip(wanted, row.results, strict=True)
         if result is None
     ]
