@@ -76,8 +76,11 @@ class Extraction:
 
         Characters that trouble file systems or copying tools become "-".
         """
-        parts = [self.encoder, self.sampling, f"crops{self.crops}" if self.crops > 1 else ""]
-        parts += [self.tier, self.split]
+        tower = self.encoder or ""
+        if os.path.isabs(tower):  # a folder or a file gives its own name
+            tower = Path(tower).name.removesuffix(".pt")
+        crops = f"crops{self.crops}" if self.crops > 1 else ""
+        parts = [tower, self.sampling, crops, self.tier, self.split]
         safe = [_UNSAFE.sub("-", part or "").strip("-.") for part in parts]
         return "--".join(part for part in safe if part) + STORE_SUFFIX
 

@@ -226,8 +226,10 @@ def newest_evaluation(workspace: Workspace) -> str:
 
 def evaluation_of(run_dir: Path) -> str:
     """Return a command that gives the head in a run folder a result, or that makes it possible."""
-    first = run_dir.name == FIRST_STAGE
-    workspace, card = Workspace(run_dir.parents[2 if first else 1]), read_card(run_dir)
+    folder = (run_dir.parent if run_dir.name == FIRST_STAGE else run_dir).parent
+    workspace, card = Workspace(folder.parent), read_card(run_dir)
+    if folder.name != "heads":
+        return command("eval", "--zeroshot", "NAME", head=run_dir.name)
     if card is None and run_dir.name != MEAN_OF_FRAMES:
         return workspace.first_command()
     return _any_evaluation(workspace, card)

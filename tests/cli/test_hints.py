@@ -173,7 +173,8 @@ def test_published_views_are_asked_for(place: World, tmp_path: Path) -> None:
     made = typed(extract)
     plan = done(*shlex.split(extract)[1:], *SMALL, "--dry-run")
     assert "protocols" not in plan  # clips has none of its own
-    plan = done(*shlex.split(extract.replace("clips --enc", "hmdb51 --enc"))[1:], "--dry-run")
+    other = extract.replace("clips --enc", "hmdb51 --enc").replace("--split val ", "")
+    plan = done(*shlex.split(other)[1:], "--dry-run")
     assert plan["protocols"]["views"] == "4x3"
     assert "hmdb51-halfclass-test1" in plan["protocols"]["served"]
     options = plan["protocols"]["not_served"]["hmdb51-zeroshot-full"]

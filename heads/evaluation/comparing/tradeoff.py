@@ -199,6 +199,7 @@ def collect(
     wanted: list[tuple[Role, str]] = [("closeset", close), *(("zeroshot", name) for name in zero)]
     rows: list[TradeoffRow] = []
     missing: list[str] = []
+    root = runs[0].parent.parent if runs and runs[0].parent.name == "heads" else None
     for head, results in found.items():
         by_setting: dict[Setting, list[SavedResult]] = {}
         for result in results:
@@ -220,7 +221,7 @@ def collect(
             if row.complete:
                 _require_one_head(row)
             rows.append(row)
-            missing += _missing(row, wanted, runs[0].parent.parent)
+            missing += _missing(row, wanted, root)
     complete = [row for row in rows if row.complete]
     if not complete:
         raise UserError(
@@ -291,7 +292,7 @@ def _datasets(found: Mapping[str, Sequence[SavedResult]], role: Role) -> list[st
     return sorted({r.dataset for results in found.values() for r in results if r.role == role})
 
 
-def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]], root: Path) -> list[str]:
+def _missing(row: TradeoffRow, wanted: Sequence[tuple[Role, str]], root: Path | None) -> list[str]:
     chosen = [] if row.head == MEAN_OF_FRAMES else shlex.split(row.setting.options)
     return [
         f"{row.head} has no {role} result on {name}: `"
