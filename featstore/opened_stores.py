@@ -112,7 +112,7 @@ class OpenedStores:
         """
         from featstore.format.metadata import read_metadata
         from featstore.opening import open_store  # as in `open`
-        from featstore.reading.repair import repair_command
+        from featstore.reading.repair import beside, repair_command
 
         dataset = self.dataset
         remote = name is not None and is_url(name)
@@ -160,9 +160,12 @@ class OpenedStores:
                 raise damaged[0]
             if make.encoder is None:
                 make = replace(make, encoder=self._usual_encoder())
+            usual = self._workspace.features_dir(dataset) / make.file_name
+            taken = make.sampling is not None and usual in paths  # made with another encoder
+            make_one = make.command(self._workspace.root, store=beside(usual) if taken else None)
             raise MissingStore(
                 f"no store of data set {dataset!r} fits: {'; '.join(refused)}",
-                f"; make one with `{make.command(self._workspace.root)}`",
+                f"; make one with `{make_one}`",
             )
         meant, why = fitting, ""
         for reason, is_meant in likely:

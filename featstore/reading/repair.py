@@ -28,7 +28,7 @@ def repair_command(store: Path, metadata: StoreMetadata, root: Path | None = Non
         source = _the_one(at.parent, lambda other: not other.differences(before))
         if source is None:
             return command("store", "quantize", "FLOAT16-STORE", out="NEW-STORE")
-        return command("store", "quantize", source, out=_beside(at))
+        return command("store", "quantize", source, out=beside(at))
     if "+" in made.dataset and not any(
         tar.file.startswith(f"{made.dataset}-") for tar in metadata.tars
     ):
@@ -36,7 +36,7 @@ def repair_command(store: Path, metadata: StoreMetadata, root: Path | None = Non
         sources = [part for part in parts if part is not None]
         if len(sources) < len(parts):
             return command("store", "merge", "STORE", "STORE", out="NEW-STORE")
-        return command("store", "merge", *sources, out=_beside(at))
+        return command("store", "merge", *sources, out=beside(at))
     extraction = extraction_of(made)
     sets = prompt_set_names(store)
     if sets and DEFAULT_PROMPTS not in sets:
@@ -84,7 +84,7 @@ def _the_one(folder: Path, fits: Callable[[Provenance], bool]) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _beside(store: Path) -> Path:
+def beside(store: Path) -> Path:
     """Return a new path beside a store."""
     number = 2
     while (path := store.with_name(f"{store.stem}-{number}{STORE_SUFFIX}")).exists():

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from featstore import open_store
 from featstore.commands import command
 from featstore.format.class_texts import PROMPT_SET_NAMES
+from pipeline.decoding.contract import DecodeError
 from pipeline.prompts import PROMPT_SETS
 from tests.support.processes.command_line import Result, done, mote, refused
 from tests.support.worlds.official_trees import hmdb51
-from tests.support.worlds.tiny_world import SHORT_TRAINING, World, make_clip
+from tests.support.worlds.tiny_world import SHORT_TRAINING, World, make_clip, make_encoder
 
 SMALL = ("--precision", "fp32", "--workers", "1")
 
@@ -325,13 +326,32 @@ def rewrite_origin(file: Path, **changes: str) -> None:
     save_head(head, file)
 
 
-def test_more_videos_than_may_fail_are_explained_once(place: World, tmp_path: Path) -> None:
+def test_an_encoder_of_the_same_name_gets_a_store_of_its_own(place: World, tmp_path: Path) -> None:
+    root, other = ("--root", place.root), make_encoder(tmp_path / "other/tiny", seed=1)
+    videos = more_clips(tmp_path / "new", ("",), ("hop", "nod"))
+    typed(next_of(mote("pack", "--dataset", "moves", "--videos", videos, *root)))
+    second = place.store.with_name("second.zarr")
+    own = ("--encoder", str(other), "--sampling", "uniform:4", "--store", str(second))
+    extracted(place, "clips", *own)
+    training = ("train-head", "--dataset", "clips", "--store", "second", "--name", "second")
+    assert mote(*training, *SHORT_TRAINING, "--frames", "4", *root).code == 0
+    evaluating = ("eval", "--zeroshot", "moves", "--no-modulate", *root)
+    (words,) = named_in(refused(2, *evaluating))
+    assert "--store 'a root/features/moves/tiny--uniform-4-2.zarr'" in words
+    typed(words)
+    assert mote(*evaluating).code == 0
+
+
+def test_too_many_failures_are_explained_once(place: World, tmp_path: Path) -> None:
     videos = more_clips(tmp_path / "new", ("train",), ("hop", "nod"))
     mote("pack", "--dataset", "moves", "--videos", videos, "--root", place.root)
-    dataset = place.root / "datasets/moves/dataset.json"
-    assert json.loads(dataset.read_text())["split_names"] == ["train"]
-    result = mote(
-        *("extract", "--dataset", "moves", "--encoder", place.encoder, "--sampling", "uniform:4"),
-        *("--max-failures", "0", "--root", place.root, *SMALL),
-    )
-    assert result.code == 0
+    with mock.patch(
+        "pipeline.extraction.cpu_pool.encode_video", side_effect=DecodeError("no frames")
+    ):
+        result = mote(
+            *("extract", "--dataset", "moves", "--encoder", place.encoder, *SMALL),
+            *("--sampling", "uniform:4", "--root", place.root),
+        )
+    assert result.code == 1
+    assert not [line for line in result.out.splitlines() if line.startswith("next")]
+    typed(*named_in(result.error))
