@@ -89,7 +89,8 @@ def train_head(
     Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
     """
     from heads.compatibility import check_fits, training_prompt_set
-    from heads.evaluation.next_steps import after_training, choose_training_store
+    from heads.evaluation.next_steps import after_training
+    from heads.evaluation.wanted_store import choose_training_store
     from heads.files.head_file import choose_head
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.training.train_head import train_head as run

@@ -20,7 +20,6 @@ from heads.evaluation import sweeps
 from heads.evaluation.evaluate import evaluate_many
 from heads.evaluation.label_maps import CORRECTED, named_as
 from heads.evaluation.leaks import require_no_leak
-from heads.evaluation.next_steps import extraction_for
 from heads.evaluation.protocols.choose import (
     build_test_sets,
     count_views,
@@ -30,6 +29,7 @@ from heads.evaluation.protocols.choose import (
 from heads.evaluation.protocols.protocol import Kind, Protocol
 from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice
 from heads.evaluation.results import EvalResult, run_facts, save_result
+from heads.evaluation.wanted_store import extraction_for
 from heads.files.head_cards import likely_stores, newest_card
 from heads.files.head_file import choose_head
 from heads.methods.head import Head
