@@ -99,7 +99,11 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     cells = [[str(cell) for cell in row] for row in rows]
     made = Table(title=title or None, title_justify="left")
     widest = max((len(row[0]) for row in cells), default=0)
-    made.add_column(columns[0], overflow="fold", min_width=min(WHOLE_NAME, widest))
+    # A column that keeps its width is left out of what rich takes from all to fit the terminal;
+    # one with a least width is shrunk and grows again, and then the table is too wide.
+    whole = widest <= WHOLE_NAME
+    least = None if whole else WHOLE_NAME
+    made.add_column(columns[0], overflow="fold", no_wrap=whole, min_width=least)
     for column in columns[1:]:
         made.add_column(column, justify="right", overflow="fold")
     for row in cells:

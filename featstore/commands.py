@@ -37,9 +37,7 @@ def command(*words: str | Path, root: str | Path | None = None, **options: objec
         else:
             said.append(f"--{name.replace('_', '-')}")
             said += [] if value is True else [_shown(value)]
-    if root is not None and not _is_usual(root):
-        said += ["--root", _shown(root)]
-    return shlex.join(said)
+    return shlex.join(said) + ("" if root is None else root_words(root))
 
 
 @dataclass(frozen=True)
@@ -124,9 +122,12 @@ def workspace_of(store: Path) -> Path | None:
     return folders[2] if inside else None
 
 
-def _is_usual(root: str | Path) -> bool:
+def root_words(root: str | Path) -> str:
+    """Return what a command needs to find the workspace: " --root DIR", or ""."""
     usual = Path(os.environ.get(ROOT_VARIABLE, DEFAULT_ROOT))
-    return "://" not in str(root) and Path(root).absolute() == usual.absolute()
+    if "://" not in str(root) and Path(root).absolute() == usual.absolute():
+        return ""
+    return " --root " + shlex.quote(_shown(root))
 
 
 def _shown(value: object) -> str:

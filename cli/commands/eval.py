@@ -55,6 +55,12 @@ def evaluate(
     views: Annotated[
         str | None, typer.Option(metavar="CLIPSxCROPS", help="Use the store with these views.")
     ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Frames per view, of those stored; default: the head's, or all for mean."
+        ),
+    ] = None,
     sampling: options.StoreSampling = None,
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
@@ -251,6 +257,8 @@ def evaluate(
     kind = named.kind if named is not None else KINDS[chosen[0]]
     if kind in trained.KINDS and swept:
         raise UserError(f"--sweep needs a head that is trained already: {kind} trains its own")
+    if kind in trained.KINDS and frames is not None:
+        raise UserError(f"--frames needs a head that is trained already: {kind} has its recipe's")
     workspace = options.workspace(root)
     request = asked.EvaluationRequest(
         workspace,
@@ -262,6 +270,7 @@ def evaluate(
         views=views,
         sampling=sampling,
         store=store_name,
+        frames=frames,
         prompt_set=lambda store: options.prompt_set(store, prompts),
         score=asked.ScoreSettings(
             modulate,

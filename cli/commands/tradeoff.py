@@ -10,10 +10,12 @@ import typer
 
 from cli import options
 from cli.output import Shown, percent, report, table, warn
+from featstore.commands import root_words
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
     from heads.evaluation.comparing.tradeoff import Tradeoff
+    from heads.evaluation.comparing.tradeoff_rows import TradeoffRow
 
 FIGURE = "tradeoff.png"
 
@@ -51,13 +53,15 @@ def tradeoff(
     """Collect the newest results of several heads: close-set, zero-shot, and the trade-off score.
 
     The zero-shot column is the harmonic mean over the data sets. The score is the harmonic mean
-    of that column and the close-set accuracy. Both are computed from unrounded numbers.
+    of that column and the close-set accuracy. Both are computed from unrounded numbers. The first
+    row is CLIP's mean of the same frames: no head, no modulation, no ensemble.
 
     Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
     """
     from heads.evaluation.comparing.compare import evaluated_runs
     from heads.evaluation.comparing.tradeoff import collect, is_scored
     from heads.evaluation.next_steps import evaluation_of
+    from heads.methods.registry import MEAN_OF_FRAMES
     from heads.reporting.figures import tradeoff_plot
 
     workspace = options.workspace(root)
@@ -76,12 +80,14 @@ def tradeoff(
         closeset=closeset,
         zeroshot=names,
         allow_mixed=allow_mixed,
+        baseline=workspace.run_dir(MEAN_OF_FRAMES),
+        root_option=root_words(root),
     )
     figure = out or workspace.root / FIGURE
     tradeoff_plot(
         [
-            {**row.to_json(), "head": " ".join((row.head, *row.setting.changes))}
-            for row in found.rows
+            {**row.to_json(), "head": " ".join((row.head, *row.beside, *row.setting.changes))}
+            for row in (*found.baselines, *found.rows)
             if row.complete
         ],
         figure,
@@ -97,6 +103,11 @@ def _zeroshot_title(found: Tradeoff) -> str:
     return f"harmonic mean of {', '.join(found.zeroshot)} zero-shot"
 
 
+def _setting(baseline: TradeoffRow) -> str:
+    heads = ", ".join(baseline.beside)
+    return f"no head, same frames as {heads}" if heads else "no head, same frames"
+
+
 def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
     several = len(found.zeroshot) > 1
     yield table(
@@ -108,12 +119,12 @@ def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
         [
             [
                 row.head,
-                row.setting.text,
+                _setting(row) if row in found.baselines else row.setting.text,
                 *map(percent, row.top1),
                 *([percent(row.zeroshot_top1)] if several else []),
                 percent(row.score),
             ]
-            for row in found.rows
+            for row in (*found.baselines, *found.rows)
         ],
     )
     mixed = [f"protocols differ: {line}" for line in found.mixed]

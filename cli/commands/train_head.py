@@ -29,8 +29,8 @@ def train_head(
         str | None,
         typer.Option(
             metavar="|".join(names()),
-            help="Mixture of temporal experts, the plain transformer, or no parameters at all; "
-            "default: the recipe's.",
+            help="Mixture of temporal experts, the plain transformer, no parameters at all, or a "
+            "cheap baseline (docs/baselines.md); default: the recipe's.",
         ),
     ] = None,
     name: Annotated[

@@ -63,6 +63,8 @@ def predict(
     known = classes if classes is not None or origin is None else origin.class_names
     if known is None:
         raise UserError('no classes to choose from: name them with --classes "a,b,c"')
+    if model is not None:
+        model.require_classes(known)
     spec = encoder or (DEFAULT_ENCODER if origin is None else origin.encoder)
     on = resolve_device(device).type
     try:

@@ -119,6 +119,7 @@ def evaluate_many(
             f"store with {views} views, or extract one"
         )
     if named.kind == "closeset" and not knows_classes(head, text):
+        head.require_classes(text.names)  # a head without texts cannot do what follows either
         raise UserError(
             f"{head_name} was trained on {head.training_class_embeddings.shape[0]} classes that "
             f"are not the {len(text.names)} of {dataset}: evaluate it with --zeroshot {dataset}"

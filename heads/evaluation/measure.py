@@ -87,6 +87,7 @@ class Measurement:
             for test in self.tests
         ]
         classes = torch.from_numpy(text.embeddings).to(where)
+        scorer = head.scorer(classes, text.names)
         blocks = summarise_store(
             self.store,
             head,
@@ -100,7 +101,8 @@ class Measurement:
             ensemble = None
             if clip is not None:
                 ensemble = clip.summaries(self.listed_keys(part)), clip.classes
-            block = BlockScores(summaries, classes, head.training_class_embeddings, ensemble)
+            trained = head.training_class_embeddings
+            block = BlockScores(summaries, classes, trained, ensemble, scorer)
             for t, test in enumerate(self.tests):
                 slot = slots[t][part]
                 at = np.flatnonzero(slot >= 0)
@@ -207,7 +209,7 @@ class ClipFeatures:
 def check_candidates(
     tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: Head
 ) -> None:
-    """Raise UserError if candidates are not classes of the store, or too few to modulate."""
+    """Raise UserError if candidates are not classes of the store, or the head cannot score them."""
     names = [test.name for test in tests]
     if len(set(names)) < len(names):
         raise ValueError(f"test sets need distinct names, not {names}")
@@ -221,6 +223,7 @@ def check_candidates(
                 f"the class list of {test.name} does not match the {len(text.names)} classes of "
                 f"the store: {problem or 'it names a class twice'}"
             )
+        head.require_classes([text.names[label] for label in wanted.tolist()])
         tested = len(text.names) if test.modulation_classes == "all" else len(wanted)
         for scoring in scorings:
             if scoring.modulate:

@@ -67,6 +67,8 @@ class EvaluationRequest:
     sampling: str | None = None
     store: str | None = None
     """Name of the store, or its URL, if several fit."""
+    frames: int | None = None
+    """T, frames per view that are tested; None for the head's, or without a head for all."""
     prompt_set: Callable[[Store], str | None] = lambda store: None
     """Chooses one of the store's prompt sets; None means the head's, or the store's only one."""
     score: ScoreSettings = field(default_factory=ScoreSettings)
@@ -267,6 +269,7 @@ def _measure(
             tests=tests,
             head_name=request.workspace.head_name(run_dir),
             views=request.views,
+            frames=request.frames,
             prompt_set=request.prompt_set(store),
             clip_store=request.chosen_clip_store(),
             facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),

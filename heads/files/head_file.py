@@ -64,6 +64,10 @@ def load_head(path: str | Path) -> Head:
         if not bool(tensor.isfinite().all()):
             raise WorkError(f"{file} is damaged: {name} holds values that are not finite")
     head.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    try:
+        head.require_sound()
+    except WorkError as error:
+        raise WorkError(f"{file} is damaged: {error}") from error
     origin = card.get("origin")
     head.origin = None if origin is None else HeadOrigin.from_json(origin)
     return head.requires_grad_(True).eval()

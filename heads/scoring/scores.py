@@ -80,8 +80,9 @@ class Scoring:
 class BlockScores:
     """Computes scores of the N videos of one block under any settings, shared parts only once.
 
-    `class_embeddings` [C,D] are all classes of the store; `training_class_embeddings` [S,D] are the
-    classes that modulation compares them with. If the head's features come from a tuned tower,
+    `class_embeddings` [C,D] are all classes of the store, which `scorer` (`Head.scorer`) scores, by
+    default by their cosines; `training_class_embeddings` [S,D] are the classes that modulation
+    compares them with. If the head's features come from a tuned tower,
     `clip` holds the summaries for CLIP's part of an ensemble and its class texts [C,D].
     """
 
@@ -91,9 +92,11 @@ class BlockScores:
         class_embeddings: Tensor,
         training_class_embeddings: Tensor,
         clip: tuple[ViewSummaries, Tensor] | None = None,
+        scorer: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.summaries = summaries
         self.classes = class_embeddings
+        self._scorer = scorer or (lambda embeddings: class_cosines(embeddings, self.classes))
         self.training_classes = training_class_embeddings
         self._clip, self._clip_classes = clip or (summaries, class_embeddings)
         self._kept: dict[object, Tensor] = {}
@@ -130,7 +133,7 @@ class BlockScores:
         def compute() -> Tensor:
             features = self.video_features(scoring, tested)
             features = features.double().mean(1) if mean else features
-            return class_cosines(functional.normalize(features, dim=-1), self.classes)
+            return self._scorer(functional.normalize(features, dim=-1))
 
         key: tuple[object, ...] = ("mean" if mean else "views",)
         if scoring.modulate and self.summaries.hidden is not None:
@@ -183,13 +186,17 @@ def view_features(
 
 
 def view_cosines(
-    head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+    head: Head,
+    features: Tensor,
+    class_embeddings: Tensor,
+    modulate: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Return the cosine of every view with every class, [N,V,T,D] and [C,D] -> [N,V,C]."""
+    """Return the score (`Head.scorer`) of every view and class, [N,V,T,D], [C,D] -> [N,V,C]."""
     embeddings = functional.normalize(
         view_features(head, features, class_embeddings, modulate), dim=-1
     )
-    return class_cosines(embeddings, class_embeddings)
+    return head.scorer(class_embeddings, class_names)(embeddings)
 
 
 def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:
@@ -255,8 +262,9 @@ def predict_scores(
             f"{len(class_names)} class names for {class_embeddings.shape[0]} class embeddings: "
             "name at least one class, each with its embedding"
         )
+    head.require_classes(class_names)
     modulate = modulate and can_modulate(head, len(class_names))
-    cosines = view_cosines(head, features[None], class_embeddings, modulate)[0]
+    cosines = view_cosines(head, features[None], class_embeddings, modulate, class_names)[0]
     scale = head.logit_scale.double().exp()
     scores = (scale * cosines.double()).softmax(-1).mean(0).tolist()
     named = zip(class_names, scores, strict=True)

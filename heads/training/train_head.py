@@ -45,6 +45,7 @@ from heads.files.run_files import (
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.training.baselines import fit_on_store
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
 from heads.training.state import Position
@@ -122,7 +123,11 @@ def train_head(
     continues from the last checkpoint (and starts a run that does not exist yet). If the store has
     fewer frames per view than `training.frames`, all of its frames are used.
 
-    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
+    A method that is `fitted` learns in one go what others learn in epochs: its one epoch counts in
+    the record, and batch size and rates have no effect.
+
+    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details; or videos,
+    if the head is fitted.
     Raises UserError when head, rows or classes do not fit the store, when the run exists and
     `resume` is off, or when it was begun with other settings (named in the message); WorkError
     when another process trains the run, the store is not complete, the loss stops being a number
@@ -144,6 +149,9 @@ def train_head(
             *(store.schema.frames, training.frames, store.schema.frames),
         )
         training = replace(training, frames=store.schema.frames)
+    if chosen.fitted:
+        chosen.require("trained from another head's weights", initial is None)
+        training = replace(training, epochs=1, warmup_epochs=0.0)
     listed = np.unique(np.asarray(rows, np.int64))
     positions = store.positions(listed) if len(listed) else listed
     usable = listed[store.status[positions] == STATUS_OK] if len(listed) else listed
@@ -225,6 +233,14 @@ def train_head(
         if not chosen.trains:
             log.info("a mean of frames has nothing to train")
             metrics, resumed_from = [], 0
+            write_metrics(run_dir, metrics)
+        elif chosen.fitted:
+            taken, seed = training.frames, training.seed
+            found = fit_on_store(
+                model.to(where), store, usable, labels, taken, seed, progress=progress
+            )
+            more = {} if after_epoch is None else after_epoch(model, 1)
+            metrics, resumed_from = [{**found, **more}], 0
             write_metrics(run_dir, metrics)
         else:
             features = load_features(store, usable, holding=holding)
