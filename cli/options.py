@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.output import fail, warn
+from featstore.commands import DEFAULT_ROOT as DEFAULT_ROOT
+from featstore.commands import ROOT_VARIABLE
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
@@ -20,13 +20,11 @@ from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 if TYPE_CHECKING:
     from featstore.reading.store import Store
 
-DEFAULT_ROOT = Path("mote-data")
-
 Root = Annotated[
     Path,
     typer.Option(
         "--root",
-        envvar="MOTE_ROOT",
+        envvar=ROOT_VARIABLE,
         metavar="DIR",
         help="Workspace: the folder that holds data sets, features, heads and encoders.",
     ),
@@ -159,13 +157,6 @@ def workspace(root: Path) -> Workspace:
         if folder.exists():
             raise UserError(f"{folder} is not a folder: --root takes a folder, also a new one")
     return Workspace(root)
-
-
-def same_root(root: Path | str) -> str:
-    """Return what the next command needs to find the same workspace: " --root DIR", or ""."""
-    if str(root) == os.environ.get("MOTE_ROOT", str(DEFAULT_ROOT)):
-        return ""
-    return f" --root {shlex.quote(str(root))}"
 
 
 def store_path(root: Path, text: str) -> Path:

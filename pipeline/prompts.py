@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from featstore.errors import UserError, one_line
 from featstore.files.documents import read_document, read_json
-from featstore.format.class_texts import DEFAULT_PROMPTS
+from featstore.format.class_texts import PROMPT_SET_NAMES
 from featstore.format.metadata import check_prompt_set
 
 if TYPE_CHECKING:
@@ -37,11 +37,12 @@ _FORMS = (
     "a {medium} of a person practicing {{}}.",
 )
 
-PROMPT_SETS: dict[str, tuple[str, ...]] = {
-    DEFAULT_PROMPTS: tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
-    "name": ("{}",),
-    "video": ("a video of {}",),
-}
+_TEMPLATES: Final = (
+    tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
+    ("{}",),
+    ("a video of {}",),
+)
+PROMPT_SETS: Final = dict(zip(PROMPT_SET_NAMES, _TEMPLATES, strict=True))
 
 TEMPLATES_SUFFIX: Final = ".txt"
 # CLIP reads 77 tokens; these limits stop files that are something else.

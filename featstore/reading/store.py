@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from featstore.errors import UserError, WorkError
 from featstore.format.array_checks import whole_numbers
-from featstore.format.class_texts import ClassText, read_class_text
+from featstore.format.class_texts import ClassText, read_class_text, texts_command
 from featstore.format.metadata import TarEntry, prompt_set_names, read_metadata
 from featstore.format.provenance import Provenance
 from featstore.format.schema import STATUS_FAILED, FeatureArray, RowArray, StoreSchema
@@ -216,7 +216,7 @@ class Store:
         """Return the array row of the sample with this key; UserError if the key is not listed."""
         found = self._row_by_key.get(key)
         if found is None:
-            raise UserError(f"{self.path} has no sample {key!r}: `mote-cli inspect` lists them")
+            raise UserError(f"{self.path} has no sample {key!r}: `keys` of the store lists them")
         return found
 
     def positions(self, rows: npt.ArrayLike) -> RowArray:
@@ -241,7 +241,7 @@ class Store:
             raise UserError(
                 f"{self.path} has no class texts for prompt set {prompt_set!r}: it has "
                 f"{', '.join(known) or 'none'}; add them with "
-                "`mote-cli store add-texts`"
+                f"`{texts_command(self.path, prompt_set)}`"
             )
         return read_class_text(self.path, prompt_set, self.provenance, self._metadata.class_names)
 

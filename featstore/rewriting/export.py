@@ -25,6 +25,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.durable import make_folder, write_bytes, write_json
 from featstore.files.exchange import new_folder
@@ -85,7 +86,7 @@ def export(
         if not len(rows):
             raise UserError(
                 f"{path} has no row to export: {len(failed)} were asked for and failed; "
-                "`mote-cli inspect` lists the reasons"
+                f"`{command('inspect', path)}` lists the reasons"
             )
         step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
         count = -(-len(rows) // step)

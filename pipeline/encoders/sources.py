@@ -27,6 +27,7 @@ from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
+from featstore.commands import command
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.documents import read_object
 from featstore.files.durable import write_bytes, write_json
@@ -198,7 +199,7 @@ def _load_openai_file(path: Path) -> LoadedClip:
     if "visual.proj" not in state and "visual.attnpool.positional_embedding" not in state:
         raise UserError(
             f"{path} holds no CLIP in OpenAI's layout (no visual.proj): pass a CLIP .pt file, or "
-            "import a MoTE checkpoint with `mote-cli import-checkpoint`"
+            f"import a MoTE checkpoint with `{command('import-checkpoint', path, name='NAME')}`"
         )
     positions = state.get("positional_embedding")
     if positions is not None and len(positions) > MOST_POSITIONS:

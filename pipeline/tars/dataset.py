@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from featstore.commands import command
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_bytes, write_json
@@ -186,10 +187,9 @@ def load_dataset(dataset_dir: Path) -> Dataset:
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
         state = "packing is not finished" if (dataset_dir / ".packing").is_dir() else "not packed"
-        raise UserError(
-            f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): run "
-            f"`mote-cli pack --dataset {dataset_dir.name} --videos DIR`"
-        )
+        root = dataset_dir.parent.parent if dataset_dir.parent.name == "datasets" else None
+        pack = command("pack", dataset=dataset_dir.name, videos="DIR", root=root)
+        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): run `{pack}`")
     remedy = f"delete {str(dataset_dir)!r} and pack again"
     try:
         value = read_object(path, remedy, limit=LISTS_LIMIT, error=WorkError)

@@ -17,6 +17,7 @@ from typing import Any, Final
 from featstore.errors import UserError
 from featstore.files.documents import parse_json, read_document
 from featstore.workspace import FIRST_STAGE, Workspace
+from heads.evaluation.next_steps import evaluation_of, newest_evaluation
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
 
@@ -191,9 +192,7 @@ def newest_result(run_dir: Path, like: SavedResult | None = None) -> SavedResult
     """
     results = saved_results(run_dir)
     if not results:
-        raise UserError(
-            f"{run_dir} has no results: run `mote-cli eval --zeroshot NAME --head {run_dir.name}`"
-        )
+        raise UserError(f"{run_dir} has no results: run `{evaluation_of(run_dir)}`")
     if like is not None:
         same = [r for r in results if (r.role, r.dataset) == (like.role, like.dataset)]
         results = same or results
@@ -222,7 +221,7 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
     known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
     raise UserError(
         f"{text!r} is neither a result file nor a run with results (runs with results: {known}): "
-        "make a result with `mote-cli eval`"
+        f"make a result with `{newest_evaluation(workspace)}`"
     )
 
 

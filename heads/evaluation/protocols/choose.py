@@ -9,7 +9,6 @@ from featstore.errors import UserError
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.catalogue import PROTOCOLS as PROTOCOLS
-from heads.evaluation.protocols.half_class import half_class_draws
 from heads.evaluation.protocols.protocol import Kind
 from heads.evaluation.protocols.protocol import Protocol as Protocol
 from heads.evaluation.protocols.protocol import TestSet as TestSet
@@ -106,6 +105,8 @@ def build_test_sets(
     lists = listed_rows(protocol, store, split)
     if protocol.kind != "halfclass":
         return tuple(TestSet(name, rows) for name, rows in lists.items())
+    from heads.evaluation.protocols.half_class import half_class_draws  # loads torch
+
     ((listed, rows),) = lists.items()
     draws = half_class_draws(store.labels[store.positions(rows)], len(store.class_names))
     return tuple(
