@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 
 
 def within(default: Any, least: int, most: int | None = None) -> Any:
@@ -78,7 +78,7 @@ def _checked(each: Field[Any], kind: Any, value: Any) -> Any:
     """Return the value of a field, converted to its type; UserError if it does not fit."""
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     if choices and value not in choices:
-        raise UserError(f"{each.name} {value!r} is unknown: choose one of {', '.join(choices)}")
+        raise UserError(f"{each.name} {value!r} is unknown: {one_of(value, choices)}")
     if kind is bool and not isinstance(value, bool):
         raise UserError(f"{each.name} is {value!r}: it must be true or false")
     if kind is int or kind is float:
