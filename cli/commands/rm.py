@@ -39,10 +39,10 @@ def rm(
 
     Example: `mote-cli rm store my-clips/ViT-B-16-openai--uniform-16`
     """
-    from heads.inventory.removal import plan_removals, remove
+    from heads.inventory.removal import removals_of, remove
 
     workspace = options.workspace(root)
-    removals = plan_removals(workspace, kind, names)
+    removals = removals_of(workspace, kind, names)
     for line in _lines(removals):
         messages.print(line)
     if not yes:
@@ -50,7 +50,8 @@ def rm(
             raise UserError(
                 "nothing is removed without an answer: add --yes to remove what is listed"
             )
-        yes = typer.confirm("Remove this?", err=True)
+        messages.print("remove this? [y/N] ", end="")
+        yes = sys.stdin.readline().strip().lower() in ("y", "yes")
     for removal in removals if yes else []:
         remove(workspace, removal)
     value = {

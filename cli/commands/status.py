@@ -90,6 +90,8 @@ def _head_facts(head: HeldHead) -> tuple[str | None, ...]:
         trained = "results without a head"
     elif not head.finished:
         trained += f": {head.epochs_done} of {head.epochs or '?'} epochs"
+    if head.protocol:
+        trained += f" by {head.protocol}"
     newest = head.to_json()["newest"]
     return (
         f"{head.name}, {in_bytes(head.bytes)}",

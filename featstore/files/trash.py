@@ -19,7 +19,8 @@ def remove_whole(path: Path, *notes: Path) -> None:
     """Remove the folder, file or link `path`, and then `notes` about it that lie beside it.
 
     Nothing is ever seen half removed. Links are removed, not followed. Raises WorkError if the
-    files cannot be deleted after the rename, OSError if `path` cannot be renamed.
+    folder `.trash` is a link or the files cannot be deleted after the rename, OSError if `path`
+    cannot be renamed.
     """
     with _scratch(path.parent / TRASH_FOLDER) as trash:
         for each in (path, *filter(os.path.lexists, notes)):
@@ -41,6 +42,8 @@ def empty_trash(folder: Path) -> None:
 
 
 def _scratch(place: Path) -> ScratchFolder:
+    if place.is_symlink():
+        raise WorkError(f"{place} is a symbolic link: remove it, files are deleted only beside it")
     while True:
         with suppress(FileNotFoundError):  # another process has just removed the empty trash
             return ScratchFolder(place)

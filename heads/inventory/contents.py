@@ -28,6 +28,7 @@ from heads.evaluation.comparing.compare import EVAL_FOLDER, SavedResult, read_re
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE, LOCK_FILE, read_config, read_metrics
 from pipeline.encoders import specs
 from pipeline.tars.dataset import load_dataset
+from pipeline.tars.finished import RECORDS_FOLDER
 
 _Held = TypeVar("_Held")
 
@@ -283,6 +284,9 @@ def _add(found: Contents, known: list[_Held], folder: Path, read: Callable[[Path
 
 
 def _dataset(folder: Path) -> HeldDataset:
+    packing = holder(folder / RECORDS_FOLDER / "lock")
+    if packing is not None:
+        raise UserError(f"{packing} is packing into it")
     facts = load_dataset(folder).facts()
     return HeldDataset(
         folder.name,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from featstore.commands import command
 from featstore.reading.repair import repair_command
 from heads.evaluation.next_steps import after_extraction, evaluation_of, first_extraction
-from heads.inventory.contents import Contents, HeldHead
+from heads.inventory.contents import Contents, HeldHead, HeldStore
+from pipeline.encoders.specs import local_encoder
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ def _steps(contents: Contents) -> Iterator[Step]:
     for store in contents.stores:
         if not store.complete and store.busy is None:
             done = f"{store.tars_done} of {store.metadata.schema.tars} tars extracted"
+            lost = _lost_source(contents, store)
             repair = repair_command(store.folder, store.metadata, workspace.root)
-            yield Step(f"{store.dataset}/{store.name}", done, repair)
+            name = f"{store.dataset}/{store.name}"
+            yield Step(name, done + lost, repair if not lost else None)
     own = [head for head in contents.heads if not head.protocol]
     if not any(head.settings for head in own):
         for store in contents.stores:
@@ -57,6 +61,16 @@ def _steps(contents: Contents) -> Iterator[Step]:
     for head in own:
         if head.settings and head.busy is None:
             yield from _steps_of(head)
+
+
+def _lost_source(contents: Contents, store: HeldStore) -> str:
+    """Say what an extraction of the store would need and the workspace lacks; "" if nothing."""
+    made = store.metadata.provenance
+    if made.dataset not in {dataset.name for dataset in contents.datasets}:
+        return f"; data set {made.dataset} is not here"
+    published = "/" in made.encoder and not os.path.isabs(made.encoder)
+    place = local_encoder(made.encoder, contents.workspace.root / "encoders")
+    return "" if published or place is not None else f"; encoder {made.encoder} is not here"
 
 
 def _steps_of(head: HeldHead) -> Iterator[Step]:

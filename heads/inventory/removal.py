@@ -63,7 +63,7 @@ class Removal:
         return {**vars(self), "path": str(self.path), "dependents": dependents}
 
 
-def plan_removals(workspace: Workspace, kind: str, names: Sequence[str]) -> list[Removal]:
+def removals_of(workspace: Workspace, kind: str, names: Sequence[str]) -> list[Removal]:
     """Return what would be removed; nothing is changed but for leftovers of killed removals.
 
     `kind` is one of `FOLDERS`. A name may also be the path of the thing in the workspace; that of
@@ -74,7 +74,8 @@ def plan_removals(workspace: Workspace, kind: str, names: Sequence[str]) -> list
         raise UserError(f"{kind!r} cannot be removed: {one_of(kind, FOLDERS)}")
     base = workspace.root / FOLDERS[kind]
     for folder in (base, *base.glob("*")) if kind == "store" else (base,):
-        empty_trash(folder)
+        if _inside(workspace, folder):
+            empty_trash(folder)
     contents = workspace_contents(workspace.root)
     paths = dict.fromkeys(_find(workspace, kind, name) for name in names)
     removals = [_removal(contents, kind, path) for path in paths]
@@ -84,7 +85,7 @@ def plan_removals(workspace: Workspace, kind: str, names: Sequence[str]) -> list
 
 
 def remove(workspace: Workspace, removal: Removal) -> None:
-    """Remove what `plan_removals` found, by one rename and then file by file.
+    """Remove what `removals_of` found, by one rename and then file by file.
 
     Raises WorkError if a command has begun to use it, or if its files cannot be deleted.
     """
@@ -98,7 +99,7 @@ def remove(workspace: Workspace, removal: Removal) -> None:
 
 
 def _find(workspace: Workspace, kind: str, text: str) -> Path:
-    """Return the path of the thing that `text` names; errors as `plan_removals`."""
+    """Return the path of the thing that `text` names; errors as `removals_of`."""
     base = workspace.root / FOLDERS[kind]
     if "/" in text and _below(Path(text), base):
         text = Path(os.path.abspath(text)).relative_to(os.path.abspath(base)).as_posix()
@@ -148,9 +149,13 @@ def _below(path: Path, base: Path) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(base))
 
 
+def _inside(workspace: Workspace, folder: Path) -> bool:
+    return folder.resolve().is_relative_to(workspace.root.resolve())
+
+
 def _require_inside(workspace: Workspace, path: Path) -> None:
     """Raise UserError if a link on the way to `path` leads out of the workspace."""
-    if not path.parent.resolve().is_relative_to(workspace.root.resolve()):
+    if not _inside(workspace, path.parent):
         raise UserError(
             f"{path} lies behind a link at {path.parent.resolve()}, outside of the workspace: rm "
             "follows no links; delete it there yourself if you no longer need it"

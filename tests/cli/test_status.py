@@ -43,7 +43,7 @@ def test_status_shows_each_thing_with_its_numbers(root: Path) -> None:
 
 
 def test_status_fits_a_window_of_80_columns(root: Path) -> None:
-    lines = mote("status", "--root", root, width=80).out.splitlines()
+    lines = mote("status", "--root", "work", cwd=root.parent, width=80).out.splitlines()
     assert max(len(line) for line in lines if not line.startswith("next: ")) <= 80
 
 
@@ -56,6 +56,11 @@ def test_status_as_json(root: Path) -> None:
     assert about.keys() == {"new", "other/half", "second"}
     assert about["new"]["missing"] == "packed, not extracted"
     assert shlex.split(about["new"]["command"])[:4] == ["mote-cli", "extract", "--dataset", "new"]
+    assert about["other/half"] == {
+        "about": "other/half",
+        "missing": "1 of 2 tars extracted; data set other is not here",
+        "command": None,
+    }
     assert about["second"]["command"] is None
     assert "--resume" in about["second"]["missing"]
 

@@ -14,7 +14,7 @@ import pytest
 from featstore import UserError, WorkError, Workspace
 from featstore.files.locks import claimed
 from heads.inventory.contents import workspace_contents
-from heads.inventory.removal import Removal, plan_removals, remove
+from heads.inventory.removal import Removal, removals_of, remove
 from tests.support.stores.sample_stores import make_store
 from tests.support.stores.small_workspace import make_run, small_workspace
 
@@ -32,7 +32,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def planned(workspace: Workspace, kind: str, name: str) -> Removal:
-    (removal,) = plan_removals(workspace, kind, [name])
+    (removal,) = removals_of(workspace, kind, [name])
     return removal
 
 
@@ -47,7 +47,8 @@ def test_one_thing_goes_and_everything_else_stays(
     before = files_of(workspace)
     removal = planned(workspace, kind, name)
     assert (removal.name, removal.path) == (name, workspace.root / part)
-    assert removal.bytes == sum((workspace.root / f).stat().st_size for f in before if part in f)
+    inside = [workspace.root / file for file in before if file.startswith(f"{part}/")]
+    assert removal.bytes == sum(file.stat().st_size for file in inside)
     assert files_of(workspace) == before
     remove(workspace, removal)
     left = {file for file in before if not file.startswith(f"{part}/")}
@@ -123,8 +124,21 @@ def test_nothing_behind_a_link_is_removed(
     parent.symlink_to(tmp_path / "elsewhere")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"lies behind a link at .*outside of the workspace"):
-        plan_removals(workspace, kind, [name])
+        removals_of(workspace, kind, [name])
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_files_are_not_deleted_through_a_link_in_the_place_of_the_trash(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    (outside / "kept").mkdir(parents=True)
+    (outside / "kept.lock").touch()
+    (workspace.root / "heads/.trash").symlink_to(outside)
+    with pytest.raises(WorkError, match=r"\.trash is a symbolic link: remove it"):
+        removals_of(workspace, "head", ["first"])
+    assert (outside / "kept").is_dir()
+    assert (workspace.root / "heads/first").is_dir()
 
 
 @pytest.mark.parametrize("how", ["{outside}", "{root}/features/../../outside/x.zarr", "s3://b/x"])
@@ -132,17 +146,17 @@ def test_a_store_outside_is_not_touched(workspace: Workspace, tmp_path: Path, ho
     make_store(tmp_path / "outside/x.zarr")
     text = how.format(outside=tmp_path / "outside/x.zarr", root=workspace.root)
     with pytest.raises(UserError, match=r"does not lie in .*features|no store"):
-        plan_removals(workspace, "store", [text])
+        removals_of(workspace, "store", [text])
     assert (tmp_path / "outside/x.zarr/zarr.json").is_file()
 
 
 def test_a_store_is_found_by_each_of_its_names(workspace: Workspace) -> None:
     path = workspace.root / "features/clips/tiny--uniform-4.zarr"
     names = ["tiny--uniform-4", "tiny--uniform-4.zarr", "clips/tiny--uniform-4", str(path)]
-    assert [r.path for r in plan_removals(workspace, "store", names)] == [path]
+    assert [r.path for r in removals_of(workspace, "store", names)] == [path]
     make_store(workspace.features_dir("new") / "tiny--uniform-4.zarr")
     with pytest.raises(UserError, match="2 stores have the name 'tiny--uniform-4': name clips/tin"):
-        plan_removals(workspace, "store", names[:1])
+        removals_of(workspace, "store", names[:1])
 
 
 @pytest.mark.parametrize(
@@ -154,14 +168,14 @@ def test_a_store_is_found_by_each_of_its_names(workspace: Workspace) -> None:
         ("encoder", "tony", "did you mean tiny"),
         ("head", "..", "is no name for a run"),
         ("dataset", "../x", "is no name for a data set"),
-        ("sets", "x", "'sets' cannot be removed: did you mean dataset"),
+        ("datasets", "x", "'datasets' cannot be removed: did you mean dataset"),
     ],
 )
 def test_an_unknown_name_is_answered_with_a_near_one(
     workspace: Workspace, kind: str, name: str, said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        plan_removals(workspace, kind, [name])
+        removals_of(workspace, kind, [name])
 
 
 def test_damaged_things_can_be_removed(workspace: Workspace) -> None:
@@ -177,10 +191,10 @@ KILLED = """
 import os, shutil, sys
 from pathlib import Path
 from featstore import Workspace
-from heads.inventory.removal import plan_removals, remove
+from heads.inventory.removal import removals_of, remove
 shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), 9)
 workspace = Workspace(Path(sys.argv[1]))
-for removal in plan_removals(workspace, sys.argv[2], [sys.argv[3]]):
+for removal in removals_of(workspace, sys.argv[2], [sys.argv[3]]):
     remove(workspace, removal)
 """
 
@@ -200,6 +214,6 @@ def test_a_killed_removal_leaves_nothing_half_removed(
     (problem,) = found["problems"]
     assert problem["path"].endswith("/.trash")
     with pytest.raises(UserError, match=re.escape(repr(name.removesuffix(".zarr")))):
-        plan_removals(workspace, kind, [name])
+        removals_of(workspace, kind, [name])
     assert workspace_contents(workspace.root).problems == []
     assert not list(workspace.root.rglob(".trash"))
