@@ -54,12 +54,13 @@ def rm(
         yes = sys.stdin.readline().strip().lower() in ("y", "yes")
     for removal in removals if yes else []:
         remove(workspace, removal)
+    size = sum(removal.bytes for removal in removals if yes)
     value = {
         "removed": [removal.to_json() for removal in removals if yes],
         "kept": [removal.to_json() for removal in removals if not yes],
-        "bytes": sum(removal.bytes for removal in removals if yes),
+        "bytes": size,
     }
-    words = f"removed {len(removals)}, {in_bytes(value['bytes'])}" if yes else "nothing was removed"
+    words = f"removed {len(removals)}, {in_bytes(size)}" if yes else "nothing was removed"
     report(json, value, [words])
 
 
