@@ -13,7 +13,7 @@ import typer
 from cli.output import fail, warn
 from featstore.commands import DEFAULT_ROOT as DEFAULT_ROOT
 from featstore.commands import ROOT_VARIABLE
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
@@ -177,14 +177,18 @@ def store_path(root: Path, text: str) -> Path:
         raise UserError(f"the name {text!r} fits {len(found)} stores ({places}): give a path")
     if not found:
         known = ", ".join(path.name for path in stores) or "none"
-        raise UserError(f"no store {text!r}: no such folder, and under {features} are: {known}")
+        near = meant(text.removesuffix(STORE_SUFFIX), (path.stem for path in stores))
+        raise UserError(
+            f"no store {text!r}: {near}no such folder, and under {features} are: {known}"
+        )
     return found[0]
 
 
 def known_device(name: str) -> str:
     """Return `name` if --device knows it; raises UserError otherwise."""
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device {name!r} is unknown: choose auto, cpu or cuda")
+        near = meant(name, ("auto", "cpu", "cuda"), {"gpu": "cuda"})
+        raise UserError(f"device {name!r} is unknown: {near}choose auto, cpu or cuda")
     return name
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from featstore.commands import STORE_SUFFIX, Extraction, command
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, meant, one_of
 from featstore.format.tiers import EMBEDDINGS
 from featstore.remote.urls import is_url
 
@@ -134,10 +134,10 @@ class OpenedStores:
             )
         if name is not None and not remote:
             wanted = f"{name.removesuffix(STORE_SUFFIX)}{STORE_SUFFIX}"
-            known = ", ".join(path.name for path in paths)
+            known = one_of(name.removesuffix(STORE_SUFFIX), (path.stem for path in paths))
             paths = [path for path in paths if path.name == wanted]
             if not paths:
-                raise UserError(f"data set {dataset!r} has no store {name!r}: it has {known}")
+                raise UserError(f"data set {dataset!r} has no store {name!r}: {known}")
         fitting: list[Store] = []
         refused: list[str] = []
         damaged: list[WorkError] = []
@@ -154,7 +154,7 @@ class OpenedStores:
             if split is not None and packed is not None and split not in packed:
                 raise UserError(
                     f"data set {dataset!r} has no split {split!r}: "
-                    + (f"choose one of {', '.join(packed)}" if packed else "it has none to name")
+                    + (one_of(split, packed) if packed else "it has none to name")
                 )
             if damaged:
                 raise damaged[0]
@@ -206,9 +206,9 @@ class OpenedStores:
             return ""
         place = self._workspace
         pack = command("pack", dataset=self.dataset, videos="DIR", root=place.root)
-        known = ", ".join(dict.fromkeys((*place.extracted_datasets(), *place.packed_datasets())))
-        there = f" (there are {known})" if known else ""
-        return f"it is not packed{there}; pack it with `{pack}`, then "
+        known = dict.fromkeys((*place.extracted_datasets(), *place.packed_datasets()))
+        there = f" (there are {', '.join(known)})" if known else ""
+        return f"it is not packed{there}; {meant(self.dataset, known)}pack it with `{pack}`, then "
 
 
 def _require_match(

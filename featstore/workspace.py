@@ -13,7 +13,7 @@ from typing import Final
 
 from featstore.commands import STORE_SUFFIX as STORE_SUFFIX
 from featstore.commands import Extraction, command
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.tiers import EMBEDDINGS
 from featstore.opened_stores import OpenedStores as OpenedStores
@@ -184,10 +184,8 @@ class Workspace:
                 "(eval and predict also take --head mean, CLIP's mean of frames)"
             )
         if name is not None:
-            known = ", ".join(run.name for run in trained)
-            raise UserError(
-                f"no trained head {name!r} in {self.root / 'heads'}: choose one of {known}"
-            )
+            known = one_of(name, (run.name for run in trained))
+            raise UserError(f"no trained head {name!r} in {self.root / 'heads'}: {known}")
         own = next(iter(self.own_runs()), None)
         if own is None:
             raise UserError(

@@ -11,7 +11,7 @@ import typer
 from cli import options
 from cli.output import progress_of, report
 from featstore.commands import command
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.remote.urls import is_url
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _cluster(
                 raise UserError(f"{name} {value} is for clusters: add --engine ray")
         return None
     if engine != "ray":
-        raise UserError(f"engine {engine!r} is unknown: choose local or ray")
+        raise UserError(f"engine {engine!r} is unknown: {one_of(engine, ('local', 'ray'))}")
     from pipeline.extraction.cluster.connection import Cluster
 
     gpus = gpus_per_worker if gpus_per_worker is not None else float(device == "cuda")

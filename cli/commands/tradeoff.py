@@ -11,7 +11,7 @@ import typer
 from cli import options
 from cli.output import Shown, percent, report, table, warn
 from featstore.commands import root_words
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 
 if TYPE_CHECKING:
     from heads.evaluation.comparing.tradeoff import Tradeoff
@@ -70,7 +70,8 @@ def tradeoff(
     if unknown:
         raise UserError(
             f"run {unknown[0]!r} has no results (runs with results: {', '.join(known) or 'none'}): "
-            f"make some with `{evaluation_of(workspace.head_dir(unknown[0]))}`"
+            f"{meant(unknown[0], known)}make some with "
+            f"`{evaluation_of(workspace.head_dir(unknown[0]))}`"
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
     found = collect(

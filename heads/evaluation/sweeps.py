@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from featstore.commands import Extraction, command
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, meant, one_of
 from featstore.workspace import Workspace
 from heads.files.imported_run import tower_facts, tower_hash
 from heads.files.run_files import read_config
@@ -49,8 +49,8 @@ def parse_sweeps(given: Sequence[str]) -> Values:
         words = [word.strip() for word in listed.split(",") if word.strip()]
         if name not in NAMES or not equals or not words:
             raise UserError(
-                f"--sweep {text!r} is not understood: write NAME=VALUE,VALUE with one of "
-                f"{', '.join(NAMES)}, for example --sweep ensemble=0,0.25,0.5"
+                f"--sweep {text!r} is not understood: {meant(name, NAMES)}write NAME=VALUE,VALUE "
+                f"with one of {', '.join(NAMES)}, for example --sweep ensemble=0,0.25,0.5"
             )
         if name in values:
             raise UserError(f"--sweep {name} is given twice: write its values once, with commas")
@@ -171,7 +171,7 @@ def _values(name: str, word: str) -> Sequence[Any]:
         if word == "all":
             return known
         if word not in known:
-            raise UserError(f"fusion {word!r} is unknown: choose one of {', '.join(known)} or all")
+            raise UserError(f"fusion {word!r} is unknown: {one_of(word, known)} or all")
         return [word]
     if word in ("none", "off") and name in (TEMPERATURE, NEIGHBOURS):
         return [0]

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 from featstore.files.documents import parse_json, read_document
 from featstore.workspace import FIRST_STAGE, Workspace
 from heads.evaluation.next_steps import evaluation_of, newest_evaluation
@@ -218,10 +218,11 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
     for folder in folders:
         if (folder / EVAL_FOLDER).is_dir():
             return newest_result(folder, like)
-    known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
+    names = [path.name for path in evaluated_runs(workspace)]
+    known = ", ".join(names) or "none"
     raise UserError(
         f"{text!r} is neither a result file nor a run with results (runs with results: {known}): "
-        f"make a result with `{newest_evaluation(workspace)}`"
+        f"{meant(text, names)}make a result with `{newest_evaluation(workspace)}`"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.catalogue import PROTOCOLS as PROTOCOLS
@@ -21,7 +21,7 @@ def protocol_named(name: str) -> Protocol:
     """Return the protocol of that name; a UserError lists the names if there is none."""
     if name not in PROTOCOLS:
         raise UserError(
-            f"protocol {name!r} is unknown: choose one of {', '.join(PROTOCOLS)} "
+            f"protocol {name!r} is unknown: {one_of(name, PROTOCOLS)} "
             "(`mote-cli protocols list` says what they measure)"
         )
     return PROTOCOLS[name]
