@@ -1,11 +1,10 @@
 """The `mote-cli` commands that messages name, written so that they work when they are pasted.
 
-This is the one place that writes such a command: every room may import it, and it imports none.
+This is the one place that writes such a command: every room may import it.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -13,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from featstore.files.documents import found_object
+
 STORE_SUFFIX: Final = ".zarr"
 DEFAULT_ROOT: Final = Path("mote-data")
 ROOT_VARIABLE: Final = "MOTE_ROOT"
 
-_NOTE_LIMIT: Final = 2**16
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 
 
@@ -107,11 +107,9 @@ def remake_command(store: Path) -> str:
 
 
 def _noted_encoder(store: Path) -> str | None:
-    try:
-        with store.with_name(f"{store.name}.encoder.json").open("rb") as note:
-            spec = json.loads(note.read(_NOTE_LIMIT))["signature"]["spec"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
+    note = found_object(store.with_name(f"{store.name}.encoder.json")) or {}
+    signature = note.get("signature")
+    spec = signature.get("spec") if isinstance(signature, dict) else None
     return spec if isinstance(spec, str) else None
 
 

@@ -6,7 +6,6 @@ No torch is loaded, because a finished extraction is recognised without it.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from featstore.commands import Extraction, command, workspace_of
 from featstore.errors import UserError, WorkError
+from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.metadata import StoreMetadata, read_metadata
 from featstore.reading.repair import extraction_of, repair_command
 from featstore.workspace import DATASET_FILE, FIRST_STAGE, Workspace, training_split
@@ -311,9 +311,9 @@ def _held_splits(metadata: StoreMetadata) -> list[str]:
 def _packed(workspace: Workspace, dataset: str) -> tuple[list[str], list[str]]:
     """Return the splits and the class names of a packed data set; empty if they cannot be read."""
     try:
-        packed = json.loads((workspace.dataset_dir(dataset) / DATASET_FILE).read_bytes())
+        packed = found_object(workspace.dataset_dir(dataset) / DATASET_FILE, LISTS_LIMIT) or {}
         return [*map(str, packed["split_names"])], [*map(str, packed["class_names"])]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (LookupError, TypeError):
         return [], []
 
 

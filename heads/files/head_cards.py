@@ -5,7 +5,6 @@ Messages take encoder, sampling, prompt set and data set of the next command fro
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from featstore.errors import UserError
+from featstore.files.documents import parse_json
 from featstore.format.provenance import Provenance
 from featstore.opened_stores import Likely
 from featstore.workspace import FIRST_STAGE, HEAD_FILE, Workspace
@@ -67,7 +67,7 @@ def read_card(run_dir: Path) -> HeadCard | None:
     """Read the card of the head in a run folder; None if there is none that can be read."""
     try:
         with safe_open(run_dir / HEAD_FILE, framework="np") as file:
-            card: dict[str, Any] = json.loads((file.metadata() or {})["mote"])
+            card: dict[str, Any] = parse_json((file.metadata() or {})["mote"])
             names, table = set(file.keys()), "training_class_embeddings"
             held = file.get_slice(table).get_shape()[0] if table in names else None
         origin = HeadOrigin.from_json(card["origin"])
