@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 import shlex
@@ -224,21 +223,6 @@ def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | No
 
     folder = workspace.dataset_dir(dataset)
     return load_dataset(folder).class_names if (folder / DATASET_FILE).is_file() else None
-
-
-def class_list(text: str) -> list[str]:
-    """Split "a, b, c" into class names; a name with a comma is in quotes: '"cut, chop", run'.
-
-    Raises UserError if there is no name or one is given twice.
-    """
-    fields = next(csv.reader([" ".join(text.split())], skipinitialspace=True), [])
-    names = [name.strip() for name in fields if name.strip()]
-    if not names:
-        raise UserError(f'--classes {text!r} names no class: separate them with commas, "a,b,c"')
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--classes names {name!r} twice: name each class once")
-    return names
 
 
 def require_few_failures(failed: int, listed: int, max_failures: float, reasons: str) -> None:
