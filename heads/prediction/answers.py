@@ -92,7 +92,7 @@ class Lines:
             if self.settings is not None:
                 value |= dict(zip(KEPT_COLUMNS, (*answer.stamp, self.settings), strict=True))
             return json.dumps(value, allow_nan=False) + "\n"
-        kept = ()
+        kept: tuple[str, ...] = ()
         if self.settings is not None:
             kept = (*answer.stamp, "; ".join(f"{k}={v}" for k, v in self.settings.items()))
         ends = (answer.error, answer.note, *kept)
