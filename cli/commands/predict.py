@@ -24,7 +24,7 @@ def predict(
     videos: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="VIDEO...",
+            metavar="VIDEO",
             help="Video files, folders of videos, globs in quotes; - reads paths from stdin.",
         ),
     ] = None,

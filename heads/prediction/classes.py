@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError, one_line
 from featstore.files.tables import plain_cell
+from pipeline.annotations.class_names import class_list, distinct_names
 from pipeline.annotations.tables import TABLES
 from pipeline.annotations.text_files import read_text
 from pipeline.prompts import DESCRIPTIONS_LIMIT, PromptSet, read_descriptions
@@ -65,16 +66,13 @@ def read_classes(text: str) -> NamedClasses:
             f"--classes {text!r} looks like a file and there is none: correct its path, or name "
             'the classes themselves, "a,b,c"'
         )
-    row = next(csv.reader([" ".join(text.split())], skipinitialspace=True), [])
-    names = [name.strip() for name in row if name.strip()]
+    names = class_list(text)
     for name in names:
         if name.lower().endswith(FILE_SUFFIXES):
             raise UserError(
                 f"--classes names the file {name!r} among classes: give one file alone, or names"
             )
-    if not names:
-        raise UserError(f'--classes {text!r} names no class: separate them with commas, "a,b,c"')
-    return NamedClasses(_distinct("--classes", names))
+    return NamedClasses(names)
 
 
 def _is_file(path: Path) -> bool:
@@ -187,13 +185,4 @@ def _some_names(path: Path, names: Sequence[str]) -> tuple[str, ...]:
     for number, name in enumerate(names, start=1):
         if not name.strip():
             raise UserError(f"{path}: the name of class {number} is empty: write or remove it")
-    return _distinct(str(path), [name.strip() for name in names])
-
-
-def _distinct(where: str, names: Iterable[str]) -> tuple[str, ...]:
-    found: dict[str, None] = {}
-    for name in names:
-        if name in found:
-            raise UserError(f"{where} names {one_line(name, 60)!r} twice: name each class once")
-        found[name] = None
-    return tuple(found)
+    return distinct_names(str(path), [name.strip() for name in names])

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from featstore.errors import UserError, WorkError, one_line, safe_text
 from featstore.format.class_texts import DEFAULT_PROMPTS
@@ -29,7 +30,7 @@ from heads.prediction.answers import Answer, Lines, Window, form_of, stamp_of
 from heads.prediction.classes import NamedClasses
 from heads.prediction.request import PredictionRequest
 from heads.prediction.videos import NamedVideo, find_videos
-from heads.scoring.scores import can_modulate, predict_scores
+from heads.scoring.scores import can_modulate, view_probabilities
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.chosen_frames import decode_chosen
 from pipeline.decoding.contract import DecodeError, VideoInfo
@@ -51,6 +52,9 @@ USUAL_WINDOW: Final = 10  # seconds, named in the warning about a long video
 LONG_SHOWN: Final = 3
 # A larger file is read as a stream: several of them would not fit into memory.
 IN_MEMORY_BYTES: Final = 1 << 26
+# Videos are scored so many at a time, as a head takes about as long for one; none waits longer.
+TOGETHER: Final = 4
+TOGETHER_SECONDS: Final = 0.2
 # Windows are decoded so many at a time, which bounds the memory of a long video by this.
 WINDOW_BYTES: Final = 1 << 27
 
@@ -204,22 +208,30 @@ class Predictor:
         """Keep the pool filled with parts of videos; answer each video when its last part is in."""
         waiting: dict[Future[EncodedVideo | str], _Part] = {}
         parts: dict[str, dict[int, EncodedVideo]] = {}
+        whole: list[tuple[_Part, list[EncodedVideo]]] = []  # videos to score
+        since = time.monotonic()  # the first of them is whole
 
         def taken() -> Iterator[Answer]:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            nonlocal since
+            limit = max(0.0, since + TOGETHER_SECONDS - time.monotonic()) if whole else None
+            for future in wait(waiting, limit, FIRST_COMPLETED).done:
                 part = waiting.pop(future)
                 found = parts.get(part.path)
                 if found is None:
                     continue  # another part of it has failed
                 result = _result(part.path, future)
-                if isinstance(result, EncodedVideo):
-                    found[part.number] = result
-                    if len(found) == part.count:
-                        del parts[part.path]
-                        yield self._answer(part, [found[n] for n in range(part.count)])
-                else:
+                if not isinstance(result, EncodedVideo):
                     del parts[part.path]
                     yield result if isinstance(result, Answer) else self._failed(part.path, result)
+                    continue
+                found[part.number] = result
+                if len(found) == part.count:
+                    since = since if whole else time.monotonic()
+                    whole.append((part, [parts.pop(part.path)[n] for n in range(part.count)]))
+            late = not waiting or time.monotonic() >= since + TOGETHER_SECONDS
+            if whole and (late or len(whole) >= TOGETHER):
+                yield from self._scored(whole)
+                whole.clear()
 
         for path in paths:
             try:
@@ -232,7 +244,7 @@ class Predictor:
                 while len(waiting) >= pool.window:
                     yield from taken()
                 waiting[part.submit(pool)] = part
-        while waiting:
+        while waiting or whole:
             yield from taken()
 
     def _cut(self, path: str) -> list[_Part]:
@@ -256,22 +268,39 @@ class Predictor:
             for number, start in enumerate(starts)
         ]
 
-    def _answer(self, part: _Part, videos: Sequence[EncodedVideo]) -> Answer:
-        """Score the features [V,F,D] of all parts of a video; a view is a window of it."""
-        info = videos[0].info
-        features = torch.cat([torch.from_numpy(video.features) for video in videos])
-        windows = None
-        if part.seconds is not None:
-            spans = zip(pairwise(part.seconds), features.split(1), strict=True)
-            windows = [Window(*span, self._best(window)) for span, window in spans]
-        note = self._note(info) if windows is None else ""
-        stamp = self._stamps[part.path]
-        best = self._best(features)
-        return Answer(part.path, info.num_frames, best, "", note, windows, stamp)
+    def _scored(self, videos: Sequence[tuple[_Part, Sequence[EncodedVideo]]]) -> Iterator[Answer]:
+        """Score videos together, given the features [V,F,D] of their parts; a view is a window."""
+        views = [
+            torch.cat([torch.from_numpy(e.features) for e in encoded]) for _, encoded in videos
+        ]
+        scores = torch.split(self._scores(torch.cat(views)), [len(view) for view in views])
+        for (part, encoded), rows in zip(videos, scores, strict=True):
+            info, windows = encoded[0].info, None
+            if part.seconds is not None:
+                spans = zip(pairwise(part.seconds), rows, strict=True)
+                windows = [Window(*span, self._best(row)) for span, row in spans]
+            note = self._note(info) if windows is None else ""
+            best, stamp = self._best(rows.mean(0)), self._stamps[part.path]
+            yield Answer(part.path, info.num_frames, best, "", note, windows, stamp)
 
-    def _best(self, features: torch.Tensor) -> list[tuple[str, float]]:
-        scored = predict_scores(self._head, features, self._texts, self._names, self._modulate)
-        return scored[: self.top]
+    def _scores(self, views: torch.Tensor) -> torch.Tensor:
+        """Return the scores [n,C] float64 of views [n,F,D].
+
+        The head always gets as many views at a time, filled up with zeros, so that not even the
+        last bit of a score depends on what is scored beside it.
+        """
+        filled = functional.pad(views, (0, 0, 0, 0, 0, -len(views) % TOGETHER))
+        parts = [
+            view_probabilities(self._head, group[:, None], self._texts, self._modulate)[:, 0]
+            for group in torch.split(filled, TOGETHER)
+        ]
+        return torch.cat(parts)[: len(views)]
+
+    def _best(self, scores: torch.Tensor) -> list[tuple[str, float]]:
+        """Return the best classes of scores [C]; in a tie the one that is named first."""
+        best, places = torch.sort(scores, descending=True, stable=True)
+        named = [self._names[place] for place in places[: self.top].tolist()]
+        return list(zip(named, best.tolist(), strict=False))
 
     def _failed(self, path: str, reason: str) -> Answer:
         return Answer(path, error=reason, stamp=self._stamps[path])

@@ -8,8 +8,8 @@ from featstore import open_store
 from featstore.checking.verify import note_partitions
 from featstore.workspace import Workspace
 from heads.demo import demo_rows
+from heads.end_to_end.predict import predict
 from heads.methods.registry import names
-from heads.prediction.predict import predict
 from pipeline.extraction.reencode import reencode_store
 from pipeline.tars.dataset import load_dataset
 from tests.support.processes.command_line import done
