@@ -159,13 +159,13 @@ def _printer(predictor: Predictor, form: str | None) -> Callable[[Answer], None]
 
 def _print_line(answer: Answer) -> None:
     """Print a video, or each window of it, as one line with as many classes as fit into it."""
-    for where, best in _parts(answer):
-        words = [f"{name} {score:.2f}" for name, score in best] or [answer.error]
+    for where, best in [] if answer.error else _parts(answer):  # a warning has said the error
+        words = [f"{name} {score:.2f}" for name, score in best]
         line = f"{answer.path}{where}: {words[0]}"
         for word in words[1:]:
             if len(line) + len(word) + 2 > results.width:
                 break
-            line += f", {word}"
+            line += f"; {word}"
         results.print(line)
 
 

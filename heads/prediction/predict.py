@@ -117,7 +117,7 @@ class Predictor:
                 yield answer
         if self._long > LONG_SHOWN:
             logger.warning("%d videos are as long or longer", self._long)
-        if len(self.request.videos) > 1:
+        if len(self.request.videos) > 1 and left:
             seconds = time.perf_counter() - started
             logger.info(
                 "%d videos: %d done in %.1f s (%.2f/s), %d before, %d failed",
@@ -227,7 +227,8 @@ class Predictor:
                 found[part.number] = result
                 if len(found) == part.count:
                     since = since if whole else time.monotonic()
-                    whole.append((part, [parts.pop(part.path)[n] for n in range(part.count)]))
+                    whole.append((part, [found[number] for number in range(part.count)]))
+                    del parts[part.path]
             late = not waiting or time.monotonic() >= since + TOGETHER_SECONDS
             if whole and (late or len(whole) >= TOGETHER):
                 yield from self._scored(whole)
