@@ -91,7 +91,8 @@ def main() -> None:
     )
     timed_command.mote_cli(
         *("train-head", "--dataset", "bench", "--name", "bench", "--head", "mote"),
-        *("--epochs", "1", "--warmup-epochs", "0", "--frames", str(FRAMES), *place),
+        *("--epochs", "1", "--warmup-epochs", "0", "--frames", str(FRAMES), "--layers", "4"),
+        *("--experts", "4", *place),
     )
 
     runs: list[dict[str, Any]] = []

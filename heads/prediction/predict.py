@@ -52,9 +52,10 @@ USUAL_WINDOW: Final = 10  # seconds, named in the warning about a long video
 LONG_SHOWN: Final = 3
 # A larger file is read as a stream: several of them would not fit into memory.
 IN_MEMORY_BYTES: Final = 1 << 26
-# Videos are scored so many at a time, as a head takes about as long for one; none waits longer.
-TOGETHER: Final = 4
-TOGETHER_SECONDS: Final = 0.2
+# A narrow head takes about as long for one video as for several: this by its width are scored
+# together. No video waits longer for others than so many seconds.
+TOGETHER_WIDTH: Final = 1024
+TOGETHER_SECONDS: Final = 0.5
 # Windows are decoded so many at a time, which bounds the memory of a long video by this.
 WINDOW_BYTES: Final = 1 << 27
 
@@ -91,6 +92,7 @@ class Predictor:
         self.frames = request.frames or (FRAMES_WITHOUT_HEAD if origin is None else origin.frames)
         self._sampling = parse_sampling(f"uniform:{self.frames}")
         self.top = min(request.top, len(self._names))
+        self._together = max(1, TOGETHER_WIDTH // self._clip.dim)
         self._long = 0
         self._open_file(prompt_set, "" if model is None else f" {head_fingerprint(model)}")
 
@@ -230,7 +232,7 @@ class Predictor:
                     whole.append((part, [found[number] for number in range(part.count)]))
                     del parts[part.path]
             late = not waiting or time.monotonic() >= since + TOGETHER_SECONDS
-            if whole and (late or len(whole) >= TOGETHER):
+            if whole and (late or len(whole) >= self._together):
                 yield from self._scored(whole)
                 whole.clear()
 
@@ -290,10 +292,10 @@ class Predictor:
         The head always gets as many views at a time, filled up with zeros, so that not even the
         last bit of a score depends on what is scored beside it.
         """
-        filled = functional.pad(views, (0, 0, 0, 0, 0, -len(views) % TOGETHER))
+        filled = functional.pad(views, (0, 0, 0, 0, 0, -len(views) % self._together))
         parts = [
             view_probabilities(self._head, group[:, None], self._texts, self._modulate)[:, 0]
-            for group in torch.split(filled, TOGETHER)
+            for group in torch.split(filled, self._together)
         ]
         return torch.cat(parts)[: len(views)]
 

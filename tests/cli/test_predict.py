@@ -53,6 +53,8 @@ def test_folders_globs_and_lists_give_what_files_give(world: World, clips: Path)
     for words in ([clips], [f"{clips}/**/*.mp4"], ["--list", clips / "list.csv"]):
         told = done("predict", *words, *place)["videos"]
         assert {video["path"]: video for video in told} == expected
+    # Not a bit of a score depends on what is scored beside it.
+    assert done("predict", files[-1], *place)["videos"] == [expected[files[-1]]]
     assert expected[str(clips / "run" / "text.mp4")]["error"].startswith("not a readable")
 
 
