@@ -56,6 +56,9 @@ IN_MEMORY_BYTES: Final = 1 << 26
 # together. No video waits longer for others than so many seconds.
 TOGETHER_WIDTH: Final = 1024
 TOGETHER_SECONDS: Final = 0.5
+# So many videos are handed out ahead, so that workers go on while others are scored. What waits is
+# a path before its turn and a few embeddings after it.
+AHEAD: Final = 64
 # Windows are decoded so many at a time, which bounds the memory of a long video by this.
 WINDOW_BYTES: Final = 1 << 27
 
@@ -212,6 +215,7 @@ class Predictor:
         parts: dict[str, dict[int, EncodedVideo]] = {}
         whole: list[tuple[_Part, list[EncodedVideo]]] = []  # videos to score
         since = time.monotonic()  # the first of them is whole
+        ahead = max(pool.window, AHEAD) if isinstance(pool, ThreadVideoPool) else pool.window
 
         def taken() -> Iterator[Answer]:
             nonlocal since
@@ -244,7 +248,7 @@ class Predictor:
                 continue
             parts[path] = {}
             for part in cut:
-                while len(waiting) >= pool.window:
+                while len(waiting) >= ahead:
                     yield from taken()
                 waiting[part.submit(pool)] = part
         while waiting or whole:
