@@ -172,7 +172,9 @@ def _bar(what: str, unit: str) -> Progress:
         bars.TimeRemainingColumn(),
         bars.TextColumn("{task.fields[details]}", markup=False),
     )
-    bar = bars.Progress(*columns, console=messages, transient=True)
+    # What is printed meanwhile goes above the bar, but never from a file to the terminal.
+    above = results.is_terminal
+    bar = bars.Progress(*columns, console=messages, transient=True, redirect_stdout=above)
     bar.add_task(what, total=None, details="", rate="")
     return bar
 
