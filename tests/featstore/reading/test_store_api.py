@@ -200,7 +200,7 @@ def test_memory_that_is_read_only_is_not_called_damage(store: Store) -> None:
 
 def test_unknown_names_list_what_there_is(store: Store) -> None:
     for key in ("x", 3, ""):
-        with pytest.raises(UserError, match=f"has no sample {key!r}: `mote-cli inspect` lists"):
+        with pytest.raises(UserError, match=f"has no sample {key!r}: `keys` of the store lists"):
             store.row(key)  # type: ignore[arg-type]
     for name in ("test", None, "TRAIN"):
         with pytest.raises(UserError, match=r"has no split .*: choose one of train, val$"):
