@@ -72,16 +72,18 @@ def pack(
 
     Example: `mote-cli pack --dataset my-clips --videos ~/videos`
     """
+    from heads.evaluation.next_steps import after_packing
     from pipeline.annotations.class_names import Naming
     from pipeline.tars.packing import pack as run
 
     # Naming checks the words, which come from the user.
     naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
+    workspace = options.workspace(root)
     with progress_of("pack", "videos") as progress:
         summary = run(
             videos,
             dataset,
-            options.workspace(root).dataset_dir(dataset),
+            workspace.dataset_dir(dataset),
             annotations=annotations,
             class_names_file=class_names,
             samples_per_shard=samples_per_shard,
@@ -92,6 +94,7 @@ def pack(
             progress=progress,
         )
     failures = Path(summary.folder) / "failures.csv"
+    following = after_packing(workspace, summary.dataset, options.DEFAULT_ENCODER)
     report(
         json,
         summary.to_json(),
@@ -101,10 +104,11 @@ def pack(
             f"{summary.videos_failed} failed" + f" (see {failures})" * bool(summary.videos_failed),
             "classes": summary.classes,
             "tars": f"{summary.shards} ({summary.shards_written} written now)",
-            "next": f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}",
+            **({"next": following} if summary.videos_packed else {}),
         },
     )
     options.require_few_failures(
         *(summary.videos_failed, summary.videos_listed, max_failures),
         f"the reasons are in {failures}",
+        *(video["reason"] for video in summary.failures[:1]),
     )

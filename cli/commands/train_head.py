@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -111,6 +112,8 @@ def train_head(
     Example: `mote-cli train-head --dataset my-clips --name first`
     """
     from heads.compatibility import check_fits, training_prompt_set
+    from heads.evaluation.next_steps import after_training
+    from heads.evaluation.wanted_store import choose_training_store
     from heads.files.head_file import choose_head
     from heads.files.run_files import keeps_best
     from heads.recipes import DEFAULT_RECIPE, TRAIN_HEAD_RECIPE, load_recipe
@@ -122,10 +125,6 @@ def train_head(
     workspace = options.workspace(root)
     require_run_name(name or "")
     settings = load_recipe(recipe or TRAIN_HEAD_RECIPE)
-    chosen = workspace.choose_dataset(dataset)
-    stores = workspace.opened(chosen)
-    split = split or stores.default_split(("train",))
-    store = stores.choose(split=split, sampling=sampling, name=store_name)
     initial, initial_run = None, None
     if from_head is not None:
         if (head, layers, experts) != (None, None, None):
@@ -135,6 +134,10 @@ def train_head(
         initial, initial_run = choose_head(workspace, from_head)
         if initial is None:
             raise UserError("--from-head mean: the mean of frames has no weights to start from")
+    chosen, store, split = choose_training_store(
+        workspace, dataset, split=split, sampling=sampling, name=store_name, initial=initial_run
+    )
+    if initial is not None:
         check_fits(initial, store)
         shape = initial.config
     else:
@@ -156,7 +159,7 @@ def train_head(
     rows, judged = choose_validation(
         *(store, chosen_set.rows, chosen_set.classes),
         split=split,
-        stores=stores,
+        stores=workspace.opened(chosen),
         asked=validation,
         hold_out=bool(settings.training.get("keep_best")) and method(shape.kind).in_epochs,
         seed=draw_seed,
@@ -203,8 +206,7 @@ def train_head(
         "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
         **_gained(summary),
         "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
-        "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"
-        + options.same_root(root),
+        "next": after_training(Path(summary.path), chosen, split),
     }
     report(json, summary.to_json(), lines)
 
