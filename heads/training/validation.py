@@ -148,6 +148,7 @@ def _of_split(
             where = stores.choose(
                 split=name,
                 views=store.schema.views,
+                crops=made.crops,
                 encoder_fingerprint=made.encoder_fingerprint,
                 sampling=made.sampling,
             )
