@@ -225,8 +225,9 @@ class OpenedStores:
         `name` is the name of the store's folder, with or without ".zarr", or its URL. In messages,
         `encoder` names the encoder in the command that makes a store, and `option` is the command
         line option that sets `name`.
-        Raises UserError if no store fits (with the command that makes one) or several do (with
-        their names), WorkError if the store that fits is damaged or not finished.
+        Raises UserError if no store fits (with the command that makes one), several do (with
+        their names) or its videos have no labels, WorkError if the store that fits is damaged or
+        not finished.
         """
         from featstore.opening import open_store  # as in `open`
 
@@ -282,6 +283,13 @@ class OpenedStores:
                 f"{option} NAME"
             )
         store = fitting[0]
+        if not store.class_names:
+            raise UserError(
+                f"the {len(store)} videos of data set {dataset!r} have no labels, so there is "
+                "nothing to learn and nothing to score: pack them with classes under another name "
+                "(class folders, --annotations, or --label-field for --tars); `mote-cli predict` "
+                "needs no labels"
+            )
         if not store.complete:
             raise WorkError(
                 f"{store.path} holds {len(list(store.partitions()))} of {store.schema.tars} "

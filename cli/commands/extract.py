@@ -290,7 +290,7 @@ def _following(
 ) -> str:
     """Return the command to run next."""
     local = store is not None and not is_url(store)  # train-head looks under --root only
-    if local or not tier.pooled:
+    if local or not tier.pooled or not summary.classes:
         return f"mote-cli inspect {shlex.quote(summary.store)}"
     if is_url(summary.store):
         return f"mote-cli train-head --dataset {summary.dataset} --store {summary.store}"

@@ -134,11 +134,11 @@ def _columns(store: Store, rows: RowArray) -> Columns:
     `pts` float64 [n, V, F] in seconds; `features` float16 [n, V, F, D], or the items of another
     tier in its type; `key`, `class_name` and `splits` are lists of length n.
     """
-    at = store.positions(rows)
+    at, names = store.positions(rows), store.class_names
     members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
     return {
         "key": [store.keys[i] for i in at],
-        "class_name": [store.class_names[label] for label in store.labels[at]],
+        "class_name": [names[label] if label >= 0 else "" for label in store.labels[at]],
         "splits": [[name for name, of in members.items() if of[i]] for i in range(len(rows))],
         "label": store.labels[at],
         "num_frames": store.num_frames[at],
@@ -168,6 +168,8 @@ def _nearest(name: str, store: Store) -> str:
     """Return a hint at which class may have been meant."""
     names = {known.lower(): known for known in [*store.raw_class_names, *store.class_names]}
     meant = difflib.get_close_matches(name.lower(), names, n=3)
+    if not names:
+        return "it was packed without labels"
     if meant:
         return f"did you mean {' or '.join(repr(names[found]) for found in meant)}?"
     more = len(store.class_names) - 10

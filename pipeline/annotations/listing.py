@@ -31,9 +31,9 @@ class VideoRecord:
     """One listed video.
 
     `path` is relative to the videos folder, with slashes, and empty where there is no file;
-    `source` is the name as it was listed; `class_name` is the raw name; `splits` are those the
-    video belongs to (none, one or several). `reason` says why it cannot be packed: no such file,
-    or a name that is refused.
+    `source` is the name as it was listed; `class_name` is the raw name, "" without a class;
+    `splits` are those the video belongs to (none, one or several). `reason` says why it cannot be
+    packed: no such file, or a name that is refused.
     """
 
     key: str
@@ -49,7 +49,8 @@ class Listing:
     """The videos, classes and splits that annotations and a videos folder give together.
 
     `records` are the videos that can be packed, `missing` those that cannot, both sorted by key.
-    `class_names` are raw names in label order; `split_names` in their usual order. With
+    `class_names` are raw names in label order, none for videos without labels; `split_names` in
+    their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
     sentences the user should read. `label_map` says what was done if the file of class names
     exchanges names of classes: "corrected" or "as-published", or "" if it does not.
@@ -154,17 +155,17 @@ class ListingBuilder:
 
         Raises UserError if another file has this key or the video already has another class.
         """
-        key, source, splits = key_from_name(name), _printable(source), (split,) if split else ()
+        key, source, splits = key_from_name(name), printable(source), (split,) if split else ()
         if path is not None:
             key = self._key_of_path.setdefault(path, key)
         first = self._by_key.get(key)
         if first is None:
-            refusal = _refused_name(name) or _refused_name(path or "", limit=None)
+            refusal = refused_name(name) or refused_name(path or "", limit=None)
             problem = refusal or ("" if path is not None else reason)
             self._by_key[key] = VideoRecord(key, path or "", source, class_name, splits, problem)
             return
         if not first.path and path is not None and first.source == source:
-            first.path, first.reason = path, _refused_name(name)
+            first.path, first.reason = path, refused_name(name)
         elif path is not None and first.path != path:
             raise UserError(
                 f"two videos have the same key {key!r}: {first.path or first.source!r} and "
@@ -194,7 +195,7 @@ class ListingBuilder:
             video.splits = tuple(sorted(video.splits, key=place.__getitem__))
         return Listing(
             records=[video for video in videos if not video.reason],
-            class_names=list(class_names or sorted({video.class_name for video in videos})),
+            class_names=list(class_names or sorted({video.class_name for video in videos} - {""})),
             split_names=split_names,
             missing=[video for video in videos if video.reason],
             notes=self._notes,
@@ -203,12 +204,12 @@ class ListingBuilder:
         )
 
 
-def _printable(text: str) -> str:
-    """`text` with escapes for the bytes of file names that are not UTF-8."""
+def printable(text: str) -> str:
+    """Return `text` with escapes for the bytes of file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _refused_name(name: str, limit: int | None = MAX_NAME_LENGTH) -> str:
+def refused_name(name: str, limit: int | None = MAX_NAME_LENGTH) -> str:
     """Return why no sample can have this name, or an empty string if it can."""
     if limit is not None and len(name) > limit:
         return f"its name has {len(name)} characters, more than {limit}: shorten it"
