@@ -1,4 +1,4 @@
-"""Assembles a data set from the indexes of tars: classes, splits, keys, and what is left out."""
+"""Assembles a data set from what tars hold: classes, splits, keys, and what is left out."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pipeline.tars.dataset import (
     write_failures,
 )
 from pipeline.tars.foreign.classes import ClassChoice, classes_of
-from pipeline.tars.foreign.indexing import TarIndex
 from pipeline.tars.foreign.samples import FoundSample
+from pipeline.tars.foreign.scanning import FoundTar
 from pipeline.tars.foreign.sources import NamedTar
 
 _FILE_NAME_LENGTH = 200  # of the index's name, with room for ".json" and a temporary ending
@@ -36,11 +36,11 @@ class Assembly:
         name: str,
         folder: Path,
         named: Sequence[NamedTar],
-        indexes: Sequence[TarIndex],
+        found: Sequence[FoundTar],
         choice: ClassChoice,
         before: Dataset | None,
     ) -> None:
-        """`indexes` are those of the tars `named`; the first tars are those of `before`.
+        """`found` is what the tars `named` hold; the first of them are those of `before`.
 
         Raises UserError if no sample can be used, and as `classes_of`.
         """
@@ -49,21 +49,21 @@ class Assembly:
         self._contents: dict[str, bytes] = {}
         first: dict[str, tuple[int, FoundSample]] = {}
         repeated: list[tuple[int, FoundSample]] = []
-        for number, index in enumerate(indexes):
-            for sample in index.samples:
+        for number, tar in enumerate(found):
+            for sample in tar.samples:
                 if first.setdefault(sample.key, (number, sample))[1] is not sample:
                     repeated.append((number, sample))
         if not first:
             raise UserError(
-                f"the {len(indexes)} tars hold no samples: --tars takes tars whose members are "
+                f"the {len(found)} tars hold no samples: --tars takes tars whose members are "
                 "named KEY.EXTENSION, such as clip1.mp4 and clip1.json"
             )
-        self._named, self._indexes, self._first = named, indexes, first
+        self._named, self._found, self._first = named, found, first
         chosen = [first[key][1] for key in sorted(first)]
         earlier = before.raw_class_names if before is not None else ()
         fields: Counter[str] = Counter()
-        for index in indexes:
-            fields.update(index.fields)
+        for tar in found:
+            fields.update(tar.fields)
         self._classes = classes_of(chosen, choice, fields, earlier)
         self._words = choice.naming.names(self._classes.names)
         any_named = any(tar.split for tar in named)
@@ -74,7 +74,7 @@ class Assembly:
         if not any_named:
             self._splits.update(self._classes.splits_of)
         names = ordered_splits(split for splits in self._splits.values() for split in splits)
-        self.notes = [*self._classes.notes, *_notes(indexes)]
+        self.notes = [*self._classes.notes, *_notes(found)]
         for number, sample in repeated:
             other = named[first[sample.key][0]].source
             self._leave_out(number, sample, f"its key is already in {other}: rename the sample")
@@ -123,10 +123,10 @@ class Assembly:
 
     def _tar(self, number: int, file: str, keys: dict[str, list[str]]) -> Tar | None:
         """Return a tar of the data set and keep its index; None if no sample of it has a row."""
-        index, source = self._indexes[number], self._named[number].source
+        tar, source = self._found[number], self._named[number].source
         entries: list[dict[str, Any]] = []
         failed: list[FailedVideo] = []
-        for sample in index.samples:
+        for sample in tar.samples:
             if self._first[sample.key][1] is not sample:
                 continue  # another tar had this key before
             label = self._classes.label_of.get(sample.key, NO_LABEL)
@@ -159,7 +159,7 @@ class Assembly:
                 }
             )
         no_row = "" if entries or failed else "no sample of it can have a row"
-        if problem := index.problem or no_row:
+        if problem := tar.problem or no_row:
             video = FailedVideo(source, NO_LABEL, "", (), one_line(f"the tar: {problem}"))
             self._left_out.append(video)
             self._list(number, "", video)
@@ -172,8 +172,8 @@ class Assembly:
             split=self._named[number].split or None,
             samples=len(entries),
             failed=tuple(failed),
-            bytes=index.bytes,
-            sha256=index.sha256,
+            bytes=tar.bytes,
+            sha256=tar.sha256,
             source=source,
             index_sha256=hashlib.sha256(content).hexdigest(),
         )
@@ -190,21 +190,21 @@ class Assembly:
         self.failures.append(dict(zip(FAILURE_COLUMNS, line, strict=True)))
 
 
-def _notes(indexes: Sequence[TarIndex]) -> list[str]:
+def _notes(found: Sequence[FoundTar]) -> list[str]:
     """Return what the user should know beside the failures."""
     notes = [
-        f"{index.source} {index.problem}: its samples up to there are used; fetch it again "
+        f"{tar.source}: {tar.problem}; its samples up to there are used; fetch it again "
         "under another --dataset name for the rest"
-        for index in indexes
-        if index.problem
+        for tar in found
+        if tar.problem
     ]
-    passed_over = [member for index in indexes for member in index.passed_over]
+    passed_over = [member for tar in found for member in tar.passed_over]
     if passed_over:
         notes.append(
             f"{len(passed_over)} members have no name KEY.EXTENSION and belong to no sample "
             f"(first: {one_line(passed_over[0], 80)!r})"
         )
-    unread = [s for index in indexes for s in index.samples if s.unread and s.label]
+    unread = [s for tar in found for s in tar.samples if s.unread and s.label]
     if unread:
         notes.append(
             f"{len(unread)} samples have a JSON that cannot be read, which may hold captions "

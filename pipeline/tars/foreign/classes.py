@@ -1,4 +1,4 @@
-"""Gives the samples of indexed tars their classes and splits."""
+"""Gives the samples of tars their classes and splits."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _mapped(
             f"{str(path)!r} names none of the {len(samples)} samples (it has {unknown[0]!r}, the "
             f"tars have {name_from_key(example)!r}): its first column must hold their keys"
         )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if unknown:
         notes = (
             f"{len(unknown)} rows of {str(path)!r} name no sample of the tars "

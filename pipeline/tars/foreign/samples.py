@@ -34,6 +34,7 @@ MAX_CLASS_CHARACTERS: Final = 1000
 CLASS_MEMBER: Final = ".cls"
 _CLASS_FIELDS: Final = (*TABLES["columns"]["name"], *TABLES["columns"]["label"])
 _MOST_FIELDS: Final = 50
+_BLOCK_BYTES: Final = 1 << 20
 _GZIP: Final = b"\x1f\x8b"
 
 Read = Callable[[int, int], bytes]
@@ -153,11 +154,9 @@ def _members(file: BinaryIO) -> tuple[list[Member], str]:
                 tar.members.clear()  # else all headers stay in memory
                 if not member.isdir():
                     members.append(_member(member, length))
-            file.seek(tar.offset)
-            block = file.read(tarfile.BLOCKSIZE)
-        if block.strip(b"\0"):
-            raise tarfile.ReadError(f"no header at byte {tar.offset}")
-        problem = "" if block else "it has no end mark"
+            problem = _wrong_end(file, tar.offset)
+        if problem and not members:
+            raise UnreadableTar(f"is no tar ({problem})")
     except (tarfile.TarError, RecursionError, ValueError, OverflowError) as error:
         if not members:
             raise UnreadableTar(f"is no tar ({one_line(error)})") from error
@@ -166,6 +165,23 @@ def _members(file: BinaryIO) -> tuple[list[Member], str]:
         last = one_line(printable(members[-1].name), 80)
         problem = f"it breaks off after {last!r} ({problem})"
     return members, problem
+
+
+def _wrong_end(file: BinaryIO, offset: int) -> str:
+    """Return what is wrong with the end of a tar at this byte; "" if only zeros follow.
+
+    tarfile takes a damaged header and a hole of zeros for the end.
+    """
+    file.seek(offset)
+    block = file.read(tarfile.BLOCKSIZE)
+    if not block:
+        return "it has no end mark"
+    if block.strip(b"\0"):
+        return f"no header at byte {offset}"
+    while block := file.read(_BLOCK_BYTES):
+        if block.strip(b"\0"):
+            return f"more data follows its end mark at byte {offset}"
+    return ""
 
 
 def _member(member: tarfile.TarInfo, length: int) -> Member:
@@ -229,11 +245,13 @@ def class_of(
     """
     if class_field.startswith("."):
         chosen = class_field
-    elif class_field:
+    elif class_field and (
+        class_field.lower() not in texts or _field(facts, class_field) is not None
+    ):
         found = _field(facts, class_field)
         return _class_text(found, class_field, f"its JSON has no {class_field!r}")
-    elif CLASS_MEMBER[1:] in texts:
-        chosen = CLASS_MEMBER
+    elif class_field or CLASS_MEMBER[1:] in texts:
+        chosen = f".{class_field}" if class_field else CLASS_MEMBER
     else:
         usual = next((name for name in _CLASS_FIELDS if _is_class(facts.get(name))), "")
         return _class_text(facts.get(usual), usual, "") if usual else ("", "", "")

@@ -21,14 +21,14 @@ from pipeline.tars.dataset import DATASET_FILE, Dataset, load_dataset
 from pipeline.tars.finished import RECORDS_FOLDER
 from pipeline.tars.foreign.assembly import Assembly
 from pipeline.tars.foreign.classes import ClassChoice
-from pipeline.tars.foreign.indexing import TarIndex, indexed
+from pipeline.tars.foreign.scanning import FoundTar, scanned
 from pipeline.tars.foreign.sources import NamedTar, named_tars
 from pipeline.tars.packing import SHOWN_FAILURES, PackSummary, check_arguments
 from pipeline.tars.plan import class_difference
 
 logger = logging.getLogger(__name__)
 
-_INDEXES_FOLDER = "tars"
+_FOUND_FOLDER = "tars"
 
 
 def pack_tars(
@@ -42,7 +42,7 @@ def pack_tars(
     append: bool = False,
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
-    """Index WebDataset tars and make a data set of them in `dataset_dir`; they stay where they lie.
+    """Read WebDataset tars and make a data set of them in `dataset_dir`; they stay where they lie.
 
     `patterns` as in `named_tars`, `classes` says where classes come from. Every video is probed
     and hashed, and so is every tar; an interrupted run continues. Samples that cannot be used are
@@ -50,7 +50,7 @@ def pack_tars(
     `too_many_failures`. With `append`, tars that are new since then come after the earlier ones.
     `progress` counts tars.
     Raises UserError for wrong input and for tars that changed since they were packed, WorkError
-    for files that are no tars (after the others are indexed) and when the storage fails.
+    for files that are no tars (after the others are read) and when the storage fails.
     """
     began = time.monotonic()
     check_arguments(name, workers, max_failures)
@@ -62,23 +62,23 @@ def pack_tars(
             before = _earlier(dataset_dir)
             if before is not None:
                 named = _continued(before, named, append)
-            folder = dataset_dir / RECORDS_FOLDER / _INDEXES_FOLDER
-            found = indexed(
+            folder = dataset_dir / RECORDS_FOLDER / _FOUND_FOLDER
+            found = scanned(
                 [tar.source for tar in named],
                 folder,
                 choice.field,
                 workers or usable_cores(),
                 progress,
             )
-            indexes = _require_tars(list(found), dataset_dir)
-            made = Assembly(name, dataset_dir, named, indexes, choice, before)
+            tars = _require_tars(list(found), dataset_dir)
+            made = Assembly(name, dataset_dir, named, tars, choice, before)
             _require_same(before, made.dataset)
             written = made.write(before)
     except OSError as error:
         where = error.filename or dataset_dir
         raise WorkError(
             f"cannot write {str(where)!r}: {error.strerror or error}; fix it and run the same "
-            "command again, what is indexed is kept"
+            "command again, what is read is remembered"
         ) from error
     if not written:
         made.notes.append(f"data set {name!r} is packed already: nothing to do")
@@ -180,13 +180,13 @@ def _require_same(before: Dataset | None, now: Dataset) -> None:
         _refuse(before, changes)
 
 
-def _require_tars(found: Sequence[TarIndex | str], dataset_dir: Path) -> list[TarIndex]:
+def _require_tars(found: Sequence[FoundTar | str], dataset_dir: Path) -> list[FoundTar]:
     unusable = [problem for problem in found if isinstance(problem, str)]
     if unusable:
         more = f" and {len(unusable) - 2} more" if len(unusable) > 2 else ""
         raise WorkError(
             f"{len(unusable)} of {len(found)} tars cannot be used: {', '.join(unusable[:2])}{more}"
-            "; the others are indexed and kept: correct these or leave them out of --tars, and run "
+            "; the others are remembered: correct these or leave them out of --tars, and run "
             "the command again"
         )
-    return [index for index in found if isinstance(index, TarIndex)]
+    return [tar for tar in found if isinstance(tar, FoundTar)]

@@ -55,6 +55,21 @@ def test_a_header_that_is_damaged_ends_the_tar_and_says_so(tmp_path: Path) -> No
     assert "no header at byte" in found(path).problem
 
 
+def test_a_hole_of_zeros_is_not_the_end(tmp_path: Path) -> None:
+    path = labelled_tars(tmp_path, tars=1)[0]
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        member = tar.getmembers()[4]
+    data[member.offset : member.offset + 1024] = bytes(1024)
+    path.write_bytes(data)
+    assert len(found(path).samples) == 2
+    assert "more data follows" in found(path).problem
+    data[:1024] = bytes(1024)
+    path.write_bytes(data)
+    with pytest.raises(UnreadableTar, match="more data follows"):
+        found(path)
+
+
 def test_files_that_are_no_tars_are_named_together(tmp_path: Path) -> None:
     labelled_tars(tmp_path, tars=1)
     (tmp_path / "x.tar").write_bytes(b"no tar " * 1000)

@@ -1,6 +1,6 @@
-"""Indexes tars one after another: their samples, which of them give frames, and every hash.
+"""Reads tars one after another: their samples, which of them give frames, and every hash.
 
-The index of a finished tar is kept, so that an interrupted run continues and a tar is read again
+A record of each finished tar is kept, so that an interrupted run continues and a tar is read again
 only if it has changed.
 """
 
@@ -35,8 +35,8 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TarIndex:
-    """What a tar holds. `class_field` is what it was asked for; the rest as `FoundSamples`."""
+class FoundTar:
+    """The record of a tar. `class_field` is what it was asked for; the rest as `FoundSamples`."""
 
     source: str
     class_field: str
@@ -49,26 +49,26 @@ class TarIndex:
     samples: list[FoundSample]
 
     def write(self, path: Path) -> None:
-        """Write the index, complete or not at all."""
+        """Write the record, complete or not at all."""
         write_json(path, asdict(self), indent=None)
 
 
-def read_index(path: Path, source: str, class_field: str, state: State) -> TarIndex | None:
-    """Return the index of a tar, or None if there is none of the tar as it is now."""
+def read_record(path: Path, source: str, class_field: str, state: State) -> FoundTar | None:
+    """Return the record of a tar, or None if there is none of the tar as it is now."""
     try:
         value = json.loads(path.read_bytes())
         samples = [FoundSample(**sample) for sample in value.pop("samples")]
-        index = TarIndex(**value, samples=samples)
+        found = FoundTar(**value, samples=samples)
     except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
         return None
-    same = (index.source, index.class_field, index.bytes, index.version)
-    return index if same == (source, class_field, *state) else None
+    same = (found.source, found.class_field, found.bytes, found.version)
+    return found if same == (source, class_field, *state) else None
 
 
-def indexed(
+def scanned(
     sources: Sequence[str], folder: Path, class_field: str, workers: int, progress: ProgressSink
-) -> Iterator[TarIndex | str]:
-    """Yield the index of every tar, in order, or why it cannot be read; keep indexes in `folder`.
+) -> Iterator[FoundTar | str]:
+    """Yield what every tar holds, in order, or why it cannot be read; keep records in `folder`.
 
     Tars at URLs are fetched whole, one ahead. Memory holds the bytes of `workers` + 1 videos.
     Raises WorkError if the storage fails or the disk has no room, and if a tar changes meanwhile.
@@ -89,14 +89,14 @@ def indexed(
             found = ready
             if isinstance(ready, _Tar):
                 try:
-                    found = _index(ready, source, class_field, pool, workers)
-                    found.write(index_file(folder, source))
+                    found = _scan(ready, source, class_field, pool, workers)
+                    found.write(record_file(folder, source))
                 except UnreadableTar as error:
                     found = f"{source} {error}"
                 finally:
                     if is_url(source):
                         ready.path.unlink(missing_ok=True)
-            if isinstance(found, TarIndex):
+            if isinstance(found, FoundTar):
                 videos += len(found.samples)
                 failed += sum(bool(sample.reason) for sample in found.samples)
             progress(number + 1, len(sources), videos=videos, failed=failed)
@@ -105,38 +105,38 @@ def indexed(
 
 
 class _Tar(NamedTuple):
-    """A tar that is to be indexed: its file on this machine, and its state."""
+    """A tar that is to be read: its file on this machine, and its state."""
 
     path: Path
     state: State
 
 
-def index_file(folder: Path, source: str) -> Path:
-    """Return where the index of a tar is kept between runs."""
+def record_file(folder: Path, source: str) -> Path:
+    """Return where the record of a tar is kept between runs."""
     name = hashlib.blake2b(source.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
     return folder / f"{name}.json"
 
 
 def _prepared(
     folder: Path, class_field: str, scratch: Path, stop: Event, numbered: tuple[int, str]
-) -> TarIndex | _Tar | str:
-    """Return the kept index of a tar, else the tar on this machine, or why it cannot be used."""
+) -> FoundTar | _Tar | str:
+    """Return the kept record of a tar, else the tar on this machine, or why it cannot be used."""
     number, source = numbered
-    kept = index_file(folder, source)
+    kept = record_file(folder, source)
     if not is_url(source):
         try:
             state = _state(os.stat(source))
         except OSError as error:
             return f"{source} cannot be read ({error.strerror})"
-        return read_index(kept, source, class_field, state) or _Tar(Path(source), state)
+        return read_record(kept, source, class_field, state) or _Tar(Path(source), state)
     from featstore.remote.objects import MissingObject, remote_file
 
     objects, name = remote_file(source)
     try:
         there = objects.head(name)
         state = State(there.size, there.version)
-        if index := read_index(kept, source, class_field, state):
-            return index
+        if found := read_record(kept, source, class_field, state):
+            return found
         require_room(scratch, there.size, source)
         path = scratch / f"{number}.tar"
         objects.download(name, path, there.size, there.version, stop=stop)
@@ -145,9 +145,9 @@ def _prepared(
     return _Tar(path, state)
 
 
-def _index(
+def _scan(
     tar: _Tar, source: str, class_field: str, pool: ThreadPoolExecutor, workers: int
-) -> TarIndex:
+) -> FoundTar:
     try:
         with open(tar.path, "rb") as file:
             found = find_samples(file, class_field)
@@ -164,7 +164,7 @@ def _index(
             f"{source} changed while it was read: wait until it is complete and run the same "
             "command again"
         )
-    return TarIndex(
+    return FoundTar(
         source=source,
         class_field=class_field,
         bytes=tar.state.bytes,
