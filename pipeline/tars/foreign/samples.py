@@ -126,7 +126,12 @@ class _BoundedReader:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.seek, self.tell = file.seek, file.tell
+        self.tell = file.tell
+
+    def seek(self, offset: int) -> None:
+        if offset < 0:
+            raise tarfile.ReadError("a member of negative size")
+        self._file.seek(offset)
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_HEADER_BYTES:

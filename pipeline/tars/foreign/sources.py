@@ -100,20 +100,20 @@ def _expanded(text: str) -> Iterator[str]:
 
 
 def _sources(text: str, pattern: str) -> Iterable[str]:
+    if text.startswith("pipe:"):
+        raise UserError("--tars takes no pipe: commands, which would be run: name files or URLs")
     if is_url(text):
         scheme = text.partition("://")[0]
+        if scheme != "s3" or not _GLOB.search(text):
+            parsed_file(text.replace("*", "x").replace("[", "x"))  # refuses what holds a credential
         if not _GLOB.search(text):
-            parsed_file(text)  # refuses what holds a credential
             return [text]
         if scheme != "s3":
-            parsed_file(_GLOB.sub("x", text))
             raise UserError(
                 f"{one_line(repr(text), 120)}: there are no patterns over {scheme}, because a web "
                 "server has no listing; write the numbers as {000..099}"
             )
         return _listed_on_s3(text)
-    if text.startswith("pipe:"):
-        raise UserError("--tars takes no pipe: commands, which would be run: name files or URLs")
     if Path(text).is_dir():
         raise UserError(
             f"--tars {text!r} is a folder: name the tars in it, such as '{text.rstrip('/')}/*.tar'"
