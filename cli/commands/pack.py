@@ -83,6 +83,7 @@ def pack(
         ),
     ] = False,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
+    more_tars: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
@@ -100,6 +101,8 @@ def pack(
     # Naming checks the words, which come from the user.
     naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
     folder = options.workspace(root).dataset_dir(dataset)
+    if more_tars and not tars:
+        raise UserError(f"{more_tars[0]!r} belongs to no option: see `mote-cli pack --help`")
     if tars:
         from pipeline.tars.foreign.classes import ClassChoice
         from pipeline.tars.foreign.taking import pack_tars
@@ -114,7 +117,7 @@ def pack(
         choice = ClassChoice(annotations, class_names, label_field, unlabelled, naming)
         with progress_of("index", "tars") as progress:
             summary = pack_tars(
-                tars,
+                [*tars, *(more_tars or [])],  # a shell puts many names in place of a glob
                 dataset,
                 folder,
                 classes=choice,

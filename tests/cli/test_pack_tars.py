@@ -189,7 +189,7 @@ def test_tars_in_a_bucket(
     assert rows(there) == rows(store)
 
 
-def test_videos_without_labels(encoder: Path, tmp_path: Path) -> None:
+def test_videos_without_labels(encoder: Path, root: Path, tmp_path: Path) -> None:
     place = ("--root", tmp_path / "root")
     for n in range(4):
         path = tmp_path / f"videos/clip {n}.mp4"
@@ -224,7 +224,12 @@ def test_videos_without_labels(encoder: Path, tmp_path: Path) -> None:
     )
     assert len(predicted["videos"][0]["predictions"]) == 2
 
-    # More of them, and the stores of two such data sets as one.
+    # Labels and none do not mix.
+    labelled = extracted(root, encoder)["store"]
+    line = refused(2, "store", "merge", store, labelled, "--out", tmp_path / "both.zarr")
+    assert "was packed without labels and other stores have classes" in line
+
+    # More of them, and out of the store again.
     (tmp_path / "videos/later.mp4").write_bytes(clip(7))
     done(*pack, "--append")
     assert done("store", "add-tars", store, "--dataset", "own", *place)["tars_added"] == 1
@@ -309,7 +314,12 @@ def test_options_that_contradict_each_other(tars: Path, tmp_path: Path) -> None:
         "do not exist: name a CSV": ("--tars", pattern, "--annotations", tmp_path / "x.csv"),
     }.items():
         assert words in refused(2, "pack", *command, *place)
-    webdataset_tar(tmp_path / "a.tar", [{"__key__": "k", "mp4": clip(0), "cls": b"x"}])
-    done("pack", "--tars", tmp_path / "a.tar", *place)
+    for name in "ab":
+        sample = {"__key__": name, "mp4": clip(0), "cls": b"x"}
+        webdataset_tar(tmp_path / f"{name}.tar", [sample])
+    # As a shell gives a glob that is not in quotes.
+    made = done("pack", "--tars", tmp_path / "a.tar", tmp_path / "b.tar", *place)
+    assert made["videos_packed"] == 2
+    assert "belongs to no option" in refused(2, "pack", "x.tar", *place)
     line = refused(2, "pack", "--videos", tars, *place)
-    assert "data set" in line or "no videos" in line
+    assert "no videos under" in line

@@ -13,7 +13,7 @@ import webdataset
 
 from featstore.errors import UserError
 from pipeline.annotations.listing import key_from_name
-from pipeline.tars.dataset import Dataset, load_dataset
+from pipeline.tars.dataset import Dataset, FailedVideo, Tar, load_dataset
 from pipeline.tars.reading import DamagedTar, open_packed, read_video
 from tests.support.worlds.foreign_tars import (
     CLASSES,
@@ -319,3 +319,26 @@ def test_data_sets_of_other_kinds_are_not_mixed(tmp_path: Path) -> None:
     plain = Dataset(out, "own", ("a",), ("a",), (), False, (), {}, label_map="")
     plain.write()
     assert json.loads((out / "dataset.json").read_text())["format_version"] == 1
+
+
+def test_data_sets_of_earlier_versions_keep_file_and_fingerprint(tmp_path: Path) -> None:
+    """The fingerprint is what version 0.2.0 gave."""
+    failed = FailedVideo("b", 1, "wave hand", ("val",), "empty")
+    dataset = Dataset(
+        tmp_path,
+        "own",
+        ("nod", "wave hand"),
+        ("nod", "wave_hand"),
+        ("train", "val"),
+        True,
+        (
+            Tar("own-train-000000.tar", "train", 1, (), 10240, "ab" * 32),
+            Tar("own-val-000000.tar", "val", 0, (failed,), 10240, "cd" * 32),
+        ),
+        {"train": ("a",), "val": ("b",)},
+    )
+    assert dataset.fingerprint == "292b699c5d5847ba9c2fbe5a7ce1eeac83c8f3d38ae20c926fea572ad36a498a"
+    dataset.write()
+    digest = hashlib.sha256((tmp_path / "dataset.json").read_bytes()).hexdigest()
+    assert digest == "c799f6948080ed3067595d8536d87dee1623ae8335b4bc0e867de4bf40e56384"
+    assert load_dataset(tmp_path) == dataset
