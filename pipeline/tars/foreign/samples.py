@@ -124,13 +124,15 @@ def find_samples(file: BinaryIO, class_field: str) -> FoundSamples:
 class _BoundedReader:
     """The file that tarfile reads headers from; it would read as many bytes as a header says."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self._file, self._length = file, length
         self.tell = file.tell
 
     def seek(self, offset: int) -> None:
         if offset < 0:
             raise tarfile.ReadError("a member of negative size")
+        if offset > self._length:
+            raise tarfile.ReadError("unexpected end of data")
         self._file.seek(offset)
 
     def read(self, size: int) -> bytes:
@@ -151,7 +153,7 @@ def _members(file: BinaryIO) -> tuple[list[Member], str]:
     before = -1
     try:
         # tarfile asks for no more than read, seek and tell.
-        with tarfile.open(fileobj=_BoundedReader(file), mode="r:") as tar:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=_BoundedReader(file, length), mode="r:") as tar:  # type: ignore[call-overload]
             while (member := tar.next()) is not None:
                 if tar.offset <= before or member.size < 0:
                     raise tarfile.ReadError("a member of negative size")
