@@ -7,16 +7,16 @@ name keeps that first stage, with its results, in `heads/RUN/frozen`.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder, write_bytes, write_json
+from featstore.files.tables import csv_bytes
 from featstore.workspace import FIRST_STAGE
 from heads.end_to_end.config import FinetuneConfig
 from heads.files.run_files import (
@@ -58,9 +58,10 @@ def starting_head(run_dir: Path, from_head: Path) -> Path:
         return from_head
     kept = run_dir / FIRST_STAGE
     if not _has_head(kept):
+        train = command("train-head", name=run_dir.name, root=run_dir.parent.parent)
         raise UserError(
-            f"run {run_dir.name} has no head of a first stage: train one with `mote-cli train-head "
-            f"--name {run_dir.name}`, or leave --from-head out"
+            f"run {run_dir.name} has no head of a first stage: train one with `{train}`, or leave "
+            "--from-head out"
         )
     return kept
 
@@ -98,12 +99,9 @@ def open_run(
 
 def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]]) -> None:
     """Write failures.csv: every failed video with the epoch of its first failure, from 1."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["key", "split", "first_epoch", "reason"])
-    for key, failure in sorted(failures.items()):
-        table.writerow([key, failure["split"], failure["epoch"], failure["reason"]])
-    write_bytes(run_dir / FAILURES_FILE, text.getvalue().encode())
+    rows = [[key, f["split"], f["epoch"], f["reason"]] for key, f in sorted(failures.items())]
+    table = csv_bytes(["key", "split", "first_epoch", "reason"], rows)
+    write_bytes(run_dir / FAILURES_FILE, table)
 
 
 def _has_head(run_dir: Path) -> bool:

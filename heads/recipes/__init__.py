@@ -9,14 +9,14 @@ run.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, meant, one_of
+from featstore.files.documents import read_toml
 from heads.end_to_end.config import FinetuneConfig
 from heads.methods.registry import DEFAULT_METHOD, Method, method
 from heads.methods.settings import MethodConfig
@@ -82,16 +82,11 @@ def load_recipe(name: str | Path) -> Recipe:
     own = isinstance(name, Path) or path.suffix == _SUFFIX or len(path.parts) > 1 or path.is_file()
     if not own and str(name) not in recipe_names():
         raise UserError(
-            f"there is no recipe {str(name)!r}: choose one of {', '.join(recipe_names())} or name "
-            f"a {_SUFFIX} file"
+            f"there is no recipe {str(name)!r}: {one_of(name, recipe_names())} or name a {_SUFFIX} "
+            "file"
         )
-    source = path if own else files(__name__) / f"{name}{_SUFFIX}"
-    try:
-        tables = tomllib.loads(source.read_bytes().decode())
-    except OSError as error:
-        raise UserError(f"recipe {name} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, not TOML
-        raise UserError(f"recipe {name} is not TOML: {one_line(error, 120)}") from error
+    source = path if own else Path(str(files(__name__) / f"{name}{_SUFFIX}"))
+    tables = read_toml(source, "name a recipe of mote or a file like those")
     _refuse_unknown(str(name), set(tables) - {"head", *_TABLES}, ["head", *_TABLES], "tables")
     for table in ("head", *_TABLES):
         found = tables.setdefault(table, {})
@@ -125,8 +120,8 @@ _ANY_DIM: Final = 64  # attention heads can only be checked against the store's 
 def _refuse_unknown(name: str, unknown: set[str], known: list[str], what: str) -> None:
     if unknown:
         raise UserError(
-            f"recipe {name} has unknown {what}: {', '.join(sorted(unknown))}; known are "
-            f"{', '.join(known)}"
+            f"recipe {name} has unknown {what}: {', '.join(sorted(unknown))}; "
+            f"{meant(min(unknown), known)}known are {', '.join(known)}"
         )
 
 

@@ -20,13 +20,15 @@ import numpy.typing as npt
 import torch
 
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
-from featstore.errors import UserError, WorkError
+from featstore.commands import command
+from featstore.errors import UserError
 from featstore.files.locks import exclusive
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
+from heads.compatibility import check_complete
 from heads.files.head_file import (
     head_fingerprint,
     save_head,
@@ -43,6 +45,7 @@ from heads.files.run_files import (
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.training.baselines import fit_on_store
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
 from heads.training.state import Position
@@ -120,7 +123,11 @@ def train_head(
     continues from the last checkpoint (and starts a run that does not exist yet). If the store has
     fewer frames per view than `training.frames`, all of its frames are used.
 
-    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
+    A method that is `fitted` learns in one go what others learn in epochs: its one epoch counts in
+    the record, and batch size and rates have no effect.
+
+    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details; or videos,
+    if the head is fitted.
     Raises UserError when head, rows or classes do not fit the store, when the run exists and
     `resume` is off, or when it was begun with other settings (named in the message); WorkError
     when another process trains the run, the store is not complete, the loss stops being a number
@@ -132,8 +139,7 @@ def train_head(
             f"the head is {head.dim} wide and the store's embeddings {store.provenance.dim}: "
             "build the head for this store"
         )
-    if not store.complete:
-        raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+    check_complete(store)
     chosen = method(head.kind)
     chosen.require("trained from a store", chosen.from_store)
     where = resolve_device(device)
@@ -143,13 +149,16 @@ def train_head(
             *(store.schema.frames, training.frames, store.schema.frames),
         )
         training = replace(training, frames=store.schema.frames)
+    if chosen.fitted:
+        chosen.require("trained from another head's weights", initial is None)
+        training = replace(training, epochs=1, warmup_epochs=0.0)
     listed = np.unique(np.asarray(rows, np.int64))
     positions = store.positions(listed) if len(listed) else listed
     usable = listed[store.status[positions] == STATUS_OK] if len(listed) else listed
     if len(usable) == 0:
         raise UserError(
             f"none of the {len(listed)} training samples of {store.path} was extracted: "
-            "see the reasons with mote-cli inspect"
+            f"see the reasons with `{command('inspect', store.path)}`"
         )
     if len(usable) < len(listed):
         log.warning(
@@ -224,6 +233,14 @@ def train_head(
         if not chosen.trains:
             log.info("a mean of frames has nothing to train")
             metrics, resumed_from = [], 0
+            write_metrics(run_dir, metrics)
+        elif chosen.fitted:
+            taken, seed = training.frames, training.seed
+            found = fit_on_store(
+                model.to(where), store, usable, labels, taken, seed, progress=progress
+            )
+            more = {} if after_epoch is None else after_epoch(model, 1)
+            metrics, resumed_from = [{**found, **more}], 0
             write_metrics(run_dir, metrics)
         else:
             features = load_features(store, usable, holding=holding)

@@ -9,7 +9,6 @@ folder, with the place of every video. Nothing is extracted to disk and nothing 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from featstore.errors import WorkError, one_line
 from featstore.files.bounded import read_bounded
+from featstore.files.documents import parse_json
 from pipeline.tars.dataset import Dataset, Tar
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _listed(dataset: Dataset, tar: Tar) -> list[TarSample]:
         wrong("is damaged: its sha256 differs from the one in dataset.json")
     samples = []
     try:
-        for entry in json.loads(content):
+        for entry in parse_json(content):
             sample = TarSample(entry["key"], entry["offset"], entry["size"], entry)
             if _wrong_field(entry, sample.key, path.name) or not (
                 type(sample.offset) is type(sample.size) is int
@@ -182,7 +182,7 @@ def _listed(dataset: Dataset, tar: Tar) -> list[TarSample]:
             ):
                 wrong(f"does not say where {sample.key!r} is")
             samples.append(sample)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         wrong(f"is damaged ({one_line(error)})")
     return samples
 
@@ -292,9 +292,10 @@ def _sidecar(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, key: str
     content = tar.extractfile(member)
     assert content is not None  # regular files always have content
     try:
-        value = json.loads(content.read())
-    except (ValueError, RecursionError) as error:
-        raise DamagedTar.of(path, f"is damaged: {member.name} is not JSON") from error
+        value = parse_json(content.read())
+    except ValueError as error:
+        what = f"is damaged: {member.name} is not JSON ({one_line(error, 120)})"
+        raise DamagedTar.of(path, what) from error
     if not isinstance(value, dict):
         raise DamagedTar.of(path, f"is damaged: {member.name} is not a JSON object")
     if wrong := _wrong_field(value, key, member.name):
