@@ -21,8 +21,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Files are divided among two processes: the tests of one file share what they make.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # How far every number is from the authors'; GOLDEN names another folder of such files.
 golden: install
