@@ -161,7 +161,7 @@ def finetune(
     export. On several GPUs: `torchrun --nproc-per-node N -m cli.main finetune ...`. --resume
     continues an interrupted run (docs/finetuning.md).
 
-    Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
+    Example: `mote-cli finetune --dataset my-clips --name tuned`
     """
     from heads.end_to_end.finetune import finetune as run_finetune
     from heads.end_to_end.plan import FinetuneRequest

@@ -24,7 +24,7 @@ def inspect_path(
 ) -> None:
     """Say what PATH is (data set, feature store or run) and what is in it.
 
-    Example: `mote-cli inspect mote-data/features/my-clips/ViT-B-16-openai--uniform-16.zarr`
+    Example: `mote-cli inspect mote-data/datasets/my-clips`
     """
     from featstore import open_store
     from heads.files.run_files import describe_run

@@ -41,7 +41,7 @@ def predict(
 
     Without a trained head (or with `--head mean`) the embeddings of the frames are averaged.
 
-    Example: `mote-cli predict clip.mp4 --classes "arm wrestling, cooking, crossing a street"`
+    Example: `mote-cli predict clip.mp4 --classes "arm wrestling, cooking"`
     """
     from heads.end_to_end.predict import predict as run
 

@@ -55,7 +55,7 @@ def tradeoff(
     of that column and the close-set accuracy. Both are computed from unrounded numbers. The first
     row is CLIP's mean of the same frames: no head, no modulation, no ensemble.
 
-    Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
+    Example: `mote-cli tradeoff first second --zeroshot ucf101,hmdb51`
     """
     from heads.evaluation.comparing.compare import evaluated_runs
     from heads.evaluation.comparing.tradeoff import collect, is_scored

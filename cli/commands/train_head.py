@@ -85,7 +85,7 @@ def train_head(
     paper's ViT-B/16 head for a frozen encoder. --resume continues an interrupted run, with the
     same result, bit for bit, as without the interruption.
 
-    Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
+    Example: `mote-cli train-head --dataset my-clips --name first --epochs 30`
     """
     from heads.compatibility import check_fits, training_prompt_set
     from heads.files.head_file import choose_head
