@@ -21,6 +21,7 @@ from featstore.errors import UserError, WorkError, one_line
 
 EXIT_WORK_FAILED = 1
 EXIT_USER_INPUT = 2
+TRACEBACK_VARIABLE = "MOTE_TRACEBACK"  # set: an unexpected error shows where it came from
 EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 # Typer 0.2x carries its own copy of click; this finds the base class of usage errors in either.
@@ -203,10 +204,22 @@ def _run() -> int:
         return EXIT_WORK_FAILED
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
+    except MemoryError:
+        fail("there is not enough memory for this: ask for less at a time, or use a larger machine")
+        return EXIT_WORK_FAILED
     except _UsageError as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "mote-cli"
         fail(f"{one_line(error.format_message()).rstrip('.')}; see `{command} --help`")
         return EXIT_USER_INPUT
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        fail(
+            f"mote failed at something it does not expect ({type(error).__name__}: "
+            f"{one_line(error, 200)}): please report it with what the same command prints after "
+            f"`export {TRACEBACK_VARIABLE}=1`"
+        )
+        return EXIT_WORK_FAILED
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.output import fail
+from cli.output import fail, warn
 from featstore.errors import UserError
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
@@ -226,6 +226,13 @@ def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | No
     return load_dataset(folder).class_names if (folder / DATASET_FILE).is_file() else None
 
 
+def video_paths(workspace: Workspace, dataset: str) -> Mapping[str, str]:
+    """Return the paths of a data set's videos by key; {} if it is not packed in this workspace."""
+    from pipeline.tars.paths import video_paths as paths_in
+
+    return paths_in(workspace.dataset_dir(dataset))
+
+
 def class_list(text: str) -> list[str]:
     """Split "a, b, c" into class names; a name with a comma is in quotes: '"cut, chop", run'.
 
@@ -241,11 +248,25 @@ def class_list(text: str) -> list[str]:
     return names
 
 
-def require_few_failures(failed: int, listed: int, max_failures: float, reasons: str) -> None:
+def require_few_failures(
+    failed: int, listed: int, max_failures: float, reasons: str, first: str = ""
+) -> None:
     """End with one line and exit code 1 if more videos failed than `--max-failures` allows.
 
-    `reasons` says where the reasons can be read.
+    `reasons` says where the reasons can be read; `first` is the first of them. If all videos
+    failed, the line says so, as a warning if this is allowed.
     """
+    if listed and failed == listed:
+        why = f" (the first: {first})" if first else ""
+        all_failed = (
+            f"all {listed} videos failed{why}, so there is nothing to go on with: {reasons}; give "
+            "video files that a player can open"
+        )
+        if failed <= max_failures * listed:
+            warn(all_failed)
+            return
+        fail(all_failed)
+        raise typer.Exit(1)
     if failed > max_failures * listed:
         fail(
             f"{failed} of {listed} videos failed, more than --max-failures {max_failures:g} "

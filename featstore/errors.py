@@ -5,6 +5,17 @@ They live in `featstore` because it is the package all others may import.
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
+# What a terminal, page or spreadsheet would obey or hide instead of showing it: controls, escape
+# sequences, marks of writing direction, line separators, invisible tags, halves of characters.
+# The joiners U+200C and U+200D stay: Persian, Hindi and emoji are written with them.
+_UNSEEN: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
 
 class UserError(ValueError):
     """The input is wrong and the user can correct it (exit code 2).
@@ -20,9 +31,24 @@ class WorkError(RuntimeError):
     """
 
 
+def safe_text(text: str) -> str:
+    """Write control characters, direction marks and lone surrogates as \\xNN, \\uNNNN, \\UNNNNNNNN.
+
+    Everything that is printed, or written into a page or table, goes through this. Text without
+    such characters is returned as it is.
+    """
+    return _UNSEEN.sub(lambda found: _escape(ord(found[0])), text)
+
+
+def _escape(code: int) -> str:
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """`error` as one line of at most `limit` characters, for a table, a log or a store."""
-    text = " ".join(str(error).split())
+    """`error` as one safe line of at most `limit` characters, for a table, a log or a store."""
+    text = safe_text(" ".join(str(error).split()))
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from featstore.errors import UserError, WorkError
+from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.tiers import EMBEDDINGS
 from featstore.remote.urls import is_url
 
@@ -132,10 +132,10 @@ class Workspace:
         what is wrong with that file.
         """
         try:
-            packed = json.loads((self.dataset_dir(dataset) / DATASET_FILE).read_bytes())
+            packed = found_object(self.dataset_dir(dataset) / DATASET_FILE, LISTS_LIMIT) or {}
             own_tars = bool(packed["splits_disjoint"])
             return {str(name): own_tars for name in packed["split_names"]}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        except (LookupError, TypeError):
             return None
 
     def choose_run(self, name: str | None) -> Path:
@@ -304,11 +304,8 @@ def _checked(name: str, kind: str) -> str:
 
 
 def _is_part_of_protocol(run: Path) -> bool:
-    try:
-        settings = json.loads((run / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return False  # loading the run reports what is wrong with it
-    return isinstance(settings, dict) and bool(settings.get(PROTOCOL_FIELD))
+    settings = found_object(run / CONFIG_FILE)  # loading the run reports what is wrong with it
+    return settings is not None and bool(settings.get(PROTOCOL_FIELD))
 
 
 def _require_match(

@@ -325,15 +325,15 @@ def _function_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
 def _tokenizer(loaded: LoadedClip) -> Any:
     text = loaded.model_config["text_cfg"]
     named = text.get("hf_tokenizer_name") or "siglip" in loaded.tokenizer_source.lower()
-    if named and loaded.tokenizer_source:
-        try:
+    try:
+        if named and loaded.tokenizer_source:
             return open_clip.get_tokenizer(loaded.tokenizer_source)
-        except Exception as error:
-            raise UserError(
-                f"the tokeniser of {loaded.name} cannot be loaded ({one_line(error, 160)}): "
-                "install the package `transformers`, or use a CLIP with the standard tokeniser"
-            ) from None
-    return open_clip.SimpleTokenizer(
-        context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
-        **text.get("tokenizer_kwargs", {}),
-    )
+        return open_clip.SimpleTokenizer(
+            context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+            **text.get("tokenizer_kwargs", {}),
+        )
+    except Exception as error:
+        raise UserError(
+            f"the tokeniser of {loaded.name} cannot be loaded ({one_line(error, 160)}): "
+            "install the package `transformers`, or use a CLIP with the standard tokeniser"
+        ) from None

@@ -221,12 +221,14 @@ def extract(
     with progress_of("extract", "videos") as progress:
         summary = run(request, cluster=cluster, progress=progress)
     following = _following(summary, wanted, split, store, root)
-    report(json, summary.to_json(), _facts(summary) | {"next": following})
+    further = {"next": following} if summary.rows_ok else {}
+    report(json, summary.to_json(), _facts(summary) | further)
     options.require_few_failures(
         *(summary.rows_failed, summary.rows_ok + summary.rows_failed, max_failures),
         "the summary lists the first reasons"
         if is_url(summary.store)
         else f"`mote-cli inspect {summary.store}` lists the reasons",
+        *(failure["reason"] for failure in summary.failures[:1]),
     )
 
 

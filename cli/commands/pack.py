@@ -92,6 +92,7 @@ def pack(
             progress=progress,
         )
     failures = Path(summary.folder) / "failures.csv"
+    following = f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}"
     report(
         json,
         summary.to_json(),
@@ -101,10 +102,11 @@ def pack(
             f"{summary.videos_failed} failed" + f" (see {failures})" * bool(summary.videos_failed),
             "classes": summary.classes,
             "tars": f"{summary.shards} ({summary.shards_written} written now)",
-            "next": f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}",
+            **({"next": following} if summary.videos_packed else {}),
         },
     )
     options.require_few_failures(
         *(summary.videos_failed, summary.videos_listed, max_failures),
         f"the reasons are in {failures}",
+        *(video["reason"] for video in summary.failures[:1]),
     )

@@ -49,7 +49,7 @@ def claimed(
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     try:  # never through a link, which may have come with somebody's archive
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(lock_file, flags, 0o644)
+        descriptor = os.open(lock_file, flags, 0o666)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -81,7 +81,7 @@ def hold(lock_file: Path) -> int | None:
     Returns None if another process holds the lock or has just removed the file, which the holder
     of such a lock may do.
     """
-    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.stat(lock_file), os.fstat(descriptor)):

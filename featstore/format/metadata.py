@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_line
 from featstore.files.bounded import read_bounded
+from featstore.files.documents import parse_json
 from featstore.format.checksums import crc32c
 from featstore.format.provenance import Provenance
 from featstore.format.schema import (
@@ -33,8 +34,6 @@ from featstore.format.schema import (
 # 700 class names about 20 KB. The limits leave room and stop a file made to exhaust memory.
 GROUP_METADATA_LIMIT: Final = 16 * 2**20
 ARRAY_METADATA_LIMIT: Final = 2**20
-# The configuration of a sharding codec is 7 levels deep; preprocessing may add a few levels.
-_DEEPEST: Final = 32
 
 _CHECKED_ATTRIBUTES: Final = (
     *("format", "format_version", "schema", "provenance", "logit_scale"),
@@ -198,32 +197,15 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
             "do not open a store from a source you do not trust"
         ) from error
     try:
-        node = json.loads(raw)
-        if b"\\u" in raw:  # half a surrogate pair is no text, so it could not be written again
-            json.dumps(node, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        node = parse_json(raw)
+    except ValueError as error:
         raise DamagedMetadata(
-            f"{path} is not valid JSON: the store is damaged, make it again"
+            f"{path} is not valid JSON ({one_line(error, 120)}): the store is damaged, make it "
+            "again; do not open a store from a source you do not trust"
         ) from error
     if not isinstance(node, dict) or node.get("zarr_format") != 3:
         raise DamagedMetadata(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
-    if _nested_beyond(node, _DEEPEST):
-        raise DamagedMetadata(
-            f"{path} is nested more than {_DEEPEST} levels: no store of this format needs that; "
-            "do not open a store from a source you do not trust"
-        )
     return node
-
-
-def _nested_beyond(value: Any, levels: int) -> bool:
-    """Return whether lists and dicts are nested more than `levels` deep."""
-    inner: list[Any] = [value]
-    for _ in range(levels + 1):
-        held = (v.values() if isinstance(v, dict) else v for v in inner)
-        inner = [item for items in held for item in items if isinstance(item, dict | list)]
-        if not inner:
-            return False
-    return True
 
 
 def inside(store: Path, key: str) -> Path:

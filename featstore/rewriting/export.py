@@ -13,7 +13,6 @@ Dimension letters: n rows of a file, V views, F frames, D dim.
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import io
@@ -29,6 +28,7 @@ import numpy.typing as npt
 from featstore.errors import UserError
 from featstore.files.durable import make_folder, write_bytes, write_json
 from featstore.files.exchange import new_folder
+from featstore.files.tables import csv_bytes
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
@@ -207,17 +207,11 @@ def _in_order(file: bytes) -> bytes:
 def _npy(columns: Columns, store: Store) -> Files:
     arrays = ("features", "frame_index", "pts")
     files = {f"{name}.npy": _npy_bytes(columns[name]) for name in arrays}
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
     names = ("key", "label", "class_name", "splits", "num_frames", "fps")
-    table.writerow(names)
     splits = [";".join(of) for of in columns["splits"]]
     numbers = [columns[name].tolist() for name in ("label", "num_frames", "fps")]
-    for key, label, name, of, frames, fps in zip(
-        columns["key"], numbers[0], columns["class_name"], splits, *numbers[1:], strict=True
-    ):
-        table.writerow([key, label, name, of, frames, fps])
-    return {**files, "rows.csv": text.getvalue().encode()}
+    rows = zip(columns["key"], numbers[0], columns["class_name"], splits, *numbers[1:], strict=True)
+    return {**files, "rows.csv": csv_bytes(names, rows)}
 
 
 def _npy_bytes(array: npt.NDArray[Any]) -> memoryview:

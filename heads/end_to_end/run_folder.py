@@ -7,8 +7,6 @@ name keeps that first stage, with its results, in `heads/RUN/frozen`.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import shutil
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from typing import Any, Final
 
 from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder, write_bytes, write_json
+from featstore.files.tables import csv_bytes
 from featstore.workspace import FIRST_STAGE
 from heads.end_to_end.config import FinetuneConfig
 from heads.files.run_files import (
@@ -98,12 +97,9 @@ def open_run(
 
 def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]]) -> None:
     """Write failures.csv: every failed video with the epoch of its first failure, from 1."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["key", "split", "first_epoch", "reason"])
-    for key, failure in sorted(failures.items()):
-        table.writerow([key, failure["split"], failure["epoch"], failure["reason"]])
-    write_bytes(run_dir / FAILURES_FILE, text.getvalue().encode())
+    rows = [[key, f["split"], f["epoch"], f["reason"]] for key, f in sorted(failures.items())]
+    table = csv_bytes(["key", "split", "first_epoch", "reason"], rows)
+    write_bytes(run_dir / FAILURES_FILE, table)
 
 
 def _has_head(run_dir: Path) -> bool:

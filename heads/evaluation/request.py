@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,8 @@ from heads.evaluation.results import EvalResult, run_facts, save_result
 from heads.files.head_file import choose_head
 from heads.methods.head import Head
 from pipeline.annotations.known_sets import known_dataset
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class EvaluationRequest:
     label_map: str = CORRECTED
     unseen: UnseenChoice = field(default_factory=UnseenChoice)
     packed_class_names: PackedClassNames = lambda dataset: None
+    video_paths: Callable[[str], Mapping[str, str]] = lambda dataset: {}
+    """Finds the paths of a data set's videos by key, for the tables beside a result."""
     precision: Precision = "auto"
     device: str = "auto"
 
@@ -112,13 +117,23 @@ class EvaluationRequest:
 class Evaluation:
     """The results of an evaluation with the folders of their runs, and the missing results."""
 
+    request: EvaluationRequest
     measured: list[tuple[EvalResult, Path]]
     missing: list[dict[str, Any]]
     """One entry per blend of a sweep that could not be measured: blend, reason and remedy."""
 
     def save(self) -> list[Path]:
         """Save every result in the folder of its run; return the files in order of `measured`."""
-        return [save_result(result, run_dir) for result, run_dir in self.measured]
+        paths = {} if self.request.swept else known_paths(self.request)
+        return [save_result(result, run_dir, paths) for result, run_dir in self.measured]
+
+
+def known_paths(request: EvaluationRequest) -> Mapping[str, str]:
+    """Return the paths of the tested data set's videos by key; say so if they are not known."""
+    paths = request.video_paths(request.dataset)
+    if not paths:
+        log.info("the tables name videos by key: data set %s is not packed here", request.dataset)
+    return paths
 
 
 def require_unused(settings: Any, words: str) -> None:
@@ -144,7 +159,8 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     head, run_dir = choose_head(request.workspace, request.head)
     shares = request.swept.get(sweeps.BLEND)
     if shares is None:
-        return Evaluation(_measure(request, head, run_dir, *_store(request, head), stages), [])
+        found = _measure(request, head, run_dir, *_store(request, head), stages)
+        return Evaluation(request, found, [])
     if request.store is not None:
         raise UserError("--sweep blend chooses the store of every tower itself: leave --store out")
     measured: list[tuple[EvalResult, Path]] = []
@@ -166,7 +182,7 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
             f"no store of {request.dataset} was made with one of these blends: "
             f"{missing[0]['reason']}; make one with {missing[0]['remedy']}"
         )
-    return Evaluation(measured, missing)
+    return Evaluation(request, measured, missing)
 
 
 def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | None]:
@@ -221,6 +237,7 @@ def _measure(
             prompt_set=request.prompt_set(store),
             clip_store=request.chosen_clip_store(),
             facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
+            confident=not request.swept,
             device=request.device,
             precision=request.precision,
             progress=progress,

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import parse_json
 from featstore.files.durable import durable_path
 from featstore.workspace import Workspace
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE
@@ -118,7 +119,7 @@ def open_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             try:
-                card = json.loads((file.metadata() or {})[_METADATA_KEY])
+                card = parse_json((file.metadata() or {})[_METADATA_KEY])
             except (KeyError, ValueError):
                 card = None
             if not isinstance(card, dict):

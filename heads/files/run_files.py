@@ -13,9 +13,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,8 +21,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import LISTS_LIMIT, parse_json, read_document, read_object
 from featstore.files.durable import write_bytes, write_json
+from featstore.files.tables import csv_rows
 from featstore.format.schema import RowArray
 from featstore.workspace import CONFIG_FILE as CONFIG_FILE
 from featstore.workspace import FIRST_STAGE
@@ -47,13 +47,7 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
     file = run_dir / CONFIG_FILE
     if not file.is_file():
         return None
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:
-        raise WorkError(f"{file} is not JSON: delete the run and train again") from error
-    if not isinstance(value, dict):
-        raise WorkError(f"{file} is not an object: delete the run and train again")
-    return value
+    return read_object(file, "delete the run and train again", error=WorkError)
 
 
 def rows_hash(rows: RowArray) -> str:
@@ -84,11 +78,11 @@ def read_training_keys(run_dir: Path) -> dict[str, frozenset[str]] | None:
     file = run_dir / KEYS_FILE
     if not file.is_file():
         return None
-    try:
-        value = json.loads(file.read_text())
-        return {name: frozenset(map(str, keys)) for name, keys in value.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise WorkError(f"{file} is damaged: copy the run again or train again") from error
+    remedy = "copy the run again or train again"
+    value = read_object(file, remedy, limit=LISTS_LIMIT, error=WorkError)
+    if not all(isinstance(keys, list) for keys in value.values()):
+        raise WorkError(f"{file} is damaged (it has no lists of keys); {remedy}")
+    return {name: frozenset(map(str, keys)) for name, keys in value.items()}
 
 
 def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
@@ -100,18 +94,25 @@ def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read the records of a run's epochs; empty if the file is missing or damaged."""
     try:
-        return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    except (OSError, ValueError):
+        raw = read_document(run_dir / METRICS_FILE, "", limit=LISTS_LIMIT)
+        return [parse_json(line) for line in raw.splitlines()]
+    except ValueError:  # UserError is one
         return []  # they describe a finished run; its head is what counts
 
 
 def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of failures.csv; empty if there is no such file."""
-    try:
-        text = (run_dir / FAILURES_FILE).read_text()
-    except FileNotFoundError:
+    file = run_dir / FAILURES_FILE
+    if not file.is_file():
         return []
-    return [dict(line) for line in csv.DictReader(io.StringIO(text, newline=""))]
+    remedy = "delete it"
+    try:
+        columns, *rows = csv_rows(read_document(file, remedy, limit=LISTS_LIMIT))
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({one_line(error, 120)}); {remedy}") from error
 
 
 def describe_run(run_dir: Path) -> dict[str, Any]:

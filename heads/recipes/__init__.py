@@ -9,14 +9,14 @@ run.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError
+from featstore.files.documents import read_toml
 from heads.end_to_end.config import FinetuneConfig
 from heads.methods.registry import DEFAULT_METHOD, Method, method
 from heads.methods.settings import MethodConfig
@@ -85,13 +85,8 @@ def load_recipe(name: str | Path) -> Recipe:
             f"there is no recipe {str(name)!r}: choose one of {', '.join(recipe_names())} or name "
             f"a {_SUFFIX} file"
         )
-    source = path if own else files(__name__) / f"{name}{_SUFFIX}"
-    try:
-        tables = tomllib.loads(source.read_bytes().decode())
-    except OSError as error:
-        raise UserError(f"recipe {name} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, not TOML
-        raise UserError(f"recipe {name} is not TOML: {one_line(error, 120)}") from error
+    source = path if own else Path(str(files(__name__) / f"{name}{_SUFFIX}"))
+    tables = read_toml(source, "name a recipe of mote or a file like those")
     _refuse_unknown(str(name), set(tables) - {"head", *_TABLES}, ["head", *_TABLES], "tables")
     for table in ("head", *_TABLES):
         found = tables.setdefault(table, {})

@@ -113,14 +113,44 @@ class BlockScores:
         Modulation looks for neighbours among the candidates, or, with `modulate_with_all`, among
         all classes.
         """
+        cosines = self._chosen(scoring, videos, candidates, modulate_with_all)
+        return cosines if scoring.fusion == "features" else fuse_views(cosines, scoring.fusion)
+
+    def confidences(
+        self,
+        logit_scale: Tensor,
+        scoring: Scoring,
+        videos: Tensor | slice = slice(None),
+        candidates: Tensor | None = None,
+        modulate_with_all: bool = False,
+    ) -> Tensor:
+        """Return what reads as the model's confidence, float64 [n, candidates]; rows add up to 1.
+
+        It is the softmax over candidates of (logit scale * cosine) where `scores` has the cosine
+        alone: for the fusion "softmax" the mean over views of it, as in `predict_scores`, for the
+        others that of the fused cosine. `logit_scale` is the factor itself, not its logarithm.
+        """
+        cosines = self._chosen(scoring, videos, candidates, modulate_with_all).double()
+        if scoring.fusion == "cosine":
+            cosines = fuse_views(cosines, scoring.fusion)
+        shares = (logit_scale.double() * cosines).softmax(-1)
+        return shares.mean(1) if scoring.fusion == "softmax" else shares
+
+    def _chosen(
+        self,
+        scoring: Scoring,
+        videos: Tensor | slice,
+        candidates: Tensor | None,
+        modulate_with_all: bool,
+    ) -> Tensor:
+        """Return cosines of views [n,V,candidates]; with mean features float64 [n,candidates]."""
         mean = scoring.fusion == "features"
         cosines = self._cosines(scoring, None if modulate_with_all else candidates, mean)
         weight = scoring.ensemble or 0.0
         if weight:
             clip = self._clip_cosines.double().mean(1) if mean else self._clip_cosines
             cosines = (1 - weight) * cosines + weight * clip
-        cosines = cosines[videos][..., slice(None) if candidates is None else candidates]
-        return cosines if mean else fuse_views(cosines, scoring.fusion)
+        return cosines[videos][..., slice(None) if candidates is None else candidates]
 
     @cached_property
     def _clip_cosines(self) -> Tensor:
@@ -223,6 +253,22 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     truth = scores.gather(1, labels[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     return ((scores > truth) | ((scores == truth) & lower)).sum(1)
+
+
+def best_classes(scores: Tensor, k: int) -> Tensor:
+    """Return the `k` best classes of every row of scores [N,C], best first, int64 [N, min(k, C)].
+
+    In a tie the class with the lower index comes first, as in `ranks`.
+    """
+    left = scores
+    found: list[Tensor] = []
+    for number in range(min(k, scores.shape[1])):
+        if number == 1:
+            left = scores.clone()
+        if number:
+            left.scatter_(1, found[-1], -math.inf)
+        found.append(left.argmax(1, keepdim=True))  # the first of equal ones
+    return torch.cat(found, 1)
 
 
 def percent(hits: Tensor) -> float:

@@ -8,7 +8,6 @@ may use the network, and only when the weights are not in the cache.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import urllib.error
 import urllib.request
@@ -29,7 +28,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import read_object
 from featstore.files.durable import write_bytes, write_json
+from pipeline.encoders.sizes import MOST_POSITIONS, require_sane_sizes
 from pipeline.encoders.specs import CONFIG_FILE, WEIGHTS_FILE, local_encoder
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -90,6 +91,7 @@ def save_open_clip_folder(
 
 def build_model(model_config: Mapping[str, Any], where: str) -> torch.nn.Module:
     """Build an open_clip model with random weights. For a bad config, UserError names `where`."""
+    require_sane_sizes(model_config, where)
     config = deepcopy(dict(model_config))
     custom_text = config.pop("custom_text", False)
     try:
@@ -140,15 +142,8 @@ def _load_folder(folder: Path) -> LoadedClip:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an encoder config")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON: {one_line(error, 160)}; fetch or write it again"
-        ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+    config = read_object(path, "fetch or write it again", limit=MAX_CONFIG_BYTES)
+    if not isinstance(config.get("model_cfg"), dict):
         raise UserError(f"{path} has no entry 'model_cfg': it is not an open_clip config")
     if not isinstance(config.setdefault("preprocess_cfg", {}), dict):
         raise UserError(f"the entry 'preprocess_cfg' of {path} is not an object")
@@ -205,6 +200,9 @@ def _load_openai_file(path: Path) -> LoadedClip:
             f"{path} holds no CLIP in OpenAI's layout (no visual.proj): pass a CLIP .pt file, or "
             "import a MoTE checkpoint with `mote-cli import-checkpoint`"
         )
+    positions = state.get("positional_embedding")
+    if positions is not None and len(positions) > MOST_POSITIONS:
+        raise UserError(f"{path} has {len(positions)} positions of text: no CLIP has so many")
     try:
         model = open_clip.model.build_model_from_openai_state_dict(
             dict(state), cast_dtype=torch.float32
@@ -230,7 +228,7 @@ def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch.jit is on its way out
                 archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-            return dict(archive.state_dict())
+            return _plain_tensors(dict(archive.state_dict()), path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
@@ -241,14 +239,24 @@ def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    named = {str(name).removeprefix("module."): value for name, value in loaded.items()}
-    strange = [
-        name
-        for name, value in named.items()
-        if not isinstance(value, torch.Tensor) and name not in OPENAI_DESCRIPTION
-    ]
-    if strange:
-        raise UserError(f"{path} is not a plain state dict: entry {strange[0]!r} is no tensor")
+    return _plain_tensors(
+        {str(name).removeprefix("module."): value for name, value in loaded.items()}, path
+    )
+
+
+def _plain_tensors(named: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Return `named` if all are tensors that the file holds in full; UserError otherwise.
+
+    A tensor that repeats one number needs no room in a file and any amount of it in memory.
+    """
+    for name, value in named.items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        whole = plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        if not whole and name not in OPENAI_DESCRIPTION:
+            raise UserError(
+                f"{path} is not a plain state dict: entry {one_line(name, 80)!r} is no tensor that "
+                "it holds in full"
+            )
     return named
 
 

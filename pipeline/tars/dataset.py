@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_bytes, write_json
+from featstore.files.tables import csv_bytes
 from featstore.workspace import DATASET_FILE as DATASET_FILE
 
 FAILURES_FILE = "failures.csv"
@@ -151,11 +151,9 @@ class Dataset:
 
 def write_failures(dataset_dir: Path, failures: Sequence[Mapping[str, Any]]) -> None:
     """Write `failures.csv`, complete or not at all; if no video failed, it has only a header."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, FAILURE_COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows({**video, "splits": ";".join(video["splits"])} for video in failures)
-    write_bytes(dataset_dir / FAILURES_FILE, text.getvalue().encode())
+    lines = ({**video, "splits": ";".join(video["splits"])} for video in failures)
+    rows = ([line[column] for column in FAILURE_COLUMNS] for line in lines)
+    write_bytes(dataset_dir / FAILURES_FILE, csv_bytes(FAILURE_COLUMNS, rows))
 
 
 def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
@@ -194,7 +192,7 @@ def load_dataset(dataset_dir: Path) -> Dataset:
         )
     remedy = f"delete {str(dataset_dir)!r} and pack again"
     try:
-        value = json.loads(path.read_bytes())
+        value = read_object(path, remedy, limit=LISTS_LIMIT, error=WorkError)
         version = int(value["format_version"])
         if version > FORMAT_VERSION:
             raise UserError(
@@ -209,7 +207,7 @@ def load_dataset(dataset_dir: Path) -> Dataset:
         return dataset
     except UserError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorkError(f"{str(path)!r} is damaged ({one_line(error)}): {remedy}") from error
 
 

@@ -8,7 +8,6 @@ name is a path, are refused.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from featstore.errors import WorkError, one_line
+from featstore.files.documents import parse_json
 from pipeline.tars.dataset import Dataset, Tar
 
 # A sidecar holds a dozen short fields; anything larger is not one of ours.
@@ -167,9 +167,10 @@ def _sidecar(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, key: str
     content = tar.extractfile(member)
     assert content is not None  # regular files always have content
     try:
-        value = json.loads(content.read())
-    except (ValueError, RecursionError) as error:
-        raise DamagedTar.of(path, f"is damaged: {member.name} is not JSON") from error
+        value = parse_json(content.read())
+    except ValueError as error:
+        what = f"is damaged: {member.name} is not JSON ({one_line(error, 120)})"
+        raise DamagedTar.of(path, what) from error
     if not isinstance(value, dict):
         raise DamagedTar.of(path, f"is damaged: {member.name} is not a JSON object")
     for name, kind in _SIDECAR_FIELDS.items():

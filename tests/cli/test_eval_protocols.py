@@ -119,7 +119,7 @@ def test_the_usual_protocol_of_a_data_set(run: Callable[..., Any]) -> None:
     file = Path(result["file"])
     assert file.name.startswith("hmdb51-zeroshot-3splits--3x1--uniform8--mote28--softmax--modul")
     assert json.loads(file.read_text())["result_format"] == 2
-    with file.with_suffix(".per-class.csv").open() as text:
+    with file.with_suffix(".per-class.csv").open(encoding="utf-8-sig") as text:
         assert len(list(csv.DictReader(text))) == 3 * 12
 
 

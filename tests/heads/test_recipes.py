@@ -133,9 +133,9 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
         UserError, match="no recipe 'paper': choose one of demo, end-to-end, frozen-store"
     ):
         load_recipe("paper")
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"cannot be read \(No such file"):
         load_recipe(tmp_path / "mine.toml")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
         load_recipe(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not TOML"):

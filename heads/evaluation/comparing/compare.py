@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError
+from featstore.files.documents import parse_json, read_document
 from featstore.workspace import FIRST_STAGE, Workspace
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
@@ -149,19 +150,18 @@ class Comparison:
 def read_result(path: Path) -> SavedResult:
     """Read a result file that any version of `eval` wrote; UserError if it is another file."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(RESULT_LIMIT)  # a larger file is cut off and then is not valid JSON
+        raw = read_document(path, "name a result file", limit=RESULT_LIMIT)
         time_ns = path.stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a result file") from error
     try:
-        values = json.loads(raw)
+        values = parse_json(raw)
         texts = [values[name] for name in ("protocol", "dataset", "head")]
         texts += [part["split"] for part in values["per_split"]]
         numbers = [values["top1"], *(part["top1"] for part in values["per_split"])]
         if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
             raise ValueError("a name or a number is something else")
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{path} is not a result of `mote-cli eval`: name one of the files under "
             f"heads/RUN/{EVAL_FOLDER}/"

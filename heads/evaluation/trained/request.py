@@ -22,7 +22,7 @@ from heads.evaluation.label_maps import (
 from heads.evaluation.leaks import require_no_leak, warn_of_known_classes
 from heads.evaluation.protocols.choose import usual_protocol
 from heads.evaluation.protocols.protocol import TestSet
-from heads.evaluation.request import EvaluationRequest, require_unused
+from heads.evaluation.request import EvaluationRequest, known_paths, require_unused
 from heads.evaluation.results import EvalResult, RunFacts, save_result
 from heads.evaluation.trained.plan import GivenList, ShotPlan
 from heads.evaluation.trained.run import (
@@ -189,6 +189,7 @@ def evaluate_trained(
         )
 
     of_run = {run.run_dir.name: run for run in runs}
+    paths = known_paths(ask)
     outcomes: list[ShotOutcome] = []
     files: list[Path] = []
     for run in runs:
@@ -208,7 +209,7 @@ def evaluate_trained(
                 progress=progress,
             )
         found = [outcome.last] if outcome.best is None else [outcome.last, outcome.best]
-        files += [save_result(result, run.run_dir) for result in found]
+        files += [save_result(result, run.run_dir, paths) for result in found]
         outcomes.append(outcome)
     return TrainedEvaluation(
         ask.kind, protocol.name, ask.dataset, ask.head or shape.kind, outcomes, files

@@ -320,7 +320,7 @@ def test_unusable_folders_are_explained(folder: Path, tmp_path: Path) -> None:
     model = {**config["model_cfg"]}
     for target, message in [
         (tmp_path / "empty", "has no open_clip_config.json: a folder in open_clip's format holds"),
-        (broken("json", "{"), "cannot be read as JSON"),
+        (broken("json", "{"), "is not JSON"),
         (broken("other", {"a": 1}), "has no entry 'model_cfg'"),
         (
             broken("strange", {"model_cfg": {**model, "colour": 1}}),

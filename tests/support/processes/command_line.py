@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cli.main import main
+from cli.main import TRACEBACK_VARIABLE, main
 from cli.output import PACKAGES
 
 
@@ -51,7 +51,8 @@ def mote(*arguments: str | Path, cwd: Path | None = None) -> Result:
     with (
         mock.patch.object(sys, "argv", ["mote-cli", *map(str, arguments)]),
         # Wide, as a log is: rich wraps tables to the width of the terminal.
-        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+        # An unexpected error is a failure of the test and not one more line of the command.
+        mock.patch.dict(os.environ, {"COLUMNS": "200", TRACEBACK_VARIABLE: "1"}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         _as_before(),
