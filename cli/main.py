@@ -79,9 +79,17 @@ COMMANDS: Final = {
         "cli.commands.export:export",
         "Write a head as one file for other programs; an existing file is replaced.",
     ),
+    "status": (
+        "cli.commands.status:status",
+        "Show what the workspace holds, how large it is, and what is missing for what.",
+    ),
     "inspect": (
         "cli.commands.inspect:inspect_path",
-        "Say what PATH is (data set, feature store or run) and what is in it.",
+        "Say what PATH is (data set, store, run, encoder or workspace) and what is in it.",
+    ),
+    "rm": (
+        "cli.commands.rm:rm",
+        "Remove data sets, stores, heads or encoders from the workspace, after showing what goes.",
     ),
     "verify": (
         "cli.commands.verify:verify",

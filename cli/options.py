@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,20 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.output import fail, warn
-from featstore.errors import UserError
+from featstore.commands import DEFAULT_ROOT as DEFAULT_ROOT
+from featstore.commands import ROOT_VARIABLE
+from featstore.errors import UserError, meant
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
 
-DEFAULT_ROOT = Path("mote-data")
-
 Root = Annotated[
     Path,
     typer.Option(
         "--root",
-        envvar="MOTE_ROOT",
+        envvar=ROOT_VARIABLE,
         metavar="DIR",
         help="Workspace: the folder that holds data sets, features, heads and encoders.",
     ),
@@ -161,13 +159,6 @@ def workspace(root: Path) -> Workspace:
     return Workspace(root)
 
 
-def same_root(root: Path | str) -> str:
-    """Return what the next command needs to find the same workspace: " --root DIR", or ""."""
-    if str(root) == os.environ.get("MOTE_ROOT", str(DEFAULT_ROOT)):
-        return ""
-    return f" --root {shlex.quote(str(root))}"
-
-
 def store_path(root: Path, text: str) -> Path:
     """Return the path of the store `text`: a path, or a name under features/ of the workspace.
 
@@ -186,14 +177,18 @@ def store_path(root: Path, text: str) -> Path:
         raise UserError(f"the name {text!r} fits {len(found)} stores ({places}): give a path")
     if not found:
         known = ", ".join(path.name for path in stores) or "none"
-        raise UserError(f"no store {text!r}: no such folder, and under {features} are: {known}")
+        near = meant(text.removesuffix(STORE_SUFFIX), (path.stem for path in stores))
+        raise UserError(
+            f"no store {text!r}: {near}no such folder, and under {features} are: {known}"
+        )
     return found[0]
 
 
 def known_device(name: str) -> str:
     """Return `name` if --device knows it; raises UserError otherwise."""
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device {name!r} is unknown: choose auto, cpu or cuda")
+        near = meant(name, ("auto", "cpu", "cuda"), {"gpu": "cuda"})
+        raise UserError(f"device {name!r} is unknown: {near}choose auto, cpu or cuda")
     return name
 
 

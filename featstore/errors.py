@@ -6,6 +6,7 @@ They live in `featstore` because it is the package all others may import.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 # What a terminal, page or spreadsheet would obey or hide instead of showing it: controls, escape
@@ -52,3 +53,33 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     if not text and isinstance(error, BaseException):
         text = type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def meant(name: object, known: Iterable[object], also: Mapping[str, str] | None = None) -> str:
+    """Return "did you mean B? " for a name of `known` that is near `name`, or "" without one.
+
+    It stands before the choices in a message. `also` has names, in lower case, under which other
+    programs know one of `known`; such a name counts as the one that was meant. A name of `known`
+    itself has no other that was meant.
+    """
+    from difflib import get_close_matches  # only an error needs these
+    from shlex import quote
+
+    given = str(name).strip().lower()
+    forms = {str(one).lower(): str(one) for one in known}
+    if also and given in also:
+        near = [also[given]]
+    elif str(name) in forms.values():
+        near = []
+    else:
+        # A part of a longer name counts as near, which its share of letters alone would not tell.
+        held = [form for form in forms if len(given) > 2 and given in form]
+        near = [forms[form] for form in get_close_matches(given, forms, n=3) or held[:3]]
+    return f"did you mean {' or '.join(map(quote, near))}? " if near else ""
+
+
+def one_of(name: object, known: Iterable[object], also: Mapping[str, str] | None = None) -> str:
+    """Return the end of a message about an unknown `name`: what was meant, and all choices."""
+    choices = [str(one) for one in known]
+    listed = f"choose one of {', '.join(choices)}" if choices else "there is none to choose"
+    return meant(name, choices, also) + listed

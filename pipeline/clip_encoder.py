@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, meant, one_line
 from featstore.files.machine import cpu_has_bf16
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.sources import LoadedClip, load_clip
@@ -273,7 +273,8 @@ def load_encoder(
     fetched.
     """
     if precision not in (*PRECISIONS, "auto"):
-        raise UserError(f"unknown precision {precision!r}: use auto, {', '.join(PRECISIONS)}")
+        near = meant(precision, ("auto", *PRECISIONS))
+        raise UserError(f"unknown precision {precision!r}: {near}use auto, {', '.join(PRECISIONS)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():

@@ -7,7 +7,6 @@ sentences per class.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import shlex
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, meant, one_line
 from featstore.files.documents import read_document, read_json
-from featstore.format.class_texts import DEFAULT_PROMPTS
+from featstore.format.class_texts import PROMPT_SET_NAMES
 from featstore.format.metadata import check_prompt_set
 
 if TYPE_CHECKING:
@@ -37,11 +36,12 @@ _FORMS = (
     "a {medium} of a person practicing {{}}.",
 )
 
-PROMPT_SETS: dict[str, tuple[str, ...]] = {
-    DEFAULT_PROMPTS: tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
-    "name": ("{}",),
-    "video": ("a video of {}",),
-}
+_TEMPLATES: Final = (
+    tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
+    ("{}",),
+    ("a video of {}",),
+)
+PROMPT_SETS: Final = dict(zip(PROMPT_SET_NAMES, _TEMPLATES, strict=True))
 
 TEMPLATES_SUFFIX: Final = ".txt"
 # CLIP reads 77 tokens; these limits stop files that are something else.
@@ -136,9 +136,11 @@ class PromptSet:
         if missing:
             parts.append(f"it lacks {_some(missing)}, {len(missing)} of {len(class_names)} classes")
         if unknown:
-            close = difflib.get_close_matches(unknown[0], missing, n=1)
-            meant = f" (is the first one {close[0]!r}?)" if close else ""
-            parts.append(f"it has {_some(unknown)}, which are no classes of the data set{meant}")
+            near = meant(unknown[0], missing).strip()
+            parts.append(
+                f"it has {_some(unknown)}, which are no classes of the data set"
+                + (f" ({unknown[0]!r}: {near})" if near else "")
+            )
         raise UserError(
             f"{self.source}: {'; '.join(parts)}: every class needs its sentences under its name, "
             "as `mote-cli inspect` lists them"
@@ -161,8 +163,9 @@ def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSe
                 f"{prompts} is no template file: descriptions go with --descriptions FILE"
             )
         raise UserError(
-            f"unknown prompt set {prompts!r}: use one of {', '.join(PROMPT_SETS)}, or a file "
-            f"FILE{TEMPLATES_SUFFIX} with one sentence per line and {{}} for the class name"
+            f"unknown prompt set {prompts!r}: {meant(prompts, PROMPT_SETS)}use one of "
+            f"{', '.join(PROMPT_SETS)}, or a file FILE{TEMPLATES_SUFFIX} with one sentence per "
+            "line and {} for the class name"
         )
     if name not in (None, prompts):
         raise UserError(f"prompt set {prompts!r} has its own name: leave {name!r} out")

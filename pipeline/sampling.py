@@ -13,7 +13,7 @@ from typing import Literal, cast
 
 import numpy as np
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 from featstore.segments import IntArray, segment_positions, segment_ranges
 
 DENSE_SPAN = 128  # frames that one clip of dense sampling covers
@@ -105,7 +105,8 @@ def parse_sampling(text: str) -> Sampling:
     """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError that shows the syntax."""
     match = re.fullmatch(r"(uniform|clips|dense):([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip())
     if match is None or (match[1] == "uniform") != (match[3] is None):
-        raise UserError(f"sampling {text!r} is not understood: write {SYNTAX}")
+        near = meant(text.partition(":")[0], ("uniform", "clips", "dense"))
+        raise UserError(f"sampling {text!r} is not understood: {near}write {SYNTAX}")
     kind = cast(Literal["uniform", "clips", "dense"], match[1])
     sampling = Sampling(kind, int(match[2]), int(match[3] or 1))
     if not 1 <= sampling.frames * sampling.clips <= MAX_FRAMES:

@@ -72,16 +72,18 @@ def pack(
 
     Example: `mote-cli pack --dataset my-clips --videos ~/videos`
     """
+    from heads.evaluation.next_steps import after_packing
     from pipeline.annotations.class_names import Naming
     from pipeline.tars.packing import pack as run
 
     # Naming checks the words, which come from the user.
     naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
+    workspace = options.workspace(root)
     with progress_of("pack", "videos") as progress:
         summary = run(
             videos,
             dataset,
-            options.workspace(root).dataset_dir(dataset),
+            workspace.dataset_dir(dataset),
             annotations=annotations,
             class_names_file=class_names,
             samples_per_shard=samples_per_shard,
@@ -92,7 +94,7 @@ def pack(
             progress=progress,
         )
     failures = Path(summary.folder) / "failures.csv"
-    following = f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}"
+    following = after_packing(workspace, summary.dataset, options.DEFAULT_ENCODER)
     report(
         json,
         summary.to_json(),

@@ -10,7 +10,8 @@ import typer
 
 from cli import options
 from cli.output import Shown, percent, report, table, warn
-from featstore.errors import UserError
+from featstore.commands import root_words
+from featstore.errors import UserError, meant
 
 if TYPE_CHECKING:
     from heads.evaluation.comparing.tradeoff import Tradeoff
@@ -59,6 +60,7 @@ def tradeoff(
     """
     from heads.evaluation.comparing.compare import evaluated_runs
     from heads.evaluation.comparing.tradeoff import collect, is_scored
+    from heads.evaluation.next_steps import evaluation_of
     from heads.methods.registry import MEAN_OF_FRAMES
     from heads.reporting.figures import tradeoff_plot
 
@@ -68,8 +70,8 @@ def tradeoff(
     if unknown:
         raise UserError(
             f"run {unknown[0]!r} has no results (runs with results: {', '.join(known) or 'none'}): "
-            f"make some with `mote-cli eval --closeset NAME --head {unknown[0]}"
-            f"{options.same_root(root)}`"
+            f"{meant(unknown[0], known)}make some with "
+            f"`{evaluation_of(workspace.head_dir(unknown[0]))}`"
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
     found = collect(
@@ -80,7 +82,7 @@ def tradeoff(
         zeroshot=names,
         allow_mixed=allow_mixed,
         baseline=workspace.run_dir(MEAN_OF_FRAMES),
-        root_option=options.same_root(root),
+        root_option=root_words(root),
     )
     figure = out or workspace.root / FIGURE
     tradeoff_plot(

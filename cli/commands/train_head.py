@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -88,6 +89,8 @@ def train_head(
     Example: `mote-cli train-head --dataset my-clips --name first --epochs 30`
     """
     from heads.compatibility import check_fits, training_prompt_set
+    from heads.evaluation.next_steps import after_training
+    from heads.evaluation.wanted_store import choose_training_store
     from heads.files.head_file import choose_head
     from heads.recipes import DEFAULT_RECIPE, load_recipe
     from heads.training.train_head import train_head as run
@@ -107,10 +110,6 @@ def train_head(
         seed=seed,
         precision=precision,
     )
-    chosen = workspace.choose_dataset(dataset)
-    stores = workspace.opened(chosen)
-    split = split or stores.default_split(("train",))
-    store = stores.choose(split=split, sampling=sampling, name=store_name)
     initial, initial_run = None, None
     if from_head is not None:
         if (head, layers, experts) != (None, None, None):
@@ -120,6 +119,10 @@ def train_head(
         initial, initial_run = choose_head(workspace, from_head)
         if initial is None:
             raise UserError("--from-head mean: the mean of frames has no weights to start from")
+    chosen, store, split = choose_training_store(
+        workspace, dataset, split=split, sampling=sampling, name=store_name, initial=initial_run
+    )
+    if initial is not None:
         check_fits(initial, store)
         shape = initial.config
     else:
@@ -162,7 +165,6 @@ def train_head(
             "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
             "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
             "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
-            "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"
-            + options.same_root(root),
+            "next": after_training(Path(summary.path), chosen, split),
         },
     )

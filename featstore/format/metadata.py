@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.commands import remake_command
 from featstore.errors import UserError, one_line
 from featstore.files.bounded import read_bounded
 from featstore.files.documents import parse_json
@@ -163,16 +164,17 @@ def read_metadata(store: Path) -> StoreMetadata:
         found = "it is a file" if store.exists() else "no such folder"
         raise UserError(
             f"{store} is not a feature store: {found}; give the folder of a store, or make one "
-            "with `mote-cli extract`"
+            f"with `{remake_command(store)}`"
         )
     if not is_group:
         if (store / ".zgroup").exists() or (store / ".zarray").exists():
             raise UserError(
                 f"{store} is a Zarr v2 store: only v3 is read, because a v2 store can carry code; "
-                "make the store again with `mote-cli extract`"
+                f"move it away and run `{remake_command(store)}`"
             )
         raise UserError(
-            f"{store} is not a feature store: it has no zarr.json; make one with `mote-cli extract`"
+            f"{store} is not a feature store: it has no zarr.json; name a store, or make one "
+            f"with `{remake_command(store)}`"
         )
     node = read_node(store, "zarr.json", GROUP_METADATA_LIMIT)
     metadata = _parse_group(store, node)
@@ -189,7 +191,7 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
     except OSError as error:
         raise DamagedMetadata(
             f"{path} cannot be read ({error.strerror}): {store} is not a complete feature store; "
-            "make it again with `mote-cli extract`"
+            f"remove it and run `{remake_command(store)}`"
         ) from error
     except ValueError as error:
         raise DamagedMetadata(
@@ -239,7 +241,8 @@ def check_array(store: Path, name: str, spec: ArraySpec) -> None:
         if _exact(expected.get(field)) != _exact(found.get(field)):
             raise DamagedMetadata(
                 f"array {name} of {store}: {field} is {_brief(found.get(field))}, but the format "
-                f"has {_brief(expected.get(field))}; make the store again with `mote-cli extract`"
+                f"has {_brief(expected.get(field))}; remove the store and run "
+                f"`{remake_command(store)}`"
             )
 
 
@@ -296,8 +299,8 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     if attributes.get("format") != FORMAT_NAME:
         raise UserError(
             f"{store} is a Zarr group but not a feature store: its attribute format is "
-            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}; open it with zarr, or make "
-            "a feature store with `mote-cli extract`"
+            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}; open it with zarr, or name "
+            "a feature store"
         )
     version = attributes.get("format_version")
     if type(version) is not int or version < 1:
@@ -316,7 +319,8 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     if attributes.get("checksum") != attributes_checksum(attributes):
         raise DamagedMetadata(
             f"the attributes of {store} fail their checksum: zarr.json is damaged or was edited by "
-            "hand; put a copy of the file back or make the store again with `mote-cli extract`"
+            "hand; put a copy of the file back, or remove the store and run "
+            f"`{remake_command(store)}`"
         )
     try:
         return StoreMetadata(

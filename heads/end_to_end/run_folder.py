@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.files.tables import csv_bytes
@@ -57,9 +58,10 @@ def starting_head(run_dir: Path, from_head: Path) -> Path:
         return from_head
     kept = run_dir / FIRST_STAGE
     if not _has_head(kept):
+        train = command("train-head", name=run_dir.name, root=run_dir.parent.parent)
         raise UserError(
-            f"run {run_dir.name} has no head of a first stage: train one with `mote-cli train-head "
-            f"--name {run_dir.name}`, or leave --from-head out"
+            f"run {run_dir.name} has no head of a first stage: train one with `{train}`, or leave "
+            "--from-head out"
         )
     return kept
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK
@@ -283,9 +284,10 @@ def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, Spl
     places = measured.places[number][t]
     done = np.isin(members, measured.usable)
     if not done.any():
+        store = measured.store.path
         raise UserError(
             f"split {name} lists {len(places)} samples, but none of them was extracted: "
-            "choose another split, or see the reasons with mote-cli inspect"
+            f"choose another split, or see the reasons with `{command('inspect', store)}`"
         )
     evaluated = places[done]
     assert (evaluated >= 0).all(), "every usable sample has a place"

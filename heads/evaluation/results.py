@@ -22,7 +22,6 @@ from featstore.files.durable import write_bytes, write_json
 from heads.evaluation.answers import save_answers
 from heads.evaluation.details import SplitDetail
 from heads.evaluation.outcomes import write_outcomes
-from heads.files.imported_run import tower_facts
 from heads.files.run_files import read_config
 from heads.methods.registry import untrained
 
@@ -256,6 +255,8 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
     A run trained here has the weights of its last epoch; the file of an imported or fine-tuned run
     names the epoch. WorkError when the file is not JSON; without a file only `known` counts.
     """
+    from heads.files.imported_run import tower_facts  # it loads torch, reading results does not
+
     settings = read_config(run_dir)
     said: dict[str, Any] = {}
     if settings is None:

@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 
 if TYPE_CHECKING:
     from heads.methods.head import Head
@@ -91,7 +91,7 @@ def names() -> list[str]:
 def method(name: str) -> Method:
     """Return the method of that name; UserError, listing the choices, if there is none."""
     if name not in _registered:
-        raise UserError(f"head kind {name!r} is unknown: choose one of {', '.join(_registered)}")
+        raise UserError(f"head kind {name!r} is unknown: {one_of(name, _registered)}")
     found = _registered[name]
     if found is None:
         found = _registered[name] = import_module(f"heads.methods.{name}").METHOD

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Final, Literal, Self, cast, get_args, get_origin, get_type_hints
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, one_line, one_of
 
 _HUGE: Final = 1e300  # no setting comes near; greater whole numbers cannot become floats
 
@@ -81,7 +81,7 @@ def _checked(each: Field[Any], kind: Any, value: Any) -> Any:
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     shown = one_line(repr(value), 60)
     if choices and value not in choices:
-        raise UserError(f"{each.name} {shown} is unknown: choose one of {', '.join(choices)}")
+        raise UserError(f"{each.name} {shown} is unknown: {one_of(value, choices)}")
     if kind is bool and not isinstance(value, bool):
         raise UserError(f"{each.name} is {shown}: it must be true or false")
     if kind is int or kind is float:

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant, one_of
 from featstore.files.documents import read_toml
 from heads.end_to_end.config import FinetuneConfig
 from heads.methods.registry import DEFAULT_METHOD, Method, method
@@ -82,8 +82,8 @@ def load_recipe(name: str | Path) -> Recipe:
     own = isinstance(name, Path) or path.suffix == _SUFFIX or len(path.parts) > 1 or path.is_file()
     if not own and str(name) not in recipe_names():
         raise UserError(
-            f"there is no recipe {str(name)!r}: choose one of {', '.join(recipe_names())} or name "
-            f"a {_SUFFIX} file"
+            f"there is no recipe {str(name)!r}: {one_of(name, recipe_names())} or name a {_SUFFIX} "
+            "file"
         )
     source = path if own else Path(str(files(__name__) / f"{name}{_SUFFIX}"))
     tables = read_toml(source, "name a recipe of mote or a file like those")
@@ -120,8 +120,8 @@ _ANY_DIM: Final = 64  # attention heads can only be checked against the store's 
 def _refuse_unknown(name: str, unknown: set[str], known: list[str], what: str) -> None:
     if unknown:
         raise UserError(
-            f"recipe {name} has unknown {what}: {', '.join(sorted(unknown))}; known are "
-            f"{', '.join(known)}"
+            f"recipe {name} has unknown {what}: {', '.join(sorted(unknown))}; "
+            f"{meant(min(unknown), known)}known are {', '.join(known)}"
         )
 
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from heads.methods.head import Head
 from heads.methods.mote.config import MODULATION_TEMPERATURE as TEMPERATURE
 from heads.methods.mote.config import NEIGHBOURS
@@ -53,7 +53,7 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.fusion not in get_args(Fusion):
             raise UserError(
-                f"fusion {self.fusion!r} is unknown: choose one of {', '.join(get_args(Fusion))}"
+                f"fusion {self.fusion!r} is unknown: {one_of(self.fusion, get_args(Fusion))}"
             )
         if self.ensemble is not None and not 0 <= self.ensemble <= 1:
             raise UserError(

@@ -20,13 +20,15 @@ import numpy.typing as npt
 import torch
 
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
-from featstore.errors import UserError, WorkError
+from featstore.commands import command
+from featstore.errors import UserError
 from featstore.files.locks import exclusive
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
+from heads.compatibility import check_complete
 from heads.files.head_file import (
     head_fingerprint,
     save_head,
@@ -137,8 +139,7 @@ def train_head(
             f"the head is {head.dim} wide and the store's embeddings {store.provenance.dim}: "
             "build the head for this store"
         )
-    if not store.complete:
-        raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+    check_complete(store)
     chosen = method(head.kind)
     chosen.require("trained from a store", chosen.from_store)
     where = resolve_device(device)
@@ -157,7 +158,7 @@ def train_head(
     if len(usable) == 0:
         raise UserError(
             f"none of the {len(listed)} training samples of {store.path} was extracted: "
-            "see the reasons with mote-cli inspect"
+            f"see the reasons with `{command('inspect', store.path)}`"
         )
     if len(usable) < len(listed):
         log.warning(

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
@@ -109,7 +109,7 @@ def choose_training_set(
     "full". Raises UserError for other words.
     """
     if half not in ("all", "base", "novel"):
-        raise UserError(f"classes {half!r} are unknown: choose all, base or novel")
+        raise UserError(f"classes {half!r} are unknown: {one_of(half, ('all', 'base', 'novel'))}")
     full = np.unique(np.asarray(rows, np.int64))
     classes = None
     words = [split or "all videos"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 
 LabelMap = Literal["corrected", "as-published"]
 """What to do with a file of class names that contradicts the videos."""
@@ -32,7 +32,7 @@ class Naming:
             ("--class-names-as", self.names_as, get_args(NamesAs)),
         ):
             if value not in choices:
-                raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(choices)}")
+                raise UserError(f"{option} {value!r} is unknown: {one_of(value, choices)}")
 
     def names(self, raw: tuple[str, ...]) -> tuple[str, ...]:
         """Return the class names that sentences are made from, given the raw class names."""

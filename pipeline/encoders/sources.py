@@ -7,7 +7,6 @@ may use the network, and only when the weights are not in the cache.
 
 from __future__ import annotations
 
-import difflib
 import re
 import urllib.error
 import urllib.request
@@ -27,7 +26,8 @@ from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from featstore.errors import UserError, WorkError, one_line
+from featstore.commands import command
+from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import read_object
 from featstore.files.durable import write_bytes, write_json
 from pipeline.encoders.sizes import MOST_POSITIONS, require_sane_sizes
@@ -37,6 +37,15 @@ MAX_CONFIG_BYTES = 1 << 20
 HUB_TIMEOUT_S = 5
 # Entries of an OpenAI archive that describe the model and are not weights.
 OPENAI_DESCRIPTION = ("input_resolution", "context_length", "vocab_size")
+# The names of OpenAI's CLIPs on the model hub and in OpenAI's own package, in lower case. Those of
+# other weights are in open_clip's list.
+_OPENAI_ELSEWHERE = {
+    "openai/clip-vit-base-patch32": "ViT-B-32/openai",
+    "openai/clip-vit-base-patch16": "ViT-B-16/openai",
+    "openai/clip-vit-large-patch14": "ViT-L-14/openai",
+    "openai/clip-vit-large-patch14-336": "ViT-L-14-336/openai",
+    "vit-l/14@336px": "ViT-L-14-336/openai",
+}
 LISTED_TENSORS = 3  # how many tensors an error names before it counts the rest
 
 
@@ -198,7 +207,7 @@ def _load_openai_file(path: Path) -> LoadedClip:
     if "visual.proj" not in state and "visual.attnpool.positional_embedding" not in state:
         raise UserError(
             f"{path} holds no CLIP in OpenAI's layout (no visual.proj): pass a CLIP .pt file, or "
-            "import a MoTE checkpoint with `mote-cli import-checkpoint`"
+            f"import a MoTE checkpoint with `{command('import-checkpoint', path, name='NAME')}`"
         )
     positions = state.get("positional_embedding")
     if positions is not None and len(positions) > MOST_POSITIONS:
@@ -309,18 +318,27 @@ def _unknown_spec(spec: str, encoders_dir: Path | None) -> str:
         return f"encoder {spec!r}: open_clip has no weights for it; pass a folder or a .pt file"
     architecture = spec.strip().rpartition("/")[0].replace("/", "-")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    close = [f"{architecture}/{tag}" for tag in tags[:5]]
-    if architecture not in open_clip.list_models():
-        names = ["/".join(known) for known in open_clip.list_pretrained()]
-        if encoders_dir is not None and encoders_dir.is_dir():
-            names += [folder.name for folder in encoders_dir.iterdir() if folder.is_dir()]
-        close = difflib.get_close_matches(spec, names, n=3, cutoff=0.6)
     hint = "ARCH/TAG is, for example, ViT-B-16/openai"
+    if architecture in open_clip.list_models():
+        hint = f"did you mean {', '.join(f'{architecture}/{tag}' for tag in tags[:5])}?"
+    names = ["/".join(known) for known in open_clip.list_pretrained()]
+    if encoders_dir is not None and encoders_dir.is_dir():
+        names += [folder.name for folder in encoders_dir.iterdir() if folder.is_dir()]
     return (
         f"unknown encoder {spec!r}: it is no folder, no .pt file, no name under encoders/ of the "
         "workspace and no ARCH/TAG of open_clip; "
-        + (f"did you mean {', '.join(close)}?" if close else hint)
+        + (meant(spec, names, _names_elsewhere()).strip() or hint)
     )
+
+
+def _names_elsewhere() -> dict[str, str]:
+    """Return the names, in lower case, under which model hubs know the weights of open_clip."""
+    found = dict(_OPENAI_ELSEWHERE)
+    for architecture, tag in open_clip.list_pretrained():
+        known = open_clip.get_pretrained_cfg(architecture, tag) or {}
+        repository = str(known.get("hf_hub", "")).strip("/").lower()
+        found.setdefault(repository, f"{architecture}/{tag}")
+    return found
 
 
 def _load_pretrained(architecture: str, tag: str) -> LoadedClip:

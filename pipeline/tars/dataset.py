@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featstore.errors import UserError, WorkError, one_line
+from featstore.commands import command
+from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_bytes, write_json
 from featstore.files.tables import csv_bytes
@@ -164,8 +165,9 @@ def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
     if split is None:
         return list(dataset.tars)
     if split not in dataset.split_names:
-        names = ", ".join(dataset.split_names) or "none"
-        raise UserError(f"{dataset.name} has no split {split!r}: its splits are {names}")
+        names = meant(split, dataset.split_names) + "its splits are "
+        names += ", ".join(dataset.split_names) or "none"
+        raise UserError(f"{dataset.name} has no split {split!r}: {names}")
     if not dataset.splits_disjoint:
         raise UserError(
             f"the splits of {dataset.name} overlap, so they share tars and one extraction: "
@@ -186,10 +188,11 @@ def load_dataset(dataset_dir: Path) -> Dataset:
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
         state = "packing is not finished" if (dataset_dir / ".packing").is_dir() else "not packed"
-        raise UserError(
-            f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): run "
-            f"`mote-cli pack --dataset {dataset_dir.name} --videos DIR`"
-        )
+        root = dataset_dir.parent.parent if dataset_dir.parent.name == "datasets" else None
+        pack = command("pack", dataset=dataset_dir.name, videos="DIR", root=root)
+        others = dataset_dir.parent.glob(f"*/{DATASET_FILE}")
+        near = meant(dataset_dir.name, (p.parent.name for p in others))
+        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): {near}run `{pack}`")
     remedy = f"delete {str(dataset_dir)!r} and pack again"
     try:
         value = read_object(path, remedy, limit=LISTS_LIMIT, error=WorkError)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli.next_command import repair_command
 from featstore import open_store
 from featstore.checking.verify import verify
 from featstore.format.class_texts import class_text_checksum
 from featstore.format.metadata import read_metadata
+from featstore.reading.repair import repair_command
 from heads import load_head
 from heads.evaluation.outcomes import write_outcomes
 from pipeline.encoders.specs import local_architecture

@@ -203,11 +203,11 @@ def test_a_prompt_set_that_is_missing_is_added(own: World) -> None:
     more = ("--prompts", "video")
     extracting = ("extract", "--dataset", "clips", "--encoder", own.encoder, "--sampling")
     error = refused(2, *extracting, "uniform:4", "--precision", "fp32", *more, "--root", own.root)
-    command = f"mote-cli store add-texts {own.store} --prompts video"
+    command = f"mote-cli store add-texts {own.store} --prompts video --root {own.root}"
     assert f"run `{command}`" in error
     words = command.split()[1:]
-    assert done(*words, "--root", own.root)["added"]
-    assert not done(*words, "--root", own.root)["added"]
+    assert done(*words)["added"]
+    assert not done(*words)["added"]
     assert open_store(own.store).prompt_sets == ["mote28", "video"]
     summary = done(*extracting, "uniform:4", "--precision", "fp32", *more, "--root", own.root)
     assert summary["partitions_done"] == 0

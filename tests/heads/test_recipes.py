@@ -130,7 +130,8 @@ def test_faults_are_named_in_one_line(tmp_path: Path, text: str, message: str) -
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="no recipe 'paper': choose one of demo, end-to-end, frozen-store"
+        UserError,
+        match=r"'paper': did you mean paper-vit-b16 or paper-vit-l14\? choose one of demo, ",
     ):
         load_recipe("paper")
     with pytest.raises(UserError, match=r"cannot be read \(No such file"):

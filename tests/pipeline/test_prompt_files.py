@@ -124,7 +124,7 @@ def test_descriptions(tmp_path: Path) -> None:
         ({"kick": ["x"], "sword": ["x"]}, "it lacks 'kick ball', 1 of 3 classes"),
         (
             {"kick": ["x"], "sword": ["x"], "kick_ball": ["x"]},
-            r"it has 'kick_ball'.*is the first one 'kick ball'\?",
+            r"it has 'kick_ball'.*'kick_ball': did you mean 'kick ball'\?",
         ),
         ({"0": ["x"], "1": ["x"], "2": ["x"]}, r"its keys are numbers.*kick with kick ball.*write"),
         ({**DESCRIPTIONS, "kick": []}, "class 'kick': it has 0 sentences"),

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 from featstore.files.documents import parse_json, read_document
 from featstore.workspace import FIRST_STAGE, Workspace
+from heads.evaluation.next_steps import evaluation_of, newest_evaluation
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
 
@@ -191,9 +192,7 @@ def newest_result(run_dir: Path, like: SavedResult | None = None) -> SavedResult
     """
     results = saved_results(run_dir)
     if not results:
-        raise UserError(
-            f"{run_dir} has no results: run `mote-cli eval --zeroshot NAME --head {run_dir.name}`"
-        )
+        raise UserError(f"{run_dir} has no results: run `{evaluation_of(run_dir)}`")
     if like is not None:
         same = [r for r in results if (r.role, r.dataset) == (like.role, like.dataset)]
         results = same or results
@@ -219,10 +218,11 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
     for folder in folders:
         if (folder / EVAL_FOLDER).is_dir():
             return newest_result(folder, like)
-    known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
+    names = [path.name for path in evaluated_runs(workspace)]
+    known = ", ".join(names) or "none"
     raise UserError(
         f"{text!r} is neither a result file nor a run with results (runs with results: {known}): "
-        "make a result with `mote-cli eval`"
+        f"{meant(text, names)}make a result with `{newest_evaluation(workspace)}`"
     )
 
 
