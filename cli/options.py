@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -226,21 +225,6 @@ def video_paths(workspace: Workspace, dataset: str) -> Mapping[str, str]:
     from pipeline.tars.paths import video_paths as paths_in
 
     return paths_in(workspace.dataset_dir(dataset))
-
-
-def class_list(text: str) -> list[str]:
-    """Split "a, b, c" into class names; a name with a comma is in quotes: '"cut, chop", run'.
-
-    Raises UserError if there is no name or one is given twice.
-    """
-    fields = next(csv.reader([" ".join(text.split())], skipinitialspace=True), [])
-    names = [name.strip() for name in fields if name.strip()]
-    if not names:
-        raise UserError(f'--classes {text!r} names no class: separate them with commas, "a,b,c"')
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--classes names {name!r} twice: name each class once")
-    return names
 
 
 def require_few_failures(

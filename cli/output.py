@@ -243,7 +243,9 @@ def _bar(what: str, unit: str) -> Progress:
         bars.TextColumn("{task.fields[left]}"),
         Details("{task.fields[details]}", markup=False, table_column=Column()),
     )
-    bar = bars.Progress(*columns, console=messages, transient=True)
+    # What is printed meanwhile goes above the bar, but never from a file to the terminal.
+    above = results.is_terminal
+    bar = bars.Progress(*columns, console=messages, transient=True, redirect_stdout=above)
     bar.add_task(what, total=None, details="", rate="", left="")
     return bar
 

@@ -170,6 +170,7 @@ def export(
     """
     from featstore.files.disk import in_bytes
     from featstore.rewriting.export import export as run
+    from pipeline.annotations.class_names import class_list
 
     with progress_of("export", "rows") as progress:
         exported = run(
@@ -177,7 +178,7 @@ def export(
             out,
             to,
             split=split,
-            classes=None if classes is None else options.class_list(classes),
+            classes=None if classes is None else class_list(classes),
             rows_per_file=rows_per_file,
             progress=progress,
         )

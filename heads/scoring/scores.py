@@ -229,6 +229,21 @@ def view_cosines(
     return head.scorer(class_embeddings, class_names)(embeddings)
 
 
+def view_probabilities(
+    head: Head,
+    features: Tensor,
+    class_embeddings: Tensor,
+    modulate: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> Tensor:
+    """Return the confidence of every class in every view, [N,V,T,D] and [C,D] -> [N,V,C] float64.
+
+    It is the softmax over classes of (logit scale * cosine).
+    """
+    cosines = view_cosines(head, features, class_embeddings, modulate, class_names)
+    return (head.logit_scale.double().exp() * cosines.double()).softmax(-1)
+
+
 def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:
     """Fuse the cosines of views [N,V,C] into scores [N,C] float64.
 
@@ -310,8 +325,7 @@ def predict_scores(
         )
     head.require_classes(class_names)
     modulate = modulate and can_modulate(head, len(class_names))
-    cosines = view_cosines(head, features[None], class_embeddings, modulate, class_names)[0]
-    scale = head.logit_scale.double().exp()
-    scores = (scale * cosines.double()).softmax(-1).mean(0).tolist()
-    named = zip(class_names, scores, strict=True)
+    scores = view_probabilities(head, features[None], class_embeddings, modulate, class_names)
+    scores = scores[0].mean(0)
+    named = zip(class_names, scores.tolist(), strict=True)
     return sorted(named, key=lambda pair: -pair[1])

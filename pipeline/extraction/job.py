@@ -84,8 +84,14 @@ class ExtractionJob:
     @cached_property
     def pool(self) -> VideoPool:
         """The pool of this job, which is opened on first use."""
-        name = self.provenance.decoder
-        return open_pool(self.plan.request, name, self.encoder, self._output, self._decoder)
+        request = self.plan.request
+        return open_pool(
+            *(self.provenance.decoder, self.encoder, request.sampling, self._output),
+            crops=request.crops,
+            workers=request.workers,
+            strict=request.strict,
+            decoder=self._decoder,
+        )
 
     def run(
         self, writer: AnyWriter, numbers: Sequence[int], progress: ProgressSink = no_progress

@@ -290,14 +290,15 @@ def test_missing_and_unreadable_folders(tmp_path: Path, monkeypatch: pytest.Monk
         (("eval", "--closeset", "clips", "--device", "tpu"), "choose auto, cpu or cuda"),
         (("predict",), "VIDEO"),
         (("predict", "/no/such.mp4"), "does not exist"),
-        (("predict", "/"), "is a folder"),
+        (("predict", "CLIP", "--classes", "words.txt"), "looks like a file and there is none"),
+        (("predict", "CLIP", "--format", "xml"), "table, csv or jsonl"),
         (("predict", "CLIP", "--classes", " , "), "names no class"),
         (("predict", "CLIP", "--classes", "a,b,a"), "twice"),
         (("predict", "CLIP", "--head", "mean"), "--classes"),
         (("predict", "CLIP", "--head", "none"), "clips-mote"),
         (("predict", "CLIP", "--prompts", "poem"), "poem"),
         (("predict", "CLIP", "--frames", "100"), "77"),
-        (("predict", "CLIP", "--classes", "long " * 100), "tokens"),
+        (("predict", "CLIP", "--classes", "run," + "long " * 100), "tokens"),
         (("inspect", "/no/such"), "does not exist"),
         (("inspect", "/"), "neither a data set"),
     ],
@@ -423,7 +424,7 @@ def test_evaluation_on_few_classes(three_classes: World) -> None:
 def test_prediction_with_few_classes_says_once_that_modulation_is_off(
     three_classes: World, world: World
 ) -> None:
-    clips = sorted((world.videos / "val" / "run").iterdir()) * 3
+    clips = [next(folder.iterdir()) for folder in (world.videos / "val").iterdir()][:3]
     for root, classes in (
         (world.root, ("--classes", "run, sit")),  # few named
         (three_classes.root, ("--classes", "a,b,c,d,e,f")),  # few trained on
@@ -434,7 +435,7 @@ def test_prediction_with_few_classes_says_once_that_modulation_is_off(
         assert len(result.json["videos"]) == 3
         assert result.err.count("modulation is off") == 1
     assert "modulation" not in mote("predict", *clips, "--root", world.root).err
-    off = mote("predict", *clips, "--classes", "a", "--no-modulate", "--root", world.root)
+    off = mote("predict", *clips, "--classes", "a,b", "--no-modulate", "--root", world.root)
     assert "modulation" not in off.err
 
 

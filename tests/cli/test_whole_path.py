@@ -88,11 +88,11 @@ def test_eval_of_a_named_split(own: World) -> None:
 
 
 def test_predict(world: World) -> None:
-    clips = sorted((world.videos / "val" / "run").iterdir()) * 2
+    clips = [next((world.videos / "val" / name).iterdir()) for name in ("run", "wave")]
     result = done("predict", *clips, "--root", world.root, "--top", "6", "--precision", "fp32")
     assert [video["path"] for video in result["videos"]] == list(map(str, clips))
     first, second = result["videos"]
-    assert first == second
+    assert first != second
     assert {"path", "num_frames", "predictions"} <= first.keys()
     assert {p["class_name"] for p in first["predictions"]} == set(WORDS)
     scores = [p["score"] for p in first["predictions"]]

@@ -21,12 +21,13 @@ NEIGHBOURS = {
     "heads": {"featstore"},
     "cli": {"featstore", "pipeline", "heads"},
 }
-# The demo runs every stage, the inventory lists what each has made, training from pixels decodes
-# videos itself; protocols read lists of classes (pure text).
+# The demo runs every stage, the inventory lists what each has made, training from pixels and
+# prediction decode videos themselves; protocols read lists of classes (pure text).
 MORE = {
     "heads.demo": {"pipeline"},
     "heads.inventory": {"pipeline.tars", "pipeline.encoders"},
     "heads.end_to_end": {"pipeline"},
+    "heads.prediction": {"pipeline"},
     "heads.evaluation": {"pipeline.annotations"},
 }
 
