@@ -197,7 +197,7 @@ def _run() -> int:
     try:
         with _interruptible():
             # Not standalone, so that usage errors are one line too. No arguments: show the help.
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            code = app(sys.argv[1:] or ["--help"], prog_name="mote-cli", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
         fail(one_line(error, limit=1000))

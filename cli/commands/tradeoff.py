@@ -62,7 +62,6 @@ def tradeoff(
     from heads.evaluation.comparing.tradeoff import collect, is_scored
     from heads.evaluation.next_steps import evaluation_of
     from heads.methods.registry import MEAN_OF_FRAMES
-    from heads.reporting.figures import tradeoff_plot
 
     workspace = options.workspace(root)
     known = {path.name: path for path in evaluated_runs(workspace)}
@@ -84,6 +83,8 @@ def tradeoff(
         baseline=workspace.run_dir(MEAN_OF_FRAMES),
         root_option=root_words(root),
     )
+    from heads.reporting.figures import tradeoff_plot  # loads matplotlib
+
     figure = out or workspace.root / FIGURE
     tradeoff_plot(
         [

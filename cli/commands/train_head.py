@@ -10,7 +10,7 @@ import typer
 from cli import options
 from cli.output import progress_of, report
 from featstore.errors import UserError
-from heads.methods.registry import names, require_run_name
+from heads.methods.registry import MEAN_OF_FRAMES, names, require_run_name
 
 
 def train_head(
@@ -88,13 +88,9 @@ def train_head(
 
     Example: `mote-cli train-head --dataset my-clips --name first --epochs 30`
     """
-    from heads.compatibility import check_fits, training_prompt_set
     from heads.evaluation.next_steps import after_training
     from heads.evaluation.wanted_store import choose_training_store
-    from heads.files.head_file import choose_head
     from heads.recipes import DEFAULT_RECIPE, load_recipe
-    from heads.training.train_head import train_head as run
-    from heads.training.train_head import training_rows
     from heads.training.training_set import choose_training_set
 
     workspace = options.workspace(root)
@@ -116,13 +112,20 @@ def train_head(
             raise UserError(
                 "--from-head sets the shape of the head: leave --head, --layers and --experts out"
             )
-        initial, initial_run = choose_head(workspace, from_head)
-        if initial is None:
+        if from_head == MEAN_OF_FRAMES:
             raise UserError("--from-head mean: the mean of frames has no weights to start from")
+        initial_run = workspace.choose_run(from_head)
     chosen, store, split = choose_training_store(
         workspace, dataset, split=split, sampling=sampling, name=store_name, initial=initial_run
     )
-    if initial is not None:
+    # Until here nothing imports torch, so that what is named wrong is said at once.
+    from heads.compatibility import check_fits, training_prompt_set
+    from heads.files.head_file import load_head
+    from heads.training.train_head import train_head as run
+    from heads.training.train_head import training_rows
+
+    if initial_run is not None:
+        initial = load_head(initial_run)
         check_fits(initial, store)
         shape = initial.config
     else:
