@@ -127,9 +127,8 @@ def _written(names: str, text: str) -> tuple[str, str]:
     """Shorten what Typer writes of an option: types of arguments, and `N` for any number."""
     names = re.sub(r" (<int[^>]*>|INTEGER( RANGE)?|<float[^>]*>|FLOAT( RANGE)?)$", " N", names)
     names = re.sub(r" <[^>]*>$", "", names)
-    return names.replace(" / ", "/" if len(names) <= NAMES_WIDTH else "\n"), re.sub(
-        r"  \[", " [", text
-    )
+    names = names.replace(" / ", "/" if len(names) <= NAMES_WIDTH else "\n")
+    return names, text.replace("  [", " [")
 
 
 def _titled(title: str, records: Sequence[tuple[str, str]]) -> Panel:

@@ -28,6 +28,7 @@ PACKAGES = ("pipeline", "featstore", "heads", "cli")
 PLAIN_INTERVAL_S = 10.0
 WHOLE_NAME = 32
 WHOLE_WORD = 12  # a table that would have to break shorter words than this is written as a list
+PROSE = 24  # longer cells of a table are read as text
 WHOLE_FACT = 20  # names of facts up to this length are aligned
 PLAIN_WIDTH = 200  # width of tables without a terminal
 
@@ -169,7 +170,7 @@ def _print_as_list(made: Table, width: int) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Make a table for `report`; columns after the first are right-aligned.
+    """Make a table for `report`; columns after the first are right-aligned, unless they hold prose.
 
     Names in the first column are not wrapped up to `WHOLE_NAME` letters.
     """
@@ -181,8 +182,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     whole = widest <= WHOLE_NAME
     least = None if whole else WHOLE_NAME
     made.add_column(columns[0], overflow="fold", no_wrap=whole, min_width=least)
-    for column in columns[1:]:
-        made.add_column(column, justify="right", overflow="fold")
+    for number, column in enumerate(columns[1:], start=1):
+        prose = any(len(row[number]) > PROSE for row in cells)
+        made.add_column(column, justify="left" if prose else "right", overflow="fold")
     for row in cells:
         made.add_row(*row)
     return made
