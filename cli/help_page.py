@@ -35,7 +35,15 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
     "Training": (
         *("--name", "--recipe", "--trainable", "--epochs", "--warmup-epochs", "--batch-size"),
         *("--lr", "--tower-lr", "--weight-decay", "--layers", "--experts", "--seed", "--shots"),
-        *("--draw-seed", "--repeat", "--resume", "--accumulate", "--checkpoint-gradients"),
+        *(
+            "--draw-seed",
+            "--repeat",
+            "--resume",
+            "--patience",
+            "--accumulate",
+            "--validation",
+            "--checkpoint-gradients",
+        ),
     ),
     "Scores": ("--modulate", "--ensemble", "--fusion", "--sweep", "--allow-overlap", "--top"),
     OTHER: (),

@@ -27,6 +27,8 @@ CONFIG_FILE: Final = "config.json"
 DATASET_FILE: Final = "dataset.json"
 FIRST_STAGE: Final = "frozen"
 """The folder in a fine-tuning's run that keeps the head it began with, if both have one name."""
+LAST_EPOCH: Final = "last"
+"""The folder in a run that keeps the head of its last epoch beside that of its best one."""
 PROTOCOL_FIELD: Final = "protocol"
 """The field in a run's config.json that names the evaluation protocol that trained the run."""
 
@@ -50,12 +52,13 @@ class Workspace:
         return self.root / "heads" / _checked(name, "run")
 
     def head_dir(self, name: str) -> Path:
-        """Return the folder of head `RUN`, or of `RUN/frozen`, the first stage of a fine-tuning.
+        """Return the folder of head `RUN`, `RUN/frozen` (before a fine-tuning) or `RUN/last`.
 
         UserError as `dataset_dir`.
         """
         run, _, stage = name.partition("/")
-        return self.run_dir(run) / stage if stage == FIRST_STAGE else self.run_dir(name)
+        held = stage in (FIRST_STAGE, LAST_EPOCH)
+        return self.run_dir(run) / stage if held else self.run_dir(name)
 
     def head_name(self, folder: Path) -> str:
         """Return the name of the head in this folder; the inverse of `head_dir`."""

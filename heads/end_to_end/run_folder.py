@@ -17,7 +17,7 @@ from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder, write_bytes, write_json
 from featstore.files.tables import csv_bytes
-from featstore.workspace import FIRST_STAGE
+from featstore.workspace import FIRST_STAGE, LAST_EPOCH
 from heads.end_to_end.config import FinetuneConfig
 from heads.files.run_files import (
     CONFIG_FILE,
@@ -26,6 +26,7 @@ from heads.files.run_files import (
     KEYS_FILE,
     METRICS_FILE,
     STATE_FILE,
+    VALIDATION_FILE,
     read_config,
 )
 from heads.training.run_settings import require_same_run
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 MODE: Final = "finetune"
 RUN_FORMAT: Final = 1
-_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE)
+_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE, VALIDATION_FILE)
+_STAGE_FOLDERS: Final = ("eval", LAST_EPOCH)
 
 # Names of the same weights may differ between machines; how the batch is spread over processes
 # changes sums in their last bits only.
@@ -118,9 +120,9 @@ def _keep_first_stage(run_dir: Path) -> None:
     if _has_head(run_dir):
         staging = run_dir / f".{FIRST_STAGE}"
         shutil.rmtree(staging, ignore_errors=True)
-        results = [path for path in sorted((run_dir / "eval").rglob("*")) if path.is_file()]
+        inner = [path for name in _STAGE_FOLDERS for path in sorted((run_dir / name).rglob("*"))]
         others = [run_dir / name for name in (HEAD_FILE, CONFIG_FILE, *_STAGE_FILES)]
-        for file in [*others, *results]:
+        for file in [*others, *inner]:
             if file.is_file():
                 link_or_copy(file, staging / file.relative_to(run_dir))
         shutil.rmtree(kept, ignore_errors=True)  # of a move that was stopped
@@ -128,5 +130,6 @@ def _keep_first_stage(run_dir: Path) -> None:
         sync_folder(run_dir)
     for name in (HEAD_FILE, *_STAGE_FILES):
         (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "eval", ignore_errors=True)
+    for name in _STAGE_FOLDERS:
+        shutil.rmtree(run_dir / name, ignore_errors=True)
     sync_folder(run_dir)

@@ -7,6 +7,8 @@
 | `metrics.jsonl` | one record per epoch |
 | `failures.csv` | videos that could not be decoded, end to end only |
 | `state/` | the state that training continues from, the best weights, the lock |
+| `validation.json` | what training gained on its validation videos, if it had any |
+| `last/` | the head of the last epoch, where `head.safetensors` is that of the best one |
 | `tower.safetensors` | the tower as trained, for imported and fine-tuned heads |
 | `head.safetensors` | the head; written last: a run with it is finished |
 """
@@ -22,7 +24,13 @@ from typing import Any, Final
 import numpy as np
 
 from featstore.errors import UserError, WorkError, one_line
-from featstore.files.documents import LISTS_LIMIT, parse_json, read_document, read_object
+from featstore.files.documents import (
+    LISTS_LIMIT,
+    found_object,
+    parse_json,
+    read_document,
+    read_object,
+)
 from featstore.files.durable import write_bytes, write_json
 from featstore.files.tables import csv_rows
 from featstore.format.schema import RowArray
@@ -36,6 +44,9 @@ METRICS_FILE: Final = "metrics.jsonl"
 FAILURES_FILE: Final = "failures.csv"
 STATE_FILE: Final = "state/last.safetensors"
 BEST_FILE: Final = "state/best.safetensors"
+PART_FILE: Final = "state/part-{}.safetensors"
+"""How each epoch did on one part of a cross-validation."""
+VALIDATION_FILE: Final = "validation.json"
 NOT_FINITE_FILE: Final = "state/not-finite.json"
 LOCK_FILE: Final = "state/lock"
 TOWER_FILE: Final = "tower.safetensors"
@@ -48,6 +59,13 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     return read_object(file, "delete the run and train again", error=WorkError)
+
+
+def keeps_best(run_dir: Path) -> bool:
+    """Whether the run that was begun in this folder, if any, keeps its best epoch."""
+    settings = read_config(run_dir)
+    training = {} if settings is None else settings.get("training")
+    return settings is None or (isinstance(training, dict) and bool(training.get("keep_best")))
 
 
 def rows_hash(rows: RowArray) -> str:
@@ -100,6 +118,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return []  # they describe a finished run; its head is what counts
 
 
+def read_validation(run_dir: Path) -> dict[str, Any] | None:
+    """Read what a run gained on its validation videos; None without a file that can be read."""
+    return found_object(run_dir / VALIDATION_FILE)
+
+
 def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of failures.csv; empty if there is no such file."""
     file = run_dir / FAILURES_FILE
@@ -127,6 +150,7 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
         "epochs_done": len(epochs),
         "last_loss": epochs[-1]["loss"] if epochs else None,
         **({"mode": settings["mode"]} if "mode" in settings else {}),
+        **({} if (found := read_validation(run_dir)) is None else {"validation": found}),
         "head": settings.get("head", {}),
         "training": settings.get("training", {}),
         "data": settings.get("data", {}),

@@ -64,6 +64,11 @@ class Method:
     for content that does not fit."""
 
     @property
+    def in_epochs(self) -> bool:
+        """Whether it is trained in epochs."""
+        return self.trains and not self.fitted
+
+    @property
     def checkpoint(self) -> Any:
         """The module named by `official`; None without an official format."""
         return None if self.official is None else import_module(self.official)

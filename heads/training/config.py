@@ -5,7 +5,7 @@ Source: MoTE (Zhu et al., NeurIPS 2024) and its released code and configurations
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from featstore.errors import UserError
@@ -45,6 +45,10 @@ class TrainConfig(Settings):
     feature_weight: float = 0.1
     """Weight of the distance between the merged pass's features and the encoder's."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    patience: int = field(default=0, metadata={"range": (0, None), "later": True})
+    """Epochs without a better validation after which training from a store stops; 0: never."""
+    keep_best: bool = field(default=False, metadata={"later": True})
+    """Whether a head trained from a store is that of the best epoch on its validation videos."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from featstore.errors import UserError, meant
 from featstore.files.documents import parse_json, read_document
-from featstore.workspace import FIRST_STAGE, Workspace
+from featstore.workspace import FIRST_STAGE, LAST_EPOCH, Workspace
 from heads.evaluation.next_steps import evaluation_of, newest_evaluation
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
@@ -213,7 +213,7 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
     if path.is_file():
         return read_result(path)
     folders = [path]
-    if "/" not in text.removesuffix(f"/{FIRST_STAGE}"):
+    if "/" not in text.removesuffix(f"/{FIRST_STAGE}").removesuffix(f"/{LAST_EPOCH}"):
         folders.append(workspace.head_dir(text))
     for folder in folders:
         if (folder / EVAL_FOLDER).is_dir():
