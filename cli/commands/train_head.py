@@ -133,7 +133,9 @@ def train_head(
         workspace, dataset, split=split, sampling=sampling, name=store_name, initial=initial_run
     )
     options.known_device(device)
-    shape = settings.head_config(store.provenance.dim, kind=head, layers=layers, experts=experts)
+    if initial_run is None:
+        dim = store.provenance.dim
+        shape = settings.head_config(dim, kind=head, layers=layers, experts=experts)
     # Until here nothing imports torch, so that what is named wrong is said at once.
     from heads.compatibility import check_fits, training_prompt_set
     from heads.files.head_file import load_head

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from cli.help_page import ELSEWHERE, PANELS, STAGES
+from cli.help_page import ELSEWHERE, FEW_OPTIONS, PANELS, STAGES
 from cli.main import COMMANDS, load_command
 from tests.support.processes.command_line import mote
 
@@ -73,6 +73,19 @@ def test_options_are_grouped_in_panels() -> None:
     titles = [line.split("─ ")[1].split(" ─")[0] for line in shown.splitlines() if "╭" in line]
     assert titles == [t for t in PANELS if t in titles]
     assert {"What to work on", "Ray cluster", "Workspace and output"} <= set(titles)
+
+
+def test_every_option_of_a_long_help_has_a_panel() -> None:
+    of = {
+        words: {o for p in command_of(words).params for o in p.opts} for words in pages() if words
+    }
+    named = {option for options in PANELS.values() for option in options}
+    for words, known in of.items():
+        shown = {o for o in known if o.startswith("--")} - set(
+            ELSEWHERE.get(words[-1], ("", ()))[1]
+        )
+        if len(known) >= FEW_OPTIONS:
+            assert shown <= named, words
 
 
 def completed(typed: str) -> list[str]:
