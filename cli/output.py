@@ -119,12 +119,16 @@ def report(
             text = part.lstrip(" ")
             margin = len(part) - len(text)
             _print_folded(" " * margin, text, width, margin + 2)
-        elif width is None:
-            SafeConsole(width=PLAIN_WIDTH).print(part)
-        elif _fits(part, width):
-            results.print(part)
         else:
-            _print_as_list(part, width)
+            if part.title:  # a table would break it at its own width
+                _print_folded("", str(part.title), width, 2)
+                part.title = None
+            if width is None:
+                SafeConsole(file=results.file, width=PLAIN_WIDTH).print(part)
+            elif _fits(part, width):
+                results.print(part)
+            else:
+                _print_as_list(part, width)
 
 
 def _print_folded(start: str, text: str, width: int | None, margin: int) -> None:
@@ -161,8 +165,6 @@ def _fits(made: Table, width: int) -> bool:
 
 def _print_as_list(made: Table, width: int) -> None:
     """Print each row of a table that is too wide as a line with its columns below it."""
-    if made.title:
-        _print_folded("", str(made.title), width, 2)
     for first, *cells in zip(*(map(str, column.cells) for column in made.columns), strict=True):
         _print_folded("", first, width, 2)
         for column, cell in zip(made.columns[1:], cells, strict=True):

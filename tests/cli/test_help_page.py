@@ -62,7 +62,7 @@ def test_help_of_eval_is_short() -> None:
 
 
 def test_commands_are_grouped_by_stage_and_each_is_in_one() -> None:
-    assert Counter(name for names in STAGES.values() for name in names) == Counter(COMMANDS)
+    assert Counter(name for names in STAGES.values() for name in names) == Counter(list(COMMANDS))
     lines = mote("--help", width=80).out.splitlines()
     titles = [line.split("─ ")[1].split(" ─")[0] for line in lines if line.startswith("╭")]
     assert titles == ["Options", *STAGES]
