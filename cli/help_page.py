@@ -130,6 +130,8 @@ def _written(names: str, text: str) -> tuple[str, str]:
     """Shorten what Typer writes of an option: types of arguments, and `N` for any number."""
     names = re.sub(r" (<int[^>]*>|INTEGER( RANGE)?|<float[^>]*>|FLOAT( RANGE)?)$", " N", names)
     names = re.sub(r" <[^>]*>$", "", names)
+    if max(map(len, names.split())) > NAMES_WIDTH:  # break between alternatives, not inside one
+        names = re.sub(rf"(\S{{1,{NAMES_WIDTH - 1}}}\|)(?=\S)", r"\1 ", names, count=1)
     names = names.replace(" / ", "/" if len(names) <= NAMES_WIDTH else "\n")
     return names, text.replace("  [", " [")
 
