@@ -184,6 +184,13 @@ class OpenedStores:
                 f"{option} NAME"
             )
         store = fitting[0]
+        if not store.class_names:
+            raise UserError(
+                f"the {len(store)} videos of data set {dataset!r} have no labels, so there is "
+                "nothing to learn and nothing to score: pack them with classes under another name "
+                "(class folders, --annotations, or --label-field for --tars); `mote-cli predict` "
+                "needs no labels"
+            )
         if not store.complete:
             finish = repair_command(store.path, read_metadata(store.path))
             raise WorkError(

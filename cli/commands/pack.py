@@ -9,30 +9,52 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
+from featstore.errors import UserError
 
 
 def pack(
     dataset: options.Dataset,
     videos: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of the videos: one folder per class (also under train/, val/, test/), or "
-            "the files that the annotations name.",
+            help="Folder of the videos: one folder per class (also under train/, val/, test/), "
+            "files without classes, or the files that the annotations name.",
         ),
-    ],
+    ] = None,
+    tars: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[SPLIT=]PATTERN",
+            help="WebDataset tars to take as they are, in place of --videos: a path, a glob, "
+            "braces such as x-{000..099}.tar, s3://..., https://...; may be repeated.",
+        ),
+    ] = None,
     annotations: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
             help="Official annotation file or folder (Kinetics, HMDB51, UCF101, Something-"
-            "Something V2), or a `path label` / CSV list.",
+            "Something V2), or a `path label` / CSV list, also of URLs; with --tars a CSV "
+            "key,class[,split].",
         ),
     ] = None,
     class_names: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="CSV `id,name`, for lists whose labels are numbers."),
     ] = None,
+    label_field: Annotated[
+        str,
+        typer.Option(
+            metavar="FIELD|.EXT",
+            help="With --tars: the class is this field of each JSON (meta.label is a nested one), "
+            "or the text of the member with this extension (.txt).",
+        ),
+    ] = "",
+    unlabelled: Annotated[
+        bool,
+        typer.Option("--unlabelled", help="Leave classes out: for extraction and prediction."),
+    ] = False,
     label_map: Annotated[
         str,
         typer.Option(
@@ -61,38 +83,73 @@ def pack(
         ),
     ] = False,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
+    more_tars: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="", hidden=True, help="More tars: a glob that a shell expanded."),
+    ] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
     """Pack labelled videos into WebDataset tars, checking that each can be decoded.
 
     For the data sets k400, k600, k700, hmdb51, ucf101 and ssv2 the official annotation files are
-    read; any other name takes a folder of class folders, or a list. To continue interrupted work,
-    run the command again.
+    read; any other name takes a folder of class folders, a folder of files without classes, or a
+    list. Tars that exist already are taken where they lie with --tars (docs/datasets.md). To
+    continue interrupted work, run the command again.
 
     Example: `mote-cli pack --dataset my-clips --videos ~/videos`
     """
     from heads.evaluation.next_steps import after_packing
     from pipeline.annotations.class_names import Naming
-    from pipeline.tars.packing import pack as run
 
     # Naming checks the words, which come from the user.
     naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
     workspace = options.workspace(root)
-    with progress_of("pack", "videos") as progress:
-        summary = run(
-            videos,
-            dataset,
-            workspace.dataset_dir(dataset),
-            annotations=annotations,
-            class_names_file=class_names,
-            samples_per_shard=samples_per_shard,
-            seed=seed,
-            max_failures=max_failures,
-            append=append,
-            naming=naming,
-            progress=progress,
-        )
+    folder = workspace.dataset_dir(dataset)
+    if more_tars and not tars:
+        raise UserError(f"{more_tars[0]!r} belongs to no option: see `mote-cli pack --help`")
+    if tars:
+        from pipeline.tars.foreign.classes import ClassChoice
+        from pipeline.tars.foreign.taking import pack_tars
+
+        if videos is not None:
+            raise UserError("--tars and --videos exclude each other: give one of them")
+        if (samples_per_shard, seed) != (256, 0):
+            raise UserError(
+                "--samples-per-shard and --seed shape the tars that --videos makes: those of "
+                "--tars stay as they are"
+            )
+        choice = ClassChoice(annotations, class_names, label_field, unlabelled, naming)
+        with progress_of("index", "tars") as progress:
+            summary = pack_tars(
+                [*tars, *(more_tars or [])],  # a shell puts many names in place of a glob
+                dataset,
+                folder,
+                classes=choice,
+                max_failures=max_failures,
+                append=append,
+                progress=progress,
+            )
+    else:
+        from pipeline.tars.packing import pack as run
+
+        if label_field:
+            raise UserError("--label-field is for --tars: with --videos a class is a folder")
+        with progress_of("pack", "videos") as progress:
+            summary = run(
+                videos,
+                dataset,
+                folder,
+                annotations=annotations,
+                class_names_file=class_names,
+                samples_per_shard=samples_per_shard,
+                seed=seed,
+                max_failures=max_failures,
+                append=append,
+                naming=naming,
+                unlabelled=unlabelled,
+                progress=progress,
+            )
     failures = Path(summary.folder) / "failures.csv"
     following = after_packing(workspace, summary.dataset, options.DEFAULT_ENCODER)
     report(
@@ -102,8 +159,10 @@ def pack(
             "data set": f"{summary.dataset} in {summary.folder}",
             "videos": f"{summary.videos_listed} listed, {summary.videos_packed} packed, "
             f"{summary.videos_failed} failed" + f" (see {failures})" * bool(summary.videos_failed),
-            "classes": summary.classes,
-            "tars": f"{summary.shards} ({summary.shards_written} written now)",
+            "classes": summary.classes or "none: the videos have no labels",
+            "tars": f"{summary.shards} (where they lie)"
+            if tars
+            else f"{summary.shards} ({summary.shards_written} written now)",
             **({"next": following} if summary.videos_packed else {}),
         },
     )

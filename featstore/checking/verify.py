@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import UserError, WorkError, one_line
-from featstore.format.array_checks import not_finite
+from featstore.format.array_checks import not_finite, wrong_labels
 from featstore.format.checksums import PIECE_BYTES, Checksums, chunk_checksums, crc32c
 from featstore.format.class_texts import read_class_text
 from featstore.format.metadata import prompt_set_names, read_metadata, wrong_attributes
@@ -147,7 +147,7 @@ def _check_bytes(
                 raise files.damaged(tar, "two samples have the same key")
         elif name not in ("status", "checksum"):  # read before and after
             values = files.numbers(name, tar)[: commit.rows]
-            if name == "label" and ((values < 0) | (values >= classes)).any():
+            if name == "label" and wrong_labels(values, classes):
                 raise files.damaged(tar, f"a label lies outside 0..{classes - 1}")
     if ((status != STATUS_OK) & (status != STATUS_FAILED)).any():
         raise files.damaged(tar, "a listed sample is neither ok nor failed")

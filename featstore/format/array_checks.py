@@ -38,6 +38,12 @@ def whole_numbers(values: npt.ArrayLike, what: str) -> RowArray:
     raise UserError(f"{what} are {shown}: they must be whole numbers, in a list or an array")
 
 
+def wrong_labels(labels: npt.NDArray[np.int32], classes: int) -> bool:
+    """Return whether any label is not in 0..classes - 1; in a store without classes all are -1."""
+    lowest = 0 if classes else -1
+    return bool(((labels < lowest) | (labels >= classes)).any())
+
+
 def not_finite(features: FeatureArray) -> npt.NDArray[np.bool_]:
     """Return which rows of float16 [n, ...] hold a number that is not finite; bool [n].
 

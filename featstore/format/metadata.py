@@ -78,10 +78,10 @@ class StoreMetadata:
                     f"tar {number} lists {tar.rows} samples, but a partition holds 1 to "
                     f"{self.schema.capacity}"
                 )
-        if not self.class_names or len(self.class_names) != len(self.raw_class_names):
+        if len(self.class_names) != len(self.raw_class_names):
             raise ValueError(
                 f"{len(self.class_names)} class names and {len(self.raw_class_names)} raw ones: "
-                "there must be equally many of both and at least one"
+                "there must be equally many of both"
             )
         if len(self.split_names) > MAX_SPLITS or len(set(self.split_names)) < len(self.split_names):
             raise ValueError(f"split names must be distinct and at most {MAX_SPLITS}")

@@ -32,6 +32,7 @@ from featstore.files.durable import PARTIAL_SUFFIX
 from featstore.remote.urls import (
     check_name,
     parsed,
+    parsed_file,
     patience_seconds,
     require_credentials,
     s3_endpoint,
@@ -77,6 +78,10 @@ class MissingObject(WorkError):
     """There is no object of that name."""
 
 
+class UnreachableObject(WorkError):
+    """Requests for an object failed for as long as they are repeated."""
+
+
 class ChangedObject(WorkError):
     """An object's size or version changed since it was listed or since its transfer began."""
 
@@ -98,8 +103,8 @@ class RemoteObject:
 
 
 class ObjectFolder:
-    """All objects under one URL, `s3://bucket/prefix` (also gs:// and az://); safe to share
-    between threads.
+    """All objects under one URL, `s3://bucket/prefix` (also gs:// and az://; `remote_file` also
+    gives files on a web server, which are only read); safe to share between threads.
 
     Names are relative to the URL, with "/" between their parts. Every error is one line: UserError
     for a URL, a name or an environment that cannot be used; WorkError for a request that failed,
@@ -108,10 +113,13 @@ class ObjectFolder:
 
     def __init__(self, url: str) -> None:
         """Prepare the connection; no request is sent yet."""
-        scheme, self._bucket, self._prefix = parsed(url)
-        self.url = "/".join(filter(None, (f"{scheme}://{self._bucket}", self._prefix)))
+        self._begin(*parsed(url))
+
+    def _begin(self, scheme: str, bucket: str, prefix: str) -> None:
+        self._bucket, self._prefix = bucket, prefix
+        self.url = "/".join(filter(None, (f"{scheme}://{bucket}", prefix)))
         self.patience = patience_seconds()
-        self._store = _connect(scheme, self._bucket, self.patience)
+        self._store = _connect(scheme, bucket, self.patience)
 
     @property
     def identity(self) -> str:
@@ -139,6 +147,26 @@ class ObjectFolder:
             return bytes(answer.bytes())
 
         return self._ask(name, content)
+
+    def get_range(self, name: str, start: int, length: int, size: int) -> bytes:
+        """Return `length` bytes of an object from byte `start` on; the object has `size` bytes.
+
+        Raises MissingObject if there is none, ChangedObject if it has another size.
+        """
+
+        def content() -> bytes:
+            key = self._key(name)
+            answer = self._store.get(key, options={"range": (start, start + length)})
+            if int(answer.meta["size"]) != size:
+                raise ChangedObject(f"it has {answer.meta['size']} bytes, not {size}")
+            return bytes(answer.bytes())
+
+        return self._ask(name, content)
+
+    def head(self, name: str) -> RemoteObject:
+        """Return size and version of an object. Raises MissingObject if there is none."""
+        meta = self._ask(name, lambda: self._store.head(self._key(name)))
+        return RemoteObject(int(meta["size"]), _version(meta))
 
     def download(
         self,
@@ -257,7 +285,7 @@ class ObjectFolder:
                     "%s: %s; trying again for up to %g s", self.at(name), reason, self.patience
                 )
             if time.monotonic() > deadline:
-                raise WorkError(
+                raise UnreachableObject(
                     f"{self.at(name)} cannot be reached ({reason}; tried for {self.patience:g} s): "
                     "check the network and, for s3, AWS_ENDPOINT_URL and AWS_REGION, then run the "
                     "same command again"
@@ -300,6 +328,29 @@ class ObjectFolder:
         )
 
 
+class _WebFolder(ObjectFolder):
+    """A folder of a web server, whose files are only read: it has no listing."""
+
+    def __init__(self, url: str) -> None:
+        scheme, _, rest = url.partition("://")
+        host, _, prefix = rest.partition("/")
+        self._begin(scheme, host, prefix)
+
+
+def remote_file(url: str) -> tuple[ObjectFolder, str]:
+    """Return the folder and the name of one file: s3://BUCKET/NAME, http(s)://HOST/NAME.
+
+    UserError for any other URL, and for one that holds a credential.
+    """
+    folder, name = parsed_file(url)
+    return folder_at(folder), name
+
+
+def folder_at(url: str) -> ObjectFolder:
+    """Return a folder of storage or of a web server, as `parsed_file` gives its URL."""
+    return (_WebFolder if url.startswith("http") else ObjectFolder)(url)
+
+
 def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
     try:
         from obstore.exceptions import BaseError
@@ -317,7 +368,8 @@ def _connect(scheme: str, bucket: str, patience: float) -> ObjectStore:
             f"{scheme}://{bucket}",
             config=config,
             client_options={
-                "allow_http": scheme == "s3" and s3_endpoint().startswith("http://"),
+                "allow_http": scheme == "http"
+                or (scheme == "s3" and s3_endpoint().startswith("http://")),
                 "connect_timeout": _CONNECT,
                 "read_timeout": _SILENCE,
                 "timeout": _TRANSFER,

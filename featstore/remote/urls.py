@@ -10,11 +10,13 @@ import os
 import re
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from featstore.errors import UserError, one_line
 
 SCHEMES: Final = ("s3", "gs", "az")
+FILE_SCHEMES: Final = ("s3", "http", "https")
+"""What single files, videos and tars of somebody else, are fetched from."""
 PATIENCE_VARIABLE: Final = "MOTE_RETRY_SECONDS"
 # Longer than a server takes to restart.
 _PATIENCE: Final = 180.0
@@ -31,6 +33,7 @@ _S3_CREDENTIALS: Final = (
 )
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}(:[0-9]{1,5})?")
 # Characters that S3's own guide says to avoid in names, and characters with a meaning in URLs.
 _UNSAFE_IN_NAME: Final = frozenset('\\{}^%`[]"<>~#|?*')
 
@@ -69,6 +72,42 @@ def parsed(url: str) -> tuple[str, str, str]:
     if prefix:
         check_name(prefix, "prefix")
     return scheme, bucket, prefix
+
+
+def parsed_file(url: str) -> tuple[str, str]:
+    """Split the URL of one file into that of its folder and its name; UserError if not valid.
+
+    `url` begins with s3, http or https. The name of a file on a web server is decoded
+    (`a%20b.tar` is "a b.tar"). No message repeats what might be a credential.
+    """
+    scheme, mark, rest = url.partition("://")
+    if not mark or scheme not in FILE_SCHEMES:
+        shown = scheme if mark and re.fullmatch(r"[a-z0-9+.-]{1,20}", scheme) else "no scheme"
+        raise UserError(
+            f"a URL with {shown} does not name a file: use s3://BUCKET/NAME, https://HOST/NAME or "
+            "http://HOST/NAME"
+        )
+    if scheme == "s3":
+        folder, name = url.rstrip("/"), ""
+        parsed(folder)
+        folder, _, name = folder.rpartition("/")
+    else:
+        host, _, path = rest.partition("/")
+        if "@" in host or "?" in path or "#" in path:
+            raise UserError(
+                f"the {scheme}:// URL holds a password, '?' or '#': give host and path only, for "
+                "what comes after them may be a credential and would be kept in dataset.json"
+            )
+        if not _HOST.fullmatch(host):
+            raise UserError(f"{one_line(repr(host), 80)} is no host: use {scheme}://HOST/PATH")
+        above, _, name = unquote(path).rpartition("/")
+        folder = f"{scheme}://{host}" + (f"/{above}" if above else "")
+        if above:
+            check_name(above, "path")
+    if not name or folder.endswith(":/"):
+        raise UserError(f"the {scheme}:// URL names no file: end it with the file's name")
+    check_name(name, "file name")
+    return folder, name
 
 
 def check_name(name: str, kind: str) -> None:

@@ -134,11 +134,11 @@ def _columns(store: Store, rows: RowArray) -> Columns:
     `pts` float64 [n, V, F] in seconds; `features` float16 [n, V, F, D], or the items of another
     tier in its type; `key`, `class_name` and `splits` are lists of length n.
     """
-    at = store.positions(rows)
+    at, names = store.positions(rows), store.class_names
     members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
     return {
         "key": [store.keys[i] for i in at],
-        "class_name": [store.class_names[label] for label in store.labels[at]],
+        "class_name": [names[label] if label >= 0 else "" for label in store.labels[at]],
         "splits": [[name for name, of in members.items() if of[i]] for i in range(len(rows))],
         "label": store.labels[at],
         "num_frames": store.num_frames[at],
@@ -166,7 +166,10 @@ def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> R
 
 def _nearest(name: str, store: Store) -> str:
     """Return a hint at which class may have been meant."""
-    near = meant(name, [*store.raw_class_names, *store.class_names])
+    names = [*store.raw_class_names, *store.class_names]
+    if not names:
+        return "it was packed without labels"
+    near = meant(name, names)
     more = len(store.class_names) - 10
     return near.strip() or (
         f"it has {', '.join(map(repr, store.class_names[:10]))}"

@@ -95,7 +95,8 @@ def merge(
         label_of = {name: label for label, name in enumerate(classes)}
         for source, prefix in zip(sources, prefixes, strict=True):
             made = source.metadata
-            labels = np.array([label_of[name] for name in made.class_names], np.int32)
+            # The last entry is for the -1 of videos without a class.
+            labels = np.array([*(label_of[name] for name in made.class_names), -1], np.int32)
             bits = [splits.index(name) for name in made.split_names]
             same = replace(made.schema, tars=len(tars)) == metadata.schema
             for tar in range(made.schema.tars):
@@ -173,6 +174,12 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
 def _united_classes(sources: Sequence[SourceStore]) -> dict[str, str]:
     """Return the raw names by natural name, in the order of first appearance."""
     classes: dict[str, str] = {}
+    bare = [source.path for source in sources if not source.metadata.class_names]
+    if bare and len(bare) < len(sources):
+        raise UserError(
+            f"{bare[0]} was packed without labels and other stores have classes: merge stores of "
+            "one kind"
+        )
     for source in sources:
         names = source.metadata.class_names
         if len(set(names)) < len(names):

@@ -25,6 +25,7 @@ from featstore.files.durable import (
 )
 from featstore.files.exchange import staging
 from featstore.files.locks import claimed
+from featstore.format.array_checks import wrong_labels
 from featstore.format.checksums import Checksums, crc32c
 from featstore.format.class_texts import ClassText
 from featstore.format.int8 import dequantise, quantise
@@ -279,7 +280,7 @@ class StoreWriter(PartitionWriter):
                 f"partition {tar} has {partition.features.dtype}, the store has {self.schema.dtype}"
             )
         classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
-        if np.any((partition.label < 0) | (partition.label >= classes)):
+        if wrong_labels(partition.label, classes):
             raise ValueError(f"partition {tar} has a label outside 0..{classes - 1}")
         if int(partition.splits.max()) >> splits:
             raise ValueError(f"partition {tar} names a split beyond the {splits} of the store")

@@ -100,6 +100,12 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     """Load and check everything; an error may occur on some processes only."""
     config = request.config
     dataset = load_dataset(request.dataset_dir)
+    if not dataset.class_names:
+        raise UserError(
+            f"the {dataset.listed} videos of data set {dataset.name!r} have no labels, so there is "
+            "nothing to learn: pack them with classes under another name (class folders, "
+            "--annotations, or --label-field for --tars)"
+        )
     split = _training_split(dataset, request.split)
     eval_split = _evaluation_split(dataset, request, split)
     begun = None

@@ -55,7 +55,7 @@ def after_extraction(store: Path, *, complete: bool = True) -> str:
     root, metadata = workspace_of(store), read_metadata(store)
     if not complete:
         return repair_command(store, metadata, root)
-    if root is None or not metadata.schema.pooled:
+    if root is None or not metadata.schema.pooled or not metadata.class_names:
         return command("inspect", store)
     workspace, dataset, made = Workspace(root), store.absolute().parent.name, metadata.provenance
     tower = made.encoder_fingerprint

@@ -25,7 +25,6 @@ from heads.methods.mote.modulation import modulation
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
 from heads.methods.text_classifier import class_cosines
-from heads.scoring import TOP_K as TOP_K
 from heads.scoring import Fusion as Fusion
 from heads.scoring.view_summaries import ViewSummaries, summarise
 

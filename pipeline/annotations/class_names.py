@@ -59,6 +59,16 @@ def natural_class_name(raw: str) -> str:
     return " ".join(words) or raw
 
 
+def natural_order(text: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Return a sort key by which numbers in a text count as numbers: "a 2" before "a 10"."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", text.lower())
+    numbers = [part.lstrip("0") if part[0].isdigit() else None for part in parts]
+    return [
+        (1, 0, part) if number is None else (0, len(number), number)
+        for part, number in zip(parts, numbers, strict=True)
+    ], text
+
+
 def comparable(name: str) -> str:
     """`name` without what Kinetics copies differ in: lower case, no quotes, no underscores."""
     return " ".join(name.lower().replace("_", " ").replace('"', "").replace("'", "").split())

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError
+from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
-from pipeline.annotations.formats.class_folders import has_class_folders, read_class_folders
+from pipeline.annotations.formats.class_folders import (
+    has_class_folders,
+    read_class_folders,
+    read_unlabelled,
+)
 from pipeline.annotations.formats.hmdb51 import is_hmdb51, read_hmdb51
 from pipeline.annotations.formats.kinetics import is_kinetics, read_kinetics
 from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_lists
@@ -68,31 +73,40 @@ def known_dataset(name: str) -> str:
 
 def read_listing(
     name: str,
-    videos_dir: Path,
+    videos_dir: Path | None,
     annotations: Path | None = None,
     class_names_file: Path | None = None,
     *,
     leave_out: Path | None = None,
     naming: Naming = USUAL_NAMING,
+    unlabelled: bool = False,
 ) -> Listing:
     """Return the listing of a data set, read from annotations or from class folders.
 
     The annotation files themselves show their format, so any name can have any format. For a
     known name without `annotations`, the official files are searched in and beside the videos
     folder; where there are none, class folders are used as they are and a note says so.
+    Without `videos_dir` the list in `annotations` names URLs, or paths from its own folder.
     `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
     rows and the share of files found are logged. `naming` says what to do with a file of class
-    names that contradicts the videos.
+    names that contradicts the videos. With `unlabelled`, folders and lists give no classes.
     Raises UserError when there is nothing to read and when the input contradicts itself.
     """
     known = KNOWN_DATASETS.get(name.lower())
-    folder = VideoFolder(videos_dir, leave_out=leave_out)
+    if annotations is None and videos_dir is None:
+        raise UserError("no videos: give --videos DIR, --annotations LIST or --tars")
+    scan = videos_dir is not None
+    videos_dir = videos_folder(videos_dir, annotations)
+    folder = VideoFolder(videos_dir, leave_out=leave_out, scan=scan)
     if class_names_file is not None and not class_names_file.is_file():
         raise UserError(f"file of class names {str(class_names_file)!r} does not exist")
     official = _FORMATS[known.format] if known else None
     found = _official_files(official, videos_dir) if official and annotations is None else []
     if annotations is not None:
-        listing = _read_annotations(annotations, folder, class_names_file, naming)
+        listing = _read_annotations(annotations, folder, class_names_file, naming, unlabelled)
+    elif unlabelled:
+        _refuse_class_names(class_names_file, "a data set without labels")
+        listing = read_unlabelled(folder)
     elif known and official and found:
         _refuse_class_names(class_names_file, known.title)
         logger.info("annotations found in %s", found[0].parent)
@@ -128,8 +142,19 @@ def read_listing(
     return listing
 
 
+def videos_folder(videos_dir: Path | None, annotations: Path | None) -> Path:
+    """Return the folder that listed paths begin from: the list's own if there is no other."""
+    if videos_dir is not None or annotations is None:
+        return videos_dir or Path()
+    return annotations if annotations.is_dir() else annotations.parent
+
+
 def _read_annotations(
-    path: Path, folder: VideoFolder, class_names_file: Path | None, naming: Naming
+    path: Path,
+    folder: VideoFolder,
+    class_names_file: Path | None,
+    naming: Naming,
+    unlabelled: bool,
 ) -> Listing:
     if path.is_file():
         files = [path]
@@ -146,14 +171,14 @@ def _read_annotations(
             )
     else:
         raise UserError(f"annotations {str(path)!r} do not exist: name a file or a folder")
-    for official in _FORMATS.values():
+    for official in () if unlabelled else _FORMATS.values():
         own = [file for file in files if official.recognises(file)]
         if own:
             _refuse_class_names(class_names_file, official.title)
             return official.read(own, folder)
     if path.is_dir():
         files = [file for file in files if _may_be_list(file)]
-    return read_lists(files, folder, class_names_file, naming.label_map)
+    return read_lists(files, folder, class_names_file, naming.label_map, unlabelled=unlabelled)
 
 
 def _refuse_class_names(class_names_file: Path | None, where: str) -> None:
@@ -219,7 +244,7 @@ def _add_notes(
     if empty:
         names = ", ".join(repr(name) for name in empty[:5]) + (", ..." if len(empty) > 5 else "")
         listing.notes.append(f"{len(empty)} classes have no videos and stay in the list: {names}")
-    unlisted = len(folder.files) - len(listing.records)
+    unlisted = len(folder.files) - sum(not is_url(video.path) for video in listing.records)
     if annotated and unlisted > 0:
         listing.notes.append(f"{unlisted} video files in the folder are not listed and not used")
     if known and len(listing.class_names) != known.classes:

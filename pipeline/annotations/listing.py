@@ -33,9 +33,9 @@ class VideoRecord:
     """One listed video.
 
     `path` is relative to the videos folder, with slashes, and empty where there is no file;
-    `source` is the name as it was listed; `class_name` is the raw name; `splits` are those the
-    video belongs to (none, one or several). `reason` says why it cannot be packed: no such file,
-    or a name that is refused.
+    `source` is the name as it was listed; `class_name` is the raw name, "" without a class;
+    `splits` are those the video belongs to (none, one or several). `reason` says why it cannot be
+    packed: no such file, or a name that is refused.
     """
 
     key: str
@@ -51,7 +51,8 @@ class Listing:
     """The videos, classes and splits that annotations and a videos folder give together.
 
     `records` are the videos that can be packed, `missing` those that cannot, both sorted by key.
-    `class_names` are raw names in label order; `split_names` in their usual order. With
+    `class_names` are raw names in label order, none for videos without labels; `split_names` in
+    their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
     sentences the user should read. `label_map` says what was done if the file of class names
     exchanges names of classes: "corrected" or "as-published", or "" if it does not.
@@ -161,7 +162,7 @@ class ListingBuilder:
         """Add one mention of a video. `name` becomes its key unless `build` finds another file
         with this key; if `path` is None, `reason` says why.
         """
-        key, source, splits = key_from_name(name), _printable(source), (split,) if split else ()
+        key, source, splits = key_from_name(name), printable(source), (split,) if split else ()
         if path is not None:
             key = self._key_of_path.setdefault(path, key)
         first = self._by_key.get(key)
@@ -169,14 +170,14 @@ class ListingBuilder:
             same = (first, *self._of_same_key.get(key, ()))
             first = next((video for video in same if _may_be(video, path, source)), None)
         if first is None:
-            refusal = _refused_name(name) or _refused_name(path or "", limit=None)
+            refusal = refused_name(name) or refused_name(path or "", limit=None)
             problem = refusal or ("" if path is not None else reason)
             video = VideoRecord(key, path or "", source, class_name, splits, problem)
             if self._by_key.setdefault(key, video) is not video:
                 self._of_same_key.setdefault(key, []).append(video)
             return
         if not first.path and path is not None:
-            first.path, first.reason = path, _refused_name(name)
+            first.path, first.reason = path, refused_name(name)
         if first.class_name != class_name:
             self._two_classes.append(
                 f"{source!r} is listed with two classes, {first.class_name!r} and "
@@ -208,7 +209,7 @@ class ListingBuilder:
             video.splits = tuple(sorted(video.splits, key=place.__getitem__))
         return Listing(
             records=[video for video in videos if not video.reason],
-            class_names=list(class_names or sorted({video.class_name for video in videos})),
+            class_names=list(class_names or sorted({video.class_name for video in videos} - {""})),
             split_names=split_names,
             missing=[video for video in videos if video.reason],
             notes=self._notes,
@@ -225,7 +226,7 @@ class ListingBuilder:
             for video in videos:
                 name = video.path or video.source
                 if video.key in clashing and video.key != (key := key_from_name(name)):
-                    video.key, video.reason = key, video.reason or _refused_name(name)
+                    video.key, video.reason = key, video.reason or refused_name(name)
                     renamed += 1
             # The whole path may be the key of yet another file: a.mp4, a.avi, a.mp4.avi.
             counts = Counter(video.key for video in videos)
@@ -253,12 +254,12 @@ def _may_be(video: VideoRecord, path: str, source: str) -> bool:
     return video.path == path or (not video.path and video.source == source)
 
 
-def _printable(text: str) -> str:
-    """`text` with escapes for the bytes of file names that are not UTF-8."""
+def printable(text: str) -> str:
+    """Return `text` with escapes for the bytes of file names that are not UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _refused_name(name: str, limit: int | None = MAX_NAME_LENGTH) -> str:
+def refused_name(name: str, limit: int | None = MAX_NAME_LENGTH) -> str:
     """Return why no sample can have this name, or an empty string if it can."""
     if limit is not None and len(name) > limit:
         return f"its name has {len(name)} characters, more than {limit}: shorten it"

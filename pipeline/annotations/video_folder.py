@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from featstore.errors import UserError
+from featstore.remote.urls import is_url, parsed_file
 from pipeline.annotations.class_names import comparable
 from pipeline.annotations.listing import split_from_folder
 from pipeline.annotations.tables import TABLES
@@ -22,11 +23,12 @@ class VideoFolder:
 
     `folders` are the relative paths of all folders, empty ones too. Links are followed (CVDF's
     arrange script for Kinetics makes some), except a link back to a parent folder. Hidden files
-    are left out, and so is a folder that holds `leave_out`, where the output goes.
+    are left out, and so is a folder that holds `leave_out`, where the output goes. Without `scan`
+    nothing is looked for, and only paths that are listed exactly are found.
     Raises UserError when the folder, or one in it, is missing or cannot be read.
     """
 
-    def __init__(self, root: Path, *, leave_out: Path | None = None) -> None:
+    def __init__(self, root: Path, *, leave_out: Path | None = None, scan: bool = True) -> None:
         self.root = root
         self.files: list[str] = []
         self.folders: list[str] = []
@@ -35,7 +37,8 @@ class VideoFolder:
             raise UserError(f"videos folder {str(root)!r} does not exist: give --videos a folder")
         if not root.is_dir():
             raise UserError(f"{str(root)!r} is not a folder: give --videos a folder of videos")
-        self._scan(root, "", frozenset())
+        if scan:
+            self._scan(root, "", frozenset())
         self.files.sort()
         self.folders.sort()
 
@@ -120,11 +123,17 @@ class VideoFolder:
     def find_listed(self, listed: str, split: str = "") -> tuple[str | None, str]:
         """Return the file that a list's entry means, or (None, the reason why there is none).
 
-        Tried in turn: the path as listed; the same with another extension or none; the path
-        without its first folders (absolute paths, other roots); the file's name alone, where
-        neither folder contradicts the other (a flat folder, a list without class folders, spaces
-        for underscores). A name in another class's folder is never taken.
+        A URL of a file means itself. Tried in turn: the path as listed; the same with another
+        extension or none; the path without its first folders (absolute paths, other roots); the
+        file's name alone, where neither folder contradicts the other (a flat folder, a list without
+        class folders, spaces for underscores). A name in another class's folder is never taken.
         """
+        if is_url(listed):
+            try:
+                parsed_file(listed)
+            except UserError as error:
+                return None, str(error)
+            return listed, ""
         path = normal_path(listed, self.root)
         if path.startswith("../") or path in ("..", ".", ""):
             return None, "the listed path leads outside the videos folder"

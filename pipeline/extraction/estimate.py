@@ -16,7 +16,7 @@ from pipeline.extraction.cpu_pool import VideoPool
 from pipeline.extraction.job import ExtractionJob
 from pipeline.extraction.plan import ExtractionPlan, no_room
 from pipeline.extraction.request import ExtractionRequest
-from pipeline.tars.reading import DamagedTar, open_tar
+from pipeline.tars.reading import DamagedTar, open_packed
 from pipeline.tars.sources import TarSource
 
 SAMPLE_SECONDS: Final = 10.0
@@ -168,7 +168,7 @@ def _videos(plan: ExtractionPlan, source: TarSource) -> Iterator[bytes]:
     for number in plan.pending:
         tar = plan.tars[number]
         try:
-            with open_tar(source.path(tar), tar.bytes) as archive:
+            with open_packed(plan.dataset, tar, source.path(tar)) as archive:
                 for sample in archive.samples:
                     yield archive.read(sample)
         except DamagedTar:

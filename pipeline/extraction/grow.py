@@ -99,6 +99,8 @@ def add_texts(
     recover(store_path)
     with _undisturbed(store_path):
         store = open_store(store_path)
+        if not store.class_names:
+            raise UserError(f"{store_path} has no classes, so there are no class texts to make")
         wanted.require_classes(store.class_names)
         if wanted.name in store.prompt_sets:
             wanted.require_held(store)

@@ -60,13 +60,17 @@ class ExtractionPlan:
         asked = [
             PromptSet(p) if isinstance(p, str) and p in held else p for p in request.prompt_sets
         ]
-        self.prompt_sets = prompt_sets_of(asked, self.dataset.class_names)
+        # Without classes there are no sentences, so that any prompt set has them all.
+        classes = self.dataset.class_names
+        self.prompt_sets = prompt_sets_of(asked, classes) if classes else ()
 
     def tar_source(self) -> TarSource:
         """Return a new source of the data set's tars."""
-        if self._scratch is None:
+        url = self.request.dataset_dir if isinstance(self.request.dataset_dir, str) else None
+        if url is None and not any(tar.remote for tar in self.tars):
             return TarSource(self.dataset)
-        return RemoteTars(str(self.request.dataset_dir), self._scratch.path)
+        self._scratch = self._scratch or ScratchFolder()
+        return RemoteTars(url, self.dataset, self._scratch.path)
 
     @property
     def mine(self) -> list[int]:

@@ -22,7 +22,7 @@ from pipeline.extraction.cpu_pool import ThreadVideoPool
 from pipeline.extraction.tiers import frame_output
 from pipeline.sampling import parse_sampling
 from pipeline.tars.dataset import load_dataset
-from pipeline.tars.reading import DamagedTar, open_tar
+from pipeline.tars.reading import open_packed
 
 
 def reencode_store(
@@ -86,15 +86,15 @@ def reencoder(
         number, position = divmod(row, store.schema.capacity)
         entry = store.tars[number]
         tar = packed.get(entry.sha256)
-        path = dataset.folder if tar is None else dataset.tar_path(tar)
-        if tar is None or not path.is_file():
+        if tar is None or not (tar.remote or dataset.tar_path(tar).is_file()):
             raise UserError(
                 f"{entry.file} of data set {dataset.name!r}, which partition {number} was "
-                f"made of, is not in {dataset.folder}: put it back to encode its videos again"
+                f"made of, is not in {dataset.folder if tar is None else dataset.location(tar)}: "
+                "put it back to encode its videos again"
             )
-        with open_tar(path, tar.bytes) as archive:
+        with open_packed(dataset, tar) as archive:
             if position >= len(archive.samples) or archive.samples[position].key != key:
-                raise DamagedTar.of(path, f"does not hold {key!r} at place {position}")
+                raise archive.damage(f"does not hold {key!r} at place {position}")
             sample = archive.samples[position]
             result = pool.submit(lambda: archive.read(sample)).result()
         return result if isinstance(result, str) else result.features

@@ -156,5 +156,6 @@ class ExtractionSummary(Outcome):
     videos_per_second: float
     frames_per_second: float
     seconds: float
+    classes: int  # 0: the videos have no labels
     too_many_failures: bool
     failures: list[dict[str, str]] = field(default_factory=list)  # the first ten: key, reason

@@ -20,7 +20,7 @@ from featstore.format.schema import STATUS_FAILED, STATUS_OK
 from featstore.writing.shard_rows import FeatureRows
 from pipeline.extraction.cpu_pool import EncodedVideo
 from pipeline.tars.dataset import Dataset, Tar
-from pipeline.tars.reading import DamagedTar, OpenTar, open_tar, require_packed
+from pipeline.tars.reading import DamagedTar, OpenTar, open_packed
 
 
 class TarRows:
@@ -47,13 +47,9 @@ class TarRows:
         self.handed_out = False  # whether every sample was given to the pool
         self.damage = ""  # what is wrong with the tar; if anything, no partition is written
         self._resources = ExitStack()
-        self.archive: OpenTar = self._resources.enter_context(open_tar(path, tar.bytes))
+        opened = open_packed(dataset, tar, path)
+        self.archive: OpenTar = self._resources.enter_context(opened)
         self.samples = self.archive.samples
-        try:
-            require_packed(self.archive, dataset, tar)
-        except DamagedTar:
-            self.close()
-            raise
         n = tar.rows
         bit = {name: 1 << i for i, name in enumerate(dataset.split_names)}
         listed = [(s.key, s.sidecar["label"], s.sidecar["splits"]) for s in self.samples]

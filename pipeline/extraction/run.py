@@ -127,6 +127,7 @@ def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> Extracti
         videos_per_second=totals.videos * rate,
         frames_per_second=totals.frames * rate,
         seconds=seconds,
+        classes=len(store.class_names),
         too_many_failures=len(failed) > request.max_failures * len(store),
         failures=[{"key": keys[i], "reason": reasons[i]} for i in failed[:FAILURES_SHOWN]],
     )

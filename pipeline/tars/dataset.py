@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,19 +14,25 @@ from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_bytes, write_json
 from featstore.files.tables import csv_bytes
+from featstore.remote.urls import is_url
 from featstore.workspace import DATASET_FILE as DATASET_FILE
 
 FAILURES_FILE = "failures.csv"
 TARS_FOLDER = "shards"
-FORMAT_VERSION = 1
-
+INDEX_FOLDER = "index"
+FORMAT_VERSION = 2  # 1 has no tars that were taken where they lie, and always classes
+NO_LABEL = -1
+"""The label of a video without a class."""
 
 FAILURE_COLUMNS = ("key", "path", "class_name", "splits", "reason")
 
 
 @dataclass(frozen=True, slots=True)
 class FailedVideo:
-    """A listed video that is in no tar, and why. `class_name` is in natural words."""
+    """A listed video that cannot be used, and why.
+
+    `class_name` is in natural words; without a class it is "" and `label` is `NO_LABEL`.
+    """
 
     key: str
     label: int
@@ -40,7 +46,9 @@ class Tar:
     """One tar: `samples` is the number of videos in it, `failed` lists the videos it lacks.
 
     A failed video still counts as a row. `split` is set where every split has its own tars.
-    `bytes` and `sha256` describe the file.
+    `bytes` and `sha256` describe the file. A tar that was taken where it lies has a `source`, its
+    absolute path or URL, and an index in the data set's folder, whose hash is `index_sha256`;
+    `file` is then its name in this data set.
     """
 
     file: str
@@ -49,11 +57,29 @@ class Tar:
     failed: tuple[FailedVideo, ...]
     bytes: int
     sha256: str
+    source: str = ""
+    index_sha256: str = ""
 
     @property
     def rows(self) -> int:
         """The number of listed videos of this tar, failed ones included."""
         return self.samples + len(self.failed)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the tar was taken from a URL and lies only there."""
+        return is_url(self.source)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values; those of tars taken where they lie only where they are set.
+
+        So the data sets of earlier versions keep their fingerprint.
+        """
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value or name not in ("source", "index_sha256")
+        }
 
 
 @dataclass(frozen=True)
@@ -62,7 +88,9 @@ class Dataset:
 
     `keys_by_split` holds the keys of every split, failed videos included. `splits_disjoint` is
     true where every split has its own tars. `fingerprint` changes with any byte of any tar and
-    with labels, splits and failures. `label_map` means the same as in `Listing`.
+    with labels, splits and failures. `label_map` means the same as in `Listing`. A data set without
+    classes has no labels: all of them are `NO_LABEL`. `left_out` are samples of tars taken where
+    they lie that cannot have a row: without a class, or with a key that was there before.
     """
 
     folder: Path
@@ -75,6 +103,7 @@ class Dataset:
     keys_by_split: Mapping[str, Sequence[str]]
     fingerprint: str = ""
     label_map: str = ""
+    left_out: tuple[FailedVideo, ...] = ()
     _splits_by_key: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,13 +120,25 @@ class Dataset:
         return self._splits_by_key.get(key, ())
 
     def tar_path(self, tar: Tar) -> Path:
-        """The path of the tar's file."""
-        return self.folder / TARS_FOLDER / tar.file
+        """The path of the tar's file on this machine. Not for a tar that lies only at a URL."""
+        return Path(tar.source) if tar.source else self.folder / TARS_FOLDER / tar.file
+
+    def location(self, tar: Tar) -> str:
+        """The path or the URL of the tar, for messages."""
+        return tar.source or str(self.tar_path(tar))
+
+    def index_path(self, tar: Tar) -> Path:
+        """The path of the index of a tar that was taken where it lies."""
+        return self.folder / INDEX_FOLDER / f"{tar.file}.json"
+
+    def has_label(self, label: int) -> bool:
+        """Whether a video of this data set can have this label."""
+        return 0 <= label < len(self.class_names) or (not self.class_names and label == NO_LABEL)
 
     @property
     def listed(self) -> int:
         """The number of listed videos, failed ones included."""
-        return sum(tar.rows for tar in self.tars)
+        return sum(tar.rows for tar in self.tars) + len(self.left_out)
 
     @property
     def packed(self) -> int:
@@ -117,7 +158,11 @@ class Dataset:
             "tars": len(self.tars),
             "bytes": sum(tar.bytes for tar in self.tars),
             "fingerprint": self.fingerprint,
-            "failures": [{"key": f.key, "reason": f.reason} for t in self.tars for f in t.failed],
+            "failures": [
+                {"key": f.key, "reason": f.reason}
+                for videos in (*(tar.failed for tar in self.tars), self.left_out)
+                for f in videos
+            ],
         }
 
     def write(self) -> None:
@@ -125,7 +170,8 @@ class Dataset:
         write_json(
             self.folder / DATASET_FILE,
             {
-                "format_version": FORMAT_VERSION,
+                # Earlier programs go on reading what they can read.
+                "format_version": FORMAT_VERSION if self._is_new else 1,
                 "fingerprint": self.fingerprint,
                 "videos": {
                     "listed": self.listed,
@@ -136,6 +182,10 @@ class Dataset:
             },
         )
 
+    @property
+    def _is_new(self) -> bool:
+        return not self.class_names or bool(self.left_out) or any(t.source for t in self.tars)
+
     def _content(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -143,10 +193,11 @@ class Dataset:
             "raw_class_names": list(self.raw_class_names),
             "split_names": list(self.split_names),
             "splits_disjoint": self.splits_disjoint,
-            "shards": [asdict(tar) for tar in self.tars],
+            "shards": [tar.to_json() for tar in self.tars],
             "splits": {split: list(self.keys_by_split[split]) for split in self.split_names},
             # Written only where it is set, so that other data sets keep their fingerprint.
             **({"label_map": self.label_map} if self.label_map else {}),
+            **({"left_out": list(map(asdict, self.left_out))} if self.left_out else {}),
         }
 
 
@@ -220,8 +271,7 @@ def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
         file = entry["file"]
         if PurePosixPath(file).name != file or file in (".", "..") or "\\" in file:
             raise ValueError(f"tar {file!r} is not a plain file name")
-        failed = (FailedVideo(**{**v, "splits": tuple(v["splits"])}) for v in entry["failed"])
-        tars.append(Tar(**{**entry, "failed": tuple(failed)}))
+        tars.append(Tar(**{**entry, "failed": _failed(entry["failed"])}))
     return Dataset(
         folder=folder,
         name=str(value["name"]),
@@ -233,7 +283,12 @@ def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
         keys_by_split={split: tuple(map(str, keys)) for split, keys in value["splits"].items()},
         fingerprint=str(value["fingerprint"]),
         label_map=str(value.get("label_map", "")),
+        left_out=_failed(value.get("left_out", ())),
     )
+
+
+def _failed(videos: Iterable[Mapping[str, Any]]) -> tuple[FailedVideo, ...]:
+    return tuple(FailedVideo(**{**video, "splits": tuple(video["splits"])}) for video in videos)
 
 
 def _fingerprint(content: dict[str, Any]) -> str:

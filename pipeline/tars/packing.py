@@ -12,31 +12,30 @@ import json
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from featstore.errors import UserError, WorkError, one_line
+from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_file, sweep_partials
 from featstore.files.locks import exclusive
 from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
+from featstore.remote.urls import is_url
 from featstore.workspace import NAME_PATTERN
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
-from pipeline.annotations.known_sets import read_listing
+from pipeline.annotations.known_sets import read_listing, videos_folder
 from pipeline.annotations.video_folder import extension
-from pipeline.decoding.contract import DecodeError
-from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.tars.dataset import (
     DATASET_FILE,
     FAILURE_COLUMNS,
     FAILURES_FILE,
+    NO_LABEL,
     TARS_FOLDER,
     Dataset,
     FailedVideo,
@@ -44,6 +43,7 @@ from pipeline.tars.dataset import (
     load_dataset,
     write_failures,
 )
+from pipeline.tars.fetching import VideoFetcher
 from pipeline.tars.finished import (
     RECORDS_FOLDER,
     HashingStream,
@@ -62,13 +62,12 @@ from pipeline.tars.plan import (
     read_plan,
     with_earlier_keys,
 )
+from pipeline.tars.probing import in_order, probe
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_FAILURES = 5
+SHOWN_FAILURES = 5
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 _Sample = dict[str, str | bytes]
 
 
@@ -102,7 +101,7 @@ class PackSummary:
 
 
 def pack(
-    videos_dir: Path,
+    videos_dir: Path | None,
     name: str,
     dataset_dir: Path,
     *,
@@ -114,6 +113,7 @@ def pack(
     max_failures: float = 0.05,
     append: bool = False,
     naming: Naming = USUAL_NAMING,
+    unlabelled: bool = False,
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue what an earlier run began.
@@ -121,17 +121,23 @@ def pack(
     Files that are missing, unreadable or undecodable are listed in `failures.csv` and in
     `dataset.json` and are in no tar. If their share is above `max_failures`, the summary has
     `too_many_failures`. With `append`, videos, classes and splits that are new since the data set
-    was packed go into new tars; earlier tars stay as they are. `naming` decides on class names.
+    was packed go into new tars; earlier tars stay as they are. `naming` decides on class names;
+    with `unlabelled` there are none. Videos that a list names by URL are fetched; for a list of
+    them `videos_dir` may be None.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
     when another process packs the same data set and when tars cannot be written.
     """
     began = time.monotonic()
-    _check_arguments(name, samples_per_shard, workers, max_failures)
+    check_arguments(name, workers, max_failures, samples_per_shard)
     listing = read_listing(
-        *(name, videos_dir, annotations, class_names_file), leave_out=dataset_dir, naming=naming
+        *(name, videos_dir, annotations, class_names_file),
+        leave_out=dataset_dir,
+        naming=naming,
+        unlabelled=unlabelled,
     )
+    videos_dir = videos_folder(videos_dir, annotations)
     plan = make_plan(
         *(listing, videos_dir),
         name=name,
@@ -175,7 +181,7 @@ def pack(
         bytes=sum(tar.bytes for tar in dataset.tars),
         seconds=time.monotonic() - began,
         too_many_failures=len(failures) > max_failures * dataset.listed,
-        failures=tuple(failures[:_SHOWN_FAILURES]),
+        failures=tuple(failures[:SHOWN_FAILURES]),
         notes=tuple(notes),
     )
 
@@ -188,11 +194,9 @@ class _Packing:
         self._videos_dir = videos_dir
         self._dataset_dir = dataset_dir
         self._records_dir = dataset_dir / RECORDS_FOLDER
-        # Extraction judges damage inside a file (--strict-decode). Packing only counts frames and
-        # leaves out videos that have none.
-        self._decoder = PyAVDecoder("never")
         sweep_partials(dataset_dir)
         self.records: dict[str, TarRecord] = {}
+        self._fetcher = VideoFetcher()
 
     def settle_plan(self, append: bool = False) -> None:
         """Write the plan, or compare it with an earlier one and load the records of finished tars.
@@ -251,7 +255,7 @@ class _Packing:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="pack")
         try:
             videos = (video for tar in pending for video in tar.videos)
-            outcomes = _in_order(pool, self._read_video, videos, window=workers + 1)
+            outcomes = in_order(pool, self._read_video, videos, window=workers + 1)
             for tar in pending:
                 finished: list[VideoOutcome] = []
                 with durable_file(self._tar_path(tar)) as file:
@@ -285,7 +289,8 @@ class _Packing:
                 for split in video.splits:
                     keys[split].append(key)
                 if reason:
-                    words, splits = self.plan.words[video.label], video.splits
+                    words = "" if video.label == NO_LABEL else self.plan.words[video.label]
+                    splits = video.splits
                     failed.append(FailedVideo(key, video.label, words, splits, reason))
                     line = (key, video.path, words, splits, reason)
                     failures.append(dict(zip(FAILURE_COLUMNS, line, strict=True)))
@@ -326,6 +331,11 @@ class _Packing:
         """
         if video.reason:
             return VideoOutcome(video.key, None, video.reason), None
+        if is_url(video.path):
+            fetched = self._fetcher.fetch(video.path)
+            if isinstance(fetched, str):
+                return VideoOutcome(video.key, None, fetched), None
+            return self._probed(video, fetched)
         try:
             with open(self._videos_dir / video.path, "rb") as file:
                 status = os.fstat(file.fileno())
@@ -338,35 +348,25 @@ class _Packing:
                 f"{video.path!r} changed while it was being packed: wait until the videos are "
                 f"complete; {self._remedy()}"
             )
-        digest = hashlib.sha256(data).hexdigest()
-        try:
-            return VideoOutcome(video.key, digest, ""), self._sample(video, data, digest)
-        except DecodeError as error:
-            reason = one_line(error.reason)
-        except Exception as error:
-            # One bad file must not stop hundreds of thousands of others; its failure is recorded.
-            logger.exception("unexpected error in %s", video.path)
-            reason = one_line(f"{type(error).__name__}: {error}")
-        return VideoOutcome(video.key, digest, reason), None
+        return self._probed(video, data)
 
-    def _sample(self, video: PlannedVideo, data: bytes, digest: str) -> _Sample:
-        """Return the video and its sidecar for the tar. Raises DecodeError if it has no frames."""
-        if not data:
-            raise DecodeError("the file is empty (zero bytes)")
-        info = self._decoder.probe(data)
-        if info.num_frames < 1:
-            raise DecodeError("the video has no frames")
+    def _probed(self, video: PlannedVideo, data: bytes) -> tuple[VideoOutcome, _Sample | None]:
+        digest = hashlib.sha256(data).hexdigest()
+        facts, reason = probe(data, video.path)
+        outcome = VideoOutcome(video.key, digest, reason)
+        return outcome, None if reason else self._sample(video, data, digest, facts)
+
+    def _sample(
+        self, video: PlannedVideo, data: bytes, digest: str, facts: dict[str, Any]
+    ) -> _Sample:
+        """Return the video and its sidecar for the tar."""
+        labelled = video.label != NO_LABEL
         sidecar = {
             "key": video.key,
-            "class_name": self.plan.words[video.label],
-            "raw_class_name": self.plan.class_names[video.label],
+            "class_name": self.plan.words[video.label] if labelled else "",
+            "raw_class_name": self.plan.class_names[video.label] if labelled else "",
             "label": video.label,
-            "num_frames": info.num_frames,
-            "fps": info.fps,
-            "width": info.width,
-            "height": info.height,
-            "duration_s": info.duration_s,
-            "codec": info.codec,
+            **facts,
             "source_path": video.path,
             "sha256": digest,
             "splits": video.splits,
@@ -412,25 +412,10 @@ class _Packing:
         return self._records_dir / f"{tar.file.removesuffix('.tar')}.json"
 
 
-def _in_order(
-    pool: ThreadPoolExecutor,
-    function: Callable[[_Item], _Result],
-    items: Iterable[_Item],
-    window: int,
-) -> Iterator[_Result]:
-    """Yield results in the order of `items`; at most `window` are begun and not yet taken."""
-    begun: deque[Future[_Result]] = deque()
-    for item in items:
-        begun.append(pool.submit(function, item))
-        if len(begun) >= window:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
-
-
-def _check_arguments(
-    name: str, samples_per_shard: int, workers: int | None, max_failures: float
+def check_arguments(
+    name: str, workers: int | None, max_failures: float, samples_per_shard: int = 1
 ) -> None:
+    """Raise UserError for an argument of packing that cannot be meant."""
     if not NAME_PATTERN.fullmatch(name):
         raise UserError(
             f"data set name {name!r}: use letters, digits and . _ + - only, not beginning "

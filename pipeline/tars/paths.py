@@ -11,7 +11,7 @@ from featstore.files.tables import csv_rows
 from pipeline.tars.dataset import FAILURES_FILE, load_dataset
 from pipeline.tars.finished import RECORDS_FOLDER
 from pipeline.tars.plan import PLAN_FILE, read_plan
-from pipeline.tars.reading import open_tar
+from pipeline.tars.reading import open_packed
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,9 @@ log = logging.getLogger(__name__)
 def video_paths(dataset_dir: Path) -> dict[str, str]:
     """Return the path of every listed video by its key; {} if the data set is not packed here.
 
-    A path is relative to the folder of videos that was packed. It comes from the plan of packing
-    or, where that was not kept, from the JSON beside each video in the tars and from failures.csv.
+    A path is relative to the folder of videos that was packed, or is a member's name in its tar. It
+    comes from the plan of packing or, where that was not kept, from the JSON beside each video in
+    the tars (or the index of a foreign tar) and from failures.csv.
     A tar that is missing or damaged is logged, and its videos are left out.
     """
     with suppress(UserError, WorkError):
@@ -35,9 +36,10 @@ def video_paths(dataset_dir: Path) -> dict[str, str]:
         found.update((key, path) for key, path, *_ in failures)
     for tar in dataset.tars:
         try:
-            with open_tar(dataset.tar_path(tar), tar.bytes) as archive:
+            with open_packed(dataset, tar) as archive:
                 for sample in archive.samples:
-                    found[sample.key] = str(sample.sidecar.get("source_path", ""))
+                    path = sample.sidecar.get("source_path") or sample.sidecar.get("member")
+                    found[sample.key] = str(path or "")
         except WorkError as error:
             log.warning("paths are left out: %s", error)
     return found

@@ -18,8 +18,10 @@ from typing import NamedTuple
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_json
+from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import NamesAs, Naming
 from pipeline.annotations.listing import Listing, VideoRecord, key_from_name
+from pipeline.tars.dataset import NO_LABEL
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -28,9 +30,9 @@ PLAN_FILE = "plan.json"
 class PlannedVideo(NamedTuple):
     """One listed video. `reason` is set if it fails before it is read.
 
-    `path` is relative to the videos folder, or the name as listed where there is no file;
-    `size` in bytes and `mtime_ns` are -1 where there is no file. `batch` is 0 for videos that
-    were packed first, 1 for those that were appended next, and so on.
+    `path` is relative to the videos folder, a URL, or the name as listed where there is no file;
+    `size` in bytes and `mtime_ns` are -1 where there is no file, and 0 for a URL. `batch` is 0 for
+    videos that were packed first, 1 for those that were appended next, and so on.
     """
 
     key: str
@@ -125,7 +127,7 @@ def make_plan(
     """Make the plan for the videos of a listing; a video without a readable file gets a reason."""
     labels = {class_name: label for label, class_name in enumerate(listing.class_names)}
     videos = [
-        _planned(videos_dir, video, labels[video.class_name])
+        _planned(videos_dir, video, labels.get(video.class_name, NO_LABEL))
         for video in (*listing.records, *listing.missing)
     ]
     return TarPlan(
@@ -195,7 +197,8 @@ def continued(old: TarPlan, new: TarPlan) -> TarPlan:
     next_batch = old.last_batch + 1
     videos = tuple(
         video._replace(
-            label=labels[new.class_names[video.label]], batch=batches.get(video.key, next_batch)
+            label=NO_LABEL if video.label == NO_LABEL else labels[new.class_names[video.label]],
+            batch=batches.get(video.key, next_batch),
         )
         for video in new.videos
     )
@@ -221,8 +224,8 @@ def differences(
     if may_grow and old.splits_disjoint != new.splits_disjoint:
         phrases.append("splits overlapped before" if new.splits_disjoint else "splits overlap now")
     known = new.class_names[: len(old.class_names)] if may_grow else new.class_names
-    if old.class_names != known:
-        phrases.append(_class_difference(old.class_names, new.class_names))
+    if old.class_names != known or bool(old.class_names) != bool(new.class_names):
+        phrases.append(class_difference(old.class_names, new.class_names))
     before = {video.key: video for video in old.videos}
     after = {video.key: video for video in new.videos}
     added = [after[key].path for key in sorted(after.keys() - before.keys()) if not may_grow]
@@ -230,7 +233,7 @@ def differences(
     by_kind: dict[str, list[str]] = {"added": added, "removed": removed}
     for key in sorted(before.keys() & after.keys()):
         was, now = before[key], after[key]
-        same_class = old.class_names[was.label] == new.class_names[now.label]
+        same_class = _class_of(old, was) == _class_of(new, now)
         if was == now and same_class:
             continue
         kinds = {
@@ -255,11 +258,16 @@ def differences(
     return phrases
 
 
+def _class_of(plan: TarPlan, video: PlannedVideo) -> str:
+    return "" if video.label == NO_LABEL else plan.class_names[video.label]
+
+
 def _shown(value: object) -> object:
     return "none" if value == "" else value
 
 
-def _class_difference(old: Sequence[str], new: Sequence[str]) -> str:
+def class_difference(old: Sequence[str], new: Sequence[str]) -> str:
+    """Say how two lists of classes differ."""
     gone, come = sorted(set(old) - set(new)), sorted(set(new) - set(old))
     if not gone and not come:
         return "the order of classes changed"
@@ -273,6 +281,8 @@ def _planned(videos_dir: Path, video: VideoRecord, label: int) -> PlannedVideo:
     size, mtime_ns, path, reason = -1, -1, video.path, video.reason
     if reason:
         path = video.source
+    elif is_url(path):
+        size = mtime_ns = 0  # known when it is fetched
     else:
         try:
             status = (videos_dir / path).stat()

@@ -1,4 +1,4 @@
-"""Provides tars from a folder of this machine or from S3-compatible storage.
+"""Provides tars from this machine, from S3-compatible storage or from a web server.
 
 Tars in storage are fetched whole, one ahead of its use. Videos are read often and at random places
 of a tar, so each tar is fetched once into a scratch folder and read there. While one tar is
@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Event, Lock
 
@@ -18,9 +19,9 @@ from featstore.errors import UserError, WorkError
 from featstore.files.disk import has_room
 from featstore.files.durable import write_bytes
 from featstore.files.scratch import require_room
-from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder
+from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder, remote_file
 from pipeline.tars.dataset import DATASET_FILE, TARS_FOLDER, Dataset, Tar, load_dataset
-from pipeline.tars.reading import DamagedTar
+from pipeline.tars.reading import MAX_INDEX_BYTES, DamagedTar, damage_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _DATASET_FILE_LIMIT = 2**30
 
 
 class TarSource:
-    """Provides the tars of a data set as local files; this class uses the files of a local folder.
+    """Provides the tars of a data set as local files; this class uses files that are local anyway.
 
     The caller first calls `open_order` with the order in which it will read the tars, so that they
     can be fetched ahead, and calls `release` for each tar that it no longer needs.
@@ -71,22 +72,34 @@ def remote_dataset(url: str, scratch: Path) -> Dataset:
     folder = scratch / "dataset"
     write_bytes(folder / DATASET_FILE, content)
     try:
-        return load_dataset(folder)
+        dataset = load_dataset(folder)
+        for tar in dataset.tars:
+            if tar.source:
+                index = dataset.index_path(tar)
+                name = index.relative_to(folder).as_posix()
+                write_bytes(index, objects.get_bytes(name, MAX_INDEX_BYTES))
+        return dataset
     except (UserError, WorkError) as error:
         # The damage is at the URL, not in the copy.
         raise type(error)(str(error).replace(str(folder), url)) from error
 
 
-class RemoteTars(TarSource):
-    """Provides the tars of the data set at `url` as local files in `scratch`.
+def _to_copy_again(url: str, what: str) -> DamagedTar:
+    return DamagedTar(f"{url} {what}; copy the packed tar there again")
 
-    One thread fetches in the order given to `open_order`, ahead of `path` as long as fewer
-    than two tars are on disk. A tar that `path` is called for is fetched in any case.
-    `release` deletes the tar's file.
+
+class RemoteTars(TarSource):
+    """Provides tars of a data set as local files in `scratch`: those at URLs.
+
+    These are the data set's own tars below `url`, and tars that were taken from URLs. One thread
+    fetches in the order given to `open_order`, ahead of `path` as long as fewer than two tars are
+    on disk. A tar that `path` is called for is fetched in any case. `release` deletes its file.
     """
 
-    def __init__(self, url: str, scratch: Path) -> None:
-        self._objects = ObjectFolder(f"{url.rstrip('/')}/{TARS_FOLDER}")
+    def __init__(self, url: str | None, dataset: Dataset, scratch: Path) -> None:
+        """`url` is the data set's own, None for one whose folder is on this machine."""
+        super().__init__(dataset)
+        self._objects = ObjectFolder(f"{url.rstrip('/')}/{TARS_FOLDER}") if url else None
         self._scratch = scratch / TARS_FOLDER
         self._scratch.mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="fetch-tars")
@@ -98,7 +111,9 @@ class RemoteTars(TarSource):
     def open_order(self, tars: Sequence[Tar]) -> None:
         """Set the order in which the tars will be needed, and begin to fetch."""
         with self._lock:
-            self._waiting = [tar for tar in tars if tar.file not in self._fetches]
+            self._waiting = [
+                tar for tar in tars if self._is_fetched(tar) and tar.file not in self._fetches
+            ]
             self._prefetch()
 
     def path(self, tar: Tar) -> Path:
@@ -107,6 +122,8 @@ class RemoteTars(TarSource):
         Raises DamagedTar, which names the URL, when the tar is missing or is not the packed one;
         raises WorkError when the storage fails or the disk has no room for the tar.
         """
+        if not self._is_fetched(tar):
+            return super().path(tar)
         with self._lock:
             fetch = self._fetches.get(tar.file)
             # A fetch that failed ahead of time (no room, storage unreachable) may succeed now.
@@ -138,6 +155,9 @@ class RemoteTars(TarSource):
         for file in fetches:
             (self._scratch / file).unlink(missing_ok=True)
 
+    def _is_fetched(self, tar: Tar) -> bool:
+        return tar.remote if tar.source else self._objects is not None
+
     def _prefetch(self) -> None:
         """Begin to fetch the next tars if their number and the disk allow; needs the lock."""
         while self._waiting and len(self._fetches) < TARS_ON_DISK:
@@ -150,21 +170,25 @@ class RemoteTars(TarSource):
         fetch = self._fetches[tar.file] = self._pool.submit(self._fetch, tar)
         return fetch
 
+    def _object(self, tar: Tar) -> tuple[ObjectFolder, str]:
+        if tar.source or self._objects is None:
+            return remote_file(tar.source)
+        return self._objects, tar.file
+
     def _fetch(self, tar: Tar) -> Path:
-        path, url = self._scratch / tar.file, self._objects.at(tar.file)
+        path, (objects, name) = self._scratch / tar.file, self._object(tar)
+        url = objects.at(name)
+        damage = damage_of(self._dataset, tar) if tar.source else partial(_to_copy_again, url)
         require_room(self._scratch, tar.bytes, url)
-        remedy = "copy the packed tar there again"
         try:
-            self._objects.download(tar.file, path, tar.bytes, stop=self._stop)
+            objects.download(name, path, tar.bytes, stop=self._stop)
         except MissingObject:
-            raise DamagedTar(f"{url} is missing: {remedy}") from None
+            raise damage("is missing") from None
         except ChangedObject as error:
-            raise DamagedTar(f"{error}; {remedy}") from None
+            raise damage(str(error).removeprefix(f"{url} ")) from None
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != tar.sha256:
-            raise DamagedTar(
-                f"{url} is damaged: its sha256 differs from the packed file's; {remedy}"
-            )
+            raise damage("is damaged: its sha256 differs from the packed file's")
         logger.debug("fetched %s (%d bytes)", url, tar.bytes)
         return path

@@ -32,7 +32,7 @@ from pipeline.decoding.nvdec.graphs import wants_dali
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import Preprocessing
 from pipeline.tars.dataset import Dataset
-from pipeline.tars.reading import DamagedTar, read_video
+from pipeline.tars.reading import DamagedTar, damage_of, read_video
 from pipeline.video_clips.order import ListedClip, listed_clips
 
 BATCHES_AHEAD = 2
@@ -165,14 +165,15 @@ class ClipLoader:
         slot: torch.Tensor,
     ) -> str:
         """Fill float32 `slot` [T,3,h,w]; returns why it stays empty, "" when it does not."""
-        path = self._dataset.tar_path(self._dataset.tars[clip.tar])
+        tar = self._dataset.tars[clip.tar]
         try:
             with file_budget.holding(clip.size), ExitStack() as held:
-                data = read_video(path, clip.key, clip.offset, clip.size)
+                data = read_video(self._dataset, tar, clip.key, clip.offset, clip.size)
                 # This takes 0.1 ms where decoding takes 20 ms, and is the only way to notice much
                 # of the damage.
                 if clip.sha256 and hashlib.sha256(data).hexdigest() != clip.sha256:
-                    raise DamagedTar.of(path, f"is damaged: the sha256 of {clip.key!r} differs")
+                    what = f"is damaged: the sha256 of {clip.key!r} differs"
+                    raise damage_of(self._dataset, tar)(what)
 
                 def chosen(found: VideoInfo) -> IntArray:
                     indices = choose(clip, found.num_frames)

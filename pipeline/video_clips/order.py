@@ -16,7 +16,7 @@ import numpy as np
 from featstore.errors import UserError, one_line
 from featstore.segments import IntArray, segment_ranges
 from pipeline.tars.dataset import Dataset
-from pipeline.tars.reading import DamagedTar, open_tar, require_packed
+from pipeline.tars.reading import DamagedTar, open_packed
 
 # How many tars have their clips mixed. Packing has mixed the classes of every tar already. A small
 # number keeps reads close together, which matters on disks with heads and network file systems.
@@ -72,12 +72,12 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
                     number, failed.key, failed.label, reason=failed.reason
                 )
         try:
-            with open_tar(dataset.tar_path(tar), tar.bytes) as archive:
-                require_packed(archive, dataset, tar)
+            with open_packed(dataset, tar) as archive:
+                samples = archive.samples
         except DamagedTar as error:
             damaged += [(number, one_line(error))] * tar.samples
             continue
-        for sample in archive.samples:
+        for sample in samples:
             sidecar = sample.sidecar
             if split is None or split in sidecar["splits"]:
                 found[sample.key] = ListedClip(

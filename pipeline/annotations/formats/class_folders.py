@@ -1,4 +1,4 @@
-"""Reads class folders of videos, which lie directly in a folder or under train, val and test."""
+"""Reads folders of videos: class folders, also under train, val and test, or no classes at all."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def read_class_folders(folder: VideoFolder) -> Listing:
     """List every video in a class folder. The folder's name is the class, also if it is empty.
 
     Those of train, val (validation, ...) and test that hold class folders are the splits.
-    Videos outside class folders have no class; they are left out and noted.
-    Raises UserError when no video is in a class folder, when there are split folders and videos
+    Videos outside class folders have no class; they are left out and noted. Where no video is in
+    a class folder, all are listed without a class.
+    Raises UserError when there is no video, when there are split folders and videos
     in other folders as well, and when two folders give one class name.
     """
     splits = _split_folders(folder)
     if not has_class_folders(folder):
-        raise UserError(_nothing_found(folder))
+        return read_unlabelled(folder)
     builder = ListingBuilder()
     classes: set[str] = set()
     for path in folder.folders:
@@ -71,6 +72,27 @@ def read_class_folders(folder: VideoFolder) -> Listing:
     return builder.build(sorted(classes))
 
 
+def read_unlabelled(folder: VideoFolder) -> Listing:
+    """List every video of a folder without a class; train, val and test are splits as elsewhere.
+
+    Raises UserError when there is no video.
+    """
+    if not folder.files:
+        raise UserError(_nothing_found(folder))
+    builder = ListingBuilder()
+    splits = _split_folders(folder)
+    for path in folder.files:
+        split = splits.get(path.split("/")[0], "") if "/" in path else ""
+        builder.add(path_stem(path), source=path, class_name="", split=split, path=path)
+    note_unlabelled(builder, len(folder.files))
+    return builder.build()
+
+
+def note_unlabelled(builder: ListingBuilder, videos: int) -> None:
+    """Say that videos have no labels."""
+    builder.note(f"no classes: {videos} videos without labels")
+
+
 def _split_folders(folder: VideoFolder) -> dict[str, str]:
     """Map the top folders that are splits, because they hold folders of videos, to split names.
 
@@ -111,12 +133,7 @@ def _refuse_unclear_names(classes: set[str]) -> None:
 
 
 def _nothing_found(folder: VideoFolder) -> str:
-    if not folder.files:
-        return (
-            f"no videos under {str(folder.root)!r}: it needs a folder of videos for each class, "
-            "or files that --annotations lists"
-        )
     return (
-        f"{str(folder.root)!r} holds videos but no class folders (first: {folder.files[0]}): put "
-        "them into one folder for each class, or name a list with --annotations"
+        f"no videos under {str(folder.root)!r}: it needs a folder of videos for each class, "
+        "or files that --annotations lists"
     )

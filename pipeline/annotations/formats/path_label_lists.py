@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featstore.errors import UserError
+from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import LabelMap, comparable, one_spelling
+from pipeline.annotations.formats.class_folders import note_unlabelled
 from pipeline.annotations.label_names import (
     correct_names,
     is_name_file,
@@ -31,6 +33,7 @@ from pipeline.annotations.text_files import is_number, quoted, read_json, read_l
 from pipeline.annotations.video_folder import (
     VIDEO_EXTENSIONS,
     VideoFolder,
+    extension,
     normal_path,
     path_stem,
 )
@@ -58,8 +61,12 @@ def read_lists(
     folder: VideoFolder,
     class_names_file: Path | None = None,
     label_map: LabelMap = "corrected",
+    *,
+    unlabelled: bool = False,
 ) -> Listing:
     """List the videos of all rows; integer labels get names from a file or consistent folders.
+
+    A list without labels gives videos without a class, and with `unlabelled` so does any other.
 
     A file of names that exchanges names of classes is corrected, or kept if `label_map` is
     "as-published"; the listing says which.
@@ -74,12 +81,27 @@ def read_lists(
     if class_names_file is None and len(named) == 1:
         class_names_file = named[0]
     builder = ListingBuilder()
-    rows = [row for path in lists for row in read_list(path, folder.find_listed)]
+    rows = [row for path in lists for row in read_list(path, folder.find_listed, unlabelled)]
     found = [folder.find_listed(row.path, row.split) for row in rows]
     paths = [path for path, _ in found]
-    names, order = _label_names(rows, paths, class_names_file, folder, builder, label_map)
+    names: dict[str, str] = {"": ""}
+    order = None
+    if all(not row.label for row in rows):
+        note_unlabelled(builder, len(rows))
+    else:
+        if bare := next((row for row in rows if not row.label), None):
+            raise UserError(
+                f"some lists have labels and others have none ({bare.path!r}): name only those "
+                "with labels, or take all without, with --unlabelled"
+            )
+        labelled = label_names(rows, paths, class_names_file, folder.root, builder.note, label_map)
+        names, order, builder.label_map = labelled
     for row, (path, reason) in zip(rows, found, strict=True):
-        listed = normal_path(row.path, folder.root)
+        if is_url(row.path):
+            listed = row.path.partition("://")[2]
+            path = path and row.path
+        else:
+            listed = normal_path(row.path, folder.root)
         name = path if path is not None and listed.startswith(("/", "../")) else listed
         builder.add(
             path_stem(name.lstrip("/")),
@@ -96,8 +118,11 @@ def read_lists(
 Finder = Callable[[str], tuple[str | None, str]]
 
 
-def read_list(path: Path, find: Finder) -> list[ListRow]:
-    """Read the rows of one list with the separator by which most of its files are found."""
+def read_list(path: Path, find: Finder, unlabelled: bool = False) -> list[ListRow]:
+    """Read the rows of one list with the separator by which most of its files are found.
+
+    The rows of a list of paths alone have no label, and with `unlabelled` those of any list.
+    """
     if path.suffix.lower() == ".json":
         read_json(path)  # says what is wrong with it
         raise UserError(
@@ -107,6 +132,10 @@ def read_list(path: Path, find: Finder) -> list[ListRow]:
     lines = read_lines(path)
     if not lines:
         raise UserError(f"annotation file {str(path)!r} is empty: name one that lists videos")
+    if alone := _paths_alone(path, [text for _, text in lines], find, unlabelled):
+        return alone
+    if unlabelled:
+        return [replace(row, label="") for row in read_list(path, find)]
     best: tuple[float, str, list[list[str]]] | None = None
     for separator in ("\t", ",", ";", " "):
         table = _split_at_spaces(lines, find) if separator == " " else _table(path, separator)
@@ -133,6 +162,28 @@ def read_list(path: Path, find: Finder) -> list[ListRow]:
             "path and a label, separated by a space, a comma or a tab"
         )
     return _rows(path, best[2])
+
+
+def _paths_alone(path: Path, lines: Sequence[str], find: Finder, unlabelled: bool) -> list[ListRow]:
+    """Return the rows of a list that has paths and perhaps splits, but no labels; else none."""
+    for separator in ("\t", ",", ";"):
+        table = _table(path, separator) or [[""]]
+        words = [cell.lower() for cell in table[0]]
+        at = next((at for at, word in enumerate(words) if word in _COLUMNS["path"]), None)
+        split = next((at for at, word in enumerate(words) if word in _COLUMNS["split"]), None)
+        known = {at, split} - {None}
+        if at is not None and (unlabelled or len(words) == len(known)):
+            cells = [(row[at], "" if split is None else row[split]) for row in table[1:]]
+            return [ListRow(listed, "", _split(word, path)) for listed, word in cells if listed]
+    names = [line.strip('"') for line in lines]
+    names = names[1:] if names[0].lower() in _COLUMNS["path"] else names
+    if not all(extension(name) in VIDEO_EXTENSIONS or find(name)[0] is not None for name in names):
+        return []
+    return [ListRow(name, "", _split("", path)) for name in names]
+
+
+def _split(word: str, path: Path) -> str:
+    return split_from_word(word) if word else split_from_file_name(path.stem)
 
 
 def _table(path: Path, separator: str) -> list[list[str]] | None:
@@ -200,8 +251,7 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
                 "label: complete it"
             )
         word = row[columns["split"]] if "split" in columns else ""
-        split = split_from_word(word) if word else split_from_file_name(path.stem)
-        rows.append(ListRow(listed, label, split))
+        rows.append(ListRow(listed, label, _split(word, path)))
     return rows
 
 
@@ -219,15 +269,19 @@ def _columns_without_header(path: Path, body: list[list[str]]) -> dict[str, int]
     )
 
 
-def _label_names(
+def label_names(
     rows: Sequence[ListRow],
     paths: Sequence[str | None],
     class_names_file: Path | None,
-    folder: VideoFolder,
-    builder: ListingBuilder,
+    root: Path,
+    note: Callable[[str], None],
     label_map: LabelMap,
-) -> tuple[dict[str, str], list[str] | None]:
-    """The raw class name of every label text, and the class order (None: sorted by name)."""
+) -> tuple[dict[str, str], list[str] | None, str]:
+    """Return the raw class name of every label text, the class order and `Listing.label_map`.
+
+    `paths` are the videos of the rows below `root`, None where there is none. The order is None
+    where classes have no other order than that of their names. Raises UserError as `read_lists`.
+    """
     labels = sorted({row.label for row in rows})
     numbers = [label for label in labels if is_number(label)]
     names = read_names(class_names_file) if class_names_file is not None else None
@@ -238,7 +292,7 @@ def _label_names(
         )
     if not numbers:
         if names is None:
-            return one_spelling(labels), None
+            return one_spelling(labels), None, ""
         known = {comparable(name): name for name in names.values()}
         for label in labels:
             if comparable(label) not in known:
@@ -246,10 +300,11 @@ def _label_names(
                     f"label {label!r} is not a name in {str(class_names_file)!r}: correct one "
                     "of them"
                 )
-        return {label: known[comparable(label)] for label in labels}, list(names.values())
+        return {label: known[comparable(label)] for label in labels}, list(names.values()), ""
 
+    done = ""
     evidence = [
-        (int(row.label), path or normal_path(row.path, folder.root), row.path)
+        (int(row.label), path or normal_path(row.path, root), row.path)
         for row, path in zip(rows, paths, strict=True)
     ]
     if names is not None:
@@ -259,15 +314,15 @@ def _label_names(
                 f"label {absent[0]} has no name in {str(class_names_file)!r}, which holds "
                 f"{min(names)} to {max(names)}: name the file that belongs to the list"
             )
-        names, builder.label_map = correct_names(names, evidence, builder.note, label_map)
+        names, done = correct_names(names, evidence, note, label_map)
     else:
         names = names_from_folders(evidence)
         if names is None:
-            builder.note(
+            note(
                 "class names are the numbers of the list: no file of names was given and folders "
                 "do not show any; zero-shot needs words, so pack with a CSV of id,name"
             )
             names = {number: str(number) for number in sorted({n for n, _, _ in evidence})}
         else:
-            builder.note("class names are those of the folders that the labels point at")
-    return {label: names[int(label)] for label in numbers}, list(names.values())
+            note("class names are those of the folders that the labels point at")
+    return {label: names[int(label)] for label in numbers}, list(names.values()), done

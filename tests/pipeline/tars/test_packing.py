@@ -227,7 +227,7 @@ def test_a_decoder_that_breaks_costs_one_sample(
     def probe(self: object, source: bytes) -> Any:
         raise ZeroDivisionError("surprise")
 
-    monkeypatch.setattr("pipeline.tars.packing.PyAVDecoder.probe", probe)
+    monkeypatch.setattr("pipeline.tars.probing.PyAVDecoder.probe", probe)
     summary = pack(videos, "own", tmp_path / "out")
     assert summary.videos_failed == 3
     assert summary.failures[0]["reason"] == "ZeroDivisionError: surprise"

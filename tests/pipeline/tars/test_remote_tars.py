@@ -27,9 +27,9 @@ SHARDS = tuple(
 
 
 @pytest.fixture
-def url(bucket: str, tmp_path: Path) -> str:
-    """URL of a packed data set (its tars are no tars: nothing here opens them)."""
-    dataset = Dataset(
+def dataset(tmp_path: Path) -> Dataset:
+    """A packed data set (its tars are no tars: nothing here opens them)."""
+    return Dataset(
         folder=tmp_path / "packed",
         name="toy",
         class_names=("throw",),
@@ -39,6 +39,11 @@ def url(bucket: str, tmp_path: Path) -> str:
         tars=SHARDS,
         keys_by_split={"train": [f"clip{i}" for i in range(5)]},
     )
+
+
+@pytest.fixture
+def url(bucket: str, dataset: Dataset, tmp_path: Path) -> str:
+    """URL of the packed data set."""
     dataset.write()
     objects = ObjectFolder(f"{bucket}/datasets/toy")
     objects.put("dataset.json", tmp_path / "packed" / "dataset.json")
@@ -55,8 +60,8 @@ def scratch(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tars(url: str, scratch: Path) -> Iterator[RemoteTars]:
-    source = RemoteTars(url, scratch)
+def tars(url: str, dataset: Dataset, scratch: Path) -> Iterator[RemoteTars]:
+    source = RemoteTars(url, dataset, scratch)
     yield source
     source.close()
     assert on_disk(scratch) == []
@@ -99,9 +104,9 @@ def test_every_tar_in_order_and_never_more_than_two(
 
 
 def test_the_next_tar_comes_while_one_is_in_use(
-    url: str, tars: RemoteTars, scratch: Path, proxy: FailingProxy
+    url: str, tars: RemoteTars, dataset: Dataset, scratch: Path, proxy: FailingProxy
 ) -> None:
-    tars = RemoteTars(url, scratch)  # through the proxy
+    tars = RemoteTars(url, dataset, scratch)  # through the proxy
     tars.open_order(SHARDS)
     tars.path(SHARDS[0])
     # Fetched without having been asked for; what comes after it would be a third on disk.
@@ -128,8 +133,8 @@ def test_another_order_than_announced_and_more_than_two_in_use(
     assert tars.path(SHARDS[3]).read_bytes() == CONTENTS[3]
 
 
-def test_a_flaky_way(url: str, scratch: Path, proxy: FailingProxy) -> None:
-    tars = RemoteTars(url, scratch)
+def test_a_flaky_way(url: str, dataset: Dataset, scratch: Path, proxy: FailingProxy) -> None:
+    tars = RemoteTars(url, dataset, scratch)
     proxy.fail = ["503", 50_000, "drop", 100, 0, "503", "ok", 150_000]
     tars.open_order(SHARDS)
     for shard, data in zip(SHARDS, CONTENTS, strict=True):
@@ -159,10 +164,10 @@ def test_tars_that_are_not_those_packed(url: str, tars: RemoteTars) -> None:
 
 
 def test_a_server_that_is_gone_and_comes_back(
-    url: str, scratch: Path, proxy: FailingProxy, monkeypatch: pytest.MonkeyPatch
+    url: str, dataset: Dataset, scratch: Path, proxy: FailingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MOTE_RETRY_SECONDS", "0.2")
-    tars = RemoteTars(url, scratch)
+    tars = RemoteTars(url, dataset, scratch)
     proxy.stop()
     tars.open_order(SHARDS)
     with pytest.raises(WorkError, match="cannot be reached") as error:
@@ -184,9 +189,9 @@ def test_no_room(tars: RemoteTars, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_closing_ends_a_transfer(
-    url: str, scratch: Path, proxy: FailingProxy, monkeypatch: pytest.MonkeyPatch
+    url: str, dataset: Dataset, scratch: Path, proxy: FailingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tars = RemoteTars(url, scratch)
+    tars = RemoteTars(url, dataset, scratch)
     proxy.fail = [100] * 10_000  # never complete
     tars.open_order(SHARDS)
     failures: list[BaseException] = []

@@ -173,8 +173,8 @@ def test_listed_clips_are_those_of_the_split_in_the_order_of_keys(packed: Path) 
         assert dataset.tars[clip.tar].split == "train"
         assert dataset.class_names[clip.label] == ("jump" if "jump" in key else "run")
         if not clip.reason:
-            path = dataset.tar_path(dataset.tars[clip.tar])
-            data = read_video(path, clip.key, clip.offset, clip.size)
+            tar = dataset.tars[clip.tar]
+            data = read_video(dataset, tar, clip.key, clip.offset, clip.size)
             assert data[4:8] == b"ftyp"
     everything = listed_clips(dataset, None)
     assert [clip.key for clip in everything] == sorted(

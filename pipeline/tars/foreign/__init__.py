@@ -1,0 +1,1 @@
+"""Takes WebDataset tars that somebody else wrote, as they are and where they lie."""

@@ -1,0 +1,193 @@
+"""Gives the samples of tars their classes and splits."""
+
+from __future__ import annotations
+
+import posixpath
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from featstore.errors import UserError, one_line
+from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_order
+from pipeline.annotations.formats.path_label_lists import ListRow, label_names, read_list
+from pipeline.annotations.listing import name_from_key
+from pipeline.annotations.video_folder import path_stem
+from pipeline.tars.foreign.samples import FoundSample
+
+_SHOWN_FIELDS = 8
+
+
+@dataclass(frozen=True)
+class ClassChoice:
+    """Where classes come from: a mapping CSV `key,class[,split]`, a member or field, or nowhere.
+
+    `field` as in `samples.class_of`; `names_file` gives names to numbers.
+    """
+
+    annotations: Path | None = None
+    names_file: Path | None = None
+    field: str = ""
+    unlabelled: bool = False
+    naming: Naming = USUAL_NAMING
+
+    def __post_init__(self) -> None:
+        chosen = {
+            "--annotations": self.annotations is not None,
+            "--label-field": bool(self.field),
+            "--unlabelled": self.unlabelled,
+        }
+        given = [option for option, is_given in chosen.items() if is_given]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
+        if self.unlabelled and self.names_file is not None:
+            raise UserError("--unlabelled leaves classes out: leave --class-names out, too")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set and the class of every sample, by key.
+
+    `names` are raw names in label order, empty for a data set without labels. `label_of` lacks the
+    samples without a class; `why_not` says why, for those. `splits_of` is filled by a mapping only.
+    """
+
+    names: tuple[str, ...]
+    label_of: Mapping[str, int]
+    why_not: Mapping[str, str] = field(default_factory=dict)
+    splits_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    label_map: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def classes_of(
+    samples: Sequence[FoundSample],
+    choice: ClassChoice,
+    fields: Mapping[str, int],
+    earlier: Sequence[str] = (),
+) -> Classes:
+    """Return the classes of samples with distinct keys; `earlier` classes keep their labels.
+
+    `fields` counts the fields in the JSON of the samples, for messages.
+
+    Raises UserError if the mapping or the field gives no sample a class, and for labels that do
+    not fit together.
+    """
+    if choice.annotations is not None:
+        return _named(samples, *_mapped(samples, choice.annotations), choice, earlier)
+    why_not = {sample.key: sample.unread for sample in samples if not sample.label}
+    rows = {s.key: ListRow(s.member, s.label, "") for s in samples if s.label}
+    if choice.unlabelled or (not rows and not choice.field):
+        return Classes((), {}, notes=(_without_classes(len(samples), choice, fields),))
+    if not rows:
+        first = next((sample for sample in samples if sample.unread), samples[0])
+        raise UserError(
+            f"--label-field {choice.field}: none of {len(samples)} samples has a class "
+            f"({first.key}: {first.unread}); {_shown(fields)}, or pack with --unlabelled"
+        )
+    origins = Counter(sample.class_from for sample in samples if sample.label)
+    if len(origins) > 1:
+        told = ", ".join(f"{name!r} ({count} samples)" for name, count in origins.most_common(4))
+        raise UserError(f"classes come from {told}: choose one with --label-field")
+    said = "" if choice.field else f"classes come from {next(iter(origins))!r} of every sample"
+    return _named(samples, rows, why_not, tuple(filter(None, [said])), choice, earlier)
+
+
+def _named(
+    samples: Sequence[FoundSample],
+    rows: Mapping[str, ListRow],
+    why_not: Mapping[str, str],
+    notes: tuple[str, ...],
+    choice: ClassChoice,
+    earlier: Sequence[str],
+) -> Classes:
+    """Give every label text its class name and number."""
+    told: list[str] = list(notes)
+    members = {sample.key: sample.member for sample in samples}
+    names, order, done = label_names(
+        list(rows.values()),
+        [members[key] or None for key in rows],
+        choice.names_file,
+        Path("/"),
+        told.append,
+        choice.naming.label_map,
+    )
+    ordered = order or sorted(set(names.values()), key=natural_order)
+    ordered = list(dict.fromkeys((*earlier, *ordered)))
+    numbers = {name: number for number, name in enumerate(ordered)}
+    return Classes(
+        tuple(ordered),
+        {key: numbers[names[row.label]] for key, row in rows.items()},
+        why_not,
+        {key: tuple(row.split.split(";")) for key, row in rows.items() if row.split},
+        done,
+        tuple(told),
+    )
+
+
+def _mapped(
+    samples: Sequence[FoundSample], path: Path
+) -> tuple[dict[str, ListRow], dict[str, str], tuple[str, ...]]:
+    """Return the row of every sample in a mapping, why others have none, and notes.
+
+    A row names a sample by its key, also with the extension, or by the base name where no other
+    sample has it. A key may have several rows with one class and several splits.
+    """
+    if not path.is_file():
+        raise UserError(f"annotations {str(path)!r} do not exist: name a CSV with key,class")
+    keys = {name_from_key(sample.key): sample.key for sample in samples}
+    keys |= {sample.key: sample.key for sample in samples}
+    bases = Counter(posixpath.basename(name_from_key(sample.key)) for sample in samples)
+    keys = {
+        posixpath.basename(name_from_key(sample.key)): sample.key
+        for sample in samples
+        if bases[posixpath.basename(name_from_key(sample.key))] == 1
+    } | keys
+
+    def find(listed: str) -> tuple[str | None, str]:
+        name = listed.removeprefix("./")
+        found = keys.get(name) or keys.get(path_stem(name))
+        return found, "" if found else "no sample has this key"
+
+    rows: dict[str, ListRow] = {}
+    unknown: list[str] = []
+    for row in read_list(path, find):
+        key = find(row.path)[0]
+        if key is None:
+            unknown.append(row.path)
+            continue
+        first = rows.setdefault(key, row)
+        if first.label != row.label:
+            raise UserError(
+                f"{str(path)!r} gives {row.path!r} two classes, {first.label!r} and "
+                f"{row.label!r}: a video has one class; correct the file"
+            )
+        if row.split and row.split not in first.split.split(";"):
+            splits = ";".join(filter(None, (first.split, row.split)))
+            rows[key] = ListRow(first.path, first.label, splits)
+    if not rows:
+        example = samples[0].key if samples else ""
+        raise UserError(
+            f"{str(path)!r} names none of the {len(samples)} samples (it has {unknown[0]!r}, the "
+            f"tars have {name_from_key(example)!r}): its first column must hold their keys"
+        )
+    notes: tuple[str, ...] = ()
+    if unknown:
+        notes = (
+            f"{len(unknown)} rows of {str(path)!r} name no sample of the tars "
+            f"(first: {one_line(unknown[0], 80)!r})",
+        )
+    return rows, {s.key: f"it is not in {path.name}" for s in samples if s.key not in rows}, notes
+
+
+def _without_classes(videos: int, choice: ClassChoice, fields: Mapping[str, int]) -> str:
+    said = f"no classes: {videos} videos without labels"
+    return said if choice.unlabelled else f"{said}; {_shown(fields)}"
+
+
+def _shown(fields: Mapping[str, int]) -> str:
+    """Say what --label-field could name."""
+    if not fields:
+        return "name the member or the CSV that holds them with --label-field or --annotations"
+    common = ", ".join(sorted(fields, key=lambda name: (-fields[name], name))[:_SHOWN_FIELDS])
+    return f"if a field of the JSON holds them ({common}), name it with --label-field"

@@ -1,0 +1,192 @@
+"""Makes a data set of tars that somebody else wrote, without copying them.
+
+`dataset.json` names the tars by path or URL; beside it lies an index for every tar, with the key,
+place, class, caption and hash of each video, so that extraction reads by offset. No sample is lost:
+what cannot be used is in `failures.csv`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from featstore.errors import UserError, WorkError
+from featstore.files.durable import sweep_partials
+from featstore.files.locks import exclusive
+from featstore.files.machine import usable_cores
+from featstore.progress import ProgressSink, no_progress
+from pipeline.tars.dataset import DATASET_FILE, Dataset, load_dataset
+from pipeline.tars.finished import RECORDS_FOLDER
+from pipeline.tars.foreign.assembly import Assembly
+from pipeline.tars.foreign.classes import ClassChoice
+from pipeline.tars.foreign.scanning import FoundTar, scanned
+from pipeline.tars.foreign.sources import NamedTar, named_tars
+from pipeline.tars.packing import SHOWN_FAILURES, PackSummary, check_arguments
+from pipeline.tars.plan import class_difference
+
+logger = logging.getLogger(__name__)
+
+_FOUND_FOLDER = "tars"
+
+
+def pack_tars(
+    patterns: Sequence[str],
+    name: str,
+    dataset_dir: Path,
+    *,
+    classes: ClassChoice | None = None,
+    workers: int | None = None,
+    max_failures: float = 0.05,
+    append: bool = False,
+    progress: ProgressSink = no_progress,
+) -> PackSummary:
+    """Read WebDataset tars and make a data set of them in `dataset_dir`; they stay where they lie.
+
+    `patterns` as in `named_tars`, `classes` says where classes come from. Every video is probed
+    and hashed, and so is every tar; an interrupted run continues. Samples that cannot be used are
+    listed in `failures.csv`; if their share is above `max_failures`, the summary has
+    `too_many_failures`. With `append`, tars that are new since then come after the earlier ones.
+    `progress` counts tars.
+    Raises UserError for wrong input and for tars that changed since they were packed, WorkError
+    for files that are no tars (after the others are read) and when the storage fails.
+    """
+    began = time.monotonic()
+    check_arguments(name, workers, max_failures)
+    choice = classes or ClassChoice()
+    named = named_tars(patterns)
+    try:
+        with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
+            sweep_partials(dataset_dir)
+            before = _earlier(dataset_dir)
+            if before is not None:
+                named = _continued(before, named, append)
+            folder = dataset_dir / RECORDS_FOLDER / _FOUND_FOLDER
+            found = scanned(
+                [tar.source for tar in named],
+                folder,
+                choice.field,
+                workers or usable_cores(),
+                progress,
+            )
+            tars = _require_tars(list(found), dataset_dir)
+            made = Assembly(name, dataset_dir, named, tars, choice, before)
+            _require_same(before, made.dataset)
+            written = made.write(before)
+    except OSError as error:
+        where = error.filename or dataset_dir
+        raise WorkError(
+            f"cannot write {str(where)!r}: {error.strerror or error}; fix it and run the same "
+            "command again, what is read is remembered"
+        ) from error
+    if not written:
+        made.notes.append(f"data set {name!r} is packed already: nothing to do")
+    for note in made.notes:
+        logger.warning("%s", note)
+    dataset, failures = made.dataset, made.failures
+    return PackSummary(
+        dataset=name,
+        folder=str(dataset_dir),
+        videos_listed=dataset.listed,
+        videos_packed=dataset.packed,
+        videos_failed=len(failures),
+        shards=len(dataset.tars),
+        shards_written=0,
+        shards_skipped=len(dataset.tars),
+        classes=len(dataset.class_names),
+        bytes=sum(tar.bytes for tar in dataset.tars),
+        seconds=time.monotonic() - began,
+        too_many_failures=len(failures) > max_failures * dataset.listed,
+        failures=tuple(failures[:SHOWN_FAILURES]),
+        notes=tuple(made.notes),
+    )
+
+
+def _earlier(dataset_dir: Path) -> Dataset | None:
+    """Return the data set that was made of tars here before, if any; UserError for another."""
+    if not (dataset_dir / DATASET_FILE).is_file():
+        if (dataset_dir / RECORDS_FOLDER / "plan.json").exists():
+            raise UserError(
+                f"{str(dataset_dir)!r} was begun with --videos: use another --dataset name or "
+                "delete it"
+            )
+        return None
+    before = load_dataset(dataset_dir)
+    if not all(tar.source for tar in before.tars):
+        raise UserError(
+            f"{str(dataset_dir)!r} holds a data set that was packed with --videos: use another "
+            "--dataset name"
+        )
+    return before
+
+
+def _continued(before: Dataset, named: list[NamedTar], append: bool) -> list[NamedTar]:
+    """Return the tars in the order of the earlier data set, new ones last; UserError as `_refuse`.
+
+    Tars that had no sample with a row are not in the data set, so they count as new.
+    """
+    by_source = {tar.source: tar for tar in named}
+    known = [tar.source for tar in before.tars]
+    # A tar without any row is named in the left-out samples only.
+    seen = {*known, *(failed.key for failed in before.left_out)}
+    removed = [source for source in known if source not in by_source]
+    added = [tar for tar in named if tar.source not in seen]
+    if removed:
+        _refuse(before, [f"{len(removed)} tars are not named any more (e.g. {removed[0]})"])
+    if added and not append:
+        raise UserError(
+            f"--tars names {len(added)} tars that data set {before.name!r} does not have (e.g. "
+            f"{added[0].source}): take them, too, with --append, or use another --dataset name"
+        )
+    return [by_source[source] for source in known] + [
+        tar for tar in named if tar.source not in set(known)
+    ]
+
+
+def _refuse(before: Dataset, changes: Sequence[str]) -> None:
+    raise UserError(
+        f"the input of data set {before.name!r} has changed since it was packed: "
+        f"{'; '.join(changes)}; use another --dataset name or delete {str(before.folder)!r}"
+    )
+
+
+def _require_same(before: Dataset | None, now: Dataset) -> None:
+    """Raise UserError if an earlier tar, class or split is another one now."""
+    if before is None or before.fingerprint == now.fingerprint:
+        return
+    changes = []
+    length = len(before.class_names)
+    if (before.raw_class_names, before.class_names) != (
+        now.raw_class_names[:length],
+        now.class_names[:length],
+    ) or bool(before.class_names) != bool(now.class_names):
+        changes.append(class_difference(before.raw_class_names, now.raw_class_names))
+    after = {tar.source: tar for tar in now.tars}
+    by_kind: dict[str, list[str]] = {}
+    for tar in before.tars:
+        other = after.get(tar.source)
+        if other is None or other.sha256 != tar.sha256:
+            by_kind.setdefault("with other content", []).append(tar.source)
+        elif other != tar:
+            by_kind.setdefault("with other classes, splits or failures", []).append(tar.source)
+    changes += [
+        f"{len(sources)} {'tar' if len(sources) == 1 else 'tars'} {kind} (e.g. {sources[0]})"
+        for kind, sources in by_kind.items()
+    ]
+    if not changes and len(now.tars) == len(before.tars):
+        changes = ["other samples are left out, or the options on names are others"]
+    if changes:
+        _refuse(before, changes)
+
+
+def _require_tars(found: Sequence[FoundTar | str], dataset_dir: Path) -> list[FoundTar]:
+    unusable = [problem for problem in found if isinstance(problem, str)]
+    if unusable:
+        more = f" and {len(unusable) - 2} more" if len(unusable) > 2 else ""
+        raise WorkError(
+            f"{len(unusable)} of {len(found)} tars cannot be used: {', '.join(unusable[:2])}{more}"
+            "; the others are remembered: correct these or leave them out of --tars, and run "
+            "the command again"
+        )
+    return [tar for tar in found if isinstance(tar, FoundTar)]
