@@ -134,14 +134,16 @@ def report(
 def _print_folded(start: str, text: str, width: int | None, margin: int) -> None:
     """Print `start` and `text`, which go on below each other, `margin` columns in, at `width`.
 
-    Commands and words stay whole, on a line of their own if they are wider than what is left.
+    Commands and words stay whole, on a line of their own if they are wider than what is left. A
+    text that is only one of them stays beside its name.
     """
     text = safe_text(text)
-    if width is None or cell_len(start + text) <= width:
+    words = _UNBROKEN.findall(text)
+    if width is None or len(words) == 1 or cell_len(start + text) <= width:
         results.print(start + text)
         return
     line = start
-    for word in _UNBROKEN.findall(text):
+    for word in words:
         glue = "" if not line or line.endswith(" ") else " "
         if cell_len(line + glue + word) <= width:
             line += glue + word
