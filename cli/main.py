@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Annotated, Any, Final
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
+from cli.help_page import Command, CommandGroup
 from cli.output import fail, log_to_stderr
 from featstore.errors import UserError, WorkError, one_line
 
@@ -28,7 +28,6 @@ EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 _UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 SETTINGS: Final[dict[str, Any]] = {
-    "add_completion": False,
     "rich_markup_mode": "markdown",
     "pretty_exceptions_enable": False,
 }
@@ -114,13 +113,13 @@ COMMANDS: Final = {
 paragraph of its help. A command's module is imported only when the command is used."""
 
 
-class Commands(TyperGroup):
+class Commands(CommandGroup):
     """The commands of `COMMANDS`; the options of a command are loaded only when it is used."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         for name, (_, line) in COMMANDS.items():
-            self.add_command(TyperCommand(name, help=line))
+            self.add_command(Command(name, help=line))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Load the command that `args` begin with; return its name, itself and the other words."""
@@ -132,11 +131,13 @@ def load_command(name: str) -> Any:
     """Import the module of the command `name`; return the command with its options."""
     module, _, attribute = COMMANDS[name][0].partition(":")
     found = getattr(import_module(module), attribute)
-    holder = typer.Typer(**SETTINGS)
+    holder = typer.Typer(add_completion=False, **SETTINGS)
     if isinstance(found, typer.Typer):  # `store` and `protocols` have commands of their own
-        holder.add_typer(found, name=name)
+        for command in found.registered_commands:
+            command.cls = Command
+        holder.add_typer(found, name=name, cls=CommandGroup)
     else:
-        holder.command(name)(found)
+        holder.command(name, cls=Command)(found)
     return typer.main.get_group(holder).commands[name]
 
 
@@ -196,7 +197,7 @@ def _run() -> int:
     try:
         with _interruptible():
             # Not standalone, so that usage errors are one line too. No arguments: show the help.
-            code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            code = app(sys.argv[1:] or ["--help"], prog_name="mote-cli", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except UserError as error:
         fail(one_line(error, limit=1000))

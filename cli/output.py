@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,8 +12,9 @@ from contextlib import contextmanager, nullcontext
 from json import dumps
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from featstore.errors import safe_text
 from featstore.progress import ProgressSink, no_progress
@@ -25,7 +27,13 @@ PACKAGES = ("pipeline", "featstore", "heads", "cli")
 # Without a terminal, one line every so often is enough to show that the work goes on.
 PLAIN_INTERVAL_S = 10.0
 WHOLE_NAME = 32
+WHOLE_WORD = 12  # a table that would have to break shorter words than this is written as a list
+PROSE = 24  # longer cells of a table are read as text
+WHOLE_FACT = 20  # names of facts up to this length are aligned
 PLAIN_WIDTH = 200  # width of tables without a terminal
+
+# What is never broken, so that it can be copied: a command, a word (a path).
+_UNBROKEN = re.compile(r"`[^`]*`\S*|mote-cli [^`]*$|\S+")
 
 Shown = Mapping[str, Any] | Table | str
 
@@ -99,20 +107,74 @@ def report(
         # The only control character that JSON does not escape is DEL.
         sys.stdout.write(dumps(value, allow_nan=False).replace("\x7f", "\\u007f") + "\n")
         return
+    # A file or another program has no width at which to wrap lines.
+    width = results.width if results.is_terminal or "COLUMNS" in os.environ else None
     for part in (shown,) if isinstance(shown, Mapping) else shown:
         if isinstance(part, Mapping):
-            facts = {safe_text(name): fact for name, fact in part.items()}
-            width = max(map(len, facts), default=0)
+            facts = {safe_text(name): str(fact) for name, fact in part.items()}
+            widest = max((len(name) for name in facts if len(name) <= WHOLE_FACT), default=0)
             for name, fact in facts.items():
-                results.print(f"{name:<{width}}  {fact}")
-        elif isinstance(part, str) or results.is_terminal or "COLUMNS" in os.environ:
-            results.print(part)
-        else:  # a file or another program has no width at which to wrap lines
-            SafeConsole(width=PLAIN_WIDTH).print(part)
+                _print_folded(f"{name:<{widest}}  ", fact, width, widest + 2)
+        elif isinstance(part, str):
+            text = part.lstrip(" ")
+            margin = len(part) - len(text)
+            _print_folded(" " * margin, text, width, margin + 2)
+        else:
+            if part.title:  # a table would break it at its own width
+                _print_folded("", str(part.title), width, 2)
+                part.title = None
+            if width is None:
+                SafeConsole(file=results.file, width=PLAIN_WIDTH).print(part)
+            elif _fits(part, width):
+                results.print(part)
+            else:
+                _print_as_list(part, width)
+
+
+def _print_folded(start: str, text: str, width: int | None, margin: int) -> None:
+    """Print `start` and `text`, which go on below each other, `margin` columns in, at `width`.
+
+    Commands and words stay whole, on a line of their own if they are wider than what is left. A
+    text that is only one of them stays beside its name.
+    """
+    text = safe_text(text)
+    words = _UNBROKEN.findall(text)
+    if width is None or len(words) == 1 or cell_len(start + text) <= width:
+        results.print(start + text)
+        return
+    line = start
+    for word in words:
+        glue = "" if not line or line.endswith(" ") else " "
+        if cell_len(line + glue + word) <= width:
+            line += glue + word
+            continue
+        if line.strip():
+            results.print(line.rstrip())
+        line = (" " * margin if margin + cell_len(word) <= width else "") + word
+    results.print(line)
+
+
+def _fits(made: Table, width: int) -> bool:
+    """Return whether a table has room for its first column's names and all but long words."""
+    needed = 1 + 3 * len(made.columns)
+    for number, column in enumerate(made.columns):
+        texts = [str(column.header), *map(str, column.cells)]
+        widest = max(map(cell_len, texts))
+        words = max(cell_len(word) for text in texts for word in (text.split() or [""]))
+        needed += min(widest, WHOLE_NAME) if number == 0 else min(words, WHOLE_WORD)
+    return needed <= width
+
+
+def _print_as_list(made: Table, width: int) -> None:
+    """Print each row of a table that is too wide as a line with its columns below it."""
+    for first, *cells in zip(*(map(str, column.cells) for column in made.columns), strict=True):
+        _print_folded("", first, width, 2)
+        for column, cell in zip(made.columns[1:], cells, strict=True):
+            _print_folded(f"  {column.header or 'note'}: ", cell or "-", width, 4)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Make a table for `report`; columns after the first are right-aligned.
+    """Make a table for `report`; columns after the first are right-aligned, unless they hold prose.
 
     Names in the first column are not wrapped up to `WHOLE_NAME` letters.
     """
@@ -124,8 +186,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
     whole = widest <= WHOLE_NAME
     least = None if whole else WHOLE_NAME
     made.add_column(columns[0], overflow="fold", no_wrap=whole, min_width=least)
-    for column in columns[1:]:
-        made.add_column(column, justify="right", overflow="fold")
+    for number, column in enumerate(columns[1:], start=1):
+        prose = any(len(row[number]) > PROSE for row in cells)
+        made.add_column(column, justify="left" if prose else "right", overflow="fold")
     for row in cells:
         made.add_row(*row)
     return made
@@ -143,15 +206,22 @@ def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
         now = time.monotonic()
         done_before, began = first = first or (done, now)
         rate = (done - done_before) / (now - began) if now > began else 0.0
+        left = f"{_duration((total - done) / rate)} left" if rate > 0 else ""
         told = ", ".join(
             safe_text(f"{name.replace('_', ' ')} {value}") for name, value in details.items()
         )
         if bar is not None:
             task = bar.task_ids[0]
-            bar.update(task, completed=int(done), total=int(total), rate=_speed(rate), details=told)
+            bar.update(
+                task,
+                completed=int(done),
+                total=int(total),
+                rate=_speed(rate),
+                left=left,
+                details=told,
+            )
         elif now - last >= PLAIN_INTERVAL_S:
             last = now
-            left = f"{_duration((total - done) / rate)} left" if rate > 0 else ""
             words = (f"{what}: {done:.0f}/{total:.0f} {unit}", _speed(rate), left, told)
             messages.print(", ".join(filter(None, words)))
 
@@ -162,20 +232,27 @@ def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
 def _bar(what: str, unit: str) -> Progress:
     from rich import progress as bars  # only a terminal needs it; --help should not wait for it
 
+    # In a narrow window the bar and the details give way, never the count and the time left.
+    class Details(bars.TextColumn):
+        def render(self, task: bars.Task) -> Text:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
+
     columns = (
-        bars.SpinnerColumn(),
+        bars.SpinnerColumn(table_column=Column(no_wrap=True)),
         bars.TextColumn("{task.description}"),
         bars.BarColumn(),
-        bars.MofNCompleteColumn(),
+        bars.MofNCompleteColumn(table_column=Column(no_wrap=True)),
         bars.TextColumn(unit),
         bars.TextColumn("{task.fields[rate]}"),
-        bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[details]}", markup=False),
+        bars.TextColumn("{task.fields[left]}"),
+        Details("{task.fields[details]}", markup=False, table_column=Column()),
     )
     # What is printed meanwhile goes above the bar, but never from a file to the terminal.
     above = results.is_terminal
     bar = bars.Progress(*columns, console=messages, transient=True, redirect_stdout=above)
-    bar.add_task(what, total=None, details="", rate="")
+    bar.add_task(what, total=None, details="", rate="", left="")
     return bar
 
 

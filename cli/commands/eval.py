@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -22,6 +23,7 @@ KINDS: Final[dict[str, Kind]] = {
     "--fewshot": "fewshot",
     "--base-to-novel": "base-to-novel",
 }
+TRAINING_KINDS: Final = ("fewshot", "base-to-novel")
 
 
 def evaluate(
@@ -222,8 +224,6 @@ def evaluate(
     from heads.evaluation.comparing.published import published_beside
     from heads.evaluation.protocols.choose import count_views, protocol_named
     from heads.evaluation.protocols.unseen import UnseenChoice
-    from heads.evaluation.trained import request as trained
-    from heads.training.ranks import together
 
     named = None if protocol is None else protocol_named(protocol)
     given = {
@@ -256,9 +256,10 @@ def evaluate(
         swept[swept_values.FUSION] = fused
         fused = None
     kind = named.kind if named is not None else KINDS[chosen[0]]
-    if kind in trained.KINDS and swept:
+    trains = kind in TRAINING_KINDS
+    if trains and swept:
         raise UserError(f"--sweep needs a head that is trained already: {kind} trains its own")
-    if kind in trained.KINDS and frames is not None:
+    if trains and frames is not None:
         raise UserError(f"--frames needs a head that is trained already: {kind} has its recipe's")
     workspace = options.workspace(root)
     request = asked.EvaluationRequest(
@@ -288,8 +289,15 @@ def evaluate(
         packed_class_names=lambda name: options.packed_class_names(workspace, name),
         video_paths=lambda name: options.video_paths(workspace, name),
         precision=precision,  # type: ignore[arg-type]  # it is checked there
-        device=options.device(device),
+        device=options.known_device(device),
     )
+    if not trains:
+        request.require_held()
+    # Until here nothing imports torch, so that what is named wrong is said at once.
+    from heads.evaluation.trained import request as trained
+    from heads.training.ranks import together
+
+    request = replace(request, device=options.device(device))
     how = trained.Training(
         *(shots, draw_seeds, lists_from, train_store, recipe, epochs, batch_size, lr, repeat),
         name=name,
@@ -299,7 +307,7 @@ def evaluate(
     def published(result: Mapping[str, Any]) -> dict[str, Any]:
         return published_beside(result, options.architecture(workspace, result))
 
-    if kind in trained.KINDS:
+    if trains:
         runs = trained.evaluate_trained(request, how, progress_of)
         value = runs.to_json()
         if kind == "fewshot":

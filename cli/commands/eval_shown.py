@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,8 +83,7 @@ def classes_shown(summary: ClassSummary) -> Iterator[Shown]:
         yield "most frequent confusions"
     for found in summary.confusions:
         names = f"{safe_text(found.name)} taken for {safe_text(found.taken_for)}"
-        line = f"{names}: {found.times} of {found.videos}"
-        yield textwrap.fill(line, 78, initial_indent="  ", subsequent_indent="    ")
+        yield f"  {names}: {found.times} of {found.videos}"
 
 
 def _sweep(title: str, measured: list[EvalResult]) -> Table:

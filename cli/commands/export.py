@@ -10,6 +10,7 @@ import typer
 from cli import options
 from cli.output import report
 from featstore.errors import UserError, one_of
+from heads.methods.registry import MEAN_OF_FRAMES
 
 FORMATS = ("safetensors", "onnx", "official")
 
@@ -42,6 +43,14 @@ def export(
 
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
+    if format not in FORMATS:
+        raise UserError(f"format {format!r} is unknown: {one_of(format, FORMATS)}")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: --out takes the file to write")
+    workspace = options.workspace(root)
+    if run != MEAN_OF_FRAMES:
+        workspace.choose_run(run)
+    # Until here nothing imports torch, so that what is named wrong is said at once.
     from heads.compatibility import check_encoder
     from heads.files.head_file import choose_head, save_head
     from heads.files.imported_run import imported_tower
@@ -51,11 +60,6 @@ def export(
     from pipeline.clip_encoder import fingerprint
     from pipeline.encoders.tuned import original_clip, tower_of
 
-    if format not in FORMATS:
-        raise UserError(f"format {format!r} is unknown: {one_of(format, FORMATS)}")
-    if out.is_dir():
-        raise UserError(f"{out} is a folder: --out takes the file to write")
-    workspace = options.workspace(root)
     head, run_dir = choose_head(workspace, run)
     if head is None:
         raise UserError(f"{run} means the mean of frames, which has nothing to export")

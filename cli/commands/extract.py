@@ -158,7 +158,7 @@ def extract(
     --root and --store may lie on S3-compatible storage (this needs the extra `cloud`, and takes
     credentials from the environment only): see docs/cloud.md.
 
-    Example: `mote-cli extract --dataset my-clips --encoder ViT-B-16/openai --sampling uniform:16`
+    Example: `mote-cli extract --dataset my-clips --sampling uniform:16`
     """
     # Nothing here imports torch, which recognising a finished store does not need.
     from featstore.format.class_texts import DEFAULT_PROMPTS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from cli import options
 from cli.output import leave_it_to_the_first, percent, progress_of, report
 from featstore.errors import UserError, WorkError
+from featstore.workspace import DATASET_FILE
 
 if TYPE_CHECKING:
     from heads.end_to_end.finetune import FinetuneSummary
@@ -163,8 +165,13 @@ def finetune(
     export. On several GPUs: `torchrun --nproc-per-node N -m cli.main finetune ...`. --resume
     continues an interrupted run (docs/finetuning.md).
 
-    Example: `mote-cli finetune --dataset my-clips --encoder ViT-B-16/openai --name tuned`
+    Example: `mote-cli finetune --dataset my-clips --name tuned`
     """
+    folder = options.workspace(root).dataset_dir(dataset)
+    if "WORLD_SIZE" not in os.environ and not (folder / DATASET_FILE).is_file():
+        from pipeline.tars.dataset import load_dataset  # says what is missing, and needs no torch
+
+        load_dataset(folder)
     from heads.end_to_end.finetune import finetune as run_finetune
     from heads.end_to_end.plan import FinetuneRequest
     from heads.evaluation.next_steps import after_finetuning

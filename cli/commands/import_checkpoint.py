@@ -63,7 +63,7 @@ def import_checkpoint(
     `extract --encoder NAME` then encodes with the fine-tuned tower, and `eval` and `predict` take
     `--head NAME`. No code in FILE is run. Either both are made or neither.
 
-    Example: `mote-cli import-checkpoint MoTE_B16.pt --name mote-b16 --class-names k400.csv`
+    Example: `mote-cli import-checkpoint mote.pt --name b16 --class-names k400.csv`
     """
     from heads.end_to_end.import_checkpoint import import_checkpoint as run
     from heads.evaluation.next_steps import after_import

@@ -23,7 +23,7 @@ def inspect_path(
 
     A name, such as my-clips, is looked up in the workspace.
 
-    Example: `mote-cli inspect mote-data/features/my-clips/ViT-B-16-openai--uniform-16.zarr`
+    Example: `mote-cli inspect mote-data/datasets/my-clips`
     """
     from heads.inventory.description import describe
 

@@ -92,7 +92,7 @@ def predict(
     Every answer is printed as soon as it is there. docs/predict.md describes files of classes,
     lists, long videos and output files.
 
-    Example: `mote-cli predict clip.mp4 --classes "arm wrestling, cooking, crossing a street"`
+    Example: `mote-cli predict clip.mp4 --classes "arm wrestling, cooking"`
     """
     if form not in (None, *FORMATS):
         raise UserError(f"--format {form!r} is unknown: choose table, csv or jsonl")

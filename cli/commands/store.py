@@ -166,7 +166,7 @@ def export(
 
     Videos that failed have no features: they are left out, counted, and named in export.json.
 
-    Example: `mote-cli store export my-store --to safetensors --split val --out my-rows`
+    Example: `mote-cli store export my-store --to safetensors --out my-rows`
     """
     from featstore.files.disk import in_bytes
     from featstore.rewriting.export import export as run

@@ -56,13 +56,12 @@ def tradeoff(
     of that column and the close-set accuracy. Both are computed from unrounded numbers. The first
     row is CLIP's mean of the same frames: no head, no modulation, no ensemble.
 
-    Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
+    Example: `mote-cli tradeoff first second --zeroshot ucf101,hmdb51`
     """
     from heads.evaluation.comparing.compare import evaluated_runs
     from heads.evaluation.comparing.tradeoff import collect, is_scored
     from heads.evaluation.next_steps import evaluation_of
     from heads.methods.registry import MEAN_OF_FRAMES
-    from heads.reporting.figures import tradeoff_plot
 
     workspace = options.workspace(root)
     known = {path.name: path for path in evaluated_runs(workspace)}
@@ -84,6 +83,8 @@ def tradeoff(
         baseline=workspace.run_dir(MEAN_OF_FRAMES),
         root_option=root_words(root),
     )
+    from heads.reporting.figures import tradeoff_plot  # loads matplotlib
+
     figure = out or workspace.root / FIGURE
     tradeoff_plot(
         [

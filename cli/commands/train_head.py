@@ -10,7 +10,7 @@ import typer
 from cli import options
 from cli.output import progress_of, report
 from featstore.errors import UserError
-from heads.methods.registry import method, names, require_run_name
+from heads.methods.registry import MEAN_OF_FRAMES, method, names, require_run_name
 
 if TYPE_CHECKING:
     from heads.training.train_head import TrainSummary
@@ -111,16 +111,11 @@ def train_head(
 
     Example: `mote-cli train-head --dataset my-clips --name first`
     """
-    from heads.compatibility import check_fits, training_prompt_set
     from heads.evaluation.next_steps import after_training
     from heads.evaluation.wanted_store import choose_training_store
-    from heads.files.head_file import choose_head
     from heads.files.run_files import keeps_best
     from heads.recipes import DEFAULT_RECIPE, TRAIN_HEAD_RECIPE, load_recipe
-    from heads.training.train_head import train_head as run
-    from heads.training.train_head import training_rows
     from heads.training.training_set import choose_training_set, usable_rows
-    from heads.training.validation import choose_validation
 
     workspace = options.workspace(root)
     require_run_name(name or "")
@@ -131,19 +126,27 @@ def train_head(
             raise UserError(
                 "--from-head sets the shape of the head: leave --head, --layers and --experts out"
             )
-        initial, initial_run = choose_head(workspace, from_head)
-        if initial is None:
+        if from_head == MEAN_OF_FRAMES:
             raise UserError("--from-head mean: the mean of frames has no weights to start from")
+        initial_run = workspace.choose_run(from_head)
     chosen, store, split = choose_training_store(
         workspace, dataset, split=split, sampling=sampling, name=store_name, initial=initial_run
     )
-    if initial is not None:
+    options.known_device(device)
+    if initial_run is None:
+        dim = store.provenance.dim
+        shape = settings.head_config(dim, kind=head, layers=layers, experts=experts)
+    # Until here nothing imports torch, so that what is named wrong is said at once.
+    from heads.compatibility import check_fits, training_prompt_set
+    from heads.files.head_file import load_head
+    from heads.training.train_head import train_head as run
+    from heads.training.train_head import training_rows
+    from heads.training.validation import choose_validation
+
+    if initial_run is not None:
+        initial = load_head(initial_run)
         check_fits(initial, store)
         shape = initial.config
-    else:
-        shape = settings.head_config(
-            store.provenance.dim, kind=head, layers=layers, experts=experts
-        )
     chosen_set = choose_training_set(
         store,
         training_rows(store, split),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +15,12 @@ from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
 from heads.files.run_files import read_config, read_training_keys, rows_hash
-from heads.methods.head import Head
 from heads.methods.registry import untrained
 from heads.training.training_set import shown
 from pipeline.annotations.formats.kinetics import official_clip
+
+if TYPE_CHECKING:
+    from heads.methods.head import Head
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featstore.commands import Extraction
 from featstore.errors import UserError
@@ -15,10 +15,7 @@ from featstore.opened_stores import MissingStore
 from featstore.progress import Stages, no_stages
 from featstore.reading.store import Store
 from featstore.workspace import OpenedStores, Workspace
-from heads.arithmetic import Precision
-from heads.compatibility import mean_head
 from heads.evaluation import sweeps
-from heads.evaluation.evaluate import evaluate_many
 from heads.evaluation.label_maps import CORRECTED, named_as
 from heads.evaluation.leaks import require_no_leak
 from heads.evaluation.protocols.choose import (
@@ -31,11 +28,14 @@ from heads.evaluation.protocols.protocol import Kind, Protocol
 from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice
 from heads.evaluation.results import EvalResult, run_facts, save_result
 from heads.evaluation.wanted_store import extraction_for
-from heads.files.head_cards import likely_stores, newest_card
-from heads.files.head_file import choose_head
-from heads.methods.head import Head
+from heads.files.head_cards import HeadCard, likely_stores, newest_card, read_card
+from heads.methods.registry import MEAN_OF_FRAMES
 from heads.methods.settings import HeadOrigin
 from pipeline.annotations.known_sets import known_dataset
+
+if TYPE_CHECKING:  # both need torch
+    from heads.arithmetic import Precision
+    from heads.methods.head import Head
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +94,18 @@ class EvaluationRequest:
         """The stores of the data set, each opened once for the whole evaluation."""
         return self.workspace.opened(self.dataset)
 
+    def require_held(self) -> None:
+        """Raise UserError if there is no such head or no store at all; this needs no torch."""
+        run_dir, stores = None, self.workspace.stores(self.dataset)
+        # With a head and a store, the choice of the newest head is said when it is made.
+        newest = self.head is None and stores and self.workspace.own_runs()
+        if self.head != MEAN_OF_FRAMES and not newest:
+            run_dir = self.workspace.choose_run(self.head)
+        if self.store is None and not stores:
+            _store(self, None if run_dir is None else read_card(run_dir))
+
     def fitting_store(
-        self, split: str | None, head: Head | None, protocol: Protocol, **others: Any
+        self, split: str | None, head: Head | HeadCard | None, protocol: Protocol, **others: Any
     ) -> Store:
         """Return the one store that fits the request and `head`; `others` override the request.
 
@@ -123,7 +133,9 @@ class EvaluationRequest:
         }
         return self.stores.choose(split=split, **(wanted | others))
 
-    def held_split(self, names: Sequence[str], head: Head | None, protocol: Protocol) -> str | None:
+    def held_split(
+        self, names: Sequence[str], head: Head | HeadCard | None, protocol: Protocol
+    ) -> str | None:
         """Return the first split of `names` that a store has rows of; None if there is none.
 
         Raises UserError, with the command that extracts one, if it is packed or nothing is
@@ -202,6 +214,8 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     In a process group every process must call this; each does a part of the work, and all return
     the same. Raises UserError for a request that cannot be met, and the errors of `evaluate_many`.
     """
+    from heads.files.head_file import choose_head  # loads torch, which `require_held` does not
+
     head, run_dir = choose_head(request.workspace, request.head)
     shares = request.swept.get(sweeps.BLEND)
     if shares is None:
@@ -235,7 +249,7 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     return Evaluation(request, measured, missing)
 
 
-def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | None]:
+def _store(request: EvaluationRequest, head: Head | HeadCard | None) -> tuple[Store, str | None]:
     """Return the store to test, and the split that it was chosen for."""
     split = request.split
     protocol = request.protocol or usual_protocol(request.kind, request.dataset, split=split)
@@ -258,6 +272,9 @@ def _measure(
     stages: Stages,
 ) -> list[tuple[EvalResult, Path]]:
     """Choose the protocol and its test sets, and measure every setting of the score on them."""
+    from heads.compatibility import mean_head  # these load torch
+    from heads.evaluation.evaluate import evaluate_many
+
     protocol = request.protocol or usual_protocol(
         request.kind,
         request.dataset,

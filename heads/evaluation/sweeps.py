@@ -6,16 +6,18 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 from featstore.commands import Extraction, command
 from featstore.errors import UserError, WorkError, meant, one_of
 from featstore.workspace import Workspace
-from heads.files.imported_run import tower_facts, tower_hash
 from heads.files.run_files import read_config
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
-from heads.scoring.scores import Fusion, Scoring
+from heads.scoring import Fusion
+
+if TYPE_CHECKING:
+    from heads.scoring.scores import Scoring
 
 NEIGHBOURS: Final = "modulation-neighbours"
 TEMPERATURE: Final = "modulation-temperature"
@@ -66,6 +68,8 @@ def settings(
     Combinations with the same effect (modulation off, with any neighbours) are returned once.
     UserError when a swept setting is fixed as well or has no effect on this head.
     """
+    from heads.scoring.scores import Scoring  # loads torch, reading the options does not
+
     names = [name for name in NAMES if name in swept and name != BLEND]
     fields = [name.replace("-", "_") for name in names]
     for name, of_scoring in zip(names, fields, strict=True):
@@ -144,6 +148,8 @@ class _Tuned:
 
 
 def _tuned(run_dir: Path) -> _Tuned | None:
+    from heads.files.imported_run import tower_facts, tower_hash  # as in `settings`
+
     try:
         value = read_config(run_dir) or {}
         facts = tower_facts(run_dir) or {}

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from einops import rearrange
@@ -25,13 +25,10 @@ from heads.methods.mote.modulation import modulation
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
 from heads.methods.text_classifier import class_cosines
+from heads.scoring import Fusion as Fusion
 from heads.scoring.view_summaries import ViewSummaries, summarise
 
 log = logging.getLogger(__name__)
-
-Fusion = Literal["softmax", "cosine", "features"]
-"""How views become one score per class: by the mean of the softmax of cosines (MoTE, X-CLIP,
-ViFi-CLIP), the mean of cosines, or the cosines of the mean video feature (Text4Vis)."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,9 @@ from featstore.errors import UserError, one_of
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
-from heads.methods.head import Head
+
+if TYPE_CHECKING:
+    from heads.methods.head import Head
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from webdataset import TarWriter
-
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_file, sweep_partials
 from featstore.files.locks import exclusive
@@ -247,6 +245,8 @@ class _Packing:
         """Write the tars that have no record yet, in order; the record of each follows it."""
         if not pending:
             return
+        from webdataset import TarWriter  # loads torch: not before the input was found right
+
         # dataset.json means that packing is complete, so it is removed before anything changes.
         (self._dataset_dir / DATASET_FILE).unlink(missing_ok=True)
         total = sum(len(tar.videos) for tar in self.plan.tars)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +55,39 @@ def test_help_of_a_command_loads_nothing_heavy(command: str) -> None:
 def test_what_is_typed_wrong_loads_nothing_heavy(arguments: list[str]) -> None:
     code, _, heavy = loaded_by(*arguments)
     assert (code, heavy) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "pack --dataset a --videos nothere",
+        "extract --dataset nothere",
+        "train-head --dataset nothere",
+        "train-head --recipe nothere",
+        "train-head --from-head nothere",
+        "finetune --dataset nothere",
+        "eval --closeset nothere --head mean",
+        "eval --closeset nothere --head nothere",
+        "eval --protocol nothere",
+        "eval --closeset a --zeroshot b",
+        "eval --closeset a --sweep what=1",
+        "eval --closeset a --device what --head mean",
+        "compare a b",
+        "tradeoff nothere",
+        "predict nothere.mp4",
+        "export nothere --format onnx --out head.onnx",
+        "inspect nothere",
+        "protocols show nothere",
+        "rm head nothere",
+    ],
+)
+def test_what_is_named_wrong_is_said_before_torch_is_loaded(
+    arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTE_ROOT", str(tmp_path))
+    code, _, heavy = loaded_by(*arguments.split())
+    assert code == 2
+    assert not set(heavy) & {"torch", "open_clip", "scipy"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

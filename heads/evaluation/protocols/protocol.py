@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.format.schema import RowArray
 from heads.methods.settings import AsJson
-
-if TYPE_CHECKING:  # scores need torch, which the list of protocols does not
-    from heads.scoring.scores import Fusion
+from heads.scoring import Fusion
 
 Kind = Literal["closeset", "zeroshot", "halfclass", "fewshot", "base-to-novel"]
 
