@@ -83,7 +83,10 @@ def pack(
         ),
     ] = False,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
-    more_tars: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
+    more_tars: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="", hidden=True, help="More tars: a glob that a shell expanded."),
+    ] = None,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
