@@ -77,7 +77,7 @@ def measured(asked: FinetuneRequest) -> tuple[float, float]:
 
     summary = finetune(asked, Ranks(device=resolve_device("auto")), look)
     record = json.loads((asked.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    steps = -(-summary["n_listed"] // asked.config.batch_size)
+    steps = -(-summary.n_listed // asked.config.batch_size)
     spans = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(said)]
     step = common.middle(spans) if len(spans) > 1 else record["seconds"] / steps
     return step, record["waiting"]

@@ -13,7 +13,7 @@ import platform
 import shutil
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -139,43 +139,71 @@ def random_store(
     """
     import numpy as np
 
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(classes, dim)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+
+    def rows() -> Any:
+        labels = rng.integers(0, classes, TAR_ROWS).astype(np.int32)
+        features = rng.normal(size=(TAR_ROWS, views, frames, dim)) + 4 * text[labels][:, None, None]
+        return features, labels, np.ones(TAR_ROWS, np.uint32)
+
+    names = tuple(f"class {i}" for i in range(classes))
+    path = fresh(WORK / name) / "random.zarr"
+    parts = (rows() for _ in range(tars))
+    return feature_store(
+        path, parts, [TAR_ROWS] * tars, (views, frames, dim), names, text, (split,)
+    )
+
+
+def feature_store(
+    path: Path,
+    parts: Iterable[tuple[Any, Any, Any]],
+    rows: Sequence[int],
+    shape: tuple[int, int, int],
+    names: Sequence[str],
+    text: Any,
+    splits: Sequence[str],
+    logit_scale: float = 100.0,
+) -> Any:
+    """A store at `path`; each part, of as many videos as `rows` says, is a partition.
+
+    A part holds features [n,V,F,D], labels [n] and bits of splits [n]; `shape` is (V, F, D).
+    `text` [C,D] belongs to the classes `names`.
+    """
+    import numpy as np
+
     from featstore import ClassText, Partition, Provenance, StoreSchema, StoreWriter, open_store
     from featstore.format.metadata import StoreMetadata, TarEntry
 
-    rng = np.random.default_rng(0)
-    path = fresh(WORK / name) / "random.zarr"
-    names = tuple(f"class {i}" for i in range(classes))
-    text = rng.normal(size=(classes, dim)).astype(np.float32)
-    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    views, frames, dim = shape
     sampling = f"uniform:{frames}" if views == 1 else f"clips:{frames}x{views}"
     writer = StoreWriter.init(
         path,
         StoreMetadata(
-            StoreSchema.create(tars, TAR_ROWS, views, frames, dim),
-            Provenance("random", "0" * 64, dim, 100.0, "fp32", sampling, 1, {}, "none"),
-            tuple(TarEntry(f"{i:06d}.tar", TAR_ROWS, 1, "0" * 64) for i in range(tars)),
-            *(names, names, (split,)),
+            StoreSchema.create(len(rows), max(rows), views, frames, dim),
+            Provenance("random", "0" * 64, dim, logit_scale, "fp32", sampling, 1, {}, "none"),
+            tuple(TarEntry(f"{i:06d}.tar", n, 1, "0" * 64) for i, n in enumerate(rows)),
+            *(tuple(names), tuple(names), tuple(splits)),
         ),
-        {"name": ClassText(names, text, "0" * 64)},
+        {"name": ClassText(tuple(names), text, "0" * 64)},
     )
-    shape = (TAR_ROWS, views, frames)
-    index = np.broadcast_to(np.arange(frames, dtype=np.int32), shape)
     with writer.claim():
-        for tar in range(tars):
-            labels = rng.integers(0, classes, TAR_ROWS).astype(np.int32)
-            features = rng.normal(size=(*shape, dim)) + 4 * text[labels][:, None, None]
+        for tar, (features, labels, bits) in enumerate(parts):
+            n = len(labels)
+            index = np.broadcast_to(np.arange(frames, dtype=np.int32), (n, views, frames))
             writer.write_partition(
                 tar,
                 Partition(
-                    key=[f"{tar}-{i}" for i in range(TAR_ROWS)],
+                    key=[f"{tar}-{i}" for i in range(n)],
                     label=labels,
-                    num_frames=np.full(TAR_ROWS, frames, np.int32),
-                    fps=np.full(TAR_ROWS, 25, np.float32),
-                    status=np.ones(TAR_ROWS, np.uint8),
-                    splits=np.ones(TAR_ROWS, np.uint32),
-                    container_frames=np.full(TAR_ROWS, frames, np.int32),
-                    damaged_packets=np.zeros(TAR_ROWS, np.int32),
-                    reason=[""] * TAR_ROWS,
+                    num_frames=np.full(n, frames, np.int32),
+                    fps=np.full(n, 25, np.float32),
+                    status=np.ones(n, np.uint8),
+                    splits=bits,
+                    container_frames=np.full(n, frames, np.int32),
+                    damaged_packets=np.zeros(n, np.int32),
+                    reason=[""] * n,
                     frame_index=index.copy(),
                     pts=index.astype(np.float64) / 25,
                     features=features.astype(np.float16),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from featstore.errors import UserError, WorkError, one_line
 
 EXIT_WORK_FAILED = 1
 EXIT_USER_INPUT = 2
+TRACEBACK_VARIABLE = "MOTE_TRACEBACK"  # set: an unexpected error shows where it came from
 EXIT_INTERRUPTED = 130  # what shells give for Ctrl-C
 
 # Typer 0.2x carries its own copy of click; this finds the base class of usage errors in either.
@@ -58,8 +60,8 @@ COMMANDS: Final = {
     ),
     "compare": (
         "cli.commands.compare:compare",
-        "Say in which fields two results differ, which of them make the numbers incomparable, "
-        "and only then compare the numbers.",
+        "Say in what the training and the fields of results differ, which of it makes the "
+        "numbers incomparable, and only then compare the numbers.",
     ),
     "tradeoff": (
         "cli.commands.tradeoff:tradeoff",
@@ -78,9 +80,17 @@ COMMANDS: Final = {
         "cli.commands.export:export",
         "Write a head as one file for other programs; an existing file is replaced.",
     ),
+    "status": (
+        "cli.commands.status:status",
+        "Show what the workspace holds, how large it is, and what is missing for what.",
+    ),
     "inspect": (
         "cli.commands.inspect:inspect_path",
-        "Say what PATH is (data set, feature store or run) and what is in it.",
+        "Say what PATH is (data set, store, run, encoder or workspace) and what is in it.",
+    ),
+    "rm": (
+        "cli.commands.rm:rm",
+        "Remove data sets, stores, heads or encoders from the workspace, after showing what goes.",
     ),
     "verify": (
         "cli.commands.verify:verify",
@@ -164,6 +174,9 @@ def _options(
 
 def main() -> None:
     """Run the command line: 0 done, 1 the work failed, 2 the user's input is wrong."""
+    # By default, threads that wait for each other keep their cores busy: beside one other busy
+    # program, training took 20 times as long. torch reads the variable when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     log_to_stderr()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names may hold bytes that are not text; printing one must not stop the command.
@@ -198,10 +211,22 @@ def _run() -> int:
         return EXIT_WORK_FAILED
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
+    except MemoryError:
+        fail("there is not enough memory for this: ask for less at a time, or use a larger machine")
+        return EXIT_WORK_FAILED
     except _UsageError as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "mote-cli"
         fail(f"{one_line(error.format_message()).rstrip('.')}; see `{command} --help`")
         return EXIT_USER_INPUT
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        fail(
+            f"mote failed at something it does not expect ({type(error).__name__}: "
+            f"{one_line(error, 200)}): please report it with what the same command prints after "
+            f"`export {TRACEBACK_VARIABLE}=1`"
+        )
+        return EXIT_WORK_FAILED
 
 
 @contextlib.contextmanager

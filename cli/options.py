@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.output import fail
-from featstore.errors import UserError
+from cli.output import fail, warn
+from featstore.commands import DEFAULT_ROOT as DEFAULT_ROOT
+from featstore.commands import ROOT_VARIABLE
+from featstore.errors import UserError, meant
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
 
-DEFAULT_ROOT = Path("mote-data")
-
 Root = Annotated[
     Path,
     typer.Option(
         "--root",
-        envvar="MOTE_ROOT",
+        envvar=ROOT_VARIABLE,
         metavar="DIR",
         help="Workspace: the folder that holds data sets, features, heads and encoders.",
     ),
@@ -161,13 +158,6 @@ def workspace(root: Path) -> Workspace:
     return Workspace(root)
 
 
-def same_root(root: Path | str) -> str:
-    """Return what the next command needs to find the same workspace: " --root DIR", or ""."""
-    if str(root) == os.environ.get("MOTE_ROOT", str(DEFAULT_ROOT)):
-        return ""
-    return f" --root {shlex.quote(str(root))}"
-
-
 def store_path(root: Path, text: str) -> Path:
     """Return the path of the store `text`: a path, or a name under features/ of the workspace.
 
@@ -186,14 +176,18 @@ def store_path(root: Path, text: str) -> Path:
         raise UserError(f"the name {text!r} fits {len(found)} stores ({places}): give a path")
     if not found:
         known = ", ".join(path.name for path in stores) or "none"
-        raise UserError(f"no store {text!r}: no such folder, and under {features} are: {known}")
+        near = meant(text.removesuffix(STORE_SUFFIX), (path.stem for path in stores))
+        raise UserError(
+            f"no store {text!r}: {near}no such folder, and under {features} are: {known}"
+        )
     return found[0]
 
 
 def known_device(name: str) -> str:
     """Return `name` if --device knows it; raises UserError otherwise."""
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device {name!r} is unknown: choose auto, cpu or cuda")
+        near = meant(name, ("auto", "cpu", "cuda"), {"gpu": "cuda"})
+        raise UserError(f"device {name!r} is unknown: {near}choose auto, cpu or cuda")
     return name
 
 
@@ -226,26 +220,32 @@ def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | No
     return load_dataset(folder).class_names if (folder / DATASET_FILE).is_file() else None
 
 
-def class_list(text: str) -> list[str]:
-    """Split "a, b, c" into class names; a name with a comma is in quotes: '"cut, chop", run'.
+def video_paths(workspace: Workspace, dataset: str) -> Mapping[str, str]:
+    """Return the paths of a data set's videos by key; {} if it is not packed in this workspace."""
+    from pipeline.tars.paths import video_paths as paths_in
 
-    Raises UserError if there is no name or one is given twice.
-    """
-    fields = next(csv.reader([" ".join(text.split())], skipinitialspace=True), [])
-    names = [name.strip() for name in fields if name.strip()]
-    if not names:
-        raise UserError(f'--classes {text!r} names no class: separate them with commas, "a,b,c"')
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--classes names {name!r} twice: name each class once")
-    return names
+    return paths_in(workspace.dataset_dir(dataset))
 
 
-def require_few_failures(failed: int, listed: int, max_failures: float, reasons: str) -> None:
+def require_few_failures(
+    failed: int, listed: int, max_failures: float, reasons: str, first: str = ""
+) -> None:
     """End with one line and exit code 1 if more videos failed than `--max-failures` allows.
 
-    `reasons` says where the reasons can be read.
+    `reasons` says where the reasons can be read; `first` is the first of them. If all videos
+    failed, the line says so, as a warning if this is allowed.
     """
+    if listed and failed == listed:
+        why = f" (the first: {first})" if first else ""
+        all_failed = (
+            f"all {listed} videos failed{why}, so there is nothing to go on with: {reasons}; give "
+            "video files that a player can open"
+        )
+        if failed <= max_failures * listed:
+            warn(all_failed)
+            return
+        fail(all_failed)
+        raise typer.Exit(1)
     if failed > max_failures * listed:
         fail(
             f"{failed} of {listed} videos failed, more than --max-failures {max_failures:g} "

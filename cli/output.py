@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from featstore.errors import safe_text
 from featstore.progress import ProgressSink, no_progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.text import Text
 
 PACKAGES = ("pipeline", "featstore", "heads", "cli")
 # Without a terminal, one line every so often is enough to show that the work goes on.
@@ -27,9 +29,25 @@ PLAIN_WIDTH = 200  # width of tables without a terminal
 
 Shown = Mapping[str, Any] | Table | str
 
-# File names and class names may hold brackets, so printed text is never read as markup.
-results = Console(highlight=False, soft_wrap=True, markup=False)
-messages = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+class SafeConsole(Console):
+    """Prints text as it is: nothing in a name or a file can act on the terminal.
+
+    Brackets are no markup and `:word:` no emoji. Control characters and marks of writing direction
+    are shown as escapes, also the line feed: every string that is printed or put into a table is
+    one line.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Turn a string into what is printed."""
+        return super().render_str(safe_text(text), **options)
+
+
+results = SafeConsole(soft_wrap=True)
+messages = SafeConsole(stderr=True, soft_wrap=True)
 
 
 class _StderrHandler(logging.Handler):
@@ -78,17 +96,19 @@ def report(
     Without --json, print `shown`: a mapping as "name: value" lines, tables, and single lines.
     """
     if json:
-        sys.stdout.write(dumps(value, allow_nan=False) + "\n")
+        # The only control character that JSON does not escape is DEL.
+        sys.stdout.write(dumps(value, allow_nan=False).replace("\x7f", "\\u007f") + "\n")
         return
     for part in (shown,) if isinstance(shown, Mapping) else shown:
         if isinstance(part, Mapping):
-            width = max(map(len, part), default=0)
-            for name, fact in part.items():
+            facts = {safe_text(name): fact for name, fact in part.items()}
+            width = max(map(len, facts), default=0)
+            for name, fact in facts.items():
                 results.print(f"{name:<{width}}  {fact}")
         elif isinstance(part, str) or results.is_terminal or "COLUMNS" in os.environ:
             results.print(part)
         else:  # a file or another program has no width at which to wrap lines
-            Console(highlight=False, width=PLAIN_WIDTH, markup=False).print(part)
+            SafeConsole(width=PLAIN_WIDTH).print(part)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
@@ -96,10 +116,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
     Names in the first column are not wrapped up to `WHOLE_NAME` letters.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[safe_text(str(cell)) for cell in row] for row in rows]
     made = Table(title=title or None, title_justify="left")
     widest = max((len(row[0]) for row in cells), default=0)
-    made.add_column(columns[0], overflow="fold", min_width=min(WHOLE_NAME, widest))
+    # A column that keeps its width is left out of what rich takes from all to fit the terminal;
+    # one with a least width is shrunk and grows again, and then the table is too wide.
+    whole = widest <= WHOLE_NAME
+    least = None if whole else WHOLE_NAME
+    made.add_column(columns[0], overflow="fold", no_wrap=whole, min_width=least)
     for column in columns[1:]:
         made.add_column(column, justify="right", overflow="fold")
     for row in cells:
@@ -119,7 +143,9 @@ def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
         now = time.monotonic()
         done_before, began = first = first or (done, now)
         rate = (done - done_before) / (now - began) if now > began else 0.0
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in details.items())
+        told = ", ".join(
+            safe_text(f"{name.replace('_', ' ')} {value}") for name, value in details.items()
+        )
         if bar is not None:
             task = bar.task_ids[0]
             bar.update(task, completed=int(done), total=int(total), rate=_speed(rate), details=told)
@@ -144,9 +170,11 @@ def _bar(what: str, unit: str) -> Progress:
         bars.TextColumn(unit),
         bars.TextColumn("{task.fields[rate]}"),
         bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[details]}"),
+        bars.TextColumn("{task.fields[details]}", markup=False),
     )
-    bar = bars.Progress(*columns, console=messages, transient=True)
+    # What is printed meanwhile goes above the bar, but never from a file to the terminal.
+    above = results.is_terminal
+    bar = bars.Progress(*columns, console=messages, transient=True, redirect_stdout=above)
     bar.add_task(what, total=None, details="", rate="")
     return bar
 

@@ -5,31 +5,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from featstore.errors import UserError, WorkError
+from featstore.commands import STORE_SUFFIX as STORE_SUFFIX
+from featstore.commands import Extraction, command
+from featstore.errors import UserError, WorkError, one_of
+from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.tiers import EMBEDDINGS
-from featstore.remote.urls import is_url
-
-if TYPE_CHECKING:
-    from featstore.reading.store import Store
+from featstore.opened_stores import OpenedStores as OpenedStores
 
 log = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
-_UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 
-STORE_SUFFIX: Final = ".zarr"
 HEAD_FILE: Final = "head.safetensors"
 CONFIG_FILE: Final = "config.json"
 DATASET_FILE: Final = "dataset.json"
 FIRST_STAGE: Final = "frozen"
 """The folder in a fine-tuning's run that keeps the head it began with, if both have one name."""
+LAST_EPOCH: Final = "last"
+"""The folder in a run that keeps the head of its last epoch beside that of its best one."""
 PROTOCOL_FIELD: Final = "protocol"
 """The field in a run's config.json that names the evaluation protocol that trained the run."""
 
@@ -53,12 +53,13 @@ class Workspace:
         return self.root / "heads" / _checked(name, "run")
 
     def head_dir(self, name: str) -> Path:
-        """Return the folder of head `RUN`, or of `RUN/frozen`, the first stage of a fine-tuning.
+        """Return the folder of head `RUN`, `RUN/frozen` (before a fine-tuning) or `RUN/last`.
 
         UserError as `dataset_dir`.
         """
         run, _, stage = name.partition("/")
-        return self.run_dir(run) / stage if stage == FIRST_STAGE else self.run_dir(name)
+        held = stage in (FIRST_STAGE, LAST_EPOCH)
+        return self.run_dir(run) / stage if held else self.run_dir(name)
 
     def head_name(self, folder: Path) -> str:
         """Return the name of the head in this folder; the inverse of `head_dir`."""
@@ -90,53 +91,96 @@ class Workspace:
         split: str | None = None,
         tier: str = EMBEDDINGS,
     ) -> Path:
-        """Return the store's path: `<encoder>--<sampling>[--crops3][--<tier>][--<split>].zarr`.
+        """Return the path of the store that `extract` makes with these options."""
+        kept = None if tier == EMBEDDINGS else tier
+        made = Extraction(dataset, encoder, sampling, crops, kept, split)
+        return self.features_dir(dataset) / made.file_name
 
-        Characters that trouble file systems or copying tools become "-".
-        """
-        parts = [encoder, sampling, f"crops{crops}" if crops > 1 else ""]
-        parts += ["" if tier == EMBEDDINGS else tier, split or ""]
-        safe = [_UNSAFE.sub("-", part).strip("-.") for part in parts]
-        name = "--".join(part for part in safe if part)
-        return self.features_dir(dataset) / f"{name}{STORE_SUFFIX}"
+    def extracted_datasets(self) -> list[str]:
+        """Return the names of the data sets that have features, sorted."""
+        stores = (self.root / "features").glob(f"*/*{STORE_SUFFIX}")
+        return sorted({path.parent.name for path in stores})
 
-    def choose_dataset(self, name: str | None) -> str:
+    def packed_datasets(self) -> list[str]:
+        """Return the names of the packed data sets, the newest first."""
+        packed = (self.root / "datasets").glob(f"*/{DATASET_FILE}")
+        found = sorted((path.stat().st_mtime_ns, path.parent.name) for path in packed)
+        return [name for _, name in reversed(found)]
+
+    def choose_dataset(self, name: str | None, likely: str = "") -> str:
         """Return `name` or, if it is None, the only data set with features.
 
-        Raises UserError if several data sets have features (it lists them) or none has (it names
-        the command that makes some).
+        Those without labels do not count beside others. If several have features, `likely` is
+        taken if it is one of them, and that is logged.
+        Raises UserError if there is no such choice (it lists the data sets) or no features at all
+        (it names the command that makes some).
         """
         if name is not None:
             return name
-        stores = (self.root / "features").glob(f"*/*{STORE_SUFFIX}")
-        found = sorted({path.parent.name for path in stores})
+        every = self.extracted_datasets()
+        found = [dataset for dataset in every if not self.unlabelled(dataset)] or every
         if not found:
             raise UserError(
-                f"no features under {self.root / 'features'}: run `mote-cli extract` first"
+                f"no features under {self.root / 'features'}: run `{self.first_command()}` first"
             )
+        if likely in found and len(found) > 1:
+            log.info(
+                "data set: %s, which the newest head was trained on; --dataset chooses another "
+                "of %s",
+                *(likely, ", ".join(found)),
+            )
+            return likely
         if len(found) > 1:
             raise UserError(
                 f"several data sets have features ({', '.join(found)}): name one with --dataset"
             )
-        log.info("data set: %s, the only one with features", found[0])
+        words = "features" if found == every else "features and labels"
+        log.info("data set: %s, the only one with %s", found[0], words)
         return found[0]
+
+    def first_command(self) -> str:
+        """Return the command that brings this workspace nearer to its first head."""
+        for dataset in self.extracted_datasets():
+            split = training_split(list(self.packed_splits(dataset) or ()))
+            if split is not None and not self.unlabelled(dataset):
+                return command("train-head", dataset=dataset, split=split, root=self.root)
+        for dataset in self.packed_datasets():
+            if not self.unlabelled(dataset):
+                return Extraction(dataset).command(self.root)
+        return command("pack", dataset="NAME", videos="DIR", root=self.root)
 
     def opened(self, dataset: str) -> OpenedStores:
         """Return the stores of a data set as an object that opens each of them only once."""
         return OpenedStores(self, dataset)
 
-    def _packed_splits(self, dataset: str) -> dict[str, bool] | None:
+    def packed_splits(self, dataset: str) -> dict[str, bool] | None:
         """Return the splits that dataset.json names, and whether each has tars of its own.
 
         None if the data set is not here or its file cannot be read; packing and extracting report
         what is wrong with that file.
         """
         try:
-            packed = json.loads((self.dataset_dir(dataset) / DATASET_FILE).read_bytes())
+            packed = found_object(self.dataset_dir(dataset) / DATASET_FILE, LISTS_LIMIT) or {}
             own_tars = bool(packed["splits_disjoint"])
             return {str(name): own_tars for name in packed["split_names"]}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        except (LookupError, TypeError):
             return None
+
+    def unlabelled(self, dataset: str) -> bool:
+        """Return whether the videos of a data set have no classes, as far as that can be read."""
+        from featstore.format.metadata import read_metadata  # loads numpy
+
+        packed = found_object(self.dataset_dir(dataset) / DATASET_FILE, LISTS_LIMIT)
+        if packed is not None:
+            return packed.get("class_names") == []
+        for store in self.stores(dataset):
+            with suppress(UserError, WorkError):
+                return not read_metadata(store).class_names
+        return False
+
+    def own_runs(self) -> list[Path]:
+        """Return `trained_runs` without those that an evaluation trained for itself."""
+        return [run for run in self.trained_runs() if not _is_part_of_protocol(run)]
 
     def choose_run(self, name: str | None) -> Path:
         """Return the folder of the named head, or of the newest; it holds head.safetensors.
@@ -150,20 +194,19 @@ class Workspace:
             return wanted
         if wanted is not None and (wanted / FIRST_STAGE / HEAD_FILE).is_file():
             raise UserError(
-                f"run {name} has no head yet: its fine-tuning is not finished (`mote-cli finetune` "
-                f"with --resume continues it); it began with --head {name}/{FIRST_STAGE}"
+                f"run {name} has no head yet: its fine-tuning is not finished (the command that "
+                f"began it continues it with --resume); it began with --head {name}/{FIRST_STAGE}"
             )
         trained = self.trained_runs()
         if not trained:
             raise UserError(
-                f"no trained head under {self.root / 'heads'}: run `mote-cli train-head` first"
+                f"no trained head under {self.root / 'heads'}: run `{self.first_command()}` first "
+                "(eval and predict also take --head mean, CLIP's mean of frames)"
             )
         if name is not None:
-            known = ", ".join(run.name for run in trained)
-            raise UserError(
-                f"no trained head {name!r} in {self.root / 'heads'}: choose one of {known}"
-            )
-        own = next((run for run in trained if not _is_part_of_protocol(run)), None)
+            known = one_of(name, (run.name for run in trained))
+            raise UserError(f"no trained head {name!r} in {self.root / 'heads'}: {known}")
+        own = next(iter(self.own_runs()), None)
         if own is None:
             raise UserError(
                 f"every head under {self.root / 'heads'} was trained by an evaluation: name "
@@ -173,133 +216,15 @@ class Workspace:
         return own
 
 
-class OpenedStores:
-    """The stores of one data set, each opened once, when it is first needed.
+def training_split(names: Sequence[str]) -> str | None:
+    """Return the split that `train-head` must be given to train on, of a data set with `names`.
 
-    A store shows what was committed when it was opened; make a new object after a store has grown.
+    "" means that it needs none: it finds "train" itself, and takes all videos without splits.
+    None means that there is nothing to train on.
     """
-
-    def __init__(self, workspace: Workspace, dataset: str) -> None:
-        self.dataset = dataset
-        self._workspace = workspace
-        self._opened: dict[Path, Store | UserError | WorkError] = {}
-
-    def open(self, path: Path) -> Store:
-        """Return the store at `path`; if opening it fails, each call raises the same error."""
-        from featstore.opening import open_store  # folders and names need no arrays
-
-        if path not in self._opened:
-            try:
-                self._opened[path] = open_store(path)
-            except (UserError, WorkError) as error:
-                self._opened[path] = error
-        found = self._opened[path]
-        if isinstance(found, UserError | WorkError):
-            raise found
-        return found
-
-    def default_split(self, names: Sequence[str]) -> str | None:
-        """Return the first split of `names` with rows in a readable store of embeddings, if any."""
-        for name in names:
-            for path in self._workspace.stores(self.dataset):
-                try:
-                    _require_match(self.open(path), split=name)
-                    return name
-                except (UserError, WorkError):
-                    continue  # `choose` reports stores that cannot be read
-        return None
-
-    def choose(
-        self,
-        *,
-        split: str | None = None,
-        views: int | None = None,
-        encoder_fingerprint: str | None = None,
-        sampling: str | None = None,
-        name: str | None = None,
-        encoder: str | None = None,
-        option: str = "--store",
-    ) -> Store:
-        """Return the data set's one store of embeddings that fits the split and other arguments.
-
-        `name` is the name of the store's folder, with or without ".zarr", or its URL. In messages,
-        `encoder` names the encoder in the command that makes a store, and `option` is the command
-        line option that sets `name`.
-        Raises UserError if no store fits (with the command that makes one), several do (with
-        their names) or its videos have no labels, WorkError if the store that fits is damaged or
-        not finished.
-        """
-        from featstore.opening import open_store  # as in `open`
-
-        dataset = self.dataset
-        remote = name is not None and is_url(name)
-        if remote:
-            _require_remote_embeddings(str(name))
-        paths = [open_store(str(name)).path] if remote else self._workspace.stores(dataset)
-        if not paths:
-            raise UserError(
-                f"no features of data set {dataset!r} under "
-                f"{self._workspace.features_dir(dataset)}: run "
-                f"`mote-cli extract --dataset {dataset}` first"
-            )
-        if name is not None and not remote:
-            wanted = f"{name.removesuffix(STORE_SUFFIX)}{STORE_SUFFIX}"
-            known = ", ".join(path.name for path in paths)
-            paths = [path for path in paths if path.name == wanted]
-            if not paths:
-                raise UserError(f"data set {dataset!r} has no store {name!r}: it has {known}")
-        fitting: list[Store] = []
-        refused: list[str] = []
-        damaged: list[WorkError] = []
-        for path in paths:
-            try:
-                store = self.open(path)
-                _require_match(store, split, views, encoder_fingerprint, sampling)
-                fitting.append(store)
-            except WorkError as error:
-                damaged.append(error)
-            except UserError as error:
-                refused.append(str(error))
-        if not fitting:
-            packed = self._workspace._packed_splits(dataset)
-            if split is not None and packed is not None and split not in packed:
-                raise UserError(
-                    f"data set {dataset!r} has no split {split!r}: "
-                    + (f"choose one of {', '.join(packed)}" if packed else "it has none to name")
-                )
-            if damaged:
-                raise damaged[0]
-            # Splits that share tars also share one store of all those tars.
-            own_tars = packed is None or packed.get(split or "", False)
-            raise UserError(
-                f"no store of data set {dataset!r} fits: {'; '.join(refused)}; make one with "
-                + _extract_command(dataset, split if own_tars else None, sampling, encoder)
-                + ("" if views is None else f" and a --sampling and --crops of {views} views")
-            )
-        if len(fitting) > 1:
-            names = ", ".join(_describe(store) for store in fitting)
-            raise UserError(
-                f"{len(fitting)} stores of data set {dataset!r} fit: {names}; choose one with "
-                f"{option} NAME"
-            )
-        store = fitting[0]
-        if not store.class_names:
-            raise UserError(
-                f"the {len(store)} videos of data set {dataset!r} have no labels, so there is "
-                "nothing to learn and nothing to score: pack them with classes under another name "
-                "(class folders, --annotations, or --label-field for --tars); `mote-cli predict` "
-                "needs no labels"
-            )
-        if not store.complete:
-            raise WorkError(
-                f"{store.path} holds {len(list(store.partitions()))} of {store.schema.tars} "
-                "partitions: finish it with the `mote-cli extract` command that started it "
-                f"(encoder {store.provenance.encoder}, sampling {store.provenance.sampling})"
-            )
-        for damage in damaged:
-            log.warning("left out: %s", damage)
-        log.info("features of %s: %s", dataset, _describe(store))
-        return store
+    if not names or "train" in names:
+        return ""
+    return next((name for name in names if name.startswith("train")), None)
 
 
 def _checked(name: str, kind: str) -> str:
@@ -312,63 +237,5 @@ def _checked(name: str, kind: str) -> str:
 
 
 def _is_part_of_protocol(run: Path) -> bool:
-    try:
-        settings = json.loads((run / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return False  # loading the run reports what is wrong with it
-    return isinstance(settings, dict) and bool(settings.get(PROTOCOL_FIELD))
-
-
-def _require_match(
-    store: Store,
-    split: str | None,
-    views: int | None = None,
-    encoder_fingerprint: str | None = None,
-    sampling: str | None = None,
-) -> None:
-    """Raise UserError, which says why, if the store does not fit the arguments."""
-    names, made = store.split_names, store.provenance
-    reason = ""
-    if not store.schema.pooled:
-        reason = f"holds {store.tier}, not the embeddings that heads work on"
-    elif split is not None and (split not in names or not store.split(split).size):
-        reason = f"has no rows of split {split!r} (it has {', '.join(names) or 'none'})"
-    elif views is not None and store.schema.views != views:
-        reason = f"has {store.schema.views} views, not {views}"
-    elif encoder_fingerprint not in (None, made.encoder_fingerprint):
-        reason = f"was made with another encoder ({made.encoder})"
-    elif sampling not in (None, made.sampling):
-        reason = f"has sampling {made.sampling}, not {sampling}"
-    if reason:
-        raise UserError(f"{store.path.name} {reason}")
-
-
-def _require_remote_embeddings(url: str) -> None:
-    """Raise UserError for a remote store of another tier, before its terabytes are fetched."""
-    from featstore.remote.writer import RemoteStoreWriter  # obstore takes a while to load
-
-    writer = RemoteStoreWriter.open(url)
-    tier = writer.schema.tier
-    writer.close()
-    if tier != EMBEDDINGS:
-        raise UserError(
-            f"{url} holds {tier}, not the embeddings that heads work on: choose or extract a "
-            "store without --tier"
-        )
-
-
-def _describe(store: Store) -> str:
-    made = store.provenance
-    return (
-        f"{store.path.name} (sampling {made.sampling}, {store.schema.views} views, "
-        f"encoder {made.encoder})"
-    )
-
-
-def _extract_command(
-    dataset: str, split: str | None, sampling: str | None, encoder: str | None
-) -> str:
-    options = f" --split {split}" if split else ""
-    options += f" --encoder {encoder}" if encoder else ""
-    options += f" --sampling {sampling}" if sampling else ""
-    return f"`mote-cli extract --dataset {dataset}{options}`"
+    settings = found_object(run / CONFIG_FILE)  # loading the run reports what is wrong with it
+    return settings is not None and bool(settings.get(PROTOCOL_FIELD))

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 from featstore.files.machine import cpu_has_bf16
 
 Precision = Literal["auto", "fp32", "bf16"]
@@ -24,7 +24,8 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
-        raise UserError(f"device {device!r} is unknown: choose auto, cpu or cuda")
+        near = meant(device, ("auto", "cpu", "cuda"), {"gpu": "cuda"})
+        raise UserError(f"device {device!r} is unknown: {near}choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for, but this machine has none: use --device cpu")
     return torch.device(device)
@@ -37,7 +38,8 @@ def resolve_precision(precision: str, dim: int, device: torch.device) -> str:
     CPU with AVX512-BF16, AMX or Arm's bf16. Raises UserError for an unknown precision.
     """
     if precision not in get_args(Precision):
-        raise UserError(f"precision {precision!r} is unknown: choose auto, fp32 or bf16")
+        near = meant(precision, get_args(Precision))
+        raise UserError(f"precision {precision!r} is unknown: {near}choose auto, fp32 or bf16")
     if precision != "auto":
         return precision
     if device.type == "cuda":

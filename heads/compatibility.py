@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from featstore.errors import UserError, WorkError
 from featstore.format.class_texts import DEFAULT_PROMPTS, ClassText
+from featstore.format.metadata import read_metadata
+from featstore.reading.repair import repair_command
 from featstore.reading.store import Store
 from heads.methods.head import Head, build_head
 from heads.methods.registry import MEAN_OF_FRAMES, method
@@ -69,7 +71,8 @@ def check_complete(store: Store) -> None:
     """Raise UserError if `store` holds no embeddings, WorkError if it is not complete."""
     store.require_embeddings()
     if not store.complete:
-        raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+        finish = repair_command(store.path, read_metadata(store.path))
+        raise WorkError(f"{store.path} is not complete: finish it with `{finish}`")
 
 
 def check_class_text(head: Head, text: ClassText, prompt_set: str) -> None:

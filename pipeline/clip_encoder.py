@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, meant, one_line
 from featstore.files.machine import cpu_has_bf16
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.sources import LoadedClip, load_clip
@@ -273,7 +273,8 @@ def load_encoder(
     fetched.
     """
     if precision not in (*PRECISIONS, "auto"):
-        raise UserError(f"unknown precision {precision!r}: use auto, {', '.join(PRECISIONS)}")
+        near = meant(precision, ("auto", *PRECISIONS))
+        raise UserError(f"unknown precision {precision!r}: {near}use auto, {', '.join(PRECISIONS)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -325,15 +326,15 @@ def _function_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
 def _tokenizer(loaded: LoadedClip) -> Any:
     text = loaded.model_config["text_cfg"]
     named = text.get("hf_tokenizer_name") or "siglip" in loaded.tokenizer_source.lower()
-    if named and loaded.tokenizer_source:
-        try:
+    try:
+        if named and loaded.tokenizer_source:
             return open_clip.get_tokenizer(loaded.tokenizer_source)
-        except Exception as error:
-            raise UserError(
-                f"the tokeniser of {loaded.name} cannot be loaded ({one_line(error, 160)}): "
-                "install the package `transformers`, or use a CLIP with the standard tokeniser"
-            ) from None
-    return open_clip.SimpleTokenizer(
-        context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
-        **text.get("tokenizer_kwargs", {}),
-    )
+        return open_clip.SimpleTokenizer(
+            context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+            **text.get("tokenizer_kwargs", {}),
+        )
+    except Exception as error:
+        raise UserError(
+            f"the tokeniser of {loaded.name} cannot be loaded ({one_line(error, 160)}): "
+            "install the package `transformers`, or use a CLIP with the standard tokeniser"
+        ) from None

@@ -7,18 +7,17 @@ sentences per class.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from featstore.errors import UserError, one_line
-from featstore.format.class_texts import DEFAULT_PROMPTS
+from featstore.errors import UserError, meant, one_line
+from featstore.files.documents import read_document, read_json
+from featstore.format.class_texts import PROMPT_SET_NAMES
 from featstore.format.metadata import check_prompt_set
 
 if TYPE_CHECKING:
@@ -37,11 +36,12 @@ _FORMS = (
     "a {medium} of a person practicing {{}}.",
 )
 
-PROMPT_SETS: dict[str, tuple[str, ...]] = {
-    DEFAULT_PROMPTS: tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
-    "name": ("{}",),
-    "video": ("a video of {}",),
-}
+_TEMPLATES: Final = (
+    tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
+    ("{}",),
+    ("a video of {}",),
+)
+PROMPT_SETS: Final = dict(zip(PROMPT_SET_NAMES, _TEMPLATES, strict=True))
 
 TEMPLATES_SUFFIX: Final = ".txt"
 # CLIP reads 77 tokens; these limits stop files that are something else.
@@ -136,9 +136,11 @@ class PromptSet:
         if missing:
             parts.append(f"it lacks {_some(missing)}, {len(missing)} of {len(class_names)} classes")
         if unknown:
-            close = difflib.get_close_matches(unknown[0], missing, n=1)
-            meant = f" (is the first one {close[0]!r}?)" if close else ""
-            parts.append(f"it has {_some(unknown)}, which are no classes of the data set{meant}")
+            near = meant(unknown[0], missing).strip()
+            parts.append(
+                f"it has {_some(unknown)}, which are no classes of the data set"
+                + (f" ({unknown[0]!r}: {near})" if near else "")
+            )
         raise UserError(
             f"{self.source}: {'; '.join(parts)}: every class needs its sentences under its name, "
             "as `mote-cli inspect` lists them"
@@ -161,8 +163,9 @@ def as_prompt_set(prompts: str | PromptSet, name: str | None = None) -> PromptSe
                 f"{prompts} is no template file: descriptions go with --descriptions FILE"
             )
         raise UserError(
-            f"unknown prompt set {prompts!r}: use one of {', '.join(PROMPT_SETS)}, or a file "
-            f"FILE{TEMPLATES_SUFFIX} with one sentence per line and {{}} for the class name"
+            f"unknown prompt set {prompts!r}: {meant(prompts, PROMPT_SETS)}use one of "
+            f"{', '.join(PROMPT_SETS)}, or a file FILE{TEMPLATES_SUFFIX} with one sentence per "
+            "line and {} for the class name"
         )
     if name not in (None, prompts):
         raise UserError(f"prompt set {prompts!r} has its own name: leave {name!r} out")
@@ -212,7 +215,11 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
     Blank lines and lines that begin with "#" are left out. Raises UserError, with the line, for a
     file that cannot be read or is not such a list, and for a name that is taken.
     """
-    lines = _read_limited(path, TEMPLATES_LIMIT).splitlines()
+    raw = read_document(path, "name a text file of sentences", limit=TEMPLATES_LIMIT)
+    try:
+        lines = raw.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     templates: dict[str, int] = {}
     for number, line in numbered:
@@ -244,13 +251,7 @@ def read_descriptions(path: Path, name: str | None = None) -> PromptSet:
     which names the class, for a file that is too large, is not a JSON object, names a class twice,
     has a value that is no list of sentences, an empty list or sentence, or an over-long sentence.
     """
-    text = _read_limited(path, DESCRIPTIONS_LIMIT)
-    try:
-        value = json.loads(text, object_pairs_hook=lambda pairs: _once(path, pairs))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({one_line(error)}): write {_SHAPE}") from error
+    value = read_json(path, f"write {_SHAPE}, every class once", limit=DESCRIPTIONS_LIMIT)
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds no object with class names: write {_SHAPE}")
     descriptions = {key: _sentences(path, key, lines) for key, lines in value.items()}
@@ -310,21 +311,6 @@ def _set_name(path: Path, name: str | None) -> str:
         raise UserError(f"{error}; --prompt-set-name gives {path} another name") from error
 
 
-def _read_limited(path: Path, limit: int) -> str:
-    """Read a UTF-8 text file of at most `limit` bytes. Raises UserError for any other file."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name a text file") from error
-    if len(raw) > limit:
-        raise UserError(f"{path} has more than {limit} bytes: it is no file of sentences")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: save it as UTF-8") from error
-
-
 def _require_length(sentence: str, where: str) -> None:
     """Raise UserError for a sentence too long for any text tower; the tokeniser checks exactly."""
     if len(sentence) > MAX_SENTENCE:
@@ -332,17 +318,6 @@ def _require_length(sentence: str, where: str) -> None:
             f"{where}: a sentence has {len(sentence)} characters, at most {MAX_SENTENCE} can be "
             f"read (CLIP takes 77 tokens): shorten {one_line(sentence, 40)!r}"
         )
-
-
-def _once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise UserError(
-            f"{path} has {one_line(twice, 60)!r} twice: name every class once, with all its "
-            "sentences"
-        )
-    return value
 
 
 def _sentences(path: Path, key: str, lines: Any) -> tuple[str, ...]:

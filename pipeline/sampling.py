@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, cast
 
 import numpy as np
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 from featstore.segments import IntArray, segment_positions, segment_ranges
 
 DENSE_SPAN = 128  # frames that one clip of dense sampling covers
@@ -101,11 +102,42 @@ class Sampling:
         return test_indices(num_frames, self.frames, self.clips, dense=self.kind == "dense")
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Takes a clip of `frames` frames from each of the windows between two `bounds`.
+
+    Window k are the frames from `bounds[k]` to before `bounds[k + 1]`, as `window_bounds` gives
+    them for a video.
+    """
+
+    bounds: tuple[int, ...]
+    frames: int
+
+    def indices(self, num_frames: int) -> IntArray:
+        """Frame indices int64 [windows, frames], each below `num_frames`, the video's frames."""
+        chosen = [
+            first + validation_indices(after - first, self.frames)
+            for first, after in pairwise(self.bounds)
+        ]
+        return np.minimum(np.stack(chosen), num_frames - 1)
+
+
+def window_bounds(num_frames: int, fps: float, seconds: float) -> tuple[int, ...]:
+    """Cut a video into windows of `seconds`: the first frame of each, and `num_frames` at the end.
+
+    A rest of less than half a window belongs to the last one; a window has at least one frame.
+    """
+    step = max(1.0, seconds * fps)
+    windows = max(1, round(num_frames / step))
+    return (*(int(number * step) for number in range(windows)), num_frames)
+
+
 def parse_sampling(text: str) -> Sampling:
     """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError that shows the syntax."""
     match = re.fullmatch(r"(uniform|clips|dense):([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip())
     if match is None or (match[1] == "uniform") != (match[3] is None):
-        raise UserError(f"sampling {text!r} is not understood: write {SYNTAX}")
+        near = meant(text.partition(":")[0], ("uniform", "clips", "dense"))
+        raise UserError(f"sampling {text!r} is not understood: {near}write {SYNTAX}")
     kind = cast(Literal["uniform", "clips", "dense"], match[1])
     sampling = Sampling(kind, int(match[2]), int(match[3] or 1))
     if not 1 <= sampling.frames * sampling.clips <= MAX_FRAMES:

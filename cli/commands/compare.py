@@ -1,7 +1,8 @@
-"""`mote-cli compare`: show which settings of two results differ, then by how much they differ."""
+"""`mote-cli compare`: show in which settings results differ, then by how much they differ."""
 
 from __future__ import annotations
 
+import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,27 +14,22 @@ from featstore.errors import UserError
 
 if TYPE_CHECKING:
     from heads.evaluation.comparing.compare import Comparison
+    from heads.evaluation.comparing.several import Comparisons
     from heads.evaluation.outcomes import Paired
 
 PAIRED_LINES = 3  # more test sets than this are summed up in one line
-_GAINS = "{only_b} videos only B gets right, {only_a} only A: p = {p:.3g} (exact McNemar test)"
+LETTERS = string.ascii_uppercase
 
 
 def compare(
-    a: Annotated[
-        str,
+    results: Annotated[
+        list[str],
         typer.Argument(
-            metavar="A", help="A result file, or a run's name or folder, for its newest result."
+            metavar="A [B]...",
+            help="Result files, or names or folders of runs. A run stands for its newest result; "
+            "after A, for its newest on A's data set. One is enough with --published.",
         ),
     ],
-    b: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[B]",
-            help="The other result; a run stands for its newest result on A's data set. Not needed "
-            "with --published.",
-        ),
-    ] = None,
     published: Annotated[
         bool,
         typer.Option("--published", help="Also show published figures with A's protocol."),
@@ -49,35 +45,41 @@ def compare(
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Say in which fields two results differ, which of them make the numbers incomparable, and
-    only then compare the numbers.
+    """Say in what the training and the fields of results differ, which of it makes the numbers
+    incomparable, and only then compare the numbers.
 
-    Results are the JSON files under `heads/RUN/eval/`. Fields that an older file lacks are shown
-    as unknown.
+    Results are the JSON files under `heads/RUN/eval/`; the first one is compared with each of the
+    others. Fields that an older file lacks are shown as unknown.
 
-    Example: `mote-cli compare first second`
+    Example: `mote-cli compare first second third`
     """
     from heads.evaluation.comparing.compare import choose_result
-    from heads.evaluation.comparing.compare import compare as run
     from heads.evaluation.comparing.published import published_beside
+    from heads.evaluation.comparing.several import compare_all
 
-    if b is None and not published:
-        raise UserError("compare takes two results, or one with --published")
+    if len(results) == 1 and not published:
+        raise UserError("compare takes at least two results, or one with --published")
+    if len(results) > len(LETTERS):
+        raise UserError(
+            f"compare was given {len(results)} results: name at most {len(LETTERS)}, or see all "
+            "heads with `mote-cli tradeoff`"
+        )
     workspace = options.workspace(root)
-    first = choose_result(workspace, a)
-    comparison = None if b is None else run(first, choose_result(workspace, b, first))
+    first = choose_result(workspace, results[0])
+    others = [choose_result(workspace, text, first) for text in results[1:]]
+    comparisons = compare_all([first, *others]) if others else None
     found = None
     if published:
         found = published_beside(
             first.values, backbone or options.architecture(workspace, first.values)
         )
-    value = {"a": str(first.path)} | ({} if comparison is None else comparison.to_json())
-    report(json, value | (found or {}), _shown(comparison, found))
+    value = {"a": str(first.path)} | ({} if comparisons is None else comparisons.to_json())
+    report(json, value | (found or {}), _shown(comparisons, found))
 
 
-def _shown(comparison: Comparison | None, found: Mapping[str, Any] | None) -> Iterator[Shown]:
-    if comparison is not None:
-        yield from _compared(comparison)
+def _shown(comparisons: Comparisons | None, found: Mapping[str, Any] | None) -> Iterator[Shown]:
+    if comparisons is not None:
+        yield from _compared(comparisons)
     if found is not None:
         yield from published_shown(found)
         if not found["published"] and not found["nearest"]:
@@ -112,58 +114,84 @@ def published_shown(found: Mapping[str, Any]) -> Iterator[Shown]:
             )
 
 
-def _compared(comparison: Comparison) -> Iterator[Shown]:
+def _compared(comparisons: Comparisons) -> Iterator[Shown]:
     from heads.evaluation.results import GROUPS
 
-    yield f"A  {comparison.a}"
-    yield f"B  {comparison.b}"
-    known = [d for d in comparison.differences if not d.unknown]
+    letters = LETTERS[: len(comparisons.results)]
+    for letter, result in zip(letters, comparisons.results, strict=True):
+        yield f"{letter}  {result.path}"
+    if comparisons.training:
+        rows = [[d.name, *d.texts] for d in comparisons.training]
+        yield table("Different: training and its data", ["setting", *letters], rows)
+    else:
+        yield "training and its data: no known difference"
+    fields = comparisons.fields()
     for group in GROUPS:
         rows = [
-            [d.name, d.of_a, d.of_b, "makes them incomparable" if d.decisive else ""]
-            for d in known
-            if d.group == group
+            [row.name, *row.values, "makes them incomparable" if row.decisive else ""]
+            for row in fields
+            if row.group == group and not row.unknown
         ]
         if rows:
-            yield table(f"Different: {group}", ["field", "A", "B", ""], rows)
-    unknown = [d for d in comparison.differences if d.unknown]
-    for of_a, of_b, who in ((True, False, "A"), (False, True, "B"), (True, True, "A and B")):
-        names = [
-            d.name for d in unknown if (d.of_a == "unknown", d.of_b == "unknown") == (of_a, of_b)
-        ]
-        if names:
-            verb = "do" if of_a and of_b else "does"
-            yield f"unknown: {who} {verb} not say {', '.join(names)}"
-    if comparison.incomparable:
-        yield (
-            f"not comparable: {', '.join(comparison.incomparable)} differ, so the numbers do not "
-            "measure the same thing"
-        )
-    elif comparison.unsure:
-        yield f"perhaps not comparable: {', '.join(comparison.unsure)} unknown"
-    else:
-        yield "comparable: both measure the same videos, names and views in the same way"
-    if comparison.numbers:
+            yield table(f"Different: {group}", ["field", *letters, ""], rows)
+    lacking: dict[str, list[str]] = {}
+    for row in fields:
+        if row.unknown:
+            who = [of for of, text in zip(letters, row.values, strict=True) if text == "unknown"]
+            verb = "does" if len(who) == 1 else "do"
+            named = " and ".join(", ".join(who).rsplit(", ", 1))
+            lacking.setdefault(f"{named} {verb} not say", []).append(row.name)
+    yield from (f"unknown: {who} {', '.join(names)}" for who, names in lacking.items())
+    two = len(comparisons.pairs) == 1
+    for letter, pair in zip(letters[1:], comparisons.pairs, strict=True):
+        yield ("" if two else f"A and {letter}: ") + _verdict(pair)
+    if two and comparisons.pairs[0].numbers:
         yield table(
             "Accuracy in per cent, difference in points",
             ["test set", "measure", "A", "B", "B - A"],
             [
                 [n.split, n.measure, f"{n.a:.2f}", f"{n.b:.2f}", f"{n.difference:+.2f}"]
-                for n in comparison.numbers
+                for n in comparisons.pairs[0].numbers
             ],
         )
-    for who, only in (("A", comparison.only_a), ("B", comparison.only_b)):
-        if only:
-            yield f"only {who} has {', '.join(only)}"
-    if len(comparison.paired) > PAIRED_LINES:
-        yield _many(comparison.paired)
+    elif numbers := comparisons.numbers():
+        yield table(
+            "Accuracy in per cent (difference to A in points)",
+            ["test set", "measure", *letters],
+            [[row.group, row.name, *row.values] for row in numbers],
+        )
+    for letter, pair in zip(letters[1:], comparisons.pairs, strict=True):
+        beside = "" if two else f", beside {letter}"
+        for whose, only in (("A", pair.only_a), (letter, pair.only_b)):
+            if only:
+                yield f"only {whose} has {', '.join(only)}{beside}"
+        yield from _gains(pair.paired, letter)
+
+
+def _verdict(pair: Comparison) -> str:
+    if pair.incomparable:
+        return (
+            f"not comparable: {', '.join(pair.incomparable)} differ, so the numbers do not "
+            "measure the same thing"
+        )
+    if pair.unsure:
+        return f"perhaps not comparable: {', '.join(pair.unsure)} unknown"
+    return "comparable: both measure the same videos, names and views in the same way"
+
+
+def _gains(pairs: Sequence[Paired], letter: str) -> Iterator[str]:
+    """Yield a line per test set of the videos that only A or only the other one gets right."""
+    if len(pairs) > PAIRED_LINES:
+        yield _many(pairs, letter)
         return
-    for pair in comparison.paired:
-        line = _GAINS.format_map(vars(pair))
-        yield f"{pair.split}, {pair.n} videos: {line}"
+    for pair in pairs:
+        yield (
+            f"{pair.split}, {pair.n} videos: {pair.only_b} videos only {letter} gets right, "
+            f"{pair.only_a} only A: p = {pair.p:.3g} (exact McNemar test)"
+        )
 
 
-def _many(pairs: Sequence[Paired]) -> str:
+def _many(pairs: Sequence[Paired], letter: str) -> str:
     """Sum up many test sets, such as the draws of half-class, in one line."""
 
     def span(values: Sequence[float]) -> str:
@@ -172,7 +200,7 @@ def _many(pairs: Sequence[Paired]) -> str:
 
     return (
         f"{len(pairs)} test sets of {span([pair.n for pair in pairs])} videos: "
-        f"{span([pair.only_b for pair in pairs])} videos only B gets right, "
+        f"{span([pair.only_b for pair in pairs])} videos only {letter} gets right, "
         f"{span([pair.only_a for pair in pairs])} only A: p = {span([pair.p for pair in pairs])} "
         "(exact McNemar tests, one each; --json has them all)"
     )

@@ -55,6 +55,12 @@ def evaluate(
     views: Annotated[
         str | None, typer.Option(metavar="CLIPSxCROPS", help="Use the store with these views.")
     ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Frames per view, of those stored; default: the head's, or all for mean."
+        ),
+    ] = None,
     sampling: options.StoreSampling = None,
     store_name: options.StoreName = None,
     prompts: options.PromptSet = None,
@@ -205,8 +211,9 @@ def evaluate(
     --closeset tests the val (or test) split. --zeroshot tests all videos, or takes the mean over
     the official test lists of HMDB51 and UCF101. --protocol takes any protocol by its name.
     --fewshot and --base-to-novel train heads first, from the weights of --head if it is given.
-    The result is kept as JSON beside the head, with accuracy per class and confusion. To share
-    the work among processes, run it under torchrun.
+    The result is kept as JSON beside the head, with tables for a spreadsheet (a row a video, a row
+    a class, who was taken for whom) and a picture of the confusions. To share the work among
+    processes, run it under torchrun.
 
     Example: `mote-cli eval --zeroshot hmdb51 --head k400-mote`
     """
@@ -251,6 +258,8 @@ def evaluate(
     kind = named.kind if named is not None else KINDS[chosen[0]]
     if kind in trained.KINDS and swept:
         raise UserError(f"--sweep needs a head that is trained already: {kind} trains its own")
+    if kind in trained.KINDS and frames is not None:
+        raise UserError(f"--frames needs a head that is trained already: {kind} has its recipe's")
     workspace = options.workspace(root)
     request = asked.EvaluationRequest(
         workspace,
@@ -262,6 +271,7 @@ def evaluate(
         views=views,
         sampling=sampling,
         store=store_name,
+        frames=frames,
         prompt_set=lambda store: options.prompt_set(store, prompts),
         score=asked.ScoreSettings(
             modulate,
@@ -276,6 +286,7 @@ def evaluate(
         label_map=label_map,
         unseen=UnseenChoice(k600_source, tuple(class_lists or ()), k400_names),
         packed_class_names=lambda name: options.packed_class_names(workspace, name),
+        video_paths=lambda name: options.video_paths(workspace, name),
         precision=precision,  # type: ignore[arg-type]  # it is checked there
         device=options.device(device),
     )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.commands.compare import published_shown
 from cli.output import Shown, percent, report, table, warn
+from featstore.errors import safe_text
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from heads.evaluation.details import ClassSummary
     from heads.evaluation.request import Evaluation
     from heads.evaluation.results import EvalResult
     from heads.evaluation.trained.run import ShotOutcome
@@ -25,6 +28,9 @@ def report_evaluation(
     is_sweep: bool,
 ) -> None:
     """Report an evaluation, its files, and the published figures `beside` the first result."""
+    from heads.evaluation.answers import answer_files
+    from heads.evaluation.details import ClassSummary
+
     measured = [result for result, _ in evaluation.measured]
     for gap in evaluation.missing:
         remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
@@ -41,6 +47,9 @@ def report_evaluation(
         sweep = {**shared, "rows": rows, "missing": evaluation.missing}
         report(json, sweep, [_sweep(title, measured), f"kept under {files[0].parent}"])
         return
+    summary = ClassSummary.of(result.details, result.class_names)
+    answers = answer_files(files[0])
+    named = {"files": {what: str(file) for what, file in answers.items()}, **summary.to_json()}
     columns = ["split", "listed", "evaluated", "failed", "top-1 %", "top-5 %"]
     parts = [
         [p.split, p.n_listed, p.n_evaluated, p.n_failed, percent(p.top1), percent(p.top5)]
@@ -49,15 +58,34 @@ def report_evaluation(
     mean = f"mean top-1 {result.mean:.2f}, population std {result.std:.2f}"
     report(
         json,
-        {**rows[0], **beside},
+        {**rows[0], **named, **beside},
         [
             table(title, columns, parts),
             *([mean] if len(parts) > 1 else []),
             *(f"not as published: {note}" for note in result.notes),
+            *classes_shown(summary),
             f"kept as {files[0]}",
+            "beside it: .videos.csv (a row a video), .per-class.csv, .confusion.csv and .png",
             *published_shown(beside),
         ],
     )
+
+
+def classes_shown(summary: ClassSummary) -> Iterator[Shown]:
+    """Yield the best and the worst classes and the most frequent confusions."""
+    tested = f"of {summary.classes_tested} classes"
+    first = f"best {tested}" if summary.worst_classes else "classes, best first"
+    parts = {first: summary.best_classes, f"worst {tested}": summary.worst_classes}
+    for title, classes in parts.items():
+        if classes:
+            rows = [[safe_text(c.name), c.videos, percent(c.top1)] for c in classes]
+            yield table("", [title, "videos", "top-1 %"], rows)
+    if summary.confusions:
+        yield "most frequent confusions"
+    for found in summary.confusions:
+        names = f"{safe_text(found.name)} taken for {safe_text(found.taken_for)}"
+        line = f"{names}: {found.times} of {found.videos}"
+        yield textwrap.fill(line, 78, initial_indent="  ", subsequent_indent="    ")
 
 
 def _sweep(title: str, measured: list[EvalResult]) -> Table:

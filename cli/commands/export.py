@@ -9,7 +9,7 @@ import typer
 
 from cli import options
 from cli.output import report
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 
 FORMATS = ("safetensors", "onnx", "official")
 
@@ -52,7 +52,7 @@ def export(
     from pipeline.encoders.tuned import original_clip, tower_of
 
     if format not in FORMATS:
-        raise UserError(f"format {format!r} is unknown: choose one of {', '.join(FORMATS)}")
+        raise UserError(f"format {format!r} is unknown: {one_of(format, FORMATS)}")
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out takes the file to write")
     workspace = options.workspace(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +10,16 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
-from featstore.errors import UserError
+from featstore.commands import command
+from featstore.errors import UserError, one_of
 from featstore.remote.urls import is_url
 
 if TYPE_CHECKING:
     from featstore.format.tiers import Tier
     from pipeline.extraction.cluster.connection import Cluster
     from pipeline.extraction.request import ExtractionSummary
+
+logger = logging.getLogger(__name__)
 
 
 def extract(
@@ -160,6 +163,7 @@ def extract(
     # Nothing here imports torch, which recognising a finished store does not need.
     from featstore.format.class_texts import DEFAULT_PROMPTS
     from featstore.format.tiers import Tier
+    from heads.evaluation.protocols.serving import protocols_served
     from pipeline.encoders.specs import encoder_label
     from pipeline.extraction.request import ExtractionRequest, Share
     from pipeline.extraction.run import extract as run
@@ -210,23 +214,34 @@ def extract(
         retry_failed=retry_failed,
         tier=wanted,
     )
+    packed = None if remote else list(workspace.packed_splits(dataset) or ())
+    serving = None
+    if wanted.pooled:
+        views, splits = f"{chosen.clips}x{crops}", [split] if split else packed
+        serving = protocols_served(dataset, views, frames=chosen.frames, splits=splits)
+    served = {} if serving is None else {"protocols": serving.to_json()}
     if dry_run:
         from pipeline.extraction.estimate import estimate
 
         with progress_of("sample", "videos") as progress:
             plan = estimate(request, progress=progress)
-        report(json, plan.to_json(), plan.facts())
+        facts = plan.facts() | ({} if serving is None else serving.facts())
+        report(json, plan.to_json() | served, facts)
         plan.require_room()
         return
+    if serving is not None:
+        for name, words in serving.facts().items():
+            logger.info("%s: %s", name, words)
     with progress_of("extract", "videos") as progress:
         summary = run(request, cluster=cluster, progress=progress)
-    following = _following(summary, wanted, split, store, root)
-    report(json, summary.to_json(), _facts(summary) | {"next": following})
+    following = _following(summary, wanted) if summary.rows_ok else {}
+    report(json, summary.to_json() | served, _facts(summary) | following)
     options.require_few_failures(
         *(summary.rows_failed, summary.rows_ok + summary.rows_failed, max_failures),
         "the summary lists the first reasons"
         if is_url(summary.store)
-        else f"`mote-cli inspect {summary.store}` lists the reasons",
+        else f"`{command('inspect', Path(summary.store))}` lists the reasons",
+        *(failure["reason"] for failure in summary.failures[:1]),
     )
 
 
@@ -251,7 +266,7 @@ def _cluster(
                 raise UserError(f"{name} {value} is for clusters: add --engine ray")
         return None
     if engine != "ray":
-        raise UserError(f"engine {engine!r} is unknown: choose local or ray")
+        raise UserError(f"engine {engine!r} is unknown: {one_of(engine, ('local', 'ray'))}")
     from pipeline.extraction.cluster.connection import Cluster
 
     gpus = gpus_per_worker if gpus_per_worker is not None else float(device == "cuda")
@@ -285,17 +300,15 @@ def _facts(summary: ExtractionSummary) -> dict[str, Any]:
     return facts | failed
 
 
-def _following(
-    summary: ExtractionSummary, tier: Tier, split: str | None, store: str | None, root: str
-) -> str:
-    """Return the command to run next."""
-    local = store is not None and not is_url(store)  # train-head looks under --root only
-    if local or not tier.pooled or not summary.classes:
-        return f"mote-cli inspect {shlex.quote(summary.store)}"
+def _following(summary: ExtractionSummary, tier: Tier) -> dict[str, str]:
+    """Return the command to run next; none after too many failures, which the error explains."""
+    if summary.too_many_failures:
+        return {}
     if is_url(summary.store):
-        return f"mote-cli train-head --dataset {summary.dataset} --store {summary.store}"
-    if split in (None, "train"):
-        command = f"mote-cli train-head --dataset {summary.dataset}"
-    else:
-        command = f"mote-cli eval --closeset {summary.dataset} --split {split}"
-    return command + options.same_root(root)
+        train = command("train-head", dataset=summary.dataset, store=summary.store)
+        trainable = tier.pooled and summary.classes and not summary.partitions_missing
+        return {"next": train} if trainable else {}
+    from heads.evaluation.next_steps import after_extraction
+
+    done = not summary.partitions_missing
+    return {"next": after_extraction(Path(summary.store), complete=done)}

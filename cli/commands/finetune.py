@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -165,6 +167,7 @@ def finetune(
     """
     from heads.end_to_end.finetune import finetune as run_finetune
     from heads.end_to_end.plan import FinetuneRequest
+    from heads.evaluation.next_steps import after_finetuning
     from heads.methods.registry import require_run_name
     from heads.recipes import FINETUNE_RECIPE, load_recipe
     from heads.training.ranks import contact, joined, left
@@ -225,7 +228,8 @@ def finetune(
         raise
     left(ranks)
     if ranks.first:
-        report(json, summary.to_json(), _facts(summary, options.same_root(root)))
+        steps = after_finetuning(Path(summary.path), summary.dataset, summary.eval_split, prompts)
+        report(json, summary.to_json(), _facts(summary, steps))
     failed = summary.n_failed + summary.n_evaluated_failed
     listed = summary.n_listed + summary.n_evaluated
     if not ranks.first:
@@ -251,7 +255,7 @@ def _say(error: BaseException, ranks: Ranks) -> None:
         raise typer.Exit(2 if isinstance(error, UserError) else 1) from None
 
 
-def _facts(summary: FinetuneSummary, same_root: str) -> dict[str, Any]:
+def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]:
     memory = f"{summary.peak_rss_mb:.0f} MB per process" + (
         "" if summary.peak_gpu_mb is None else f", {summary.peak_gpu_mb:.0f} MB of its GPU"
     )
@@ -261,12 +265,6 @@ def _facts(summary: FinetuneSummary, same_root: str) -> dict[str, Any]:
             f"{percent(summary.top1)} % (the best was {percent(summary.best_top1)} after epoch "
             f"{summary.best_epoch})"
         )
-    split, evaluate = "", {}
-    if summary.eval_split is not None:
-        split = f" --split {summary.eval_split}"
-        evaluate = {
-            "then": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}{same_root}"
-        }
     return {
         "run": f"{summary.run} in {summary.path}",
         "encoder": f"{summary.encoder_path} ({summary.blend:g} of the tower after epoch "
@@ -280,7 +278,5 @@ def _facts(summary: FinetuneSummary, same_root: str) -> dict[str, Any]:
         f"{summary.waiting:.0%} waiting for data ({summary.precision} on {summary.device})",
         "memory": memory,
         **{f"failed: {failure['key']}": failure["reason"] for failure in summary.failures},
-        "next": f"mote-cli extract --dataset {summary.dataset}{split} --encoder {summary.run} "
-        f"--sampling uniform:{summary.frames}{same_root}",
-        **evaluate,
+        **steps,
     }

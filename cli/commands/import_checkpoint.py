@@ -66,10 +66,13 @@ def import_checkpoint(
     Example: `mote-cli import-checkpoint MoTE_B16.pt --name mote-b16 --class-names k400.csv`
     """
     from heads.end_to_end.import_checkpoint import import_checkpoint as run
+    from heads.evaluation.next_steps import after_import
+
+    workspace = options.workspace(root)
 
     with progress_of("check class names", "sentences") as progress:
         made = run(
-            options.workspace(root),
+            workspace,
             file,
             name,
             clip=clip,
@@ -89,7 +92,6 @@ def import_checkpoint(
             "head": f"{made['head']} ({made['layers']} layers, {made['experts']} experts, "
             f"{made['attention_heads']} attention heads, epoch {made['epoch']})",
             "classes": f"{made['n_classes']}, names {names}",
-            "next": f"mote-cli extract --dataset NAME --encoder {name} --sampling clips:{frames}x3"
-            + options.same_root(root),
+            "next": after_import(workspace, name),
         },
     )

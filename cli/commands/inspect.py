@@ -1,52 +1,47 @@
-"""`mote-cli inspect`: show what a data set, a store or a run holds."""
+"""`mote-cli inspect`: show what a data set, a store, a run or a workspace holds."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cli import options
-from cli.output import report
-from featstore.errors import UserError
-from featstore.workspace import CONFIG_FILE, DATASET_FILE
-
-WANTED = (
-    "give the folder of one, such as mote-data/datasets/NAME, mote-data/features/NAME/STORE.zarr "
-    "or mote-data/heads/RUN"
-)
+from cli.commands.status import report_contents
+from cli.output import percent, report
+from featstore.files.disk import in_bytes
 
 
 def inspect_path(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of one of these.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH|NAME", help="Folder of one of these, or its name.")
+    ],
+    root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Say what PATH is (data set, feature store or run) and what is in it.
+    """Say what PATH is (data set, store, run, encoder or workspace) and what is in it.
+
+    A name, such as my-clips, is looked up in the workspace.
 
     Example: `mote-cli inspect mote-data/features/my-clips/ViT-B-16-openai--uniform-16.zarr`
     """
-    from featstore import open_store
-    from heads.files.run_files import describe_run
-    from pipeline.tars.dataset import load_dataset
+    from heads.inventory.description import describe
 
-    if (path / DATASET_FILE).is_file():
-        facts = {"kind": "dataset", **load_dataset(path).facts()}
-    elif (path / "zarr.json").is_file():
-        facts = {"kind": "store", **open_store(path).facts()}
-    elif (path / CONFIG_FILE).is_file():
-        facts = {"kind": "run", **describe_run(path)}
-    elif not path.exists():
-        raise UserError(f"{path} does not exist: {WANTED}")
-    else:
-        raise UserError(
-            f"{path} is neither a data set (dataset.json), a store (zarr.json) nor a run "
-            f"(config.json): {WANTED}"
-        )
-    report(json, facts, {name: _short(value) for name, value in facts.items()})
+    found = describe(path, options.workspace(root).root)
+    if not isinstance(found, dict):
+        report_contents(json, found)
+        return
+    report(json, found, {name: _short(name, value) for name, value in found.items()})
 
 
-def _short(value: Any) -> Any:
+def _short(name: str, value: Any) -> Any:
+    if name.startswith("size"):
+        return in_bytes(value)
+    if name == "newest":
+        value = {
+            f"{role} {facts['dataset']}": f"{percent(facts['top1'])} ({facts['when'][:10]})"
+            for role, facts in value.items()
+        }
     if isinstance(value, list):
         more = [f"... ({len(value)})"] if len(value) > 10 else []
         return ", ".join(map(str, value[:10] + more)) or "none"

@@ -9,6 +9,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
+from featstore.commands import command
 from featstore.errors import UserError
 
 
@@ -99,13 +100,16 @@ def pack(
 
     Example: `mote-cli pack --dataset my-clips --videos ~/videos`
     """
+    from heads.evaluation.next_steps import after_packing
     from pipeline.annotations.class_names import Naming
 
     # Naming checks the words, which come from the user.
     naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
-    folder = options.workspace(root).dataset_dir(dataset)
+    workspace = options.workspace(root)
+    folder = workspace.dataset_dir(dataset)
     if more_tars and not tars:
-        raise UserError(f"{more_tars[0]!r} belongs to no option: see `mote-cli pack --help`")
+        usage = command("pack", help=True)
+        raise UserError(f"{more_tars[0]!r} belongs to no option: see `{usage}`")
     if tars:
         from pipeline.tars.foreign.classes import ClassChoice
         from pipeline.tars.foreign.taking import pack_tars
@@ -149,6 +153,7 @@ def pack(
                 progress=progress,
             )
     failures = Path(summary.folder) / "failures.csv"
+    following = after_packing(workspace, summary.dataset, options.DEFAULT_ENCODER)
     report(
         json,
         summary.to_json(),
@@ -160,10 +165,11 @@ def pack(
             "tars": f"{summary.shards} (where they lie)"
             if tars
             else f"{summary.shards} ({summary.shards_written} written now)",
-            "next": f"mote-cli extract --dataset {summary.dataset}{options.same_root(root)}",
+            **({"next": following} if summary.videos_packed else {}),
         },
     )
     options.require_few_failures(
         *(summary.videos_failed, summary.videos_listed, max_failures),
         f"the reasons are in {failures}",
+        *(video["reason"] for video in summary.failures[:1]),
     )

@@ -78,7 +78,15 @@ def show_protocol(
     report(
         json,
         {**protocol.to_json(), "published": [figure.to_json() for figure in published]},
-        [facts, *("\n  - ".join([name, *lines]) for name, lines in lists.items() if lines)],
+        [
+            facts,
+            *(
+                line
+                for name, lines in lists.items()
+                if lines
+                for line in (name, *(f"  - {line}" for line in lines))
+            ),
+        ],
     )
 
 

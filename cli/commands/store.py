@@ -10,7 +10,6 @@ import typer
 from cli import options
 from cli.output import progress_of, report, table
 from featstore.errors import UserError
-from featstore.workspace import STORE_SUFFIX
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -68,8 +67,8 @@ def add_tars(
 
     Example: `mote-cli store add-tars my-store --dataset my-clips`
     """
-    from cli.next_command import repair_command
     from featstore.format.metadata import read_metadata
+    from featstore.reading.repair import repair_command
     from pipeline.extraction.grow import add_tars as run
     from pipeline.tars.dataset import DATASET_FILE
 
@@ -92,7 +91,7 @@ def add_tars(
             "tars": f"{grown.tars}, {grown.tars_added} of them new",
             "rows": f"{grown.rows}, {grown.rows_added} of them new",
             "new classes": grown.classes_added,
-            "next": f"{repair_command(path, read_metadata(path))} (does {grown.pending} tars)"
+            "next": f"{repair_command(path, read_metadata(path), root)} (does {grown.pending} tars)"
             if grown.pending
             else "nothing to extract",
         },
@@ -171,6 +170,7 @@ def export(
     """
     from featstore.files.disk import in_bytes
     from featstore.rewriting.export import export as run
+    from pipeline.annotations.class_names import class_list
 
     with progress_of("export", "rows") as progress:
         exported = run(
@@ -178,7 +178,7 @@ def export(
             out,
             to,
             split=split,
-            classes=None if classes is None else options.class_list(classes),
+            classes=None if classes is None else class_list(classes),
             rows_per_file=rows_per_file,
             progress=progress,
         )
@@ -330,14 +330,9 @@ def _sizes(before: int, after: int) -> str:
 
 def _use(store: Path) -> str:
     """Return the next command for a new store, or where to move the store to use it."""
-    from featstore.format.metadata import read_metadata
+    from heads.evaluation.next_steps import after_rewriting
 
-    name = store.absolute().parent.name
-    if store.suffix != STORE_SUFFIX or store.absolute().parents[1].name != "features":
-        return (
-            "train-head and eval take stores at features/NAME/*.zarr of the workspace: move it "
-            "there to use it"
-        )
-    if not read_metadata(store).schema.pooled:
-        return f"mote-cli inspect {store}"
-    return f"mote-cli train-head --dataset {name} --store {store.stem}"
+    return after_rewriting(store) or (
+        "train-head and eval take stores at features/NAME/*.zarr of the workspace: move it there "
+        "to use it"
+    )

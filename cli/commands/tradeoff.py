@@ -10,10 +10,12 @@ import typer
 
 from cli import options
 from cli.output import Shown, percent, report, table, warn
-from featstore.errors import UserError
+from featstore.commands import root_words
+from featstore.errors import UserError, meant
 
 if TYPE_CHECKING:
     from heads.evaluation.comparing.tradeoff import Tradeoff
+    from heads.evaluation.comparing.tradeoff_rows import TradeoffRow
 
 FIGURE = "tradeoff.png"
 
@@ -51,12 +53,15 @@ def tradeoff(
     """Collect the newest results of several heads: close-set, zero-shot, and the trade-off score.
 
     The zero-shot column is the harmonic mean over the data sets. The score is the harmonic mean
-    of that column and the close-set accuracy. Both are computed from unrounded numbers.
+    of that column and the close-set accuracy. Both are computed from unrounded numbers. The first
+    row is CLIP's mean of the same frames: no head, no modulation, no ensemble.
 
     Example: `mote-cli tradeoff first second --closeset k400 --zeroshot ucf101,hmdb51`
     """
     from heads.evaluation.comparing.compare import evaluated_runs
     from heads.evaluation.comparing.tradeoff import collect, is_scored
+    from heads.evaluation.next_steps import evaluation_of
+    from heads.methods.registry import MEAN_OF_FRAMES
     from heads.reporting.figures import tradeoff_plot
 
     workspace = options.workspace(root)
@@ -65,7 +70,8 @@ def tradeoff(
     if unknown:
         raise UserError(
             f"run {unknown[0]!r} has no results (runs with results: {', '.join(known) or 'none'}): "
-            f"make some with `mote-cli eval --closeset NAME --head {unknown[0]}`"
+            f"{meant(unknown[0], known)}make some with "
+            f"`{evaluation_of(workspace.head_dir(unknown[0]))}`"
         )
     names = [name.strip() for text in zeroshot or [] for name in text.split(",") if name.strip()]
     found = collect(
@@ -75,12 +81,14 @@ def tradeoff(
         closeset=closeset,
         zeroshot=names,
         allow_mixed=allow_mixed,
+        baseline=workspace.run_dir(MEAN_OF_FRAMES),
+        root_option=root_words(root),
     )
     figure = out or workspace.root / FIGURE
     tradeoff_plot(
         [
-            {**row.to_json(), "head": " ".join((row.head, *row.setting.changes))}
-            for row in found.rows
+            {**row.to_json(), "head": " ".join((row.head, *row.beside, *row.setting.changes))}
+            for row in (*found.baselines, *found.rows)
             if row.complete
         ],
         figure,
@@ -96,6 +104,11 @@ def _zeroshot_title(found: Tradeoff) -> str:
     return f"harmonic mean of {', '.join(found.zeroshot)} zero-shot"
 
 
+def _setting(baseline: TradeoffRow) -> str:
+    heads = ", ".join(baseline.beside)
+    return f"no head, same frames as {heads}" if heads else "no head, same frames"
+
+
 def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
     several = len(found.zeroshot) > 1
     yield table(
@@ -107,12 +120,12 @@ def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
         [
             [
                 row.head,
-                row.setting.text,
+                _setting(row) if row in found.baselines else row.setting.text,
                 *map(percent, row.top1),
                 *([percent(row.zeroshot_top1)] if several else []),
                 percent(row.score),
             ]
-            for row in found.rows
+            for row in (*found.baselines, *found.rows)
         ],
     )
     mixed = [f"protocols differ: {line}" for line in found.mixed]

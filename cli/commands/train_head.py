@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options
 from cli.output import progress_of, report
 from featstore.errors import UserError
-from heads.methods.registry import names, require_run_name
+from heads.methods.registry import method, names, require_run_name
+
+if TYPE_CHECKING:
+    from heads.training.train_head import TrainSummary
 
 
 def train_head(
@@ -20,16 +24,17 @@ def train_head(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Settings by name (frozen-store, the default; paper-vit-b16, paper-vit-l14, demo, "
-            "end-to-end) or from a TOML file; options on the command line override them.",
+            help="Settings by name (auto, the default, fits them to the videos; frozen-store, "
+            "paper-vit-b16, paper-vit-l14, demo, end-to-end) or from a TOML file; options on the "
+            "command line override them.",
         ),
     ] = None,
     head: Annotated[
         str | None,
         typer.Option(
             metavar="|".join(names()),
-            help="Mixture of temporal experts, the plain transformer, or no parameters at all; "
-            "default: the recipe's.",
+            help="Mixture of temporal experts, the plain transformer, no parameters at all, or a "
+            "cheap baseline (docs/baselines.md); default: the recipe's.",
         ),
     ] = None,
     name: Annotated[
@@ -41,6 +46,22 @@ def train_head(
     prompts: options.PromptSet = None,
     epochs: options.Epochs = None,
     warmup_epochs: options.WarmupEpochs = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Stop after N epochs without a better validation; 0: train all epochs.",
+        ),
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPLIT|held-out|none",
+            help="Videos that choose the epoch; default: split val, else a part of the training "
+            "videos; none: train on all and keep the last epoch.",
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Videos per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of the head.")] = None,
     weight_decay: options.WeightDecay = None,
@@ -56,7 +77,9 @@ def train_head(
         int | None,
         typer.Option(metavar="K", min=1, help="Train on K videos of each class, drawn by key."),
     ] = None,
-    draw_seed: Annotated[int, typer.Option(metavar="S", min=0, help="Seed of --shots.")] = 1,
+    draw_seed: Annotated[
+        int, typer.Option(metavar="S", min=0, help="Seed of --shots and of held-out videos.")
+    ] = 1,
     classes: Annotated[
         str,
         typer.Option(
@@ -65,13 +88,13 @@ def train_head(
         ),
     ] = "all",
     repeat: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="N|full",
             help="Use every video N times per epoch; full: until an epoch is as long as with all "
-            "videos.",
+            "videos; default: the recipe's, else 1.",
         ),
-    ] = "1",
+    ] = None,
     from_head: Annotated[
         str | None, typer.Option(metavar="RUN", help="Start from the weights of this head.")
     ] = None,
@@ -81,36 +104,27 @@ def train_head(
 ) -> None:
     """Train a head on stored features; the encoder is not run again.
 
-    A recipe holds every setting of head and training (docs/recipes.md); the default one is the
-    paper's ViT-B/16 head for a frozen encoder. --resume continues an interrupted run, with the
-    same result, bit for bit, as without the interruption.
+    A recipe holds every setting of head and training (docs/recipes.md); the default one fits them
+    to the videos, keeps the epoch that is best on validation videos, and the last as RUN/last.
+    --resume continues an interrupted run, with the same result, bit for bit, as without the
+    interruption.
 
-    Example: `mote-cli train-head --dataset my-clips --head mote --name first --epochs 30`
+    Example: `mote-cli train-head --dataset my-clips --name first`
     """
     from heads.compatibility import check_fits, training_prompt_set
+    from heads.evaluation.next_steps import after_training
+    from heads.evaluation.wanted_store import choose_training_store
     from heads.files.head_file import choose_head
-    from heads.recipes import DEFAULT_RECIPE, load_recipe
+    from heads.files.run_files import keeps_best
+    from heads.recipes import DEFAULT_RECIPE, TRAIN_HEAD_RECIPE, load_recipe
     from heads.training.train_head import train_head as run
     from heads.training.train_head import training_rows
-    from heads.training.training_set import choose_training_set
+    from heads.training.training_set import choose_training_set, usable_rows
+    from heads.training.validation import choose_validation
 
     workspace = options.workspace(root)
     require_run_name(name or "")
-    settings = load_recipe(recipe or DEFAULT_RECIPE)
-    config = settings.train_config(
-        epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        frames=frames,
-        seed=seed,
-        precision=precision,
-    )
-    chosen = workspace.choose_dataset(dataset)
-    stores = workspace.opened(chosen)
-    split = split or stores.default_split(("train",))
-    store = stores.choose(split=split, sampling=sampling, name=store_name)
+    settings = load_recipe(recipe or TRAIN_HEAD_RECIPE)
     initial, initial_run = None, None
     if from_head is not None:
         if (head, layers, experts) != (None, None, None):
@@ -120,6 +134,10 @@ def train_head(
         initial, initial_run = choose_head(workspace, from_head)
         if initial is None:
             raise UserError("--from-head mean: the mean of frames has no weights to start from")
+    chosen, store, split = choose_training_store(
+        workspace, dataset, split=split, sampling=sampling, name=store_name, initial=initial_run
+    )
+    if initial is not None:
         check_fits(initial, store)
         shape = initial.config
     else:
@@ -133,18 +151,46 @@ def train_head(
         shots=shots,
         draw_seed=draw_seed,
         half=classes,
-        repeat=repeat,
+        repeat=repeat or "1",
+    )
+    run_dir = workspace.run_dir(name or f"{chosen}{chosen_set.suffix}-{shape.kind}")
+    if resume and recipe is None and not keeps_best(run_dir):
+        settings = load_recipe(DEFAULT_RECIPE)  # the default of version 0.2, which began it
+    rows, judged = choose_validation(
+        *(store, chosen_set.rows, chosen_set.classes),
+        split=split,
+        stores=workspace.opened(chosen),
+        asked=validation,
+        hold_out=bool(settings.training.get("keep_best")) and method(shape.kind).in_epochs,
+        seed=draw_seed,
+    )
+    trained = store.class_names if chosen_set.classes is None else chosen_set.classes
+    config, repeats = settings.fitted(
+        videos=len(usable_rows(store, rows)),
+        classes=len(trained),
+        dim=store.provenance.dim,
+        repeats=None if repeat is None else chosen_set.repeats,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        patience=patience,
+        batch_size=batch_size,
+        lr=lr,
+        weight_decay=weight_decay,
+        frames=frames,
+        seed=seed,
+        precision=precision,
     )
     with progress_of("train", "steps") as progress:
         summary = run(
             store,
-            workspace.run_dir(name or f"{chosen}{chosen_set.suffix}-{shape.kind}"),
+            run_dir,
             shape,
             config,
-            rows=chosen_set.rows,
+            rows=rows,
             classes=chosen_set.classes,
-            trained_on=chosen_set.words,
-            repeats=chosen_set.repeats,
+            trained_on=chosen_set.words + ("" if judged is None else judged.left_out),
+            repeats=repeats,
+            validation=judged,
             initial=initial,
             initial_run=initial_run,
             prompt_set=options.prompt_set(store, prompts) or training_prompt_set(store, initial),
@@ -152,17 +198,34 @@ def train_head(
             device=options.device(device),
             progress=progress,
         )
-    report(
-        json,
-        summary.to_json(),
-        {
-            "run": f"{summary.run} in {summary.path}",
-            "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
-            + (f" ({summary.trained_on})" if summary.trained_on else ""),
-            "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
-            "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
-            "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
-            "next": f"mote-cli eval --closeset {summary.dataset} --head {summary.run}"
-            + options.same_root(root),
-        },
-    )
+    lines = {
+        "run": f"{summary.run} in {summary.path}",
+        "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
+        + (f" ({summary.trained_on})" if summary.trained_on else ""),
+        "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
+        "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
+        **_gained(summary),
+        "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
+        "next": after_training(Path(summary.path), chosen, split),
+    }
+    report(json, summary.to_json(), lines)
+
+
+def _gained(summary: TrainSummary) -> dict[str, str]:
+    """Return the lines about validation videos: what they are, what was gained, what is kept."""
+    found = summary.validation
+    if found is None:
+        return {}
+    above = found["top1"] - found["no_head"]
+    others = {"no head": found["no_head"], **found["baselines"]}
+    lines = {
+        "validated on": found["videos"],
+        "gained": f"{above:+.1f} points: {found['top1']:.1f} %, "
+        + ", ".join(f"{name} {top1:.1f}" for name, top1 in others.items()),
+    }
+    if found["kept_epoch"] is not None:
+        epoch = f"epoch {found['kept_epoch']}" if found["kept_epoch"] else "no epoch"
+        best = found["kept_epoch"] != summary.epochs
+        last = f"; the last as {summary.run}/last ({found['last_top1']:.1f} %)" if best else ""
+        lines["kept"] = f"{epoch} of {summary.epochs} as {summary.run}{last}"
+    return lines

@@ -42,11 +42,11 @@ def verify(
 
     Example: `mote-cli verify ViT-B-16-openai--uniform-16 --deep`
     """
-    from cli.next_command import repair_command
     from featstore.checking.verify import Damage, Report, note_partitions
     from featstore.checking.verify import verify as check
     from featstore.errors import one_line
     from featstore.format.metadata import DamagedMetadata, read_metadata
+    from featstore.reading.repair import repair_command
 
     path = options.store_path(root, store)
     try:

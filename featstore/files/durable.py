@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,12 +51,21 @@ def durable_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def durable_path(path: Path) -> Iterator[Path]:
-    """Yield a place for a file that appears as `path` only if the block ends without an error."""
+    """Yield a place for a file that appears as `path` only if the block ends without an error.
+
+    The file has the mode that the umask gives, whatever the block makes it with: libraries such as
+    safetensors make files that only their owner may read.
+    """
     make_folder(path.parent)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        partial.unlink()
         yield partial
         with open(partial, "rb") as file:
+            if os.fstat(file.fileno()).st_mode != mode:
+                os.fchmod(file.fileno(), stat.S_IMODE(mode))
             os.fsync(file.fileno())
         partial.replace(path)
     except BaseException:

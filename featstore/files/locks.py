@@ -22,11 +22,13 @@ RECORD_BYTES: Final = 64
 # Locks of an open file, not of a process: they also keep two writers of one process apart, and
 # closing another descriptor of the file does not free them. Where the system lacks them (macOS),
 # locks of the process do.
-_LOCK, _LOCK_AND_WAIT = (
-    (fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW)
+_LOCK, _LOCK_AND_WAIT, _ASK = (
+    (fcntl.F_OFD_SETLK, fcntl.F_OFD_SETLKW, fcntl.F_OFD_GETLK)
     if hasattr(fcntl, "F_OFD_SETLK")
-    else (fcntl.F_SETLK, fcntl.F_SETLKW)
+    else (fcntl.F_SETLK, fcntl.F_SETLKW, fcntl.F_GETLK)
 )
+_LINUX, _BSD = "hhqqi0q", "qqihh"  # `struct flock` of the two kinds of system
+_TO_THE_END: Final = 0  # the length of a range that reaches to the end of any file
 
 
 @contextmanager
@@ -46,33 +48,56 @@ def claimed(
     work, or waits for it if `wait` is set. The file is made if needed and never removed: removing
     it would let two processes lock two different files of the same name.
     """
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
-    try:  # never through a link, which may have come with somebody's archive
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(lock_file, flags, 0o644)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise WorkError(f"{lock_file} is a symbolic link: remove it, locks are files") from error
-    owner = f"{os.getpid()} on {socket.gethostname()}\n".encode()[:RECORD_BYTES]
+    descriptor = _opened(lock_file)
     try:
         for record in records:
             start = record * RECORD_BYTES
             try:
                 fcntl.fcntl(descriptor, _LOCK, _range(start))
             except (BlockingIOError, PermissionError):  # POSIX leaves the choice of the two
-                holder = os.pread(descriptor, RECORD_BYTES, start).partition(b"\n")[0].strip(b"\0")
-                process = f"another process (pid {holder.decode('ascii', 'replace') or 'unknown'})"
+                process = _process(descriptor, start)
                 if not wait:
                     raise WorkError(
                         f"{process} is {work(record)}: wait for it or stop it"
                     ) from None
                 log.info("waiting for %s that is %s", process, work(record))
                 fcntl.fcntl(descriptor, _LOCK_AND_WAIT, _range(start))
-            os.pwrite(descriptor, owner.ljust(RECORD_BYTES, b"\0"), start)
+            os.pwrite(descriptor, _owner(), start)
         yield
     finally:
         os.close(descriptor)  # frees the locks
+
+
+@contextmanager
+def unused(lock_file: Path, what: str) -> Iterator[None]:
+    """Hold all records of `lock_file`, so that no process works on `what` meanwhile.
+
+    Raises WorkError, which names the process, if one holds any of the records. The file is made if
+    needed, as `claimed` makes it.
+    """
+    descriptor = _opened(lock_file)
+    try:
+        try:
+            fcntl.fcntl(descriptor, _LOCK, _range(0, _TO_THE_END))
+        except (BlockingIOError, PermissionError):
+            process = _holder(descriptor) or "another process"
+            raise WorkError(f"{process} is working on {what}: wait for it or stop it") from None
+        os.pwrite(descriptor, _owner(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def holder(lock_file: Path) -> str | None:
+    """Return which process holds a record of `lock_file`, in words; None if none does."""
+    try:
+        descriptor = os.open(lock_file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return _holder(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def hold(lock_file: Path) -> int | None:
@@ -81,7 +106,7 @@ def hold(lock_file: Path) -> int | None:
     Returns None if another process holds the lock or has just removed the file, which the holder
     of such a lock may do.
     """
-    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.stat(lock_file), os.fstat(descriptor)):
@@ -92,8 +117,46 @@ def hold(lock_file: Path) -> int | None:
     return None
 
 
-def _range(start: int) -> bytes:
-    """`struct flock` for writing one record's bytes."""
+def _opened(lock_file: Path) -> int:
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    try:  # never through a link, which may have come with somebody's archive
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(lock_file, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise WorkError(f"{lock_file} is a symbolic link: remove it, locks are files") from error
+
+
+def _owner() -> bytes:
+    owner = f"{os.getpid()} on {socket.gethostname()}\n".encode()[:RECORD_BYTES]
+    return owner.ljust(RECORD_BYTES, b"\0")
+
+
+def _process(descriptor: int, start: int) -> str:
+    """Return the process that last locked the record at byte `start`, in words."""
+    owner = os.pread(descriptor, RECORD_BYTES, start).partition(b"\n")[0].strip(b"\0")
+    return f"another process (pid {owner.decode('ascii', 'replace') or 'unknown'})"
+
+
+def _holder(descriptor: int) -> str | None:
+    """Return the process that holds a lock of the file, in words; None if none does."""
+    answer = fcntl.fcntl(descriptor, _ASK, _range(0, _TO_THE_END))
+    kind, start = _range_facts(answer)
+    return None if kind == fcntl.F_UNLCK else _process(descriptor, start)
+
+
+def _range(start: int, length: int = RECORD_BYTES) -> bytes:
+    """`struct flock` for writing some bytes, those of one record unless `length` says more."""
     if hasattr(fcntl, "F_OFD_SETLK"):  # Linux
-        return struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, RECORD_BYTES, 0)
-    return struct.pack("qqihh", start, RECORD_BYTES, 0, fcntl.F_WRLCK, os.SEEK_SET)
+        return struct.pack(_LINUX, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    return struct.pack(_BSD, start, length, 0, fcntl.F_WRLCK, os.SEEK_SET)
+
+
+def _range_facts(answer: bytes) -> tuple[int, int]:
+    """Return (kind of lock, first byte) of a `struct flock`."""
+    if hasattr(fcntl, "F_OFD_SETLK"):
+        kind, _, start, *_ = struct.unpack(_LINUX, answer)
+    else:
+        start, _, _, kind, _ = struct.unpack(_BSD, answer)
+    return kind, start

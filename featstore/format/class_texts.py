@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from featstore.commands import command, workspace_of
 from featstore.errors import UserError, WorkError
 from featstore.format.checksums import crc32c, read_checked
 from featstore.format.metadata import (
@@ -28,6 +29,8 @@ from featstore.format.schema import CLASS_TEXT_GROUP, CRC_BYTES, FloatArray, cla
 
 DEFAULT_PROMPTS: Final = "mote28"
 """The prompt set that is made and used if none is named."""
+PROMPT_SET_NAMES: Final = (DEFAULT_PROMPTS, "name", "video")
+"""The prompt sets whose sentences come with the program (`pipeline.prompts`)."""
 
 _CHECKED_ATTRIBUTES: Final = (
     *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
@@ -115,8 +118,8 @@ def read_class_text(
         raise UserError(
             f"class texts {prompt_set!r} of {store} were made with the text tower of another "
             f"encoder (weights {encoder[:16]}) than its features "
-            f"({provenance.encoder}, weights {provenance.encoder_fingerprint[:16]}): remove {key} "
-            "and make them with `mote-cli store add-texts`"
+            f"({provenance.encoder}, weights {provenance.encoder_fingerprint[:16]}): "
+            + _remake(store, prompt_set)
         )
     if tuple(names) != tuple(class_names):
         raise WorkError(
@@ -137,6 +140,14 @@ def read_class_text(
         ) from error
 
 
+def texts_command(store: Path, prompt_set: str) -> str:
+    """Return the command that adds class texts; sentences of one's own come from a FILE."""
+    sentences = {"prompts": prompt_set}
+    if prompt_set not in PROMPT_SET_NAMES:
+        sentences = {"prompts": "FILE.txt", "prompt_set_name": prompt_set}
+    return command("store", "add-texts", store, root=workspace_of(store), **sentences)
+
+
 def class_text_checksum(attributes: Mapping[str, Any]) -> int:
     """Return the crc32c of the attributes that class texts have, as `attributes_checksum` does."""
     return json_checksum(
@@ -148,5 +159,5 @@ def _remake(store: Path, prompt_set: str) -> str:
     """Return the end of a message: how to make damaged class texts again."""
     return (
         f"remove {store / CLASS_TEXT_GROUP / prompt_set} and make them again with "
-        "`mote-cli store add-texts`"
+        f"`{texts_command(store, prompt_set)}`"
     )

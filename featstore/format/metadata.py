@@ -15,8 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError
+from featstore.commands import remake_command
+from featstore.errors import UserError, one_line
 from featstore.files.bounded import read_bounded
+from featstore.files.documents import parse_json
 from featstore.format.checksums import crc32c
 from featstore.format.provenance import Provenance
 from featstore.format.schema import (
@@ -33,8 +35,6 @@ from featstore.format.schema import (
 # 700 class names about 20 KB. The limits leave room and stop a file made to exhaust memory.
 GROUP_METADATA_LIMIT: Final = 16 * 2**20
 ARRAY_METADATA_LIMIT: Final = 2**20
-# The configuration of a sharding codec is 7 levels deep; preprocessing may add a few levels.
-_DEEPEST: Final = 32
 
 _CHECKED_ATTRIBUTES: Final = (
     *("format", "format_version", "schema", "provenance", "logit_scale"),
@@ -164,16 +164,17 @@ def read_metadata(store: Path) -> StoreMetadata:
         found = "it is a file" if store.exists() else "no such folder"
         raise UserError(
             f"{store} is not a feature store: {found}; give the folder of a store, or make one "
-            "with `mote-cli extract`"
+            f"with `{remake_command(store)}`"
         )
     if not is_group:
         if (store / ".zgroup").exists() or (store / ".zarray").exists():
             raise UserError(
                 f"{store} is a Zarr v2 store: only v3 is read, because a v2 store can carry code; "
-                "make the store again with `mote-cli extract`"
+                f"move it away and run `{remake_command(store)}`"
             )
         raise UserError(
-            f"{store} is not a feature store: it has no zarr.json; make one with `mote-cli extract`"
+            f"{store} is not a feature store: it has no zarr.json; name a store, or make one "
+            f"with `{remake_command(store)}`"
         )
     node = read_node(store, "zarr.json", GROUP_METADATA_LIMIT)
     metadata = _parse_group(store, node)
@@ -190,7 +191,7 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
     except OSError as error:
         raise DamagedMetadata(
             f"{path} cannot be read ({error.strerror}): {store} is not a complete feature store; "
-            "make it again with `mote-cli extract`"
+            f"remove it and run `{remake_command(store)}`"
         ) from error
     except ValueError as error:
         raise DamagedMetadata(
@@ -198,32 +199,15 @@ def read_node(store: Path, key: str, limit: int) -> dict[str, Any]:
             "do not open a store from a source you do not trust"
         ) from error
     try:
-        node = json.loads(raw)
-        if b"\\u" in raw:  # half a surrogate pair is no text, so it could not be written again
-            json.dumps(node, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        node = parse_json(raw)
+    except ValueError as error:
         raise DamagedMetadata(
-            f"{path} is not valid JSON: the store is damaged, make it again"
+            f"{path} is not valid JSON ({one_line(error, 120)}): the store is damaged, make it "
+            "again; do not open a store from a source you do not trust"
         ) from error
     if not isinstance(node, dict) or node.get("zarr_format") != 3:
         raise DamagedMetadata(f"{path} is not Zarr v3 metadata: only Zarr v3 stores are read")
-    if _nested_beyond(node, _DEEPEST):
-        raise DamagedMetadata(
-            f"{path} is nested more than {_DEEPEST} levels: no store of this format needs that; "
-            "do not open a store from a source you do not trust"
-        )
     return node
-
-
-def _nested_beyond(value: Any, levels: int) -> bool:
-    """Return whether lists and dicts are nested more than `levels` deep."""
-    inner: list[Any] = [value]
-    for _ in range(levels + 1):
-        held = (v.values() if isinstance(v, dict) else v for v in inner)
-        inner = [item for items in held for item in items if isinstance(item, dict | list)]
-        if not inner:
-            return False
-    return True
 
 
 def inside(store: Path, key: str) -> Path:
@@ -257,7 +241,8 @@ def check_array(store: Path, name: str, spec: ArraySpec) -> None:
         if _exact(expected.get(field)) != _exact(found.get(field)):
             raise DamagedMetadata(
                 f"array {name} of {store}: {field} is {_brief(found.get(field))}, but the format "
-                f"has {_brief(expected.get(field))}; make the store again with `mote-cli extract`"
+                f"has {_brief(expected.get(field))}; remove the store and run "
+                f"`{remake_command(store)}`"
             )
 
 
@@ -314,8 +299,8 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     if attributes.get("format") != FORMAT_NAME:
         raise UserError(
             f"{store} is a Zarr group but not a feature store: its attribute format is "
-            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}; open it with zarr, or make "
-            "a feature store with `mote-cli extract`"
+            f"{_brief(attributes.get('format'))}, not {FORMAT_NAME!r}; open it with zarr, or name "
+            "a feature store"
         )
     version = attributes.get("format_version")
     if type(version) is not int or version < 1:
@@ -334,7 +319,8 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
     if attributes.get("checksum") != attributes_checksum(attributes):
         raise DamagedMetadata(
             f"the attributes of {store} fail their checksum: zarr.json is damaged or was edited by "
-            "hand; put a copy of the file back or make the store again with `mote-cli extract`"
+            "hand; put a copy of the file back, or remove the store and run "
+            f"`{remake_command(store)}`"
         )
     try:
         return StoreMetadata(

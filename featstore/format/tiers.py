@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 
 EMBEDDINGS: Final = "embeddings"
 FRAMES: Final = "frames"
@@ -46,8 +46,9 @@ class Tier:
         if kind == TOKENS and _BLOCK.fullmatch(number):
             return cls(kind, int(number))
         raise UserError(
-            f"tier {text!r} is unknown: choose embeddings, frames, or tokens:K for the output of "
-            "block K of the image tower, counted from 0"
+            f"tier {text!r} is unknown: {meant(kind, (EMBEDDINGS, FRAMES, 'tokens:K'))}choose "
+            "embeddings, frames, or tokens:K for the output of block K of the image tower, counted "
+            "from 0"
         )
 
     @property

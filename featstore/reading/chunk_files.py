@@ -22,6 +22,7 @@ from featstore.errors import WorkError
 from featstore.format.checksums import MissingFile, read_checked
 from featstore.format.metadata import StoreMetadata, without_links
 from featstore.format.schema import CRC_BYTES, PARTITION_ARRAYS, PER_TAR_ARRAYS, SMALL_ARRAYS
+from featstore.reading.repair import repair_command
 
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # A key is a file name (at most 255 bytes, three times that when quoted), a reason is one line.
@@ -193,11 +194,10 @@ class ChunkFiles:
                 f"partition {tar} of {self.store} was written anew while it was being read, or "
                 "removed: open the store again",
             )
-        dataset = self.metadata.provenance.dataset or "NAME"
         return DamagedPartition(
             what,
             f"partition {tar} of {self.store}: {what}; delete {self.store / 'commit' / 'c'}/{tar} "
-            f"and run `mote-cli extract --dataset {dataset}` again to redo just this partition",
+            f"and run `{repair_command(self.store, self.metadata)}` to redo just this partition",
         )
 
     def _written_anew(self, tar: int) -> bool:

@@ -17,6 +17,7 @@ from featstore.format.checksums import crc32c
 from featstore.format.int8 import dequantise
 from featstore.format.schema import FEATURE_SCALE, FeatureArray, FloatArray
 from featstore.reading.chunk_files import ChunkFiles, Commit
+from featstore.reading.repair import repair_command
 from featstore.reading.shards import ShardFile
 
 _HEADER: Final = np.dtype([("flags", "<u4"), ("decoded", "<u4"), ("block", "<u4"), ("all", "<u4")])
@@ -43,7 +44,7 @@ def read_scale(files: ChunkFiles) -> FloatArray | None:
         reason = f"cannot be read ({error})"
     raise WorkError(
         f"the scale of the int8 features of {files.store} {reason}: make the store again with "
-        "`mote-cli store quantize`"
+        f"`{repair_command(files.store, files.metadata)}`"
     )
 
 

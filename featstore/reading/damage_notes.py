@@ -7,13 +7,13 @@ changes it. `StoreWriter.done` reads the note, so `mote-cli extract` redoes dama
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from featstore.errors import UserError
 from featstore.files.bounded import read_bounded
+from featstore.files.documents import parse_json
 from featstore.files.durable import sync_folder, write_json
 from featstore.reading.chunk_files import ChunkFiles
 
@@ -44,11 +44,11 @@ class DamageNote:
                 f"{note} cannot be read ({why}): delete it and verify again with --deep"
             ) from error
         try:
-            found: dict[str, dict[str, Any]] = json.loads(raw)["partitions"]
+            found: dict[str, dict[str, Any]] = parse_json(raw)["partitions"]
             for tar, finding in found.items():
                 if 0 <= int(tar) < files.schema.tars:
                     self._found[int(tar)] = str(finding["reason"]), finding["commit"]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{note} is not a note of `mote-cli verify` ({error}): delete it and verify again"
             ) from error

@@ -14,10 +14,10 @@ from typing import Any, Final, Never
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, meant, one_of
 from featstore.format.array_checks import whole_numbers
-from featstore.format.class_texts import ClassText, read_class_text
-from featstore.format.metadata import TarEntry, prompt_set_names, read_metadata
+from featstore.format.class_texts import ClassText, read_class_text, texts_command
+from featstore.format.metadata import StoreMetadata, TarEntry, prompt_set_names, read_metadata
 from featstore.format.provenance import Provenance
 from featstore.format.schema import STATUS_FAILED, FeatureArray, RowArray, StoreSchema
 from featstore.progress import ProgressSink, no_progress
@@ -67,6 +67,11 @@ class Store:
         return f"Store({str(self.path)!r}, {len(self)} samples, {len(self._commits)} partitions)"
 
     # What the store is
+
+    @property
+    def metadata(self) -> StoreMetadata:
+        """All that the store's own `zarr.json` holds."""
+        return self._metadata
 
     @property
     def schema(self) -> StoreSchema:
@@ -206,8 +211,8 @@ class Store:
         Raises UserError, which lists the splits, if no split has this name.
         """
         if name not in self._metadata.split_names:
-            known = ", ".join(self._metadata.split_names) or "none"
-            raise UserError(f"{self.path} has no split {name!r}: choose one of {known}")
+            choices = one_of(name, self._metadata.split_names)
+            raise UserError(f"{self.path} has no split {name!r}: {choices}")
         bit = np.uint32(1 << self._metadata.split_names.index(name))
         rows: RowArray = self.rows[(self._splits & bit) != 0]
         return rows
@@ -216,7 +221,7 @@ class Store:
         """Return the array row of the sample with this key; UserError if the key is not listed."""
         found = self._row_by_key.get(key)
         if found is None:
-            raise UserError(f"{self.path} has no sample {key!r}: `mote-cli inspect` lists them")
+            raise UserError(f"{self.path} has no sample {key!r}: `keys` of the store lists them")
         return found
 
     def positions(self, rows: npt.ArrayLike) -> RowArray:
@@ -239,9 +244,9 @@ class Store:
         known = self.prompt_sets
         if prompt_set not in known:
             raise UserError(
-                f"{self.path} has no class texts for prompt set {prompt_set!r}: it has "
-                f"{', '.join(known) or 'none'}; add them with "
-                "`mote-cli store add-texts`"
+                f"{self.path} has no class texts for prompt set {prompt_set!r}: "
+                f"{meant(prompt_set, known)}it has {', '.join(known) or 'none'}; add them with "
+                f"`{texts_command(self.path, prompt_set)}`"
             )
         return read_class_text(self.path, prompt_set, self.provenance, self._metadata.class_names)
 

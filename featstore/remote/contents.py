@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.format.metadata import ARRAY_METADATA_LIMIT, GROUP_METADATA_LIMIT, StoreMetadata
 from featstore.format.schema import (
@@ -40,9 +41,8 @@ def metadata_names(
     """
     if GROUP not in listing:
         state = "it has no zarr.json" if listing else "there are no objects"
-        raise NoStore(
-            f"{objects.url} is not a feature store: {state}; make one with `mote-cli extract`"
-        )
+        make = command("extract", dataset="NAME", store=objects.url)
+        raise NoStore(f"{objects.url} is not a feature store: {state}; make one with `{make}`")
     for name in ARRAY_NODES:
         if name not in listing:
             raise UserError(f"{objects.at(name)} is missing: not a complete feature store")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Final
 
+from featstore.files.documents import parse_json
 from featstore.files.durable import write_bytes
 from featstore.files.locks import exclusive
 from featstore.files.scratch import cache_folder, require_room
@@ -158,8 +159,8 @@ class _Mirror:
             return held
         for line in lines:
             try:
-                name, size, version = json.loads(line)
-            except ValueError:  # a killed process did not finish this line
+                name, size, version = parse_json(line)
+            except (ValueError, TypeError):  # a killed process did not finish this line
                 continue
             held[str(name)] = RemoteObject(int(size), str(version))
         return held

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.files.exchange import new_folder
 from featstore.format.schema import CODECS
 from featstore.progress import Outcome, ProgressSink, no_progress
@@ -36,7 +36,7 @@ def convert(
     while a process writes to the store.
     """
     if codec not in CODECS:
-        raise UserError(f"codec {codec!r} is unknown: choose one of {', '.join(CODECS)}")
+        raise UserError(f"codec {codec!r} is unknown: {one_of(codec, CODECS)}")
     with claimed_source(path) as source, new_folder(out) as folder:
         made = source.metadata
         if codec != "none" and not made.schema.pooled:

@@ -13,8 +13,6 @@ Dimension letters: n rows of a file, V views, F frames, D dim.
 
 from __future__ import annotations
 
-import csv
-import difflib
 import hashlib
 import io
 import json
@@ -26,9 +24,11 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import UserError
+from featstore.commands import command
+from featstore.errors import UserError, meant, one_of
 from featstore.files.durable import make_folder, write_bytes, write_json
 from featstore.files.exchange import new_folder
+from featstore.files.tables import csv_bytes
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
@@ -72,7 +72,7 @@ def export(
     installed; WorkError if the store is not complete or a row fails its checksum.
     """
     if format not in WRITERS:
-        raise UserError(f"format {format!r} is unknown: choose one of {', '.join(WRITERS)}")
+        raise UserError(f"format {format!r} is unknown: {one_of(format, WRITERS)}")
     if rows_per_file is not None and rows_per_file < 1:
         raise UserError(f"{rows_per_file} rows per file are too few: at least 1")
     with claimed_source(path) as source:
@@ -85,7 +85,7 @@ def export(
         if not len(rows):
             raise UserError(
                 f"{path} has no row to export: {len(failed)} were asked for and failed; "
-                "`mote-cli inspect` lists the reasons"
+                f"`{command('inspect', path)}` lists the reasons"
             )
         step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
         count = -(-len(rows) // step)
@@ -166,15 +166,14 @@ def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> R
 
 def _nearest(name: str, store: Store) -> str:
     """Return a hint at which class may have been meant."""
-    names = {known.lower(): known for known in [*store.raw_class_names, *store.class_names]}
-    meant = difflib.get_close_matches(name.lower(), names, n=3)
+    names = [*store.raw_class_names, *store.class_names]
     if not names:
         return "it was packed without labels"
-    if meant:
-        return f"did you mean {' or '.join(repr(names[found]) for found in meant)}?"
+    near = meant(name, names)
     more = len(store.class_names) - 10
-    return f"it has {', '.join(map(repr, store.class_names[:10]))}" + (
-        f" and {more} more" if more > 0 else ""
+    return near.strip() or (
+        f"it has {', '.join(map(repr, store.class_names[:10]))}"
+        + (f" and {more} more" if more > 0 else "")
     )
 
 
@@ -209,17 +208,11 @@ def _in_order(file: bytes) -> bytes:
 def _npy(columns: Columns, store: Store) -> Files:
     arrays = ("features", "frame_index", "pts")
     files = {f"{name}.npy": _npy_bytes(columns[name]) for name in arrays}
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
     names = ("key", "label", "class_name", "splits", "num_frames", "fps")
-    table.writerow(names)
     splits = [";".join(of) for of in columns["splits"]]
     numbers = [columns[name].tolist() for name in ("label", "num_frames", "fps")]
-    for key, label, name, of, frames, fps in zip(
-        columns["key"], numbers[0], columns["class_name"], splits, *numbers[1:], strict=True
-    ):
-        table.writerow([key, label, name, of, frames, fps])
-    return {**files, "rows.csv": text.getvalue().encode()}
+    rows = zip(columns["key"], numbers[0], columns["class_name"], splits, *numbers[1:], strict=True)
+    return {**files, "rows.csv": csv_bytes(names, rows)}
 
 
 def _npy_bytes(array: npt.NDArray[Any]) -> memoryview:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from featstore.commands import STORE_SUFFIX, command
 from featstore.errors import UserError
 from featstore.files.exchange import new_folder
-from featstore.format.class_texts import ClassText
+from featstore.format.class_texts import ClassText, texts_command
 from featstore.format.metadata import StoreMetadata
 from featstore.format.provenance import Provenance
 from featstore.format.schema import MAX_SPLITS
@@ -75,7 +76,7 @@ def merge(
                 f"the stores have {len(splits)} splits together, at most {MAX_SPLITS} fit"
             )
         prefixes = _prefixes(sources, prefix_keys)
-        texts, left_out = _united_texts(sources, tuple(classes))
+        texts, left_out = _united_texts(sources, tuple(classes), out)
         # All tars get the sizes of the store whose partitions are largest.
         schema = max((source.metadata.schema for source in sources), key=lambda s: s.capacity)
         tars = [
@@ -154,7 +155,9 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
     remedies = ["extract one of them as the other was"] if differences else []
     if one.codec != two.codec:
         differences.append(f"codec: the first has {one.codec}, the second has {two.codec}")
-        remedies.append(f"convert the second with `mote-cli store convert --codec {one.codec}`")
+        small = other.path.with_name(f"{other.path.stem}-{one.codec}{STORE_SUFFIX}")
+        words = command("store", "convert", other.path, codec=one.codec, out=small)
+        remedies.append(f"convert the second with `{words}`")
     if one.quantised or two.quantised:
         which = {(True, False): "the first is", (False, True): "the second is"}.get(
             (one.quantised, two.quantised), "both are"
@@ -209,7 +212,7 @@ def _prefixes(sources: Sequence[SourceStore], prefix_keys: bool) -> list[str]:
 
 
 def _united_texts(
-    sources: Sequence[SourceStore], classes: tuple[str, ...]
+    sources: Sequence[SourceStore], classes: tuple[str, ...], out: Path
 ) -> tuple[dict[str, ClassText], tuple[str, ...]]:
     """Return the class texts of the prompt sets that all stores have, and the other sets' names."""
     texts = [source.texts() for source in sources]
@@ -217,9 +220,8 @@ def _united_texts(
     left_out = tuple(sorted({name for held in texts for name in held} - set(common)))
     for name in left_out:
         log.warning(
-            "class texts %s are not in every store and are left out: `mote-cli store add-texts` "
-            "makes them again",
-            name,
+            "class texts %s are not in every store and are left out: `%s` makes them again",
+            *(name, texts_command(out, name)),
         )
     joined = {name: _joined(name, [held[name] for held in texts], classes) for name in common}
     return joined, left_out

@@ -10,6 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.exchange import new_folder
 from featstore.format.int8 import scale_of
@@ -69,7 +70,8 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
         if not made.schema.pooled:
             raise UserError(
                 f"{path} holds {made.schema.tier}, but only embeddings can be quantised: "
-                "`mote-cli store convert --codec zstd` makes it smaller without loss"
+                f"`{command('store', 'convert', path, codec='zstd', out=out)}` makes it smaller "
+                "without loss"
             )
         source.require_complete("quantise")
         tars = made.schema.tars

@@ -22,6 +22,7 @@ from featstore.format.schema import SMALL_ARRAYS, FloatArray, StoreSchema
 from featstore.opening import open_store
 from featstore.progress import ProgressSink
 from featstore.reading.chunk_files import ChunkFiles
+from featstore.reading.repair import repair_command
 from featstore.reading.store import Store
 from featstore.writing.partition import Partition
 from featstore.writing.writer import StoreWriter
@@ -89,8 +90,7 @@ class SourceStore:
         if missing:
             raise WorkError(
                 f"{self.path} lacks {missing} of {self.metadata.schema.tars} partitions: finish it "
-                f"with `mote-cli extract --dataset {self.metadata.provenance.dataset or 'NAME'}` "
-                f"before you {work} it"
+                f"with `{repair_command(self.path, self.metadata)}` before you {work} it"
             )
 
 

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from featstore.errors import UserError
+from featstore.errors import UserError, meant
 from heads.methods.settings import within
 from heads.training.config import TrainConfig
 
@@ -60,6 +60,7 @@ def last_blocks(train: object) -> int | None:
     match = re.fullmatch(r"tower-last-([1-9][0-9]{0,5})", train) if isinstance(train, str) else None
     if match is None:
         raise UserError(
-            f"train {train!r} is unknown: choose tower, head or tower-last-N (N from 1 up)"
+            f"train {train!r} is unknown: {meant(train, ('tower', 'head', 'tower-last-N'))}choose "
+            "tower, head or tower-last-N (N from 1 up)"
         )
     return int(match[1])

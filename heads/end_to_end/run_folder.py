@@ -7,17 +7,17 @@ name keeps that first stage, with its results, in `heads/RUN/frozen`.
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.durable import link_or_copy, sync_folder, write_bytes, write_json
-from featstore.workspace import FIRST_STAGE
+from featstore.files.tables import csv_bytes
+from featstore.workspace import FIRST_STAGE, LAST_EPOCH
 from heads.end_to_end.config import FinetuneConfig
 from heads.files.run_files import (
     CONFIG_FILE,
@@ -26,6 +26,7 @@ from heads.files.run_files import (
     KEYS_FILE,
     METRICS_FILE,
     STATE_FILE,
+    VALIDATION_FILE,
     read_config,
 )
 from heads.training.run_settings import require_same_run
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 
 MODE: Final = "finetune"
 RUN_FORMAT: Final = 1
-_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE)
+_STAGE_FILES: Final = (METRICS_FILE, STATE_FILE, KEYS_FILE, VALIDATION_FILE)
+_STAGE_FOLDERS: Final = ("eval", LAST_EPOCH)
 
 # Names of the same weights may differ between machines; how the batch is spread over processes
 # changes sums in their last bits only.
@@ -58,9 +60,10 @@ def starting_head(run_dir: Path, from_head: Path) -> Path:
         return from_head
     kept = run_dir / FIRST_STAGE
     if not _has_head(kept):
+        train = command("train-head", name=run_dir.name, root=run_dir.parent.parent)
         raise UserError(
-            f"run {run_dir.name} has no head of a first stage: train one with `mote-cli train-head "
-            f"--name {run_dir.name}`, or leave --from-head out"
+            f"run {run_dir.name} has no head of a first stage: train one with `{train}`, or leave "
+            "--from-head out"
         )
     return kept
 
@@ -98,12 +101,9 @@ def open_run(
 
 def write_failed_clips(run_dir: Path, failures: Mapping[str, Mapping[str, Any]]) -> None:
     """Write failures.csv: every failed video with the epoch of its first failure, from 1."""
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["key", "split", "first_epoch", "reason"])
-    for key, failure in sorted(failures.items()):
-        table.writerow([key, failure["split"], failure["epoch"], failure["reason"]])
-    write_bytes(run_dir / FAILURES_FILE, text.getvalue().encode())
+    rows = [[key, f["split"], f["epoch"], f["reason"]] for key, f in sorted(failures.items())]
+    table = csv_bytes(["key", "split", "first_epoch", "reason"], rows)
+    write_bytes(run_dir / FAILURES_FILE, table)
 
 
 def _has_head(run_dir: Path) -> bool:
@@ -120,9 +120,9 @@ def _keep_first_stage(run_dir: Path) -> None:
     if _has_head(run_dir):
         staging = run_dir / f".{FIRST_STAGE}"
         shutil.rmtree(staging, ignore_errors=True)
-        results = [path for path in sorted((run_dir / "eval").rglob("*")) if path.is_file()]
+        inner = [path for name in _STAGE_FOLDERS for path in sorted((run_dir / name).rglob("*"))]
         others = [run_dir / name for name in (HEAD_FILE, CONFIG_FILE, *_STAGE_FILES)]
-        for file in [*others, *results]:
+        for file in [*others, *inner]:
             if file.is_file():
                 link_or_copy(file, staging / file.relative_to(run_dir))
         shutil.rmtree(kept, ignore_errors=True)  # of a move that was stopped
@@ -130,5 +130,6 @@ def _keep_first_stage(run_dir: Path) -> None:
         sync_folder(run_dir)
     for name in (HEAD_FILE, *_STAGE_FILES):
         (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / "eval", ignore_errors=True)
+    for name in _STAGE_FOLDERS:
+        shutil.rmtree(run_dir / name, ignore_errors=True)
     sync_folder(run_dir)

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK
@@ -20,10 +21,11 @@ from featstore.reading.store import Store
 from featstore.segments import segment_positions
 from heads.arithmetic import Precision, resolve_device, resolve_precision
 from heads.compatibility import knows_classes, mean_head, require_fits
+from heads.evaluation.details import SplitDetail
 from heads.evaluation.measure import ClipFeatures, Measurement, check_candidates
 from heads.evaluation.protocols.choose import Protocol, count_notes, protocol_named, views_of
 from heads.evaluation.protocols.protocol import TestSet
-from heads.evaluation.results import EvalResult, RunFacts, SplitDetail, SplitResult, taken_from
+from heads.evaluation.results import EvalResult, RunFacts, SplitResult, taken_from
 from heads.files.head_file import head_fingerprint
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES
@@ -64,6 +66,7 @@ def evaluate_store(
         modulation_temperature=modulation_temperature,
         ensemble=ensemble,
     )
+    options = {"confident": True, **options}
     (result,) = evaluate_many(
         store, model, [scoring], protocol=named, dataset=dataset, tests=tests, **options
     )
@@ -84,6 +87,7 @@ def evaluate_many(
     frames: int | None = None,
     clip_store: Store | None = None,
     facts: RunFacts | None = None,
+    confident: bool = False,
     device: str = "auto",
     precision: Precision = "auto",
     progress: ProgressSink = no_progress,
@@ -96,8 +100,10 @@ def evaluate_many(
     only one. `frames` defaults to the number that the head was trained with, else to all stored
     frames; a smaller number is taken at even steps. `clip_store` holds raw CLIP features of the
     same keys and views for CLIP's part of an ensemble (default: `store` itself). `facts` go into
-    the result. The head runs in `precision`, by default in bfloat16 if that is much faster (wide
-    heads on processors that multiply it); means over frames, cosines and scores are always float32.
+    the result. With `confident` the details of a result hold the five best classes of every video
+    and how sure the model is of each, which `save_result` writes down. The head runs in
+    `precision`, by default in bfloat16 if that is much faster (wide heads on processors that
+    multiply it); means over frames, cosines and scores are always float32.
 
     In a process group (`torch.distributed`) every process evaluates every world-size-th row, and
     all of them return the same results: no row is repeated, and the counts are as in one process.
@@ -118,6 +124,7 @@ def evaluate_many(
             f"store with {views} views, or extract one"
         )
     if named.kind == "closeset" and not knows_classes(head, text):
+        head.require_classes(text.names)  # a head without texts cannot do what follows either
         raise UserError(
             f"{head_name} was trained on {head.training_class_embeddings.shape[0]} classes that "
             f"are not the {len(text.names)} of {dataset}: evaluate it with --zeroshot {dataset}"
@@ -143,6 +150,7 @@ def evaluate_many(
         frames=chosen,
         precision=arithmetic,
         clip=clip,
+        confident=confident,
         progress=progress,
     )
     record = _record(store, head, named, measured, text, stored_views, facts or RunFacts())
@@ -276,9 +284,10 @@ def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, Spl
     places = measured.places[number][t]
     done = np.isin(members, measured.usable)
     if not done.any():
+        store = measured.store.path
         raise UserError(
             f"split {name} lists {len(places)} samples, but none of them was extracted: "
-            "choose another split, or see the reasons with mote-cli inspect"
+            f"choose another split, or see the reasons with `{command('inspect', store)}`"
         )
     evaluated = places[done]
     assert (evaluated >= 0).all(), "every usable sample has a place"
@@ -291,13 +300,17 @@ def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, Spl
         top5=100.0 * float(np.mean(evaluated < TOP_K)) if len(classes) >= TOP_K else None,
         n_classes=len(classes),
     )
+    best, sure = measured.predicted[number][t][done], measured.confidences
     detail = SplitDetail(
         split=name,
         classes=classes,
         labels=measured.labels[members][done],
-        predicted=measured.predicted[number][t][done],
+        predicted=best[:, 0],
         places=evaluated,
         keys=tuple(measured.listed_keys(members[done])),
+        best=best if sure else None,
+        confidences=sure[number][t][done] if sure else None,
+        failed=tuple(measured.failed(members[~done])),
     )
     return result, detail
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.format.class_texts import ClassText
 from featstore.format.provenance import Provenance
 from featstore.reading.store import Store
@@ -45,7 +45,7 @@ def check_label_map(label_map: str) -> None:
     """Raise UserError unless `label_map` is "corrected" or "as-published"."""
     if label_map not in (CORRECTED, AS_PUBLISHED):
         raise UserError(
-            f"--label-map {label_map!r} is unknown: choose {CORRECTED} or {AS_PUBLISHED}"
+            f"--label-map {label_map!r} is unknown: {one_of(label_map, (CORRECTED, AS_PUBLISHED))}"
         )
 
 

@@ -18,14 +18,17 @@ from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from heads.compatibility import check_complete
+from heads.evaluation.details import Confidences, NotEvaluated
 from heads.evaluation.protocols.protocol import LabelIds, TestSet
 from heads.methods.head import Head
 from heads.methods.mote.modulation import require_neighbours
-from heads.scoring.scores import BlockScores, Scoring, ranks
+from heads.scoring.scores import TOP_K, BlockScores, Scoring, best_classes, ranks
 from heads.scoring.view_summaries import ViewSummaries, summarise_store
 from heads.training.ranks import Ranks
 
 NOT_EVALUATED = -1
+
+Entries = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 
 class Measurement:
@@ -34,9 +37,11 @@ class Measurement:
     `listed` (int64) holds the array rows of all test sets, `positions` their places among the
     store's samples, and `keys` their keys. `usable` holds the indices into `listed` of the rows
     that a score can be computed for. Test set t has the label ids `candidates[t]` and the indices
-    `members[t]` into `listed`. Under setting s, `places[s][t]` and `predicted[s][t]` (int64) have
-    one entry per member: the rank of the true class (0 = best), and the predicted label; both are
-    -1 for a row whose extraction failed.
+    `members[t]` into `listed`. Under setting s, `places[s][t]` int64 [members] is the rank of the
+    true class of every member (0 = best), `predicted[s][t]` int64 [members, K] the labels of the K
+    best candidates, and `confidences[s][t]` float64 of the same shape how sure the model is of
+    each (`BlockScores.confidences`). All are -1 for a row whose extraction failed. K is `TOP_K`, or
+    the number of candidates if that is smaller; without confidences it is 1.
     """
 
     def __init__(self, store: Store, tests: Sequence[TestSet]) -> None:
@@ -51,6 +56,7 @@ class Measurement:
         self.labels: LabelIds = store.labels[self.positions].astype(np.int64)
         self.places: list[list[LabelIds]] = []
         self.predicted: list[list[LabelIds]] = []
+        self.confidences: list[list[Confidences]] = []
         every = np.arange(len(store.class_names))
         self.candidates = [every if test.classes is None else test.classes for test in tests]
         self._locals = [self._local_labels(t) for t in range(len(tests))]
@@ -64,9 +70,10 @@ class Measurement:
         frames: npt.NDArray[np.int64] | None = None,
         precision: str = "fp32",
         clip: ClipFeatures | None = None,
+        confident: bool = False,
         progress: ProgressSink = no_progress,
     ) -> None:
-        """Fill `places` and `predicted`.
+        """Fill `places` and `predicted`, and with `confident` also `confidences`.
 
         In a process group each process computes a part, and every process gets all of the results.
         Raises WorkError when a score is not finite.
@@ -78,15 +85,20 @@ class Measurement:
         slots = np.full((len(self.members), len(self.listed)), -1, np.int64)
         for slot, members in zip(slots, self.members, strict=True):
             slot[members] = np.arange(len(members))
-        self.places, self.predicted = (
-            [[np.full(len(m), NOT_EVALUATED, np.int64) for m in self.members] for _ in scorings]
-            for _ in range(2)
-        )
+        named = [min(TOP_K, len(c)) if confident else 1 for c in self.candidates]
+        shapes = [(len(m), k) for m, k in zip(self.members, named, strict=True)]
+        for _ in scorings:
+            self.places.append([np.full(n, NOT_EVALUATED, np.int64) for n, _ in shapes])
+            self.predicted.append([np.full(shape, NOT_EVALUATED, np.int64) for shape in shapes])
+            if confident:
+                self.confidences.append([np.full(shape, float(NOT_EVALUATED)) for shape in shapes])
         candidates = [
             None if test.classes is None else torch.from_numpy(test.classes).to(where)
             for test in self.tests
         ]
         classes = torch.from_numpy(text.embeddings).to(where)
+        scorer = head.scorer(classes, text.names)
+        scale = head.logit_scale.detach().double().exp()
         blocks = summarise_store(
             self.store,
             head,
@@ -100,7 +112,8 @@ class Measurement:
             ensemble = None
             if clip is not None:
                 ensemble = clip.summaries(self.listed_keys(part)), clip.classes
-            block = BlockScores(summaries, classes, head.training_class_embeddings, ensemble)
+            trained = head.training_class_embeddings
+            block = BlockScores(summaries, classes, trained, ensemble, scorer)
             for t, test in enumerate(self.tests):
                 slot = slots[t][part]
                 at = np.flatnonzero(slot >= 0)
@@ -110,16 +123,31 @@ class Measurement:
                 labels = torch.from_numpy(self._locals[t][slot[at]]).to(where)
                 all_modulate = test.modulation_classes == "all"
                 for s, scoring in enumerate(scorings):
-                    scores = block.scores(scoring, videos, candidates[t], all_modulate)
-                    best = scores.argmax(1).cpu().numpy()  # the first of equal ones
+                    asked = scoring, videos, candidates[t], all_modulate
+                    scores = block.scores(*asked)
                     self._require_finite(scores, part[at])
+                    best = best_classes(scores, named[t])
                     self.places[s][t][slot[at]] = ranks(scores, labels).cpu().numpy()
-                    self.predicted[s][t][slot[at]] = self.candidates[t][best]
-        self._gather(group)
+                    self.predicted[s][t][slot[at]] = self.candidates[t][best.cpu().numpy()]
+                    if confident:
+                        sure = block.confidences(scale, *asked).gather(1, best)
+                        self.confidences[s][t][slot[at]] = sure.cpu().numpy()
+        self._gather(group, (self.places, self.predicted))
+        if confident:
+            self._gather(group, (self.confidences,))
 
     def listed_keys(self, members: npt.NDArray[np.integer]) -> list[str]:
         """Return the keys of the entries of `listed` that have the indices `members`."""
         return [self.keys[member] for member in members.tolist()]
+
+    def failed(self, members: npt.NDArray[np.integer]) -> list[NotEvaluated]:
+        """Return the entries of `listed` that have the indices `members` and were not evaluated."""
+        reasons = self.store.reasons if len(members) else []
+        found = []
+        for member in members.tolist():
+            reason = reasons[self.positions[member]] or "no CLIP features for the ensemble"
+            found.append(NotEvaluated(self.keys[member], int(self.labels[member]), reason))
+        return found
 
     def _local_labels(self, t: int) -> LabelIds:
         """Return the label of every member of test set t as an index into its candidates."""
@@ -145,11 +173,11 @@ class Measurement:
                 "head and the features"
             )
 
-    def _gather(self, group: Ranks) -> None:
+    def _gather(self, group: Ranks, tables: Sequence[Sequence[Sequence[Entries]]]) -> None:
         """Give every process all entries; each entry is -1 in all processes but one."""
-        parts = [array for table in (self.places, self.predicted) for row in table for array in row]
+        parts = [array.reshape(-1) for table in tables for row in table for array in row]
         values, start = group.greatest(torch.from_numpy(np.concatenate(parts))).numpy(), 0
-        for array in parts:
+        for array in parts:  # views of the tables' arrays
             array[:] = values[start : start + len(array)]
             start += len(array)
 
@@ -207,7 +235,7 @@ class ClipFeatures:
 def check_candidates(
     tests: Sequence[TestSet], scorings: Sequence[Scoring], text: ClassText, head: Head
 ) -> None:
-    """Raise UserError if candidates are not classes of the store, or too few to modulate."""
+    """Raise UserError if candidates are not classes of the store, or the head cannot score them."""
     names = [test.name for test in tests]
     if len(set(names)) < len(names):
         raise ValueError(f"test sets need distinct names, not {names}")
@@ -221,6 +249,7 @@ def check_candidates(
                 f"the class list of {test.name} does not match the {len(text.names)} classes of "
                 f"the store: {problem or 'it names a class twice'}"
             )
+        head.require_classes([text.names[label] for label in wanted.tolist()])
         tested = len(text.names) if test.modulation_classes == "all" else len(wanted)
         for scoring in scorings:
             if scoring.modulate:

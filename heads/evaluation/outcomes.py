@@ -6,8 +6,6 @@ the rank of the true class among the candidates, 0 for a right answer; failed vi
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Final
 
 from featstore.errors import UserError
 from featstore.files.durable import write_bytes
+from featstore.files.tables import csv_bytes, csv_rows
 
 OUTCOMES_LIMIT: Final = 2**28  # bytes; a million videos are about 40 MB
 _HEADER: Final = ["split", "key", "place"]
@@ -46,13 +45,10 @@ def outcomes_file(result: Path) -> Path:
 
 def write_outcomes(result: Path, outcomes: Mapping[str, Mapping[str, int]]) -> Path:
     """Save outcomes beside their result file; return the path."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(_HEADER)
-    for split, places in outcomes.items():
-        table.writerows([split, key, place] for key, place in places.items())
+    of_all = outcomes.items()
+    rows = ([split, key, place] for split, places in of_all for key, place in places.items())
     path = outcomes_file(result)
-    write_bytes(path, text.getvalue().encode())
+    write_bytes(path, csv_bytes(_HEADER, rows))
     return path
 
 
@@ -67,13 +63,13 @@ def read_outcomes(result: Path) -> Outcomes | None:
     try:
         if len(raw) > OUTCOMES_LIMIT:
             raise ValueError(f"more than {OUTCOMES_LIMIT} bytes")
-        header, *rows = csv.reader(io.StringIO(raw.decode(), newline=""))
+        header, *rows = csv_rows(raw)
         if header != _HEADER:
             raise ValueError(f"its columns are {header}")
         found: Outcomes = {}
         for split, key, place in rows:
             found.setdefault(split, {})[key] = int(place)
-    except (ValueError, csv.Error) as error:
+    except ValueError as error:
         raise UserError(f"{path} is no file of outcomes ({error}): evaluate again") from error
     return found
 

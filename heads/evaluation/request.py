@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from featstore.commands import Extraction
 from featstore.errors import UserError
+from featstore.opened_stores import MissingStore
 from featstore.progress import Stages, no_stages
 from featstore.reading.store import Store
 from featstore.workspace import OpenedStores, Workspace
@@ -27,9 +30,14 @@ from heads.evaluation.protocols.choose import (
 from heads.evaluation.protocols.protocol import Kind, Protocol
 from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice
 from heads.evaluation.results import EvalResult, run_facts, save_result
+from heads.evaluation.wanted_store import extraction_for
+from heads.files.head_cards import likely_stores, newest_card
 from heads.files.head_file import choose_head
 from heads.methods.head import Head
+from heads.methods.settings import HeadOrigin
 from pipeline.annotations.known_sets import known_dataset
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class EvaluationRequest:
     sampling: str | None = None
     store: str | None = None
     """Name of the store, or its URL, if several fit."""
+    frames: int | None = None
+    """T, frames per view that are tested; None for the head's, or without a head for all."""
     prompt_set: Callable[[Store], str | None] = lambda store: None
     """Chooses one of the store's prompt sets; None means the head's, or the store's only one."""
     score: ScoreSettings = field(default_factory=ScoreSettings)
@@ -74,6 +84,8 @@ class EvaluationRequest:
     label_map: str = CORRECTED
     unseen: UnseenChoice = field(default_factory=UnseenChoice)
     packed_class_names: PackedClassNames = lambda dataset: None
+    video_paths: Callable[[str], Mapping[str, str]] = lambda dataset: {}
+    """Finds the paths of a data set's videos by key, for the tables beside a result."""
     precision: Precision = "auto"
     device: str = "auto"
 
@@ -82,17 +94,58 @@ class EvaluationRequest:
         """The stores of the data set, each opened once for the whole evaluation."""
         return self.workspace.opened(self.dataset)
 
-    def fitting_store(self, split: str | None, head: Head | None, **others: Any) -> Store:
-        """Return the one store that fits the request and `head`; `others` override the request."""
+    def fitting_store(
+        self, split: str | None, head: Head | None, protocol: Protocol, **others: Any
+    ) -> Store:
+        """Return the one store that fits the request and `head`; `others` override the request.
+
+        If several fit, it is the one with the views of `protocol`, else the one like that which
+        the head (for the mean of frames, the newest head) was trained on.
+        """
         origin = None if head is None else head.origin
+        newest = newest_card(self.workspace) if origin is None else None
+        views = None if self.views is None else count_views(self.views)
         wanted = {
-            "views": None if self.views is None else count_views(self.views),
+            "views": views,
+            "crops": None if self.views is None else int(self.views.partition("x")[2]),
             "encoder_fingerprint": None if origin is None else origin.encoder_fingerprint,
             "sampling": self.sampling,
             "name": self.store,
-            "encoder": None if origin is None else origin.encoder,
+            "making": self.making(origin, protocol),
+            "likely": (
+                (
+                    f"with the {' or '.join(protocol.views)} views of {protocol.name}",
+                    lambda store: views_of(store) in protocol.views,
+                ),
+                *(() if origin is None else likely_stores(origin, "the head was trained")),
+                *(() if newest is None else newest.likely_stores()),
+            ),
         }
         return self.stores.choose(split=split, **(wanted | others))
+
+    def held_split(self, names: Sequence[str], head: Head | None, protocol: Protocol) -> str | None:
+        """Return the first split of `names` that a store has rows of; None if there is none.
+
+        Raises UserError, with the command that extracts one, if it is packed or nothing is
+        extracted yet.
+        """
+        found = self.stores.default_split(names)
+        packed = self.workspace.packed_splits(self.dataset) or ()
+        possible = next((name for name in names if name in packed), None)
+        if found is None and (possible is not None or not self.workspace.stores(self.dataset)):
+            self.fitting_store(possible, head, protocol)
+        return found
+
+    def making(self, origin: HeadOrigin | None, protocol: Protocol) -> Extraction:
+        """Return the extraction that makes a missing store for a head of this origin."""
+        newest = newest_card(self.workspace) if origin is None else None
+        return extraction_for(
+            self.dataset,
+            origin or (None if newest is None else newest.origin),
+            protocol=protocol,
+            views=self.views,
+            sampling=self.sampling,
+        )
 
     def chosen_clip_store(self) -> Store | None:
         """Return the store of CLIP's own features; UserError if no ensemble would use it."""
@@ -103,20 +156,30 @@ class EvaluationRequest:
                 "--clip-store works only with --ensemble WEIGHT or --sweep ensemble=...: "
                 "add one of them, or leave --clip-store out"
             )
-        return self.stores.choose(name=self.clip_store)
+        return self.stores.choose(name=self.clip_store, option="--clip-store")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """The results of an evaluation with the folders of their runs, and the missing results."""
 
+    request: EvaluationRequest
     measured: list[tuple[EvalResult, Path]]
     missing: list[dict[str, Any]]
     """One entry per blend of a sweep that could not be measured: blend, reason and remedy."""
 
     def save(self) -> list[Path]:
         """Save every result in the folder of its run; return the files in order of `measured`."""
-        return [save_result(result, run_dir) for result, run_dir in self.measured]
+        paths = {} if self.request.swept else known_paths(self.request)
+        return [save_result(result, run_dir, paths) for result, run_dir in self.measured]
+
+
+def known_paths(request: EvaluationRequest) -> Mapping[str, str]:
+    """Return the paths of the tested data set's videos by key; say so if they are not known."""
+    paths = request.video_paths(request.dataset)
+    if not paths:
+        log.info("the tables name videos by key: data set %s is not packed here", request.dataset)
+    return paths
 
 
 def require_unused(settings: Any, words: str) -> None:
@@ -142,19 +205,24 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     head, run_dir = choose_head(request.workspace, request.head)
     shares = request.swept.get(sweeps.BLEND)
     if shares is None:
-        return Evaluation(_measure(request, head, run_dir, *_store(request, head), stages), [])
+        found = _measure(request, head, run_dir, *_store(request, head), stages)
+        return Evaluation(request, found, [])
     if request.store is not None:
         raise UserError("--sweep blend chooses the store of every tower itself: leave --store out")
     measured: list[tuple[EvalResult, Path]] = []
     missing: list[dict[str, Any]] = []
-    for blended in sweeps.blended_runs(request.workspace, run_dir, shares, request.dataset):
+    protocol = request.protocol or usual_protocol(
+        request.kind, request.dataset, split=request.split
+    )
+    making = request.making(None if head is None else head.origin, protocol)
+    for blended in sweeps.blended_runs(request.workspace, run_dir, shares, making):
         reason = "there is no head with this share"
         if blended.run_dir is not None:
             own, _ = choose_head(request.workspace, blended.run_dir.name)
             try:
                 store, split = _store(request, own)
             except UserError as error:
-                reason = str(error)
+                reason = error.why if isinstance(error, MissingStore) else str(error)
             else:
                 measured += _measure(request, own, blended.run_dir, store, split, stages)
                 continue
@@ -164,7 +232,7 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
             f"no store of {request.dataset} was made with one of these blends: "
             f"{missing[0]['reason']}; make one with {missing[0]['remedy']}"
         )
-    return Evaluation(measured, missing)
+    return Evaluation(request, measured, missing)
 
 
 def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | None]:
@@ -172,10 +240,12 @@ def _store(request: EvaluationRequest, head: Head | None) -> tuple[Store, str | 
     split = request.split
     protocol = request.protocol or usual_protocol(request.kind, request.dataset, split=split)
     if protocol.lists == "given":
-        split = request.unseen.split(request.stores)
-    elif request.kind == "closeset":
-        split = split or request.stores.default_split(("val", "test"))
-    store = request.fitting_store(split, head)
+        split = request.unseen.split(
+            request.dataset, lambda names: request.held_split(names, head, protocol)
+        )
+    elif request.kind == "closeset" and split is None:
+        split = request.held_split(("val", "test"), head, protocol)
+    store = request.fitting_store(split, head, protocol)
     return named_as(store, known_dataset(request.dataset), request.label_map), split
 
 
@@ -215,9 +285,11 @@ def _measure(
             tests=tests,
             head_name=request.workspace.head_name(run_dir),
             views=request.views,
+            frames=request.frames,
             prompt_set=request.prompt_set(store),
             clip_store=request.chosen_clip_store(),
             facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
+            confident=not request.swept,
             device=request.device,
             precision=request.precision,
             progress=progress,

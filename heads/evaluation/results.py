@@ -6,11 +6,10 @@ sentences, the frames and pixels, the weights, and the score settings.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.files.durable import write_bytes, write_json
+from heads.evaluation.answers import save_answers
+from heads.evaluation.details import SplitDetail
 from heads.evaluation.outcomes import write_outcomes
-from heads.evaluation.protocols.protocol import LabelIds
-from heads.files.imported_run import tower_facts
 from heads.files.run_files import read_config
 from heads.methods.registry import untrained
 
@@ -43,33 +42,6 @@ class SplitResult:
     """None with fewer than five classes."""
     n_classes: int
     """The number of candidates that the samples were scored against."""
-
-
-@dataclass(frozen=True, eq=False)
-class SplitDetail:
-    """Every prediction of one test set: its n evaluated samples, in the store's order."""
-
-    split: str
-    classes: LabelIds
-    """Label ids of the candidates."""
-    labels: LabelIds
-    """[n] the true label ids."""
-    predicted: LabelIds
-    """[n] the label ids with the best score; ties go to the candidate named first."""
-    places: LabelIds
-    """[n] the rank of the true class, 0 = best."""
-    keys: tuple[str, ...]
-    """[n] the keys of the videos."""
-
-    def confusion(self) -> npt.NDArray[np.int64]:
-        """Count the videos by [true class, predicted class], both in the order of `classes`."""
-        n = len(self.classes)
-        order = np.argsort(self.classes)
-        true, said = (
-            order[np.searchsorted(self.classes, which, sorter=order)]
-            for which in (self.labels, self.predicted)
-        )
-        return np.bincount(true * n + said, minlength=n * n).reshape(n, n).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -245,22 +217,20 @@ def taken_from(**parts: Any) -> dict[str, Any]:
     return {name: getattr(parts[of], name) for name, of in named.items() if of in parts}
 
 
-def save_result(result: EvalResult, run_dir: Path) -> Path:
+def save_result(result: EvalResult, run_dir: Path, paths: Mapping[str, str] | None = None) -> Path:
     """Save a result under `run_dir/eval` and return its file; measuring again replaces it.
 
-    Three files are written beside the JSON: `.per-class.csv` has the accuracy of every class of
-    every test set; `.outcomes.csv` has the rank of every video's true class
-    (`heads.evaluation.outcomes`); `.confusion.npz` has, for every test set NAME, the counts `NAME`
+    Beside the JSON lie `.outcomes.csv`, the rank of every video's true class
+    (`heads.evaluation.outcomes`); `.confusion.npz` with, for every test set NAME, the counts `NAME`
     int64 [true, predicted] and the label ids `NAME_labels` of its classes, and the `class_names` of
-    all labels.
+    all labels; and the files for people (`heads.evaluation.answers`), which name each video's path
+    if `paths` holds it by key.
     """
     folder = run_dir / "eval"
     base = result.file_name
     file = folder / f"{base}.json"
     if result.details:
-        names = result.class_names
-        write_bytes(folder / f"{base}.per-class.csv", per_class_csv(result.details, names).encode())
-        arrays: dict[str, npt.NDArray[Any]] = {"class_names": np.array(names)}
+        arrays: dict[str, npt.NDArray[Any]] = {"class_names": np.array(result.class_names)}
         for part in result.details:
             arrays |= {part.split: part.confusion(), f"{part.split}_labels": part.classes}
         data = io.BytesIO()
@@ -272,28 +242,11 @@ def save_result(result: EvalResult, run_dir: Path) -> Path:
         }
         write_outcomes(file, outcomes)
     write_json(file, result.to_json())
+    if result.details:  # last: whatever may happen to a picture, the numbers are kept
+        title = f"{result.head} on {result.dataset} ({result.protocol_name}): "
+        title += f"top-1 {result.top1:.1f} % of {result.n_evaluated} videos"
+        save_answers(file, result.details, result.class_names, title=title, paths=paths)
     return file
-
-
-def per_class_csv(details: Iterable[SplitDetail], class_names: tuple[str, ...]) -> str:
-    """Return the CSV text `split,label,class_name,n_evaluated,top1,top5`, a line per candidate.
-
-    Accuracies are in percent and empty without videos; top-5 is empty with under five candidates.
-    """
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["split", "label", "class_name", "n_evaluated", "top1", "top5"])
-    for part in details:
-        for label in part.classes.tolist():
-            places = part.places[part.labels == label]
-            shares = [
-                f"{100 * float(np.mean(places < k)):.4f}"
-                if len(places) and len(part.classes) >= k
-                else ""
-                for k in (1, 5)
-            ]
-            table.writerow([part.split, label, class_names[label], len(places), *shares])
-    return text.getvalue()
 
 
 def run_facts(run_dir: Path, **known: Any) -> RunFacts:
@@ -302,6 +255,8 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
     A run trained here has the weights of its last epoch; the file of an imported or fine-tuned run
     names the epoch. WorkError when the file is not JSON; without a file only `known` counts.
     """
+    from heads.files.imported_run import tower_facts  # it loads torch, reading results does not
+
     settings = read_config(run_dir)
     said: dict[str, Any] = {}
     if settings is None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from featstore.errors import UserError, WorkError
+from featstore.commands import Extraction, command
+from featstore.errors import UserError, WorkError, meant, one_of
 from featstore.workspace import Workspace
 from heads.files.imported_run import tower_facts, tower_hash
 from heads.files.run_files import read_config
@@ -48,8 +49,8 @@ def parse_sweeps(given: Sequence[str]) -> Values:
         words = [word.strip() for word in listed.split(",") if word.strip()]
         if name not in NAMES or not equals or not words:
             raise UserError(
-                f"--sweep {text!r} is not understood: write NAME=VALUE,VALUE with one of "
-                f"{', '.join(NAMES)}, for example --sweep ensemble=0,0.25,0.5"
+                f"--sweep {text!r} is not understood: {meant(name, NAMES)}write NAME=VALUE,VALUE "
+                f"with one of {', '.join(NAMES)}, for example --sweep ensemble=0,0.25,0.5"
             )
         if name in values:
             raise UserError(f"--sweep {name} is given twice: write its values once, with commas")
@@ -92,11 +93,12 @@ def value_of(name: str, text: str | None) -> Any:
 
 
 def blended_runs(
-    place: Workspace, run_dir: Path, shares: Sequence[float], dataset: str
+    place: Workspace, run_dir: Path, shares: Sequence[float], making: Extraction
 ) -> list[BlendedRun]:
     """Find a run for each of `shares`: the tuned tower of `run_dir`, blended with that share.
 
-    UserError when the run in `run_dir` has no tuned tower of its own.
+    `making` is the extraction that the tower of `run_dir` itself would need. UserError when the run
+    in `run_dir` has no tuned tower of its own.
     """
     own = _tuned(run_dir)
     if own is None:
@@ -110,16 +112,19 @@ def blended_runs(
         wanted = replace(own, blend=share)
         same = next((run for run, other in others.items() if other == wanted), None)
         if same is not None:
-            remedy = f"`mote-cli extract --dataset {dataset} --encoder {same.name}`"
+            remedy = f"`{replace(making, encoder=same.name).command(place.root)}`"
         else:
             name = f"{run_dir.name}-blend{round(100 * share):d}"
             file, first = own.file, ""
+            words: dict[str, Any]
             if file is None:
                 file = f"{run_dir.name}.pt"
-                first = f"`mote-cli export {run_dir.name} --format official --out {file}`, then "
+                words = {"format": "official", "out": file, "root": place.root}
+                first = f"`{command('export', run_dir.name, **words)}`, then "
+            words = {"name": name, "blend": f"{share:g}", **own.options, "root": place.root}
             remedy = (
-                f"{first}`mote-cli import-checkpoint {file} --name {name} --blend {share:g}"
-                f"{own.options}`, then `mote-cli extract --dataset {dataset} --encoder {name}`"
+                f"{first}`{command('import-checkpoint', file, **words)}`, then "
+                f"`{replace(making, encoder=name).command(place.root)}`"
             )
         found.append(BlendedRun(share, same, remedy))
     return found
@@ -134,7 +139,7 @@ class _Tuned:
     blend: float
     file: str | None = field(compare=False)
     """Name of the checkpoint that the tower was imported from; None if it was tuned here."""
-    options: str = field(compare=False)
+    options: dict[str, Any] = field(compare=False)
     """The options that import-checkpoint needs for the tower, besides the share."""
 
 
@@ -145,15 +150,15 @@ def _tuned(run_dir: Path) -> _Tuned | None:
     except (OSError, WorkError):
         return None
     imported = value.get("imported")
-    file, options = None, ""
+    file: str | None = None
+    options: dict[str, Any] = {}
     if isinstance(imported, dict):
         facts, file = imported, str(imported.get("file") or "FILE")
         if imported.get("clip"):
-            options = f" --clip {imported['clip']}"
+            options = {"clip": imported["clip"]}
     elif facts:
-        told = {"clip": value["data"]["encoder"], "frames": value["data"]["frames"]}
-        told["attention-heads"] = value["head"]["attention_heads"]
-        options = "".join(f" --{name} {given}" for name, given in told.items())
+        options = {"clip": value["data"]["encoder"], "frames": value["data"]["frames"]}
+        options["attention_heads"] = value["head"]["attention_heads"]
     if facts.get("blend") is None:
         return None
     tower = tower_hash(run_dir) or str(facts.get("sha256") or run_dir.name)
@@ -166,7 +171,7 @@ def _values(name: str, word: str) -> Sequence[Any]:
         if word == "all":
             return known
         if word not in known:
-            raise UserError(f"fusion {word!r} is unknown: choose one of {', '.join(known)} or all")
+            raise UserError(f"fusion {word!r} is unknown: {one_of(word, known)} or all")
         return [word]
     if word in ("none", "off") and name in (TEMPERATURE, NEIGHBOURS):
         return [0]

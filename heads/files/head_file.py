@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import parse_json
 from featstore.files.durable import durable_path
 from featstore.workspace import Workspace
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE
@@ -64,6 +65,10 @@ def load_head(path: str | Path) -> Head:
         if not bool(tensor.isfinite().all()):
             raise WorkError(f"{file} is damaged: {name} holds values that are not finite")
     head.load_state_dict({name: t.float() for name, t in tensors.items()}, assign=True)
+    try:
+        head.require_sound()
+    except WorkError as error:
+        raise WorkError(f"{file} is damaged: {error}") from error
     origin = card.get("origin")
     head.origin = None if origin is None else HeadOrigin.from_json(origin)
     return head.requires_grad_(True).eval()
@@ -114,7 +119,7 @@ def open_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             try:
-                card = json.loads((file.metadata() or {})[_METADATA_KEY])
+                card = parse_json((file.metadata() or {})[_METADATA_KEY])
             except (KeyError, ValueError):
                 card = None
             if not isinstance(card, dict):

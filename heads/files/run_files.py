@@ -7,15 +7,15 @@
 | `metrics.jsonl` | one record per epoch |
 | `failures.csv` | videos that could not be decoded, end to end only |
 | `state/` | the state that training continues from, the best weights, the lock |
+| `validation.json` | what training gained on its validation videos, if it had any |
+| `last/` | the head of the last epoch, where `head.safetensors` is that of the best one |
 | `tower.safetensors` | the tower as trained, for imported and fine-tuned heads |
 | `head.safetensors` | the head; written last: a run with it is finished |
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,8 +23,16 @@ from typing import Any, Final
 
 import numpy as np
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import (
+    LISTS_LIMIT,
+    found_object,
+    parse_json,
+    read_document,
+    read_object,
+)
 from featstore.files.durable import write_bytes, write_json
+from featstore.files.tables import csv_rows
 from featstore.format.schema import RowArray
 from featstore.workspace import CONFIG_FILE as CONFIG_FILE
 from featstore.workspace import FIRST_STAGE
@@ -36,6 +44,9 @@ METRICS_FILE: Final = "metrics.jsonl"
 FAILURES_FILE: Final = "failures.csv"
 STATE_FILE: Final = "state/last.safetensors"
 BEST_FILE: Final = "state/best.safetensors"
+PART_FILE: Final = "state/part-{}.safetensors"
+"""How each epoch did on one part of a cross-validation."""
+VALIDATION_FILE: Final = "validation.json"
 NOT_FINITE_FILE: Final = "state/not-finite.json"
 LOCK_FILE: Final = "state/lock"
 TOWER_FILE: Final = "tower.safetensors"
@@ -47,13 +58,14 @@ def read_config(run_dir: Path) -> dict[str, Any] | None:
     file = run_dir / CONFIG_FILE
     if not file.is_file():
         return None
-    try:
-        value = json.loads(file.read_text())
-    except ValueError as error:
-        raise WorkError(f"{file} is not JSON: delete the run and train again") from error
-    if not isinstance(value, dict):
-        raise WorkError(f"{file} is not an object: delete the run and train again")
-    return value
+    return read_object(file, "delete the run and train again", error=WorkError)
+
+
+def keeps_best(run_dir: Path) -> bool:
+    """Whether the run that was begun in this folder, if any, keeps its best epoch."""
+    settings = read_config(run_dir)
+    training = {} if settings is None else settings.get("training")
+    return settings is None or (isinstance(training, dict) and bool(training.get("keep_best")))
 
 
 def rows_hash(rows: RowArray) -> str:
@@ -84,11 +96,11 @@ def read_training_keys(run_dir: Path) -> dict[str, frozenset[str]] | None:
     file = run_dir / KEYS_FILE
     if not file.is_file():
         return None
-    try:
-        value = json.loads(file.read_text())
-        return {name: frozenset(map(str, keys)) for name, keys in value.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise WorkError(f"{file} is damaged: copy the run again or train again") from error
+    remedy = "copy the run again or train again"
+    value = read_object(file, remedy, limit=LISTS_LIMIT, error=WorkError)
+    if not all(isinstance(keys, list) for keys in value.values()):
+        raise WorkError(f"{file} is damaged (it has no lists of keys); {remedy}")
+    return {name: frozenset(map(str, keys)) for name, keys in value.items()}
 
 
 def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
@@ -100,18 +112,30 @@ def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Read the records of a run's epochs; empty if the file is missing or damaged."""
     try:
-        return [json.loads(line) for line in (run_dir / METRICS_FILE).read_text().splitlines()]
-    except (OSError, ValueError):
+        raw = read_document(run_dir / METRICS_FILE, "", limit=LISTS_LIMIT)
+        return [parse_json(line) for line in raw.splitlines()]
+    except ValueError:  # UserError is one
         return []  # they describe a finished run; its head is what counts
+
+
+def read_validation(run_dir: Path) -> dict[str, Any] | None:
+    """Read what a run gained on its validation videos; None without a file that can be read."""
+    return found_object(run_dir / VALIDATION_FILE)
 
 
 def read_failed_clips(run_dir: Path) -> list[dict[str, Any]]:
     """Read the lines of failures.csv; empty if there is no such file."""
-    try:
-        text = (run_dir / FAILURES_FILE).read_text()
-    except FileNotFoundError:
+    file = run_dir / FAILURES_FILE
+    if not file.is_file():
         return []
-    return [dict(line) for line in csv.DictReader(io.StringIO(text, newline=""))]
+    remedy = "delete it"
+    try:
+        columns, *rows = csv_rows(read_document(file, remedy, limit=LISTS_LIMIT))
+        return [dict(zip(columns, row, strict=True)) for row in rows]
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({one_line(error, 120)}); {remedy}") from error
 
 
 def describe_run(run_dir: Path) -> dict[str, Any]:
@@ -126,6 +150,7 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
         "epochs_done": len(epochs),
         "last_loss": epochs[-1]["loss"] if epochs else None,
         **({"mode": settings["mode"]} if "mode" in settings else {}),
+        **({} if (found := read_validation(run_dir)) is None else {"validation": found}),
         "head": settings.get("head", {}),
         "training": settings.get("training", {}),
         "data": settings.get("data", {}),

@@ -6,7 +6,7 @@ B = batch (views), T = frames, D = embedding width, C = classes tested, S = trai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -52,6 +52,9 @@ class Head(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the first weights of a new head; `generator` is on the CPU."""
 
+    def silence(self) -> None:
+        """Set weights with which the head answers as the mean of frames, if it has such weights."""
+
     def draw(self, generator: torch.Generator) -> Any:
         """Make the random draw of one training step, for the whole batch; `generator` on CPU."""
         return None
@@ -75,6 +78,17 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def fit(self, embeddings: Tensor, labels: Tensor, seed: int) -> Mapping[str, float]:
+        """Learn all at once what a method that is `fitted` learns, and return facts about it.
+
+        `embeddings` floating [n,D], unit video embeddings on the head's device; `labels` int64 [n];
+        `seed` fixes every random choice. The facts, such as `loss`, go into the run's metrics.
+        """
+        raise NotImplementedError
+
+    def require_sound(self) -> None:
+        """Raise WorkError if tensors of the right shapes hold what the head cannot work with."""
+
     def check_loss_weights(self, weights: Mapping[str, float]) -> None:
         """Raise UserError if the recipe's loss weights leave this head without a loss."""
 
@@ -93,6 +107,19 @@ class Head(nn.Module):
         """The parts, in order, that may be kept in shares over several GPUs."""
         return []
 
+    def scorer(
+        self, class_embeddings: Tensor, class_names: Sequence[str] | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the function from unit video embeddings [...,D] to scores of classes [...,C].
+
+        `class_embeddings` [C,D] belong to `class_names`. A score is a cosine, or a logit divided by
+        the multiplier of cosines; -inf for a class that `require_classes` refuses.
+        """
+        return lambda embeddings: class_cosines(embeddings, class_embeddings)
+
+    def require_classes(self, class_names: Sequence[str]) -> None:
+        """Raise UserError if the head cannot score a class, given its text."""
+
     def merged(self) -> Head:
         """Return the head as one plain network on the CPU, with the same cosines, for export."""
         return self.cpu().eval()
@@ -106,7 +133,7 @@ class Head(nn.Module):
         """
         class_embeddings = self.checked(class_embeddings, "class embeddings", 2)
         frames = self.aggregate(features, class_embeddings if modulate else None)
-        return class_cosines(video_embeddings(frames), class_embeddings)
+        return self.scorer(class_embeddings)(video_embeddings(frames))
 
     def aggregate(self, features: Tensor, class_embeddings: Tensor | None = None) -> Tensor:
         """Apply the head to frames, [B,T,D] -> [B,T,D]; modulated if given class embeddings."""

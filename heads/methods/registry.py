@@ -7,7 +7,7 @@ so this module needs no torch, and `import heads` loads no method that needs vid
 
 The commands contain no method names and ask the registry instead: `train-head` and `finetune` what
 can be trained, `import-checkpoint` and `export` about the authors' format, `eval` and `predict`
-about modulation, `tradeoff` and `demo` for titles.
+about modulation, `tradeoff` about new classes, `tradeoff` and `demo` for titles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 
 if TYPE_CHECKING:
     from heads.methods.head import Head
@@ -45,6 +45,10 @@ class Method:
     """Names of the losses besides the total, in the order of `Head.training_loss`."""
     trains: bool = True
     """Whether the method has parameters to train."""
+    fitted: bool = False
+    """Whether `Head.fit` learns all parameters at once, where other methods train in epochs."""
+    open_vocabulary: bool = True
+    """Whether it can score classes that it was not trained on, given their texts."""
     from_store: bool = True
     """Whether it can be trained from stored frame features."""
     end_to_end: bool = True
@@ -60,6 +64,11 @@ class Method:
     for content that does not fit."""
 
     @property
+    def in_epochs(self) -> bool:
+        """Whether it is trained in epochs."""
+        return self.trains and not self.fitted
+
+    @property
     def checkpoint(self) -> Any:
         """The module named by `official`; None without an official format."""
         return None if self.official is None else import_module(self.official)
@@ -70,7 +79,7 @@ class Method:
             raise UserError(f"{self.title} cannot be {what}: choose another --head")
 
 
-_BUILT_IN: Final = ("mote", "transformer", "mean")
+_BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn")
 _registered: dict[str, Method | None] = dict.fromkeys(_BUILT_IN)
 
 
@@ -87,7 +96,7 @@ def names() -> list[str]:
 def method(name: str) -> Method:
     """Return the method of that name; UserError, listing the choices, if there is none."""
     if name not in _registered:
-        raise UserError(f"head kind {name!r} is unknown: choose one of {', '.join(_registered)}")
+        raise UserError(f"head kind {name!r} is unknown: {one_of(name, _registered)}")
     found = _registered[name]
     if found is None:
         found = _registered[name] = import_module(f"heads.methods.{name}").METHOD
@@ -111,6 +120,11 @@ def config_from_json(value: Any) -> MethodConfig:
 def untrained(kind: object) -> bool:
     """Return whether `kind`, from a record of any version, is a method without parameters."""
     return isinstance(kind, str) and kind in _registered and not method(kind).trains
+
+
+def knows_only_its_classes(kind: object) -> bool:
+    """Return whether `kind`, from a record of any version, is a method without new classes."""
+    return isinstance(kind, str) and kind in _registered and not method(kind).open_vocabulary
 
 
 def read_checkpoint(file: Path) -> tuple[Method, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, Self, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Final, Literal, Self, cast, get_args, get_origin, get_type_hints
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_line, one_of
+
+_HUGE: Final = 1e300  # no setting comes near; greater whole numbers cannot become floats
 
 
 def within(default: Any, least: int, most: int | None = None) -> Any:
@@ -77,23 +79,25 @@ class Settings:
 def _checked(each: Field[Any], kind: Any, value: Any) -> Any:
     """Return the value of a field, converted to its type; UserError if it does not fit."""
     choices = get_args(kind) if get_origin(kind) is Literal else ()
+    shown = one_line(repr(value), 60)
     if choices and value not in choices:
-        raise UserError(f"{each.name} {value!r} is unknown: choose one of {', '.join(choices)}")
+        raise UserError(f"{each.name} {shown} is unknown: {one_of(value, choices)}")
     if kind is bool and not isinstance(value, bool):
-        raise UserError(f"{each.name} is {value!r}: it must be true or false")
+        raise UserError(f"{each.name} is {shown}: it must be true or false")
     if kind is int or kind is float:
         least, most = each.metadata.get("range", (0, None))
-        fits = isinstance(value, kind if kind is int else int | float) and math.isfinite(value)
+        fits = isinstance(value, kind if kind is int else int | float) and abs(value) < _HUGE
         if not fits or value < least or value > (math.inf if most is None else most):
             raise UserError(
-                f"{each.name} is {value!r}: it must be a {'whole ' if kind is int else ''}number "
+                f"{each.name} is {shown}: it must be a {'whole ' if kind is int else ''}number "
                 f"from {least} {'up' if most is None else f'to {most}'}"
             )
     elif kind == tuple[float, ...]:
         listed = value if isinstance(value, list | tuple) else [math.nan]
         listed = [float(v) if v in ("inf", "-inf") else v for v in listed]
-        if not all(isinstance(v, int | float) and not math.isnan(v) for v in listed):
-            raise UserError(f"{each.name} is {value!r}: it must be a list of numbers")
+        numbers = (isinstance(v, int | float) for v in listed)
+        if not all(numbers) or not all(abs(v) < _HUGE or abs(v) == math.inf for v in listed):
+            raise UserError(f"{each.name} is {shown}: it must be a list of numbers")
         return tuple(map(float, listed))
     if isinstance(value, list):
         return tuple(value)

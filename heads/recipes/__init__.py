@@ -3,32 +3,37 @@
 A file has the tables `[head]` (fields of the configuration of its `kind`, without `dim`, which
 comes from the encoder), `[training]` (fields of `TrainConfig`) and `[finetune]` (fields of
 `FinetuneConfig` that differ or are added when the tower trains too). Missing fields have their
-defaults. The comment at the top gives the command, the source, the published figure and what was
-run.
+defaults; some fields of `[training]` may be "auto" (`heads.recipes.derived`). The comment at the
+top gives the command, the source, the published figure and what was run.
 """
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, meant, one_of
+from featstore.files.documents import read_toml
 from heads.end_to_end.config import FinetuneConfig
 from heads.methods.registry import DEFAULT_METHOD, Method, method
 from heads.methods.settings import MethodConfig
+from heads.recipes.derived import AUTO, DERIVED, derived
 from heads.training.config import TrainConfig
 
 DEFAULT_RECIPE: Final = "frozen-store"
+"""The default of evaluations that train a head."""
+TRAIN_HEAD_RECIPE: Final = "auto"
+"""The default of `mote-cli train-head`."""
 FINETUNE_RECIPE: Final = "end-to-end"
 """The default of `mote-cli finetune`."""
 _SUFFIX: Final = ".toml"
+_FROM_STORE: Final = {"patience", "keep_best"}  # `FinetuneConfig` has its own `save`
 _TABLES: Final = {
     "training": {field.name for field in fields(TrainConfig)},
-    "finetune": {field.name for field in fields(FinetuneConfig)},
+    "finetune": {field.name for field in fields(FinetuneConfig)} - _FROM_STORE,
 }
 
 
@@ -56,13 +61,44 @@ class Recipe:
         config: MethodConfig = chosen.config(dim=dim, **(own | given))
         return config
 
+    @property
+    def from_data(self) -> list[str]:
+        """The settings of training that are derived from the data."""
+        return sorted(name for name in self.training if self.training[name] == AUTO)
+
     def train_config(self, **overrides: Any) -> TrainConfig:
-        """Return the training settings; UserError if a value is out of range."""
-        return TrainConfig(**(dict(self.training) | _given(overrides)))
+        """Return the training settings; UserError for "auto" and if a value is out of range."""
+        return TrainConfig(**self._with(self.training, overrides))
+
+    def fitted(
+        self, *, videos: int, classes: int, dim: int, repeats: int | None = None, **overrides: Any
+    ) -> tuple[TrainConfig, int]:
+        """Return the training settings for a set of videos, and how often an epoch has each.
+
+        Arguments as `derived`, which gives every "auto" a number; UserError if a value is out of
+        range.
+        """
+        given = dict(self.training) | _given(overrides)
+        TrainConfig(**{name: v for name, v in given.items() if v != AUTO or name not in DERIVED})
+        wide = {"videos": videos, "classes": classes, "dim": dim}
+        found, repeats = derived(given, **wide, repeats=repeats)
+        return TrainConfig(**found), repeats
 
     def finetune_config(self, **overrides: Any) -> FinetuneConfig:
-        """Return the settings for training tower and head; UserError if a value is out of range."""
-        return FinetuneConfig(**(dict(self.training) | dict(self.finetune) | _given(overrides)))
+        """Return the settings for training tower and head; errors as `train_config`."""
+        training = {name: v for name, v in self.training.items() if name not in _FROM_STORE}
+        return FinetuneConfig(**self._with(training | dict(self.finetune), overrides))
+
+    def _with(self, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings with `overrides`; UserError if one that cannot be a word is "auto"."""
+        found = dict(settings) | _given(overrides)
+        left = [name for name in DERIVED if found.get(name) == AUTO]
+        if left:
+            raise UserError(
+                f"recipe {self.name} derives {', '.join(left)} from the videos of a store, which "
+                "only train-head does: choose another recipe, such as frozen-store or end-to-end"
+            )
+        return found
 
 
 def recipe_names() -> list[str]:
@@ -82,16 +118,11 @@ def load_recipe(name: str | Path) -> Recipe:
     own = isinstance(name, Path) or path.suffix == _SUFFIX or len(path.parts) > 1 or path.is_file()
     if not own and str(name) not in recipe_names():
         raise UserError(
-            f"there is no recipe {str(name)!r}: choose one of {', '.join(recipe_names())} or name "
-            f"a {_SUFFIX} file"
+            f"there is no recipe {str(name)!r}: {one_of(name, recipe_names())} or name a {_SUFFIX} "
+            "file"
         )
-    source = path if own else files(__name__) / f"{name}{_SUFFIX}"
-    try:
-        tables = tomllib.loads(source.read_bytes().decode())
-    except OSError as error:
-        raise UserError(f"recipe {name} cannot be read: {error.strerror}") from error
-    except ValueError as error:  # not UTF-8, not TOML
-        raise UserError(f"recipe {name} is not TOML: {one_line(error, 120)}") from error
+    source = path if own else Path(str(files(__name__) / f"{name}{_SUFFIX}"))
+    tables = read_toml(source, "name a recipe of mote or a file like those")
     _refuse_unknown(str(name), set(tables) - {"head", *_TABLES}, ["head", *_TABLES], "tables")
     for table in ("head", *_TABLES):
         found = tables.setdefault(table, {})
@@ -104,8 +135,8 @@ def load_recipe(name: str | Path) -> Recipe:
     )
     try:
         recipe.head_config(_ANY_DIM, attention_heads=0)
-        recipe.train_config()
-        recipe.finetune_config()
+        config, _ = recipe.fitted(videos=_ANY_NUMBER, classes=2, dim=_ANY_DIM)
+        recipe.finetune_config(**{name: getattr(config, name) for name in recipe.from_data})
     except UserError as error:
         raise UserError(f"recipe {name}: {error}") from error
     return recipe
@@ -120,13 +151,14 @@ def _head_fields(chosen: Method) -> set[str]:
 
 
 _ANY_DIM: Final = 64  # attention heads can only be checked against the store's width
+_ANY_NUMBER: Final = 1000
 
 
 def _refuse_unknown(name: str, unknown: set[str], known: list[str], what: str) -> None:
     if unknown:
         raise UserError(
-            f"recipe {name} has unknown {what}: {', '.join(sorted(unknown))}; known are "
-            f"{', '.join(known)}"
+            f"recipe {name} has unknown {what}: {', '.join(sorted(unknown))}; "
+            f"{meant(min(unknown), known)}known are {', '.join(known)}"
         )
 
 

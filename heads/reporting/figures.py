@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from featstore.errors import UserError
+from featstore.errors import UserError, safe_text
 from featstore.files.durable import write_bytes
 from heads.methods.registry import method, names
 
@@ -56,7 +56,7 @@ def tradeoff_plot(
                     markerfacecolor="white" if modulated else colour,
                     markeredgewidth=2,
                     linestyle="none",
-                    label=_title(head) + (", modulated" if modulated else ""),
+                    label=_plain(_title(head)) + (", modulated" if modulated else ""),
                 )
         if len(points) == 2:
             arrow = {"arrowstyle": "->", "color": colour, "shrinkA": 7, "shrinkB": 7}
@@ -74,14 +74,19 @@ def tradeoff_plot(
     if levels:
         lines = axes.contour(x, y, mean, levels, colors="0.85", linewidths=0.8, zorder=0)
         axes.clabel(lines, colors="0.6", fontsize="x-small", zorder=0)
-    axes.set_xlabel(f"{closeset} top-1 (%)")
-    axes.set_ylabel(f"{zeroshot} top-1 (%)")
+    axes.set_xlabel(f"{_plain(closeset)} top-1 (%)")
+    axes.set_ylabel(f"{_plain(zeroshot)} top-1 (%)")
     axes.set_title("grey: equal harmonic mean", fontsize="small", color="0.5", loc="right")
     # Below the axes, because inside them it could cover points.
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind)
     write_bytes(path, buffer.getvalue())
+
+
+def _plain(text: str) -> str:
+    """Return a name as a picture shows it letter by letter: "$" would begin a formula."""
+    return safe_text(text).replace("$", r"\$")
 
 
 def _title(head: str) -> str:

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from heads.methods.head import Head
 from heads.methods.mote.config import MODULATION_TEMPERATURE as TEMPERATURE
 from heads.methods.mote.config import NEIGHBOURS
@@ -53,7 +53,7 @@ class Scoring:
     def __post_init__(self) -> None:
         if self.fusion not in get_args(Fusion):
             raise UserError(
-                f"fusion {self.fusion!r} is unknown: choose one of {', '.join(get_args(Fusion))}"
+                f"fusion {self.fusion!r} is unknown: {one_of(self.fusion, get_args(Fusion))}"
             )
         if self.ensemble is not None and not 0 <= self.ensemble <= 1:
             raise UserError(
@@ -80,8 +80,9 @@ class Scoring:
 class BlockScores:
     """Computes scores of the N videos of one block under any settings, shared parts only once.
 
-    `class_embeddings` [C,D] are all classes of the store; `training_class_embeddings` [S,D] are the
-    classes that modulation compares them with. If the head's features come from a tuned tower,
+    `class_embeddings` [C,D] are all classes of the store, which `scorer` (`Head.scorer`) scores, by
+    default by their cosines; `training_class_embeddings` [S,D] are the classes that modulation
+    compares them with. If the head's features come from a tuned tower,
     `clip` holds the summaries for CLIP's part of an ensemble and its class texts [C,D].
     """
 
@@ -91,9 +92,11 @@ class BlockScores:
         class_embeddings: Tensor,
         training_class_embeddings: Tensor,
         clip: tuple[ViewSummaries, Tensor] | None = None,
+        scorer: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.summaries = summaries
         self.classes = class_embeddings
+        self._scorer = scorer or (lambda embeddings: class_cosines(embeddings, self.classes))
         self.training_classes = training_class_embeddings
         self._clip, self._clip_classes = clip or (summaries, class_embeddings)
         self._kept: dict[object, Tensor] = {}
@@ -110,14 +113,44 @@ class BlockScores:
         Modulation looks for neighbours among the candidates, or, with `modulate_with_all`, among
         all classes.
         """
+        cosines = self._chosen(scoring, videos, candidates, modulate_with_all)
+        return cosines if scoring.fusion == "features" else fuse_views(cosines, scoring.fusion)
+
+    def confidences(
+        self,
+        logit_scale: Tensor,
+        scoring: Scoring,
+        videos: Tensor | slice = slice(None),
+        candidates: Tensor | None = None,
+        modulate_with_all: bool = False,
+    ) -> Tensor:
+        """Return what reads as the model's confidence, float64 [n, candidates]; rows add up to 1.
+
+        It is the softmax over candidates of (logit scale * cosine) where `scores` has the cosine
+        alone: for the fusion "softmax" the mean over views of it, as in `predict_scores`, for the
+        others that of the fused cosine. `logit_scale` is the factor itself, not its logarithm.
+        """
+        cosines = self._chosen(scoring, videos, candidates, modulate_with_all).double()
+        if scoring.fusion == "cosine":
+            cosines = fuse_views(cosines, scoring.fusion)
+        shares = (logit_scale.double() * cosines).softmax(-1)
+        return shares.mean(1) if scoring.fusion == "softmax" else shares
+
+    def _chosen(
+        self,
+        scoring: Scoring,
+        videos: Tensor | slice,
+        candidates: Tensor | None,
+        modulate_with_all: bool,
+    ) -> Tensor:
+        """Return cosines of views [n,V,candidates]; with mean features float64 [n,candidates]."""
         mean = scoring.fusion == "features"
         cosines = self._cosines(scoring, None if modulate_with_all else candidates, mean)
         weight = scoring.ensemble or 0.0
         if weight:
             clip = self._clip_cosines.double().mean(1) if mean else self._clip_cosines
             cosines = (1 - weight) * cosines + weight * clip
-        cosines = cosines[videos][..., slice(None) if candidates is None else candidates]
-        return cosines if mean else fuse_views(cosines, scoring.fusion)
+        return cosines[videos][..., slice(None) if candidates is None else candidates]
 
     @cached_property
     def _clip_cosines(self) -> Tensor:
@@ -130,7 +163,7 @@ class BlockScores:
         def compute() -> Tensor:
             features = self.video_features(scoring, tested)
             features = features.double().mean(1) if mean else features
-            return class_cosines(functional.normalize(features, dim=-1), self.classes)
+            return self._scorer(functional.normalize(features, dim=-1))
 
         key: tuple[object, ...] = ("mean" if mean else "views",)
         if scoring.modulate and self.summaries.hidden is not None:
@@ -183,13 +216,32 @@ def view_features(
 
 
 def view_cosines(
-    head: Head, features: Tensor, class_embeddings: Tensor, modulate: bool = True
+    head: Head,
+    features: Tensor,
+    class_embeddings: Tensor,
+    modulate: bool = True,
+    class_names: Sequence[str] | None = None,
 ) -> Tensor:
-    """Return the cosine of every view with every class, [N,V,T,D] and [C,D] -> [N,V,C]."""
+    """Return the score (`Head.scorer`) of every view and class, [N,V,T,D], [C,D] -> [N,V,C]."""
     embeddings = functional.normalize(
         view_features(head, features, class_embeddings, modulate), dim=-1
     )
-    return class_cosines(embeddings, class_embeddings)
+    return head.scorer(class_embeddings, class_names)(embeddings)
+
+
+def view_probabilities(
+    head: Head,
+    features: Tensor,
+    class_embeddings: Tensor,
+    modulate: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> Tensor:
+    """Return the confidence of every class in every view, [N,V,T,D] and [C,D] -> [N,V,C] float64.
+
+    It is the softmax over classes of (logit scale * cosine).
+    """
+    cosines = view_cosines(head, features, class_embeddings, modulate, class_names)
+    return (head.logit_scale.double().exp() * cosines.double()).softmax(-1)
 
 
 def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:
@@ -216,6 +268,22 @@ def ranks(scores: Tensor, labels: Tensor) -> Tensor:
     truth = scores.gather(1, labels[:, None])
     lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
     return ((scores > truth) | ((scores == truth) & lower)).sum(1)
+
+
+def best_classes(scores: Tensor, k: int) -> Tensor:
+    """Return the `k` best classes of every row of scores [N,C], best first, int64 [N, min(k, C)].
+
+    In a tie the class with the lower index comes first, as in `ranks`.
+    """
+    left = scores
+    found: list[Tensor] = []
+    for number in range(min(k, scores.shape[1])):
+        if number == 1:
+            left = scores.clone()
+        if number:
+            left.scatter_(1, found[-1], -math.inf)
+        found.append(left.argmax(1, keepdim=True))  # the first of equal ones
+    return torch.cat(found, 1)
 
 
 def percent(hits: Tensor) -> float:
@@ -255,9 +323,9 @@ def predict_scores(
             f"{len(class_names)} class names for {class_embeddings.shape[0]} class embeddings: "
             "name at least one class, each with its embedding"
         )
+    head.require_classes(class_names)
     modulate = modulate and can_modulate(head, len(class_names))
-    cosines = view_cosines(head, features[None], class_embeddings, modulate)[0]
-    scale = head.logit_scale.double().exp()
-    scores = (scale * cosines.double()).softmax(-1).mean(0).tolist()
-    named = zip(class_names, scores, strict=True)
+    scores = view_probabilities(head, features[None], class_embeddings, modulate, class_names)
+    scores = scores[0].mean(0)
+    named = zip(class_names, scores.tolist(), strict=True)
     return sorted(named, key=lambda pair: -pair[1])

@@ -5,7 +5,7 @@ Source: MoTE (Zhu et al., NeurIPS 2024) and its released code and configurations
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from featstore.errors import UserError
@@ -21,7 +21,7 @@ class TrainConfig(Settings):
 
     WHAT: ClassVar[str] = "training"
 
-    epochs: int = within(30, 1)
+    epochs: int = within(30, 1, 100_000)
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up; if not shorter than the run, a sixth of the run is used instead."""
     lr: float = 5e-5
@@ -30,13 +30,13 @@ class TrainConfig(Settings):
     """Rate of the logit scale (and of the tower, end to end) relative to `lr`."""
     weight_decay: float = 0.2
     """Applied to every tensor, including biases and norms."""
-    batch_size: int = within(192, 1)
-    frames: int = within(8, 1)
+    batch_size: int = within(192, 1, 2**20)
+    frames: int = within(8, 1, 65_536)
     """T, frames per view, drawn from the stored frames."""
     seed: int = 1024
-    accumulation: int = within(1, 1)
+    accumulation: int = within(1, 1, 2**20)
     """Batches per optimiser step; a remainder is carried into the next epoch."""
-    lr_refresh: int = within(1, 1)
+    lr_refresh: int = within(1, 1, 2**31)
     """Iterations between refreshes of the learning rate; 10 is the authors' quirk."""
     expert_weight: float = 1.0
     """Weight of the expert pass's cross-entropy; 0 turns a term off, here and in the next two."""
@@ -45,6 +45,10 @@ class TrainConfig(Settings):
     feature_weight: float = 0.1
     """Weight of the distance between the merged pass's features and the encoder's."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    patience: int = field(default=0, metadata={"range": (0, None), "later": True})
+    """Epochs without a better validation after which training from a store stops; 0: never."""
+    keep_best: bool = field(default=False, metadata={"later": True})
+    """Whether a head trained from a store is that of the best epoch on its validation videos."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -70,7 +70,7 @@ def setting_differences(
 
     Names are "table.field"; those in `informative` may differ.
     """
-    had, asked = _flat(begun), _flat(settings)
+    had, asked = flat_settings(begun), flat_settings(settings)
     return [
         f"{name} is {_short(had.get(name))} in the run, asked for {_short(asked.get(name))}"
         for name in sorted(asked.keys() | had.keys())
@@ -78,8 +78,8 @@ def setting_differences(
     ]
 
 
-def _flat(settings: Any) -> dict[str, Any]:
-    """{"training": {"lr": 1}} -> {"training.lr": 1}, two levels deep, through JSON."""
+def flat_settings(settings: Any) -> dict[str, Any]:
+    """Flatten settings two levels deep, through JSON: {"training": {"lr": 1}} -> "training.lr"."""
     flat: dict[str, Any] = {}
     for name, value in json.loads(json.dumps(settings)).items():
         if isinstance(value, dict):

@@ -53,7 +53,7 @@ class Position:
     failures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Reason and first epoch of every video that failed, by key."""
     best: dict[str, Any] | None = None
-    """Epoch and top1 of the best evaluation so far."""
+    """Epoch and top1 of the best evaluation so far; from a store also how it compares."""
 
     def next_epoch(self) -> None:
         """Count the epoch as done and begin the next."""

@@ -4,13 +4,14 @@ n = samples trained on, V = views, F = stored frames, T = frames trained on, D =
 
 A run folder holds config.json (written first), training-keys.json (`heads.files.run_files`),
 state/last.safetensors (after every epoch and every ten minutes), metrics.jsonl (one line per epoch)
-and head.safetensors (written last: a run with it is finished).
+and head.safetensors (written last: a run with it is finished). With validation videos there are
+also state/best.safetensors, validation.json and, if the best epoch is kept, the last one in last/.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ import numpy.typing as npt
 import torch
 
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
-from featstore.errors import UserError, WorkError
+from featstore.commands import command
+from featstore.errors import UserError
 from featstore.files.locks import exclusive
-from featstore.format.schema import STATUS_OK, RowArray
+from featstore.format.schema import RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.workspace import PROTOCOL_FIELD
 from heads.arithmetic import resolve_device, resolve_precision
+from heads.compatibility import check_complete
 from heads.files.head_file import (
     head_fingerprint,
     save_head,
@@ -36,6 +39,7 @@ from heads.files.run_files import (
     LOCK_FILE,
     read_config,
     read_metrics,
+    read_validation,
     rows_hash,
     write_metrics,
     write_training_keys,
@@ -43,16 +47,20 @@ from heads.files.run_files import (
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.training.baselines import fit_on_store
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
+from heads.training.selection import Beginning, Selection, begin_selection
 from heads.training.state import Position
-from heads.training.trainer import Trainer, TrainingBatch
+from heads.training.trainer import Trainer, batches_of
 from heads.training.training_set import (
     renumbered,
     start_from,
     subset_text,
+    usable_rows,
     warn_of_classes_without_videos,
 )
+from heads.training.validation import Validation, check_balance
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +92,8 @@ class TrainSummary(Outcome):
     path: str
     trained_on: str = ""
     """A description of the training videos; empty if the caller gave none."""
+    validation: dict[str, Any] | None = None
+    """What was gained on the validation videos (`Selection.close`); None without such videos."""
 
 
 def train_head(
@@ -99,6 +109,7 @@ def train_head(
     repeats: int = 1,
     initial: Head | None = None,
     initial_run: Path | None = None,
+    validation: Validation | None = None,
     after_epoch: AfterEpoch | None = None,
     protocol: str = "",
     resume: bool = False,
@@ -111,16 +122,22 @@ def train_head(
     the head learns no other class texts. `trained_on` describes the rows and classes in words.
     An epoch has every row `repeats` times. `initial` is a head of configuration `head`, whose
     weights training starts from; `initial_run` is its folder, and its training videos count as
-    this run's. `after_epoch` is called with the head and the number of epochs done; its return
-    value is added to the epoch's record in metrics.jsonl. `protocol` names the evaluation that the
-    run belongs to; such a run is never chosen as the newest head.
+    this run's. Every epoch is judged on the videos of `validation` (`choose_validation`); with
+    `training.keep_best` the best one is kept, or none where none is better than an untrained head
+    by more than chance. `after_epoch` is called with the head and the number of epochs done; its
+    return value is added to the epoch's record in metrics.jsonl. `protocol` names the evaluation
+    that the run belongs to; such a run is never chosen as the newest head.
 
     Rows whose extraction failed are left out, counted and logged. Features stay in memory when
     they fit. The same seed on the same machine gives the same bits, also after `resume`, which
     continues from the last checkpoint (and starts a run that does not exist yet). If the store has
     fewer frames per view than `training.frames`, all of its frames are used.
 
-    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details.
+    A method that is `fitted` learns in one go what others learn in epochs: its one epoch counts in
+    the record, and batch size and rates have no effect.
+
+    `progress` counts batches, with `epoch`, `loss` and `samples_per_second` as details; or videos,
+    if the head is fitted.
     Raises UserError when head, rows or classes do not fit the store, when the run exists and
     `resume` is off, or when it was begun with other settings (named in the message); WorkError
     when another process trains the run, the store is not complete, the loss stops being a number
@@ -132,8 +149,7 @@ def train_head(
             f"the head is {head.dim} wide and the store's embeddings {store.provenance.dim}: "
             "build the head for this store"
         )
-    if not store.complete:
-        raise WorkError(f"{store.path} is not complete: finish it with mote-cli extract first")
+    check_complete(store)
     chosen = method(head.kind)
     chosen.require("trained from a store", chosen.from_store)
     where = resolve_device(device)
@@ -143,13 +159,15 @@ def train_head(
             *(store.schema.frames, training.frames, store.schema.frames),
         )
         training = replace(training, frames=store.schema.frames)
+    if chosen.fitted:
+        chosen.require("trained from another head's weights", initial is None)
+        training = replace(training, epochs=1, warmup_epochs=0.0)
     listed = np.unique(np.asarray(rows, np.int64))
-    positions = store.positions(listed) if len(listed) else listed
-    usable = listed[store.status[positions] == STATUS_OK] if len(listed) else listed
+    usable = usable_rows(store, listed)
     if len(usable) == 0:
         raise UserError(
             f"none of the {len(listed)} training samples of {store.path} was extracted: "
-            "see the reasons with mote-cli inspect"
+            f"see the reasons with `{command('inspect', store.path)}`"
         )
     if len(usable) < len(listed):
         log.warning(
@@ -159,6 +177,7 @@ def train_head(
     text = subset_text(store.class_text(prompt_set), classes)
     labels = renumbered(store, usable, classes)
     warn_of_classes_without_videos(text.names, labels)
+    check_balance(text.names, labels)
     if head.modulates and len(text.names) < head.modulation_neighbours:
         log.warning(
             "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "
@@ -186,6 +205,7 @@ def train_head(
     holding = _holding(run_dir, len(usable) * store.schema.row_bytes, store.mapped)
     if holding == "streamed" and repeats > 1:
         holding = "mapped"  # single reads; a set that is repeated is a small one
+    precision = resolve_precision(training.precision, head.dim, where)
     settings = {
         "format": RUN_FORMAT,
         "head": head.to_json(),
@@ -198,8 +218,9 @@ def train_head(
             "prompts_hash": text.sentences_hash,
             **({"order": BLOCK_ORDER} if holding == "streamed" else {}),
             **({"repeats": repeats} if repeats > 1 else {}),
+            **({} if validation is None or not training.keep_best else validation.to_json()),
         },
-        "precision": resolve_precision(training.precision, head.dim, where),
+        "precision": precision,
         "device": where.type,
         **({PROTOCOL_FIELD: protocol} if protocol else {}),
     }
@@ -221,9 +242,27 @@ def train_head(
         if initial is not None:
             start_from(model, initial)
         model.origin = origin
+        trainer, selection = None, None
+        if validation is not None:
+            selection = begin_selection(
+                validation,
+                Beginning(
+                    *(model, initial is not None, store, usable, labels, classes),
+                    *(training, repeats, run_dir, where, precision),
+                ),
+                progress,
+            )
         if not chosen.trains:
             log.info("a mean of frames has nothing to train")
             metrics, resumed_from = [], 0
+            write_metrics(run_dir, metrics)
+        elif chosen.fitted:
+            taken, seed = training.frames, training.seed
+            found = fit_on_store(
+                model.to(where), store, usable, labels, taken, seed, progress=progress
+            )
+            more = {} if after_epoch is None else after_epoch(model, 1)
+            metrics, resumed_from = [{**found, **more}], 0
             write_metrics(run_dir, metrics)
         else:
             features = load_features(store, usable, holding=holding)
@@ -240,10 +279,12 @@ def train_head(
                 rows=usable,
                 repeats=repeats,
             )
-            metrics, resumed_from = _train(
-                model, loader, training, run_dir, where, progress, after_epoch
+            trainer, resumed_from = _train(
+                *(model, loader, training, run_dir, where, progress, selection, after_epoch)
             )
-        save_head(model.to("cpu"), run_dir / HEAD_FILE)
+            metrics = trainer.position.metrics
+        kept = model if selection is None else selection.close(model, trainer)
+        save_head(kept.to("cpu"), run_dir / HEAD_FILE)
         return _summary(run_dir, settings, metrics, resumed_from)
 
 
@@ -270,20 +311,22 @@ def _train(
     run_dir: Path,
     device: torch.device,
     progress: ProgressSink,
+    selection: Selection | None,
     after_epoch: AfterEpoch | None,
-) -> tuple[list[dict[str, Any]], int]:
-    """Run the remaining epochs; return the records of all epochs and how many were done before."""
-
-    def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
-        for batch in loader.epoch(epoch, start):
-            yield TrainingBatch(batch.features, batch.labels, batch.rows)
+) -> tuple[Trainer, int]:
+    """Run the remaining epochs; return the trainer and how many epochs were done before."""
+    before = 0 if selection is None else selection.parts
 
     def speed(position: Position) -> float:
         return position.samples / max(position.seconds, 1e-9)
 
+    def report(done: float, total: float, **details: float | int | str) -> None:
+        progress(done + before * total, (before + 1) * total, **details)
+
     def measured(epoch: int) -> dict[str, Any]:
+        found = {} if selection is None else selection.measured(trainer, epoch)
         more = {} if after_epoch is None else after_epoch(model, epoch)
-        return {"samples_per_second": speed(trainer.position), **more}
+        return {"samples_per_second": speed(trainer.position), **found, **more}
 
     trainer = Trainer.on_features(
         model,
@@ -291,15 +334,16 @@ def _train(
         len(loader),
         device=device,
         run_dir=run_dir,
-        batches=batches,
-        progress=progress,
+        batches=batches_of(loader),
+        progress=report,
         details=lambda position: {"samples_per_second": round(speed(position), 1)},
+        **({} if selection is None else {"finished": selection.finished}),
     )
     trainer.resume()
     resumed_from = trainer.epochs_trained
     trainer.train(measured)
     write_metrics(run_dir, trainer.position.metrics)
-    return trainer.position.metrics, resumed_from
+    return trainer, resumed_from
 
 
 GPU_SHARE = 0.5
@@ -352,4 +396,5 @@ def _summary(
         resumed_from=resumed_from,
         path=str(run_dir),
         trained_on=data.get("trained_on", ""),
+        validation=read_validation(run_dir),
     )

@@ -24,6 +24,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from featstore.batches.loader import FeatureLoader
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.durable import write_json
 from featstore.progress import ProgressSink, no_progress
@@ -79,6 +80,16 @@ class _Step:
     """[losses, the total first] float64, this process's share of the sums over samples."""
 
 
+def batches_of(loader: FeatureLoader) -> Batches:
+    """Return the batches of features that `loader` draws from a store."""
+
+    def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
+        for batch in loader.epoch(epoch, start):
+            yield TrainingBatch(batch.features, batch.labels, batch.rows)
+
+    return batches
+
+
 def require_trainable(head: Head, config: TrainConfig, steps_per_epoch: int) -> None:
     """Raise UserError if an epoch is shorter than an optimiser step or the head has no loss on."""
     if config.accumulation > steps_per_epoch:
@@ -121,6 +132,10 @@ class Trainer:
     draw_seed: int | None = None
     """Seed of the draws; None means the seed of the recipe."""
     progress: ProgressSink = no_progress
+    kept: bool = True
+    """Whether state and records are written to `run_dir`."""
+    finished: Callable[[Position], bool] = lambda position: False
+    """A function that says, after an epoch, whether training stops early."""
     details: Callable[[Position], Mapping[str, Any]] = lambda position: {}
     """A function that gives what progress reports besides epoch and loss."""
     position: Position = field(default_factory=Position)
@@ -220,16 +235,17 @@ class Trainer:
         return True
 
     def train(self, after_epoch: Callable[[int], Mapping[str, Any]]) -> None:
-        """Train the remaining epochs; every process must call this.
+        """Train the remaining epochs, or until `finished`; every process must call this.
 
         `after_epoch` is called with the number of epochs done and the model in evaluation mode;
         its return value is added to the epoch's record in metrics.jsonl. Errors as `run_epoch`.
         """
-        while self.position.epoch < self.config.epochs:
+        while self.position.epoch < self.config.epochs and not self.finished(self.position):
             self.run_epoch()
             more = after_epoch(self.position.epoch + 1)
             self.position.metrics.append({**self._record(), **more})
-            self.ranks.only_first(lambda: write_metrics(self.run_dir, self.position.metrics))
+            if self.kept:
+                self.ranks.only_first(lambda: write_metrics(self.run_dir, self.position.metrics))
             self.next_epoch()
 
     def run_epoch(self) -> None:
@@ -384,10 +400,11 @@ class Trainer:
         if not all_finite(self.parameters, self.ranks):
             self._stop(last, "a weight stopped being a number")
         self.merged_failures()
-        save_state(
-            *(self.state_file, self.parameters, self.optimizer, self.scaler),
-            *(self.position, self.ranks),
-        )
+        if self.kept:
+            save_state(
+                *(self.state_file, self.parameters, self.optimizer, self.scaler),
+                *(self.position, self.ranks),
+            )
         self._saved = (self.position.step, time.monotonic())
         self._changed = False
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.format.class_texts import ClassText
-from featstore.format.schema import RowArray
+from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.methods.head import Head
 
@@ -62,8 +62,8 @@ def draw_shots(
     chosen: list[int] = []
     short = {}
     for label in wanted:
-        places = np.flatnonzero(labels == label).tolist()
-        places.sort(key=lambda place: _place(seed, store.keys[int(positions[place])]))
+        places = np.flatnonzero(labels == label)
+        places = places[order_by_draw(seed, [store.keys[int(positions[at])] for at in places])]
         chosen += candidates[places[:shots]].tolist()
         if len(places) < shots:
             short[names[label]] = len(places)
@@ -109,7 +109,7 @@ def choose_training_set(
     "full". Raises UserError for other words.
     """
     if half not in ("all", "base", "novel"):
-        raise UserError(f"classes {half!r} are unknown: choose all, base or novel")
+        raise UserError(f"classes {half!r} are unknown: {one_of(half, ('all', 'base', 'novel'))}")
     full = np.unique(np.asarray(rows, np.int64))
     classes = None
     words = [split or "all videos"]
@@ -156,6 +156,14 @@ def rows_of_classes(store: Store, rows: npt.ArrayLike, classes: npt.ArrayLike) -
     return found
 
 
+def usable_rows(store: Store, rows: RowArray) -> RowArray:
+    """Return those of array rows `rows` whose extraction did not fail."""
+    if not len(rows):
+        return rows
+    found: RowArray = rows[store.status[store.positions(rows)] == STATUS_OK]
+    return found
+
+
 def repeats_of(repeat: str, full: int, chosen: int) -> int:
     """Return how often an epoch has every chosen video: the number `repeat`, or enough for "full".
 
@@ -169,8 +177,15 @@ def repeats_of(repeat: str, full: int, chosen: int) -> int:
     return int(repeat)
 
 
-def _place(seed: int, key: str) -> tuple[bytes, str]:
-    return hashlib.blake2b(f"shots/{seed}/{key}".encode(), digest_size=16).digest(), key
+def order_by_draw(seed: int, keys: Sequence[str]) -> RowArray:
+    """Return the order [n] int64 in which a draw takes videos; it depends on seed and keys only."""
+
+    def drawn(at: int) -> tuple[bytes, str]:
+        return hashlib.blake2b(f"shots/{seed}/{keys[at]}".encode(), digest_size=16).digest(), keys[
+            at
+        ]
+
+    return np.array(sorted(range(len(keys)), key=drawn), np.int64)
 
 
 def subset_text(text: ClassText, classes: npt.ArrayLike | None) -> ClassText:

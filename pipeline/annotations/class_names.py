@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_line, one_of
 
 LabelMap = Literal["corrected", "as-published"]
 """What to do with a file of class names that contradicts the videos."""
@@ -32,7 +33,7 @@ class Naming:
             ("--class-names-as", self.names_as, get_args(NamesAs)),
         ):
             if value not in choices:
-                raise UserError(f"{option} {value!r} is unknown: choose {' or '.join(choices)}")
+                raise UserError(f"{option} {value!r} is unknown: {one_of(value, choices)}")
 
     def names(self, raw: tuple[str, ...]) -> tuple[str, ...]:
         """Return the class names that sentences are made from, given the raw class names."""
@@ -97,3 +98,25 @@ def _humps(word: str) -> list[str]:
         return [word]
     humps = " ".join(hump.lower() for hump in _HUMP.findall(word))
     return humps.replace("hand stand", "handstand").split()
+
+
+def class_list(text: str) -> tuple[str, ...]:
+    """Split "a, b, c" into class names; a name with a comma is in quotes: '"cut, chop", run'.
+
+    Raises UserError if there is no name or one is given twice.
+    """
+    fields = next(csv.reader([" ".join(text.split())], skipinitialspace=True), [])
+    names = [name.strip() for name in fields if name.strip()]
+    if not names:
+        raise UserError(f'--classes {text!r} names no class: separate them with commas, "a,b,c"')
+    return distinct_names("--classes", names)
+
+
+def distinct_names(where: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names. Raises UserError, which says `where`, if one is there twice."""
+    found: dict[str, None] = {}
+    for name in names:
+        if name in found:
+            raise UserError(f"{where} names {one_line(name, 60)!r} twice: name each class once")
+        found[name] = None
+    return tuple(found)

@@ -11,7 +11,7 @@ from typing import Final
 from featstore.errors import UserError
 from pipeline.annotations.class_names import LabelMap, comparable_words
 from pipeline.annotations.listing import split_from_folder
-from pipeline.annotations.text_files import header, read_json, read_lines, read_table
+from pipeline.annotations.text_files import header, is_number, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import path_stem
 
 PUBLISHED_EXCHANGES: Final = {
@@ -59,13 +59,13 @@ def read_names(path: Path) -> dict[int, str]:
     else:
         lines = [text for _, text in read_lines(path)]
         split = [text.split(None, 1) for text in lines]
-        if all(len(parts) == 2 and parts[0].isdigit() for parts in split):
+        if all(len(parts) == 2 and is_number(parts[0]) for parts in split):
             pairs = [(parts[0], parts[1]) for parts in split]
         else:
             pairs = [(str(number), text) for number, text in enumerate(lines)]
     names: dict[int, str] = {}
     for number, name in pairs:
-        if not number.isdigit() or not name or int(number) in names:
+        if not is_number(number) or not name or int(number) in names:
             raise UserError(
                 f"{str(path)!r}: {number!r}, {name!r} must be a number that is not used yet and a "
                 "class name: correct the file of class names"
@@ -85,7 +85,7 @@ def _json_pairs(path: Path) -> list[tuple[str, str]]:
         return [(str(number), str(name)) for number, name in enumerate(value)]
     if not isinstance(value, dict):
         raise UserError(f"{str(path)!r} does not map class names to numbers: correct it")
-    if all(str(key).isdigit() for key in value):
+    if all(is_number(str(key)) for key in value):
         return [(str(key), str(name)) for key, name in value.items()]
     return [(str(number), str(name)) for name, number in value.items()]
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import urllib.parse
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from featstore.errors import UserError
 from pipeline.annotations.tables import TABLES
@@ -112,7 +114,7 @@ def ordered_splits(names: Iterable[str]) -> list[str]:
     """
 
     def place(name: str) -> tuple[int, int, str]:
-        match = re.fullmatch(r"(train|val|test)(\d*)", name)
+        match = re.fullmatch(r"(train|val|test)(\d{0,9})", name)
         if match is None:
             return (1_000_000, 0, name)
         return (int(match[2] or 0), _SPLIT_ORDER.index(match[1]), name)
@@ -127,11 +129,17 @@ def ordered_splits(names: Iterable[str]) -> list[str]:
 
 
 class ListingBuilder:
-    """Collects mentions of videos; a second mention of a file adds its splits to the first."""
+    """Collects mentions of videos; a second mention of a file adds its splits to the first.
+
+    Files that have a name in common but for the extension, such as `test.avi` and `test.mp4`, are
+    different videos: each gets a key from its whole path, extension included.
+    """
 
     def __init__(self) -> None:
         self._by_key: dict[str, VideoRecord] = {}
+        self._of_same_key: dict[str, list[VideoRecord]] = {}  # all but the first of a key
         self._key_of_path: dict[str, str] = {}
+        self._two_classes: list[str] = []
         self._repeated = 0
         self._notes: list[str] = []
         self.label_map = ""
@@ -151,31 +159,29 @@ class ListingBuilder:
         path: str | None,
         reason: str = "no such file in the videos folder",
     ) -> None:
-        """Add one mention of a video. `name` becomes its key; if `path` is None, `reason` says why.
-
-        Raises UserError if another file has this key or the video already has another class.
+        """Add one mention of a video. `name` becomes its key unless `build` finds another file
+        with this key; if `path` is None, `reason` says why.
         """
         key, source, splits = key_from_name(name), printable(source), (split,) if split else ()
         if path is not None:
             key = self._key_of_path.setdefault(path, key)
         first = self._by_key.get(key)
+        if first is not None and path is not None:
+            same = (first, *self._of_same_key.get(key, ()))
+            first = next((video for video in same if _may_be(video, path, source)), None)
         if first is None:
             refusal = refused_name(name) or refused_name(path or "", limit=None)
             problem = refusal or ("" if path is not None else reason)
-            self._by_key[key] = VideoRecord(key, path or "", source, class_name, splits, problem)
+            video = VideoRecord(key, path or "", source, class_name, splits, problem)
+            if self._by_key.setdefault(key, video) is not video:
+                self._of_same_key.setdefault(key, []).append(video)
             return
-        if not first.path and path is not None and first.source == source:
+        if not first.path and path is not None:
             first.path, first.reason = path, refused_name(name)
-        elif path is not None and first.path != path:
-            raise UserError(
-                f"two videos have the same key {key!r}: {first.path or first.source!r} and "
-                f"{path or source!r}; rename one of the files or take one out of the list"
-            )
         if first.class_name != class_name:
-            raise UserError(
+            self._two_classes.append(
                 f"{source!r} is listed with two classes, {first.class_name!r} and "
-                f"{class_name!r} (first as {first.source!r}): a video has one class; correct the "
-                "annotations or move one file away"
+                f"{class_name!r} (first as {first.source!r})"
             )
         self._repeated += 1
         first.splits = tuple(dict.fromkeys((*first.splits, *splits)))
@@ -183,12 +189,20 @@ class ListingBuilder:
     def build(
         self, class_names: Sequence[str] | None = None, *, overlapping_splits: bool = False
     ) -> Listing:
-        """Return the listing, sorted by key. Without `class_names`, classes are sorted by name."""
+        """Return the listing, sorted by key. Without `class_names`, classes are sorted by name.
+
+        Raises UserError, which names them, for videos with two classes.
+        """
+        if self._two_classes:
+            raise UserError(
+                f"{first_of(self._two_classes)}: a video has one class; correct the annotations or "
+                "move one file away"
+            )
         if self._repeated:
             self._notes.append(
                 f"{self._repeated} repeated mentions of a video were merged with the first"
             )
-        videos = [self._by_key[key] for key in sorted(self._by_key)]
+        videos = sorted(self._with_own_keys(), key=lambda video: video.key)
         split_names = ordered_splits(split for video in videos for split in video.splits)
         place = {name: index for index, name in enumerate(split_names)}
         for video in videos:
@@ -202,6 +216,42 @@ class ListingBuilder:
             overlapping_splits=overlapping_splits,
             label_map=self.label_map,
         )
+
+    def _with_own_keys(self) -> list[VideoRecord]:
+        """Return all videos, with a key from the whole path where several have one key."""
+        videos = [*self._by_key.values(), *chain.from_iterable(self._of_same_key.values())]
+        clashing, renamed = set(self._of_same_key), 0
+        while clashing:
+            before = renamed
+            for video in videos:
+                name = video.path or video.source
+                if video.key in clashing and video.key != (key := key_from_name(name)):
+                    video.key, video.reason = key, video.reason or refused_name(name)
+                    renamed += 1
+            # The whole path may be the key of yet another file: a.mp4, a.avi, a.mp4.avi.
+            counts = Counter(video.key for video in videos)
+            clashing = {key for key, count in counts.items() if count > 1}
+            if clashing and renamed == before:
+                names = [repr(name_from_key(key)) for key in sorted(clashing)]
+                raise UserError(f"{first_of(names)} is listed for two files: list each by its path")
+        if renamed:
+            example = next(iter(self._of_same_key.values()))[0]
+            self._notes.append(
+                f"{renamed} videos have a name in common with another file: all are kept, with "
+                f"path and extension as their keys (e.g. {example.path or example.source!r})"
+            )
+        return videos
+
+
+def first_of(phrases: Sequence[str], most: int = 5) -> str:
+    """Join the first phrases for an error, and count the others."""
+    rest = f"; and {len(phrases) - most} more" if len(phrases) > most else ""
+    return "; ".join(phrases[:most]) + rest
+
+
+def _may_be(video: VideoRecord, path: str, source: str) -> bool:
+    """Whether a mention with the file `path` can mean `video`, which has the same key."""
+    return video.path == path or (not video.path and video.source == source)
 
 
 def printable(text: str) -> str:

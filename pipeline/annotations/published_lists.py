@@ -22,7 +22,7 @@ from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_li
 from pipeline.annotations.known_sets import KNOWN_DATASETS
 from pipeline.annotations.label_names import agreed_changes, is_name_file, read_names
 from pipeline.annotations.listing import name_from_key, split_from_folder
-from pipeline.annotations.text_files import read_lines
+from pipeline.annotations.text_files import is_number, read_lines
 from pipeline.annotations.video_folder import normal_path, path_stem
 
 log = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ def label_exchange(
     names = read_names(names_file)
     for listed in lists:
         for key, text in zip(listed.keys, listed.labels, strict=True):
-            name = names.get(int(text)) if text.isdigit() else text
+            name = names.get(int(text)) if is_number(text) else text
             if name is None or comparable_words(name) not in known:
                 what = f"label {text} has no name" if name is None else f"{name!r} is no class"
                 raise UserError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 from featstore.errors import UserError, one_line
+from featstore.files import documents
+from featstore.files.documents import LISTS_LIMIT
 
 # A label or a path never comes near this; a file that is one endless field is no table.
 csv.field_size_limit(1_000_000)
@@ -15,16 +16,12 @@ csv.field_size_limit(1_000_000)
 
 def read_text(path: Path) -> str:
     """Return the text without a byte-order mark. Raises UserError when it is not UTF-8."""
+    raw = documents.read_document(path, "make it readable or name another", limit=LISTS_LIMIT)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"annotation file {str(path)!r} is not UTF-8 text: save it as UTF-8 or name another"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read annotation file {str(path)!r}: {error.strerror}; make it readable or "
-            "name another"
         ) from error
 
 
@@ -46,12 +43,17 @@ def read_table(path: Path, separator: str = ",") -> list[list[str]]:
 
 def read_json(path: Path) -> Any:
     """The file's JSON value. Raises UserError when it is not JSON."""
-    try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(
-            f"annotation file {str(path)!r} is not JSON: {one_line(error)}; fetch it again"
-        ) from error
+    return documents.read_json(path, "fetch it again", limit=LISTS_LIMIT, foreign=True)
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell is a label's number or a count: ASCII digits, and no more than 18."""
+    return text.isascii() and text.isdecimal() and len(text) <= 18
+
+
+def quoted(text: str) -> str:
+    """A line of a file as an error shows it: in quotes, its beginning if it is long."""
+    return repr(one_line(text, 80))
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from featstore.errors import UserError
 from pipeline.annotations.class_names import comparable_words
 from pipeline.annotations.label_names import read_names
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.text_files import list_files
+from pipeline.annotations.text_files import is_number, list_files
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _class_lists(lists: Sequence[Path]) -> list[Path]:
 def _read_split(path: Path, names: Sequence[str], unseen: Sequence[int]) -> tuple[int, ...]:
     listed = list(read_names(path).values())
     by_form = {comparable_words(name): label for label, name in enumerate(names)}
-    numbers = all(name.isdigit() for name in listed)
+    numbers = all(is_number(name) for name in listed)
     labels = []
     for name in listed:
         label = int(name) if numbers else by_form.get(comparable_words(name), -1)

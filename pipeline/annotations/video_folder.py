@@ -15,6 +15,7 @@ from pipeline.annotations.listing import split_from_folder
 from pipeline.annotations.tables import TABLES
 
 VIDEO_EXTENSIONS = frozenset(TABLES["videos"]["extensions"])
+_DEEPEST = 64  # folders of videos are a handful of levels deep
 
 
 class VideoFolder:
@@ -42,6 +43,11 @@ class VideoFolder:
         self.folders.sort()
 
     def _scan(self, folder: Path, prefix: str, parents: frozenset[tuple[int, int]]) -> None:
+        if prefix.count("/") > _DEEPEST:
+            raise UserError(
+                f"{str(folder)!r} lies more than {_DEEPEST} folders deep in {str(self.root)!r}: "
+                "give --videos a folder nearer to the videos"
+            )
         try:
             status = folder.stat()
             identity = (status.st_dev, status.st_ino)
@@ -92,10 +98,11 @@ class VideoFolder:
         Official HMDB51 and UCF101 names are unique in their sets, so a flat folder is as good.
         """
 
-        def rank(path: str) -> tuple[bool, bool, int, str]:
+        def rank(path: str) -> tuple[bool, bool, int, bool, str]:
             parts = path.split("/")
             own = len(parts) > 1 and comparable(parts[-2]) == comparable(class_name)
-            return (not own, extension(path) != extension(name), len(parts), path)
+            other_case = path_stem(parts[-1]) != path_stem(name)
+            return (not own, extension(path) != extension(name), len(parts), other_case, path)
 
         return min(self.with_stem(path_stem(name)), key=rank, default=None)
 
@@ -104,7 +111,10 @@ class VideoFolder:
         if path in self._files:
             return True
         inside = not path.startswith(("/", "../")) and path not in ("", "..", ".")
-        return inside and (self.root / path).is_file()
+        try:
+            return inside and (self.root / path).is_file()
+        except OSError:  # a name that no file system takes
+            return False
 
     @cached_property
     def _files(self) -> frozenset[str]:
@@ -134,8 +144,9 @@ class VideoFolder:
                 return tail, ""
             # A bare name is left to the search below, which looks in every folder.
             same = self._by_path_stem.get(path_stem(tail).lower(), [])
-            if len(same) == 1:
-                return same[0], ""
+            exact = [path for path in same if path_stem(path) == path_stem(tail)]
+            if len(exact or same) == 1:
+                return (exact or same)[0], ""
         stem = posixpath.basename(path_stem(path))
         folder = parts[-2] if len(parts) > 1 else ""
         found = [
@@ -144,7 +155,9 @@ class VideoFolder:
             if _splits_agree(parts[:-1], candidate, split) and _folders_agree(folder, candidate)
         ]
         if len(found) > 1:
-            found = [file for file in found if posixpath.basename(file) == parts[-1]] or found
+            names = {file: posixpath.basename(file) for file in found}
+            found = [file for file in found if names[file] == parts[-1]] or found
+            found = [file for file in found if path_stem(names[file]) == stem] or found
         if len(found) == 1:
             return found[0], ""
         if found:

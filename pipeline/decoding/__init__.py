@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from pipeline.decoding.contract import Decoder, Strictness
 from pipeline.decoding.pyav import PyAVDecoder
 
@@ -15,4 +15,5 @@ def decoder_named(name: str, strict: Strictness = "auto") -> Decoder:
     """
     if name in ("auto", PyAVDecoder.name):
         return PyAVDecoder(strict)
-    raise UserError(f"decoder {name!r} is unknown: choose auto, {PyAVDecoder.name} or dali")
+    choices = one_of(name, ("auto", PyAVDecoder.name, "dali"))
+    raise UserError(f"decoder {name!r} is unknown: {choices}")

@@ -10,7 +10,6 @@ Letters: T frames, S side of the square picture in pixels.
 
 from __future__ import annotations
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from featstore.files.documents import found_object
 from featstore.files.durable import write_json
 from featstore.progress import ProgressSink, no_progress
 
@@ -281,7 +281,7 @@ def write_world(
         "test_clips": test_clips,
     }
     marker = folder / "world.json"  # written last: its presence says that all clips are there
-    if marker.is_file() and json.loads(marker.read_text()) == recipe:
+    if found_object(marker) == recipe:
         return folders
     if folder.exists():
         shutil.rmtree(folder)

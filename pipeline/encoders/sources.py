@@ -7,8 +7,6 @@ may use the network, and only when the weights are not in the cache.
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
 import urllib.error
 import urllib.request
@@ -28,14 +26,26 @@ from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
-from featstore.errors import UserError, WorkError, one_line
+from featstore.commands import command
+from featstore.errors import UserError, WorkError, meant, one_line
+from featstore.files.documents import read_object
 from featstore.files.durable import write_bytes, write_json
+from pipeline.encoders.sizes import MOST_POSITIONS, require_sane_sizes
 from pipeline.encoders.specs import CONFIG_FILE, WEIGHTS_FILE, local_encoder
 
 MAX_CONFIG_BYTES = 1 << 20
 HUB_TIMEOUT_S = 5
 # Entries of an OpenAI archive that describe the model and are not weights.
 OPENAI_DESCRIPTION = ("input_resolution", "context_length", "vocab_size")
+# The names of OpenAI's CLIPs on the model hub and in OpenAI's own package, in lower case. Those of
+# other weights are in open_clip's list.
+_OPENAI_ELSEWHERE = {
+    "openai/clip-vit-base-patch32": "ViT-B-32/openai",
+    "openai/clip-vit-base-patch16": "ViT-B-16/openai",
+    "openai/clip-vit-large-patch14": "ViT-L-14/openai",
+    "openai/clip-vit-large-patch14-336": "ViT-L-14-336/openai",
+    "vit-l/14@336px": "ViT-L-14-336/openai",
+}
 LISTED_TENSORS = 3  # how many tensors an error names before it counts the rest
 
 
@@ -90,6 +100,7 @@ def save_open_clip_folder(
 
 def build_model(model_config: Mapping[str, Any], where: str) -> torch.nn.Module:
     """Build an open_clip model with random weights. For a bad config, UserError names `where`."""
+    require_sane_sizes(model_config, where)
     config = deepcopy(dict(model_config))
     custom_text = config.pop("custom_text", False)
     try:
@@ -140,15 +151,8 @@ def _load_folder(folder: Path) -> LoadedClip:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an encoder config")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as JSON: {one_line(error, 160)}; fetch or write it again"
-        ) from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_cfg"), dict):
+    config = read_object(path, "fetch or write it again", limit=MAX_CONFIG_BYTES)
+    if not isinstance(config.get("model_cfg"), dict):
         raise UserError(f"{path} has no entry 'model_cfg': it is not an open_clip config")
     if not isinstance(config.setdefault("preprocess_cfg", {}), dict):
         raise UserError(f"the entry 'preprocess_cfg' of {path} is not an object")
@@ -203,8 +207,11 @@ def _load_openai_file(path: Path) -> LoadedClip:
     if "visual.proj" not in state and "visual.attnpool.positional_embedding" not in state:
         raise UserError(
             f"{path} holds no CLIP in OpenAI's layout (no visual.proj): pass a CLIP .pt file, or "
-            "import a MoTE checkpoint with `mote-cli import-checkpoint`"
+            f"import a MoTE checkpoint with `{command('import-checkpoint', path, name='NAME')}`"
         )
+    positions = state.get("positional_embedding")
+    if positions is not None and len(positions) > MOST_POSITIONS:
+        raise UserError(f"{path} has {len(positions)} positions of text: no CLIP has so many")
     try:
         model = open_clip.model.build_model_from_openai_state_dict(
             dict(state), cast_dtype=torch.float32
@@ -230,7 +237,7 @@ def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch.jit is on its way out
                 archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-            return dict(archive.state_dict())
+            return _plain_tensors(dict(archive.state_dict()), path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
@@ -241,14 +248,24 @@ def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    named = {str(name).removeprefix("module."): value for name, value in loaded.items()}
-    strange = [
-        name
-        for name, value in named.items()
-        if not isinstance(value, torch.Tensor) and name not in OPENAI_DESCRIPTION
-    ]
-    if strange:
-        raise UserError(f"{path} is not a plain state dict: entry {strange[0]!r} is no tensor")
+    return _plain_tensors(
+        {str(name).removeprefix("module."): value for name, value in loaded.items()}, path
+    )
+
+
+def _plain_tensors(named: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """Return `named` if all are tensors that the file holds in full; UserError otherwise.
+
+    A tensor that repeats one number needs no room in a file and any amount of it in memory.
+    """
+    for name, value in named.items():
+        plain = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        whole = plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        if not whole and name not in OPENAI_DESCRIPTION:
+            raise UserError(
+                f"{path} is not a plain state dict: entry {one_line(name, 80)!r} is no tensor that "
+                "it holds in full"
+            )
     return named
 
 
@@ -301,18 +318,27 @@ def _unknown_spec(spec: str, encoders_dir: Path | None) -> str:
         return f"encoder {spec!r}: open_clip has no weights for it; pass a folder or a .pt file"
     architecture = spec.strip().rpartition("/")[0].replace("/", "-")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    close = [f"{architecture}/{tag}" for tag in tags[:5]]
-    if architecture not in open_clip.list_models():
-        names = ["/".join(known) for known in open_clip.list_pretrained()]
-        if encoders_dir is not None and encoders_dir.is_dir():
-            names += [folder.name for folder in encoders_dir.iterdir() if folder.is_dir()]
-        close = difflib.get_close_matches(spec, names, n=3, cutoff=0.6)
     hint = "ARCH/TAG is, for example, ViT-B-16/openai"
+    if architecture in open_clip.list_models():
+        hint = f"did you mean {', '.join(f'{architecture}/{tag}' for tag in tags[:5])}?"
+    names = ["/".join(known) for known in open_clip.list_pretrained()]
+    if encoders_dir is not None and encoders_dir.is_dir():
+        names += [folder.name for folder in encoders_dir.iterdir() if folder.is_dir()]
     return (
         f"unknown encoder {spec!r}: it is no folder, no .pt file, no name under encoders/ of the "
         "workspace and no ARCH/TAG of open_clip; "
-        + (f"did you mean {', '.join(close)}?" if close else hint)
+        + (meant(spec, names, _names_elsewhere()).strip() or hint)
     )
+
+
+def _names_elsewhere() -> dict[str, str]:
+    """Return the names, in lower case, under which model hubs know the weights of open_clip."""
+    found = dict(_OPENAI_ELSEWHERE)
+    for architecture, tag in open_clip.list_pretrained():
+        known = open_clip.get_pretrained_cfg(architecture, tag) or {}
+        repository = str(known.get("hf_hub", "")).strip("/").lower()
+        found.setdefault(repository, f"{architecture}/{tag}")
+    return found
 
 
 def _load_pretrained(architecture: str, tag: str) -> LoadedClip:

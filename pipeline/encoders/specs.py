@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -11,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from featstore.files.documents import found_object
 from featstore.files.durable import write_json
 from featstore.files.scratch import cache_folder
 
@@ -75,12 +75,12 @@ def local_architecture(spec: str, encoders_dir: Path | None) -> str | None:
     place = local_encoder(spec, encoders_dir)
     if place is None or not place.is_dir():
         return None
+    config = found_object(place / CONFIG_FILE) or {}
     try:
-        config = json.loads((place / CONFIG_FILE).read_bytes())
         vision = config["model_cfg"]["vision_cfg"]
         size = _SIZES.get((vision["layers"], vision["width"]))
         patch = int(vision["patch_size"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         return None
     return None if size is None else f"ViT-{size}/{patch}"
 
@@ -120,11 +120,8 @@ def remember_fingerprint(
 def remembered_fingerprint(store: Path | str, spec: str, encoders_dir: Path | None) -> str | None:
     """The noted fingerprint; None if there is none or the encoder's files changed since then."""
     files = signature(spec, encoders_dir)
-    try:
-        value = json.loads(_fingerprint_note(store).read_bytes())
-    except (OSError, ValueError):
-        return None
-    if not isinstance(value, dict) or value.get("signature") != files:
+    value = found_object(_fingerprint_note(store))
+    if value is None or value.get("signature") != files:
         return None
     fingerprint = value.get("fingerprint")
     return fingerprint if isinstance(fingerprint, str) else None

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -27,12 +28,19 @@ from featstore.files.machine import usable_cores
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding import decoder_named
 from pipeline.decoding.chosen_frames import decode_chosen
-from pipeline.decoding.contract import DecodeError, Decoder, Frames, Source, VideoInfo
+from pipeline.decoding.contract import (
+    DecodeError,
+    Decoder,
+    Frames,
+    Source,
+    Strictness,
+    VideoInfo,
+)
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, wants_dali
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.extraction.request import ExtractionRequest
 from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings
-from pipeline.sampling import Sampling
+from pipeline.sampling import Sampling, Windows
 
 # Larger batches are not faster on a core (measured 8 to 64 frames), only larger in memory.
 ENCODE_BATCH = 16
@@ -71,11 +79,12 @@ class VideoPool(ABC):
         self._crops = crops
 
     @abstractmethod
-    def submit(self, read: Callable[[], bytes]) -> Future[EncodedVideo | str]:
-        """Encode the video file that `read` returns. The result is the reason if that fails.
+    def submit(self, read: Callable[[], bytes | Path]) -> Future[EncodedVideo | str]:
+        """Encode the video file that `read` returns, as its bytes or as a path to read it from.
 
-        The future raises what `read` raises, and RuntimeError or `WorkError` when the encoder
-        itself fails. It is cancelled when the pool closes before the video's turn.
+        The result is the reason if that fails. The future raises what `read` raises, and
+        RuntimeError or `WorkError` when the encoder itself fails. It is cancelled when the pool
+        closes before the video's turn.
         """
 
     @abstractmethod
@@ -103,21 +112,25 @@ class ThreadVideoPool(VideoPool):
             workers, "encode", initializer=torch.set_num_threads, initargs=(1,)
         )
 
-    def submit(self, read: Callable[[], bytes]) -> Future[EncodedVideo | str]:
-        """See `VideoPool.submit`."""
-        return self._threads.submit(self._encode, read)
+    def submit(
+        self, read: Callable[[], bytes | Path], windows: Windows | None = None
+    ) -> Future[EncodedVideo | str]:
+        """See `VideoPool.submit`; `windows` are taken in place of the pool's sampling."""
+        return self._threads.submit(self._encode, read, windows or self._sampling)
 
     def close(self) -> None:
         """See `VideoPool.close`."""
         self._stop.set()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _encode(self, read: Callable[[], bytes]) -> EncodedVideo | str:
+    def _encode(
+        self, read: Callable[[], bytes | Path], sampling: Sampling | Windows
+    ) -> EncodedVideo | str:
         if self._stop.is_set():
             return "not decoded: the work was stopped"  # and will not be written
         try:
             return encode_video(
-                read(), self._decoder, self._encoder, self._sampling, self._crops, self._output
+                read(), self._decoder, self._encoder, sampling, self._crops, self._output
             )
         except DecodeError as error:
             return error.reason
@@ -127,7 +140,7 @@ def encode_video(
     source: Source,
     decoder: Decoder,
     encoder: Encoder,
-    sampling: Sampling,
+    sampling: Sampling | Windows,
     crops: int = 1,
     output: FrameOutput | None = None,
 ) -> EncodedVideo:
@@ -146,7 +159,7 @@ def encode_video(
 
 
 def decode_sampled(
-    source: Source, decoder: Decoder, encoder: Encoder, sampling: Sampling
+    source: Source, decoder: Decoder, encoder: Encoder, sampling: Sampling | Windows
 ) -> tuple[VideoInfo, Frames, npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Decode the frames of a video that `sampling` chooses.
 
@@ -197,19 +210,24 @@ def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> st
 
 
 def open_pool(
-    request: ExtractionRequest,
     name: str,
     encoder: Encoder,
+    sampling: Sampling,
     output: FrameOutput,
+    *,
+    crops: int = 1,
+    workers: int | None = None,
+    strict: Strictness = "auto",
     decoder: Decoder | None = None,
 ) -> VideoPool:
-    """Open the pool for a request and a name that `decoder_for` returned; close it after use.
+    """Open the pool of the decoder `name`, as `decoder_for` returns it; close the pool after use.
 
-    `output` makes the items of the request's tier; `decoder` replaces the decoder of that name.
+    `output` makes the items of a tier. `workers` None means one per core that this process may
+    use; `decoder` replaces the decoder of that name.
     """
-    common = encoder, request.sampling, request.crops, request.workers or usable_cores()
+    common = encoder, sampling, crops, workers or usable_cores()
     if name == DECODER_NAME and decoder is None:
         from pipeline.extraction.gpu_pool import DaliVideoPool  # which imports this module
 
-        return DaliVideoPool(PyAVDecoder(request.strict), *common)
-    return ThreadVideoPool(decoder or decoder_named(name, request.strict), *common, output)
+        return DaliVideoPool(PyAVDecoder(strict), *common)
+    return ThreadVideoPool(decoder or decoder_named(name, strict), *common, output)

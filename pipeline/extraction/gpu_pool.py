@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
@@ -45,9 +46,9 @@ WINDOW_BATCHES = 6
 class _Video:
     """One video in the pool; `data` holds its file as long as it may have to be decoded."""
 
-    read: Callable[[], bytes]
+    read: Callable[[], bytes | Path]
     future: Future[EncodedVideo | str]
-    data: bytes = b""
+    data: bytes | Path = b""
 
 
 @dataclass(eq=False)
@@ -125,7 +126,7 @@ class DaliVideoPool(VideoPool):
         for thread in self._threads:
             thread.start()
 
-    def submit(self, read: Callable[[], bytes]) -> Future[EncodedVideo | str]:
+    def submit(self, read: Callable[[], bytes | Path]) -> Future[EncodedVideo | str]:
         """See `VideoPool.submit`; the future raises `WorkError` when the pool is broken."""
         video = _Video(read, Future())
         with self._changed:
@@ -166,7 +167,10 @@ class DaliVideoPool(VideoPool):
                 return
             if refusal is None:
                 video.data = video.read()
-                refusal = self._plan(video)
+                if isinstance(video.data, Path):
+                    refusal = "read as a stream"  # NVDEC takes whole files from memory
+                else:
+                    refusal = self._plan(video, video.data)
             if refusal is not None:
                 self._decode_by_pyav(video, refusal)
         except DecodeError as error:
@@ -178,7 +182,7 @@ class DaliVideoPool(VideoPool):
                 self._reading -= 1
                 self._changed.notify_all()
 
-    def _plan(self, video: _Video) -> str | None:
+    def _plan(self, video: _Video, data: bytes) -> str | None:
         """Choose frames; returns why PyAV must decode the video, None when it waits for NVDEC."""
         preprocessing = self._encoder.preprocessing
         choose = within_limit(
@@ -187,7 +191,7 @@ class DaliVideoPool(VideoPool):
             preprocessing.resize_mode,
         )
         try:
-            plan = self._batcher.plan(video.data, choose)
+            plan = self._batcher.plan(data, choose)
         except DecodeError:
             return "cannot be used"  # PyAV decides, and gives the reason
         if isinstance(plan, str):

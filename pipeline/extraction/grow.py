@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from featstore import ClassText, Store, open_store
+from featstore.commands import command, workspace_of
 from featstore.errors import UserError, WorkError
 from featstore.files.exchange import recover
 from featstore.format.metadata import TarEntry
+from featstore.reading.repair import extraction_of
 from featstore.rewriting.grow import Grown, add_class_text
 from featstore.rewriting.grow import add_tars as grow
 from pipeline.extraction.job import class_text
@@ -47,9 +49,12 @@ def add_tars(
         store = open_store(store_path)
         made = store.provenance
         if dataset.name != made.dataset:
+            alike = replace(extraction_of(made), dataset=dataset.name, split=None)
+            place = workspace_of(store_path)
             raise UserError(
                 f"{store_path} was made from data set {made.dataset!r}, not {dataset.name!r}: "
-                "extract that one too and use `mote-cli store merge`"
+                f"extract that one too (`{alike.command(place)}`) and join both stores with "
+                "`mote-cli store merge`"
             )
         # The tars that belong into the store: all, or those of the split it was made from.
         files = {tar.file for tar in store.tars}
@@ -169,11 +174,13 @@ def _longer(store: Store, prompt_set: str, dataset: Dataset, tower: Encoder) -> 
     held = store.class_text(prompt_set)
     prompts = PromptSet(prompt_set, held.templates or PROMPT_SETS.get(prompt_set, ()))
     if not prompts.templates:
+        place = workspace_of(store.path)
+        remake = command("store", "add-texts", store.path, descriptions="FILE.json", root=place)
         raise UserError(
             f"{store.path} does not keep the sentences of its class texts {prompt_set!r}, so the "
             "texts of new classes cannot be made: remove its folder "
             f"class_text/{prompt_set}, add the tars, and make the class texts again with "
-            "`mote-cli store add-texts --descriptions`"
+            f"`{remake}`"
         )
     made = class_text(tower, dataset.class_names, prompts)
     rows = np.concatenate([held.embeddings, made.embeddings[len(held.names) :]])

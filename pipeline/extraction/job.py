@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from contextlib import closing
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 
 from featstore import ClassText, Provenance, StoreWriter
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.format.metadata import StoreMetadata, TarEntry
 from featstore.format.tiers import FRAMES
 from featstore.opening import AnyWriter, new_writer, writer_of
 from featstore.progress import ProgressSink, no_progress
+from featstore.reading.repair import repair_command
 from featstore.writing.writer import StoreExists
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import Decoder
@@ -81,8 +84,14 @@ class ExtractionJob:
     @cached_property
     def pool(self) -> VideoPool:
         """The pool of this job, which is opened on first use."""
-        name = self.provenance.decoder
-        return open_pool(self.plan.request, name, self.encoder, self._output, self._decoder)
+        request = self.plan.request
+        return open_pool(
+            *(self.provenance.decoder, self.encoder, request.sampling, self._output),
+            crops=request.crops,
+            workers=request.workers,
+            strict=request.strict,
+            decoder=self._decoder,
+        )
 
     def run(
         self, writer: AnyWriter, numbers: Sequence[int], progress: ProgressSink = no_progress
@@ -109,25 +118,32 @@ class ExtractionJob:
         plan = self.plan
         differences = writer.provenance.differences(self.provenance)
         store = plan.request.store_path
-        place = shlex.quote(str(store))
         local = not isinstance(store, str)  # the store commands take folders, no URLs
+        encoders = plan.request.encoders_dir
+        root = None if encoders is None else encoders.parent
         held = set(writer.prompt_sets)
         missing = [prompts for prompts in plan.prompt_sets if prompts.name not in held]
         if missing and not differences and local:
+            words = shlex.split(missing[0].option)
             raise UserError(
-                f"{store} has no class texts of prompt set {missing[0].name!r}: run `mote-cli "
-                f"store add-texts {place} {missing[0].option}`, which touches no features"
+                f"{store} has no class texts of prompt set {missing[0].name!r}: run "
+                f"`{command('store', 'add-texts', store, *words, root=root)}`, which touches no "
+                "features"
             )
         if missing:
             lacking = ", ".join(sorted(prompts.name for prompts in missing))
             differences.append(f"prompt sets: store lacks {lacking}")
         plan.require_same_sentences(writer)
         if differences:
-            remedy = "use the settings it was made with, or remove it to extract again"
+            remedy = "use the settings it was made with"
+            if isinstance(store, Path):
+                remedy += f" (`{repair_command(store, writer.metadata, root)}`)"
+            remedy += ", or remove it to extract again"
             if local and all(phrase.startswith("dataset_fingerprint") for phrase in differences):
+                more = command("store", "add-tars", store, dataset=plan.dataset.name, root=root)
                 remedy = (
-                    f"if the data set only has more tars now, `mote-cli store add-tars {place} "
-                    f"--dataset {plan.dataset.name}` adds them; else remove it to extract again"
+                    f"if the data set only has more tars now, `{more}` adds them; else remove it "
+                    "to extract again"
                 )
             raise UserError(
                 f"{store} was made in another way, and features are never mixed "

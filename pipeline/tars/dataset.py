@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featstore.errors import UserError, WorkError, one_line
+from featstore.commands import command
+from featstore.errors import UserError, WorkError, meant, one_line
+from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_bytes, write_json
+from featstore.files.tables import csv_bytes
 from featstore.remote.urls import is_url
 from featstore.workspace import DATASET_FILE as DATASET_FILE
 
@@ -202,11 +203,9 @@ class Dataset:
 
 def write_failures(dataset_dir: Path, failures: Sequence[Mapping[str, Any]]) -> None:
     """Write `failures.csv`, complete or not at all; if no video failed, it has only a header."""
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, FAILURE_COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows({**video, "splits": ";".join(video["splits"])} for video in failures)
-    write_bytes(dataset_dir / FAILURES_FILE, text.getvalue().encode())
+    lines = ({**video, "splits": ";".join(video["splits"])} for video in failures)
+    rows = ([line[column] for column in FAILURE_COLUMNS] for line in lines)
+    write_bytes(dataset_dir / FAILURES_FILE, csv_bytes(FAILURE_COLUMNS, rows))
 
 
 def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
@@ -217,8 +216,9 @@ def tars_of(dataset: Dataset, split: str | None) -> list[Tar]:
     if split is None:
         return list(dataset.tars)
     if split not in dataset.split_names:
-        names = ", ".join(dataset.split_names) or "none"
-        raise UserError(f"{dataset.name} has no split {split!r}: its splits are {names}")
+        names = meant(split, dataset.split_names) + "its splits are "
+        names += ", ".join(dataset.split_names) or "none"
+        raise UserError(f"{dataset.name} has no split {split!r}: {names}")
     if not dataset.splits_disjoint:
         raise UserError(
             f"the splits of {dataset.name} overlap, so they share tars and one extraction: "
@@ -239,13 +239,14 @@ def load_dataset(dataset_dir: Path) -> Dataset:
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
         state = "packing is not finished" if (dataset_dir / ".packing").is_dir() else "not packed"
-        raise UserError(
-            f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): run "
-            f"`mote-cli pack --dataset {dataset_dir.name} --videos DIR`"
-        )
+        root = dataset_dir.parent.parent if dataset_dir.parent.name == "datasets" else None
+        pack = command("pack", dataset=dataset_dir.name, videos="DIR", root=root)
+        others = dataset_dir.parent.glob(f"*/{DATASET_FILE}")
+        near = meant(dataset_dir.name, (p.parent.name for p in others))
+        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): {near}run `{pack}`")
     remedy = f"delete {str(dataset_dir)!r} and pack again"
     try:
-        value = json.loads(path.read_bytes())
+        value = read_object(path, remedy, limit=LISTS_LIMIT, error=WorkError)
         version = int(value["format_version"])
         if version > FORMAT_VERSION:
             raise UserError(
@@ -260,7 +261,7 @@ def load_dataset(dataset_dir: Path) -> Dataset:
         return dataset
     except UserError:
         raise
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WorkError(f"{str(path)!r} is damaged ({one_line(error)}): {remedy}") from error
 
 

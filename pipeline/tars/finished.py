@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from featstore.files.documents import found_object
 from featstore.files.durable import write_json
 from pipeline.tars.plan import PlannedTar
 
@@ -38,10 +38,10 @@ class TarRecord:
 def read_record(path: Path, tar: PlannedTar) -> TarRecord | None:
     """Return the record of a finished tar, or None if it is missing or lists other videos."""
     try:
-        value = json.loads(path.read_bytes())
+        value = found_object(path) or {}
         outcomes = tuple(VideoOutcome(*outcome) for outcome in value["videos"])
         record = TarRecord(int(value["bytes"]), str(value["sha256"]), outcomes)
-    except (OSError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return None
     same = [outcome.key for outcome in outcomes] == [video.key for video in tar.videos]
     return record if same else None

@@ -54,6 +54,7 @@ from pipeline.tars.finished import (
     read_record,
 )
 from pipeline.tars.plan import (
+    PLAN_FILE,
     PlannedTar,
     PlannedVideo,
     TarPlan,
@@ -61,12 +62,12 @@ from pipeline.tars.plan import (
     differences,
     make_plan,
     read_plan,
+    with_earlier_keys,
 )
 from pipeline.tars.probing import in_order, probe
 
 logger = logging.getLogger(__name__)
 
-_PLAN_FILE = "plan.json"
 SHOWN_FAILURES = 5
 
 _Sample = dict[str, str | bytes]
@@ -206,7 +207,7 @@ class _Packing:
 
         Raises UserError when the input changed, and when the folder holds something else.
         """
-        path = self._records_dir / _PLAN_FILE
+        path = self._records_dir / PLAN_FILE
         if not path.exists():
             packed = self._dataset_dir.glob(f"{TARS_FOLDER}/*.tar")
             if (self._dataset_dir / DATASET_FILE).exists() or any(packed):
@@ -217,6 +218,7 @@ class _Packing:
             self.plan.write(path)
             return
         earlier = read_plan(path)
+        self.plan = with_earlier_keys(earlier, self.plan)
         if append or earlier.last_batch:
             self.plan = continued(earlier, self.plan)
         for tar in earlier.tars:

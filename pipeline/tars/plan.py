@@ -7,16 +7,16 @@ the two: if they are equal, packing continues; if not, it is refused with the di
 from __future__ import annotations
 
 import hashlib
-import json
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_json
 from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import NamesAs, Naming
@@ -24,6 +24,7 @@ from pipeline.annotations.listing import Listing, VideoRecord, key_from_name
 from pipeline.tars.dataset import NO_LABEL
 
 PLAN_VERSION = 1
+PLAN_FILE = "plan.json"
 
 
 class PlannedVideo(NamedTuple):
@@ -150,8 +151,9 @@ def read_plan(path: Path) -> TarPlan:
     Raises UserError when another version of the program wrote it.
     """
     folder, names = str(path.parent.parent), ("class_names", "split_names")
+    remedy = f"delete {folder!r} and pack again"
     try:
-        value: dict[str, Any] = json.loads(path.read_bytes())
+        value = read_object(path, remedy, limit=LISTS_LIMIT, error=WorkError)
         if value.pop("version") != PLAN_VERSION:
             raise UserError(
                 f"{folder!r} was begun by another version of this program: delete it and pack again"
@@ -166,10 +168,22 @@ def read_plan(path: Path) -> TarPlan:
         return plan
     except UserError:
         raise
-    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise WorkError(
-            f"{str(path)!r} is damaged ({one_line(error)}): delete {folder!r} and pack again"
-        ) from error
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise WorkError(f"{str(path)!r} is damaged ({one_line(error)}): {remedy}") from error
+
+
+def with_earlier_keys(old: TarPlan, new: TarPlan) -> TarPlan:
+    """Return `new` in which every file has the key it has in `old`.
+
+    A file added beside one of the same name would otherwise change the key of both.
+    """
+    known = {video.path: video.key for video in old.videos if video.size >= 0}
+    taken = {video.key for video in new.videos}
+    videos = []
+    for video in new.videos:
+        key = known.get(video.path, video.key)
+        videos.append(video if key in taken else video._replace(key=key))
+    return replace(new, videos=tuple(videos))
 
 
 def continued(old: TarPlan, new: TarPlan) -> TarPlan:

@@ -9,7 +9,6 @@ folder, with the place of every video. Nothing is extracted to disk and nothing 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from featstore.errors import WorkError, one_line
-from featstore.files.bounded import read_bounded
+from featstore.files.documents import LISTS_LIMIT, parse_json, read_document
 from pipeline.tars.dataset import Dataset, Tar
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 # A sidecar holds a dozen short fields; anything larger is not one of ours.
 MAX_SIDECAR_BYTES = 1 << 20
-# An entry of an index takes about 500 bytes, and more with a long caption.
-MAX_INDEX_BYTES = 1 << 30
 HASH_BLOCK_BYTES = 1 << 20
 _SIDECAR_FIELDS = {"key": str, "label": int, "num_frames": int, "splits": list}
 
@@ -160,21 +157,17 @@ def _require_packed(archive: OpenTar, dataset: Dataset, tar: Tar) -> None:
 def _listed(dataset: Dataset, tar: Tar) -> list[TarSample]:
     """Return the samples that the index of a tar lists."""
     path = dataset.index_path(tar)
+    remedy = "run the same `mote-cli pack --tars` command again, which makes it anew"
 
     def wrong(what: str) -> NoReturn:
-        raise DamagedTar(
-            f"{path} {what}: run the same `mote-cli pack --tars` command again, which makes it anew"
-        )
+        raise DamagedTar(f"{path} {what}; {remedy}")
 
-    try:
-        content = read_bounded(path, MAX_INDEX_BYTES)
-    except (OSError, ValueError) as error:
-        wrong(f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})")
+    content = read_document(path, remedy, limit=LISTS_LIMIT, error=DamagedTar)
     if hashlib.sha256(content).hexdigest() != tar.index_sha256:
         wrong("is damaged: its sha256 differs from the one in dataset.json")
     samples = []
     try:
-        for entry in json.loads(content):
+        for entry in parse_json(content):
             sample = TarSample(entry["key"], entry["offset"], entry["size"], entry)
             if _wrong_field(entry, sample.key, path.name) or not (
                 type(sample.offset) is type(sample.size) is int
@@ -182,7 +175,7 @@ def _listed(dataset: Dataset, tar: Tar) -> list[TarSample]:
             ):
                 wrong(f"does not say where {sample.key!r} is")
             samples.append(sample)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         wrong(f"is damaged ({one_line(error)})")
     return samples
 
@@ -292,9 +285,10 @@ def _sidecar(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, key: str
     content = tar.extractfile(member)
     assert content is not None  # regular files always have content
     try:
-        value = json.loads(content.read())
-    except (ValueError, RecursionError) as error:
-        raise DamagedTar.of(path, f"is damaged: {member.name} is not JSON") from error
+        value = parse_json(content.read())
+    except ValueError as error:
+        what = f"is damaged: {member.name} is not JSON ({one_line(error, 120)})"
+        raise DamagedTar.of(path, what) from error
     if not isinstance(value, dict):
         raise DamagedTar.of(path, f"is damaged: {member.name} is not a JSON object")
     if wrong := _wrong_field(value, key, member.name):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cli.next_command import repair_command
 from featstore import open_store
 from featstore.checking.verify import verify
 from featstore.format.class_texts import class_text_checksum
 from featstore.format.metadata import read_metadata
+from featstore.reading.repair import repair_command
 from heads import load_head
 from heads.evaluation.outcomes import write_outcomes
 from pipeline.encoders.specs import local_architecture
@@ -117,7 +117,7 @@ def test_the_architecture_of_a_folder(tmp_path: Path) -> None:
 def test_the_tradeoff_of_heads(own: World, tmp_path: Path) -> None:
     close = evaluated(own, "closeset", "--head", "clips-mote")
     error = refused(2, "tradeoff", "--root", own.root)
-    assert "`mote-cli eval --zeroshot ucf101 --head clips-mote`" in error
+    assert f"`mote-cli eval --zeroshot ucf101 --head clips-mote --root {own.root}`" in error
     zero = evaluated(own, "zeroshot", "--head", "clips-mote")
     table = done("tradeoff", "--root", own.root, "--out", tmp_path / "t.svg")
     (row,) = table["rows"]

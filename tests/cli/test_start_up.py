@@ -60,3 +60,19 @@ def test_what_is_typed_wrong_loads_nothing_heavy(arguments: list[str]) -> None:
 def test_the_line_in_the_list_of_commands_begins_the_commands_own_help(command: str) -> None:
     text = load_command(command).help
     assert " ".join(str(text).split("\n\n")[0].split()) == COMMANDS[command][1]
+
+
+@pytest.mark.parametrize(("set_before", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_that_wait_leave_the_cores_to_others(
+    set_before: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if set_before is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", set_before)
+    child = CHILD.replace(
+        "print(*", "import os; print(os.environ['OMP_WAIT_POLICY'], file=sys.stdout)\n    print(*"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", child, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == expected

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.options import class_list
 from featstore import StoreWriter, UserError, open_store, verify
 from featstore.format.metadata import attributes_checksum
+from pipeline.annotations.class_names import class_list
 from pipeline.extraction import grow
 from pipeline.tars.dataset import load_dataset
 from tests.support.processes.command_line import done, mote, refused
@@ -192,8 +192,8 @@ def test_what_a_new_store_is_good_for(own: World, tmp_path: Path) -> None:
 
 
 def test_a_class_name_may_hold_a_comma() -> None:
-    assert class_list('"cut, chop", run,,wave') == ["cut, chop", "run", "wave"]
-    assert class_list('a \n b,5" disk') == ["a b", '5" disk']
+    assert class_list('"cut, chop", run,,wave') == ("cut, chop", "run", "wave")
+    assert class_list('a \n b,5" disk') == ("a b", '5" disk')
     for text, message in (("", "names no class"), (' , ""', "names no class"), ("a,a", "twice")):
         with pytest.raises(UserError, match=message):
             class_list(text)
@@ -203,11 +203,11 @@ def test_a_prompt_set_that_is_missing_is_added(own: World) -> None:
     more = ("--prompts", "video")
     extracting = ("extract", "--dataset", "clips", "--encoder", own.encoder, "--sampling")
     error = refused(2, *extracting, "uniform:4", "--precision", "fp32", *more, "--root", own.root)
-    command = f"mote-cli store add-texts {own.store} --prompts video"
+    command = f"mote-cli store add-texts {own.store} --prompts video --root {own.root}"
     assert f"run `{command}`" in error
     words = command.split()[1:]
-    assert done(*words, "--root", own.root)["added"]
-    assert not done(*words, "--root", own.root)["added"]
+    assert done(*words)["added"]
+    assert not done(*words)["added"]
     assert open_store(own.store).prompt_sets == ["mote28", "video"]
     summary = done(*extracting, "uniform:4", "--precision", "fp32", *more, "--root", own.root)
     assert summary["partitions_done"] == 0

@@ -39,8 +39,11 @@ def test_layout(workspace: Workspace) -> None:
 
 
 def test_no_store_names_the_command(workspace: Workspace) -> None:
-    with pytest.raises(UserError, match="run `mote-cli extract --dataset k400` first"):
+    with pytest.raises(UserError) as info:
         workspace.opened("k400").choose()
+    root = f"--root '{workspace.root}'`"
+    assert f"pack it with `mote-cli pack --dataset k400 --videos DIR {root}" in str(info.value)
+    assert f"run `mote-cli extract --dataset k400 {root}" in str(info.value)
 
 
 def test_the_one_that_fits(workspace: Workspace) -> None:
@@ -54,7 +57,7 @@ def test_the_one_that_fits(workspace: Workspace) -> None:
     assert "\n" not in str(info.value)
     with pytest.raises(UserError, match=r"train.zarr has 1 views, not 9; val.zarr has 3 views"):
         workspace.opened("toy").choose(views=9)
-    with pytest.raises(UserError, match=r"no rows of split 'test'.*extract --dataset toy --split"):
+    with pytest.raises(UserError, match=r"no rows of split 'test'.*extract .* --split"):
         workspace.opened("toy").choose(split="test")
     with pytest.raises(UserError, match="another encoder"):
         workspace.opened("toy").choose(encoder_fingerprint="ffff")
@@ -109,7 +112,7 @@ def test_a_damaged_store_is_reported_when_nothing_else_fits(
 
 
 def test_runs(workspace: Workspace) -> None:
-    with pytest.raises(UserError, match="run `mote-cli train-head` first"):
+    with pytest.raises(UserError, match="run `mote-cli pack --dataset NAME --videos DIR --root"):
         workspace.choose_run(None)
     for age, name in enumerate(["new", "middle", "old", "interrupted"]):
         run = workspace.run_dir(name)

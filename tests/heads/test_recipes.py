@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -17,11 +18,12 @@ from typer.testing import CliRunner
 from cli.main import app
 from featstore import UserError
 from heads import HeadConfig, TrainConfig, load_head
-from heads.recipes import DEFAULT_RECIPE, load_recipe, recipe_names
+from heads.recipes import DEFAULT_RECIPE, TRAIN_HEAD_RECIPE, load_recipe, recipe_names
+from heads.recipes.derived import DERIVED
 from heads.training.schedule import learning_rates
 from tests.support.stores.action_store import action_store
 
-NAMES = ["demo", "end-to-end", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
+NAMES = ["auto", "demo", "end-to-end", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
 
 
 def write(path: Path, text: str) -> Path:
@@ -130,12 +132,13 @@ def test_faults_are_named_in_one_line(tmp_path: Path, text: str, message: str) -
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="no recipe 'paper': choose one of demo, end-to-end, frozen-store"
+        UserError,
+        match=r"'paper': did you mean paper-vit-b16 or paper-vit-l14\? choose one of auto, ",
     ):
         load_recipe("paper")
-    with pytest.raises(UserError, match="cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"cannot be read \(No such file"):
         load_recipe(tmp_path / "mine.toml")
-    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
         load_recipe(tmp_path)
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not TOML"):
@@ -172,8 +175,87 @@ def test_the_command_takes_a_recipe_and_options_win(tmp_path: Path) -> None:
         run(tmp_path, "--recipe", "nothing")
 
 
+def begun(root: Path, run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((root / "heads" / run / "config.json").read_text())
+    return found
+
+
+def test_the_default_fits_the_data_and_the_run_holds_its_numbers(tmp_path: Path) -> None:
+    store = tmp_path / "features" / "toy" / "tiny--uniform-8.zarr"
+    store.parent.mkdir(parents=True)
+    action_store(store, samples=60, classes=5, noise=0.5, confused=0.9)
+    small = ("--layers", "1", "--experts", "2", "--frames", "4")
+    summary = run(tmp_path, *small)
+    settings, repeats = load_recipe(TRAIN_HEAD_RECIPE).fitted(videos=30, classes=5, dim=16)
+    config = begun(tmp_path, "toy-mote")
+    assert config["training"] == replace(settings, frames=4).to_json()
+    assert config["data"]["repeats"] == repeats > 1
+    assert config["data"]["validation"] == "val"
+    assert summary["validation"]["source"] == "val"
+    assert run(tmp_path, *small, "--resume")["resumed_from"] == summary["epochs"]
+    last = ["eval", "--closeset", "toy", "--head", "toy-mote/last", "--root", str(tmp_path)]
+    result = CliRunner().invoke(app, [*last, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["top1"] == pytest.approx(summary["validation"]["last_top1"])
+
+
+@pytest.mark.parametrize(
+    ("option", "field", "value"),
+    [
+        ("--epochs", "epochs", 2),
+        ("--warmup-epochs", "warmup_epochs", 1.5),
+        ("--patience", "patience", 0),
+        ("--batch-size", "batch_size", 7),
+        ("--lr", "lr", 0.25),
+        ("--weight-decay", "weight_decay", 0.125),
+    ],
+)
+def test_every_derived_setting_can_be_given(option: str, field: str, value: float) -> None:
+    recipe = load_recipe("auto")
+    assert set(recipe.from_data) == set(DERIVED)
+    settings, repeats = recipe.fitted(videos=100, classes=9, dim=64, **{field: value})
+    assert getattr(settings, field) == value
+    assert repeats == 1 or field not in ("epochs", "batch_size")
+    assert recipe.fitted(videos=100, classes=9, dim=64, repeats=5)[1] == 5
+    help_text = CliRunner().invoke(app, ["train-head", "--help"], env={"COLUMNS": "200"}).output
+    assert option in help_text
+
+
+def test_the_rules_fit_any_set() -> None:
+    steps, batches = [], []
+    for videos in (1, 2, 5, 20, 100, 1000, 10_000, 250_000):
+        settings, repeats = load_recipe("auto").fitted(videos=videos, classes=5, dim=64)
+        assert settings.batch_size <= videos
+        assert 10 <= settings.epochs <= 60
+        assert 0 < settings.patience < settings.epochs
+        assert 0 < settings.warmup_epochs < settings.epochs
+        steps.append(settings.epochs * repeats * videos / settings.batch_size)
+        batches.append(settings.batch_size)
+    assert batches == sorted(batches)
+    assert all(more > 1.5 * few for few, more in itertools.pairwise(steps[2:]))
+    wide, narrow = (load_recipe("auto").fitted(videos=9, classes=2, dim=d)[0] for d in (512, 16))
+    assert 0 < wide.lr < narrow.lr
+
+
+def test_what_is_left_to_the_data_needs_the_data(tmp_path: Path) -> None:
+    for config in (load_recipe("auto").train_config, load_recipe("auto").finetune_config):
+        with pytest.raises(UserError, match=r"recipe auto derives .*lr.* only train-head does"):
+            config()
+    file = write(tmp_path / "mine.toml", '[training]\nlr = "auto"\nepochs = 3\nkeep_best = true\n')
+    recipe = load_recipe(file)
+    settings, repeats = recipe.fitted(videos=100, classes=9, dim=256)
+    assert (settings.epochs, settings.batch_size, repeats) == (3, 192, 1)
+    assert settings.keep_best
+    assert settings.lr == load_recipe("auto").fitted(videos=100, classes=9, dim=256)[0].lr
+    assert recipe.finetune_config(lr=1e-3).lr == 1e-3
+    for line in ('seed = "auto"', 'frames = "auto"', 'lr = "car"', "keep_best = 1"):
+        with pytest.raises(UserError, match=line.split()[0]):
+            load_recipe(write(tmp_path / "wrong.toml", f"[training]\n{line}\n"))
+
+
 def test_help_names_every_recipe() -> None:
+    of_stores = ("auto", "frozen-store")
     for command in ("train-head", "finetune"):
         result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         text = re.sub(r"[│\s]+", " ", result.output)
-        assert all(name in text for name in NAMES if name != "frozen-store" or command[0] == "t")
+        assert all(name in text for name in NAMES if name not in of_stores or command[0] == "t")

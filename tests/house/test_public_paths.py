@@ -15,6 +15,7 @@ PATHS = [
     "heads.training.build_optimizer",
     "heads.training.learning_rates",
     "heads.end_to_end.EndToEndModel",
+    "heads.end_to_end.predict.predict",
     "pipeline.sampling.parse_sampling",
     "pipeline.sampling.Sampling",
     "pipeline.sampling.test_indices",

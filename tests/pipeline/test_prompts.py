@@ -50,7 +50,7 @@ def test_small_sets_and_braces_in_names() -> None:
 
 def test_wrong_names_are_refused() -> None:
     with pytest.raises(
-        UserError, match="unknown prompt set 'mote': use one of mote28, name, video"
+        UserError, match=r"unknown prompt set 'mote': did you mean mote28\? use one of mote28"
     ):
         as_prompt_set("mote").sentences("surfing")
     with pytest.raises(UserError, match="class name is empty"):

@@ -15,11 +15,13 @@ from featstore.errors import UserError
 from pipeline import sampling
 from pipeline.sampling import (
     Sampling,
+    Windows,
     dense_train_indices,
     dense_train_starts,
     parse_sampling,
     train_ranges,
     validation_indices,
+    window_bounds,
 )
 
 
@@ -123,3 +125,26 @@ def test_indices_always_name_existing_frames(n: int, frames: int, clips: int, ki
     assert chosen.shape == (1 if kind == "uniform" else clips, frames)
     assert chosen.min() >= 0
     assert chosen.max() < n
+
+
+@given(
+    num_frames=st.integers(1, 100_000),
+    fps=st.floats(0.01, 240),
+    seconds=st.floats(0.01, 10_000),
+    frames=st.integers(1, 64),
+)
+def test_windows_cut_a_video_without_gaps(
+    num_frames: int, fps: float, seconds: float, frames: int
+) -> None:
+    bounds = window_bounds(num_frames, fps, seconds)
+    assert (bounds[0], bounds[-1]) == (0, num_frames)
+    lengths = np.diff(bounds)
+    assert (lengths >= 1).all()
+    step = max(1.0, fps * seconds)
+    assert (np.abs(lengths[:-1] - step) < 1).all()
+    assert lengths[-1] <= 1.5 * step + 1
+    indices = Windows(bounds[:50], frames).indices(num_frames) if len(bounds) > 1 else None
+    if indices is None or len(bounds) < 3:
+        return
+    for row, first, after in zip(indices, bounds, bounds[1:], strict=False):
+        assert (row - first).tolist() == validation_indices(after - first, frames).tolist()

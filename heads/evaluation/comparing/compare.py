@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError
-from featstore.workspace import FIRST_STAGE, Workspace
+from featstore.errors import UserError, meant
+from featstore.files.documents import parse_json, read_document
+from featstore.workspace import FIRST_STAGE, LAST_EPOCH, Workspace
+from heads.evaluation.next_steps import evaluation_of, newest_evaluation
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
 
@@ -149,19 +151,18 @@ class Comparison:
 def read_result(path: Path) -> SavedResult:
     """Read a result file that any version of `eval` wrote; UserError if it is another file."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(RESULT_LIMIT)  # a larger file is cut off and then is not valid JSON
+        raw = read_document(path, "name a result file", limit=RESULT_LIMIT)
         time_ns = path.stat().st_mtime_ns
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name a result file") from error
     try:
-        values = json.loads(raw)
+        values = parse_json(raw)
         texts = [values[name] for name in ("protocol", "dataset", "head")]
         texts += [part["split"] for part in values["per_split"]]
         numbers = [values["top1"], *(part["top1"] for part in values["per_split"])]
         if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
             raise ValueError("a name or a number is something else")
-    except (ValueError, RecursionError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{path} is not a result of `mote-cli eval`: name one of the files under "
             f"heads/RUN/{EVAL_FOLDER}/"
@@ -191,9 +192,7 @@ def newest_result(run_dir: Path, like: SavedResult | None = None) -> SavedResult
     """
     results = saved_results(run_dir)
     if not results:
-        raise UserError(
-            f"{run_dir} has no results: run `mote-cli eval --zeroshot NAME --head {run_dir.name}`"
-        )
+        raise UserError(f"{run_dir} has no results: run `{evaluation_of(run_dir)}`")
     if like is not None:
         same = [r for r in results if (r.role, r.dataset) == (like.role, like.dataset)]
         results = same or results
@@ -214,15 +213,16 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
     if path.is_file():
         return read_result(path)
     folders = [path]
-    if "/" not in text.removesuffix(f"/{FIRST_STAGE}"):
+    if "/" not in text.removesuffix(f"/{FIRST_STAGE}").removesuffix(f"/{LAST_EPOCH}"):
         folders.append(workspace.head_dir(text))
     for folder in folders:
         if (folder / EVAL_FOLDER).is_dir():
             return newest_result(folder, like)
-    known = ", ".join(path.name for path in evaluated_runs(workspace)) or "none"
+    names = [path.name for path in evaluated_runs(workspace)]
+    known = ", ".join(names) or "none"
     raise UserError(
         f"{text!r} is neither a result file nor a run with results (runs with results: {known}): "
-        "make a result with `mote-cli eval`"
+        f"{meant(text, names)}make a result with `{newest_evaluation(workspace)}`"
     )
 
 

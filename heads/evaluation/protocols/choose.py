@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from featstore.errors import UserError
+from featstore.errors import UserError, one_of
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.catalogue import PROTOCOLS as PROTOCOLS
-from heads.evaluation.protocols.half_class import half_class_draws
 from heads.evaluation.protocols.protocol import Kind
 from heads.evaluation.protocols.protocol import Protocol as Protocol
 from heads.evaluation.protocols.protocol import TestSet as TestSet
@@ -22,7 +21,7 @@ def protocol_named(name: str) -> Protocol:
     """Return the protocol of that name; a UserError lists the names if there is none."""
     if name not in PROTOCOLS:
         raise UserError(
-            f"protocol {name!r} is unknown: choose one of {', '.join(PROTOCOLS)} "
+            f"protocol {name!r} is unknown: {one_of(name, PROTOCOLS)} "
             "(`mote-cli protocols list` says what they measure)"
         )
     return PROTOCOLS[name]
@@ -106,6 +105,8 @@ def build_test_sets(
     lists = listed_rows(protocol, store, split)
     if protocol.kind != "halfclass":
         return tuple(TestSet(name, rows) for name, rows in lists.items())
+    from heads.evaluation.protocols.half_class import half_class_draws  # loads torch
+
     ((listed, rows),) = lists.items()
     draws = half_class_draws(store.labels[store.positions(rows)], len(store.class_names))
     return tuple(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.format.schema import RowArray
 from heads.methods.settings import AsJson
-from heads.scoring.scores import Fusion
+
+if TYPE_CHECKING:  # scores need torch, which the list of protocols does not
+    from heads.scoring.scores import Fusion
 
 Kind = Literal["closeset", "zeroshot", "halfclass", "fewshot", "base-to-novel"]
 

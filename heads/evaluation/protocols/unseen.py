@@ -11,7 +11,6 @@ import numpy as np
 
 from featstore.errors import UserError
 from featstore.reading.store import Store
-from featstore.workspace import OpenedStores
 from heads.evaluation.protocols.protocol import TestSet
 from heads.methods.settings import HeadOrigin
 from heads.training.training_set import rows_of_classes
@@ -40,15 +39,18 @@ class UnseenChoice:
     k400_names: Path | None = None
     """File with the class names of Kinetics-400."""
 
-    def split(self, stores: OpenedStores) -> str | None:
-        """Return the split to test; None for a list of videos. UserError when there is none."""
+    def split(self, dataset: str, held: Callable[[Sequence[str]], str | None]) -> str | None:
+        """Return the split to test; None for a list of videos. UserError when there is none.
+
+        `held` returns the first of the splits it is given that the stores of `dataset` have.
+        """
         if self.k600_source is not None and self.k600_source not in _SPLITS:
             return None
-        split = self.k600_source or stores.default_split(_SPLITS)
+        split = self.k600_source or held(_SPLITS)
         if split is None:
             raise UserError(
-                f"no store of {stores.dataset} has a test or val split: extract one of them, or "
-                "name a list of videos with --k600-source"
+                f"no store of {dataset} has a test or val split, and none is packed: name a list "
+                "of videos with --k600-source"
             )
         return split
 

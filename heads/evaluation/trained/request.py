@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.durable import write_json
 from featstore.progress import Stages, no_stages
@@ -21,8 +22,8 @@ from heads.evaluation.label_maps import (
 )
 from heads.evaluation.leaks import require_no_leak, warn_of_known_classes
 from heads.evaluation.protocols.choose import usual_protocol
-from heads.evaluation.protocols.protocol import TestSet
-from heads.evaluation.request import EvaluationRequest, require_unused
+from heads.evaluation.protocols.protocol import Protocol, TestSet
+from heads.evaluation.request import EvaluationRequest, known_paths, require_unused
 from heads.evaluation.results import EvalResult, RunFacts, save_result
 from heads.evaluation.trained.plan import GivenList, ShotPlan
 from heads.evaluation.trained.run import (
@@ -124,7 +125,7 @@ def evaluate_trained(
     head_dir: Path | None = None
     if ask.head is not None:
         initial, head_dir = choose_head(ask.workspace, ask.head)
-    train, test, splits = _stores(ask, how, initial)
+    train, test, splits = _stores(ask, how, initial, protocol)
     recipe = load_recipe(how.recipe or DEFAULT_RECIPE)
     epochs = usual_epochs(ask.kind, ask.dataset) if how.recipe is None else None
     training = recipe.train_config(
@@ -189,6 +190,7 @@ def evaluate_trained(
         )
 
     of_run = {run.run_dir.name: run for run in runs}
+    paths = known_paths(ask)
     outcomes: list[ShotOutcome] = []
     files: list[Path] = []
     for run in runs:
@@ -208,7 +210,7 @@ def evaluate_trained(
                 progress=progress,
             )
         found = [outcome.last] if outcome.best is None else [outcome.last, outcome.best]
-        files += [save_result(result, run.run_dir) for result in found]
+        files += [save_result(result, run.run_dir, paths) for result in found]
         outcomes.append(outcome)
     return TrainedEvaluation(
         ask.kind, protocol.name, ask.dataset, ask.head or shape.kind, outcomes, files
@@ -226,23 +228,26 @@ def numbers(option: str, text: str | None, default: Sequence[int]) -> tuple[int,
 
 
 def _stores(
-    ask: EvaluationRequest, how: Training, initial: Head | None
+    ask: EvaluationRequest, how: Training, initial: Head | None, protocol: Protocol
 ) -> tuple[Store, Store, tuple[str, str]]:
     """Return the store to train from, the store to test, and the split of each."""
-    train_split = ask.stores.default_split(("train1", "train"))
-    test_split = ask.split or ask.stores.default_split(("test1", "val", "test"))
+    train_split = ask.held_split(("train1", "train"), initial, protocol)
+    test_split = ask.split or ask.held_split(("test1", "val", "test"), initial, protocol)
     if train_split is None or test_split is None:
         lacking = "training" if train_split is None else "test"
+        options = {"dataset": f"{ask.dataset}-official", "videos": "DIR", "annotations": "PATH"}
+        pack = command("pack", root=ask.workspace.root, **options)
         raise UserError(
             f"no store of {ask.dataset} has a {lacking} split: pack the data set with its "
-            f"annotations and extract its videos (`mote-cli extract --dataset {ask.dataset}`)"
+            f"annotations (`{pack}`) and extract that one"
         )
-    test = ask.fitting_store(test_split, initial)
+    test = ask.fitting_store(test_split, initial, protocol)
     name = how.train_store
     if name is None and train_split in test.split_names and len(test.split(train_split)):
         name = ask.store  # the named store has both splits
-    others = {"views": None, "sampling": None, "name": name, "option": "--train-store"}
-    train = ask.fitting_store(train_split, initial, **others)
+    others = {"views": None, "crops": None, "sampling": None, "name": name}
+    others["option"] = "--train-store"
+    train = ask.fitting_store(train_split, initial, protocol, **others)
     return train, test, (train_split, test_split)
 
 

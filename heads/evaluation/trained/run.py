@@ -7,7 +7,6 @@ That epoch is measured too, with a label that says so, because choosing it uses 
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.files.documents import found_object
 from featstore.files.durable import write_json
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.results import EvalResult, RunFacts, run_facts
 from heads.files.head_file import load_head, save_head
-from heads.files.run_files import CONFIG_FILE, METRICS_FILE
+from heads.files.run_files import CONFIG_FILE, read_metrics
 from heads.methods.head import Head
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
@@ -169,16 +169,15 @@ class _BestEpoch:
 
     def found(self, epochs: int) -> int | None:
         """Return the best epoch; None unless all `epochs` epochs were tested."""
-        lines = (self._run.run_dir / METRICS_FILE).read_text().splitlines()
-        tested = sum(TEST_TOP1 in json.loads(line) for line in lines)
+        tested = sum(TEST_TOP1 in record for record in read_metrics(self._run.run_dir))
         best = self._read()
         return int(best["epoch"]) if best is not None and tested == epochs else None
 
     def _read(self) -> dict[str, float] | None:
+        value = found_object(self._run.run_dir / BEST_NOTE) or {}
         try:
-            value = json.loads((self._run.run_dir / BEST_NOTE).read_text())
             return {"epoch": int(value["epoch"]), TEST_TOP1: float(value[TEST_TOP1])}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             return None
 
 

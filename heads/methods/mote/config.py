@@ -30,6 +30,8 @@ POSITIONS = 77
 
 NEIGHBOURS = 5  # K of modulation in the released code
 MODULATION_TEMPERATURE = 0.05  # of the released code's exponential
+# 16 GiB in fp32, 64 with the optimiser. The paper's largest head (ViT-L/14) has 1.3e8.
+MOST_PARAMETERS: Final = 2**32
 HEAD_WIDTH = 64  # CLIP's width of one attention head (Radford et al., 2021)
 _OF_EXPERTS = ("placement", "routing", "initialisation", "aggregation", "expert_prior")
 _UNUSED: Final = {
@@ -104,6 +106,13 @@ class HeadConfig(MethodConfig):
             raise UserError(
                 f"{wanted} attention heads do not divide the embedding width {self.dim}: "
                 "choose a divisor of it"
+            )
+        blocks = self.layers * (4 + 8 * self.experts) * self.dim**2 + self.positions * self.dim
+        if blocks > MOST_PARAMETERS:
+            raise UserError(
+                f"a head with {self.layers} layers, {self.experts} experts, {self.positions} "
+                f"positions and width {self.dim} has {blocks:.1e} parameters, more than "
+                f"{MOST_PARAMETERS:.1e}: choose smaller numbers"
             )
         prior = self.expert_prior
         if prior and (

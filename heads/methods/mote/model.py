@@ -63,6 +63,14 @@ class TemporalHead(Head):
         if self.transformer is not None:
             self.transformer.reset_parameters(generator)
 
+    @torch.no_grad()
+    def silence(self) -> None:
+        """Set positions and all that is added to the residual stream to 0, so that it stays x."""
+        added = ("positions", "out_weight", "out_bias", "down_weight", "down_bias")
+        for name, parameter in self.named_parameters():
+            if name.rpartition(".")[2] in added:
+                parameter.zero_()
+
     def draw(self, generator: torch.Generator) -> RoutingDraw:
         """Draw the experts and temperatures of one step."""
         return RoutingDraw.sample(self.config, generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from featstore.errors import UserError
 from pipeline.annotations.class_names import natural_class_name
-from pipeline.annotations.listing import Listing, ListingBuilder, split_from_folder
+from pipeline.annotations.listing import Listing, ListingBuilder, first_of, split_from_folder
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 # Folders that lie beside videos and are no classes, unless they hold videos.
@@ -114,17 +114,22 @@ def _class_of(path: str, splits: dict[str, str]) -> str | None:
 
 def _refuse_unclear_names(classes: set[str]) -> None:
     by_words: dict[str, str] = {}
+    unclear, same = [], []
     for name in sorted(classes):
         try:
             name.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"class folder {name!a} is not valid UTF-8: rename it") from error
+        except UnicodeEncodeError:
+            unclear.append(f"{name!a}")
+            continue
         other = by_words.setdefault(natural_class_name(name), name)
         if other != name:
-            raise UserError(
-                f"class folders {other!r} and {name!r} read the same "
-                f"({natural_class_name(name)!r}): give both one name"
+            same.append(
+                f"class folders {other!r} and {name!r} read the same ({natural_class_name(name)!r})"
             )
+    if unclear:
+        raise UserError(f"class folder {first_of(unclear)} is not valid UTF-8: rename it")
+    if same:
+        raise UserError(f"{first_of(same)}: give both one name")
 
 
 def _nothing_found(folder: VideoFolder) -> str:

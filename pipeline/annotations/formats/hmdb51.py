@@ -8,7 +8,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.listing import Listing, ListingBuilder
-from pipeline.annotations.text_files import read_lines
+from pipeline.annotations.text_files import quoted, read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 _SPLIT_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")
@@ -40,8 +40,8 @@ def read_hmdb51(files: Sequence[Path], folder: VideoFolder) -> Listing:
             name, _, flag = text.rpartition(" ")
             if flag not in _KINDS or not name.strip():
                 raise UserError(
-                    f"{str(path)!r} line {line}: {text!r} is not `<file> <0|1|2>`: fetch the "
-                    "official split files again"
+                    f"{str(path)!r} line {line}: {quoted(text)} is not `<file> <0|1|2>`: fetch "
+                    "the official split files again"
                 )
             name = name.strip()
             builder.add(

@@ -29,7 +29,7 @@ from pipeline.annotations.listing import (
     split_from_word,
 )
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.text_files import read_lines, read_table
+from pipeline.annotations.text_files import is_number, quoted, read_json, read_lines, read_table
 from pipeline.annotations.video_folder import (
     VIDEO_EXTENSIONS,
     VideoFolder,
@@ -123,6 +123,12 @@ def read_list(path: Path, find: Finder, unlabelled: bool = False) -> list[ListRo
 
     The rows of a list of paths alone have no label, and with `unlabelled` those of any list.
     """
+    if path.suffix.lower() == ".json":
+        read_json(path)  # says what is wrong with it
+        raise UserError(
+            f"{str(path)!r} is JSON, but has the shape of neither Kinetics nor Something-Something "
+            "V2: name a CSV list of path,label"
+        )
     lines = read_lines(path)
     if not lines:
         raise UserError(f"annotation file {str(path)!r} is empty: name one that lists videos")
@@ -146,14 +152,14 @@ def read_list(path: Path, find: Finder, unlabelled: bool = False) -> list[ListRo
         uneven = next((row for row in commas if len(row) != len(commas[0])), None)
         if uneven is not None and len(commas[0]) > 1:
             raise UserError(
-                f"{str(path)!r}: the row {','.join(uneven)!r} has {len(uneven)} columns, the first "
-                f"row {len(commas[0])}: quote cells that hold a comma"
+                f"{str(path)!r}: the row {quoted(','.join(uneven))} has {len(uneven)} columns, the "
+                f"first row {len(commas[0])}: quote cells that hold a comma"
             )
     if best is None:
         number, text = next((line for line in lines if len(line[1].split()) < 2), lines[0])
         raise UserError(
-            f"{str(path)!r} line {number}: {text!r} is not `path label`: every line needs a path "
-            "and a label, separated by a space, a comma or a tab"
+            f"{str(path)!r} line {number}: {quoted(text)} is not `path label`: every line needs a "
+            "path and a label, separated by a space, a comma or a tab"
         )
     return _rows(path, best[2])
 
@@ -194,12 +200,12 @@ def _split_at_spaces(lines: Sequence[tuple[int, str]], find: Finder) -> list[lis
         if match := _FILE_THEN_REST.fullmatch(text):
             path, label = match[1], match[2]
             frames, _, last = label.partition(" ")
-            if frames.isdigit() and last.strip().isdigit():
+            if is_number(frames) and is_number(last.strip()):
                 label = last.strip()
         else:
             path, label = _last_space(text)
             shorter, frames = _last_space(path)
-            if shorter and frames.isdigit() and label.isdigit():
+            if shorter and is_number(frames) and is_number(label):
                 # `x 300 4`, unless "x 300" is the name of a file
                 path = path if find(path)[0] is not None else shorter
         if not path:
@@ -241,7 +247,8 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
         listed, label = row[columns["path"]], row[columns["label"]]
         if not listed or not label:
             raise UserError(
-                f"{str(path)!r}: the row {','.join(row)!r} lacks a path or a label: complete it"
+                f"{str(path)!r}: the row {quoted(','.join(row))} lacks a path or a "
+                "label: complete it"
             )
         word = row[columns["split"]] if "split" in columns else ""
         rows.append(ListRow(listed, label, _split(word, path)))
@@ -254,7 +261,7 @@ def _columns_without_header(path: Path, body: list[list[str]]) -> dict[str, int]
         return {"path": 0, "label": 1}
     if width == 3 and all(split_from_word(row[2]) in TABLES["splits"] for row in body):
         return {"path": 0, "label": 1, "split": 2}
-    if width == 3 and all(row[1].isdigit() for row in body):
+    if width == 3 and all(is_number(row[1]) for row in body):
         return {"path": 0, "label": 2}  # the middle is a number of frames
     raise UserError(
         f"{str(path)!r} has {width} columns of unknown meaning: give it a header line such as "
@@ -276,10 +283,10 @@ def label_names(
     where classes have no other order than that of their names. Raises UserError as `read_lists`.
     """
     labels = sorted({row.label for row in rows})
-    numbers = [label for label in labels if label.isdigit()]
+    numbers = [label for label in labels if is_number(label)]
     names = read_names(class_names_file) if class_names_file is not None else None
     if numbers and len(numbers) < len(labels):
-        other = next(label for label in labels if not label.isdigit())
+        other = next(label for label in labels if not is_number(label))
         raise UserError(
             f"labels are a mix of numbers and names ({numbers[0]!r} and {other!r}): use one kind"
         )

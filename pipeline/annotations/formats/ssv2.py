@@ -80,7 +80,7 @@ def _read_labels(path: Path) -> list[str]:
     value = read_json(path)
     try:
         numbered = {int(number): str(name) for name, number in value.items()}
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{str(path)!r} does not map templates to numbers: fetch the official file again"
         ) from error

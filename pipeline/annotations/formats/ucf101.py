@@ -8,7 +8,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from pipeline.annotations.listing import Listing, ListingBuilder
-from pipeline.annotations.text_files import read_lines
+from pipeline.annotations.text_files import is_number, quoted, read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 CLASS_FILE = "classind.txt"
@@ -50,7 +50,9 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
             class_name = class_name.rpartition("/")[2]
             where = f"{str(path)!r} line {line}"
             if not class_name:
-                raise UserError(f"{where}: {text!r} is not `Class/file.avi`: correct the line")
+                raise UserError(
+                    f"{where}: {quoted(text)} is not `Class/file.avi`: correct the line"
+                )
             if official:
                 if class_name.lower() not in official:
                     raise UserError(
@@ -77,7 +79,7 @@ def read_ucf101(files: Sequence[Path], folder: VideoFolder) -> Listing:
 
 def _listed_and_number(text: str) -> tuple[str, int | None]:
     listed, _, number = text.rpartition(" ")
-    if listed and number.isdigit():
+    if listed and is_number(number):
         return listed.strip(), int(number)
     return text, None
 
@@ -86,10 +88,10 @@ def _read_class_file(path: Path) -> dict[int, str]:
     names: dict[int, str] = {}
     for line, text in read_lines(path):
         number, _, name = text.partition(" ")
-        if not number.isdigit() or not name.strip() or int(number) in names:
+        if not is_number(number) or not name.strip() or int(number) in names:
             raise UserError(
-                f"{str(path)!r} line {line}: {text!r} is not `<number> <Class>` with a new number: "
-                "fetch the official file again"
+                f"{str(path)!r} line {line}: {quoted(text)} is not `<number> <Class>` with a new "
+                "number: fetch the official file again"
             )
         names[int(number)] = name.strip()
     return names

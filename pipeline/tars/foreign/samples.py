@@ -8,7 +8,6 @@ against the file before anything is read.
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections import Counter
@@ -19,6 +18,7 @@ from itertools import islice
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from featstore.errors import WorkError, one_line
+from featstore.files.documents import parse_json
 from pipeline.annotations.listing import key_from_name, printable, refused_name
 from pipeline.annotations.tables import TABLES
 from pipeline.annotations.video_folder import VIDEO_EXTENSIONS
@@ -305,8 +305,8 @@ def _json(member: Member | None, read: Read) -> tuple[dict[str, Any], str]:
     if member is None or problem:
         return {}, problem
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(content, foreign=True)
+    except ValueError as error:
         return {}, f"its json is not JSON ({one_line(error, 80)})"
     return (value, "") if isinstance(value, dict) else ({}, "its json is not a JSON object")
 

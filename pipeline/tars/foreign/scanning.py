@@ -7,7 +7,6 @@ only if it has changed.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from threading import Event
 from typing import BinaryIO, NamedTuple
 
 from featstore.errors import UserError, WorkError, one_line
+from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.files.durable import write_json
 from featstore.files.scratch import ScratchFolder, require_room
 from featstore.progress import ProgressSink
@@ -56,10 +56,10 @@ class FoundTar:
 def read_record(path: Path, source: str, class_field: str, state: State) -> FoundTar | None:
     """Return the record of a tar, or None if there is none of the tar as it is now."""
     try:
-        value = json.loads(path.read_bytes())
+        value = found_object(path, LISTS_LIMIT) or {}
         samples = [FoundSample(**sample) for sample in value.pop("samples")]
         found = FoundTar(**value, samples=samples)
-    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         return None
     same = (found.source, found.class_field, found.bytes, found.version)
     return found if same == (source, class_field, *state) else None

@@ -1,12 +1,13 @@
-"""Several folders appear together or not at all."""
+"""Several folders appear together or not at all; a file has the mode that the umask gives."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from featstore.files.durable import new_folders
+from featstore.files.durable import durable_file, durable_path, new_folders
 
 
 def test_they_appear_when_all_are_filled(tmp_path: Path) -> None:
@@ -48,3 +49,15 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
         fill()
     assert [p.name for p in tmp_path.iterdir()] == ["two"]
     assert (second / "theirs").exists()
+
+
+def test_a_file_has_the_mode_of_the_umask_whoever_makes_it(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with durable_path(tmp_path / "mine") as place:
+            os.close(os.open(place, os.O_CREAT | os.O_WRONLY, 0o600))
+        with durable_file(tmp_path / "usual") as file:
+            file.write(b"x")
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("mine", "usual")] == [0o640] * 2

@@ -200,10 +200,10 @@ def test_memory_that_is_read_only_is_not_called_damage(store: Store) -> None:
 
 def test_unknown_names_list_what_there_is(store: Store) -> None:
     for key in ("x", 3, ""):
-        with pytest.raises(UserError, match=f"has no sample {key!r}: `mote-cli inspect` lists"):
+        with pytest.raises(UserError, match=f"has no sample {key!r}: `keys` of the store lists"):
             store.row(key)  # type: ignore[arg-type]
-    for name in ("test", None, "TRAIN"):
-        with pytest.raises(UserError, match=r"has no split .*: choose one of train, val$"):
+    for name, near in (("test", ""), (None, ""), ("TRAIN", r"did you mean train\? ")):
+        with pytest.raises(UserError, match=rf"has no split .*: {near}choose one of train, val$"):
             store.split(name)  # type: ignore[arg-type]
     for name in ("x", "../class_text/mote28", None):
         with pytest.raises(UserError, match=r"prompt set .*: it has mote28; add them with"):

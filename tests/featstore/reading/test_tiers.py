@@ -14,7 +14,6 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cli.next_command import repair_command
 from featstore import (
     Partition,
     Provenance,
@@ -29,6 +28,7 @@ from featstore import (
 from featstore.batches.loader import FeatureLoader, MappedFeatures, StreamedFeatures, resident
 from featstore.format.metadata import attributes_checksum, read_metadata
 from featstore.format.tiers import Tier
+from featstore.reading.repair import repair_command
 from featstore.rewriting.convert import convert
 from featstore.rewriting.export import export
 from featstore.rewriting.grow import add_class_text

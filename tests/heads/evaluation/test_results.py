@@ -14,10 +14,11 @@ import torch
 
 from featstore import WorkError
 from heads import EvalResult, RunFacts, TestSet, evaluate_store, save_result
+from heads.evaluation.details import SplitDetail
 from heads.evaluation.evaluate import pixels_text
 from heads.evaluation.outcomes import read_outcomes
 from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
-from heads.evaluation.results import RESULT_FORMAT, SplitDetail, run_facts
+from heads.evaluation.results import RESULT_FORMAT, run_facts
 from heads.files.head_file import save_tensors
 from heads.files.run_files import TOWER_FILE
 from tests.support.stores.action_store import ACTIONS, action_store
@@ -84,8 +85,9 @@ def test_accuracy_per_class_and_confusion_lie_beside_the_result(tmp_path: Path) 
     file = save_result(result, tmp_path / "run")
     assert json.loads(file.read_text()) == json.loads(json.dumps(result.to_json()))
     beside = sorted(path.name.partition(".")[2] for path in file.parent.iterdir())
-    assert beside == ["confusion.npz", "json", "outcomes.csv", "per-class.csv"]
-    with file.with_suffix(".per-class.csv").open() as text:
+    pictures = ["confusion.csv", "confusion.npz", "confusion.png"]
+    assert beside == [*pictures, "json", "outcomes.csv", "per-class.csv", "videos.csv"]
+    with file.with_suffix(".per-class.csv").open(encoding="utf-8-sig") as text:
         rows = list(csv.DictReader(text))
     assert [row["class_name"] for row in rows] == [*ACTIONS, *ACTIONS]
     outcomes = read_outcomes(file)

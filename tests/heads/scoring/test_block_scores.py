@@ -34,7 +34,14 @@ from heads import (
     train_head,
 )
 from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
-from heads.scoring.scores import BlockScores, fuse_views, view_cosines, view_features
+from heads.scoring.scores import (
+    BlockScores,
+    best_classes,
+    fuse_views,
+    ranks,
+    view_cosines,
+    view_features,
+)
 from heads.scoring.view_summaries import summarise
 from tests.support.stores.action_store import action_store
 
@@ -236,8 +243,12 @@ from heads import load_head
 from heads.training.ranks import together
 from tests.heads.scoring.test_block_scores import everything
 with together("cpu") as ranks:
-    results = everything(open_store(sys.argv[1]), load_head(sys.argv[2]), device="cpu")
-    out = [{**r.to_json(), "predicted": [d.predicted.tolist() for d in r.details]} for r in results]
+    store, head = open_store(sys.argv[1]), load_head(sys.argv[2])
+    results = everything(store, head, device="cpu", confident=True)
+    out = [
+        {**r.to_json(), "said": [[d.best.tolist(), d.confidences.tolist()] for d in r.details]}
+        for r in results
+    ]
     open(f"{sys.argv[3]}-{ranks.rank}.json", "w").write(json.dumps(out))
 """
 
@@ -269,12 +280,30 @@ def test_two_processes_count_every_video_once(tmp_path: Path) -> None:
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     first, second = (json.loads((tmp_path / f"out-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    alone = everything(store, head, device="cpu")
+    alone = everything(store, head, device="cpu", confident=True)
     for result, value in zip(alone, first, strict=True):
         assert value["n_evaluated"] == 37
         assert [part["n_evaluated"] for part in value["per_split"]] == [37, 37]
-        predicted = [detail.predicted.tolist() for detail in result.details]
-        assert value == {**json.loads(json.dumps(result.to_json())), "predicted": predicted}
+        said = value.pop("said")
+        assert value == json.loads(json.dumps(result.to_json()))
+        for detail, (best, confidences) in zip(result.details, said, strict=True):
+            assert detail.best is not None
+            assert best == detail.best.tolist()
+            assert detail.confidences is not None
+            assert np.array(confidences) == pytest.approx(detail.confidences, abs=1e-5)
+
+
+def test_the_best_classes_agree_with_the_ranks() -> None:
+    """Whole numbers tie often: in a tie the class with the lower index is better."""
+    scores = torch.randint(0, 4, (200, 9), generator=torch.Generator().manual_seed(0)).double()
+    for k in (1, 5, 9, 12):
+        best = best_classes(scores, k)
+        assert best.shape == (200, min(k, 9))
+        for label in range(9):
+            place = ranks(scores, torch.full((200,), label))
+            at = (best == label).nonzero()
+            assert (place[at[:, 0]] == at[:, 1]).all()
+            assert len(at) == int((place < k).sum())
 
 
 def test_a_head_of_another_text_tower_is_refused(tmp_path: Path) -> None:

@@ -117,18 +117,19 @@ def test_the_same_file_again_adds_its_splits() -> None:
     assert "1 repeated mention" in listing.notes[0]
 
 
-def test_one_key_for_two_files_names_both() -> None:
+def test_two_files_of_one_name_get_keys_from_their_paths() -> None:
     builder = ListingBuilder()
     builder.add("x", source="x.mp4", class_name="run", path="a/x.mp4")
-    with pytest.raises(UserError, match=r"'a/x.mp4' and 'b/x.mp4'; rename one"):
-        builder.add("x", source="x.mp4", class_name="run", path="b/x.mp4")
+    builder.add("x", source="x.mp4", class_name="run", path="b/x.mp4")
+    assert [record.key for record in builder.build().records] == ["a%2Fx%2Emp4", "b%2Fx%2Emp4"]
 
 
 def test_one_file_with_two_classes_names_both() -> None:
     builder = ListingBuilder()
     builder.add("x", source="x.mp4", class_name="run", path="a/x.mp4")
+    builder.add("y", source="y.mp4", class_name="jump", path="a/x.mp4")
     with pytest.raises(UserError, match=r"two classes, 'run' and 'jump'"):
-        builder.add("y", source="y.mp4", class_name="jump", path="a/x.mp4")
+        builder.build()
 
 
 def test_long_names_are_refused_one_by_one() -> None:

@@ -126,18 +126,17 @@ def test_a_store_once_begun_stays_with_its_decoder(
         decoder_for(request_with(decoder="decord"))
 
 
-def test_the_pool_of_a_request(
-    request_with: Callable[..., ExtractionRequest], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_pool_of_a_decoder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     encoder = load_encoder(make_encoder(tmp_path / "clip"), "fp32")
     output = PooledEmbeddings(encoder)
-    pool = open_pool(request_with(workers=2, strict="never"), "pyav", encoder, output)
+    common = encoder, parse_sampling("uniform:4"), output
+    pool = open_pool("pyav", *common, workers=2, strict="never")
     assert isinstance(pool, ThreadVideoPool)
     assert pool.window == 2 * LOOKAHEAD
     pool.close()
     made: list[Any] = []
     monkeypatch.setattr(gpu_pool, "DaliVideoPool", lambda *arguments: made.append(arguments))
-    open_pool(request_with(workers=2, strict="never", crops=3), "dali", encoder, output)
+    open_pool("dali", *common, workers=2, strict="never", crops=3)
     ((fallback, tower, _, crops, workers),) = made
     assert (fallback.name, fallback.strict, tower, crops, workers) == (
         "pyav",

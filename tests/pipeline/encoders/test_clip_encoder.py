@@ -259,6 +259,8 @@ def test_names_in_the_workspace(folder: Path) -> None:
         ("ViT-B/16", "needs a tag: for example ViT-B-16/openai"),
         ("ViT-B-16/opnai", "did you mean ViT-B-16/openai"),
         ("VIT-B-16/openai", "did you mean ViT-B-16/openai"),
+        ("openai/clip-vit-base-patch16", "did you mean ViT-B-16/openai?"),
+        ("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "did you mean ViT-B-16/laion2b_s34b_b88k?"),
     ],
 )
 def test_unknown_names_are_answered_with_near_ones(spec: str, message: str) -> None:
@@ -320,7 +322,7 @@ def test_unusable_folders_are_explained(folder: Path, tmp_path: Path) -> None:
     model = {**config["model_cfg"]}
     for target, message in [
         (tmp_path / "empty", "has no open_clip_config.json: a folder in open_clip's format holds"),
-        (broken("json", "{"), "cannot be read as JSON"),
+        (broken("json", "{"), "is not JSON"),
         (broken("other", {"a": 1}), "has no entry 'model_cfg'"),
         (
             broken("strange", {"model_cfg": {**model, "colour": 1}}),

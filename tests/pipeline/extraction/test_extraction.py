@@ -17,9 +17,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cli.next_command import repair_command
 from featstore import Store, StoreWriter, UserError, WorkError, open_store
 from featstore.format.metadata import attributes_checksum, read_metadata
+from featstore.reading.repair import repair_command
 from pipeline.annotations.listing import name_from_key
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.decoding.contract import DecodeError

@@ -169,6 +169,17 @@ def test_results_are_those_of_the_cpu_path(make_pool: PoolMaker, sampling: str, 
     }
 
 
+def test_a_file_that_is_too_large_for_memory_is_streamed(
+    make_pool: PoolMaker, tmp_path: Path
+) -> None:
+    (tmp_path / "large.mp4").write_bytes(SMALL[0])
+    pool = make_pool()
+    (streamed,) = results([pool.submit(lambda: tmp_path / "large.mp4")])
+    assert_same(streamed, on_cpu(SMALL[0]))
+    pool.close()
+    assert "1 videos decoded by pyav (read as a stream)" in pool._batcher.report()
+
+
 @pytest.mark.parametrize("data", [b"", b"words " * 200, SMALL[0][: len(SMALL[0]) // 2]])
 def test_a_file_that_cannot_be_read_gets_pyavs_reason(make_pool: PoolMaker, data: bytes) -> None:
     with pytest.raises(DecodeError) as error:

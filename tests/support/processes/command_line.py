@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from cli.main import main
+from cli.main import TRACEBACK_VARIABLE, main
 from cli.output import PACKAGES
 
 
@@ -45,13 +45,14 @@ class Result:
         return lines[0]
 
 
-def mote(*arguments: str | Path, cwd: Path | None = None) -> Result:
-    """Run `mote-cli ARGUMENTS` through its own `main`."""
+def mote(*arguments: str | Path, cwd: Path | None = None, width: int = 200) -> Result:
+    """Run `mote-cli ARGUMENTS` through its own `main`, in a window of `width` columns."""
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["mote-cli", *map(str, arguments)]),
         # Wide, as a log is: rich wraps tables to the width of the terminal.
-        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+        # An unexpected error is a failure of the test and not one more line of the command.
+        mock.patch.dict(os.environ, {"COLUMNS": str(width), TRACEBACK_VARIABLE: "1"}),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         _as_before(),

@@ -26,20 +26,23 @@ def action_store(
     split_names: Sequence[str] = ("train", "val"),
     failed: Sequence[int] = (3,),
     noise: float = 1.0,
+    confused: float = 0.0,
     seed: int = 0,
     class_names: Sequence[str] = ACTIONS,
     **provenance: Any,
 ) -> Store:
     """One partition of `samples` rows; row i has label i % classes and lies in split i % splits.
 
-    Features are the class's text embedding plus noise; rows in `failed` failed in extraction.
+    Features are the class's text embedding, `confused` times that of the next class, and noise;
+    rows in `failed` failed in extraction.
     """
     rng = np.random.default_rng(seed)
     texts = np.random.default_rng(7).standard_normal((classes, dim)).astype(np.float32)
     texts /= np.linalg.norm(texts, axis=1, keepdims=True)
     labels = np.arange(samples, dtype=np.int32) % classes
     shape = (samples, views, frames)
-    features = 2 * texts[labels][:, None, None] + noise * rng.standard_normal((*shape, dim))
+    shown = texts[labels] + confused * texts[(labels + 1) % classes]
+    features = 2 * shown[:, None, None] + noise * rng.standard_normal((*shape, dim))
     status = np.ones(samples, np.uint8)
     bad = list(failed)
     features[bad], status[bad] = np.nan, 2

@@ -51,6 +51,7 @@ def train_small_clip(
     epochs: int = 10,
     batch: int = 256,
     lr: float = 1e-3,
+    dim: int = MODEL_CONFIG["embed_dim"],
 ) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Contrastive training on random single frames; targets are spread over identical captions.
 
@@ -70,6 +71,7 @@ def train_small_clip(
 
     config = json.loads(json.dumps(MODEL_CONFIG))
     config["text_cfg"]["vocab_size"] = len(token_ids)
+    config["embed_dim"] = dim
     model = open_clip.CLIP(**config, quick_gelu=False)
     mean, std = (torch.tensor(PREPROCESSING[key])[:, None, None] for key in ("mean", "std"))
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2)

@@ -221,3 +221,66 @@ def test_which_sets_are_meant(tmp_path: Path) -> None:
         collect([run])
     with pytest.raises(UserError, match="'more' is named twice"):
         collect([run], closeset="clips", zeroshot=["more", "more"])
+
+
+def clip_alone(run: Path, close: float, *zero: float, **changes: Any) -> Path:
+    plain = {"modulate": False, "kind": "mean", "trained_on": None, "epoch_choice": None}
+    return whole(run, close, *zero, **(plain | {"head_fingerprint": "m"} | changes))
+
+
+def test_the_baseline_is_the_mean_of_the_same_frames(tmp_path: Path) -> None:
+    mote = whole(tmp_path / "mote", 83.0, 83.4, 55.8, 70.2)
+    mean = clip_alone(tmp_path / "mean", 60.0, 70.0, 40.0, 50.0)
+    table = collect([mote], baseline=mean)
+    (row,) = table.baselines
+    assert row.top1 == [60.0, 70.0, 40.0, 50.0]
+    assert table.missing == ()
+    assert table.to_json()["baselines"][0]["closeset_top1"] == 60.0
+    # Named or found among the heads, it has that row alone; without heads it is one itself.
+    assert [row.head for row in collect([mean, mote], baseline=mean).rows] == ["mote"]
+    alone = collect([mean], baseline=mean)
+    assert ([row.head for row in alone.rows], alone.baselines) == (["mean"], ())
+    # Other frames, another store, an ensemble, or other sentences are not that baseline.
+    for time, trick in enumerate(
+        ({"frames": 16}, {"store": "t.zarr"}, {"ensemble": 0.5}, {"prompt_set": "mine"}), start=1
+    ):
+        zeroshot(mean, "hmdb51", 99.0, time=time, kind="mean", modulate=False, **trick)
+    assert collect([mote], baseline=mean).baselines == (row,)
+
+
+def test_a_missing_baseline_comes_with_its_command(tmp_path: Path) -> None:
+    mote = whole(tmp_path / "mote", 83.0, 83.4, 55.8, 70.2)
+    mean = tmp_path / "mean"
+    zeroshot(mean, "ucf101", 70.0, kind="mean", modulate=False)
+    table = collect([mote], baseline=mean, root_option=" --root here")
+    assert table.baselines[0].top1 == [None, 70.0, None, None]
+    options = "--head mean --frames 8 --store s.zarr --prompts mote28 --root here`"
+    assert table.missing == tuple(
+        f"CLIP's mean of the same frames has no {role} result on {name}: "
+        f"`mote-cli eval --{role} {name} {options}"
+        for role, name in (("closeset", "k400"), ("zeroshot", "hmdb51"), ("zeroshot", "k600"))
+    )
+
+
+def test_heads_of_other_stores_have_their_own_baselines(tmp_path: Path) -> None:
+    small = whole(tmp_path / "b16", 83.0, 83.4, 55.8, 70.2)
+    large = whole(tmp_path / "l14", 86.8, 88.7, 61.4, 78.4, store="l.zarr", head_fingerprint="f2")
+    part = tmp_path / "part"
+    closeset(part, 80.0)
+    mean = clip_alone(tmp_path / "mean", 60.0, 70.0, 40.0, 50.0)
+    clip_alone(mean, 61.0, 71.0, 41.0, 51.0, store="l.zarr", time=1)
+    first, second = collect([small, part, large], baseline=mean).baselines
+    assert (first.beside, second.beside) == (("b16",), ("l14",))
+    assert (first.top1[0], second.top1[0]) == (60.0, 61.0)
+
+
+def test_a_head_without_new_classes_has_a_closeset_number_alone(tmp_path: Path) -> None:
+    mote = whole(tmp_path / "mote", 83.0, 83.4, 55.8, 70.2)
+    linear = tmp_path / "linear"
+    closeset(linear, 81.0, kind="linear", modulate=False)
+    table = collect([mote, linear])
+    assert table.rows[1].top1 == [81.0, None, None, None]
+    assert table.missing == ("linear knows only its own classes: it has no zero-shot result",)
+    closeset(linear, 85.0, time=1, kind="linear", modulate=False, views="1x1")
+    with pytest.raises(UserError, match="on k400, views is 4x3 for mote and 1x1 for linear"):
+        collect([mote, linear])

@@ -1,0 +1,135 @@
+"""The `mote-cli` commands that messages name, written so that they work when they are pasted.
+
+This is the one place that writes such a command: every room may import it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from featstore.files.documents import found_object
+
+STORE_SUFFIX: Final = ".zarr"
+DEFAULT_ROOT: Final = Path("mote-data")
+ROOT_VARIABLE: Final = "MOTE_ROOT"
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
+
+
+def command(*words: str | Path, root: str | Path | None = None, **options: object) -> str:
+    """Return "mote-cli WORDS --option VALUE ...", quoted for a shell.
+
+    Options with the value None, False or "" are left out, True writes the option alone, and a
+    tuple writes its words as they are. Paths are written relative to the working folder if they
+    lie inside it. `--root` is written unless `root` is the workspace that is used without it.
+    """
+    said = ["mote-cli", *map(_shown, words)]
+    for name, value in options.items():
+        if value is None or value is False or value == "":
+            continue
+        if isinstance(value, tuple):
+            said += map(_shown, value)
+        else:
+            said.append(f"--{name.replace('_', '-')}")
+            said += [] if value is True else [_shown(value)]
+    return shlex.join(said) + ("" if root is None else root_words(root))
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The options of one `extract` command; the command's own defaults where they are None."""
+
+    dataset: str
+    encoder: str | None = None
+    sampling: str | None = None
+    crops: int = 1
+    tier: str | None = None
+    """None means embeddings, one per frame."""
+    split: str | None = None
+    prompts: str | None = None
+
+    def command(self, root: str | Path | None, **more: object) -> str:
+        """Return the command for the workspace `root`; `more` are further options."""
+        return command(
+            "extract",
+            dataset=self.dataset,
+            encoder=self.encoder,
+            sampling=self.sampling,
+            crops=self.crops if self.crops > 1 else None,
+            tier=self.tier,
+            split=self.split,
+            prompts=self.prompts,
+            **more,
+            root=root,
+        )
+
+    @property
+    def file_name(self) -> str:
+        """The name of the store: `<encoder>--<sampling>[--crops3][--<tier>][--<split>].zarr`.
+
+        Characters that trouble file systems or copying tools become "-".
+        """
+        tower = self.encoder or ""
+        if os.path.isabs(tower):  # a folder or a file gives its own name
+            tower = Path(tower).name.removesuffix(".pt")
+        crops = f"crops{self.crops}" if self.crops > 1 else ""
+        parts = [tower, self.sampling, crops, self.tier, self.split]
+        safe = [_UNSAFE.sub("-", part or "").strip("-.") for part in parts]
+        return "--".join(part for part in safe if part) + STORE_SUFFIX
+
+
+def remake_command(store: Path) -> str:
+    """Return the `extract` command for a store of which only place and name can be read.
+
+    In a workspace, these tell data set, sampling, crops, tier and split; the encoder stands in the
+    note beside the store, if there is one.
+    """
+    root = workspace_of(store)
+    if root is None:
+        return command("extract", dataset="NAME", store=store)
+    told = Extraction(store.absolute().parent.name, _noted_encoder(store))
+    _, *parts = store.stem.split("--")
+    for part in parts:
+        if sampling := re.fullmatch(r"(uniform|clips|dense)-(\d+(?:x\d+)?)", part):
+            told = replace(told, sampling=f"{sampling[1]}:{sampling[2]}")
+        elif crops := re.fullmatch(r"crops(\d)", part):
+            told = replace(told, crops=int(crops[1]))
+        elif tier := re.fullmatch(r"(frames)|tokens-(\d+)", part):
+            told = replace(told, tier=tier[1] or f"tokens:{tier[2]}")
+        else:
+            told = replace(told, split=part)
+    return told.command(root)
+
+
+def _noted_encoder(store: Path) -> str | None:
+    note = found_object(store.with_name(f"{store.name}.encoder.json")) or {}
+    signature = note.get("signature")
+    spec = signature.get("spec") if isinstance(signature, dict) else None
+    return spec if isinstance(spec, str) else None
+
+
+def workspace_of(store: Path) -> Path | None:
+    """Return the workspace in which a store lies at `features/NAME/STORE.zarr`, else None."""
+    folders = store.absolute().parents
+    inside = len(folders) > 2 and folders[1].name == "features" and store.suffix == STORE_SUFFIX
+    return folders[2] if inside else None
+
+
+def root_words(root: str | Path) -> str:
+    """Return what a command needs to find the workspace: " --root DIR", or ""."""
+    usual = Path(os.environ.get(ROOT_VARIABLE, DEFAULT_ROOT))
+    if "://" not in str(root) and Path(root).absolute() == usual.absolute():
+        return ""
+    return " --root " + shlex.quote(_shown(root))
+
+
+def _shown(value: object) -> str:
+    here = Path.cwd()
+    if isinstance(value, Path) and value.is_absolute() and value.is_relative_to(here):
+        value = value.relative_to(here)
+    return str(value)

@@ -1,0 +1,81 @@
+"""Says what is missing in a workspace for what, and the command that makes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from featstore.commands import command
+from featstore.reading.repair import repair_command
+from heads.evaluation.next_steps import after_extraction, evaluation_of, first_extraction
+from heads.inventory.contents import Contents, HeldHead, HeldStore
+from pipeline.encoders.specs import local_encoder
+
+
+@dataclass(frozen=True)
+class Step:
+    """Something that is missing, and the command that makes it; `about` names what lacks it."""
+
+    about: str
+    missing: str
+    command: str | None
+    """None if the workspace does not know the command, which `missing` then describes."""
+
+    @property
+    def line(self) -> str:
+        """The step as one line of text."""
+        return f"{self.about}: {self.missing}" + (f": `{self.command}`" if self.command else "")
+
+
+def next_steps(contents: Contents) -> list[Step]:
+    """Return what is missing in a workspace, in the order in which it is needed.
+
+    What a running command is making just now is not missing.
+    """
+    return list(_steps(contents))
+
+
+def _steps(contents: Contents) -> Iterator[Step]:
+    workspace = contents.workspace
+    if not (contents.datasets or contents.stores or contents.heads or contents.problems):
+        yield Step("workspace", "empty; an example that makes its own videos", command("demo"))
+        yield Step("own videos", "how they get in", command("pack", help=True))
+        return
+    for dataset in contents.datasets:
+        if not contents.stores_of(dataset.name) and dataset.videos > dataset.failed:
+            making = first_extraction(workspace, dataset.name).command(workspace.root)
+            yield Step(dataset.name, "packed, not extracted", making)
+    for store in contents.stores:
+        if not store.complete and store.busy is None:
+            done = f"{store.tars_done} of {store.metadata.schema.tars} tars extracted"
+            lost = _lost_source(contents, store)
+            repair = repair_command(store.folder, store.metadata, workspace.root)
+            name = f"{store.dataset}/{store.name}"
+            yield Step(name, done + lost, repair if not lost else None)
+    own = [head for head in contents.heads if not head.protocol]
+    if not any(head.settings for head in own):
+        for store in contents.stores:
+            if store.complete and store.metadata.schema.pooled and store.metadata.class_names:
+                yield Step(store.dataset, "extracted, no head", after_extraction(store.folder))
+    for head in own:
+        if head.settings and head.busy is None:
+            yield from _steps_of(head)
+
+
+def _lost_source(contents: Contents, store: HeldStore) -> str:
+    """Say what an extraction of the store would need and the workspace lacks; "" if nothing."""
+    made = store.metadata.provenance
+    if made.dataset not in {dataset.name for dataset in contents.datasets}:
+        return f"; data set {made.dataset} is not here"
+    published = "/" in made.encoder and not os.path.isabs(made.encoder)
+    place = local_encoder(made.encoder, contents.workspace.root / "encoders")
+    return "" if published or place is not None else f"; encoder {made.encoder} is not here"
+
+
+def _steps_of(head: HeldHead) -> Iterator[Step]:
+    if not head.finished:
+        done = f"{head.epochs_done} of {head.epochs or '?'} epochs trained"
+        yield Step(head.name, f"{done}; the command that began it continues with --resume", None)
+    elif not head.results:
+        yield Step(head.name, "never evaluated", evaluation_of(head.folder))

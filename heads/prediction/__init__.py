@@ -1,0 +1,1 @@
+"""Predicts the classes of video files that belong to no data set."""

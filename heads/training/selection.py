@@ -1,0 +1,373 @@
+"""Which epoch of a training is kept, when it stops early, and what was gained at its end.
+
+n = training videos, m = validation videos, V = views, F = stored frames, T = frames of a view,
+D = embedding width, C = classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from featstore.batches.loader import FeatureLoader, resident
+from featstore.files.durable import write_bytes, write_json
+from featstore.format.schema import RowArray
+from featstore.progress import ProgressSink
+from featstore.reading.store import Store
+from featstore.segments import segment_positions
+from featstore.workspace import LAST_EPOCH
+from heads.compatibility import mean_head
+from heads.files.head_file import load_tensors, save_head, save_tensors
+from heads.files.run_files import (
+    BEST_FILE,
+    CONFIG_FILE,
+    HEAD_FILE,
+    KEYS_FILE,
+    METRICS_FILE,
+    PART_FILE,
+    VALIDATION_FILE,
+)
+from heads.methods.head import Head
+from heads.methods.registry import method
+from heads.training.baselines import baseline_accuracies
+from heads.training.config import TrainConfig
+from heads.training.state import Position, restore_best, save_best
+from heads.training.trainer import Trainer, batches_of
+from heads.training.training_set import renumbered
+from heads.training.validation import (
+    CROSS,
+    PARTS,
+    Judge,
+    Judged,
+    Validation,
+    as_frames,
+    judged_features,
+)
+
+log = logging.getLogger(__name__)
+
+MOST_IN_BASELINES: Final = 20_000
+"""Training videos that the cheap baselines are fitted to at most; evenly chosen from more."""
+FEW: Final = 50
+"""Training videos below which training must prove its worth. With fewer it made heads better and
+worse alike in the study of docs/recipes.md; with more it nearly always helped."""
+_LEAST_WON: Final = 3  # videos, for two or three out of 20 happen by chance
+_TOO_BAD: Final = 2.0  # standard errors
+
+
+def won(head: Judged, base: Judged) -> tuple[int, float]:
+    """Return how many more of the same m videos `head` got right than `base`, and its chance error.
+
+    Of the videos that only one of the two got right, each would be either's with equal chance
+    (McNemar, 1947): the difference then has the square root of their number as standard error.
+    """
+    better = int((head.right & ~base.right).sum())
+    worse = int((~head.right & base.right).sum())
+    return better - worse, math.sqrt(better + worse)
+
+
+def worth(more: int, error: float, videos: int) -> bool:
+    """Return whether `won` says that a head trained on `videos` videos is better than another."""
+    return more > 0 if videos >= FEW else more >= _LEAST_WON and more > error
+
+
+@dataclass
+class Selection:
+    """Follows one training on its validation videos."""
+
+    validation: Validation
+    training: TrainConfig
+    run_dir: Path
+    untrained: Head
+    """Epoch 0: the head that training starts from or, for a new head, one that changes nothing."""
+    start: Judged
+    """How `untrained` did."""
+    no_head: Judged
+    """How CLIP's mean of frames did."""
+    judge: Callable[[int, Head], Judged]
+    """A function of the number of epochs done and the head."""
+    videos: int
+    """n, videos trained on."""
+    baselines: Callable[[], dict[str, float]]
+    """Fits the cheap baselines; returns their accuracies in per cent."""
+    parts: int = 0
+    """Parts of a cross-validation."""
+
+    def measured(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
+        """Judge the head after `epoch` epochs and keep the best; return entries for the record."""
+        found, position = self.judge(epoch, trainer.head), trainer.position
+        best = position.best
+        if self.training.keep_best and (
+            best is None or (found.top1, -found.loss) > (best["top1"], -best["loss"])
+        ):
+            more, error = won(found, self.start)
+            position.best = {"epoch": epoch, "top1": found.top1, "loss": found.loss}
+            position.best |= {"won": more, "error": error}
+            save_best(self.run_dir / BEST_FILE, trainer.parameters, epoch, trainer.ranks)
+        log.info(
+            "epoch %d of %d: loss %.3f, validation %.1f %% (no head %.1f %%)",
+            *(epoch, self.training.epochs, position.sums[0] / max(position.samples, 1)),
+            *(found.top1, self.no_head.top1),
+        )
+        entries = {"top1": found.top1, "loss": found.loss, "no_head": self.no_head.top1}
+        return {"validation": entries}
+
+    def finished(self, position: Position) -> bool:
+        """Return whether accuracy and loss have not improved for `patience` epochs.
+
+        After a cross-validation all epochs are trained: it has looked at all of them already.
+        """
+        if self.parts or not self.training.patience:
+            return False
+        seen = [(0, self.start.top1, self.start.loss)]
+        for record in position.metrics:
+            found = record["validation"]
+            seen.append((record["epoch"], found["top1"], found["loss"]))
+        highest = max(seen, key=lambda entry: entry[1])[0]
+        lowest = min(seen, key=lambda entry: entry[2])[0]
+        return position.epoch - max(highest, lowest) >= self.training.patience
+
+    def close(self, model: Head, trainer: Trainer | None) -> Head:
+        """Return the head to keep at the end; write what was gained, and the last epoch if kept.
+
+        `trainer` is None for a head that was not trained in epochs.
+        """
+        metrics = [] if trainer is None else trainer.position.metrics
+        last = self.judge(len(metrics), model)
+        kept, epoch, found = model, len(metrics), last
+        best = None if trainer is None else trainer.position.best
+        if trainer is not None and best is not None:
+            self._save_last_epoch(model)
+            epoch = self._kept_epoch(best, last, len(metrics))
+            if epoch == 0:
+                kept, found = self.untrained, self.start
+            elif epoch == best["epoch"]:
+                restore_best(self.run_dir / BEST_FILE, trainer.parameters, epoch)
+                model.logit_scale.copy_(trainer.logit_scale.detach().reshape(()))
+                found = self.judge(epoch, model.eval())
+        gained = {
+            "source": self.validation.source,
+            "videos": self.validation.words,
+            "n_listed": self.validation.n_listed,
+            "n_failed": self.validation.n_failed,
+            "n_judged": len(found.right),
+            "kept_epoch": None if trainer is None else epoch,
+            "top1": found.top1,
+            "last_top1": last.top1,
+            "no_head": self.no_head.top1,
+            "baselines": self.baselines(),
+        }
+        learnt = worth(*won(found, self.no_head), self.videos)
+        advice = "" if learnt or trainer is None else self._advice(metrics)
+        if advice:
+            log.warning(
+                "nothing was learnt: no head is as good (%.1f %% of %d videos)%s; %s",
+                *(self.no_head.top1, len(found.right)),
+                *("" if epoch else ", and the head kept answers like none", advice),
+            )
+        write_json(self.run_dir / VALIDATION_FILE, gained | {"learnt": learnt, "advice": advice})
+        return kept
+
+    def _kept_epoch(self, best: Mapping[str, Any], last: Judged, epochs: int) -> int:
+        """Return the epoch to keep: the best, the last of `epochs`, or 0 for the untrained head."""
+        if worth(best["won"], best["error"], self.videos):
+            return int(best["epoch"])
+        more, error = won(last, self.start)
+        # Each head of a cross-validation lacks videos of just the classes it is asked for. With two
+        # or three videos a class it did worse than no head where training on all gave 6 points
+        # more, so only a clear loss counts.
+        if self.parts and self.videos >= FEW and more > -_TOO_BAD * error:
+            return epochs
+        return 0
+
+    def _save_last_epoch(self, model: Head) -> None:
+        """Keep the last epoch as a head of its own, with the records that belong to it."""
+        folder = self.run_dir / LAST_EPOCH
+        for name in (CONFIG_FILE, KEYS_FILE, METRICS_FILE):
+            write_bytes(folder / name, (self.run_dir / name).read_bytes())
+        save_head(model, folder / HEAD_FILE)
+
+    def _advice(self, metrics: list[dict[str, Any]]) -> str:
+        """Return the option that would change a training that did not help."""
+        losses = [record["loss"] for record in metrics]
+        half = (len(losses) + 1) // 2  # a single epoch depends much on its random draws
+        early, late = sum(losses[:half]), sum(losses[-half:])
+        lr, epochs = self.training.lr, self.training.epochs
+        if not self.training.keep_best:
+            return "--recipe auto fits rate, batch and epochs to these videos"
+        if late > 0.8 * early:
+            return f"the loss hardly fell: raise --lr (now {lr:.2g}) or --epochs (now {epochs})"
+        return "the training videos were learnt, others were not: add videos, or try --layers 1"
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """What a training has before its first step."""
+
+    model: Head
+    continues: bool
+    """Whether the model has the weights of an earlier head."""
+    store: Store
+    rows: RowArray
+    """[n] array rows trained on."""
+    labels: RowArray
+    """[n] indices into the model's training classes."""
+    classes: npt.ArrayLike | None
+    """Label ids of the training classes in their order, None for all."""
+    training: TrainConfig
+    repeats: int
+    run_dir: Path
+    device: torch.device
+    precision: str
+
+    def judge(self, features: Tensor, labels: Tensor) -> Judge:
+        """Return a judge on the features [m,V,T,D] and labels [m] of videos."""
+        origin = self.model.origin
+        names = None if origin is None else origin.class_names
+        texts = self.model.training_class_embeddings.clone()
+        return Judge(features, labels, texts, names, self.precision)
+
+    def baselines(self, known: Tensor, labels: RowArray, judge: Judge) -> dict[str, float]:
+        """Fit the cheap baselines to features [n,V,T,D]; return their accuracies in per cent."""
+        before = logging.root.manager.disable
+        logging.disable(max(before, logging.INFO))  # what they chose matters for `--head` only
+        try:
+            return baseline_accuracies(
+                *(as_frames(known), labels, as_frames(judge.features), judge.labels, judge.classes),
+                logit_scale=float(self.model.logit_scale.exp()),
+            )
+        finally:
+            logging.disable(before)
+
+
+def begin_selection(validation: Validation, start: Beginning, progress: ProgressSink) -> Selection:
+    """Load the validation videos, cross-validate if that is the way, and judge epoch 0.
+
+    A cross-validation that was stopped continues with the first unfinished part.
+    """
+    model, frames = start.model, start.training.frames
+    if validation.source == CROSS:
+        judge, judge_epoch, baselines, parts = _cross_validated(validation, start, progress)
+    else:
+        features, rows = judged_features(validation.store, validation.rows, frames)
+        labels = renumbered(validation.store, rows, start.classes)
+        judge, parts = start.judge(features, torch.from_numpy(labels)), 0
+
+        def judge_epoch(epoch: int, head: Head) -> Judged:
+            return judge(head)
+
+        def baselines() -> dict[str, float]:
+            some = segment_positions(len(start.rows), min(len(start.rows), MOST_IN_BASELINES))
+            known, kept = judged_features(start.store, start.rows[some], frames)
+            of = start.labels[np.isin(start.rows, kept)]
+            return start.baselines(known, of, judge)
+
+    mean = mean_head(model.config.dim, float(model.logit_scale.exp()))
+    untrained = copy.deepcopy(model) if method(model.config.kind).in_epochs else mean
+    if not start.continues:
+        untrained.silence()
+    return Selection(
+        *(validation, start.training, start.run_dir, untrained, judge(untrained), judge(mean)),
+        *(judge_epoch, len(start.rows), baselines, parts),
+    )
+
+
+def _cross_validated(
+    validation: Validation, start: Beginning, progress: ProgressSink
+) -> tuple[Judge, Callable[[int, Head], Judged], Callable[[], dict[str, float]], int]:
+    """Train a head for each part on the other parts, and judge all its epochs on the part.
+
+    Returns a judge on the videos of all parts, the judgement by epoch, the baselines and the number
+    of parts.
+    """
+    rows, labels, training = start.rows, start.labels, start.training
+    features = resident(start.store, rows)
+    shown = features[:, :, segment_positions(start.store.schema.frames, training.frames)]
+    truth, parts = torch.from_numpy(labels), validation.parts
+    assert parts is not None
+    assert len(parts) == len(rows)
+    members = [found for part in range(PARTS) if len(found := np.flatnonzero(parts == part))]
+    judges = [start.judge(shown[held], truth[held]) for held in members]
+    rests = [np.setdiff1d(np.arange(len(rows)), held) for held in members]
+
+    def curve(number: int) -> list[Judged]:
+        rest = rests[number]
+        loader = FeatureLoader(
+            features[rest],
+            labels[rest],
+            batch_size=training.batch_size,
+            frames=training.frames,
+            seed=training.seed,
+            rows=rows[rest],
+            repeats=start.repeats,
+        )
+
+        def report(done: float, total: float, **details: float | int | str) -> None:
+            whole = (len(members) + 1) * total
+            progress(done + number * total, whole, part=f"{number + 1}/{len(members)}", **details)
+
+        file = start.run_dir / PART_FILE.format(number + 1)
+        model = copy.deepcopy(start.model)
+        return _curve(file, model, judges[number], loader, training, start.device, report)
+
+    curves = [curve(number) for number in range(len(members))]
+    by_epoch = [Judged.joined(list(epoch)) for epoch in zip(*curves, strict=True)]
+
+    def baselines() -> dict[str, float]:
+        total: dict[str, float] = {}
+        for rest, judge in zip(rests, judges, strict=True):
+            share = len(judge.labels) / len(whole.labels)
+            for name, top1 in start.baselines(shown[rest], labels[rest], judge).items():
+                total[name] = total.get(name, 0.0) + share * top1
+        return total
+
+    order = np.concatenate(members)
+    whole = start.judge(shown[order], truth[order])
+    return whole, lambda epoch, head: by_epoch[epoch], baselines, len(members)
+
+
+def _curve(
+    file: Path,
+    head: Head,
+    judge: Judge,
+    loader: FeatureLoader,
+    training: TrainConfig,
+    device: torch.device,
+    progress: ProgressSink,
+) -> list[Judged]:
+    """Train `head` on what `loader` gives, judged after 0, 1, ... epochs; `file` keeps that."""
+    if file.is_file():
+        tensors, _ = load_tensors(file)
+        pairs = zip(tensors["right"].bool(), tensors["losses"], strict=True)
+        return [Judged(right, losses) for right, losses in pairs]
+    trainer = Trainer.on_features(
+        head,
+        training,
+        len(loader),
+        device=device,
+        run_dir=file.parents[1],
+        batches=batches_of(loader),
+        progress=progress,
+        kept=False,
+    )
+    judged = [judge(head)]
+
+    def after_epoch(epoch: int) -> dict[str, Any]:
+        judged.append(judge(head))
+        return {}
+
+    trainer.train(after_epoch)
+    right = torch.stack([found.right for found in judged]).to(torch.uint8)
+    losses = torch.stack([found.losses for found in judged])
+    save_tensors(file, {"right": right, "losses": losses}, {})
+    return judged
