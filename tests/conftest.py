@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before anything of ours is imported: the terminal that the tests run in must not decide how wide
+# tables are, and two processes of a test share the cores.
+os.environ.pop("COLUMNS", None)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from tests.support.servers.s3_server import FailingProxy, S3Server, environment, running_server
 
 torch.set_num_threads(1)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from heads.end_to_end.model import EndToEndModel
-from heads.scoring.scores import TOP_K, fuse_views
+from heads.scoring import TOP_K
+from heads.scoring.scores import fuse_views
 from heads.scoring.scores import ranks as places
 from heads.training.ranks import Ranks
 from pipeline.tars.dataset import Dataset

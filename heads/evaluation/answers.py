@@ -14,7 +14,7 @@ from typing import Final
 from featstore.files.durable import write_bytes
 from featstore.files.tables import csv_bytes
 from heads.evaluation.details import SplitDetail, class_outcomes, merged
-from heads.scoring.scores import TOP_K
+from heads.scoring import TOP_K
 
 log = logging.getLogger(__name__)
 

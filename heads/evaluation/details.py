@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from heads.evaluation.protocols.protocol import LabelIds
-from heads.scoring.scores import TOP_K
+from heads.scoring import TOP_K
 
 NAMED_CLASSES: Final = 5  # how many classes and confusions a summary names
 

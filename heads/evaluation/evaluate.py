@@ -29,7 +29,8 @@ from heads.evaluation.results import EvalResult, RunFacts, SplitResult, taken_fr
 from heads.files.head_file import head_fingerprint
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES
-from heads.scoring.scores import TOP_K, Fusion, Scoring
+from heads.scoring import TOP_K
+from heads.scoring.scores import Fusion, Scoring
 
 log = logging.getLogger(__name__)
 

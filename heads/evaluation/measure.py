@@ -22,7 +22,8 @@ from heads.evaluation.details import Confidences, NotEvaluated
 from heads.evaluation.protocols.protocol import LabelIds, TestSet
 from heads.methods.head import Head
 from heads.methods.mote.modulation import require_neighbours
-from heads.scoring.scores import TOP_K, BlockScores, Scoring, best_classes, ranks
+from heads.scoring import TOP_K
+from heads.scoring.scores import BlockScores, Scoring, best_classes, ranks
 from heads.scoring.view_summaries import ViewSummaries, summarise_store
 from heads.training.ranks import Ranks
 

@@ -33,8 +33,6 @@ Fusion = Literal["softmax", "cosine", "features"]
 """How views become one score per class: by the mean of the softmax of cosines (MoTE, X-CLIP,
 ViFi-CLIP), the mean of cosines, or the cosines of the mean video feature (Text4Vis)."""
 
-TOP_K = 5
-
 
 @dataclass(frozen=True)
 class Scoring:

@@ -20,8 +20,9 @@ def video_paths(dataset_dir: Path) -> dict[str, str]:
     """Return the path of every listed video by its key; {} if the data set is not packed here.
 
     A path is relative to the folder of videos that was packed, or a URL; in a tar that was taken
-    where it lies it is the name of the member. It comes from the plan of packing
-    or, where that was not kept, from the JSON beside each video in the tars and from failures.csv.
+    where it lies it is the name of the member. It comes from the plan of packing or, where that was
+    not kept, from the JSON beside each video in the tars (or the index of such a tar) and from
+    failures.csv.
     A tar that is missing or damaged is logged, and its videos are left out.
     """
     with suppress(UserError, WorkError):
@@ -38,8 +39,8 @@ def video_paths(dataset_dir: Path) -> dict[str, str]:
         try:
             with open_packed(dataset, tar) as archive:
                 for sample in archive.samples:
-                    said = sample.sidecar
-                    found[sample.key] = str(said.get("source_path") or said.get("member", ""))
+                    path = sample.sidecar.get("source_path") or sample.sidecar.get("member")
+                    found[sample.key] = str(path or "")
         except WorkError as error:
             log.warning("paths are left out: %s", error)
     return found

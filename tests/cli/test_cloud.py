@@ -166,7 +166,7 @@ def test_mistakes_are_one_line_without_secrets(
 def test_the_summary_in_words(world: World, uploaded: str) -> None:
     result = mote(*arguments(world, "--root", uploaded))
     assert result.code == 0
-    assert f"--store {uploaded}/features/clips/" in result.out
+    assert f"--store '{uploaded}/features/clips/" in result.out
     assert SECRET_KEY not in result.out + result.err
 
 

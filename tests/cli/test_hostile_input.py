@@ -226,7 +226,7 @@ def test_names_reach_the_terminal_as_escapes(hostile: Path, tmp_path: Path) -> N
     tables = list((tmp_path / "root").rglob("*.csv"))
     assert {"failures.csv"} < {path.name for path in tables}
     for path in tables:
-        for row in csv.reader(path.read_text().splitlines()):
+        for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()):
             for cell in row:
                 assert cell == safe_text(cell)
                 assert cell[:1] not in ("=", "+", "@", "-", "\t")

@@ -433,7 +433,7 @@ def test_wrong_input_of_few_shot(packed: dict[str, tuple[Tree, Path]], tmp_path:
     assert "no list for the 4 shots" in refused(2, *few, "--shots", "4", "--lists-from", clone)
     assert "is not a folder" in refused(2, *few, "--shots", "4", "--lists-from", path)
     assert "--shots '2,x'" in refused(2, *few, "--shots", "2,x")
-    assert "corrected or as-published" in refused(2, *few, "--label-map", "wrong")
+    assert "choose one of corrected, as-published" in refused(2, *few, "--label-map", "wrong")
     assert "exactly one of --closeset" in refused(2, *few, "--zeroshot", "hmdb51")
     unused = (*few, "--k600-source", "val")
     only = "can be used only with"

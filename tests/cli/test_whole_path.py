@@ -264,7 +264,7 @@ def test_several_stores_are_told_apart_by_name(own: World) -> None:
     assert "2 stores" in line
     assert "copy.zarr" in line
     assert "--store NAME" in line
-    assert "it has copy.zarr, tiny--uniform-4.zarr" in refused(2, *train, "--store", "none")
+    assert "choose one of copy, tiny--uniform-4" in refused(2, *train, "--store", "none")
     assert done(*train, "--store", "copy")["n_trained"] == 12
     evaluated = done("eval", "--closeset", "clips", "--store", "copy.zarr", "--root", own.root)
     assert evaluated["n_listed"] == 6

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from featstore.errors import UserError
 from heads.methods.text_classifier import class_cosines
-from heads.scoring.scores import TOP_K, fuse_views, percent, ranks
+from heads.scoring import TOP_K
+from heads.scoring.scores import fuse_views, percent, ranks
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,10 @@ class FoundTar:
 
 def read_record(path: Path, source: str, class_field: str, state: State) -> FoundTar | None:
     """Return the record of a tar, or None if there is none of the tar as it is now."""
+    value = found_object(path, LISTS_LIMIT)
+    if value is None:
+        return None
     try:
-        value = found_object(path, LISTS_LIMIT) or {}
         samples = [FoundSample(**sample) for sample in value.pop("samples")]
         found = FoundTar(**value, samples=samples)
     except (AttributeError, LookupError, TypeError, ValueError):

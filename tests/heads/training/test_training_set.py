@@ -204,5 +204,5 @@ def test_a_training_set_in_words(store: Store) -> None:
     assert (chosen.suffix, chosen.repeats, len(chosen.rows)) == ("-base-k2-s1", 3, 8)
     whole = choose_training_set(store, store.split("train"), split=None)
     assert (whole.words, whole.suffix, whole.classes) == ("all videos", "", None)
-    with pytest.raises(UserError, match="all, base or novel"):
+    with pytest.raises(UserError, match="choose one of all, base, novel"):
         choose_training_set(store, store.rows, split=None, half="rare")

@@ -229,7 +229,7 @@ def test_errors_of_real_workers_are_one_line(ray_cluster: Any, root: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--engine", "spark"), "choose local or ray"),
+        (("--engine", "spark"), "choose one of local, ray"),
         (("--ray-workers", "2"), "add --engine ray"),
         (("--engine", "ray", "--address", "127.0.0.1:1"), "no Ray cluster can be reached"),
         (("--engine", "ray", "--address", "127.0.0.1:port"), "no Ray cluster can be reached"),

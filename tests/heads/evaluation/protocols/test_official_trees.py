@@ -47,9 +47,9 @@ def test_class_names_as_the_data_set_spells_them(tmp_path: Path) -> None:
     again = done(*tree.pack, "--class-names-as", "raw", "--root", root)
     assert again["shards_written"] == 0
     assert "names_as was raw, is words" in refused(2, *tree.pack, "--root", root)
-    assert "choose words or raw" in refused(
+    assert "choose one of words, raw" in refused(
         2, *tree.pack, "--class-names-as", "nice", "--root", root
     )
-    assert "choose corrected or as-published" in refused(
+    assert "choose one of corrected, as-published" in refused(
         2, *tree.pack, "--label-map", "wrong", "--root", root
     )
