@@ -50,6 +50,18 @@ class Folders(Protocol):
     def packed_datasets(self) -> list[str]:
         """Return the names of the packed data sets."""
 
+    def unlabelled(self, dataset: str) -> bool:
+        """Return whether the videos of a data set have no classes."""
+
+
+def no_labels(dataset: str) -> UserError:
+    """Return the error for a data set without classes where classes are needed."""
+    return UserError(
+        f"the videos of data set {dataset!r} have no labels, so there is nothing to learn and "
+        "nothing to score: pack them with classes under another name (class folders, "
+        "--annotations, or --label-field for --tars); `mote-cli predict` needs no labels"
+    )
+
 
 class OpenedStores:
     """The stores of one data set, each opened once, when it is first needed.
@@ -107,8 +119,9 @@ class OpenedStores:
         the stores it is true of, if there are any; the choice is logged. In messages, `making`
         gives the options of the command that makes a store, and `option` is the command line
         option that sets `name`.
-        Raises UserError if no store fits (with the command that makes one) or several do (with
-        their names), WorkError if the store that fits is damaged or not finished.
+        Raises UserError if no store fits (with the command that makes one), several do (with
+        their names) or its videos have no labels, WorkError if the store that fits is damaged or
+        not finished.
         """
         from featstore.format.metadata import read_metadata
         from featstore.opening import open_store  # as in `open`
@@ -124,6 +137,8 @@ class OpenedStores:
         own_tars = split is not None and (packed is None or packed.get(split, False))
         make = replace(making or Extraction(dataset, sampling=sampling), dataset=dataset)
         make = replace(make, split=split if own_tars and (packed or paths) else None)
+        if not remote and self._workspace.unlabelled(dataset):
+            raise no_labels(dataset)
         if not paths:
             before = self._unpacked(packed)
             run = f"run `{make.command(self._workspace.root)}`"
@@ -185,12 +200,7 @@ class OpenedStores:
             )
         store = fitting[0]
         if not store.class_names:
-            raise UserError(
-                f"the {len(store)} videos of data set {dataset!r} have no labels, so there is "
-                "nothing to learn and nothing to score: pack them with classes under another name "
-                "(class folders, --annotations, or --label-field for --tars); `mote-cli predict` "
-                "needs no labels"
-            )
+            raise no_labels(dataset)
         if not store.complete:
             finish = repair_command(store.path, read_metadata(store.path))
             raise WorkError(

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from featstore.commands import STORE_SUFFIX as STORE_SUFFIX
 from featstore.commands import Extraction, command
-from featstore.errors import UserError, one_of
+from featstore.errors import UserError, WorkError, one_of
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.tiers import EMBEDDINGS
 from featstore.opened_stores import OpenedStores as OpenedStores
@@ -109,13 +110,15 @@ class Workspace:
     def choose_dataset(self, name: str | None, likely: str = "") -> str:
         """Return `name` or, if it is None, the only data set with features.
 
-        If several have features, `likely` is taken if it is one of them, and that is logged.
+        Those without labels do not count beside others. If several have features, `likely` is
+        taken if it is one of them, and that is logged.
         Raises UserError if there is no such choice (it lists the data sets) or no features at all
         (it names the command that makes some).
         """
         if name is not None:
             return name
-        found = self.extracted_datasets()
+        every = self.extracted_datasets()
+        found = [dataset for dataset in every if not self.unlabelled(dataset)] or every
         if not found:
             raise UserError(
                 f"no features under {self.root / 'features'}: run `{self.first_command()}` first"
@@ -131,17 +134,19 @@ class Workspace:
             raise UserError(
                 f"several data sets have features ({', '.join(found)}): name one with --dataset"
             )
-        log.info("data set: %s, the only one with features", found[0])
+        words = "features" if found == every else "features and labels"
+        log.info("data set: %s, the only one with %s", found[0], words)
         return found[0]
 
     def first_command(self) -> str:
         """Return the command that brings this workspace nearer to its first head."""
         for dataset in self.extracted_datasets():
             split = training_split(list(self.packed_splits(dataset) or ()))
-            if split is not None:
+            if split is not None and not self.unlabelled(dataset):
                 return command("train-head", dataset=dataset, split=split, root=self.root)
         for dataset in self.packed_datasets():
-            return Extraction(dataset).command(self.root)
+            if not self.unlabelled(dataset):
+                return Extraction(dataset).command(self.root)
         return command("pack", dataset="NAME", videos="DIR", root=self.root)
 
     def opened(self, dataset: str) -> OpenedStores:
@@ -160,6 +165,18 @@ class Workspace:
             return {str(name): own_tars for name in packed["split_names"]}
         except (LookupError, TypeError):
             return None
+
+    def unlabelled(self, dataset: str) -> bool:
+        """Return whether the videos of a data set have no classes, as far as that can be read."""
+        from featstore.format.metadata import read_metadata  # loads numpy
+
+        packed = found_object(self.dataset_dir(dataset) / DATASET_FILE, LISTS_LIMIT)
+        if packed is not None:
+            return packed.get("class_names") == []
+        for store in self.stores(dataset):
+            with suppress(UserError, WorkError):
+                return not read_metadata(store).class_names
+        return False
 
     def own_runs(self) -> list[Path]:
         """Return `trained_runs` without those that an evaluation trained for itself."""

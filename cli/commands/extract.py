@@ -306,7 +306,8 @@ def _following(summary: ExtractionSummary, tier: Tier) -> dict[str, str]:
         return {}
     if is_url(summary.store):
         train = command("train-head", dataset=summary.dataset, store=summary.store)
-        return {"next": train} if tier.pooled and not summary.partitions_missing else {}
+        trainable = tier.pooled and summary.classes and not summary.partitions_missing
+        return {"next": train} if trainable else {}
     from heads.evaluation.next_steps import after_extraction
 
     done = not summary.partitions_missing

@@ -9,6 +9,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
+from featstore.commands import command
 from featstore.errors import UserError
 
 
@@ -107,7 +108,8 @@ def pack(
     workspace = options.workspace(root)
     folder = workspace.dataset_dir(dataset)
     if more_tars and not tars:
-        raise UserError(f"{more_tars[0]!r} belongs to no option: see `mote-cli pack --help`")
+        usage = command("pack", help=True)
+        raise UserError(f"{more_tars[0]!r} belongs to no option: see `{usage}`")
     if tars:
         from pipeline.tars.foreign.classes import ClassChoice
         from pipeline.tars.foreign.taking import pack_tars

@@ -15,6 +15,7 @@ from torch import Tensor
 from featstore.errors import UserError
 from featstore.files.machine import usable_cores
 from featstore.format.class_texts import DEFAULT_PROMPTS
+from featstore.opened_stores import no_labels
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
 from heads.end_to_end.config import FinetuneConfig
@@ -101,11 +102,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     config = request.config
     dataset = load_dataset(request.dataset_dir)
     if not dataset.class_names:
-        raise UserError(
-            f"the {dataset.listed} videos of data set {dataset.name!r} have no labels, so there is "
-            "nothing to learn: pack them with classes under another name (class folders, "
-            "--annotations, or --label-field for --tars)"
-        )
+        raise no_labels(dataset.name)
     split = _training_split(dataset, request.split)
     eval_split = _evaluation_split(dataset, request, split)
     begun = None

@@ -50,7 +50,7 @@ def after_packing(workspace: Workspace, dataset: str, default: str) -> str:
 def after_extraction(store: Path, *, complete: bool = True) -> str:
     """Return the command that uses a store of a workspace, or that finishes it.
 
-    A store elsewhere, or without embeddings, is looked at.
+    A store elsewhere, without embeddings or without classes is looked at.
     """
     root, metadata = workspace_of(store), read_metadata(store)
     if not complete:
@@ -77,7 +77,7 @@ def after_rewriting(store: Path) -> str | None:
     if root is None:
         return None
     trainable = training_split(_held_splits(metadata))
-    if trainable is None or not metadata.schema.pooled:
+    if trainable is None or not metadata.schema.pooled or not metadata.class_names:
         return after_extraction(store)
     return _training(Workspace(root), store.absolute().parent.name, trainable, store, True)
 
@@ -134,7 +134,7 @@ def after_finetuning(
 def after_import(workspace: Workspace, run: str) -> str:
     """Return the command after `import-checkpoint`: the extraction for a packed data set."""
     card = read_card(workspace.run_dir(run))
-    packed = workspace.packed_datasets()
+    packed = _labelled(workspace)
     if card is None or not packed:
         return command("pack", dataset="NAME", videos="DIR", root=workspace.root)
     dataset = next(filter(_is_zeroshot_set, packed), packed[0])
@@ -167,7 +167,7 @@ def _any_evaluation(workspace: Workspace, card: HeadCard | None) -> str:
         found = _evaluation(workspace, dataset, card, None)
         if found is not None:
             return found
-    for dataset in workspace.packed_datasets():
+    for dataset in _labelled(workspace):
         return first_extraction(workspace, dataset).command(workspace.root)
     return workspace.first_command()
 
@@ -212,8 +212,11 @@ def _evaluation(
     held = [
         each
         for each in every
-        if card is None
-        or each.metadata.provenance.encoder_fingerprint == card.origin.encoder_fingerprint
+        if each.metadata.class_names
+        and (
+            card is None
+            or each.metadata.provenance.encoder_fingerprint == card.origin.encoder_fingerprint
+        )
     ]
     if not held:
         return None
@@ -315,6 +318,11 @@ def _packed(workspace: Workspace, dataset: str) -> tuple[list[str], list[str]]:
         return [*map(str, packed["split_names"])], [*map(str, packed["class_names"])]
     except (LookupError, TypeError):
         return [], []
+
+
+def _labelled(workspace: Workspace) -> list[str]:
+    """Return the packed data sets whose videos have classes, the newest first."""
+    return [name for name in workspace.packed_datasets() if not workspace.unlabelled(name)]
 
 
 def _is_zeroshot_set(dataset: str) -> bool:

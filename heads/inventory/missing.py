@@ -56,7 +56,7 @@ def _steps(contents: Contents) -> Iterator[Step]:
     own = [head for head in contents.heads if not head.protocol]
     if not any(head.settings for head in own):
         for store in contents.stores:
-            if store.complete and store.metadata.schema.pooled:
+            if store.complete and store.metadata.schema.pooled and store.metadata.class_names:
                 yield Step(store.dataset, "extracted, no head", after_extraction(store.folder))
     for head in own:
         if head.settings and head.busy is None:

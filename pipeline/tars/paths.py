@@ -19,9 +19,10 @@ log = logging.getLogger(__name__)
 def video_paths(dataset_dir: Path) -> dict[str, str]:
     """Return the path of every listed video by its key; {} if the data set is not packed here.
 
-    A path is relative to the folder of videos that was packed, or is a member's name in its tar. It
-    comes from the plan of packing or, where that was not kept, from the JSON beside each video in
-    the tars (or the index of a foreign tar) and from failures.csv.
+    A path is relative to the folder of videos that was packed, or a URL; in a tar that was taken
+    where it lies it is the name of the member. It comes from the plan of packing or, where that was
+    not kept, from the JSON beside each video in the tars (or the index of such a tar) and from
+    failures.csv.
     A tar that is missing or damaged is logged, and its videos are left out.
     """
     with suppress(UserError, WorkError):

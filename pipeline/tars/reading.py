@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from featstore.errors import WorkError, one_line
-from featstore.files.bounded import read_bounded
-from featstore.files.documents import parse_json
+from featstore.files.documents import LISTS_LIMIT, parse_json, read_document
 from pipeline.tars.dataset import Dataset, Tar
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 # A sidecar holds a dozen short fields; anything larger is not one of ours.
 MAX_SIDECAR_BYTES = 1 << 20
-# An entry of an index takes about 500 bytes, and more with a long caption.
-MAX_INDEX_BYTES = 1 << 30
 HASH_BLOCK_BYTES = 1 << 20
 _SIDECAR_FIELDS = {"key": str, "label": int, "num_frames": int, "splits": list}
 
@@ -160,16 +157,12 @@ def _require_packed(archive: OpenTar, dataset: Dataset, tar: Tar) -> None:
 def _listed(dataset: Dataset, tar: Tar) -> list[TarSample]:
     """Return the samples that the index of a tar lists."""
     path = dataset.index_path(tar)
+    remedy = "run the same `mote-cli pack --tars` command again, which makes it anew"
 
     def wrong(what: str) -> NoReturn:
-        raise DamagedTar(
-            f"{path} {what}: run the same `mote-cli pack --tars` command again, which makes it anew"
-        )
+        raise DamagedTar(f"{path} {what}; {remedy}")
 
-    try:
-        content = read_bounded(path, MAX_INDEX_BYTES)
-    except (OSError, ValueError) as error:
-        wrong(f"cannot be read ({getattr(error, 'strerror', None) or one_line(error)})")
+    content = read_document(path, remedy, limit=LISTS_LIMIT, error=DamagedTar)
     if hashlib.sha256(content).hexdigest() != tar.index_sha256:
         wrong("is damaged: its sha256 differs from the one in dataset.json")
     samples = []

@@ -17,18 +17,17 @@ from threading import Event, Lock
 
 from featstore.errors import UserError, WorkError
 from featstore.files.disk import has_room
+from featstore.files.documents import LISTS_LIMIT
 from featstore.files.durable import write_bytes
 from featstore.files.scratch import require_room
 from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder, remote_file
 from pipeline.tars.dataset import DATASET_FILE, TARS_FOLDER, Dataset, Tar, load_dataset
-from pipeline.tars.reading import MAX_INDEX_BYTES, DamagedTar, damage_of
+from pipeline.tars.reading import DamagedTar, damage_of
 
 logger = logging.getLogger(__name__)
 
 # One in use, one being fetched.
 TARS_ON_DISK = 2
-# Enough for the keys of 10 million videos.
-_DATASET_FILE_LIMIT = 2**30
 
 
 class TarSource:
@@ -63,7 +62,7 @@ def remote_dataset(url: str, scratch: Path) -> Dataset:
     """
     objects = ObjectFolder(url)
     try:
-        content = objects.get_bytes(DATASET_FILE, _DATASET_FILE_LIMIT)
+        content = objects.get_bytes(DATASET_FILE, LISTS_LIMIT)
     except MissingObject:
         raise UserError(
             f"no {DATASET_FILE} at {url}: pack the data set with `mote-cli pack` and copy its "
@@ -77,7 +76,7 @@ def remote_dataset(url: str, scratch: Path) -> Dataset:
             if tar.source:
                 index = dataset.index_path(tar)
                 name = index.relative_to(folder).as_posix()
-                write_bytes(index, objects.get_bytes(name, MAX_INDEX_BYTES))
+                write_bytes(index, objects.get_bytes(name, LISTS_LIMIT))
         return dataset
     except (UserError, WorkError) as error:
         # The damage is at the URL, not in the copy.

@@ -13,6 +13,7 @@ import pytest
 from featstore import open_store
 from featstore.commands import command
 from featstore.format.class_texts import PROMPT_SET_NAMES
+from featstore.workspace import Workspace
 from pipeline.decoding.contract import DecodeError
 from pipeline.prompts import PROMPT_SETS
 from tests.support.processes.command_line import Result, done, mote, refused
@@ -126,6 +127,32 @@ def test_a_set_with_only_val_is_not_told_to_train(place: World, tmp_path: Path) 
     words = next_of(typed(next_of(packed)))
     assert "--head mean" in words
     typed(words)
+
+
+def test_videos_without_labels_are_neither_trained_on_nor_tested(
+    place: World, tmp_path: Path
+) -> None:
+    for n in range(2):
+        make_clip(tmp_path / f"found/{n}.mp4", n)
+    root = ("--root", place.root)
+    made = typed(next_of(mote("pack", "--dataset", "found", "--videos", tmp_path / "found", *root)))
+    assert next_of(made).startswith("mote-cli inspect ")
+    typed(next_of(made))
+    store = next((place.root / "features/found").glob("*.zarr"))
+    made = mote("store", "quantize", store, "--out", store.with_name("half.zarr"))
+    assert next_of(made).startswith("mote-cli inspect ")
+    result = mote("train-head", *root, *SHORT_TRAINING, "--frames", "4", "--name", "again")
+    assert "data set: clips, the only one with features and labels" in result.err
+    assert result.code == 0
+    shutil.rmtree(place.root / "heads")
+    for gone, step in (("features/clips", "extract --dataset clips"), ("datasets/clips", "pack")):
+        shutil.rmtree(place.root / gone)
+        assert Workspace(place.root).first_command().startswith(f"mote-cli {step} ")
+    shutil.rmtree(place.root / "features")
+    line = refused(2, "train-head", "--dataset", "found", *root)
+    assert "data set 'found' have no labels" in line
+    steps = done("status", *root)["next"]
+    assert not [step for step in steps if "train-head" in str(step) and "found" in str(step)]
 
 
 def test_all_videos_in_training_leave_nothing_to_test(place: World, tmp_path: Path) -> None:

@@ -111,7 +111,9 @@ class Assembly:
         wrong = [
             path
             for path, content in files.items()
-            if not path.is_file() or path.read_bytes() != content
+            if not path.is_file()
+            or path.stat().st_size != len(content)
+            or path.read_bytes() != content
         ]
         if not wrong and before is not None and before.fingerprint == self.dataset.fingerprint:
             return False

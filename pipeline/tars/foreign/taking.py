@@ -24,7 +24,7 @@ from pipeline.tars.foreign.classes import ClassChoice
 from pipeline.tars.foreign.scanning import FoundTar, scanned
 from pipeline.tars.foreign.sources import NamedTar, named_tars
 from pipeline.tars.packing import SHOWN_FAILURES, PackSummary, check_arguments
-from pipeline.tars.plan import class_difference
+from pipeline.tars.plan import PLAN_FILE, class_difference
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def pack_tars(
 def _earlier(dataset_dir: Path) -> Dataset | None:
     """Return the data set that was made of tars here before, if any; UserError for another."""
     if not (dataset_dir / DATASET_FILE).is_file():
-        if (dataset_dir / RECORDS_FOLDER / "plan.json").exists():
+        if (dataset_dir / RECORDS_FOLDER / PLAN_FILE).exists():
             raise UserError(
                 f"{str(dataset_dir)!r} was begun with --videos: use another --dataset name or "
                 "delete it"

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.tars.packing import pack
 from pipeline.tars.paths import video_paths
+from tests.support.worlds.foreign_tars import clip, take, webdataset_tar
 from tests.support.worlds.media import make_video
 
 
@@ -49,3 +50,13 @@ def test_a_damaged_tar_costs_its_own_paths_only(
     assert found.items() <= paths.items()
     assert "paths are left out" in caplog.text
     assert first.name in caplog.text
+
+
+def test_a_member_is_the_path_in_a_tar_that_lies_elsewhere(tmp_path: Path) -> None:
+    samples = [
+        {"__key__": "a/1", "mp4": clip(1), "cls": b"nod"},
+        {"__key__": "c", "mp4": b"nothing", "cls": b"wave"},
+    ]
+    tar = webdataset_tar(tmp_path / "t.tar", samples)
+    take(tmp_path / "out", tar)
+    assert video_paths(tmp_path / "out") == {"a%2F1": "a/1.mp4", "c": f"{tar}:c.mp4"}
