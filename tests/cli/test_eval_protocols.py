@@ -91,7 +91,7 @@ def test_a_protocol_is_shown_from_its_object(name: str) -> None:
     figures = [figure.to_json() for figure in published_of(name)]
     assert value.pop("published") == figures
     assert value == json.loads(json.dumps(protocol.to_json()))
-    text = mote("protocols", "show", name).out
+    text = mote("protocols", "show", name, width=2000).out  # no line is folded
     for part in (protocol.title, protocol.trained_on, protocol.test_list, protocol.source):
         assert part in text
     assert all(difference in text for difference in protocol.differences)

@@ -84,4 +84,5 @@ def test_tables_are_not_folded_for_a_file() -> None:
             text=True,
             check=True,
         )
-        assert ("Something-Something V2 close-set" in listed.stdout) is whole
+        assert ("│ Something-Something V2 close-set" in listed.stdout) is whole
+        assert (max(map(len, listed.stdout.splitlines())) > 60) is whole
