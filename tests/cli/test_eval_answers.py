@@ -83,7 +83,7 @@ def test_what_is_shown_fits_eighty_columns(tmp_path: Path) -> None:
     ).stdout
     value = done("eval", "--closeset", "toy", "--head", "mean", "--root", root)
     _, _, told = seen.partition("best of 13 classes")
-    told, kept, _ = told.partition("kept as ")
+    told, kept, _ = told.partition("kept as")
     assert kept
     assert max(map(len, told.splitlines())) <= 80
     assert "\x1b" not in seen

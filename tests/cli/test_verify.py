@@ -73,7 +73,8 @@ def test_a_flipped_bit_is_found_and_the_printed_command_repairs_it(own: World) -
 
     program, *command = shlex.split(report["repair"])
     assert program == "mote-cli"
-    assert f"to repair: {report['repair']}" in table.out
+    assert "to repair:" in table.out
+    assert report["repair"] in table.out
     result = done(*command)
     assert (result["partitions_done"], result["partitions_skipped"]) == (1, 4)
     assert done("verify", own.store)["ok"] is True
