@@ -34,78 +34,78 @@ SETTINGS: Final[dict[str, Any]] = {
 
 COMMANDS: Final = {
     "demo": (
-        "cli.commands.demo:demo",
+        "cli.commands.first_steps.demo:demo",
         "See the whole product work, offline: make videos, pack, extract, train, evaluate.",
     ),
     "pack": (
-        "cli.commands.pack:pack",
+        "cli.commands.first_steps.pack:pack",
         "Pack labelled videos into WebDataset tars, checking that each can be decoded.",
     ),
     "extract": (
-        "cli.commands.extract:extract",
+        "cli.commands.first_steps.extract:extract",
         "Decode, preprocess and encode every video once, and write the features to a Zarr store.",
     ),
     "train-head": (
-        "cli.commands.train_head:train_head",
+        "cli.commands.heads.train_head:train_head",
         "Train a head on stored features; the encoder is not run again.",
     ),
     "finetune": (
-        "cli.commands.finetune:finetune",
+        "cli.commands.heads.finetune:finetune",
         "Train the image tower together with the head, from packed videos and without a store.",
     ),
     "eval": (
-        "cli.commands.eval:evaluate",
+        "cli.commands.answers.eval:evaluate",
         "Evaluate a head on a store: top-1, top-5, and how many videos were listed and failed.",
     ),
     "compare": (
-        "cli.commands.compare:compare",
+        "cli.commands.answers.compare:compare",
         "Say in what the training and the fields of results differ, which of it makes the "
         "numbers incomparable, and only then compare the numbers.",
     ),
     "tradeoff": (
-        "cli.commands.tradeoff:tradeoff",
+        "cli.commands.answers.tradeoff:tradeoff",
         "Collect the newest results of several heads: close-set, zero-shot, and the trade-off "
         "score.",
     ),
     "predict": (
-        "cli.commands.predict:predict",
+        "cli.commands.answers.predict:predict",
         "Name the classes that fit each video best, with scores that add up to 1.",
     ),
     "import-checkpoint": (
-        "cli.commands.import_checkpoint:import_checkpoint",
+        "cli.commands.heads.import_checkpoint:import_checkpoint",
         "Turn a checkpoint of MoTE's released code into encoders/NAME and heads/NAME.",
     ),
     "export": (
-        "cli.commands.export:export",
+        "cli.commands.heads.export:export",
         "Write a head as one file for other programs; an existing file is replaced.",
     ),
     "status": (
-        "cli.commands.status:status",
+        "cli.commands.first_steps.status:status",
         "Show what the workspace holds, how large it is, and what is missing for what.",
     ),
     "inspect": (
-        "cli.commands.inspect:inspect_path",
+        "cli.commands.workspace.inspect:inspect_path",
         "Say what PATH is (data set, store, run, encoder or workspace) and what is in it.",
     ),
     "rm": (
-        "cli.commands.rm:rm",
+        "cli.commands.workspace.rm:rm",
         "Remove data sets, stores, heads or encoders from the workspace, after showing what goes.",
     ),
     "verify": (
-        "cli.commands.verify:verify",
+        "cli.commands.workspace.verify:verify",
         "Check a feature store: files and sizes, with --deep all checksums.",
     ),
     "doctor": (
-        "cli.commands.doctor:doctor",
+        "cli.commands.first_steps.doctor:doctor",
         "Show versions, CPU features, GPU and video decoder, hub access and free disk.",
     ),
     "protocols": (
-        "cli.commands.protocols:app",
+        "cli.commands.answers.protocols:app",
         "Describe the named evaluation protocols: what each trains on, tests, counts and reports, "
         "and how mote differs from the papers.",
     ),
     "store": (
-        "cli.commands.store:app",
+        "cli.commands.workspace.store:app",
         "Add to a store, join stores, make a store smaller, or write its rows for other programs.",
     ),
 }

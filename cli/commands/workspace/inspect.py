@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from cli import options
-from cli.commands.status import report_contents
+from cli.commands.first_steps.status import report_contents
 from cli.output import percent, report
 from featstore.files.disk import in_bytes
 

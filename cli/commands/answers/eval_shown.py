@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli.commands.compare import published_shown
+from cli.commands.answers.compare import published_shown
 from cli.output import Shown, percent, report, table, warn
 from featstore.errors import safe_text
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli import options
-from cli.commands.eval_shown import base_to_novel_shown, fewshot_shown, report_evaluation
+from cli.commands.answers.eval_shown import base_to_novel_shown, fewshot_shown, report_evaluation
 from cli.output import leave_it_to_the_first, progress_of, report
 from featstore.errors import UserError
 

@@ -1,0 +1,1 @@
+"""Commands that ask a head, and commands that compare what it answered."""

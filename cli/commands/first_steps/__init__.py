@@ -1,0 +1,1 @@
+"""Commands that lead from nothing to features."""

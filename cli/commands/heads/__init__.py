@@ -1,0 +1,1 @@
+"""Commands that make heads, bring them in and take them elsewhere."""
