@@ -95,6 +95,25 @@ class PackSummary:
     failures: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
+    @classmethod
+    def of(
+        cls, dataset: Dataset, failures: Sequence[dict[str, Any]], max_failures: float, **run: Any
+    ) -> PackSummary:
+        """The summary of a data set; `run` has the fields that describe this run, and `notes`."""
+        return cls(
+            dataset=dataset.name,
+            folder=str(dataset.folder),
+            videos_listed=dataset.listed,
+            videos_packed=dataset.packed,
+            videos_failed=len(failures),
+            shards=len(dataset.tars),
+            classes=len(dataset.class_names),
+            bytes=sum(tar.bytes for tar in dataset.tars),
+            too_many_failures=len(failures) > max_failures * dataset.listed,
+            failures=tuple(failures[:SHOWN_FAILURES]),
+            **run,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """The summary as strict JSON values."""
         return asdict(self)
@@ -168,20 +187,13 @@ def pack(
     elif skipped:
         notes.append(f"{skipped} of {len(plan.tars)} tars were finished before and are kept")
         logger.info("%s", notes[-1])
-    return PackSummary(
-        dataset=name,
-        folder=str(dataset_dir),
-        videos_listed=dataset.listed,
-        videos_packed=dataset.packed,
-        videos_failed=len(failures),
-        shards=len(plan.tars),
+    return PackSummary.of(
+        dataset,
+        failures,
+        max_failures,
         shards_written=len(pending),
         shards_skipped=skipped,
-        classes=len(dataset.class_names),
-        bytes=sum(tar.bytes for tar in dataset.tars),
         seconds=time.monotonic() - began,
-        too_many_failures=len(failures) > max_failures * dataset.listed,
-        failures=tuple(failures[:SHOWN_FAILURES]),
         notes=tuple(notes),
     )
 

@@ -23,7 +23,7 @@ from pipeline.tars.foreign.assembly import Assembly
 from pipeline.tars.foreign.classes import ClassChoice
 from pipeline.tars.foreign.scanning import FoundTar, scanned
 from pipeline.tars.foreign.sources import NamedTar, named_tars
-from pipeline.tars.packing import SHOWN_FAILURES, PackSummary, check_arguments
+from pipeline.tars.packing import PackSummary, check_arguments
 from pipeline.tars.plan import PLAN_FILE, class_difference
 
 logger = logging.getLogger(__name__)
@@ -85,20 +85,13 @@ def pack_tars(
     for note in made.notes:
         logger.warning("%s", note)
     dataset, failures = made.dataset, made.failures
-    return PackSummary(
-        dataset=name,
-        folder=str(dataset_dir),
-        videos_listed=dataset.listed,
-        videos_packed=dataset.packed,
-        videos_failed=len(failures),
-        shards=len(dataset.tars),
+    return PackSummary.of(
+        dataset,
+        failures,
+        max_failures,
         shards_written=0,
         shards_skipped=len(dataset.tars),
-        classes=len(dataset.class_names),
-        bytes=sum(tar.bytes for tar in dataset.tars),
         seconds=time.monotonic() - began,
-        too_many_failures=len(failures) > max_failures * dataset.listed,
-        failures=tuple(failures[:SHOWN_FAILURES]),
         notes=tuple(made.notes),
     )
 
