@@ -190,6 +190,7 @@ class Trial:
             lr=10 ** draw.uniform(-4.3, -2.3),
             weight_decay=draw.choice((0.01, 0.05, 0.2, 0.5)),
             batch_size=batch,
+            shrinkage=draw.choice((0.0, 0.0, 0.3)),
         )
         kind = draw.choice(("mote", "mote", "transformer"))
         layers = draw.choice((1, 2, 4, 4))

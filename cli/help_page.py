@@ -37,7 +37,7 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
         *("--name", "--recipe", "--train", "--epochs", "--warmup-epochs", "--patience", "--draws"),
         *("--validation", "--eval-split", "--evaluate-every", "--batch-size", "--accumulation"),
         *("--lr", "--weight-decay", "--layers", "--experts", "--seed", "--shots", "--draw-seed"),
-        *("--augment", "--save", "--blend", "--repeat", "--resume"),
+        *("--shrinkage", "--augment", "--save", "--blend", "--repeat", "--resume"),
     ),
     "Scores": ("--modulate", "--ensemble", "--fusion", "--sweep", "--allow-overlap", "--top"),
     OTHER: (),

@@ -52,8 +52,11 @@ class Head(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the first weights of a new head; `generator` is on the CPU."""
 
-    def silence(self) -> None:
-        """Set weights with which the head answers as the mean of frames, if it has such weights."""
+    def shrink(self, share: float) -> None:
+        """Take away `share` (0 to 1) of what the head adds to the mean of frames; 1: all of it.
+
+        A head without such weights stays as it is.
+        """
 
     def draw(self, generator: torch.Generator) -> Any:
         """Make the random draw of one training step, for the whole batch; `generator` on CPU."""

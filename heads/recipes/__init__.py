@@ -30,7 +30,7 @@ TRAIN_HEAD_RECIPE: Final = "auto"
 FINETUNE_RECIPE: Final = "end-to-end"
 """The default of `mote-cli finetune`."""
 _SUFFIX: Final = ".toml"
-_FROM_STORE: Final = {"patience", "keep_best"}  # `FinetuneConfig` has its own `save`
+_FROM_STORE: Final = {"patience", "keep_best", "shrinkage"}  # `FinetuneConfig` has its own `save`
 _TABLES: Final = {
     "training": {field.name for field in fields(TrainConfig)},
     "finetune": {field.name for field in fields(FinetuneConfig)} - _FROM_STORE,

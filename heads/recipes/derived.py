@@ -12,11 +12,15 @@ from typing import Any, Final
 
 AUTO: Final = "auto"
 """The value of a setting that is derived from the data."""
-DERIVED: Final = ("batch_size", "epochs", "warmup_epochs", "lr", "weight_decay", "patience")
+DERIVED: Final = (
+    *("batch_size", "epochs", "warmup_epochs", "lr", "weight_decay", "patience", "shrinkage"),
+)
 """The settings of [training] that may be "auto"."""
 
 _EPOCHS: Final = 24  # looks at the validation videos; more cost time and find luck
 _LEAST_PASSES: Final = 10
+_SHRUNK: Final = 0.6  # of a video's worth per class
+_LEAST_SHRINKAGE: Final = 0.05
 
 
 def derived(
@@ -48,4 +52,8 @@ def derived(
     epochs = settle("epochs", lambda: max(1, round(passes / repeats)))
     settle("warmup_epochs", lambda: round(epochs / 10, 2))
     settle("patience", lambda: max(5, math.ceil(epochs / 3)))
+    # What few videos of a class teach is half chance; what one teaches made heads worse.
+    of_class = videos / max(classes, 1)
+    taken = 1.0 if of_class < 2 else round(_SHRUNK / of_class, 2)
+    settle("shrinkage", lambda: taken if taken >= _LEAST_SHRINKAGE else 0.0)
     return found, repeats

@@ -47,6 +47,9 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     patience: int = field(default=0, metadata={"range": (0, None), "later": True})
     """Epochs without a better validation after which training from a store stops; 0: never."""
+    shrinkage: float = field(default=0.0, metadata={"range": (0, 1), "later": True})
+    """Share of what a head trained from a store adds to the mean of frames that is taken away after
+    training; 1: it answers as no head. Few videos teach much that is chance."""
     keep_best: bool = field(default=False, metadata={"later": True})
     """Whether a head trained from a store is that of the best epoch on its validation videos."""
 

@@ -58,10 +58,6 @@ log = logging.getLogger(__name__)
 
 MOST_IN_BASELINES: Final = 20_000
 """Training videos that the cheap baselines are fitted to at most; evenly chosen from more."""
-FEW: Final = 50
-"""Training videos below which training must prove its worth. With fewer it made heads better and
-worse alike in the study of docs/recipes.md; with more it nearly always helped."""
-_LEAST_WON: Final = 3  # videos, for two or three out of 20 happen by chance
 _TOO_BAD: Final = 2.0  # standard errors
 
 
@@ -76,9 +72,12 @@ def won(head: Judged, base: Judged) -> tuple[int, float]:
     return better - worse, math.sqrt(better + worse)
 
 
-def worth(more: int, error: float, videos: int) -> bool:
-    """Return whether `won` says that a head trained on `videos` videos is better than another."""
-    return more > 0 if videos >= FEW else more >= _LEAST_WON and more > error
+def shrunk(head: Head, share: float) -> Head:
+    """Return the head that is kept of `head`: itself, or a copy without `share` of what it adds."""
+    if share:
+        head = copy.deepcopy(head)
+        head.shrink(share)
+    return head
 
 
 @dataclass
@@ -96,8 +95,6 @@ class Selection:
     """How CLIP's mean of frames did."""
     judge: Callable[[int, Head], Judged]
     """A function of the number of epochs done and the head."""
-    videos: int
-    """n, videos trained on."""
     baselines: Callable[[], dict[str, float]]
     """Fits the cheap baselines; returns their accuracies in per cent."""
     parts: int = 0
@@ -144,17 +141,18 @@ class Selection:
         """
         metrics = [] if trainer is None else trainer.position.metrics
         last = self.judge(len(metrics), model)
-        kept, epoch, found = model, len(metrics), last
+        share = self.training.shrinkage
+        kept, epoch, found = shrunk(model, share), len(metrics), last
         best = None if trainer is None else trainer.position.best
         if trainer is not None and best is not None:
-            self._save_last_epoch(model)
+            self._save_last_epoch(kept)
             epoch = self._kept_epoch(best, last, len(metrics))
             if epoch == 0:
                 kept, found = self.untrained, self.start
             elif epoch == best["epoch"]:
                 restore_best(self.run_dir / BEST_FILE, trainer.parameters, epoch)
                 model.logit_scale.copy_(trainer.logit_scale.detach().reshape(()))
-                found = self.judge(epoch, model.eval())
+                kept, found = shrunk(model, share), self.judge(epoch, model.eval())
         gained = {
             "source": self.validation.source,
             "videos": self.validation.words,
@@ -167,7 +165,7 @@ class Selection:
             "no_head": self.no_head.top1,
             "baselines": self.baselines(),
         }
-        learnt = worth(*won(found, self.no_head), self.videos)
+        learnt = won(found, self.no_head)[0] > 0
         advice = "" if learnt or trainer is None else self._advice(metrics)
         if advice:
             log.warning(
@@ -180,15 +178,16 @@ class Selection:
 
     def _kept_epoch(self, best: Mapping[str, Any], last: Judged, epochs: int) -> int:
         """Return the epoch to keep: the best, the last of `epochs`, or 0 for the untrained head."""
-        if worth(best["won"], best["error"], self.videos):
-            return int(best["epoch"])
-        more, error = won(last, self.start)
+        if not self.parts:
+            return int(best["epoch"]) if best["won"] > 0 else 0
         # Each head of a cross-validation lacks videos of just the classes it is asked for. With two
         # or three videos a class it did worse than no head where training on all gave 6 points
-        # more, so only a clear loss counts.
-        if self.parts and self.videos >= FEW and more > -_TOO_BAD * error:
-            return epochs
-        return 0
+        # more, and its best epoch is often best by chance: only what is clear counts.
+        found = self.judge(best["epoch"], self.untrained)  # it looks at the epoch alone
+        more, error = won(found, last)
+        kept, seen = (best["epoch"], found) if more > error else (epochs, last)
+        more, error = won(seen, self.start)
+        return kept if more >= -_TOO_BAD * error else 0
 
     def _save_last_epoch(self, model: Head) -> None:
         """Keep the last epoch as a head of its own, with the records that belong to it."""
@@ -203,6 +202,8 @@ class Selection:
         half = (len(losses) + 1) // 2  # a single epoch depends much on its random draws
         early, late = sum(losses[:half]), sum(losses[-half:])
         lr, epochs = self.training.lr, self.training.epochs
+        if self.training.shrinkage == 1:
+            return "add a second video of each class, or keep what was learnt with --shrinkage 0"
         if not self.training.keep_best:
             return "--recipe auto fits rate, batch and epochs to these videos"
         if late > 0.8 * early:
@@ -264,7 +265,7 @@ def begin_selection(validation: Validation, start: Beginning, progress: Progress
         judge, parts = start.judge(features, torch.from_numpy(labels)), 0
 
         def judge_epoch(epoch: int, head: Head) -> Judged:
-            return judge(head)
+            return judge(shrunk(head, start.training.shrinkage))
 
         def baselines() -> dict[str, float]:
             some = segment_positions(len(start.rows), min(len(start.rows), MOST_IN_BASELINES))
@@ -275,10 +276,10 @@ def begin_selection(validation: Validation, start: Beginning, progress: Progress
     mean = mean_head(model.config.dim, float(model.logit_scale.exp()))
     untrained = copy.deepcopy(model) if method(model.config.kind).in_epochs else mean
     if not start.continues:
-        untrained.silence()
+        untrained.shrink(1)
     return Selection(
         *(validation, start.training, start.run_dir, untrained, judge(untrained), judge(mean)),
-        *(judge_epoch, len(start.rows), baselines, parts),
+        *(judge_epoch, baselines, parts),
     )
 
 
@@ -360,11 +361,13 @@ def _curve(
         progress=progress,
         kept=False,
     )
-    judged = [judge(head)]
 
     def after_epoch(epoch: int) -> dict[str, Any]:
-        judged.append(judge(head))
+        judged.append(judge(shrunk(head, training.shrinkage)))
         return {}
+
+    judged: list[Judged] = []
+    after_epoch(0)
 
     trainer.train(after_epoch)
     right = torch.stack([found.right for found in judged]).to(torch.uint8)

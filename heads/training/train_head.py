@@ -50,7 +50,7 @@ from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.training.baselines import fit_on_store
 from heads.training.config import TrainConfig
 from heads.training.run_settings import open_run
-from heads.training.selection import Beginning, Selection, begin_selection
+from heads.training.selection import Beginning, Selection, begin_selection, shrunk
 from heads.training.state import Position
 from heads.training.trainer import Trainer, batches_of
 from heads.training.training_set import (
@@ -178,6 +178,12 @@ def train_head(
     labels = renumbered(store, usable, classes)
     warn_of_classes_without_videos(text.names, labels)
     check_balance(text.names, labels)
+    if training.shrinkage == 1 and chosen.in_epochs:
+        log.warning(
+            "%d videos of %d classes are too few to learn from: the head will answer as no head; "
+            "add a second video of each class, or keep what was learnt with --shrinkage 0",
+            *(len(usable), len(text.names)),
+        )
     if head.modulates and len(text.names) < head.modulation_neighbours:
         log.warning(
             "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "
@@ -283,7 +289,10 @@ def train_head(
                 *(model, loader, training, run_dir, where, progress, selection, after_epoch)
             )
             metrics = trainer.position.metrics
-        kept = model if selection is None else selection.close(model, trainer)
+        if selection is None:
+            kept = shrunk(model, training.shrinkage)
+        else:
+            kept = selection.close(model, trainer)
         save_head(kept.to("cpu"), run_dir / HEAD_FILE)
         return _summary(run_dir, settings, metrics, resumed_from)
 

@@ -208,6 +208,7 @@ def test_the_default_fits_the_data_and_the_run_holds_its_numbers(tmp_path: Path)
         ("--batch-size", "batch_size", 7),
         ("--lr", "lr", 0.25),
         ("--weight-decay", "weight_decay", 0.125),
+        ("--shrinkage", "shrinkage", 0.375),
     ],
 )
 def test_every_derived_setting_can_be_given(option: str, field: str, value: float) -> None:
@@ -231,6 +232,14 @@ def test_the_rules_fit_any_set() -> None:
         assert 0 < settings.warmup_epochs < settings.epochs
         steps.append(settings.epochs * repeats * videos / settings.batch_size)
         batches.append(settings.batch_size)
+        classes = (1, 2, 10, videos)
+        shares = [
+            load_recipe("auto").fitted(videos=videos, classes=c, dim=64)[0].shrinkage
+            for c in classes
+        ]
+        assert shares == sorted(shares)
+        assert (shares[0] == 0) == (videos > 12)
+        assert shares[-1] == 1
     assert batches == sorted(batches)
     assert all(more > 1.5 * few for few, more in itertools.pairwise(steps[2:]))
     wide, narrow = (load_recipe("auto").fitted(videos=9, classes=2, dim=d)[0] for d in (512, 16))

@@ -54,6 +54,15 @@ def train_head(
             help="Stop after N epochs without a better validation; 0: train all epochs.",
         ),
     ] = None,
+    shrinkage: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0,
+            max=1,
+            help="Share of what the head adds to the mean of frames that is taken away at the end.",
+        ),
+    ] = None,
     validation: Annotated[
         str | None,
         typer.Option(
@@ -176,6 +185,8 @@ def train_head(
         epochs=epochs,
         warmup_epochs=warmup_epochs,
         patience=patience,
+        # What the head to start from adds is nothing that these videos taught.
+        shrinkage=0.0 if shrinkage is None and initial is not None else shrinkage,
         batch_size=batch_size,
         lr=lr,
         weight_decay=weight_decay,

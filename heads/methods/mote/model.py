@@ -64,12 +64,12 @@ class TemporalHead(Head):
             self.transformer.reset_parameters(generator)
 
     @torch.no_grad()
-    def silence(self) -> None:
-        """Set positions and all that is added to the residual stream to 0, so that it stays x."""
+    def shrink(self, share: float) -> None:
+        """Take `share` of the positions and of all that is added to the residual stream away."""
         added = ("positions", "out_weight", "out_bias", "down_weight", "down_bias")
         for name, parameter in self.named_parameters():
             if name.rpartition(".")[2] in added:
-                parameter.zero_()
+                parameter.mul_(1 - share)
 
     def draw(self, generator: torch.Generator) -> RoutingDraw:
         """Draw the experts and temperatures of one step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from featstore import Store
+from featstore.segments import segment_positions
 from heads import (
     Head,
     HeadConfig,
@@ -30,7 +32,7 @@ from heads import (
 from heads.files.run_files import read_metrics
 from heads.methods.registry import method
 from heads.training.baselines import BASELINES
-from heads.training.selection import FEW, won, worth
+from heads.training.selection import won
 from heads.training.validation import Judged, choose_validation
 from tests.support.stores.action_store import action_store
 
@@ -93,26 +95,54 @@ def judged(right: str) -> Judged:
     return Judged(torch.tensor([letter == "1" for letter in right]), torch.zeros(len(right)))
 
 
-def test_when_a_head_is_worth_keeping() -> None:
+def test_how_many_more_a_head_got_right_and_the_chance_error() -> None:
     base = judged("1100000000")
     assert won(base, base) == (0, 0)
     assert won(judged("1111000000"), base) == (2, math.sqrt(2))
     assert won(judged("0011100000"), base) == (1, math.sqrt(5))
-    assert worth(1, 5.0, FEW)
-    assert not worth(0, 0.0, FEW)
-    assert worth(3, 2.9, FEW - 1)
-    assert not worth(3, 3.0, FEW - 1)
-    assert not worth(2, 1.4, FEW - 1)
 
 
-def test_a_silent_head_answers_as_the_mean_of_frames() -> None:
+@torch.no_grad()
+def test_a_head_shrinks_towards_the_mean_of_frames() -> None:
     texts = torch.nn.functional.normalize(torch.randn(5, 16), dim=-1)
     features = torch.randn(7, 4, 16)
     head = build_head(HEAD, texts)
     mean = build_head(HeadConfig(dim=16, kind="mean"), texts)
     assert not torch.allclose(head(features, texts), mean(features, texts), atol=1e-4)
-    head.silence()
+    distances = []
+    for share in (0, 0.5, 0.5, 1):
+        head.shrink(share)
+        distances.append(float((head(features, texts) - mean(features, texts)).abs().max()))
+    assert distances[0] > 1.5 * distances[1] > 2 * distances[2] > 0
     torch.testing.assert_close(head(features, texts), mean(features, texts))
+
+
+@pytest.mark.parametrize("source", [*SOURCES, "none"])
+def test_the_head_kept_is_shrunk_and_judged_so(tmp_path: Path, store: Store, source: str) -> None:
+    seen: dict[int, Head] = {}
+
+    def hook(head: Head, epoch: int) -> dict[str, float]:
+        seen[epoch] = copy.deepcopy(head)
+        return {}
+
+    summary = train(
+        store, tmp_path / "run", source, replace(RECIPE, shrinkage=0.25), after_epoch=hook
+    )
+    found = summary.validation
+    expected = seen[6 if found is None else found["kept_epoch"]]
+    expected.shrink(0.25)
+    kept = state(tmp_path / "run")
+    assert all(torch.equal(kept[name], value) for name, value in expected.state_dict().items())
+    if source == "val":
+        assert found is not None
+        _, validation = choose_validation(store, store.split("train"), split="train", asked="val")
+        assert validation is not None
+        text = torch.from_numpy(store.class_text("mote28").embeddings)
+        features = torch.from_numpy(store.features(validation.rows, None))
+        chosen = features[:, :, segment_positions(features.shape[2], 4)].float()
+        right = expected.eval()(chosen[:, 0], text, False).argmax(1)
+        labels = torch.from_numpy(store.labels[store.positions(validation.rows)])
+        assert found["top1"] == pytest.approx(100 * float((right == labels).float().mean()))
 
 
 def test_measuring_changes_no_bit_and_a_paper_recipe_keeps_the_last_epoch(

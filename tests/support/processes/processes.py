@@ -77,6 +77,7 @@ class Running:
         """Return as soon as `moment` is there."""
         deadline = time.monotonic() + DEADLINE_S
         while not moment():
+            time.sleep(0.0002)  # a test that spins takes the core that the command needs
             assert time.monotonic() < deadline, self.words
 
     def stop(self, moment: Callable[[], bool], *signals: int) -> int:
