@@ -19,8 +19,8 @@ DERIVED: Final = (
 
 _EPOCHS: Final = 24  # looks at the validation videos; more cost time and find luck
 _LEAST_PASSES: Final = 10
-_SHRUNK: Final = 0.6  # of a video's worth per class
-_LEAST_SHRINKAGE: Final = 0.05
+_SHRUNK: Final = 6  # videos' worth
+_LEAST_SHRINKAGE: Final = 0.1
 
 
 def derived(
@@ -52,8 +52,7 @@ def derived(
     epochs = settle("epochs", lambda: max(1, round(passes / repeats)))
     settle("warmup_epochs", lambda: round(epochs / 10, 2))
     settle("patience", lambda: max(5, math.ceil(epochs / 3)))
-    # What few videos of a class teach is half chance; what one teaches made heads worse.
-    of_class = videos / max(classes, 1)
-    taken = 1.0 if of_class < 2 else round(_SHRUNK / of_class, 2)
+    # What few videos teach is half chance; what one video of a class teaches made heads worse.
+    taken = 1.0 if videos < 2 * classes else min(round(_SHRUNK / videos, 2), 0.5)
     settle("shrinkage", lambda: taken if taken >= _LEAST_SHRINKAGE else 0.0)
     return found, repeats

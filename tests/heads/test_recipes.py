@@ -238,7 +238,7 @@ def test_the_rules_fit_any_set() -> None:
             for c in classes
         ]
         assert shares == sorted(shares)
-        assert (shares[0] == 0) == (videos > 12)
+        assert (shares[0] == 0) == (videos > 60)
         assert shares[-1] == 1
     assert batches == sorted(batches)
     assert all(more > 1.5 * few for few, more in itertools.pairwise(steps[2:]))
