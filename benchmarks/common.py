@@ -165,11 +165,17 @@ def feature_store(
     text: Any,
     splits: Sequence[str],
     logit_scale: float = 100.0,
+    *,
+    keys: Sequence[str] | None = None,
+    tars: Sequence[Any] | None = None,
+    dataset: str = "",
+    fingerprint: str = "",
 ) -> Any:
     """A store at `path`; each part, of as many videos as `rows` says, is a partition.
 
     A part holds features [n,V,F,D], labels [n] and bits of splits [n]; `shape` is (V, F, D).
-    `text` [C,D] belongs to the classes `names`.
+    `text` [C,D] belongs to the classes `names`. `keys`, `tars` (their entries), `dataset` and its
+    `fingerprint` are those of packed videos, for rows that have files.
     """
     import numpy as np
 
@@ -182,20 +188,27 @@ def feature_store(
         path,
         StoreMetadata(
             StoreSchema.create(len(rows), max(rows), views, frames, dim),
-            Provenance("random", "0" * 64, dim, logit_scale, "fp32", sampling, 1, {}, "none"),
-            tuple(TarEntry(f"{i:06d}.tar", n, 1, "0" * 64) for i, n in enumerate(rows)),
+            Provenance(
+                *("random", "0" * 64, dim, logit_scale, "fp32", sampling, 1, {}, "none"),
+                dataset=dataset,
+                dataset_fingerprint=fingerprint,
+            ),
+            tuple(tars or (TarEntry(f"{i:06d}.tar", n, 1, "0" * 64) for i, n in enumerate(rows))),
             *(tuple(names), tuple(names), tuple(splits)),
         ),
         {"name": ClassText(tuple(names), text, "0" * 64)},
     )
     with writer.claim():
+        done = 0
         for tar, (features, labels, bits) in enumerate(parts):
             n = len(labels)
+            named = [f"{tar}-{i}" for i in range(n)] if keys is None else keys[done : done + n]
+            done += n
             index = np.broadcast_to(np.arange(frames, dtype=np.int32), (n, views, frames))
             writer.write_partition(
                 tar,
                 Partition(
-                    key=[f"{tar}-{i}" for i in range(n)],
+                    key=list(named),
                     label=labels,
                     num_frames=np.full(n, frames, np.int32),
                     fps=np.full(n, 25, np.float32),

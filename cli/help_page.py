@@ -31,7 +31,7 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
         *("--prompts", "--descriptions", "--prompt-set-name", "--encoder", "--videos", "--tars"),
         *("--annotations", "--class-names", "--label-map", "--class-names-as", "--classes"),
         *("--list", "--tier", "--crops", "--window", "--append", "--samples-per-shard"),
-        *("--label-field", "--unlabelled", "--more-tars"),
+        *("--label-field", "--unlabelled", "--more-tars", "--exclude"),
     ),
     "Training": (
         *("--name", "--recipe", "--train", "--epochs", "--warmup-epochs", "--patience", "--draws"),

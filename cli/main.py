@@ -106,7 +106,8 @@ COMMANDS: Final = {
     ),
     "store": (
         "cli.commands.workspace.store:app",
-        "Add to a store, join stores, make a store smaller, or write its rows for other programs.",
+        "Add to a store, join stores, make a store smaller, write its rows for other programs, or "
+        "find copies and doubtful labels in it.",
     ),
 }
 """The function of each command, and the line that describes it in the list of commands: the first

@@ -105,6 +105,15 @@ Head = Annotated[
         help="Name of a trained head, or `mean` for CLIP's mean of frames; default: the newest.",
     ),
 ]
+Exclude = Annotated[
+    Path | None,
+    typer.Option(
+        "--exclude",
+        metavar="FILE",
+        help="Leave out the videos of this list: one key a line, or CSV with a column key; if it "
+        "has a column exclude, the rows that say yes.",
+    ),
+]
 Modulate = Annotated[
     bool,
     typer.Option(
@@ -225,6 +234,16 @@ def video_paths(workspace: Workspace, dataset: str) -> Mapping[str, str]:
     from pipeline.tars.paths import video_paths as paths_in
 
     return paths_in(workspace.dataset_dir(dataset))
+
+
+def content_hashes(workspace: Workspace, dataset: str) -> Mapping[str, str]:
+    """Return the sha256 of a data set's videos by key; {} if it is not packed in this workspace."""
+    from pipeline.tars.identical import content_hashes as hashes_in
+
+    try:
+        return hashes_in(workspace.dataset_dir(dataset))
+    except UserError:  # a head may come from a data set whose name is no folder's name here
+        return {}
 
 
 def require_few_failures(

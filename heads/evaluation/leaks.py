@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from heads.methods.head import Head
 
 log = logging.getLogger(__name__)
+
+ContentHashes: TypeAlias = Callable[[str], Mapping[str, str]]
+"""Returns the sha256 of a data set's videos by key; {} if they are not known."""
 
 NAMED: Final = 3  # how many videos an error names
 
@@ -81,6 +84,64 @@ def require_no_leak(
         )
     log.warning("%s", what)
     return len(found)
+
+
+def copies_of_trained(
+    store: Store,
+    rows: npt.ArrayLike,
+    trained: Mapping[str, Collection[str]],
+    hashes: ContentHashes,
+    *,
+    known: Collection[int] = (),
+) -> RowArray:
+    """Return those of `rows` (array rows of `store`) whose file has the bytes of a training video.
+
+    `trained` are the keys of the training videos by data set, `hashes` returns the sha256 of a data
+    set's videos by key, as far as they are known. Rows that are `known` to be training videos by
+    their key are left out. The copies are logged: their keys differ, so that only a person can say
+    which of the two should go.
+    """
+    own = hashes(store.provenance.dataset)
+    if not own:
+        return np.zeros(0, np.int64)
+    of_trained: dict[str, str] = {}
+    for dataset, keys in trained.items():
+        there = own if dataset == store.provenance.dataset else hashes(dataset)
+        of_trained.update((there[key], key) for key in keys if key in there)
+    asked = np.unique(np.asarray(rows, np.int64))
+    found, words = [], []
+    for row, at in zip(asked.tolist(), store.positions(asked).tolist(), strict=True):
+        key = store.keys[at]
+        other = of_trained.get(own.get(key, ""))
+        if other is not None and row not in known:
+            found.append(row)
+            words.append(f"{key} = {other}")
+    if found:
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        log.warning(
+            "%d of %d tested videos have the bytes of training videos (%s%s): they count as "
+            "trained on; train without them (train-head --exclude) for a fair test",
+            *(len(found), len(asked), ", ".join(words[:NAMED]), more),
+        )
+    return np.array(found, np.int64)
+
+
+def copies_tested(
+    store: Store, tests: Sequence[TestSet], run_dir: Path, hashes: ContentHashes
+) -> int:
+    """Return how many tested videos are copies of videos that the run in `run_dir` trained on.
+
+    Training videos themselves do not count (`require_no_leak` does that). 0 if the run recorded no
+    keys.
+    """
+    settings = read_config(run_dir) or {}
+    known = read_training_keys(run_dir)
+    if known is None or untrained(settings.get("head", {}).get("kind")):
+        return 0
+    rows = np.unique(np.concatenate([np.asarray(test.rows, np.int64) for test in tests]))
+    by_key = trained_videos(store, rows, run_dir)
+    same = frozenset(() if by_key is None else by_key.tolist())
+    return len(copies_of_trained(store, rows, known, hashes, known=same))
 
 
 def require_disjoint(

@@ -17,7 +17,7 @@ from featstore.reading.store import Store
 from featstore.workspace import OpenedStores, Workspace
 from heads.evaluation import sweeps
 from heads.evaluation.label_maps import CORRECTED, named_as
-from heads.evaluation.leaks import require_no_leak
+from heads.evaluation.leaks import ContentHashes, copies_tested, require_no_leak
 from heads.evaluation.protocols.choose import (
     build_test_sets,
     count_views,
@@ -86,6 +86,8 @@ class EvaluationRequest:
     packed_class_names: PackedClassNames = lambda dataset: None
     video_paths: Callable[[str], Mapping[str, str]] = lambda dataset: {}
     """Finds the paths of a data set's videos by key, for the tables beside a result."""
+    content_hashes: ContentHashes = lambda dataset: {}
+    """Finds the sha256 of a data set's videos by key, which tell copies under other keys."""
     precision: Precision = "auto"
     device: str = "auto"
 
@@ -282,7 +284,7 @@ def _measure(
         views=views_of(store),
         split_names=store.split_names,
     )
-    names_from = overlap = None
+    names_from = overlap = copied = None
     if protocol.lists == "given":
         origin = None if head is None else head.origin
         tests, names_from = request.unseen.tests(store, split, origin, request.packed_class_names)
@@ -291,6 +293,9 @@ def _measure(
         tests = build_test_sets(protocol, store, request.split)
     if head is not None:
         overlap = require_no_leak(store, tests, run_dir, allow=request.allow_overlap)
+        if overlap is not None:
+            copied = copies_tested(store, tests, run_dir, request.content_hashes)
+            overlap += copied
     model = head or mean_head(store.provenance.dim, store.provenance.logit_scale)
     with stages("eval", "videos") as progress:
         measured = evaluate_many(
@@ -305,7 +310,9 @@ def _measure(
             frames=request.frames,
             prompt_set=request.prompt_set(store),
             clip_store=request.chosen_clip_store(),
-            facts=run_facts(run_dir, n_trained_on=overlap, class_names_source=names_from),
+            facts=run_facts(
+                run_dir, n_trained_on=overlap, n_copied=copied, class_names_source=names_from
+            ),
             confident=not request.swept,
             device=request.device,
             precision=request.precision,

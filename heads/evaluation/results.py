@@ -63,6 +63,8 @@ class RunFacts:
     """How many tested videos are training videos of the head."""
     shots: int | None = None
     """Training videos per class, in few-shot and base-to-novel."""
+    n_copied: int | None = None
+    """How many tested videos are copies of training videos; `n_trained_on` counts them, too."""
 
 
 Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
@@ -149,6 +151,8 @@ class EvalResult:
     """Training videos per class, in few-shot and base-to-novel; None elsewhere."""
     n_trained_on: int | None = field(metadata=_tested(of="facts"))
     """How many listed videos are training videos of the head; None if that is not known."""
+    n_copied: int | None = field(metadata=_tested(of="facts"))
+    """How many of these are training videos by their bytes, under another key."""
     source: str = field(metadata={"of": "protocol"})
     """The publications that the protocol comes from."""
     test_list: str = field(metadata=_tested(of="protocol"))

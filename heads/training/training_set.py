@@ -13,12 +13,14 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import UserError, one_of
+from featstore.files.key_lists import Excluded
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
@@ -157,6 +159,21 @@ def rows_of_classes(store: Store, rows: npt.ArrayLike, classes: npt.ArrayLike) -
     listed = np.unique(np.asarray(rows, np.int64))
     found: RowArray = listed[np.isin(store.labels[store.positions(listed)], classes)]
     return found
+
+
+def without_excluded(store: Store, rows: RowArray, path: Path) -> tuple[RowArray, Excluded]:
+    """Return array rows `rows` without the videos that the list `path` names, and what went.
+
+    Keys of videos that are in the store but not in `rows` are known, and change nothing. Raises
+    UserError if the list cannot be read or names all of `rows`.
+    """
+    excluded = Excluded.of(path, store.keys, "this store")
+    gone = frozenset(excluded.keys)
+    keep = [store.keys[at] not in gone for at in store.positions(rows).tolist()]
+    left: RowArray = rows[np.array(keep, bool)]
+    if not len(left) and len(rows):
+        raise UserError(f"{path} names all {len(rows)} training videos: leave some of them in")
+    return left, excluded
 
 
 def usable_rows(store: Store, rows: RowArray) -> RowArray:

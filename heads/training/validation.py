@@ -11,7 +11,7 @@ where they are too few for that, all are judged in turn by heads that were train
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -100,13 +100,15 @@ def choose_validation(
     asked: str | None = None,
     hold_out: bool = True,
     seed: int = 0,
+    excluded: Collection[str] = (),
 ) -> tuple[RowArray, Validation | None]:
     """Choose the validation of a training on array rows `rows`; return the rows left, and it.
 
     `classes` are the label ids trained on (None: all), `split` is the split of `rows`. The
     videos are those of split "val" in this store, else in the store of `stores` that was made in
     the same way; without one, and if `hold_out` allows it, training videos, drawn by `seed` and
-    key. `asked` names another split, or is `HELD_OUT` or `NONE`. Every choice is logged.
+    key. `asked` names another split, or is `HELD_OUT` or `NONE`. Videos whose keys are `excluded`
+    are not validated on. Every choice is logged.
     Raises UserError if the split that was asked for cannot be used.
     """
     listed = np.unique(np.asarray(rows, np.int64))
@@ -119,7 +121,9 @@ def choose_validation(
             f"{HELD_OUT} to hold out a part of it"
         )
     if asked != HELD_OUT:
-        found = _of_split(store, listed, classes, asked or VALIDATION_SPLIT, split, stores, asked)
+        found = _of_split(
+            *(store, listed, classes, asked or VALIDATION_SPLIT, split, stores, asked), excluded
+        )
     if found is not None:
         _describe_classes(found, classes)
         return listed, found
@@ -136,6 +140,7 @@ def _of_split(
     split: str | None,
     stores: OpenedStores | None,
     asked: str | None,
+    excluded: Collection[str],
 ) -> Validation | None:
     """Return the videos of split `name`; None if no store has any that can be used."""
     made, where = store.provenance, store
@@ -163,6 +168,9 @@ def _of_split(
     listed = np.unique(where.split(name))
     if classes is not None:
         listed = rows_of_classes(where, listed, classes)
+    if excluded:
+        kept = [where.keys[at] not in excluded for at in where.positions(listed).tolist()]
+        listed = listed[np.array(kept, bool)]
     known = {store.keys[at] for at in store.positions(trained).tolist()}
     fresh = [where.keys[at] not in known for at in where.positions(listed).tolist()]
     if not all(fresh):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from featstore.files.documents import found_object
+from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.files.durable import write_json
 from pipeline.tars.plan import PlannedTar
 
@@ -45,6 +45,12 @@ def read_record(path: Path, tar: PlannedTar) -> TarRecord | None:
         return None
     same = [outcome.key for outcome in outcomes] == [video.key for video in tar.videos]
     return record if same else None
+
+
+def read_outcomes(records_dir: Path, file: str) -> tuple[VideoOutcome, ...]:
+    """Return the outcomes of the tar `file` from its record; () if there is none."""
+    value = found_object(records_dir / f"{file.removesuffix('.tar')}.json", LISTS_LIMIT) or {}
+    return tuple(VideoOutcome(*outcome) for outcome in value.get("videos", ()))
 
 
 class HashingStream:

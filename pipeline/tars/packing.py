@@ -12,10 +12,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_file, sweep_partials
+from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
 from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
@@ -30,6 +31,7 @@ from featstore.remote.urls import is_url
 from featstore.workspace import NAME_PATTERN
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.known_sets import read_listing, videos_folder
+from pipeline.annotations.listing import Listing
 from pipeline.annotations.video_folder import extension
 from pipeline.tars.dataset import (
     DATASET_FILE,
@@ -51,6 +53,7 @@ from pipeline.tars.finished import (
     VideoOutcome,
     read_record,
 )
+from pipeline.tars.identical import IDENTICAL_FILE, HashedVideo, Identical, identical_videos
 from pipeline.tars.plan import (
     PLAN_FILE,
     PlannedTar,
@@ -77,7 +80,7 @@ class PackSummary:
 
     `videos_*`, `shards` and `bytes` (of all tars) describe the data set; `shards_written`,
     `shards_skipped` and `seconds` describe this run. `failures` are the first lines of
-    `failures.csv`.
+    `failures.csv`, `identical` the videos of the same bytes, and `excluded` what a list left out.
     """
 
     dataset: str
@@ -94,12 +97,18 @@ class PackSummary:
     too_many_failures: bool
     failures: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    identical: Identical
+    excluded: Excluded | None
 
     @classmethod
     def of(
         cls, dataset: Dataset, failures: Sequence[dict[str, Any]], max_failures: float, **run: Any
     ) -> PackSummary:
-        """The summary of a data set; `run` has the fields that describe this run, and `notes`."""
+        """The summary of a data set; `run` has the other fields, most of which describe this run.
+
+        Beside dataset.json it writes which videos are identical.
+        """
+        run["identical"].write(dataset.folder)
         return cls(
             dataset=dataset.name,
             folder=str(dataset.folder),
@@ -116,7 +125,11 @@ class PackSummary:
 
     def to_json(self) -> dict[str, Any]:
         """The summary as strict JSON values."""
-        return asdict(self)
+        return {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "identical": self.identical.to_json(Path(self.folder) / IDENTICAL_FILE),
+            "excluded": None if self.excluded is None else self.excluded.to_json(),
+        }
 
 
 def pack(
@@ -133,6 +146,7 @@ def pack(
     append: bool = False,
     naming: Naming = USUAL_NAMING,
     unlabelled: bool = False,
+    exclude: Path | None = None,
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue what an earlier run began.
@@ -141,8 +155,9 @@ def pack(
     `dataset.json` and are in no tar. If their share is above `max_failures`, the summary has
     `too_many_failures`. With `append`, videos, classes and splits that are new since the data set
     was packed go into new tars; earlier tars stay as they are. `naming` decides on class names;
-    with `unlabelled` there are none. Videos that a list names by URL are fetched; for a list of
-    them `videos_dir` may be None.
+    with `unlabelled` there are none. The videos whose keys the list `exclude` names
+    (`featstore.files.key_lists`) are left out; classes keep their numbers. Videos that a list names
+    by URL are fetched; for a list of them `videos_dir` may be None.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
@@ -157,6 +172,7 @@ def pack(
         unlabelled=unlabelled,
     )
     videos_dir = videos_folder(videos_dir, annotations)
+    excluded = None if exclude is None else leave_out(listing, exclude)
     plan = make_plan(
         *(listing, videos_dir),
         name=name,
@@ -174,6 +190,7 @@ def pack(
             pending = [tar for tar in plan.tars if tar.file not in packing.records]
             packing.write_tars(pending, workers or usable_cores(), progress)
             dataset, failures, written = packing.finish()
+            identical = identical_videos(packing.hashed_videos())
     except OSError as error:
         where = error.filename or dataset_dir
         raise WorkError(
@@ -195,7 +212,24 @@ def pack(
         shards_skipped=skipped,
         seconds=time.monotonic() - began,
         notes=tuple(notes),
+        identical=identical,
+        excluded=excluded,
     )
+
+
+def leave_out(listing: Listing, exclude: Path) -> Excluded:
+    """Take the videos that a list names out of a listing; return which ones.
+
+    Raises UserError if the list cannot be read or names all videos.
+    """
+    listed = [video.key for video in (*listing.records, *listing.missing)]
+    excluded = Excluded.of(exclude, listed)
+    gone = frozenset(excluded.keys)
+    if gone.issuperset(listed):
+        raise UserError(f"{exclude} names all {len(listed)} videos: leave some of them in")
+    listing.records[:] = (video for video in listing.records if video.key not in gone)
+    listing.missing[:] = (video for video in listing.missing if video.key not in gone)
+    return excluded
 
 
 class _Packing:
@@ -335,6 +369,15 @@ class _Packing:
         write_failures(self._dataset_dir, failures)
         dataset.write()
         return dataset, failures, True
+
+    def hashed_videos(self) -> Iterator[HashedVideo]:
+        """Yield every video that is in a tar, with the hash of its bytes."""
+        for planned in self.plan.tars:
+            outcomes = self.records[planned.file].videos
+            for video, (key, sha256, reason) in zip(planned.videos, outcomes, strict=True):
+                if sha256 and not reason:
+                    words = "" if video.label == NO_LABEL else self.plan.words[video.label]
+                    yield HashedVideo(key, video.path, words, video.splits, sha256)
 
     def _read_video(self, video: PlannedVideo) -> tuple[VideoOutcome, _Sample | None]:
         """Read and probe one video; a failure gives a reason and no sample.

@@ -83,6 +83,7 @@ def pack(
             help="Pack videos that were added since into new tars; earlier tars do not change.",
         ),
     ] = False,
+    exclude: options.Exclude = None,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
     more_tars: Annotated[
         list[str] | None,
@@ -102,6 +103,7 @@ def pack(
     """
     from heads.evaluation.next_steps import after_packing
     from pipeline.annotations.class_names import Naming
+    from pipeline.tars.identical import IDENTICAL_FILE, SHOWN
 
     # Naming checks the words, which come from the user.
     naming = Naming(label_map, class_names_as)  # type: ignore[arg-type]
@@ -130,6 +132,7 @@ def pack(
                 classes=choice,
                 max_failures=max_failures,
                 append=append,
+                exclude=exclude,
                 progress=progress,
             )
     else:
@@ -150,23 +153,36 @@ def pack(
                 append=append,
                 naming=naming,
                 unlabelled=unlabelled,
+                exclude=exclude,
                 progress=progress,
             )
     failures = Path(summary.folder) / "failures.csv"
     following = after_packing(workspace, summary.dataset, options.DEFAULT_ENCODER)
+    same = summary.identical
+    facts = {}
+    if summary.excluded is not None:
+        facts["excluded"] = summary.excluded.words
+    if same.groups:
+        facts["identical"] = f"{same.words} (see {Path(summary.folder) / IDENTICAL_FILE})"
     report(
         json,
         summary.to_json(),
-        {
-            "data set": f"{summary.dataset} in {summary.folder}",
-            "videos": f"{summary.videos_listed} listed, {summary.videos_packed} packed, "
-            f"{summary.videos_failed} failed" + f" (see {failures})" * bool(summary.videos_failed),
-            "classes": summary.classes or "none: the videos have no labels",
-            "tars": f"{summary.shards} (where they lie)"
-            if tars
-            else f"{summary.shards} ({summary.shards_written} written now)",
-            **({"next": following} if summary.videos_packed else {}),
-        },
+        [
+            {
+                "data set": f"{summary.dataset} in {summary.folder}",
+                "videos": f"{summary.videos_listed} listed, {summary.videos_packed} packed, "
+                f"{summary.videos_failed} failed"
+                + f" (see {failures})"
+                * bool(summary.videos_failed),
+                "classes": summary.classes or "none: the videos have no labels",
+                "tars": f"{summary.shards} (where they lie)"
+                if tars
+                else f"{summary.shards} ({summary.shards_written} written now)",
+                **facts,
+                **({"next": following} if summary.videos_packed else {}),
+            },
+            *(f"  same bytes: {group.words}" for group in same.groups[:SHOWN]),
+        ],
     )
     options.require_few_failures(
         *(summary.videos_failed, summary.videos_listed, max_failures),

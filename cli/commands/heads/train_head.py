@@ -107,6 +107,7 @@ def train_head(
     from_head: Annotated[
         str | None, typer.Option(metavar="RUN", help="Start from the weights of this head.")
     ] = None,
+    exclude: options.Exclude = None,
     resume: options.Resume = False,
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -124,7 +125,7 @@ def train_head(
     from heads.evaluation.wanted_store import choose_training_store
     from heads.files.run_files import keeps_best
     from heads.recipes import DEFAULT_RECIPE, TRAIN_HEAD_RECIPE, load_recipe
-    from heads.training.training_set import choose_training_set, usable_rows
+    from heads.training.training_set import choose_training_set, usable_rows, without_excluded
 
     workspace = options.workspace(root)
     require_run_name(name or "")
@@ -156,9 +157,12 @@ def train_head(
         initial = load_head(initial_run)
         check_fits(initial, store)
         shape = initial.config
+    listed, excluded = training_rows(store, split), None
+    if exclude is not None:
+        listed, excluded = without_excluded(store, listed, exclude)
     chosen_set = choose_training_set(
         store,
-        training_rows(store, split),
+        listed,
         split=split,
         shots=shots,
         draw_seed=draw_seed,
@@ -175,6 +179,7 @@ def train_head(
         asked=validation,
         hold_out=bool(settings.training.get("keep_best")) and method(shape.kind).in_epochs,
         seed=draw_seed,
+        excluded=frozenset(() if excluded is None else excluded.keys),
     )
     trained = store.class_names if chosen_set.classes is None else chosen_set.classes
     config, repeats = settings.fitted(
@@ -202,7 +207,9 @@ def train_head(
             config,
             rows=rows,
             classes=chosen_set.classes,
-            trained_on=chosen_set.words + ("" if judged is None else judged.left_out),
+            trained_on=chosen_set.words
+            + ("" if judged is None else judged.left_out)
+            + ("" if excluded is None else f", {len(excluded.keys)} excluded by a list"),
             repeats=repeats,
             validation=judged,
             initial=initial,
@@ -216,13 +223,15 @@ def train_head(
         "run": f"{summary.run} in {summary.path}",
         "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
         + (f" ({summary.trained_on})" if summary.trained_on else ""),
+        **({} if excluded is None else {"excluded": excluded.words}),
         "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
         "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
         **_gained(summary),
         "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
         "next": after_training(Path(summary.path), chosen, split),
     }
-    report(json, summary.to_json(), lines)
+    left_out = None if excluded is None else excluded.to_json()
+    report(json, {**summary.to_json(), "excluded": left_out}, lines)
 
 
 def _gained(summary: TrainSummary) -> dict[str, str]:

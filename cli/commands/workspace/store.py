@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 
 from cli import options
+from cli.commands.workspace.store_quality import duplicates, leaks, suspects
 from cli.output import progress_of, report, table
 from featstore.errors import UserError
 
 app = typer.Typer(
     rich_markup_mode="markdown",
     help=(
-        "Add to a store, join stores, make a store smaller, or write its rows for other "
-        "programs.\n\n"
+        "Add to a store, join stores, make a store smaller, write its rows for other programs, or "
+        "find copies and doubtful labels in it.\n\n"
         "A store is named by its path, or by its name under `features/` of the workspace.\n\n"
         "Example: `mote-cli store export my-store --to parquet --out my-rows`"
     ),
@@ -319,6 +320,10 @@ def add_texts(
             "class texts": ", ".join(f"{name} {state[new]}" for name, new in added.items()),
         },
     )
+
+
+for _command in (duplicates, leaks, suspects):
+    app.command(_command.__name__)(_command)
 
 
 def _sizes(before: int, after: int) -> str:

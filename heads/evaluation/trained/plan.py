@@ -15,7 +15,7 @@ import numpy as np
 from featstore.errors import UserError
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
-from heads.evaluation.leaks import require_disjoint
+from heads.evaluation.leaks import ContentHashes, copies_of_trained, require_disjoint
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.trained.run import ShotRun
 from heads.training.training_set import (
@@ -52,6 +52,7 @@ class ShotPlan:
     run_dir: Callable[[str], Path]
     repeat: str = "full"
     allow_overlap: bool = False
+    content_hashes: ContentHashes = lambda dataset: {}
 
     def __post_init__(self) -> None:
         if self.train.class_names != self.test.class_names:
@@ -141,7 +142,17 @@ class ShotPlan:
         overlap = require_disjoint(
             self.train, train.rows, self.test, tested, allow=self.allow_overlap
         )
-        return ShotRun(self.run_dir(train.suffix), shots, draw, train, tests, overlap)
+        trained = [self.train.keys[at] for at in self.train.positions(train.rows).tolist()]
+        keys = frozenset(trained)
+        places = self.test.positions(tested).tolist()
+        pairs = zip(tested.tolist(), places, strict=True)
+        known = frozenset(row for row, at in pairs if self.test.keys[at] in keys)
+        copies = copies_of_trained(
+            *(self.test, tested, {self.train.provenance.dataset: trained}, self.content_hashes),
+            known=known,
+        )
+        n, run_dir = len(copies), self.run_dir(train.suffix)
+        return ShotRun(run_dir, shots, draw, train, tests, overlap + n, n)
 
     def _drawn(self, shots: int, draw: int, half: str) -> TrainingSet:
         return choose_training_set(

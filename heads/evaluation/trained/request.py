@@ -156,6 +156,7 @@ def evaluate_trained(
         run_dir=lambda suffix: ask.workspace.run_dir(prefix + suffix),
         repeat=how.repeat,
         allow_overlap=ask.allow_overlap,
+        content_hashes=ask.content_hashes,
     )
     runs = (
         plan.fewshot(shots, draws[0], given) if few else plan.base_to_novel(shots[0], draws, given)
@@ -183,6 +184,7 @@ def evaluate_trained(
                 facts,
                 label_map=label_map or None,
                 n_trained_on=of_run[name].overlap,
+                n_copied=of_run[name].copied,
                 shots=of_run[name].shots,
             ),
             precision=ask.precision,

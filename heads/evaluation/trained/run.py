@@ -66,6 +66,8 @@ class ShotRun:
     tests: tuple[TestSet, ...]
     overlap: int = 0
     """How many tested videos are also training videos."""
+    copied: int = 0
+    """How many of these have the bytes of a training video, under another key."""
 
 
 @dataclass(frozen=True)

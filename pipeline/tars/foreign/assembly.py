@@ -24,6 +24,7 @@ from pipeline.tars.foreign.classes import ClassChoice, classes_of
 from pipeline.tars.foreign.samples import FoundSample
 from pipeline.tars.foreign.scanning import FoundTar
 from pipeline.tars.foreign.sources import NamedTar
+from pipeline.tars.identical import HashedVideo
 
 _FILE_NAME_LENGTH = 200  # of the index's name, with room for ".json" and a temporary ending
 
@@ -45,6 +46,7 @@ class Assembly:
         Raises UserError if no sample can be used, and as `classes_of`.
         """
         self.failures: list[dict[str, Any]] = []
+        self.hashed: list[HashedVideo] = []
         self._left_out: list[FailedVideo] = []
         self._contents: dict[str, bytes] = {}
         first: dict[str, tuple[int, FoundSample]] = {}
@@ -145,6 +147,8 @@ class Assembly:
                 failed.append(video)
                 self._list(number, sample.member, video)
                 continue
+            path = f"{source}:{sample.member}"
+            self.hashed.append(HashedVideo(sample.key, path, words, splits, sample.sha256))
             entries.append(
                 {
                     "key": sample.key,

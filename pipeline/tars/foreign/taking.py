@@ -14,6 +14,7 @@ from pathlib import Path
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import sweep_partials
+from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
 from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
@@ -23,6 +24,7 @@ from pipeline.tars.foreign.assembly import Assembly
 from pipeline.tars.foreign.classes import ClassChoice
 from pipeline.tars.foreign.scanning import FoundTar, scanned
 from pipeline.tars.foreign.sources import NamedTar, named_tars
+from pipeline.tars.identical import identical_videos
 from pipeline.tars.packing import PackSummary, check_arguments
 from pipeline.tars.plan import PLAN_FILE, class_difference
 
@@ -40,6 +42,7 @@ def pack_tars(
     workers: int | None = None,
     max_failures: float = 0.05,
     append: bool = False,
+    exclude: Path | None = None,
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Read WebDataset tars and make a data set of them in `dataset_dir`; they stay where they lie.
@@ -48,6 +51,7 @@ def pack_tars(
     and hashed, and so is every tar; an interrupted run continues. Samples that cannot be used are
     listed in `failures.csv`; if their share is above `max_failures`, the summary has
     `too_many_failures`. With `append`, tars that are new since then come after the earlier ones.
+    The samples whose keys the list `exclude` names are left out.
     `progress` counts tars.
     Raises UserError for wrong input and for tars that changed since they were packed, WorkError
     for files that are no tars (after the others are read) and when the storage fails.
@@ -71,6 +75,7 @@ def pack_tars(
                 progress,
             )
             tars = _require_tars(list(found), dataset_dir)
+            excluded = None if exclude is None else _leave_out(tars, exclude)
             made = Assembly(name, dataset_dir, named, tars, choice, before)
             _require_same(before, made.dataset)
             written = made.write(before)
@@ -93,7 +98,21 @@ def pack_tars(
         shards_skipped=len(dataset.tars),
         seconds=time.monotonic() - began,
         notes=tuple(made.notes),
+        identical=identical_videos(made.hashed),
+        excluded=excluded,
     )
+
+
+def _leave_out(tars: list[FoundTar], exclude: Path) -> Excluded:
+    """Take the samples that a list names out of the tars; return which ones."""
+    keys = [sample.key for tar in tars for sample in tar.samples]
+    excluded = Excluded.of(exclude, keys)
+    gone = frozenset(excluded.keys)
+    if gone.issuperset(keys):
+        raise UserError(f"{exclude} names all {len(keys)} samples: leave some of them in")
+    for tar in tars:
+        tar.samples[:] = (sample for sample in tar.samples if sample.key not in gone)
+    return excluded
 
 
 def _earlier(dataset_dir: Path) -> Dataset | None:

@@ -29,12 +29,13 @@ def action_store(
     confused: float = 0.0,
     seed: int = 0,
     class_names: Sequence[str] = ACTIONS,
+    swapped: Sequence[int] = (),
     **provenance: Any,
 ) -> Store:
     """One partition of `samples` rows; row i has label i % classes and lies in split i % splits.
 
     Features are the class's text embedding, `confused` times that of the next class, and noise;
-    rows in `failed` failed in extraction.
+    rows in `failed` failed in extraction, and those `swapped` have the label of the next class.
     """
     rng = np.random.default_rng(seed)
     texts = np.random.default_rng(7).standard_normal((classes, dim)).astype(np.float32)
@@ -43,6 +44,7 @@ def action_store(
     shape = (samples, views, frames)
     shown = texts[labels] + confused * texts[(labels + 1) % classes]
     features = 2 * shown[:, None, None] + noise * rng.standard_normal((*shape, dim))
+    labels[list(swapped)] = (labels[list(swapped)] + 1) % classes
     status = np.ones(samples, np.uint8)
     bad = list(failed)
     features[bad], status[bad] = np.nan, 2

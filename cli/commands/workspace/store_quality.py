@@ -1,0 +1,173 @@
+"""`mote-cli store duplicates`, `leaks` and `suspects`: videos of a store that deserve a look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli import options
+from cli.output import Shown, progress_of, report, table
+from featstore.commands import command
+from featstore.errors import UserError, safe_text
+
+if TYPE_CHECKING:
+    from heads.quality.copies import Copies
+    from heads.quality.part import Part
+
+SHOWN = 8  # groups or suspects that are printed
+
+StorePart = Annotated[
+    str,
+    typer.Argument(
+        metavar="STORE[:SPLIT]",
+        help="Path of a store, or its name under features/; with :SPLIT only this split.",
+    ),
+]
+OutFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="Folder for the lists and the picture; default: quality/STORE of the workspace.",
+    ),
+]
+Picture = Annotated[
+    bool,
+    typer.Option("--picture/--no-picture", help="Draw what was found, if the tars are at hand."),
+]
+
+
+def duplicates(
+    store: StorePart,
+    out: OutFolder = None,
+    picture: Picture = True,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Find videos that are in a store more than once: re-encoded, cropped, trimmed, mirrored.
+
+    Videos are compared frame by frame in the stored embeddings; how alike copies have to be is
+    found on the store itself. Nothing is changed: `train-head --exclude` and `pack --exclude` take
+    the list that is written (docs/data-quality.md).
+
+    Example: `mote-cli store duplicates my-store`
+    """
+    from heads.quality.copies import find_duplicates
+
+    part = _part(root, store)
+    with progress_of("compare", "videos") as progress:
+        found = find_duplicates(part, progress=progress)
+    _report_copies(found, _folder(root, out, part), picture, root, json)
+
+
+def leaks(
+    train: StorePart,
+    test: StorePart,
+    out: OutFolder = None,
+    picture: Picture = True,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Find test videos that are copies of training videos, in two stores or two splits of one.
+
+    The list names the training videos, so that `train-head --exclude` trains without them.
+
+    Example: `mote-cli store leaks my-store:train my-store:val`
+    """
+    from heads.quality.copies import find_leaks
+
+    first, second = _part(root, train), _part(root, test)
+    with progress_of("compare", "videos") as progress:
+        found = find_leaks(first, second, progress=progress)
+    _report_copies(found, _folder(root, out, first), picture, root, json)
+
+
+def suspects(
+    store: StorePart,
+    out: OutFolder = None,
+    picture: Picture = True,
+    root: options.Root = options.DEFAULT_ROOT,
+    json: options.Json = False,
+) -> None:
+    """Rank videos whose label does not fit what they look like, and name blank ones and outliers.
+
+    Every video is classified by all the others. The most suspicious ones come first; the list
+    proposes to exclude those that very probably have a wrong label. Look before you exclude.
+
+    Example: `mote-cli store suspects my-store:train`
+    """
+    from heads.quality.suspects import find_suspects
+
+    part = _part(root, store)
+    with progress_of("classify", "videos") as progress:
+        found = find_suspects(part, progress=progress)
+    folder = _folder(root, out, part)
+    files = found.save(folder, picture)
+    lines = [
+        [s.key, s.class_name or "-", s.looks_like or "-", s.problem, f"{s.score:.2f}"]
+        for s in [s for s in found.ranked if s.problem][:SHOWN]
+    ]
+    report(
+        json,
+        {**found.to_json(), "files": {name: str(file) for name, file in files.items()}},
+        [
+            {"videos": found.words, "suspects": found.counts},
+            *_table(lines, ["most suspicious", "class", "looks like", "why", "score"]),
+            {**_files(files), **_next(part, files["list"], found.excluded, root)},
+        ],
+    )
+
+
+def _report_copies(found: Copies, folder: Path, picture: bool, root: Path, json: bool) -> None:
+    files = found.save(folder, picture)
+    lines: list[str] = []
+    for number, group in enumerate(found.groups[:SHOWN], start=1):
+        lines.append(f"{number}. {group.words}")
+        lines += [f"  {safe_text(line)}" for line in group.lines]
+    if len(found.groups) > SHOWN:
+        lines.append(f"and {len(found.groups) - SHOWN} more groups in {files['list']}")
+    following = _next(found.parts[0], files["list"], found.excluded, root)
+    report(
+        json,
+        {**found.to_json(), "files": {name: str(file) for name, file in files.items()}},
+        [{"videos": found.words, "found": found.counts}, *lines, {**_files(files), **following}],
+    )
+
+
+def _table(lines: list[list[str]], columns: list[str]) -> list[Shown]:
+    return [table("", columns, lines)] if lines else []
+
+
+def _files(files: dict[str, Path]) -> dict[str, Any]:
+    return {name: file for name, file in files.items() if name != "json"}
+
+
+def _next(part: Part, listed: Path, excluded: int, root: Path) -> dict[str, str]:
+    """Return the command that trains without what was found; nothing if there is none."""
+    from heads.evaluation.next_steps import after_rewriting
+
+    training = after_rewriting(part.store.path) if excluded else None
+    if training is None or not training.startswith("mote-cli train-head"):
+        return {}
+    return {"next": f"{training} {command('x', exclude=listed).removeprefix('mote-cli x ')}"}
+
+
+def _folder(root: Path, out: Path | None, part: Part) -> Path:
+    folder = out or options.workspace(root).root / "quality" / part.store.path.stem
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: name a folder, also a new one")
+    return folder
+
+
+def _part(root: Path, text: str) -> Part:
+    """Open STORE or STORE:SPLIT; UserError for an unknown store or split, or without embeddings."""
+    from featstore.opening import open_store
+    from heads.quality.part import Part
+
+    name, _, split = text.rpartition(":")
+    whole = not name or Path(text).exists()
+    store = open_store(options.store_path(root, text if whole else name))
+    dataset_dir = options.workspace(root).dataset_dir(store.provenance.dataset)
+    return Part.of(store, "" if whole else split, dataset_dir)

@@ -1,0 +1,195 @@
+"""Copies among real videos are found by pictures and embeddings, and lists of them are taken."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featstore import open_store
+from heads.quality.alignment import Trimming, compare, points_between, screen, trimmings
+from heads.quality.copies import find_duplicates
+from heads.quality.null import largest_ratio
+from heads.quality.part import Part
+from pipeline.demo.small_clip import make_encoder_folder
+from pipeline.demo.world import draw_world
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.stores.action_store import action_store
+from tests.support.worlds.copied_videos import black_video, write_videos
+
+CLASSES, OF_CLASS = 6, 16
+
+
+class Copied:
+    """A workspace with copies of all kinds in it: the pairs of keys by kind."""
+
+    def __init__(self, folder: Path) -> None:
+        self.videos, self.root = folder / "videos", folder / "root"
+        names = write_videos(self.videos, CLASSES, OF_CLASS)
+        sprite = draw_world(4).known[0].folder
+        black_video(self.videos / f"train/{sprite}/black.mp4")
+        make_encoder_folder(self.root / "encoders/demo-clip")
+        place = ("--root", self.root)
+        self.packed = done("pack", "--dataset", "clips", "--videos", self.videos, *place)
+        self.store = Path(
+            done(
+                *("extract", "--dataset", "clips", "--encoder", "demo-clip"),
+                *("--sampling", "uniform:8", "--workers", "1", *place),
+            )["store"]
+        )
+        keys = open_store(self.store).keys
+        self.pairs = {
+            kind: frozenset(next(k for k in keys if _is(k, name)) for name in pair)
+            for kind, pair in names.items()
+        }
+        self.black = next(key for key in keys if "black" in key)
+
+
+def _is(key: str, name: str) -> bool:
+    split, folder, stem = name.split("/")
+    return key.endswith((stem, f"{stem}%2Emp4", f"{stem}%2Emkv")) and split in key and folder in key
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Copied:
+    return Copied(tmp_path_factory.mktemp("copied"))
+
+
+def rows_of(file: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(Path(file).read_text())))
+
+
+def kinds_of(found: dict[str, Any]) -> dict[frozenset[str], str]:
+    pairs = [pair for group in found["found"] for pair in group["pairs"]]
+    return {frozenset((pair["first"], pair["second"])): pair["kind"] for pair in pairs}
+
+
+def test_copies_of_all_kinds_are_found_and_nothing_else(copied: Copied) -> None:
+    found = done("store", "duplicates", copied.store, "--root", copied.root)
+    kinds = kinds_of(found)
+    assert set(kinds) == set(copied.pairs.values())
+    assert found["groups"] == found["across_splits"] == len(copied.pairs)
+    assert found["across_classes"] == 0
+    said = {kind: kinds[pair] for kind, pair in copied.pairs.items()}
+    assert said["identical"] == "identical bytes"
+    assert (said["re-muxed"], said["mirrored"]) == ("same frames", "mirrored")
+    assert "cropped" in said["cropped"]
+    assert "trimmed" in said["trimmed"]
+    listed = rows_of(found["files"]["list"])
+    # The copy in val stays, so that test lists keep their videos.
+    out = {row["key"] for row in listed if row["exclude"] == "yes"}
+    assert out == {row["key"] for row in listed if row["splits"] == "train"}
+    with Image.open(found["files"]["picture"]) as drawn:
+        assert np.asarray(drawn).std() > 10
+    assert json.loads(Path(found["files"]["json"]).read_text())["groups"] == found["groups"]
+
+
+def test_the_list_is_taken_back(copied: Copied) -> None:
+    found = done("store", "duplicates", copied.store, "--root", copied.root)
+    listed = Path(found["files"]["list"])
+    train = ("--head", "knn", "--dataset", "clips", "--root", copied.root)
+    trained = done("train-head", *train, "--name", "clean", "--exclude", listed)
+    n = len(copied.pairs)
+    assert (trained["excluded"]["videos"], trained["excluded"]["unknown"]) == (n, [])
+    assert trained["n_listed"] == CLASSES * OF_CLASS + 1 - n
+    assert f"{n} excluded by a list" in trained["trained_on"]
+    packed = done(
+        *("pack", "--dataset", "clean", "--videos", copied.videos, "--exclude", listed),
+        *("--root", copied.root),
+    )
+    assert packed["excluded"]["videos"] == n
+    assert packed["videos_listed"] == copied.packed["videos_listed"] - n
+
+
+def test_leaks_between_splits(copied: Copied) -> None:
+    name = str(copied.store)
+    found = done("store", "leaks", f"{name}:train", f"{name}:val", "--root", copied.root)
+    assert set(kinds_of(found)) == set(copied.pairs.values())
+    assert found["leaked"] == found["excluded"] == len(copied.pairs)
+    assert {row["splits"] for row in rows_of(found["files"]["list"])} == {"train", "val"}
+    shown = mote("store", "leaks", f"{name}:train", f"{name}:val", "--root", copied.root, width=80)
+    assert "6 of 6 test videos are copies of 6 training videos" in " ".join(shown.out.split())
+    assert max(map(len, shown.out.splitlines())) <= 80 or "/" in shown.out
+
+
+def test_copies_of_training_videos_count_in_results(copied: Copied) -> None:
+    place = ("--dataset", "clips", "--root", copied.root)
+    done("train-head", "--head", "knn", "--name", "all", *place)
+    result = mote("eval", "--closeset", "clips", "--head", "all", "--json", *place[2:])
+    assert result.code == 0, result.err
+    assert (result.json["n_trained_on"], result.json["n_copied"]) == (1, 1)
+    assert "have the bytes of training videos" in result.err
+
+
+def test_without_files_embeddings_decide(copied: Copied, tmp_path: Path) -> None:
+    store = open_store(copied.store)
+    found = find_duplicates(Part.of(store, "", tmp_path))
+    pairs = {frozenset((p.first.key, p.second.key)) for g in found.groups for p in g.pairs}
+    assert found.limits["looked_at"] == 0
+    assert pairs >= {copied.pairs["identical"], copied.pairs["re-muxed"]}
+    assert len(pairs - set(copied.pairs.values())) <= 1  # chance is allowed to give one
+    assert "picture" not in found.save(tmp_path / "out")
+
+
+def test_blank_videos_are_named(copied: Copied) -> None:
+    found = done("store", "suspects", copied.store, "--root", copied.root)
+    blank = [one["key"] for one in found["found"] if "blank" in one["problem"]]
+    assert blank == [copied.black]
+    listed = rows_of(found["files"]["list"])
+    assert len(listed) == found["videos"] == copied.packed["videos_packed"]
+    assert [row["exclude"] for row in listed if row["key"] == copied.black] == ["yes"]
+
+
+def test_wrong_arguments(copied: Copied, tmp_path: Path) -> None:
+    name, place = str(copied.store), ("--root", copied.root)
+    assert "no split 'tests'" in refused(2, "store", "duplicates", f"{name}:tests", *place)
+    assert "no store" in refused(2, "store", "suspects", "missing", *place)
+    assert "in common" in refused(2, "store", "leaks", name, f"{name}:val", *place)
+    other = action_store(tmp_path / "other.zarr")
+    assert "one encoder" in refused(2, "store", "leaks", name, str(other.path), *place)
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(
+        2, "store", "duplicates", name, "--out", tmp_path / "file", *place
+    )
+
+
+def test_a_trimmed_sequence_is_told_from_a_shifted_one() -> None:
+    """A part of a smooth path is found in it, with its place, in both orders."""
+    torch.manual_seed(0)
+    corners = torch.randn(40, 5, 12)
+    paths = points_between(corners, torch.linspace(0, 4, 16))
+    way = Trimming(0.2, 0.6)
+    part = points_between(paths[:1], (way.start + way.step * torch.arange(16) / 16) * 16)
+    every = torch.cat([paths, part])
+    pairs = screen(every, None)
+    assert [0, 40] in pairs.tolist()
+    score, number = compare(every, every, torch.tensor([[0, 40], [40, 0], [0, 1]]))
+    assert score[:2].min() > 0.94
+    assert score[2] < 0.9
+    assert int(number[1]) == -1 - int(number[0])
+    found = trimmings()[int(number[0])]
+    assert found.start == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.mark.parametrize("dimensions", [2, 6])
+def test_chance_neighbours_are_no_copies(dimensions: int) -> None:
+    """Points at random have no copies; a few that lie far nearer are found among them."""
+    torch.manual_seed(1)
+    points = torch.rand(1500, dimensions).double()
+    points[:20] = points[20:40] + 1e-4 * torch.randn(20, dimensions)
+    distance = torch.cdist(points, points)
+    nearest = distance.fill_diagonal_(torch.inf).topk(8, 1, largest=False)[0]
+    usual = nearest[:, -1]
+    i, j = torch.triu_indices(1500, 1500, 1)
+    ratios = distance[i, j] / (usual[i] * usual[j]).sqrt()
+    found = ratios <= largest_ratio(nearest.float(), ratios[ratios < 1].float())
+    planted = (i < 20) & (j == i + 20)
+    assert int((found & ~planted).sum()) <= 1
+    assert int((found & planted).sum()) >= (20 if dimensions == 6 else 12)
