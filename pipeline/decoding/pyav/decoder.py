@@ -257,6 +257,11 @@ def _decode_run(
     units = length_size(media.codec, context.extradata)
     pts = survey.table.pts
     start = latest = int(pts[run.first])
+    # After an error the decoder of HEVC gives no leading pictures: where one is wanted, damage in
+    # what nobody leans on must be seen as well.
+    may_leave_out = units > 0 and not (
+        media.codec == "hevc" and survey.table.is_leading(run.wanted)
+    )
     left_out, layers = {7}, {0}  # temporal layers; 7 is above them all
     gaps = ReferenceGaps(context.extradata, units) if media.codec == "h264" else None
     for number, packet in enumerate(chain(packets, [None]), start=run.first):
@@ -271,7 +276,7 @@ def _decode_run(
             # Damage may make any packet say that nobody leans on it. One that is shown after all
             # those before it is always decoded.
             if (
-                units
+                may_leave_out
                 and number not in run.wanted
                 and pts[number] < latest
                 and nobody_leans_on(media.codec, packet, units)

@@ -66,6 +66,12 @@ class PacketTable:
         end = int(keyframes[1]) if len(keyframes) > 1 else len(self.pts)
         return begin, (begin + np.flatnonzero(self.pts[begin:end] < self.pts[begin])).tolist()
 
+    def is_leading(self, packets: Iterable[int]) -> bool:
+        """Whether any of the packets is a leading picture: shown before the keyframe before it."""
+        keyframes = np.flatnonzero(self.keyframe)
+        groups = np.searchsorted(keyframes, sorted(packets), side="right") - 1
+        return bool((self.pts[sorted(packets)] < self.pts[keyframes[np.maximum(groups, 0)]]).any())
+
     def runs(self, packets: Iterable[int]) -> list[PacketRun]:
         """The runs of packets that must be decoded to get the frames of `packets`.
 
