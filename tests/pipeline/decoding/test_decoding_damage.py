@@ -111,7 +111,7 @@ def check_isolation(kind: str, seeds: range) -> None:
         assert all(alone)
         assert "\n" not in "".join(alone)
         bystanders = [made(name, first=1000)[0] for name in BYSTANDERS]
-        expected = [outcome(PyAVDecoder(), data) for data in bystanders]
+        expected = [outcome(PyAVDecoder(strict), data) for data in bystanders]
         jobs, results = [], []
         for copy, result, data, sound in zip(
             copies, alone, cycle(bystanders), cycle(expected), strict=False
