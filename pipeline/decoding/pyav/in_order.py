@@ -56,9 +56,9 @@ class FramesInOrder:
             packets = self._media.packets()
         if self._used_memory and self._survey.packets is not None:
             held, context = [], self._media.stream.codec_context
-            for packet in self._survey.packets[:USED_FRAMES]:
+            for earlier in self._survey.packets[:USED_FRAMES]:
                 with suppress(av.FFmpegError):
-                    held.append(context.decode(packet))
+                    held.append(context.decode(earlier))
             del held
             context.flush_buffers()
         for number, packet in enumerate(chain(packets, [None])):
