@@ -104,7 +104,10 @@ def damaged(data: bytes, container: str, damage: Damage, draw: random.Random) ->
     number = draw.randrange(len(found))
     position, packet = found[number]
     if damage == "missing":
-        return rewritten(data, container, {number: None})
+        # Some containers refuse to begin with what is then the first packet.
+        with suppress(av.FFmpegError):
+            return rewritten(data, container, {number: None})
+        return rewritten(data, container, {max(number, 1): None})
     changed = bytearray(packet)
     if damage == "zero":
         changed[:] = bytes(len(packet))
