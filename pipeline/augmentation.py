@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipeline.preprocessing import FrameInput, Preprocessing, as_images, resized_size
+from pipeline.preprocessing import FrameInput, Preprocessing, as_images, is_mixed, resized_size
 
 AREA = (0.08, 1.0)  # fraction of the resized picture
 ASPECT = (3 / 4, 4 / 3)  # width / height, before the two may be exchanged
@@ -111,7 +111,16 @@ def augmented_pixels(resized: torch.Tensor, size: int, draw: AugmentationDraw) -
 
 
 def training_pixels(frames: FrameInput, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """Augment uint8 frames [T,H,W,3] of a clip to uint8 [T,3,size,size], not normalised."""
+    """Augment uint8 frames [T,H,W,3] of a clip to uint8 [T,3,size,size], not normalised.
+
+    Frames of several sizes are augmented one by one, with the same draws.
+    """
+    if is_mixed(frames):
+        state, pixels = rng.bit_generator.state, []
+        for frame in frames:
+            rng.bit_generator.state = state
+            pixels.append(training_pixels(frame[None], size, rng))
+        return torch.cat(pixels)
     resized = resized_clip(frames, size)
     height, width = resized.shape[-2:]
     draw = AugmentationDraw.sample(width, height, size, rng)

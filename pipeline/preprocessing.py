@@ -110,7 +110,10 @@ class Preprocessing:
 
         Crop order: 1: centre; 3: left, right, centre; 5: the corners and the centre; 10: each of
         the five followed by its mirror image. Raises UserError for another number of crops.
+        Frames of several sizes (`Decoder.decode_with_info`) are cropped one by one.
         """
+        if is_mixed(frames):
+            return torch.cat([self.crop_pixels(frame[None], crops) for frame in frames], 1)
         images = as_images(frames)
         self.require_crops(crops)
         resized = self.resize(images)
@@ -194,6 +197,11 @@ def crop_corners(
     if crops == 3:
         return [(0, 2 * b), (4 * a, 2 * b), (2 * a, 2 * b)]
     return [(0, 0), (4 * a, 0), (0, 4 * b), (4 * a, 4 * b), (2 * a, 2 * b)]
+
+
+def is_mixed(frames: FrameInput) -> bool:
+    """Whether frames differ in size: an array [T] of dtype object with pictures uint8 [H,W,3]."""
+    return isinstance(frames, np.ndarray) and frames.dtype == object
 
 
 def as_images(frames: FrameInput) -> torch.Tensor:

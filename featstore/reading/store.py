@@ -19,7 +19,13 @@ from featstore.format.array_checks import whole_numbers
 from featstore.format.class_texts import ClassText, read_class_text, texts_command
 from featstore.format.metadata import StoreMetadata, TarEntry, prompt_set_names, read_metadata
 from featstore.format.provenance import Provenance
-from featstore.format.schema import STATUS_FAILED, FeatureArray, RowArray, StoreSchema
+from featstore.format.schema import (
+    STATUS_FAILED,
+    STATUS_OK,
+    FeatureArray,
+    RowArray,
+    StoreSchema,
+)
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.features import FeatureFiles
@@ -189,7 +195,16 @@ class Store:
     @cached_property
     def reasons(self) -> list[str]:
         """Why each listed sample failed, "" if it did not fail; read-only."""
-        return self._texts("reason")
+        return self._texts_of(STATUS_FAILED)
+
+    @cached_property
+    def remarks(self) -> list[str]:
+        """What was noticed of each listed sample that is ok, and how much was looked at."""
+        return self._texts_of(STATUS_OK)
+
+    def _texts_of(self, status: int) -> list[str]:
+        found = zip(self._texts("reason"), (self.status == status).tolist(), strict=True)
+        return [text if meant else "" for text, meant in found]
 
     labels = _per_sample("label", "The label of every listed sample, int32 [len].")
     num_frames = _per_sample("num_frames", "Frames counted in every listed video, int32 [len].")

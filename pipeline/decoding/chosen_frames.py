@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +61,12 @@ def decode_chosen(
     fails and the others go on.
     """
     try:
-        return decoder.decode_with_info(source, within_limit(choose, size, resize_mode))
+        info, frames, seconds = decoder.decode_with_info(
+            source, within_limit(choose, size, resize_mode)
+        )
+        for height, width, _ in {frame.shape for frame in frames} if info.other_sizes else ():
+            within_limit(choose, size, resize_mode)(replace(info, width=width, height=height))
+        return info, frames, seconds
     except DecodeError:
         raise
     except Exception as error:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 Frames = npt.NDArray[np.uint8]
 Source = bytes | Path | BinaryIO
 
-# How damage inside a file is treated. "auto": a video fails if the H.264 or HEVC decoder notices
-# damage. "always": a video fails at any sign of damage in any codec, and every frame is decoded to
-# look for it. "never": damaged packets are skipped and counted.
+# How damage inside a file is treated. "auto": a video fails if a frame that is asked for, or one
+# that it leans on, could not be decoded soundly. "always": a video fails at any sign of damage, and
+# every frame is decoded to look for it. "never": damaged packets are skipped and counted.
 Strictness = Literal["auto", "always", "never"]
 
 
@@ -39,7 +39,10 @@ class VideoInfo:
     shown, after the `rotation` (degrees clockwise: 0, 90, 180 or 270) is applied.
     `damaged_packets` counts the packets skipped because they could not be read or decoded, or only
     with errors that the decoder reports. Packets that the chosen frames do not need are not checked
-    for damage, except with strictness "always".
+    for damage, except with strictness "always"; `checked_packets` counts those that were.
+    `leading_pictures` counts the pictures at the start of a stream that was cut inside a group of
+    pictures: they lean on what is missing, so they are no frames. `other_sizes` counts the chosen
+    frames that have another size than the first of the video.
     """
 
     num_frames: int
@@ -51,6 +54,20 @@ class VideoInfo:
     container_frames: int
     rotation: int
     damaged_packets: int = 0
+    checked_packets: int = 0
+    leading_pictures: int = 0
+    other_sizes: int = 0
+
+    def remarks(self) -> str:
+        """What a row should say of a video that was decoded, "" if there is nothing to say."""
+        found = {
+            "leading pictures skipped": self.leading_pictures,
+            "frames of another size than the first": self.other_sizes,
+        }
+        lines = [f"{what}: {count}" for what, count in found.items() if count]
+        if self.checked_packets < self.num_frames:
+            lines.append(f"{self.checked_packets} of {self.num_frames} frames looked at for damage")
+        return "; ".join(lines)
 
 
 ChooseFrames = Callable[[VideoInfo], npt.ArrayLike]
@@ -70,7 +87,9 @@ class Decoder(Protocol):
         """Count the frames, let `choose` pick indices [n], and decode those; read the file once.
 
         Indices are zero-based in display order; any order and repeats are allowed. Returns (info,
-        RGB uint8 [n, height, width, 3] in the order given, seconds float64 [n]); the seconds are
+        RGB uint8 [n, height, width, 3] in the order given, seconds float64 [n]). Where chosen
+        frames differ in size, the array has dtype object and shape [n], and its elements are
+        pictures uint8 [their height, their width, 3]. The seconds are
         presentation times on the container's clock (frame number / fps in AVI, which has none).
         `choose` should depend on nothing but its argument: where only decoding can count the
         frames, it is called with the likely count first, and again if that was wrong.

@@ -130,6 +130,8 @@ class Engine:
                 if rows.put(position, result) and isinstance(result, EncodedVideo):
                     self.totals.frames += result.frame_index.size
                     self.totals.videos_short += result.info.num_frames < result.frame_index.shape[1]
+                    self.totals.videos_cut += result.info.leading_pictures > 0
+                    self.totals.videos_resized += result.info.other_sizes > 0
                 self.totals.videos += 1
                 self.progress(self.totals.videos, self.videos)
         self._finish(rows)

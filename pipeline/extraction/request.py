@@ -123,6 +123,8 @@ class Totals:
     videos: int = 0
     frames: int = 0
     videos_short: int = 0  # videos with fewer frames than asked for, so that frames repeat
+    videos_cut: int = 0  # videos that begin inside a group of pictures
+    videos_resized: int = 0  # videos whose chosen frames differ in size
     done: list[int] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)  # one line per tar, naming it
 
@@ -131,6 +133,8 @@ class Totals:
         self.videos += other.videos
         self.frames += other.frames
         self.videos_short += other.videos_short
+        self.videos_cut += other.videos_cut
+        self.videos_resized += other.videos_resized
         self.done += other.done
         self.damaged += other.damaged
 
@@ -151,6 +155,8 @@ class ExtractionSummary(Outcome):
     partitions_missing: int  # of other shares, not done yet
     partition: str  # the share of this process, "K/N"; empty when it had all tars
     videos_short: int  # videos with fewer frames than asked for, so that frames repeat
+    videos_cut: int  # videos that begin inside a group of pictures
+    videos_resized: int  # videos whose chosen frames differ in size
     rows_damaged: int  # rows with status ok whose damaged packets were skipped
     rows_miscounted: int  # rows with status ok whose container states another number of frames
     videos_per_second: float

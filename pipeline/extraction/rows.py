@@ -100,6 +100,7 @@ class TarRows:
             fields["reason"][position] = "the encoder gave values that are not finite in float16"
             return False
         fields["status"][position] = STATUS_OK
+        fields["reason"][position] = one_line(info.remarks())
         for name in ("num_frames", "fps", "container_frames", "damaged_packets"):
             fields[name][position] = getattr(info, name)
         fields["frame_index"][position] = result.frame_index

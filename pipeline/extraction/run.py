@@ -122,6 +122,8 @@ def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> Extracti
         partitions_missing=missing,
         partition=request.share.text if request.share else "",
         videos_short=totals.videos_short,
+        videos_cut=totals.videos_cut,
+        videos_resized=totals.videos_resized,
         rows_damaged=int((store.damaged_packets > 0).sum()),
         rows_miscounted=int((store.container_frames[known] != store.num_frames[known]).sum()),
         videos_per_second=totals.videos * rate,

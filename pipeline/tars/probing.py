@@ -44,6 +44,7 @@ def probe(data: bytes, name: str) -> tuple[dict[str, Any], str]:
         "height": info.height,
         "duration_s": info.duration_s,
         "codec": info.codec,
+        **({"leading_pictures": info.leading_pictures} if info.leading_pictures else {}),
     }, ""
 
 

@@ -78,8 +78,9 @@ def extract(
         bool | None,
         typer.Option(
             "--strict-decode/--no-strict-decode",
-            help="Fail videos with any sign of damage, or skip damage and count it; default: fail "
-            "videos whose damage the H.264 or HEVC decoder notices.",
+            help="Fail videos with any sign of damage and those whose size changes, or skip damage "
+            "and count it; default: fail videos whose chosen frames, or what they lean on, cannot "
+            "be decoded soundly (docs/decoding.md).",
             show_default=False,
         ),
     ] = None,
@@ -282,6 +283,8 @@ def _facts(summary: ExtractionSummary) -> dict[str, Any]:
     notes = {
         "damaged": (summary.rows_damaged, "videos had damaged packets that were skipped"),
         "miscounted": (summary.rows_miscounted, "containers state another number of frames"),
+        "cut": (summary.videos_cut, "videos begin inside a group of pictures"),
+        "resized": (summary.videos_resized, "videos have frames of several sizes"),
         "missing": (summary.partitions_missing, "tars are not done yet"),
     }
     facts: dict[str, Any] = {

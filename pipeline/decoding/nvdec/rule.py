@@ -18,8 +18,10 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from pipeline.decoding.contract import VideoInfo
+from pipeline.decoding.pyav.account import length_size, unit_heads
 from pipeline.decoding.pyav.frame_stack import UPRIGHT, display_matrix
 from pipeline.decoding.pyav.packet_survey import RELIABLE_CONTAINERS, read_survey
+from pipeline.decoding.pyav.reference_gaps import ReferenceGaps
 from pipeline.decoding.pyav.video_file import VideoFile
 
 # The smallest and the largest (width, height) that NVDEC decodes.
@@ -100,6 +102,7 @@ def survey_video(data: bytes, codecs: frozenset[str]) -> NvdecSurvey | str:
             # In H.264 DALI jumps to IDR pictures only.
             "HEVC with open groups of pictures": codec == "hevc"
             and _has_leading(table.pts, table.keyframe),
+            "packets that are not whole, or a missing picture": _has_damage(media, packets),
             "keyframes so close that a jump can miss": _has_close_keyframes(
                 packets, table.pts, table.keyframe
             ),
@@ -109,6 +112,17 @@ def survey_video(data: bytes, codecs: frozenset[str]) -> NvdecSurvey | str:
                 return reason
         seconds = survey.shown_pts.astype(np.float64) * survey.seconds_per_tick
         return NvdecSurvey(survey.info(media, frame), seconds, codec, *size)
+
+
+def _has_damage(media: VideoFile, packets: list[Packet[VideoStream]]) -> bool:
+    """Whether the headers of packets of H.264 or HEVC tell of damage; NVDEC tells of none."""
+    extradata = media.stream.codec_context.extradata
+    units = length_size(media.codec, extradata)
+    gaps = ReferenceGaps(extradata, units) if media.codec == "h264" else None
+    return any(
+        (units and not unit_heads(packet, units)) or (gaps and gaps.before(memoryview(packet)))
+        for packet in packets
+    )
 
 
 def _first_frame(media: VideoFile, packet: Packet[VideoStream]) -> VideoFrame | None:

@@ -9,11 +9,12 @@ decoding the whole file in order.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, islice
-from typing import get_args
+from typing import Any, get_args
 
 import av
 import numpy as np
@@ -31,16 +32,20 @@ from pipeline.decoding.contract import (
     VideoInfo,
 )
 from pipeline.decoding.pyav import frame_stack
+from pipeline.decoding.pyav.account import Account, length_size, nobody_leans_on, temporal_layer
 from pipeline.decoding.pyav.frame_stack import FrameStack
 from pipeline.decoding.pyav.gop_plan import PacketRun
+from pipeline.decoding.pyav.in_order import FramesInOrder
 from pipeline.decoding.pyav.packet_survey import Survey, read_survey
+from pipeline.decoding.pyav.reference_gaps import ReferenceGaps
 from pipeline.decoding.pyav.video_file import VideoFile, plain_cause
 
 logger = logging.getLogger(__name__)
 
-# Decoders that can leave out frames that no other frame depends on without changing the rest.
-# (libdav1d raises an error instead; with VP9 nothing is gained.)
-SKIPPING_CODECS = {"h264", "hevc"}
+# These decoders leave parts of a damaged picture as they find them in memory, without an error, so
+# that it depends on what was there before. Their frames are decoded twice, and must be the same.
+UNSTEADY_CODECS = {"vp8", "ffv1"}
+HELD_FRAMES = 7  # kept the second time, so that the memory of earlier ones is used again
 
 
 class PyAVDecoder:
@@ -68,8 +73,8 @@ class PyAVDecoder:
             if _must_decode_all(media, survey):
                 return _decode_all(media, survey, None)[0]
             last = _OneFrame([survey.likely_frames - 1])
-            damaged = _decode_chosen(media, survey, last)
-            return replace(survey.info(media, last.frame), damaged_packets=damaged)
+            seen = _decode_chosen(media, survey, last)
+            return replace(survey.info(media, last.frame), **seen)
 
     def decode(self, source: Source, frame_indices: npt.ArrayLike) -> Frames:
         """Decode the frames `frame_indices` [n] to RGB uint8 [n, height, width, 3] in that order.
@@ -93,8 +98,15 @@ class PyAVDecoder:
                 info = survey.info(media, first.frame)
                 stack = FrameStack(choose(info))
                 stack.require_within(info.num_frames)
-                info = replace(info, damaged_packets=_decode_chosen(media, survey, stack))
-            stack.require_size(info.width, info.height)
+                info = replace(info, **_decode_chosen(media, survey, stack))
+            info = replace(info, other_sizes=stack.other_sizes(info.width, info.height))
+            if info.other_sizes and self.strict == "always":
+                raise DecodeError(
+                    f"the size changes within the video: the first frame is "
+                    f"{info.width}x{info.height}, {info.other_sizes} of those asked for are not"
+                )
+            if media.codec in UNSTEADY_CODECS and self.strict != "never":
+                _require_steady(media, survey, stack)
             seconds = stack.seconds if survey.timed else stack.indices / info.fps
             return info, stack.frames, seconds
 
@@ -123,7 +135,7 @@ def _decode_all(
     """
     info: VideoInfo | None = None
     stack: FrameStack | None = None
-    frames = _FramesInOrder(media, survey)
+    frames = FramesInOrder(media, survey)
     for index, frame in frames:
         if info is None:
             info = survey.info(media, frame)
@@ -133,6 +145,7 @@ def _decode_all(
         if stack is not None and index in stack.missing:
             try:
                 stack.put(index, frame, survey.seconds_of(frame))
+                frames.keep(index)
             except DecodeError:
                 stack = None  # the error is raised again if the count was right
     if info is None:
@@ -145,38 +158,65 @@ def _decode_all(
         raise DecodeError(f"damaged: {frames.shown} of {survey.likely_frames} frames come out")
     if frames.shown != survey.likely_frames:
         info, stack = survey.with_count(info, frames.shown), None
-    info = replace(info, damaged_packets=frames.damaged)
+    if stack is None:
+        frames.keep_none()
+    frames.require_whole()
+    info = replace(info, **frames.seen())
     if choose is not None and (stack is None or stack.missing):
         stack = FrameStack(choose(info))
         stack.require_within(info.num_frames)
-        _decode_chosen(media, survey, stack)
+        _decode_in_order(media, survey, stack)
     return info, stack
 
 
-def _decode_chosen(media: VideoFile, survey: Survey, stack: FrameStack) -> int:
+def _decode_chosen(media: VideoFile, survey: Survey, stack: FrameStack) -> dict[str, Any]:
     """Fill `stack` from the needed packets only, or from all in order if that is not possible.
 
-    Returns the number of damaged packets skipped.
+    Returns what `VideoInfo` says of the packets on the way.
     """
-    if survey.reliable:
-        runs = survey.table.runs(survey.packet_of[sorted(stack.missing)].tolist())
-        try:
-            intact = all(
-                _decode_run(media, survey, run, packets, stack)
-                for run, packets in _packets_of(media, survey, runs)
-            )
-            if intact and not stack.missing:
-                return survey.damaged_when_read
-            logger.debug("planned decoding met a doubtful frame: decoding in order")
-        except av.FFmpegError as error:
-            logger.debug("planned decoding failed (%s): decoding in order", plain_cause(error))
-        stack.start_again()
-    frames = _FramesInOrder(media, survey)
+    runs = survey.table.runs(survey.packet_of[sorted(stack.missing)].tolist())
+    checked = 0
+    try:
+        for run, packets in _packets_of(media, survey, runs):
+            sent = _decode_run(media, survey, run, packets, stack)
+            checked += sent
+            if not sent:
+                break
+        if sent and not stack.missing:
+            return {"damaged_packets": survey.damaged_when_read, "checked_packets": checked}
+        logger.debug("planned decoding met a doubtful frame: decoding in order")
+    except av.FFmpegError as error:
+        logger.debug("planned decoding failed (%s): decoding in order", plain_cause(error))
+    stack.start_again()
+    return _decode_in_order(media, survey, stack)
+
+
+def _require_steady(media: VideoFile, survey: Survey, stack: FrameStack) -> None:
+    """Raise `DecodeError` if the frames of `stack` are others when they are decoded again."""
+    again = FrameStack(stack.indices)
+    _decode_in_order(media, survey, again, apart=True)
+    for index, one, other in zip(stack.indices, stack.frames, again.frames, strict=True):
+        if not np.array_equal(one, other):
+            raise DecodeError(f"damaged: frame {index} is another one when it is decoded again")
+
+
+def _decode_in_order(
+    media: VideoFile, survey: Survey, stack: FrameStack, *, apart: bool = False
+) -> dict[str, Any]:
+    """Fill `stack` from all packets in order; what it says of a video is final.
+
+    `apart` makes the decoder write into other memory than otherwise.
+    """
+    frames = FramesInOrder(media, survey, used_memory=apart)
+    held: deque[VideoFrame] = deque(maxlen=HELD_FRAMES if apart else 0)
     for index, frame in frames:
+        held.append(frame)
         if index in stack.missing:
             stack.put(index, frame, survey.seconds_of(frame))
+            frames.keep(index)
             if not stack.missing:
-                return frames.damaged
+                frames.require_whole()
+                return frames.seen()
     if not survey.reliable:
         stack.require_within(frames.shown)
     raise DecodeError(f"frame {min(stack.missing)} cannot be decoded")
@@ -203,77 +243,53 @@ def _decode_run(
     run: PacketRun,
     packets: Iterable[Packet[VideoStream]],
     stack: FrameStack,
-) -> bool:
-    """Decode one run of packets into `stack`. Returns False if a frame may be wrong.
+) -> int:
+    """Decode one run of packets into `stack`.
 
-    A frame may be wrong if the decoder marks one as damaged, or if the first keyframe does not come
-    out: decoding cannot begin at everything that a container marks as a keyframe (intra refresh).
+    Returns how many packets were sent to the decoder, or 0 if any of them did not come out as a
+    sound frame: then those that lean on it may be wrong. That is so, too, where decoding cannot
+    begin at what a container marks as a keyframe (intra refresh).
     """
     context = media.stream.codec_context
     if context.is_open:
         context.flush_buffers()
-    may_skip = media.codec in SKIPPING_CODECS
+    account = Account(media.codec, run.last + 1)
+    units = length_size(media.codec, context.extradata)
     pts = survey.table.pts
-    start = int(pts[run.first])
-    wanted = {int(pts[number]) for number in run.wanted}
-    begun = bool(survey.table.discard[run.first])  # a discarded keyframe never comes out
+    start = latest = int(pts[run.first])
+    # After an error the decoder of HEVC gives no leading pictures: where one is wanted, damage in
+    # what nobody leans on must be seen as well.
+    may_leave_out = units > 0 and not (
+        media.codec == "hevc" and survey.table.is_leading(run.wanted)
+    )
+    left_out, layers = {7}, {0}  # temporal layers; 7 is above them all
+    gaps = ReferenceGaps(context.extradata, units) if media.codec == "h264" else None
     for number, packet in enumerate(chain(packets, [None]), start=run.first):
         if packet is not None:
+            if gaps and gaps.before(memoryview(packet)):
+                return 0
             # A leading picture of the run's first keyframe depends on packets before it. It is not
             # wanted, otherwise the run would begin earlier.
             if pts[number] < start:
                 continue
-            if may_skip:
-                context.skip_frame = "DEFAULT" if number in run.wanted else "NONREF"
+            layer = temporal_layer(media.codec, packet, units) if units else 0
+            # Damage may make any packet say that nobody leans on it. One that is shown after all
+            # those before it is always decoded.
+            if (
+                may_leave_out
+                and number not in run.wanted
+                and pts[number] < latest
+                and nobody_leans_on(media.codec, packet, units)
+            ):
+                left_out.add(layer)
+                continue
+            layers.add(layer)
+            latest = max(latest, int(pts[number]))
+            packet = account.send(number, packet)
         for frame in context.decode(packet):
-            if frame.is_corrupt:
-                return False
-            begun |= frame.pts == start
-            if frame.pts in wanted:
-                stack.put(survey.index_of(frame.pts), frame, survey.seconds_of(frame))
-    context.skip_frame = "DEFAULT"
-    return begun
-
-
-class _FramesInOrder:
-    """Iterates over every frame from the start with its index (-1 if no packet has its time).
-
-    `shown` counts the frames so far, `damaged` the skipped packets; `first_cause` is why the first
-    packet was skipped, in brackets. Raises `DecodeError` at damage if the strictness demands it.
-    """
-
-    def __init__(self, media: VideoFile, survey: Survey) -> None:
-        self._media, self._survey = media, survey
-        self.shown = 0
-        self.first_cause = ""
-        self.damaged = survey.damaged_when_read
-
-    def __iter__(self) -> Iterator[tuple[int, VideoFrame]]:
-        if self.damaged and self._media.strict == "always":
-            raise DecodeError(f"damaged: packets that cannot be read whole: {self.damaged}")
-        packets: Iterable[Packet[VideoStream]] | None = self._survey.packets
-        if packets is None or self._media.stream.codec_context.is_open:
-            # A decoder that was flushed does not behave exactly like a new one.
-            self._media.restart()
-            packets = self._media.packets()
-        context = self._media.stream.codec_context
-        for packet in chain(packets, [None]):
-            if packet is not None and not packet.size:
-                continue  # an empty packet would end the stream for the decoder
-            frames: list[VideoFrame] = []
-            try:
-                frames = context.decode(packet)
-            except av.FFmpegError as error:
-                self._pass_over(plain_cause(error))
-            for frame in frames:
-                if frame.is_corrupt:
-                    self._pass_over("the decoder marks a frame as damaged")
-                index = self._survey.index_of(frame.pts) if self._survey.reliable else self.shown
-                self.shown += 1
-                yield index, frame
-
-    def _pass_over(self, cause: str) -> None:
-        if self._media.fails_on_damage:
-            raise DecodeError(f"damaged after {self.shown} frames ({cause})")
-        self.first_cause = self.first_cause or f" ({cause})"
-        self.damaged += 1
+            number_of = account.receive(frame)
+            if number_of in run.wanted:
+                index = survey.index_of(frame.pts)
+                stack.put(index, frame, survey.seconds_of(frame))
+    whole = account.broken(run.first, run.last) is None and max(layers) <= min(left_out)
+    return account.sent if whole else 0

@@ -53,6 +53,25 @@ class PacketTable:
             and shown.min() >= self.pts[0]
         )
 
+    def cut_start(self) -> tuple[int, list[int]]:
+        """The first keyframe, and the packets that may lean on what is missing before it.
+
+        The first keyframe is packet 0 unless the stream was cut inside a group of pictures. The
+        others come in the file after it, before the next keyframe, and are shown before it.
+        """
+        keyframes = np.flatnonzero(self.keyframe)
+        if not len(keyframes):
+            return 0, []
+        begin = int(keyframes[0])
+        end = int(keyframes[1]) if len(keyframes) > 1 else len(self.pts)
+        return begin, (begin + np.flatnonzero(self.pts[begin:end] < self.pts[begin])).tolist()
+
+    def is_leading(self, packets: Iterable[int]) -> bool:
+        """Whether any of the packets is a leading picture: shown before the keyframe before it."""
+        keyframes = np.flatnonzero(self.keyframe)
+        groups = np.searchsorted(keyframes, sorted(packets), side="right") - 1
+        return bool((self.pts[sorted(packets)] < self.pts[keyframes[np.maximum(groups, 0)]]).any())
+
     def runs(self, packets: Iterable[int]) -> list[PacketRun]:
         """The runs of packets that must be decoded to get the frames of `packets`.
 
@@ -67,9 +86,10 @@ class PacketTable:
             if self.pts[packet] < self.pts[keyframes[group]] and group > 0:
                 group -= 1
             first = int(keyframes[group])
-            if runs and first <= runs[-1].last + 1:
+            wanted = frozenset({packet})
+            # A leading picture can reach back behind several runs that were planned before it.
+            while runs and first <= runs[-1].last + 1:
                 previous = runs.pop()
-                runs.append(PacketRun(previous.first, packet, previous.wanted | {packet}))
-            else:
-                runs.append(PacketRun(first, packet, frozenset({packet})))
+                first, wanted = min(first, previous.first), wanted | previous.wanted
+            runs.append(PacketRun(first, packet, wanted))
         return runs

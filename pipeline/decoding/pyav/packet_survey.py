@@ -22,6 +22,9 @@ from pipeline.decoding.pyav.video_file import VideoFile
 # AVI has no presentation times; VP8 hides alternate reference frames in packets of their own.
 RELIABLE_CONTAINERS = {"mov", "mp4", "matroska", "webm"}
 RELIABLE_CODECS = {"h264", "hevc", "vp9", "av1", "libdav1d"}
+# Formats whose keyframes are known from the container or from a parser, so that a stream can be
+# seen to begin inside a group of pictures. The index of an AVI file is too often wrong.
+KEYFRAME_FORMATS = RELIABLE_CONTAINERS | {"mpegts", "mpeg", "flv", "h264", "hevc", "mpegvideo"}
 # A stream above one of these limits is read again instead of being kept. Packets are limited, too,
 # as each takes hundreds of bytes besides its data; 20,000 are eleven minutes at 30 frames a second.
 KEPT_PACKET_BYTES = 64 << 20
@@ -40,7 +43,9 @@ class Survey:
     `packet_of` int64 [frames]: the packet of every frame in display order, and `shown_pts` int64
     [frames] its time. `packets` is None when the stream is too large to keep. `likely_frames` is
     the number of frames where the table is reliable and a guess elsewhere. `damaged_when_read`
-    counts packets that could not be read whole.
+    counts packets that could not be read whole. `begin` is the first packet to decode: those before
+    it belong to a group of pictures whose keyframe is not in the file. `leading` are the packets
+    after it whose pictures may lean on that group.
     """
 
     table: PacketTable
@@ -54,6 +59,8 @@ class Survey:
     packets: list[Packet[VideoStream]] | None
     likely_frames: int
     damaged_when_read: int
+    begin: int
+    leading: list[int]
 
     def index_of(self, pts: int | None) -> int:
         """The index of the frame shown at `pts`, -1 if there is none."""
@@ -135,6 +142,9 @@ def read_survey(media: VideoFile) -> Survey:
         and table.is_reliable()
     )
     packet_of = table.display_order()
+    begin, leading = 0, list[int]()
+    if media.formats & KEYFRAME_FORMATS and complete_pts:
+        begin, leading = table.cut_start()
     return Survey(
         table=table,
         reliable=reliable,
@@ -145,8 +155,10 @@ def read_survey(media: VideoFile) -> Survey:
         declared_fps=float(media.stream.average_rate or media.stream.guessed_rate or 0),
         end_pts=end_pts,
         packets=kept,
-        likely_frames=len(packet_of) if reliable else filled,
+        likely_frames=len(packet_of) if reliable else filled - begin - len(leading),
         damaged_when_read=torn + (media.broken_off is not None),
+        begin=begin,
+        leading=leading,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Self, cast
 
 import av
+from av.codec.context import Flags
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
@@ -16,8 +17,8 @@ from av.video.stream import VideoStream
 from pipeline.decoding.contract import DecodeError, Source, Strictness
 from pipeline.decoding.pyav import frame_stack
 
-# Codecs in which damage makes a video fail with strictness "auto". The H.264 decoder marks nearly
-# every damaged frame; docs/decoding.md lists what the others notice.
+# Codecs in which any damage before a frame makes it fail with strictness "auto", as a frame may
+# lean on pictures before its keyframe. In the others a keyframe ends what damage before it did.
 NOTICING_CODECS = {"h264", "hevc"}
 # Options with which decoders notice more damage. HEVC then also checks the picture hashes that some
 # encoders write. The H.264 decoder would notice no more, and would fail on intact open groups of
@@ -30,7 +31,7 @@ READ_BUFFER_BYTES = 1 << 18
 class VideoFile:
     """An open video stream that can be started again from the beginning.
 
-    `fails_on_damage`: the video fails if this codec's decoder notices damage. `broken_off` is the
+    `fails_on_damage`: the video fails as soon as the decoder notices damage. `broken_off` is the
     reason why reading packets ended before the file's end, if it did;
     `ends_early`: the file is shorter than its RIFF header (AVI) says.
     """
@@ -83,6 +84,7 @@ class VideoFile:
         # One thread per video: many videos are decoded at once, and FFmpeg's own threads cost
         # 10 to 17 % more CPU time per frame.
         context.thread_count = 1
+        context.flags |= Flags.copy_opaque  # frames name their packets, see `Account`
         noticing = self.codec in NOTICING_CODECS
         self.fails_on_damage = self.strict == "always" or (self.strict == "auto" and noticing)
         context.options = dict(limits)

@@ -165,7 +165,7 @@ def test_facts_of_made_files(recipe: dict[str, Any], why: str | None) -> None:
         assert isinstance(survey, NvdecSurvey)
         asked = [0, 29, 3, 17]
         info, _, seconds = PyAVDecoder().decode_with_info(data, lambda _: asked)
-        assert survey.info == info
+        assert survey.info == replace(info, checked_packets=0)  # nothing looks for damage
         np.testing.assert_allclose(survey.seconds[asked], seconds)
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import av
+import numpy as np
 import pytest
+import torch
 
+from pipeline.augmentation import training_pixels
+from pipeline.decoding import chosen_frames
 from pipeline.decoding.contract import DecodeError, Strictness, VideoInfo
 from pipeline.decoding.pyav import PyAVDecoder, frame_stack
 from pipeline.decoding.pyav import decoder as pyav
+from pipeline.preprocessing import Preprocessing
 from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import frame_number, make_video, repeat_video
 
@@ -114,16 +123,16 @@ def test_a_file_that_must_be_counted_is_decoded_once(
     """The likely count is the number of packets; where that was wrong, all is decoded again."""
     data = make_video(codec="mpeg4", container="avi")
     passes: list[object] = []
-    original = pyav._FramesInOrder
+    original = pyav.FramesInOrder
 
     class Spy(original):  # type: ignore[misc, valid-type]
-        def __init__(self, media: object, survey: object) -> None:
+        def __init__(self, media: object, survey: object, **extra: bool) -> None:
             passes.append(media)
-            super().__init__(media, survey)
+            super().__init__(media, survey, **extra)
             if not guess_is_right and len(passes) == 1:
                 survey.likely_frames += 3  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(pyav, "_FramesInOrder", Spy)
+    monkeypatch.setattr(pyav, "FramesInOrder", Spy)
     asked: list[VideoInfo] = []
 
     def last_and_first(info: VideoInfo) -> list[int]:
@@ -131,7 +140,7 @@ def test_a_file_that_must_be_counted_is_decoded_once(
         return [info.num_frames - 1, 0]
 
     info, frames, _ = PyAVDecoder().decode_with_info(data, last_and_first)
-    assert (info.num_frames, asked[-1]) == (40, info)
+    assert (info.num_frames, replace(asked[-1], checked_packets=40)) == (40, info)
     assert [frame_number(frame) for frame in frames] == [39, 0]
     assert len(passes) == len(asked) == (1 if guess_is_right else 2)
 
@@ -204,16 +213,68 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(monkeypatch: pytest.Mon
         PyAVDecoder().probe(data)
 
 
-def test_a_video_whose_size_changes_fails_only_where_it_matters() -> None:
+def test_frames_of_a_video_whose_size_changes_keep_their_sizes() -> None:
     small = make_video(frames=20, container="mpegts")
     large = make_video(frames=20, first=20, width=160, height=96, container="mpegts")
     decoder = PyAVDecoder()
     assert decoder.probe(small + large).num_frames == 40
     frames = decoder.decode_with_info(small + large, lambda _: [0, 19])[1]
     assert [frame_number(frame) for frame in frames] == [0, 19]
-    for chosen, reason in [
-        ([0, 30], "frame 30 is 160x96, others are 96x64"),
-        ([25, 39], "the frames asked for are 160x96, the first is 96x64"),
-    ]:
-        with pytest.raises(DecodeError, match=f"^the size changes within the video: {reason}"):
-            decoder.decode_with_info(small + large, lambda _, c=chosen: c)  # type: ignore[misc]
+    for chosen, others in [([0, 30], 1), ([25, 39], 2), ([30, 1, 30], 2)]:
+        info, frames, _ = decoder.decode_with_info(small + large, lambda _, c=chosen: c)  # type: ignore[misc]
+        assert (info.width, info.height, info.other_sizes) == (96, 64, others)
+        assert [frame_number(frame) for frame in frames] == chosen
+        assert [frame.shape[1] for frame in frames] == [96 if i < 20 else 160 for i in chosen]
+    jpegs: dict[str, Any] = {"container": "mjpeg", "codec": "mjpeg", "pixel_format": "yuvj420p"}
+    jpeg = make_video(frames=2, **jpegs) + make_video(frames=2, width=160, height=96, **jpegs)
+    assert frames_of(PyAVDecoder("always"), jpeg, [0, 1]).shape == (2, 64, 96, 3)
+    with pytest.raises(DecodeError, match="is 96x64, 2 of those asked for are not"):
+        frames_of(PyAVDecoder("always"), jpeg, [1, 2, 3])
+    assert frames_of(decoder, small + large, [25, 39]).shape == (2, 96, 160, 3)
+
+
+def test_frames_of_several_sizes_are_preprocessed_one_by_one() -> None:
+    small = make_video(frames=20, container="mpegts")
+    large = make_video(frames=20, first=20, width=64, height=128, container="mpegts")
+    frames = frames_of(PyAVDecoder(), small + large, [3, 30])
+    how = Preprocessing(size=(32, 32))
+    pixels = how.crop_pixels(frames, 3)
+    for place, frame in enumerate(frames):
+        assert torch.equal(pixels[:, [place]], how.crop_pixels(frame[None], 3))
+    trained = training_pixels(frames, 32, np.random.default_rng(5))
+    for place, frame in enumerate(frames):
+        alone = training_pixels(frame[None], 32, np.random.default_rng(5))
+        assert torch.equal(trained[[place]], alone)
+    one_size = [3, 4]
+    chosen = frames_of(PyAVDecoder(), small + large, one_size)
+    assert torch.equal(
+        training_pixels(chosen, 32, np.random.default_rng(5))[[0]],
+        training_pixels(chosen[:1], 32, np.random.default_rng(5)),
+    )
+
+
+def test_a_later_size_is_held_to_the_limit_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_video(frames=20, container="mpegts")
+    strip = make_video(frames=20, width=2048, height=32, container="mpegts")
+    monkeypatch.setattr(chosen_frames, "MAX_RESIZED_PIXELS", 224 * 400)
+    with pytest.raises(DecodeError, match="frames of 2048x32 pixels would be resized to"):
+        chosen_frames.decode_chosen(
+            data + strip, PyAVDecoder(), lambda _: np.array([0, 30]), (224, 224)
+        )
+
+
+def test_what_is_transparent_lies_on_black() -> None:
+    picture = np.zeros((16, 16, 4), np.uint8)
+    picture[..., 0], picture[8:, :, 1] = 200, 100
+    picture[:, :8, 3], picture[:, 8:12, 3] = 255, 128
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as output:
+        stream = output.add_stream("png", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "rgba"
+        for _ in range(2):
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba")))
+        output.mux(stream.encode(None))
+    frame = frames_of(PyAVDecoder(), file.getvalue(), [1])[0]
+    np.testing.assert_array_equal(frame[:, :8], picture[:, :8, :3])
+    np.testing.assert_array_equal(frame[:8, 8:12], np.broadcast_to([100, 0, 0], (8, 4, 3)))
+    assert not frame[:, 12:].any()

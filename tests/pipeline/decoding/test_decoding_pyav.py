@@ -69,7 +69,7 @@ def test_the_plan_itself_gives_the_frames(kind: str, monkeypatch: pytest.MonkeyP
     def never(*_: object) -> None:
         raise AssertionError("fell back to decoding in order")
 
-    monkeypatch.setattr(pyav, "_FramesInOrder", never)
+    monkeypatch.setattr(pyav, "FramesInOrder", never)
     data, truth = made(kind)
     decoder = PyAVDecoder()
     frames = frames_of(decoder, data, range(len(truth)))
@@ -104,6 +104,8 @@ def test_runs_reach_back_for_leading_pictures_and_join() -> None:
     assert [(run.first, run.last) for run in table.runs([5])] == [(0, 5)]
     assert [(run.first, run.last) for run in table.runs([2, 10])] == [(0, 2), (10, 10)]
     assert [(run.first, run.last) for run in table.runs([2, 5, 9, 10])] == [(0, 10)]
+    assert [(run.first, run.last) for run in table.runs([2, 4, 5])] == [(0, 5)]
+    assert [(run.first, run.last) for run in table.runs([4, 5])] == [(0, 5)]
 
 
 @pytest.mark.parametrize(

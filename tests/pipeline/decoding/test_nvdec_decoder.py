@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def decode_all(using: NvdecDecoder, videos: Sequence[bytes], threads: int = 8) -
 
 def assert_pyavs(got: Any, video: bytes) -> None:
     info, frames, seconds = PyAVDecoder().decode_with_info(video, lambda found: CHOSEN)
-    assert got[0] == info
+    assert got[0] in (info, replace(info, checked_packets=0))  # NVDEC looks for no damage
     assert np.array_equal(got[1], frames)
     np.testing.assert_allclose(got[2], seconds)
 

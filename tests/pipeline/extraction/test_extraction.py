@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,6 +32,8 @@ from pipeline.extraction.run import extract
 from pipeline.sampling import parse_sampling
 from pipeline.tars.dataset import load_dataset
 from pipeline.tars.packing import pack
+from pipeline.tars.reading import TarSample, open_packed
+from tests.support.worlds.damage import Recipe, encoded, rewritten
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tiny_world import CLASSES, WORDS, make_clip, make_clips, make_encoder
 
@@ -558,3 +561,36 @@ def test_a_strip_is_refused_before_it_is_blown_up(encoder: Encoder) -> None:
     strip = make_video(container="matroska", codec="ffv1", width=12_000, height=2, frames=2)
     with pytest.raises(DecodeError, match="frames of 12000x2 pixels would be resized to"):
         encode_video(strip, PyAVDecoder(), encoder, parse_sampling("uniform:2"))
+
+
+def test_cut_streams_and_changing_sizes_are_extracted_counted_and_remarked(
+    tmp_path: Path, encoder: Encoder, request_for: Request
+) -> None:
+    folder = tmp_path / "clips" / "run"
+    folder.mkdir(parents=True)
+    recipe = Recipe("libx265", "mpegts", {"x265-params": "log-level=none"})
+    (folder / "cut.ts").write_bytes(rewritten(encoded(recipe), "mpegts", {}, first=5))
+    small = make_video(frames=10, container="mpegts")
+    (folder / "sizes.ts").write_bytes(small + make_video(frames=10, width=64, container="mpegts"))
+    make_video(folder / "sound.mp4", gop=4)
+    pack(folder.parent, "odd", tmp_path / "odd")
+    request = replace(request_for("uniform:2"), dataset_dir=tmp_path / "odd")
+    summary = extract(request, encoder=encoder)
+    assert (summary.rows_ok, summary.videos_cut, summary.videos_resized) == (3, 1, 1)
+    store = open_store(request.store_path)
+    names = [name_from_key(key).removeprefix("run/") for key in store.keys]
+    said = dict(zip(names, store.remarks, strict=True))
+    assert re.fullmatch(r"leading pictures skipped: \d+", said["cut"])
+    assert said["sizes"] == "frames of another size than the first: 1"
+    assert re.fullmatch(r"\d+ of 40 frames looked at for damage", said["sound"])
+    assert set(store.reasons) == {""}
+    samples = _samples(tmp_path / "odd")
+    sidecars = {name_from_key(s.key).removeprefix("run/"): s.sidecar for s in samples}
+    assert sidecars["cut"]["leading_pictures"] == int(said["cut"].split()[-1])
+    assert "leading_pictures" not in sidecars["sound"]
+
+
+def _samples(folder: Path) -> list[TarSample]:
+    dataset = load_dataset(folder)
+    with open_packed(dataset, dataset.tars[0]) as archive:
+        return archive.samples

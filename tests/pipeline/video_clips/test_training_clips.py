@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from pipeline.tars.dataset import Dataset
 from pipeline.video_clips.loader import BATCHES_AHEAD, ClipBatch, _ByteBudget
 from pipeline.video_clips.order import augmentation_rng, epoch_order, training_frames
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
+from tests.support.worlds.damage import Recipe, damaged, encoded
 from tests.support.worlds.frames import frames_of
 from tests.support.worlds.media import make_video
 from tests.support.worlds.tar_sets import write_dataset
@@ -99,6 +101,28 @@ def assert_same(got: ClipBatch, want: ClipBatch) -> None:
 
 def clip_threads() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith("clips")]
+
+
+def test_damaged_videos_fail_alike_for_one_process_and_two(tmp_path: Path) -> None:
+    recipe = Recipe("libx264", "mp4", gop=250)
+    data = encoded(recipe)
+    videos = {
+        f"v{n:02d}": damaged(data, "mp4", "junk", random.Random(n)) if n % 2 else data
+        for n in range(12)
+    }
+    dataset = write_dataset(tmp_path / "made", [videos], frames=40)
+
+    def failed(world_size: int, epoch: int) -> set[tuple[str, str]]:
+        parts = [
+            stream(dataset, decoder="auto", rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        return {each for part in parts for batch in part.epoch(epoch) for each in batch.failed}
+
+    for epoch in range(3):
+        alone = failed(1, epoch)
+        assert alone
+        assert alone == failed(2, epoch) == failed(3, epoch)
 
 
 def test_a_clip_of_the_stream_is_decoder_and_draw_by_hand(tmp_path: Path) -> None:
