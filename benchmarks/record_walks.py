@@ -16,8 +16,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import common
 import numpy as np
@@ -26,13 +25,14 @@ from pipeline.demo.small_clip import ENCODER_NAME, make_encoder_folder
 from pipeline.demo.world import FRAMES, SpriteClass, draw_world, encode_clip, render_clip
 from tests.support.worlds.official_trees import HMDB51_TEN, hmdb51
 
+REPOSITORY = Path(__file__).parents[1]
 COLUMNS = 80
 CLASSES, TRAIN, VAL = 8, 12, 6  # and videos of a class
 HEADER = """# The first hour, recorded
 
-Three users, their commands and what they see in a window of 80 columns. The clips are generated (moving shapes), the encoder is the
-small CLIP of the demo, which lies in `mote-data/encoders`; with real clips leave `--encoder demo-clip` out or name your own.
-Recorded by `python benchmarks/record_walks.py` on {machine}.
+Three users, their commands and what they see in a window of 80 columns. The clips are generated
+(moving shapes), the encoder is the small CLIP of the demo, which lies in `mote-data/encoders`; with
+real clips leave `--encoder demo-clip` out or name your own. Recorded by `python benchmarks/record_walks.py` on {machine}.
 """
 
 
@@ -51,7 +51,11 @@ class Walk:
         done = subprocess.run(
             ["bash", "-c", line],
             cwd=self.folder,
-            env={**os.environ, "COLUMNS": str(COLUMNS), "PATH": f"{self.folder}:{os.environ['PATH']}"},
+            env={
+                **os.environ,
+                "COLUMNS": str(COLUMNS),
+                "PATH": f"{self.folder}:{os.environ['PATH']}",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
