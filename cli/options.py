@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -144,6 +145,35 @@ Resume = Annotated[
 ]
 
 DEFAULT_MAX_FAILURES = 0.05
+
+
+def words_given(
+    context: typer.Context,
+    *left_out: str,
+    absolute: Mapping[str, Callable[[str], str]] | None = None,
+) -> list[str]:
+    """Return the words of a command that mean the same in any folder.
+
+    They are the options typed or in the environment, without those called `left_out`. Paths become
+    absolute, and so do the values of options that `absolute` has a function for.
+    """
+    words: list[str] = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name.startswith("DEFAULT") or name in left_out:
+            continue
+        value, option = context.params[name], parameter.opts[0]
+        if isinstance(value, bool):
+            words.append(option if value else parameter.secondary_opts[0])
+            continue
+        kind = getattr(parameter, "type", None)
+        is_path = getattr(kind, "name", "") in ("path", "file", "directory")
+        whole = (absolute or {}).get(name, os.path.abspath if is_path else str)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words += [option] * (parameter.param_type_name == "option")
+            words.append(whole(str(each)))
+    return words
 
 
 def workspace(root: Path) -> Workspace:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featstore.commands import Extraction, command, workspace_of
+from featstore.commands import DEFAULT_ENCODER, Extraction, command, workspace_of
 from featstore.errors import UserError, WorkError
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.metadata import StoreMetadata, read_metadata
@@ -24,10 +24,10 @@ from heads.methods.registry import MEAN_OF_FRAMES
 from pipeline.annotations.known_sets import known_dataset
 
 
-def first_extraction(workspace: Workspace, dataset: str, default: str = "") -> Extraction:
+def first_extraction(workspace: Workspace, dataset: str) -> Extraction:
     """Return the extraction to begin with: for the newest head, else as the newest store.
 
-    `default` is the encoder of a workspace that has neither.
+    A workspace that has neither has the encoder that was put into it last, or the default one.
     """
     card = newest_card(workspace)
     if card is not None and _is_there(workspace, card.origin.encoder):
@@ -39,12 +39,14 @@ def first_extraction(workspace: Workspace, dataset: str, default: str = "") -> E
         if _is_there(workspace, metadata.provenance.encoder):
             made = extraction_of(metadata.provenance)
             return replace(made, dataset=dataset, split=None, tier=None)
-    return Extraction(dataset, default or None)
+    held = [path for path in (workspace.root / "encoders").glob("[!.]*") if path.is_dir()]
+    newest = max(held, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return Extraction(dataset, DEFAULT_ENCODER if newest is None else newest.name)
 
 
-def after_packing(workspace: Workspace, dataset: str, default: str) -> str:
-    """Return the command after `pack`; `default` is the encoder of an empty workspace."""
-    return first_extraction(workspace, dataset, default).command(workspace.root)
+def after_packing(workspace: Workspace, dataset: str) -> str:
+    """Return the command after `pack`."""
+    return first_extraction(workspace, dataset).command(workspace.root)
 
 
 def after_extraction(store: Path, *, complete: bool = True) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from featstore.commands import command
+from featstore.commands import PACKING_FOLDER, command, pack_command, packing_begun
+from featstore.files.locks import holder
 from featstore.reading.repair import repair_command
+from featstore.workspace import DATASET_FILE
 from heads.evaluation.next_steps import after_extraction, evaluation_of, first_extraction
 from heads.inventory.contents import Contents, HeldHead, HeldStore
 from pipeline.encoders.specs import local_encoder
@@ -42,6 +45,12 @@ def _steps(contents: Contents) -> Iterator[Step]:
         yield Step("workspace", "empty; an example that makes its own videos", command("demo"))
         yield Step("own videos", "how they get in", command("pack", help=True))
         return
+    for problem in contents.problems:
+        folder = problem.path
+        if folder.parent == workspace.root / "datasets" and _is_begun(folder):
+            words, whole = pack_command(folder, workspace.root)
+            how = "" if whole else f"; `{words}` continues it, with the options that began it"
+            yield Step(folder.name, f"packing is not finished{how}", words if whole else None)
     for dataset in contents.datasets:
         if not contents.stores_of(dataset.name) and dataset.videos > dataset.failed:
             making = first_extraction(workspace, dataset.name).command(workspace.root)
@@ -61,6 +70,12 @@ def _steps(contents: Contents) -> Iterator[Step]:
     for head in own:
         if head.settings and head.busy is None:
             yield from _steps_of(head)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Return whether packing into a folder was begun and broke off."""
+    done = (folder / DATASET_FILE).is_file()
+    return not done and packing_begun(folder) and holder(folder / PACKING_FOLDER / "lock") is None
 
 
 def _lost_source(contents: Contents, store: HeldStore) -> str:

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from featstore.commands import remember_packing
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_file, sweep_partials
 from featstore.files.locks import exclusive
@@ -30,6 +31,7 @@ from featstore.remote.urls import is_url
 from featstore.workspace import NAME_PATTERN
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.known_sets import read_listing, videos_folder
+from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.video_folder import extension
 from pipeline.tars.dataset import (
     DATASET_FILE,
@@ -59,6 +61,7 @@ from pipeline.tars.plan import (
     continued,
     differences,
     make_plan,
+    packed_classes,
     read_plan,
     with_earlier_keys,
 )
@@ -77,7 +80,7 @@ class PackSummary:
 
     `videos_*`, `shards` and `bytes` (of all tars) describe the data set; `shards_written`,
     `shards_skipped` and `seconds` describe this run. `failures` are the first lines of
-    `failures.csv`.
+    `failures.csv`; `left_out` is what was passed over before anything was listed.
     """
 
     dataset: str
@@ -94,6 +97,7 @@ class PackSummary:
     too_many_failures: bool
     failures: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
+    left_out: LeftOut
 
     @classmethod
     def of(
@@ -116,7 +120,8 @@ class PackSummary:
 
     def to_json(self) -> dict[str, Any]:
         """The summary as strict JSON values."""
-        return asdict(self)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "left_out": self.left_out.to_json()}
 
 
 def pack(
@@ -133,6 +138,7 @@ def pack(
     append: bool = False,
     naming: Naming = USUAL_NAMING,
     unlabelled: bool = False,
+    asked: Sequence[str] = (),
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue what an earlier run began.
@@ -142,7 +148,7 @@ def pack(
     `too_many_failures`. With `append`, videos, classes and splits that are new since the data set
     was packed go into new tars; earlier tars stay as they are. `naming` decides on class names;
     with `unlabelled` there are none. Videos that a list names by URL are fetched; for a list of
-    them `videos_dir` may be None.
+    them `videos_dir` may be None. `asked` are the words of the command, for messages that name it.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
@@ -155,6 +161,7 @@ def pack(
         leave_out=dataset_dir,
         naming=naming,
         unlabelled=unlabelled,
+        kept=packed_classes(dataset_dir / RECORDS_FOLDER / PLAN_FILE),
     )
     videos_dir = videos_folder(videos_dir, annotations)
     plan = make_plan(
@@ -164,12 +171,13 @@ def pack(
         seed=seed,
         names_as=naming.names_as,
     )
-    notes = list(listing.notes)
+    notes, left_out = list(listing.notes), listing.left_out
     del listing  # as large as the plan
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             packing = _Packing(plan, videos_dir, dataset_dir)
             packing.settle_plan(append)
+            remember_packing(dataset_dir, asked)
             plan = packing.plan
             pending = [tar for tar in plan.tars if tar.file not in packing.records]
             packing.write_tars(pending, workers or usable_cores(), progress)
@@ -195,6 +203,7 @@ def pack(
         shards_skipped=skipped,
         seconds=time.monotonic() - began,
         notes=tuple(notes),
+        left_out=left_out,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from featstore.errors import UserError
 
 
 def pack(
+    context: typer.Context,
     dataset: options.Dataset,
     videos: Annotated[
         Path | None,
@@ -112,6 +113,7 @@ def pack(
         raise UserError(f"{more_tars[0]!r} belongs to no option: see `{usage}`")
     if tars:
         from pipeline.tars.foreign.classes import ClassChoice
+        from pipeline.tars.foreign.sources import absolute_pattern
         from pipeline.tars.foreign.taking import pack_tars
 
         if videos is not None:
@@ -130,6 +132,10 @@ def pack(
                 classes=choice,
                 max_failures=max_failures,
                 append=append,
+                asked=options.words_given(
+                    *(context, "dataset", "root", "json"),
+                    absolute={"tars": absolute_pattern, "more_tars": absolute_pattern},
+                ),
                 progress=progress,
             )
     else:
@@ -150,23 +156,27 @@ def pack(
                 append=append,
                 naming=naming,
                 unlabelled=unlabelled,
+                asked=options.words_given(context, "dataset", "root", "json"),
                 progress=progress,
             )
     failures = Path(summary.folder) / "failures.csv"
-    following = after_packing(workspace, summary.dataset, options.DEFAULT_ENCODER)
+    following: dict[str, Any] = {}
+    if summary.videos_packed:
+        following["next"] = after_packing(workspace, summary.dataset)
     report(
         json,
-        summary.to_json(),
+        summary.to_json() | following,
         {
             "data set": f"{summary.dataset} in {summary.folder}",
             "videos": f"{summary.videos_listed} listed, {summary.videos_packed} packed, "
             f"{summary.videos_failed} failed" + f" (see {failures})" * bool(summary.videos_failed),
+            **({"left out": summary.left_out.line} if summary.left_out.line else {}),
             "classes": summary.classes or "none: the videos have no labels",
             "tars": f"{summary.shards} (where they lie)"
             if tars
             else f"{summary.shards} ({summary.shards_written} written now)",
-            **({"next": following} if summary.videos_packed else {}),
-        },
+        }
+        | following,
     )
     options.require_few_failures(
         *(summary.videos_failed, summary.videos_listed, max_failures),

@@ -209,9 +209,9 @@ def train_head(
         "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
         **_gained(summary),
         "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
-        "next": after_training(Path(summary.path), chosen, split),
     }
-    report(json, summary.to_json(), lines)
+    following = {"next": after_training(Path(summary.path), chosen, split)}
+    report(json, summary.to_json() | following, lines | following)
 
 
 def _gained(summary: TrainSummary) -> dict[str, str]:

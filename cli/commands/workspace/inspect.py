@@ -42,6 +42,8 @@ def _short(name: str, value: Any) -> Any:
             f"{role} {facts['dataset']}": f"{percent(facts['top1'])} ({facts['when'][:10]})"
             for role, facts in value.items()
         }
+    if name == "failures":
+        value = [f"{video['key']}: {video['reason']}" for video in value]
     if isinstance(value, list):
         more = [f"... ({len(value)})"] if len(value) > 10 else []
         return ", ".join(map(str, value[:10] + more)) or "none"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from featstore.commands import FOUND_TARS, remember_packing
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import sweep_partials
 from featstore.files.locks import exclusive
@@ -28,8 +29,6 @@ from pipeline.tars.plan import PLAN_FILE, class_difference
 
 logger = logging.getLogger(__name__)
 
-_FOUND_FOLDER = "tars"
-
 
 def pack_tars(
     patterns: Sequence[str],
@@ -40,6 +39,7 @@ def pack_tars(
     workers: int | None = None,
     max_failures: float = 0.05,
     append: bool = False,
+    asked: Sequence[str] = (),
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Read WebDataset tars and make a data set of them in `dataset_dir`; they stay where they lie.
@@ -48,7 +48,7 @@ def pack_tars(
     and hashed, and so is every tar; an interrupted run continues. Samples that cannot be used are
     listed in `failures.csv`; if their share is above `max_failures`, the summary has
     `too_many_failures`. With `append`, tars that are new since then come after the earlier ones.
-    `progress` counts tars.
+    `progress` counts tars. `asked` are the words of the command, for messages that name it.
     Raises UserError for wrong input and for tars that changed since they were packed, WorkError
     for files that are no tars (after the others are read) and when the storage fails.
     """
@@ -59,10 +59,11 @@ def pack_tars(
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             sweep_partials(dataset_dir)
+            remember_packing(dataset_dir, asked)
             before = _earlier(dataset_dir)
             if before is not None:
                 named = _continued(before, named, append)
-            folder = dataset_dir / RECORDS_FOLDER / _FOUND_FOLDER
+            folder = dataset_dir / RECORDS_FOLDER / FOUND_TARS
             found = scanned(
                 [tar.source for tar in named],
                 folder,
@@ -93,6 +94,7 @@ def pack_tars(
         shards_skipped=len(dataset.tars),
         seconds=time.monotonic() - began,
         notes=tuple(made.notes),
+        left_out=made.left_out,
     )
 
 
