@@ -138,7 +138,7 @@ def after_import(workspace: Workspace, run: str) -> str:
     card = read_card(workspace.run_dir(run))
     packed = _labelled(workspace)
     if card is None or not packed:
-        return command("pack", dataset="NAME", videos="DIR", root=workspace.root)
+        return more_videos(workspace)
     dataset = next(filter(_is_zeroshot_set, packed), packed[0])
     splits, names = _packed(workspace, dataset)
     same = set(card.origin.class_names or ()) == set(names)
@@ -170,8 +170,17 @@ def _any_evaluation(workspace: Workspace, card: HeadCard | None) -> str:
         if found is not None:
             return found
     for dataset in _labelled(workspace):
-        return first_extraction(workspace, dataset).command(workspace.root)
-    return workspace.first_command()
+        making = first_extraction(workspace, dataset)
+        if card is not None and _is_there(workspace, card.origin.encoder):
+            making = extraction_for(dataset, card.origin)
+        if not (workspace.features_dir(dataset) / making.file_name).exists():
+            return making.command(workspace.root)
+    return more_videos(workspace) if workspace.extracted_datasets() else workspace.first_command()
+
+
+def more_videos(workspace: Workspace) -> str:
+    """Return the command, with capitals to fill in, that brings in videos to test a head on."""
+    return command("pack", dataset="NAME", videos="DIR", root=workspace.root)
 
 
 def _training(workspace: Workspace, dataset: str, split: str, store: Path, several: bool) -> str:
