@@ -167,12 +167,11 @@ def words_given(
         if isinstance(value, bool):
             words.append(option if value else parameter.secondary_opts[0])
             continue
-        kind = getattr(parameter, "type", None)
-        is_path = getattr(kind, "name", "") in ("path", "file", "directory")
-        whole = (absolute or {}).get(name, os.path.abspath if is_path else str)
+        whole = (absolute or {}).get(name)
         for each in value if isinstance(value, list | tuple) else [value]:
             words += [option] * (parameter.param_type_name == "option")
-            words.append(whole(str(each)))
+            plain = os.path.abspath(each) if isinstance(each, Path) else str(each)
+            words.append(plain if whole is None else whole(str(each)))
     return words
 
 

@@ -15,7 +15,9 @@ from featstore.commands import DEFAULT_ENCODER, Extraction, command, workspace_o
 from featstore.errors import UserError, WorkError
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.metadata import StoreMetadata, read_metadata
+from featstore.format.schema import STATUS_OK
 from featstore.reading.repair import extraction_of, repair_command
+from featstore.reading.store import Store
 from featstore.workspace import DATASET_FILE, FIRST_STAGE, Workspace, training_split
 from heads.evaluation.protocols.choose import PROTOCOLS, usual_protocol
 from heads.evaluation.wanted_store import extraction_for
@@ -57,7 +59,7 @@ def after_extraction(store: Path, *, complete: bool = True) -> str:
     root, metadata = workspace_of(store), read_metadata(store)
     if not complete:
         return repair_command(store, metadata, root)
-    if root is None or not metadata.schema.pooled or not metadata.class_names:
+    if root is None or not metadata.schema.pooled or len(metadata.class_names) < 2:
         return command("inspect", store)
     workspace, dataset, made = Workspace(root), store.absolute().parent.name, metadata.provenance
     tower = made.encoder_fingerprint
@@ -68,7 +70,7 @@ def after_extraction(store: Path, *, complete: bool = True) -> str:
         found = _evaluation(workspace, dataset, card, store)
         if found is not None:
             return found
-    if trainable is not None:
+    if trainable is not None and _tells_apart(store, trainable):
         return _training(workspace, dataset, trainable, store, len(workspace.stores(dataset)) > 1)
     return _evaluation(workspace, dataset, None, store) or command("inspect", store)
 
@@ -79,7 +81,8 @@ def after_rewriting(store: Path) -> str | None:
     if root is None:
         return None
     trainable = training_split(_held_splits(metadata))
-    if trainable is None or not metadata.schema.pooled or not metadata.class_names:
+    pooled = metadata.schema.pooled and metadata.class_names
+    if trainable is None or not pooled or not _tells_apart(store, trainable):
         return after_extraction(store)
     return _training(Workspace(root), store.absolute().parent.name, trainable, store, True)
 
@@ -195,6 +198,18 @@ def _training(workspace: Workspace, dataset: str, split: str, store: Path, sever
         name=next(name for name in free if name not in taken) if taken else None,
         root=workspace.root,
     )
+
+
+def _tells_apart(path: Path, split: str) -> bool:
+    """Return whether the videos of a store to train on, of `split` or the usual ones, differ."""
+    try:
+        store = Store(path)
+        usual = "train" if "train" in store.split_names else ""
+        rows = store.split(split or usual) if split or usual else store.rows
+        at = store.positions(rows)
+        return len(set(store.labels[at][store.status[at] == STATUS_OK].tolist())) > 1
+    except (UserError, WorkError):
+        return False
 
 
 @dataclass(frozen=True)

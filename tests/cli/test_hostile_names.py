@@ -100,6 +100,8 @@ def test_a_name_in_every_command(
     before = sorted(path.name for path in world.root.rglob("*"))
     for command, templates in GIVEN.items():
         for template in templates:
+            if not name and any(word in template for word in ("ROOT/", "clips", "VIDEOS")):
+                continue  # an option without a value is not given, and the work would begin
             words = [replaced(word, known) for word in template.split(" ")]
             place = [] if command in WITHOUT_ROOT else ["--root", str(world.root)]
             result = mote(command, *place, *words)
