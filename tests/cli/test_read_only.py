@@ -66,19 +66,13 @@ def test_an_evaluation_is_printed_and_the_file_is_what_fails(
     assert str(locked.root / "heads/clips-mote/eval") in error
     assert "Permission denied" in error
     assert "measured and printed" in error
-    started = commands.start(*evaluating, "--json")
-    _, (again,) = ended(started, 1)
-    assert again == error
-    value = started.json
-    assert value["file"] is None
-    assert value["files"] == {}
-    assert value["n_evaluated"] == 6
     sweep = commands.start(*evaluating, "--sweep", "fusion=softmax,cosine", "--json")
     ended(sweep, 1)
     assert [row["file"] for row in sweep.json["rows"]] == [None, None]
     assert not (locked.root / "heads/clips-mote/eval").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -97,6 +91,7 @@ def test_what_only_reads(locked: World, commands: Commands, words: str) -> None:
     assert len(errors) == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -104,7 +99,6 @@ def test_what_only_reads(locked: World, commands: Commands, words: str) -> None:
         "extract --dataset clips --encoder ENCODER --sampling uniform:2 --root ROOT",
         "pack --dataset other --videos VIDEOS --root ROOT",
         "store quantize STORE --out ROOT/features/clips/half.zarr --root ROOT",
-        "export clips-mote --format safetensors --out ROOT/head.pt --root ROOT",
         "rm head clips-mote --yes --root ROOT",
         "predict VIDEO --head clips-mote --out ROOT/answers.csv --root ROOT",
     ],
