@@ -32,7 +32,8 @@ HEADER = """# The first hour, recorded
 
 Three users, their commands and what they see in a window of 80 columns. The clips are generated
 (moving shapes), the encoder is the small CLIP of the demo, which lies in `mote-data/encoders`; with
-real clips leave `--encoder demo-clip` out or name your own. Recorded by `python benchmarks/record_walks.py` on {machine}.
+real clips leave `--encoder demo-clip` out or name your own. Recorded by
+`python benchmarks/record_walks.py` on {machine}.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -207,6 +208,9 @@ def _run() -> int:
         fail(one_line(error, limit=1000))
         return EXIT_WORK_FAILED
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # only what was typed or listed can be
+            fail(f"{one_line(str(error.filename), 60)!r}: no file has a name this long; shorten it")
+            return EXIT_USER_INPUT
         # A full disk, a folder without permission, a vanished file: a traceback would not help.
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{one_line(error.strerror or error)}: fix it and run the same command again")

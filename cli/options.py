@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -153,6 +154,34 @@ Resume = Annotated[
 ]
 
 DEFAULT_MAX_FAILURES = 0.05
+
+
+def words_given(
+    context: typer.Context,
+    *left_out: str,
+    absolute: Mapping[str, Callable[[str], str]] | None = None,
+) -> list[str]:
+    """Return the words of a command that mean the same in any folder.
+
+    They are the options typed or in the environment, without those called `left_out`. Paths become
+    absolute, and so do the values of options that `absolute` has a function for.
+    """
+    words: list[str] = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if source is None or source.name.startswith("DEFAULT") or name in left_out:
+            continue
+        value, option = context.params[name], parameter.opts[0]
+        if isinstance(value, bool):
+            words.append(option if value else parameter.secondary_opts[0])
+            continue
+        whole = (absolute or {}).get(name)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            words += [option] * (parameter.param_type_name == "option")
+            plain = os.path.abspath(each) if isinstance(each, Path) else str(each)
+            words.append(plain if whole is None else whole(str(each)))
+    return words
 
 
 def workspace(root: Path) -> Workspace:

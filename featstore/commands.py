@@ -8,15 +8,25 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from featstore.files.documents import found_object
+from featstore.files.durable import write_json
 
 STORE_SUFFIX: Final = ".zarr"
+DEFAULT_ENCODER: Final = "ViT-B-16/openai"
 DEFAULT_ROOT: Final = Path("mote-data")
 ROOT_VARIABLE: Final = "MOTE_ROOT"
+
+PACKING_FOLDER: Final = ".packing"
+"""The folder in a data set's folder with the records of its packing."""
+FOUND_TARS: Final = "tars"
+"""The folder in `PACKING_FOLDER` that `pack --tars` keeps its records in."""
+_COMMAND_FILE: Final = "command.json"
+_MOST_WORDS: Final = 1000
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 
@@ -111,6 +121,43 @@ def _noted_encoder(store: Path) -> str | None:
     signature = note.get("signature")
     spec = signature.get("spec") if isinstance(signature, dict) else None
     return spec if isinstance(spec, str) else None
+
+
+def remember_packing(dataset_dir: Path, asked: Sequence[str]) -> None:
+    """Keep the words of the `pack` command that a data set is begun with; nothing without words.
+
+    The plan of packing does not say where the videos lie or which lists were given, so without this
+    an interrupted packing could only be continued by somebody who remembers the command.
+    """
+    if asked and _packing_words(dataset_dir) != [*asked]:
+        write_json(dataset_dir / PACKING_FOLDER / _COMMAND_FILE, {"words": [*asked]})
+
+
+def packing_begun(dataset_dir: Path) -> bool:
+    """Return whether packing into a folder has begun, as far as its records show."""
+    return (dataset_dir / PACKING_FOLDER).is_dir()
+
+
+def pack_command(dataset_dir: Path, root: str | Path | None) -> tuple[str, bool]:
+    """Return the command that begins or continues packing, and whether it is known whole.
+
+    Where it is not, capitals stand for what has to be filled in.
+    """
+    name, words = dataset_dir.name, _packing_words(dataset_dir)
+    if words:
+        shown = [Path(word) if word.startswith("/") else word for word in words]
+        return command("pack", *shown, dataset=name, root=root), True
+    from_tars = (dataset_dir / PACKING_FOLDER / FOUND_TARS).is_dir()
+    source: dict[str, object] = {"tars": "PATTERN"} if from_tars else {"videos": "DIR"}
+    return command("pack", dataset=name, **source, root=root), False
+
+
+def _packing_words(dataset_dir: Path) -> list[str]:
+    found = found_object(dataset_dir / PACKING_FOLDER / _COMMAND_FILE) or {}
+    words = found.get("words")
+    if not isinstance(words, list) or len(words) > _MOST_WORDS:
+        return []
+    return words if all(isinstance(word, str) for word in words) else []
 
 
 def workspace_of(store: Path) -> Path | None:

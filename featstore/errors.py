@@ -55,6 +55,11 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which gets an "s" unless there is one: "1 view", "2 views"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def meant(name: object, known: Iterable[object], also: Mapping[str, str] | None = None) -> str:
     """Return "did you mean B? " for a name of `known` that is near `name`, or "" without one.
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from featstore.commands import STORE_SUFFIX, Extraction, command
-from featstore.errors import UserError, WorkError, meant, one_of
+from featstore.commands import STORE_SUFFIX, Extraction, pack_command
+from featstore.errors import UserError, WorkError, counted, meant, one_of
 from featstore.format.tiers import EMBEDDINGS
 from featstore.remote.urls import is_url
 
@@ -34,6 +34,9 @@ class Folders(Protocol):
     """What a choice of stores asks the workspace."""
 
     root: Path
+
+    def dataset_dir(self, name: str) -> Path:
+        """Return the folder of a packed data set."""
 
     def features_dir(self, name: str) -> Path:
         """Return the folder of a data set's stores."""
@@ -222,7 +225,7 @@ class OpenedStores:
         if packed is not None:
             return ""
         place = self._workspace
-        pack = command("pack", dataset=self.dataset, videos="DIR", root=place.root)
+        pack, _ = pack_command(place.dataset_dir(self.dataset), place.root)
         known = dict.fromkeys((*place.extracted_datasets(), *place.packed_datasets()))
         there = f" (there are {', '.join(known)})" if known else ""
         return f"it is not packed{there}; {meant(self.dataset, known)}pack it with `{pack}`, then "
@@ -244,9 +247,9 @@ def _require_match(
     elif split is not None and (split not in names or not store.split(split).size):
         reason = f"has no rows of split {split!r} (it has {', '.join(names) or 'none'})"
     elif views is not None and store.schema.views != views:
-        reason = f"has {store.schema.views} views, not {views}"
+        reason = f"has {counted(store.schema.views, 'view')}, not {views}"
     elif crops not in (None, made.crops):
-        reason = f"has {made.crops} crops, not {crops}"
+        reason = f"has {counted(made.crops, 'crop')}, not {crops}"
     elif encoder_fingerprint not in (None, made.encoder_fingerprint):
         reason = f"was made with another encoder ({made.encoder})"
     elif sampling not in (None, made.sampling):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from featstore.commands import STORE_SUFFIX as STORE_SUFFIX
-from featstore.commands import Extraction, command
+from featstore.commands import Extraction, command, pack_command, packing_begun
 from featstore.errors import UserError, WorkError, one_of
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.tiers import EMBEDDINGS
@@ -147,6 +147,10 @@ class Workspace:
         for dataset in self.packed_datasets():
             if not self.unlabelled(dataset):
                 return Extraction(dataset).command(self.root)
+        begun = (path for path in sorted((self.root / "datasets").glob("*")) if packing_begun(path))
+        for folder in begun:
+            if not (folder / DATASET_FILE).is_file():
+                return pack_command(folder, self.root)[0]
         return command("pack", dataset="NAME", videos="DIR", root=self.root)
 
     def opened(self, dataset: str) -> OpenedStores:

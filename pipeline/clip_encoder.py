@@ -42,6 +42,8 @@ MIN_COSINE = 0.999
 MIN_TIMED_PARAMETERS = 10_000_000
 IMAGES_PER_BATCH = {"cpu": 16, "cuda": 256}  # bounds memory; on a CPU 8 to 32 are equally fast
 SENTENCES_PER_BATCH = 256
+NAMES_PER_BLOCK = 512  # of classes whose texts are compared with all others
+NAMED = 5  # the most groups of classes with one text that a warning names
 # Config entries that do not change what a trained model computes.
 _TRAINING_ENTRIES = {
     "patch_dropout",
@@ -177,6 +179,7 @@ class Encoder:
 
         Every sentence is encoded and normalised; the mean over a class's sentences is normalised
         again (MoTE, Zhu et al., NeurIPS 2024). Classes may have different numbers of sentences.
+        A warning names classes with `equal_texts`.
         Raises UserError as `as_prompt_set` and `tokenize` do.
         """
         prompts = as_prompt_set(prompt_set)
@@ -193,8 +196,18 @@ class Encoder:
             embeddings[chosen] = self.encode_tokens(tokens[chosen])
             progress(start + len(chosen), len(order))
         unit, counts = F.normalize(embeddings, dim=-1), [len(lines) for lines in per_class]
-        of_classes = torch.split(unit, counts)
-        return F.normalize(torch.stack([lines.mean(dim=0) for lines in of_classes]), dim=-1)
+        per_class_units = torch.split(unit, counts)
+        of_classes = F.normalize(
+            torch.stack([lines.mean(dim=0) for lines in per_class_units]), dim=-1
+        )
+        if same := equal_texts(class_names, of_classes):
+            more = f"; and {len(same) - NAMED} more" if len(same) > NAMED else ""
+            logger.warning(
+                "no score can tell these classes apart, because prompt set %s gives them the same "
+                "text embedding: %s%s; give each its own words, for example with --descriptions",
+                *(prompts.name, "; ".join(map(" and ".join, same[:NAMED])), more),
+            )
+        return of_classes
 
     def _choose_precision(self, wanted: str) -> Precision:
         if wanted != "auto":
@@ -338,3 +351,21 @@ def _tokenizer(loaded: LoadedClip) -> Any:
             f"the tokeniser of {loaded.name} cannot be loaded ({one_line(error, 160)}): "
             "install the package `transformers`, or use a CLIP with the standard tokeniser"
         ) from None
+
+
+def equal_texts(names: Sequence[str], embeddings: torch.Tensor) -> list[list[str]]:
+    """Return the names, in quotes, of classes that share a unit embedding of [C,D], in groups.
+
+    A tokeniser makes one text of names that differ in case only, or beyond the words it can take.
+    """
+    held, first = embeddings.float().cpu(), torch.arange(len(names))
+    for start in range(0, len(names), NAMES_PER_BLOCK):
+        block = held[start : start + NAMES_PER_BLOCK]
+        near = block @ held.T > 1 - 1e-6  # the cosines of two texts may be as near as this
+        for at in torch.nonzero(near.sum(dim=1) > 1)[:, 0].tolist():
+            same = (held - block[at]).abs().amax(dim=1) < 1e-6
+            first[start + at] = same.float().argmax()
+    groups: dict[int, list[str]] = {}
+    for name, group in zip(names, first.tolist(), strict=True):
+        groups.setdefault(group, []).append(repr(one_line(name, 60)))
+    return [group for group in groups.values() if len(group) > 1]

@@ -12,6 +12,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +20,7 @@ from featstore.errors import UserError, meant, one_line
 from featstore.files.documents import read_document, read_json
 from featstore.format.class_texts import PROMPT_SET_NAMES
 from featstore.format.metadata import check_prompt_set
+from pipeline.annotations.class_names import comparable
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
@@ -79,11 +81,22 @@ class PromptSet:
             raise UserError("a class name is empty: give every class a name")
         if self.descriptions is None:
             return [template.replace("{}", class_name) for template in self.templates]
-        if class_name not in self.descriptions:
+        key = self._key_of(class_name)
+        if key is None:
             raise UserError(
                 f"{self.source or self.name} has no sentences for class {class_name!r}: add some"
             )
-        return list(self.descriptions[class_name])
+        return list(self.descriptions[key])
+
+    def _key_of(self, class_name: str) -> str | None:
+        """Return the name under which the descriptions have a class: its own, or a spelling."""
+        if class_name in (self.descriptions or {}):
+            return class_name
+        return self._key_by_form.get(comparable(class_name))
+
+    @cached_property
+    def _key_by_form(self) -> dict[str, str]:
+        return {comparable(name): name for name in self.descriptions or {}}
 
     def hash(self, class_names: Sequence[str]) -> str:
         """sha256 of the sentences of these classes, in their order."""
@@ -118,11 +131,12 @@ class PromptSet:
             )
 
     def require_classes(self, class_names: Sequence[str]) -> None:
-        """Raise UserError unless the descriptions have exactly these classes."""
+        """Raise UserError unless the descriptions have exactly these classes, however spelt."""
         if self.descriptions is None:
             return
-        missing = [name for name in class_names if name not in self.descriptions]
-        unknown = [name for name in self.descriptions if name not in set(class_names)]
+        keys = {name: self._key_of(name) for name in class_names}
+        missing = [name for name, key in keys.items() if key is None]
+        unknown = [name for name in self.descriptions if name not in set(keys.values())]
         if not missing and not unknown:
             return
         if all(name.isascii() and name.isdigit() for name in self.descriptions):

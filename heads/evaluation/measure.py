@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.progress import ProgressSink, no_progress
@@ -203,8 +203,9 @@ class ClipFeatures:
         check_complete(store)
         if store.schema.views != tested.schema.views:
             raise UserError(
-                f"{store.path.name} has {store.schema.views} views and {tested.path.name} "
-                f"{tested.schema.views}: an ensemble needs CLIP features of the same views"
+                f"{store.path.name} has {counted(store.schema.views, 'view')} and "
+                f"{tested.path.name} {tested.schema.views}: an ensemble needs CLIP features of the "
+                "same views"
             )
         text = store.class_text(prompt_set)
         if list(text.names) != tested.class_names:

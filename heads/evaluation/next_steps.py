@@ -11,11 +11,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featstore.commands import Extraction, command, workspace_of
+from featstore.commands import DEFAULT_ENCODER, Extraction, command, workspace_of
 from featstore.errors import UserError, WorkError
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.metadata import StoreMetadata, read_metadata
+from featstore.format.schema import STATUS_OK
 from featstore.reading.repair import extraction_of, repair_command
+from featstore.reading.store import Store
 from featstore.workspace import DATASET_FILE, FIRST_STAGE, Workspace, training_split
 from heads.evaluation.protocols.choose import PROTOCOLS, usual_protocol
 from heads.evaluation.wanted_store import extraction_for
@@ -24,10 +26,10 @@ from heads.methods.registry import MEAN_OF_FRAMES
 from pipeline.annotations.known_sets import known_dataset
 
 
-def first_extraction(workspace: Workspace, dataset: str, default: str = "") -> Extraction:
+def first_extraction(workspace: Workspace, dataset: str) -> Extraction:
     """Return the extraction to begin with: for the newest head, else as the newest store.
 
-    `default` is the encoder of a workspace that has neither.
+    A workspace that has neither has the encoder that was put into it last, or the default one.
     """
     card = newest_card(workspace)
     if card is not None and _is_there(workspace, card.origin.encoder):
@@ -39,12 +41,14 @@ def first_extraction(workspace: Workspace, dataset: str, default: str = "") -> E
         if _is_there(workspace, metadata.provenance.encoder):
             made = extraction_of(metadata.provenance)
             return replace(made, dataset=dataset, split=None, tier=None)
-    return Extraction(dataset, default or None)
+    held = [path for path in (workspace.root / "encoders").glob("[!.]*") if path.is_dir()]
+    newest = max(held, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return Extraction(dataset, DEFAULT_ENCODER if newest is None else newest.name)
 
 
-def after_packing(workspace: Workspace, dataset: str, default: str) -> str:
-    """Return the command after `pack`; `default` is the encoder of an empty workspace."""
-    return first_extraction(workspace, dataset, default).command(workspace.root)
+def after_packing(workspace: Workspace, dataset: str) -> str:
+    """Return the command after `pack`."""
+    return first_extraction(workspace, dataset).command(workspace.root)
 
 
 def after_extraction(store: Path, *, complete: bool = True) -> str:
@@ -55,7 +59,7 @@ def after_extraction(store: Path, *, complete: bool = True) -> str:
     root, metadata = workspace_of(store), read_metadata(store)
     if not complete:
         return repair_command(store, metadata, root)
-    if root is None or not metadata.schema.pooled or not metadata.class_names:
+    if root is None or not metadata.schema.pooled or len(metadata.class_names) < 2:
         return command("inspect", store)
     workspace, dataset, made = Workspace(root), store.absolute().parent.name, metadata.provenance
     tower = made.encoder_fingerprint
@@ -66,7 +70,7 @@ def after_extraction(store: Path, *, complete: bool = True) -> str:
         found = _evaluation(workspace, dataset, card, store)
         if found is not None:
             return found
-    if trainable is not None:
+    if trainable is not None and _tells_apart(store, trainable):
         return _training(workspace, dataset, trainable, store, len(workspace.stores(dataset)) > 1)
     return _evaluation(workspace, dataset, None, store) or command("inspect", store)
 
@@ -77,7 +81,8 @@ def after_rewriting(store: Path) -> str | None:
     if root is None:
         return None
     trainable = training_split(_held_splits(metadata))
-    if trainable is None or not metadata.schema.pooled or not metadata.class_names:
+    pooled = metadata.schema.pooled and metadata.class_names
+    if trainable is None or not pooled or not _tells_apart(store, trainable):
         return after_extraction(store)
     return _training(Workspace(root), store.absolute().parent.name, trainable, store, True)
 
@@ -136,7 +141,7 @@ def after_import(workspace: Workspace, run: str) -> str:
     card = read_card(workspace.run_dir(run))
     packed = _labelled(workspace)
     if card is None or not packed:
-        return command("pack", dataset="NAME", videos="DIR", root=workspace.root)
+        return more_videos(workspace)
     dataset = next(filter(_is_zeroshot_set, packed), packed[0])
     splits, names = _packed(workspace, dataset)
     same = set(card.origin.class_names or ()) == set(names)
@@ -168,8 +173,17 @@ def _any_evaluation(workspace: Workspace, card: HeadCard | None) -> str:
         if found is not None:
             return found
     for dataset in _labelled(workspace):
-        return first_extraction(workspace, dataset).command(workspace.root)
-    return workspace.first_command()
+        making = first_extraction(workspace, dataset)
+        if card is not None and _is_there(workspace, card.origin.encoder):
+            making = extraction_for(dataset, card.origin)
+        if not (workspace.features_dir(dataset) / making.file_name).exists():
+            return making.command(workspace.root)
+    return more_videos(workspace) if workspace.extracted_datasets() else workspace.first_command()
+
+
+def more_videos(workspace: Workspace) -> str:
+    """Return the command, with capitals to fill in, that brings in videos to test a head on."""
+    return command("pack", dataset="NAME", videos="DIR", root=workspace.root)
 
 
 def _training(workspace: Workspace, dataset: str, split: str, store: Path, several: bool) -> str:
@@ -184,6 +198,18 @@ def _training(workspace: Workspace, dataset: str, split: str, store: Path, sever
         name=next(name for name in free if name not in taken) if taken else None,
         root=workspace.root,
     )
+
+
+def _tells_apart(path: Path, split: str) -> bool:
+    """Return whether the videos of a store to train on, of `split` or the usual ones, differ."""
+    try:
+        store = Store(path)
+        usual = "train" if "train" in store.split_names else ""
+        rows = store.split(split or usual) if split or usual else store.rows
+        at = store.positions(rows)
+        return len(set(store.labels[at][store.status[at] == STATUS_OK].tolist())) > 1
+    except (UserError, WorkError):
+        return False
 
 
 @dataclass(frozen=True)

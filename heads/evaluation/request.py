@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featstore.commands import Extraction
-from featstore.errors import UserError
+from featstore.errors import UserError, one_line
 from featstore.opened_stores import MissingStore
 from featstore.progress import Stages, no_stages
 from featstore.reading.store import Store
@@ -186,6 +186,14 @@ class Evaluation:
         """Save every result in the folder of its run; return the files in order of `measured`."""
         paths = {} if self.request.swept else known_paths(self.request)
         return [save_result(result, run_dir, paths) for result, run_dir in self.measured]
+
+    def save_if_possible(self) -> tuple[list[Path | None], str]:
+        """Save as `save` does; where files cannot be written, return None for each, and why."""
+        try:
+            return [*self.save()], ""
+        except OSError as error:
+            where = error.filename or self.measured[0][1]
+            return [None] * len(self.measured), f"{where} ({error.strerror or one_line(error)})"
 
 
 def known_paths(request: EvaluationRequest) -> Mapping[str, str]:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from featstore.commands import command
+from featstore.commands import PACKING_FOLDER, command, pack_command, packing_begun
+from featstore.files.locks import holder
 from featstore.reading.repair import repair_command
-from heads.evaluation.next_steps import after_extraction, evaluation_of, first_extraction
+from featstore.workspace import DATASET_FILE, Workspace
+from heads.evaluation.next_steps import (
+    after_extraction,
+    evaluation_of,
+    first_extraction,
+    more_videos,
+)
 from heads.inventory.contents import Contents, HeldHead, HeldStore
 from pipeline.encoders.specs import local_encoder
 
@@ -42,6 +50,12 @@ def _steps(contents: Contents) -> Iterator[Step]:
         yield Step("workspace", "empty; an example that makes its own videos", command("demo"))
         yield Step("own videos", "how they get in", command("pack", help=True))
         return
+    for problem in contents.problems:
+        folder = problem.path
+        if folder.parent == workspace.root / "datasets" and _is_begun(folder):
+            words, whole = pack_command(folder, workspace.root)
+            how = "" if whole else f"; `{words}` continues it, with the options that began it"
+            yield Step(folder.name, f"packing is not finished{how}", words if whole else None)
     for dataset in contents.datasets:
         if not contents.stores_of(dataset.name) and dataset.videos > dataset.failed:
             making = first_extraction(workspace, dataset.name).command(workspace.root)
@@ -60,7 +74,13 @@ def _steps(contents: Contents) -> Iterator[Step]:
                 yield Step(store.dataset, "extracted, no head", after_extraction(store.folder))
     for head in own:
         if head.settings and head.busy is None:
-            yield from _steps_of(head)
+            yield from _steps_of(workspace, head)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Return whether packing into a folder was begun and broke off."""
+    done = (folder / DATASET_FILE).is_file()
+    return not done and packing_begun(folder) and holder(folder / PACKING_FOLDER / "lock") is None
 
 
 def _lost_source(contents: Contents, store: HeldStore) -> str:
@@ -73,9 +93,16 @@ def _lost_source(contents: Contents, store: HeldStore) -> str:
     return "" if published or place is not None else f"; encoder {made.encoder} is not here"
 
 
-def _steps_of(head: HeldHead) -> Iterator[Step]:
+def _steps_of(workspace: Workspace, head: HeldHead) -> Iterator[Step]:
     if not head.finished:
         done = f"{head.epochs_done} of {head.epochs or '?'} epochs trained"
         yield Step(head.name, f"{done}; the command that began it continues with --resume", None)
     elif not head.results:
-        yield Step(head.name, "never evaluated", evaluation_of(head.folder))
+        words, other = evaluation_of(head.folder), more_videos(workspace)
+        if words == other:
+            missing = (
+                "never evaluated, and there is nothing to test it on but what it was trained on"
+            )
+            yield Step(head.name, f"{missing}; `{other}` brings in more videos", None)
+        else:
+            yield Step(head.name, "never evaluated", words)

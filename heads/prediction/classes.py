@@ -149,7 +149,7 @@ def _from_table(path: Path, lines: Sequence[str]) -> NamedClasses:
         rows, columns = [["class"], *csv.reader(lines)], {"class": 0}
     place, described = columns["class"], columns.get(_DESCRIPTION)
     for number, row in enumerate(rows, start=1):
-        if len(row) <= max(columns.values()):
+        if len(row) <= max(columns.values()) or len(row) > len(rows[0]):
             raise UserError(
                 f"{path} row {number} has {len(row)} columns, the first row {len(rows[0])}: "
                 "complete it, and quote cells that hold a comma"

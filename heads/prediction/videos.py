@@ -123,7 +123,10 @@ class _Finder:
         self.named.append(NamedVideo(str(path)))
 
     def _add_folder(self, folder: Path) -> None:
-        files = VideoFolder(folder).files
+        found = VideoFolder(folder)
+        files = found.files
+        if files and (said := found.left_out.line):
+            logger.info("left out of %s: %s", folder, said)
         for file in files:
             self._add_file(folder / file)
         if not files:

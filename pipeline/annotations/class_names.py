@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -18,6 +19,13 @@ NamesAs = Literal["words", "raw"]
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 _CAMEL_CASE = re.compile(r"(?=.*[a-z])[A-Z][A-Za-z0-9]*")
 _HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+# Straight, typographic and angle quotes, accents and primes used as quotes.
+_QUOTES: Final = (0x22, 0x27, 0x60, 0xB4, *range(0x2018, 0x2020), 0x2032, 0x2033)
+_ANGLES: Final = (0xAB, 0xBB, 0x2039, 0x203A)
+_SPACES_AND_QUOTES: Final = {**dict.fromkeys((*_QUOTES, *_ANGLES)), ord("_"): " ", 0xFF3F: " "}
+_HYPHENS: Final = "[-\u2010-\u2015\u2212\ufe63\uff0d]"
+_HYPHEN: Final = re.compile(rf"(?<=\S){_HYPHENS}|{_HYPHENS}(?![0-9])")  # no minus: "-1"
+_SHOWN: Final = 5  # the most classes that a note names
 
 
 @dataclass(frozen=True)
@@ -69,9 +77,21 @@ def natural_order(text: str) -> tuple[list[tuple[int, int, str]], str]:
     ], text
 
 
+def same_letters(text: str) -> str:
+    """`text` as other systems may spell the same file name: composed (Unicode NFC), lower case."""
+    if text.isascii():
+        return text.lower()
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
+
+
 def comparable(name: str) -> str:
-    """`name` without what Kinetics copies differ in: lower case, no quotes, no underscores."""
-    return " ".join(name.lower().replace("_", " ").replace('"', "").replace("'", "").split())
+    """The normal form of a name, in which two names are equal if a person reads them as the same.
+
+    That is `same_letters` without quotes, with one space for spaces, underscores and hyphens. The
+    minus of a number stays. A name of nothing else is its own form.
+    """
+    plain = same_letters(name).translate(_SPACES_AND_QUOTES)
+    return " ".join(_HYPHEN.sub(" ", plain).split()) or name
 
 
 def comparable_words(name: str) -> str:
@@ -79,14 +99,54 @@ def comparable_words(name: str) -> str:
     return comparable(natural_class_name(name))
 
 
-def one_spelling(labels: Iterable[str]) -> dict[str, str]:
-    """Map every label to the spelling to use: the one with spaces where files disagree.
+def one_spelling(
+    counts: Mapping[str, int], note: Callable[[str], None], kept: Collection[str] = ()
+) -> dict[str, str]:
+    """Map every label to the spelling to use; labels that are `comparable` are one class.
 
-    Labels that differ only in case, quotes or underscores are one class.
+    `counts` has the number of videos of every label. The spelling is the one of `kept`, the classes
+    that the data set has already, else the composed one with spaces. `note` is told what was
+    merged.
     """
     chosen: dict[str, str] = {}
-    spellings = sorted(set(labels), key=lambda text: ("_" in text, '"' in text, text))
-    return {label: chosen.setdefault(comparable(label), label) for label in spellings}
+    for label in kept:
+        chosen.setdefault(comparable(label), label)
+    spellings = sorted(counts, key=lambda text: (_unusual(text), text))
+    found = {
+        label: label if label in kept else chosen.setdefault(comparable(label), label)
+        for label in spellings
+    }
+    together: dict[str, list[str]] = {}
+    for label, spelling in found.items():
+        together.setdefault(spelling, []).append(label)
+    merged = [
+        " and ".join(
+            f"{shown} ({counts[label]} videos)"
+            for label, shown in zip(group, spellings_shown(group), strict=True)
+        )
+        + ("" if spelling in group else f" as {spelling!r}")
+        for spelling, group in together.items()
+        if group != [spelling]
+    ]
+    if merged:
+        more = f"; and {len(merged) - _SHOWN} more" if len(merged) > _SHOWN else ""
+        note(
+            f"{len(merged)} classes are spelt in ways that read the same, and each is one class: "
+            f"{'; '.join(merged[:_SHOWN])}{more}"
+        )
+    return found
+
+
+def spellings_shown(names: Sequence[str]) -> list[str]:
+    """Return names in quotes; those that a person could not tell apart have escapes."""
+    alike = len({unicodedata.normalize("NFC", name) for name in names}) < len(names)
+    return [ascii(name) if alike else repr(name) for name in names]
+
+
+def _unusual(name: str) -> tuple[bool, bool, bool, bool]:
+    """Sort spellings of one name: those that other files are most likely to have come first."""
+    composed = unicodedata.is_normalized("NFC", name)
+    return not composed, "_" in name, bool(_HYPHEN.search(name)), '"' in name
 
 
 def _humps(word: str) -> list[str]:
@@ -113,10 +173,15 @@ def class_list(text: str) -> tuple[str, ...]:
 
 
 def distinct_names(where: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the names. Raises UserError, which says `where`, if one is there twice."""
-    found: dict[str, None] = {}
+    """Return the names. Raises UserError, which says `where`, for two that read the same."""
+    found: dict[str, str] = {}
     for name in names:
-        if name in found:
-            raise UserError(f"{where} names {one_line(name, 60)!r} twice: name each class once")
-        found[name] = None
-    return tuple(found)
+        form = comparable(name)
+        if form in found:
+            first = found[form]
+            both = [one_line(shown, 60) for shown in spellings_shown([first, name])]
+            again = f"{both[0]} twice" if first == name else " and ".join(both)
+            same = "" if first == name else ", which read the same"
+            raise UserError(f"{where} names {again}{same}: name each class once")
+        found[form] = name
+    return tuple(found.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -80,6 +80,7 @@ def read_listing(
     leave_out: Path | None = None,
     naming: Naming = USUAL_NAMING,
     unlabelled: bool = False,
+    kept: Collection[str] = (),
 ) -> Listing:
     """Return the listing of a data set, read from annotations or from class folders.
 
@@ -89,7 +90,8 @@ def read_listing(
     Without `videos_dir` the list in `annotations` names URLs, or paths from its own folder.
     `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
     rows and the share of files found are logged. `naming` says what to do with a file of class
-    names that contradicts the videos. With `unlabelled`, folders and lists give no classes.
+    names that contradicts the videos. With `unlabelled`, folders and lists give no classes. `kept`
+    are the raw class names that the data set has already, which keep their spelling.
     Raises UserError when there is nothing to read and when the input contradicts itself.
     """
     known = KNOWN_DATASETS.get(name.lower())
@@ -103,7 +105,9 @@ def read_listing(
     official = _FORMATS[known.format] if known else None
     found = _official_files(official, videos_dir) if official and annotations is None else []
     if annotations is not None:
-        listing = _read_annotations(annotations, folder, class_names_file, naming, unlabelled)
+        listing = _read_annotations(
+            *(annotations, folder, class_names_file, naming, unlabelled), kept=kept
+        )
     elif unlabelled:
         _refuse_class_names(class_names_file, "a data set without labels")
         listing = read_unlabelled(folder)
@@ -118,7 +122,7 @@ def read_listing(
         )
     else:
         _refuse_class_names(class_names_file, "a folder of class folders")
-        listing = read_class_folders(folder)
+        listing = read_class_folders(folder, kept)
         if known:
             listing.notes.append(
                 f"no {known.title} annotations in or beside {str(videos_dir)!r}: its class folders "
@@ -138,6 +142,7 @@ def read_listing(
             "--annotations"
         )
     _add_notes(listing, folder, known, annotated=annotations is not None or bool(found))
+    listing = replace(listing, left_out=folder.left_out)
     _log(listing)
     return listing
 
@@ -155,6 +160,7 @@ def _read_annotations(
     class_names_file: Path | None,
     naming: Naming,
     unlabelled: bool,
+    kept: Collection[str],
 ) -> Listing:
     if path.is_file():
         files = [path]
@@ -178,7 +184,9 @@ def _read_annotations(
             return official.read(own, folder)
     if path.is_dir():
         files = [file for file in files if _may_be_list(file)]
-    return read_lists(files, folder, class_names_file, naming.label_map, unlabelled=unlabelled)
+    return read_lists(
+        *(files, folder, class_names_file, naming.label_map), unlabelled=unlabelled, kept=kept
+    )
 
 
 def _refuse_class_names(class_names_file: Path | None, where: str) -> None:
@@ -246,6 +254,7 @@ def _add_notes(
         listing.notes.append(f"{len(empty)} classes have no videos and stay in the list: {names}")
     unlisted = len(folder.files) - sum(not is_url(video.path) for video in listing.records)
     if annotated and unlisted > 0:
+        folder.left_out.unlisted = unlisted
         listing.notes.append(f"{unlisted} video files in the folder are not listed and not used")
     if known and len(listing.class_names) != known.classes:
         listing.notes.append(

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import LabelMap, comparable_words
+from pipeline.annotations.class_names import LabelMap, comparable, comparable_words, spellings_shown
 from pipeline.annotations.listing import split_from_folder
-from pipeline.annotations.text_files import header, is_number, read_json, read_lines, read_table
+from pipeline.annotations.text_files import (
+    first_and_rest,
+    header,
+    is_number,
+    read_json,
+    read_lines,
+    table_rows,
+)
 from pipeline.annotations.video_folder import path_stem
 
 PUBLISHED_EXCHANGES: Final = {
@@ -53,9 +60,12 @@ def read_names(path: Path) -> dict[int, str]:
     if path.suffix.lower() == ".json":
         pairs = _json_pairs(path)
     elif _is_name_table(path) or path.suffix.lower() == ".csv":
-        rows = read_table(path)[1 if _is_name_table(path) else 0 :]
+        rows = table_rows(path)[1 if _is_name_table(path) else 0 :]
         # A comma inside a name should be quoted; where it is not, the rest is still the name.
-        pairs = [(row[0], ",".join(row[1:])) for row in rows]
+        pairs = [
+            first_and_rest(text) if len(row) > 2 else (row[0], "".join(row[1:]))
+            for row, text in rows
+        ]
     else:
         lines = [text for _, text in read_lines(path)]
         split = [text.split(None, 1) for text in lines]
@@ -73,9 +83,15 @@ def read_names(path: Path) -> dict[int, str]:
         names[int(number)] = name.strip()
     if not names:
         raise UserError(f"file of class names {str(path)!r} is empty: name another")
-    twice = [name for name, count in Counter(names.values()).items() if count > 1]
-    if twice:
-        raise UserError(f"{str(path)!r} gives the name {twice[0]!r} to two numbers: correct it")
+    first: dict[str, int] = {}
+    for place, name in names.items():
+        other = first.setdefault(comparable(name), place)
+        if other != place:
+            both = spellings_shown([names[other], name])
+            said = f"the name {both[0]}" if names[other] == name else f"{' and '.join(both)}"
+            raise UserError(
+                f"{str(path)!r} gives {said} to two numbers, {other} and {place}: correct it"
+            )
     return {number: names[number] for number in sorted(names)}
 
 
@@ -117,16 +133,7 @@ def correct_names(
     with a note. With "as-published", exchanged names stay as they are, for comparison with
     numbers that were made with such names. Either way a note counts the videos concerned.
     """
-    by_form = {_form(name): label for label, name in names.items()}
-    pattern = re.compile(
-        "|".join(re.escape(form) for form in sorted(by_form, key=len, reverse=True) if form)
-    )
-    votes: dict[int, Counter[int]] = defaultdict(Counter)
-    for label, found, listed in evidence:
-        named = _label_in_path(found, listed, by_form, pattern)
-        if named is not None:
-            votes[label][named] += 1
-    moved = agreed_changes(votes)
+    moved = agreed_changes(_votes(names, evidence))
     if moved and set(moved) != set(moved.values()):
         label, other = next(iter(moved.items()))
         note(
@@ -147,6 +154,53 @@ def correct_names(
         return names, label_map
     note(f"{exchange}: corrected (--label-map as-published keeps them)")
     return {label: names[moved.get(label, label)] for label in names}, "corrected"
+
+
+def shift_of_labels(
+    names: dict[int, str], evidence: Sequence[Evidence], note: Callable[[str], None]
+) -> int:
+    """Return what to add to the labels of a list for the numbers in a file of class names.
+
+    That is 0, or 1 or -1 where one of them begins at 1 and the other at 0: because a label would
+    have no name otherwise, or because the folders and files say so. A note says it, and also that
+    no video has label 0 where nothing tells.
+    """
+    labels = {label for label, _, _ in evidence}
+    starts = (min(labels), min(names))
+    if starts not in ((0, 1), (1, 0)):
+        return 0
+    shift = starts[1] - starts[0]
+    fits = all(label + shift in names for label in labels)
+    votes = _votes(names, evidence)
+    agreeing = [label + shift for label in votes] == [
+        counter.most_common(1)[0][0] for counter in votes.values()
+    ]
+    if fits and (not labels <= set(names) or (votes and agreeing)):
+        note(
+            f"the labels of the list begin at {starts[0]} and the numbers of the class names at "
+            f"{starts[1]}: label {starts[0]} is {names[starts[1]]!r}"
+        )
+        return shift
+    if starts[1] == 0 and not votes:
+        note(
+            f"no video has label 0, {names[0]!r}: if the list counts from 1, let the numbers of "
+            "the class names begin at 1, too"
+        )
+    return 0
+
+
+def _votes(names: dict[int, str], evidence: Sequence[Evidence]) -> dict[int, Counter[int]]:
+    """Count for every label the labels by whose names its videos or their folders are called."""
+    by_form = {_form(name): label for label, name in names.items()}
+    pattern = re.compile(
+        "|".join(re.escape(form) for form in sorted(by_form, key=len, reverse=True) if form)
+    )
+    votes: dict[int, Counter[int]] = defaultdict(Counter)
+    for label, found, listed in evidence:
+        named = _label_in_path(found, listed, by_form, pattern)
+        if named is not None:
+            votes[label][named] += 1
+    return votes
 
 
 def _label_in_path(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from featstore.errors import UserError
+from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.tables import TABLES
 
 MAX_NAME_LENGTH = 200
@@ -55,7 +56,8 @@ class Listing:
     their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
     sentences the user should read. `label_map` says what was done if the file of class names
-    exchanges names of classes: "corrected" or "as-published", or "" if it does not.
+    exchanges names of classes: "corrected" or "as-published", or "" if it does not. `left_out` is
+    what was passed over before anything was listed.
     """
 
     records: list[VideoRecord]
@@ -65,6 +67,7 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     overlapping_splits: bool = False
     label_map: str = ""
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def videos(self) -> int:

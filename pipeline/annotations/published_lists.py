@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import LabelMap, comparable, comparable_words
+from pipeline.annotations.class_names import LabelMap, comparable, comparable_words, same_letters
 from pipeline.annotations.formats.kinetics import ClipIndex, id_and_start
 from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_list
 from pipeline.annotations.known_sets import KNOWN_DATASETS
@@ -48,27 +48,33 @@ class KeyIndex:
     """Finds the keys of a data set by the names that lists use.
 
     Entries are compared by the file's name without extension, in any case of letters (UCF101's
-    HandstandPushups has files named HandStandPushups). Kinetics names are compared by id and
-    start, or by id alone where one side has no start. Folders decide only between files of one
-    name.
+    HandstandPushups has files named HandStandPushups), then by its `comparable` form. Kinetics
+    names are compared by id and start, or by id alone where one side has no start. Folders decide
+    only between files of one name.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._keys = set(keys)
         self._by_stem: dict[str, list[str]] = defaultdict(list)
+        self._by_form: dict[str, list[str]] = defaultdict(list)
         stems = [(posixpath.basename(name_from_key(key)), key) for key in sorted(self._keys)]
         self._by_clip = ClipIndex(stems)
         for stem, key in stems:
-            self._by_stem[stem.lower()].append(key)
+            self._by_stem[same_letters(stem)].append(key)
+            self._by_form[comparable(stem)].append(key)
 
     def find_listed(self, listed: str) -> tuple[str | None, str]:
         """Return the key that a list's entry means, or (None, the reason why there is none)."""
         if listed in self._keys:
             return listed, ""
-        path = path_stem(normal_path(listed, Path()))
+        whole = normal_path(listed, Path())
+        path = path_stem(whole)
         stem = posixpath.basename(path)
-        found = self._by_stem.get(stem.lower(), [])
+        found = self._by_stem.get(same_letters(stem), [])
+        # The keys of earlier versions have extensions that count as such only now.
+        found = found or self._by_stem.get(same_letters(posixpath.basename(whole)), [])
         found = found or self._by_clip.find(*id_and_start(stem))
+        found = found or self._by_form.get(comparable(stem), [])
         if len(found) > 1:
             found = _in_folder(found, path) or found
         if len(found) == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from featstore.files.documents import LISTS_LIMIT
 
 # A label or a path never comes near this; a file that is one endless field is no table.
 csv.field_size_limit(1_000_000)
+
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"', re.DOTALL)
+_QUOTED_FIRST = re.compile(rf"{_QUOTED.pattern}\s*,(.*)", re.DOTALL)
 
 
 def read_text(path: Path) -> str:
@@ -33,12 +37,38 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
 
 def read_table(path: Path, separator: str = ",") -> list[list[str]]:
     """The rows of a table with quoted cells; blank rows are left out, cells are stripped."""
-    text = read_text(path)
+    return [row for row, _ in table_rows(path, separator)]
+
+
+def table_rows(path: Path, separator: str = ",") -> list[tuple[list[str], str]]:
+    """The rows of `read_table`, each with its text as it stands in the file."""
+    lines = read_text(path).splitlines()
+    reader, rows, done = csv.reader(lines, delimiter=separator), [], 0
     try:
-        rows = list(csv.reader(text.splitlines(), delimiter=separator))
+        for row in reader:
+            text, done = "\n".join(lines[done : reader.line_num]), reader.line_num
+            if any(cell.strip() for cell in row):
+                rows.append(([cell.strip() for cell in row], text))
     except csv.Error as error:
         raise UserError(f"{str(path)!r} is not a table: {one_line(error)}; correct it") from error
-    return [[cell.strip() for cell in row] for row in rows if any(cell.strip() for cell in row)]
+    return rows
+
+
+def first_and_rest(text: str, at: int = 0) -> tuple[str, str]:
+    """Split the text of a row of CSV into its first cell and the rest, which keeps its bytes.
+
+    So an unquoted name may hold commas. `at` passes over so many commas of the first cell, which
+    is then not quoted. A rest that is quoted as a whole is what the quotes hold.
+    """
+    quoted_first = _QUOTED_FIRST.fullmatch(text) if at == 0 else None
+    if quoted_first is not None:
+        first, rest = quoted_first[1].replace('""', '"'), quoted_first[2]
+    else:
+        cells = text.split(",")
+        first, rest = ",".join(cells[: at + 1]), ",".join(cells[at + 1 :])
+    rest = rest.strip()
+    whole = _QUOTED.fullmatch(rest)
+    return first.strip(), rest if whole is None else whole[1].replace('""', '"').strip()
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable_words
+from pipeline.annotations.class_names import comparable_words, natural_class_name
 from pipeline.annotations.label_names import read_names
 from pipeline.annotations.tables import TABLES
 from pipeline.annotations.text_files import is_number, list_files
@@ -54,7 +54,7 @@ def unseen_classes(
     """Return the unseen classes and their test splits, from `lists` (files or one folder) or drawn.
 
     A class is unseen if Kinetics-400 lacks its name and it is not a renamed one. Names are
-    compared in lower case, without quotes, with spaces for underscores. A drawn split takes 160 of
+    compared as `comparable_words`. A drawn split takes 160 of
     220 classes, or the same share of fewer, by a hash of split and name.
     Raises UserError if the two lists of names have no name in common or no class is unseen, and
     for a class list with a class that Kinetics-600 lacks or Kinetics-400 has.
@@ -140,9 +140,15 @@ def _read_split(path: Path, names: Sequence[str], unseen: Sequence[int]) -> tupl
     return tuple(sorted(labels))
 
 
+def _drawn_by(name: str) -> str:
+    """The form of a name that the draw hashes, which must never change: a draw is a result."""
+    plain = natural_class_name(name).lower().replace("_", " ")
+    return " ".join(plain.replace('"', "").replace("'", "").split())
+
+
 def _drawn(number: int, names: Sequence[str], unseen: Sequence[int]) -> tuple[int, ...]:
     def place(label: int) -> tuple[bytes, int]:
-        text = f"k600-unseen/{number}/{comparable_words(names[label])}".encode()
+        text = f"k600-unseen/{number}/{_drawn_by(names[label])}".encode()
         return hashlib.blake2b(text, digest_size=16).digest(), label
 
     count = max(1, round(len(unseen) * TEST_CLASSES / UNSEEN))

@@ -10,13 +10,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from featstore.commands import DEFAULT_ENCODER as DEFAULT_ENCODER
 from featstore.files.documents import found_object
 from featstore.files.durable import write_json
 from featstore.files.scratch import cache_folder
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ENCODER = "ViT-B-16/openai"
 CONFIG_FILE = "open_clip_config.json"
 # Layers and width of the towers that papers name (Dosovitskiy et al., ICLR 2021).
 _SIZES = {(12, 768): "B", (24, 1024): "L", (32, 1280): "H"}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featstore.commands import command
+from featstore.commands import pack_command, packing_begun
 from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_bytes, write_json
@@ -238,9 +238,9 @@ def load_dataset(dataset_dir: Path) -> Dataset:
     """
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
-        state = "packing is not finished" if (dataset_dir / ".packing").is_dir() else "not packed"
+        state = "packing is not finished" if packing_begun(dataset_dir) else "not packed"
         root = dataset_dir.parent.parent if dataset_dir.parent.name == "datasets" else None
-        pack = command("pack", dataset=dataset_dir.name, videos="DIR", root=root)
+        pack, _ = pack_command(dataset_dir, root)
         others = dataset_dir.parent.glob(f"*/{DATASET_FILE}")
         near = meant(dataset_dir.name, (p.parent.name for p in others))
         raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): {near}run `{pack}`")

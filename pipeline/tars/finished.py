@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from featstore.commands import PACKING_FOLDER as RECORDS_FOLDER
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.files.durable import write_json
 from pipeline.tars.plan import PlannedTar
 
-RECORDS_FOLDER = ".packing"
+__all__ = ["RECORDS_FOLDER", "HashingStream", "TarRecord", "VideoOutcome", "read_record"]
 
 
 class VideoOutcome(NamedTuple):

@@ -21,6 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from featstore.commands import remember_packing
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_file, sweep_partials
 from featstore.files.key_lists import Excluded
@@ -31,6 +32,7 @@ from featstore.remote.urls import is_url
 from featstore.workspace import NAME_PATTERN
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.known_sets import read_listing, videos_folder
+from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.listing import Listing
 from pipeline.annotations.video_folder import extension
 from pipeline.tars.dataset import (
@@ -62,6 +64,7 @@ from pipeline.tars.plan import (
     continued,
     differences,
     make_plan,
+    packed_classes,
     read_plan,
     with_earlier_keys,
 )
@@ -80,7 +83,8 @@ class PackSummary:
 
     `videos_*`, `shards` and `bytes` (of all tars) describe the data set; `shards_written`,
     `shards_skipped` and `seconds` describe this run. `failures` are the first lines of
-    `failures.csv`, `identical` the videos of the same bytes, and `excluded` what a list left out.
+    `failures.csv`, `identical` the videos of the same bytes, `excluded` what a list left out, and
+    `left_out` what was passed over before anything was listed.
     """
 
     dataset: str
@@ -99,6 +103,7 @@ class PackSummary:
     notes: tuple[str, ...]
     identical: Identical
     excluded: Excluded | None
+    left_out: LeftOut
 
     @classmethod
     def of(
@@ -129,6 +134,7 @@ class PackSummary:
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "identical": self.identical.to_json(Path(self.folder) / IDENTICAL_FILE),
             "excluded": None if self.excluded is None else self.excluded.to_json(),
+            "left_out": self.left_out.to_json(),
         }
 
 
@@ -147,6 +153,7 @@ def pack(
     naming: Naming = USUAL_NAMING,
     unlabelled: bool = False,
     exclude: Path | None = None,
+    asked: Sequence[str] = (),
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue what an earlier run began.
@@ -157,7 +164,8 @@ def pack(
     was packed go into new tars; earlier tars stay as they are. `naming` decides on class names;
     with `unlabelled` there are none. The videos whose keys the list `exclude` names
     (`featstore.files.key_lists`) are left out; classes keep their numbers. Videos that a list names
-    by URL are fetched; for a list of them `videos_dir` may be None.
+    by URL are fetched; for a list of them `videos_dir` may be None. `asked` are the words of the
+    command, for messages that name it.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
@@ -170,6 +178,7 @@ def pack(
         leave_out=dataset_dir,
         naming=naming,
         unlabelled=unlabelled,
+        kept=packed_classes(dataset_dir / RECORDS_FOLDER / PLAN_FILE),
     )
     videos_dir = videos_folder(videos_dir, annotations)
     excluded = None if exclude is None else leave_out(listing, exclude)
@@ -180,12 +189,13 @@ def pack(
         seed=seed,
         names_as=naming.names_as,
     )
-    notes = list(listing.notes)
+    notes, left_out = list(listing.notes), listing.left_out
     del listing  # as large as the plan
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             packing = _Packing(plan, videos_dir, dataset_dir)
             packing.settle_plan(append)
+            remember_packing(dataset_dir, asked)
             plan = packing.plan
             pending = [tar for tar in plan.tars if tar.file not in packing.records]
             packing.write_tars(pending, workers or usable_cores(), progress)
@@ -214,6 +224,7 @@ def pack(
         notes=tuple(notes),
         identical=identical,
         excluded=excluded,
+        left_out=left_out,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
@@ -170,6 +171,13 @@ def read_plan(path: Path) -> TarPlan:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise WorkError(f"{str(path)!r} is damaged ({one_line(error)}): {remedy}") from error
+
+
+def packed_classes(path: Path) -> tuple[str, ...]:
+    """Return the raw class names of an earlier plan; none if there is no plan that can be read."""
+    with suppress(UserError, WorkError):
+        return read_plan(path).class_names if path.exists() else ()
+    return ()
 
 
 def with_earlier_keys(old: TarPlan, new: TarPlan) -> TarPlan:

@@ -147,7 +147,7 @@ def test_a_protocol_of_any_data_set(run: Callable[..., Any]) -> None:
         (("--zeroshot", "clips", "--dataset", "clips"), "--dataset goes with --protocol"),
         (("--protocol", "closeset", "--zeroshot", "clips"), "exactly one of"),
         (("--protocol", "hmdb51-zeroshot-full", "--split", "test1"), "is defined by its list"),
-        (("--protocol", "k400-closeset-4x3", "--dataset", "clips"), "has 1 views, not 12"),
+        (("--protocol", "k400-closeset-4x3", "--dataset", "clips"), "has 1 view, not 12"),
         (("--zeroshot", "clips", "--sweep", "views=1"), "one of modulation-temperature"),
         (("--zeroshot", "clips", "--sweep", "ensemble"), "write NAME=VALUE,VALUE"),
         (("--zeroshot", "clips", "--sweep", "ensemble=half"), "ensemble 'half' is not a number"),

@@ -18,7 +18,13 @@ from pipeline.decoding.contract import DecodeError
 from pipeline.prompts import PROMPT_SETS
 from tests.support.processes.command_line import Result, done, mote, refused
 from tests.support.worlds.official_trees import hmdb51
-from tests.support.worlds.tiny_world import SHORT_TRAINING, World, make_clip, make_encoder
+from tests.support.worlds.tiny_world import (
+    SHORT_TRAINING,
+    World,
+    make_clip,
+    make_encoder,
+    rewrite_origin,
+)
 
 SMALL = ("--precision", "fp32", "--workers", "1")
 
@@ -341,16 +347,6 @@ def test_an_imported_head_whose_store_is_still_to_be_made(place: World) -> None:
     assert "--encoder own --sampling uniform:4 --split val --root 'a root'" in words
     typed(words)
     assert mote("eval", "--closeset", "clips", "--head", "own", "--root", place.root).code == 0
-
-
-def rewrite_origin(file: Path, **changes: str) -> None:
-    """Change the origin in a head's file."""
-    from heads import load_head, save_head
-
-    head = load_head(file)
-    assert head.origin is not None
-    head.origin = type(head.origin).from_json(head.origin.to_json() | changes)
-    save_head(head, file)
 
 
 def test_an_encoder_of_the_same_name_gets_a_store_of_its_own(place: World, tmp_path: Path) -> None:

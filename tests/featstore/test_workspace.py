@@ -55,7 +55,7 @@ def test_the_one_that_fits(workspace: Workspace) -> None:
     with pytest.raises(UserError, match=r"2 stores .* fit: train.zarr \(.*\), val.zarr \(") as info:
         workspace.opened("toy").choose()
     assert "\n" not in str(info.value)
-    with pytest.raises(UserError, match=r"train.zarr has 1 views, not 9; val.zarr has 3 views"):
+    with pytest.raises(UserError, match=r"train.zarr has 1 view, not 9; val.zarr has 3 views"):
         workspace.opened("toy").choose(views=9)
     with pytest.raises(UserError, match=r"no rows of split 'test'.*extract .* --split"):
         workspace.opened("toy").choose(split="test")

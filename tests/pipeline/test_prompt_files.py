@@ -123,8 +123,8 @@ def test_descriptions(tmp_path: Path) -> None:
         ({**DESCRIPTIONS, "jump": ["x"]}, "it has 'jump', which are no classes of the data set"),
         ({"kick": ["x"], "sword": ["x"]}, "it lacks 'kick ball', 1 of 3 classes"),
         (
-            {"kick": ["x"], "sword": ["x"], "kick_ball": ["x"]},
-            r"it has 'kick_ball'.*'kick_ball': did you mean 'kick ball'\?",
+            {"kick": ["x"], "sword": ["x"], "kickball": ["x"]},
+            r"it has 'kickball'.*'kickball': did you mean 'kick ball'\?",
         ),
         ({"0": ["x"], "1": ["x"], "2": ["x"]}, r"its keys are numbers.*kick with kick ball.*write"),
         ({**DESCRIPTIONS, "kick": []}, "class 'kick': it has 0 sentences"),

@@ -12,7 +12,7 @@ import typer
 from cli import options
 from cli.commands.answers.eval_shown import base_to_novel_shown, fewshot_shown, report_evaluation
 from cli.output import leave_it_to_the_first, progress_of, report
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
 
 if TYPE_CHECKING:
     from heads.evaluation.protocols.protocol import Kind
@@ -328,7 +328,11 @@ def evaluate(
             leave_it_to_the_first()
         evaluation = asked.evaluate(request, progress_of)
         if ranks.first:
-            files = evaluation.save()
-            report_evaluation(
-                json, evaluation, files, published(evaluation.measured[0][0].to_json()), bool(swept)
-            )
+            files, unwritten = evaluation.save_if_possible()
+            figures = published(evaluation.measured[0][0].to_json())
+            report_evaluation(json, evaluation, files, figures, bool(swept))
+            if unwritten:
+                raise WorkError(
+                    f"the result is measured and printed, but not kept: cannot write {unwritten}; "
+                    "make the folder writable, or copy the workspace and name the copy with --root"
+                )

@@ -18,15 +18,20 @@ if TYPE_CHECKING:
     from heads.evaluation.results import EvalResult
     from heads.evaluation.trained.run import ShotOutcome
 
+_BESIDE = "beside it: .videos.csv (a row a video), .per-class.csv, .confusion.csv and .png"
+
 
 def report_evaluation(
     json: bool,
     evaluation: Evaluation,
-    files: Sequence[Path],
+    files: Sequence[Path | None],
     beside: Mapping[str, Any],
     is_sweep: bool,
 ) -> None:
-    """Report an evaluation, its files, and the published figures `beside` the first result."""
+    """Report an evaluation, its files, and the published figures `beside` the first result.
+
+    A file is None if it could not be written.
+    """
     from heads.evaluation.answers import answer_files
     from heads.evaluation.details import ClassSummary
 
@@ -35,7 +40,11 @@ def report_evaluation(
         remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
         warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}{remedy}")
     result = measured[0]
-    rows = [{**r.to_json(), "file": str(f)} for r, f in zip(measured, files, strict=True)]
+    rows = [
+        {**r.to_json(), "file": None if f is None else str(f)}
+        for r, f in zip(measured, files, strict=True)
+    ]
+    kept = files[0]
     title = (
         f"{result.protocol_name} on {result.dataset}, head {result.head}"
         f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
@@ -44,10 +53,11 @@ def report_evaluation(
     if is_sweep:
         shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
         sweep = {**shared, "rows": rows, "missing": evaluation.missing}
-        report(json, sweep, [_sweep(title, measured), f"kept under {files[0].parent}"])
+        where = [f"kept under {kept.parent}"] if kept is not None else []
+        report(json, sweep, [_sweep(title, measured), *where])
         return
     summary = ClassSummary.of(result.details, result.class_names)
-    answers = answer_files(files[0])
+    answers = {} if kept is None else answer_files(kept)
     named = {"files": {what: str(file) for what, file in answers.items()}, **summary.to_json()}
     columns = ["split", "listed", "evaluated", "failed", "top-1 %", "top-5 %"]
     parts = [
@@ -63,8 +73,7 @@ def report_evaluation(
             *([mean] if len(parts) > 1 else []),
             *(f"not as published: {note}" for note in result.notes),
             *classes_shown(summary),
-            f"kept as {files[0]}",
-            "beside it: .videos.csv (a row a video), .per-class.csv, .confusion.csv and .png",
+            *([] if kept is None else [f"kept as {kept}", _BESIDE]),
             *published_shown(beside),
         ],
     )

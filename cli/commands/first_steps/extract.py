@@ -217,7 +217,7 @@ def extract(
     )
     packed = None if remote else list(workspace.packed_splits(dataset) or ())
     serving = None
-    if wanted.pooled:
+    if wanted.pooled and (remote or not workspace.unlabelled(dataset)):
         views, splits = f"{chosen.clips}x{crops}", [split] if split else packed
         serving = protocols_served(dataset, views, frames=chosen.frames, splits=splits)
     served = {} if serving is None else {"protocols": serving.to_json()}
@@ -236,7 +236,7 @@ def extract(
     with progress_of("extract", "videos") as progress:
         summary = run(request, cluster=cluster, progress=progress)
     following = _following(summary, wanted) if summary.rows_ok else {}
-    report(json, summary.to_json() | served, _facts(summary) | following)
+    report(json, summary.to_json() | served | following, _facts(summary) | following)
     options.require_few_failures(
         *(summary.rows_failed, summary.rows_ok + summary.rows_failed, max_failures),
         "the summary lists the first reasons"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from featstore.errors import UserError
 
 
 def pack(
+    context: typer.Context,
     dataset: options.Dataset,
     videos: Annotated[
         Path | None,
@@ -114,6 +115,7 @@ def pack(
         raise UserError(f"{more_tars[0]!r} belongs to no option: see `{usage}`")
     if tars:
         from pipeline.tars.foreign.classes import ClassChoice
+        from pipeline.tars.foreign.sources import absolute_pattern
         from pipeline.tars.foreign.taking import pack_tars
 
         if videos is not None:
@@ -133,6 +135,10 @@ def pack(
                 max_failures=max_failures,
                 append=append,
                 exclude=exclude,
+                asked=options.words_given(
+                    *(context, "dataset", "root", "json"),
+                    absolute={"tars": absolute_pattern, "more_tars": absolute_pattern},
+                ),
                 progress=progress,
             )
     else:
@@ -154,19 +160,24 @@ def pack(
                 naming=naming,
                 unlabelled=unlabelled,
                 exclude=exclude,
+                asked=options.words_given(context, "dataset", "root", "json"),
                 progress=progress,
             )
     failures = Path(summary.folder) / "failures.csv"
-    following = after_packing(workspace, summary.dataset, options.DEFAULT_ENCODER)
+    following: dict[str, Any] = {}
+    if summary.videos_packed:
+        following["next"] = after_packing(workspace, summary.dataset)
     same = summary.identical
     facts = {}
+    if summary.left_out.line:
+        facts["left out"] = summary.left_out.line
     if summary.excluded is not None:
         facts["excluded"] = summary.excluded.words
     if same.groups:
         facts["identical"] = f"{same.words} (see {Path(summary.folder) / IDENTICAL_FILE})"
     report(
         json,
-        summary.to_json(),
+        summary.to_json() | following,
         [
             {
                 "data set": f"{summary.dataset} in {summary.folder}",
@@ -179,7 +190,7 @@ def pack(
                 if tars
                 else f"{summary.shards} ({summary.shards_written} written now)",
                 **facts,
-                **({"next": following} if summary.videos_packed else {}),
+                **following,
             },
             *(f"  same bytes: {group.words}" for group in same.groups[:SHOWN]),
         ],

@@ -236,7 +236,7 @@ def finetune(
     left(ranks)
     if ranks.first:
         steps = after_finetuning(Path(summary.path), summary.dataset, summary.eval_split, prompts)
-        report(json, summary.to_json(), _facts(summary, steps))
+        report(json, summary.to_json() | steps, _facts(summary, steps))
     failed = summary.n_failed + summary.n_evaluated_failed
     listed = summary.n_listed + summary.n_evaluated
     if not ranks.first:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -84,14 +84,15 @@ def import_checkpoint(
             progress=progress,
         )
     names = "checked" if made["class_names_known"] else "unknown (give them with --class-names)"
+    following: dict[str, Any] = {"next": after_import(workspace, name)}
     report(
         json,
-        made,
+        made | following,
         {
             "encoder": f"{made['encoder']} ({blend:g} of {file.name}, the rest {made['clip']})",
             "head": f"{made['head']} ({made['layers']} layers, {made['experts']} experts, "
             f"{made['attention_heads']} attention heads, epoch {made['epoch']})",
             "classes": f"{made['n_classes']}, names {names}",
-            "next": after_import(workspace, name),
-        },
+        }
+        | following,
     )

@@ -228,10 +228,10 @@ def train_head(
         "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
         **_gained(summary),
         "time": f"{summary.seconds:.0f} s ({summary.precision} on {summary.device})",
-        "next": after_training(Path(summary.path), chosen, split),
     }
+    following = {"next": after_training(Path(summary.path), chosen, split)}
     left_out = None if excluded is None else excluded.to_json()
-    report(json, {**summary.to_json(), "excluded": left_out}, lines)
+    report(json, {**summary.to_json(), "excluded": left_out, **following}, lines | following)
 
 
 def _gained(summary: TrainSummary) -> dict[str, str]:

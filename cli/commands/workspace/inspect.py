@@ -42,9 +42,20 @@ def _short(name: str, value: Any) -> Any:
             f"{role} {facts['dataset']}": f"{percent(facts['top1'])} ({facts['when'][:10]})"
             for role, facts in value.items()
         }
+    if name == "failures":
+        value = [f"{video['key']}: {video['reason']}" for video in value]
     if isinstance(value, list):
         more = [f"... ({len(value)})"] if len(value) > 10 else []
         return ", ".join(map(str, value[:10] + more)) or "none"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items()) or "none"
+        return ", ".join(f"{name} {_in_words(entry)}" for name, entry in value.items()) or "none"
     return value
+
+
+def _in_words(value: Any) -> Any:
+    """Return an entry of an entry without the signs of a programming language."""
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name} {_in_words(entry)}' for name, entry in value.items())})"
+    if isinstance(value, list):
+        return " ".join(str(_in_words(entry)) for entry in value) or "none"
+    return "-" if value is None else value

@@ -84,17 +84,16 @@ def add_tars(
         encoders_dir=workspace.root / "encoders",
         device=options.known_device(device),
     )
+    pending = repair_command(path, read_metadata(path), root) if grown.pending else None
     report(
         json,
-        grown.to_json(),
+        grown.to_json() | ({"next": pending} if pending else {}),
         {
             "store": grown.store,
             "tars": f"{grown.tars}, {grown.tars_added} of them new",
             "rows": f"{grown.rows}, {grown.rows_added} of them new",
             "new classes": grown.classes_added,
-            "next": f"{repair_command(path, read_metadata(path), root)} (does {grown.pending} tars)"
-            if grown.pending
-            else "nothing to extract",
+            "next": f"{pending} (does {grown.pending} tars)" if pending else "nothing to extract",
         },
     )
 
@@ -125,7 +124,7 @@ def merge(
         merged = run(paths, out, prefix_keys=prefix_keys, progress=progress)
     report(
         json,
-        merged.to_json(),
+        merged.to_json() | _following(out),
         {
             "store": merged.store,
             "tars": f"{merged.tars}, {merged.tars_linked} linked",
@@ -217,7 +216,7 @@ def convert(
         converted = run(options.store_path(root, store), out, codec, progress=progress)
     report(
         json,
-        converted.to_json(),
+        converted.to_json() | _following(out),
         {
             "store": converted.store,
             "rows": converted.rows,
@@ -262,7 +261,8 @@ def quantize(
             for a in quantised.agreement
         ],
     )
-    report(json, quantised.to_json(), [facts, costs] if quantised.agreement else facts)
+    value = quantised.to_json() | _following(out)
+    report(json, value, [facts, costs] if quantised.agreement else facts)
 
 
 @app.command("add-texts")
@@ -333,11 +333,17 @@ def _sizes(before: int, after: int) -> str:
     return f"{in_bytes(before)} before, {in_bytes(after)} after ({share})"
 
 
-def _use(store: Path) -> str:
-    """Return the next command for a new store, or where to move the store to use it."""
+def _following(store: Path) -> dict[str, str]:
+    """Return the next command for a new store; nothing if it lies in no workspace."""
     from heads.evaluation.next_steps import after_rewriting
 
-    return after_rewriting(store) or (
+    found = after_rewriting(store)
+    return {} if found is None else {"next": found}
+
+
+def _use(store: Path) -> str:
+    """Return the next command for a new store, or where to move the store to use it."""
+    return _following(store).get("next") or (
         "train-head and eval take stores at features/NAME/*.zarr of the workspace: move it there "
         "to use it"
     )

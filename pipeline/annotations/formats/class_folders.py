@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+
 from featstore.errors import UserError
-from pipeline.annotations.class_names import natural_class_name
-from pipeline.annotations.listing import Listing, ListingBuilder, first_of, split_from_folder
+from pipeline.annotations.class_names import (
+    comparable_words,
+    natural_class_name,
+    one_spelling,
+)
+from pipeline.annotations.listing import (
+    Listing,
+    ListingBuilder,
+    first_of,
+    refused_name,
+    split_from_folder,
+)
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 # Folders that lie beside videos and are no classes, unless they hold videos.
@@ -17,31 +30,36 @@ def has_class_folders(folder: VideoFolder) -> bool:
     return any(_class_of(path, splits) is not None for path in folder.files)
 
 
-def read_class_folders(folder: VideoFolder) -> Listing:
+def read_class_folders(folder: VideoFolder, kept: Collection[str] = ()) -> Listing:
     """List every video in a class folder. The folder's name is the class, also if it is empty.
+
+    Folders whose names are `comparable` are one class, with a note; `kept` as in `one_spelling`.
 
     Those of train, val (validation, ...) and test that hold class folders are the splits.
     Videos outside class folders have no class; they are left out and noted. Where no video is in
     a class folder, all are listed without a class.
     Raises UserError when there is no video, when there are split folders and videos
-    in other folders as well, and when two folders give one class name.
+    in other folders as well, and when two folders give one class name in other ways (TaiChi and
+    tai_chi).
     """
     splits = _split_folders(folder)
     if not has_class_folders(folder):
         return read_unlabelled(folder)
     builder = ListingBuilder()
-    classes: set[str] = set()
+    inside = {path: _class_of(path, splits) for path in folder.files}
+    counts = Counter(name for name in inside.values() if name is not None)
     for path in folder.folders:
         parts = path.split("/")
-        if parts[-1].lower() in _NOT_CLASSES:
-            continue  # if the folder holds videos, its class is added below
-        if len(parts) == (2 if splits else 1) and (not splits or parts[0] in splits):
-            classes.add(parts[-1])
+        # A folder of lists that holds videos is counted above.
+        own = len(parts) == (2 if splits else 1) and (not splits or parts[0] in splits)
+        if own and parts[-1].lower() not in _NOT_CLASSES:
+            counts[parts[-1]] += 0
+    _refuse_undecodable(counts)
+    spelling = one_spelling(counts, builder.note, kept)
     outside = []
     deep = 0
-    for path in folder.files:
+    for path, class_name in inside.items():
         parts = path.split("/")
-        class_name = _class_of(path, splits)
         if class_name is None:
             if splits and len(parts) > 1 and split_from_folder(parts[0]) is None:
                 raise UserError(
@@ -50,12 +68,11 @@ def read_class_folders(folder: VideoFolder) -> Listing:
                 )
             outside.append(path)
             continue
-        classes.add(class_name)
         deep += len(parts) > (3 if splits else 2)
         builder.add(
             path_stem(path),
             source=path,
-            class_name=class_name,
+            class_name=spelling[class_name],
             split=splits[parts[0]] if splits else "",
             path=path,
         )
@@ -64,12 +81,14 @@ def read_class_folders(folder: VideoFolder) -> Listing:
             f"{len(outside)} videos lie outside class folders and are left out "
             f"(first: {outside[0]})"
         )
+        folder.left_out.unclassed = len(outside)
     if deep:
         builder.note(
             f"{deep} videos lie in folders inside class folders; the outer one is the class"
         )
-    _refuse_unclear_names(classes)
-    return builder.build(sorted(classes))
+    classes = sorted(set(spelling.values()))
+    _refuse_unclear_names(classes, kept)
+    return builder.build(classes)
 
 
 def read_unlabelled(folder: VideoFolder) -> Listing:
@@ -112,22 +131,21 @@ def _class_of(path: str, splits: dict[str, str]) -> str | None:
     return parts[1] if len(parts) > 2 and parts[0] in splits else None
 
 
-def _refuse_unclear_names(classes: set[str]) -> None:
+def _refuse_undecodable(classes: Iterable[str]) -> None:
+    unclear = [f"{name!a}" for name in sorted(classes) if refused_name(name, limit=None)]
+    if unclear:
+        raise UserError(f"class folder {first_of(unclear)} is not valid UTF-8: rename it")
+
+
+def _refuse_unclear_names(classes: Sequence[str], kept: Collection[str]) -> None:
     by_words: dict[str, str] = {}
-    unclear, same = [], []
-    for name in sorted(classes):
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            unclear.append(f"{name!a}")
-            continue
-        other = by_words.setdefault(natural_class_name(name), name)
-        if other != name:
+    same = []
+    for name in classes:
+        other = by_words.setdefault(comparable_words(name), name)
+        if other != name and not (other in kept and name in kept):
             same.append(
                 f"class folders {other!r} and {name!r} read the same ({natural_class_name(name)!r})"
             )
-    if unclear:
-        raise UserError(f"class folder {first_of(unclear)} is not valid UTF-8: rename it")
     if same:
         raise UserError(f"{first_of(same)}: give both one name")
 

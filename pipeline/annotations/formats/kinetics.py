@@ -8,7 +8,7 @@ floats, "validate" for "val", test files without labels.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +23,7 @@ from pipeline.annotations.listing import (
     split_from_word,
 )
 from pipeline.annotations.text_files import header, opening, read_json, read_table
-from pipeline.annotations.video_folder import VideoFolder, first_split, path_stem
+from pipeline.annotations.video_folder import VideoFolder, first_split, may_be_preview, path_stem
 
 ID_LENGTH = 11  # of a YouTube id
 
@@ -64,8 +64,8 @@ def is_kinetics(path: Path) -> bool:
 def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
     """Match the clips of all files with videos by (id, start), or by id where names hold no time.
 
-    Classes are spelled as in the files, never as in folders; spellings that differ only in case,
-    quotes or underscores are one class. A JSON file is ignored if a CSV has the same name.
+    Classes are spelled as in the files, never as in folders; spellings that read the
+    same (`comparable`) are one class. A JSON file is ignored if a CSV has the same name.
     Rows without a label are left out and noted. Raises UserError for a row that cannot be read
     and when no row has a label.
     """
@@ -89,7 +89,7 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
         names = ", ".join(path.name for path in files)
         raise UserError(f"no row of {names} has a label: name the annotation files of train or val")
 
-    spelling = one_spelling(clip.label for clip in clips)
+    spelling = one_spelling(Counter(clip.label for clip in clips), builder.note)
     index = ClipIndex((_stem(path), path) for path in folder.files)
     replaced, several, example = 0, 0, ""
     for clip in clips:
@@ -180,10 +180,11 @@ class ClipIndex:
         return found or (self._by_id.get(youtube_id, []) if start is None else [])
 
 
-def _rank(split: str, path: str) -> tuple[bool, bool, int, str]:
+def _rank(split: str, path: str) -> tuple[bool, bool, bool, int, str]:
     """Sort key for copies of a video: replacements first, then those in the folder of its split."""
     folders = path.split("/")[:-1]
-    return not _is_replacement(path), first_split(folders) != split, len(folders), path
+    elsewhere = first_split(folders) != split
+    return not _is_replacement(path), may_be_preview(path), elsewhere, len(folders), path
 
 
 def _is_replacement(path: str) -> bool:

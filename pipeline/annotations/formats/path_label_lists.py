@@ -8,19 +8,27 @@ alone can be read in several ways, the way that finds the files is taken.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from featstore.errors import UserError
 from featstore.remote.urls import is_url
-from pipeline.annotations.class_names import LabelMap, comparable, one_spelling
+from pipeline.annotations.class_names import (
+    LabelMap,
+    comparable,
+    one_spelling,
+    same_letters,
+    spellings_shown,
+)
 from pipeline.annotations.formats.class_folders import note_unlabelled
 from pipeline.annotations.label_names import (
     correct_names,
     is_name_file,
     names_from_folders,
     read_names,
+    shift_of_labels,
 )
 from pipeline.annotations.listing import (
     Listing,
@@ -29,7 +37,15 @@ from pipeline.annotations.listing import (
     split_from_word,
 )
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.text_files import is_number, quoted, read_json, read_lines, read_table
+from pipeline.annotations.text_files import (
+    first_and_rest,
+    is_number,
+    quoted,
+    read_json,
+    read_lines,
+    read_table,
+    table_rows,
+)
 from pipeline.annotations.video_folder import (
     VIDEO_EXTENSIONS,
     VideoFolder,
@@ -45,6 +61,9 @@ _SAMPLE = 100  # rows looked up in the folder to find the separator
 _FILE_THEN_REST = re.compile(
     rf"(.*\.(?:{'|'.join(sorted(VIDEO_EXTENSIONS))}))\s+(\S.*)", re.IGNORECASE
 )
+
+
+_Found = tuple[str | None, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +82,14 @@ def read_lists(
     label_map: LabelMap = "corrected",
     *,
     unlabelled: bool = False,
+    kept: Collection[str] = (),
 ) -> Listing:
     """List the videos of all rows; integer labels get names from a file or consistent folders.
 
     A list without labels gives videos without a class, and with `unlabelled` so does any other.
 
     A file of names that exchanges names of classes is corrected, or kept if `label_map` is
-    "as-published"; the listing says which.
+    "as-published"; the listing says which. `kept` as in `one_spelling`.
 
     Raises UserError for a line without a label, a table of unknown shape, a number that the file
     of names does not hold, and numbers and names mixed as labels.
@@ -83,6 +103,7 @@ def read_lists(
     builder = ListingBuilder()
     rows = [row for path in lists for row in read_list(path, folder.find_listed, unlabelled)]
     found = [folder.find_listed(row.path, row.split) for row in rows]
+    found = _told_apart(rows, found, builder.note)
     paths = [path for path, _ in found]
     names: dict[str, str] = {"": ""}
     order = None
@@ -94,7 +115,9 @@ def read_lists(
                 f"some lists have labels and others have none ({bare.path!r}): name only those "
                 "with labels, or take all without, with --unlabelled"
             )
-        labelled = label_names(rows, paths, class_names_file, folder.root, builder.note, label_map)
+        labelled = label_names(
+            *(rows, paths, class_names_file, folder.root, builder.note, label_map), kept
+        )
         names, order, builder.label_map = labelled
     for row, (path, reason) in zip(rows, found, strict=True):
         if is_url(row.path):
@@ -114,8 +137,45 @@ def read_lists(
     return builder.build(order)
 
 
+def _told_apart(
+    rows: Sequence[ListRow], found: Sequence[_Found], note: Callable[[str], None]
+) -> list[_Found]:
+    """Return what was found for the rows, without files that are only spelt like what is listed.
+
+    A file that another row names as it is called is that row's, and one that differs from two
+    listed names belongs to neither. A note counts the others and names the first.
+    """
+    names: dict[str, set[str]] = defaultdict(set)
+    for row, (path, _) in zip(rows, found, strict=True):
+        if path is not None and not is_url(path):
+            names[path].add(_file_name(row.path))
+    told: list[_Found] = []
+    otherwise: dict[str, str] = {}
+    for row, (path, reason) in zip(rows, found, strict=True):
+        if (
+            path is not None
+            and not is_url(path)
+            and (listed := _file_name(row.path)) != (there := _file_name(path))
+        ):
+            alike = names[path] if same_letters(listed) != same_letters(there) else {listed}
+            if len({same_letters(name) for name in alike}) > 1:
+                told.append((None, f"no such file in the videos folder; {path} only reads alike"))
+                continue
+            otherwise[listed] = there
+        told.append((path, reason))
+    if otherwise:
+        first, *_ = otherwise.items()
+        spelt = " for ".join(spellings_shown(first))
+        note(f"{len(otherwise)} listed names are spelt otherwise in the folder (first: {spelt})")
+    return told
+
+
+def _file_name(path: str) -> str:
+    return path_stem(path.replace("\\", "/") if "/" not in path else path).rpartition("/")[2]
+
+
 # Returns the video that a list's entry means, or None, and the reason why there is none.
-Finder = Callable[[str], tuple[str | None, str]]
+Finder = Callable[[str], _Found]
 
 
 def read_list(path: Path, find: Finder, unlabelled: bool = False) -> list[ListRow]:
@@ -139,6 +199,8 @@ def read_list(path: Path, find: Finder, unlabelled: bool = False) -> list[ListRo
     best: tuple[float, str, list[list[str]]] | None = None
     for separator in ("\t", ",", ";", " "):
         table = _split_at_spaces(lines, find) if separator == " " else _table(path, separator)
+        if separator == "," and (table is None or not (_header(table[0]) or _known(table))):
+            table = _unquoted_names(path, find) or table
         if table is None:
             continue
         sample = [row for row in table[1 : _SAMPLE + 1] or table if row]
@@ -193,6 +255,32 @@ def _table(path: Path, separator: str) -> list[list[str]] | None:
     return rows if width >= 2 and all(len(row) == width for row in rows) else None
 
 
+def _unquoted_names(path: Path, find: Finder) -> list[list[str]] | None:
+    """Return rows `path,label` whose labels hold commas without quotes; None if these are not it.
+
+    A row with more cells is split at its first comma, or at a later one if the file's name is found
+    only so. Some row must show that there are two columns: the header, or one without such commas.
+    """
+    rows = table_rows(path)
+    widths = {len(row) for row, _ in rows}
+    columns = _header(rows[0][0])
+    spaced = all(text.count(",") == text.count(", ") + 1 for row, text in rows if len(row) > 2)
+    if (
+        1 in widths
+        or not (2 in widths or spaced)
+        or (columns and columns != {"path": 0, "label": 1})
+    ):
+        return None
+    table = []
+    for row, text in rows:
+        splits = (
+            [row] if len(row) == 2 else [first_and_rest(text, at) for at in range(len(row) - 1)]
+        )
+        held = (each for each in splits if find(each[0])[0] is not None)
+        table.append([*next(held, splits[0])])
+    return table
+
+
 def _split_at_spaces(lines: Sequence[tuple[int, str]], find: Finder) -> list[list[str]] | None:
     """Split lines `path label` or `path frames label`; paths and label names may hold spaces."""
     table = []
@@ -240,8 +328,12 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
     body = table[1:] if columns else table
     if not body:
         raise UserError(f"annotation file {str(path)!r} has a header and no rows")
+    columns = columns or _known(body)
     if columns is None:
-        columns = _columns_without_header(path, body)
+        raise UserError(
+            f"{str(path)!r} has {len(body[0])} columns of unknown meaning: give it a header line "
+            "such as path,label,split"
+        )
     rows = []
     for row in body:
         listed, label = row[columns["path"]], row[columns["label"]]
@@ -255,7 +347,8 @@ def _rows(path: Path, table: list[list[str]]) -> list[ListRow]:
     return rows
 
 
-def _columns_without_header(path: Path, body: list[list[str]]) -> dict[str, int]:
+def _known(body: list[list[str]]) -> dict[str, int] | None:
+    """Return the columns of a table without a header; None if their meaning is not known."""
     width = len(body[0])
     if width == 2:
         return {"path": 0, "label": 1}
@@ -263,10 +356,7 @@ def _columns_without_header(path: Path, body: list[list[str]]) -> dict[str, int]
         return {"path": 0, "label": 1, "split": 2}
     if width == 3 and all(is_number(row[1]) for row in body):
         return {"path": 0, "label": 2}  # the middle is a number of frames
-    raise UserError(
-        f"{str(path)!r} has {width} columns of unknown meaning: give it a header line such as "
-        "path,label,split"
-    )
+    return None
 
 
 def label_names(
@@ -276,11 +366,13 @@ def label_names(
     root: Path,
     note: Callable[[str], None],
     label_map: LabelMap,
+    kept: Collection[str] = (),
 ) -> tuple[dict[str, str], list[str] | None, str]:
     """Return the raw class name of every label text, the class order and `Listing.label_map`.
 
     `paths` are the videos of the rows below `root`, None where there is none. The order is None
-    where classes have no other order than that of their names. Raises UserError as `read_lists`.
+    where classes have no other order than that of their names. `kept` as in `one_spelling`. Raises
+    UserError as `read_lists`.
     """
     labels = sorted({row.label for row in rows})
     numbers = [label for label in labels if is_number(label)]
@@ -292,7 +384,7 @@ def label_names(
         )
     if not numbers:
         if names is None:
-            return one_spelling(labels), None, ""
+            return one_spelling(Counter(row.label for row in rows), note, kept), None, ""
         known = {comparable(name): name for name in names.values()}
         for label in labels:
             if comparable(label) not in known:
@@ -307,8 +399,11 @@ def label_names(
         (int(row.label), path or normal_path(row.path, root), row.path)
         for row, path in zip(rows, paths, strict=True)
     ]
+    shift = 0
     if names is not None:
-        absent = sorted({int(label) for label in numbers} - set(names))
+        shift = shift_of_labels(names, evidence, note)
+        evidence = [(label + shift, file, listed) for label, file, listed in evidence]
+        absent = sorted({label for label, _, _ in evidence} - set(names))
         if absent:
             raise UserError(
                 f"label {absent[0]} has no name in {str(class_names_file)!r}, which holds "
@@ -325,4 +420,7 @@ def label_names(
             names = {number: str(number) for number in sorted({n for n, _, _ in evidence})}
         else:
             note("class names are those of the folders that the labels point at")
-    return {label: names[int(label)] for label in numbers}, list(names.values()), done
+        first = min(label for label, _, _ in evidence)
+        if first == 1:
+            note(f"the labels of the list begin at 1: label 1 is class number 0, {names[1]!r}")
+    return {label: names[int(label) + shift] for label in numbers}, list(names.values()), done

@@ -11,6 +11,7 @@ from typing import Any
 
 from featstore.errors import UserError, one_line
 from featstore.files.durable import write_bytes
+from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.listing import ordered_splits
 from pipeline.tars.dataset import (
     FAILURE_COLUMNS,
@@ -75,6 +76,8 @@ class Assembly:
         }
         if not any_named:
             self._splits.update(self._classes.splits_of)
+        passed_over = sum(len(tar.passed_over) for tar in found)
+        self.left_out = LeftOut(Counter({"": passed_over} if passed_over else {}))
         names = ordered_splits(split for splits in self._splits.values() for split in splits)
         self.notes = [*self._classes.notes, *_notes(found)]
         for number, sample in repeated:

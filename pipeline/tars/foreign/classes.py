@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from featstore.errors import UserError, one_line
-from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_order
+from pipeline.annotations.class_names import (
+    USUAL_NAMING,
+    Naming,
+    comparable,
+    natural_order,
+    same_letters,
+)
 from pipeline.annotations.formats.path_label_lists import ListRow, label_names, read_list
 from pipeline.annotations.listing import name_from_key
 from pipeline.annotations.video_folder import path_stem
@@ -111,6 +117,7 @@ def _named(
         Path("/"),
         told.append,
         choice.naming.label_map,
+        earlier,
     )
     ordered = order or sorted(set(names.values()), key=natural_order)
     ordered = list(dict.fromkeys((*earlier, *ordered)))
@@ -131,7 +138,8 @@ def _mapped(
     """Return the row of every sample in a mapping, why others have none, and notes.
 
     A row names a sample by its key, also with the extension, or by the base name where no other
-    sample has it. A key may have several rows with one class and several splits.
+    sample has it; where none is called so, by a name that reads the same (`comparable`). A key may
+    have several rows with one class and several splits.
     """
     if not path.is_file():
         raise UserError(f"annotations {str(path)!r} do not exist: name a CSV with key,class")
@@ -144,10 +152,22 @@ def _mapped(
         if bases[posixpath.basename(name_from_key(sample.key))] == 1
     } | keys
 
+    alike: dict[str, set[str]] = {}
+    for name, sample_key in keys.items():
+        for text in {same_letters(name), comparable(name)}:
+            alike.setdefault(text, set()).add(sample_key)
+
     def find(listed: str) -> tuple[str | None, str]:
         name = listed.removeprefix("./")
-        found = keys.get(name) or keys.get(path_stem(name))
-        return found, "" if found else "no sample has this key"
+        if found := keys.get(name) or keys.get(path_stem(name)):
+            return found, ""
+        for form in (same_letters, comparable):
+            same = alike.get(form(path_stem(name)), set())
+            if len(same) == 1:
+                return next(iter(same)), ""
+            if same:
+                return None, f"several samples have this name: {' and '.join(sorted(same)[:2])}"
+        return None, "no sample has this key"
 
     rows: dict[str, ListRow] = {}
     unknown: list[str] = []

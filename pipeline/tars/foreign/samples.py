@@ -19,9 +19,10 @@ from typing import Any, BinaryIO, Final, NamedTuple
 
 from featstore.errors import WorkError, one_line
 from featstore.files.documents import parse_json
+from pipeline.annotations.file_signs import SIGN_BYTES, looks_like_video
 from pipeline.annotations.listing import key_from_name, printable, refused_name
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.video_folder import VIDEO_EXTENSIONS
+from pipeline.annotations.video_folder import USUAL_EXTENSIONS, VIDEO_EXTENSIONS
 from pipeline.tars.fetching import MAX_VIDEO_BYTES
 
 # A header that holds a long name or a few attributes of a file; Linux allows paths of 4 KiB.
@@ -33,6 +34,7 @@ MAX_CLASS_CHARACTERS: Final = 1000
 
 CLASS_MEMBER: Final = ".cls"
 _CLASS_FIELDS: Final = (*TABLES["columns"]["name"], *TABLES["columns"]["label"])
+_NO_VIDEOS: Final = frozenset({"json", "txt", "cls", "jpg", "jpeg", "png", "npy", "wav", "mp3"})
 _MOST_FIELDS: Final = 50
 _BLOCK_BYTES: Final = 1 << 20
 _GZIP: Final = b"\x1f\x8b"
@@ -207,7 +209,7 @@ def _sample(
 ) -> FoundSample:
     sample = FoundSample(key_from_name(name))
     kinds = ", ".join(one_line(printable(end), 40) for end in sorted(group))
-    videos = [m for end, m in group.items() if end.rpartition(".")[2] in VIDEO_EXTENSIONS]
+    videos = _videos(group, read)
     if len(videos) == 1:
         video = videos[0]
         sample.member, sample.offset, sample.size = printable(video.name), *video[1:3]
@@ -233,6 +235,18 @@ def _sample(
     )
     sample.unread = wrong_json or no_class
     return sample
+
+
+def _videos(group: dict[str, Member], read: Read) -> list[Member]:
+    """Return the members that are videos by their extension, else by their first bytes.
+
+    Previews such as .gif do not count beside a video.
+    """
+    for extensions in (USUAL_EXTENSIONS, VIDEO_EXTENSIONS):
+        if found := [m for end, m in group.items() if end.rpartition(".")[2] in extensions]:
+            return found
+    unknown = [m for end, m in group.items() if end not in _NO_VIDEOS and not m.problem]
+    return [m for m in unknown if looks_like_video(read(m.offset, min(m.size, SIGN_BYTES)))]
 
 
 def _refused_key(key: str) -> str:

@@ -62,6 +62,12 @@ def named_tars(patterns: Sequence[str]) -> list[NamedTar]:
     return list(found.values())
 
 
+def absolute_pattern(pattern: str) -> str:
+    """Return a pattern of `named_tars` that means the same in any folder."""
+    split, text = _split_of(pattern)
+    return pattern if is_url(text) else f"{split}{'=' * bool(split)}{Path(text).absolute()}"
+
+
 def _split_of(pattern: str) -> tuple[str, str]:
     """Split off `SPLIT=`; a path that exists under its whole name has no split."""
     match = _SPLIT.fullmatch(pattern)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from featstore.commands import FOUND_TARS, remember_packing
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import sweep_partials
 from featstore.files.key_lists import Excluded
@@ -30,8 +31,6 @@ from pipeline.tars.plan import PLAN_FILE, class_difference
 
 logger = logging.getLogger(__name__)
 
-_FOUND_FOLDER = "tars"
-
 
 def pack_tars(
     patterns: Sequence[str],
@@ -43,6 +42,7 @@ def pack_tars(
     max_failures: float = 0.05,
     append: bool = False,
     exclude: Path | None = None,
+    asked: Sequence[str] = (),
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Read WebDataset tars and make a data set of them in `dataset_dir`; they stay where they lie.
@@ -52,7 +52,7 @@ def pack_tars(
     listed in `failures.csv`; if their share is above `max_failures`, the summary has
     `too_many_failures`. With `append`, tars that are new since then come after the earlier ones.
     The samples whose keys the list `exclude` names are left out.
-    `progress` counts tars.
+    `progress` counts tars. `asked` are the words of the command, for messages that name it.
     Raises UserError for wrong input and for tars that changed since they were packed, WorkError
     for files that are no tars (after the others are read) and when the storage fails.
     """
@@ -63,10 +63,11 @@ def pack_tars(
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             sweep_partials(dataset_dir)
+            remember_packing(dataset_dir, asked)
             before = _earlier(dataset_dir)
             if before is not None:
                 named = _continued(before, named, append)
-            folder = dataset_dir / RECORDS_FOLDER / _FOUND_FOLDER
+            folder = dataset_dir / RECORDS_FOLDER / FOUND_TARS
             found = scanned(
                 [tar.source for tar in named],
                 folder,
@@ -100,6 +101,7 @@ def pack_tars(
         notes=tuple(made.notes),
         identical=identical_videos(made.hashed),
         excluded=excluded,
+        left_out=made.left_out,
     )
 
 

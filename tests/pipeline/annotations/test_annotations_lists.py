@@ -176,7 +176,10 @@ def test_several_files_of_one_name_are_not_guessed(tmp_path: Path) -> None:
         ("a.mp4,run,fast,4\n", "4 columns of unknown meaning"),
         ("path,label\n", "header and no rows"),
         ("none.mp4 run\n", "none of the 1 listed videos can be packed"),
-        ("path,label\nz.mp4,run\nz2.mp4,run, fast\n", "quote cells that hold a comma"),
+        (
+            "path,label,split\na.mp4,run,val\nb.mp4,run, fast,val\n",
+            "quote cells that hold a comma",
+        ),
     ],
 )
 def test_wrong_lists(tmp_path: Path, text: str, message: str) -> None:
@@ -226,7 +229,7 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
         ((), "no videos under"),
         (("notes.txt",), "no videos under"),
         (("train/a/1.mp4", "b/2.mp4"), "videos in 'b' as well"),
-        (("brush_hair/1.mp4", "brush hair/2.mp4"), "read the same ('brush hair')"),
+        (("BrushHair/1.mp4", "brush hair/2.mp4"), "read the same ('brush hair')"),
     ],
 )
 def test_wrong_folders(tmp_path: Path, files: tuple[str, ...], message: str) -> None:

@@ -118,10 +118,10 @@ class Running:
 
 
 @contextmanager
-def command_starter(folder: Path) -> Iterator[Commands]:
-    """Start commands; what they print lies in `folder`."""
+def command_starter(folder: Path, *before: str) -> Iterator[Commands]:
+    """Start commands, with the words `before` a program; what they print lies in `folder`."""
     driver = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forking.py"))],
+        [*before, sys.executable, str(Path(__file__).with_name("forking.py"))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

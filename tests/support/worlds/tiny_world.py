@@ -81,3 +81,13 @@ def packed_workspace(folder: Path, tars: int, per_tar: int) -> Path:
     )
     make_encoder(root / "encoders/tiny")
     return root
+
+
+def rewrite_origin(file: Path, **changes: str) -> None:
+    """Change the origin in a head's file."""
+    from heads import load_head, save_head
+
+    head = load_head(file)
+    assert head.origin is not None
+    head.origin = type(head.origin).from_json(head.origin.to_json() | changes)
+    save_head(head, file)
