@@ -41,6 +41,7 @@ CLASSES = {5: 5, 20: 10, 100: 20}
 """Classes of a set of so many videos; 40 for all others."""
 TEST, NEW = 30, 10  # videos of a class
 AT_ONCE = 64  # videos encoded together
+EPOCHS = 24  # of a run of the search, or fewer
 
 
 def small_clip(dim: int) -> Any:
@@ -183,7 +184,9 @@ class Trial:
         store, rows = self.known, self.known.split("train")
         batch = min(draw.choice((16, 32, 64, 128, 256)), len(rows))
         steps = 10 ** draw.uniform(1.5, math.log10(most_steps))
-        epochs = max(1, round(steps / -(-len(rows) // batch)))
+        passes = steps * batch / len(rows)
+        repeats = max(1, int(passes / EPOCHS))  # every epoch writes a state
+        epochs = max(1, round(passes / repeats))
         training = TrainConfig(
             epochs=epochs,
             warmup_epochs=epochs * draw.choice((0.0, 0.05, 0.15)),
@@ -197,7 +200,7 @@ class Trial:
         head = load_recipe("frozen-store").head_config(
             store.provenance.dim, kind=kind, layers=layers
         )
-        return self.run(head, training, rows)
+        return self.run(head, training, rows, repeats=repeats)
 
 
 def main() -> None:

@@ -199,12 +199,12 @@ class Store:
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What was noticed of each listed sample that is ok, and how much was looked at."""
+        """What was noticed of each listed sample that is ok; read-only."""
         return self._texts_of(STATUS_OK)
 
     def _texts_of(self, status: int) -> list[str]:
         found = zip(self._texts("reason"), (self.status == status).tolist(), strict=True)
-        return [text if meant else "" for text, meant in found]
+        return _ListedTexts(text if meant else "" for text, meant in found)
 
     labels = _per_sample("label", "The label of every listed sample, int32 [len].")
     num_frames = _per_sample("num_frames", "Frames counted in every listed video, int32 [len].")

@@ -151,7 +151,7 @@ class EvalResult:
     """Training videos per class, in few-shot and base-to-novel; None elsewhere."""
     n_trained_on: int | None = field(metadata=_tested(of="facts"))
     """How many listed videos are training videos of the head; None if that is not known."""
-    n_copied: int | None = field(metadata=_tested(of="facts"))
+    n_copied: int | None = field(metadata={"of": "facts"})
     """How many of these are training videos by their bytes, under another key."""
     source: str = field(metadata={"of": "protocol"})
     """The publications that the protocol comes from."""

@@ -384,7 +384,7 @@ def test_the_longest_texts_are_read_again(tmp_path: Path) -> None:
         0, replace(make_partition(schema, 0, 2), key=keys, reason=["r" * 4096, ""])
     )
     store = open_store(path)
-    assert (store.keys, store.reasons) == (keys, ["r" * 4096, ""])
+    assert (store.keys, store.remarks) == (keys, ["r" * 4096, ""])
     assert verify(path, deep=True).ok
 
 
