@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 from featstore.errors import UserError
 from pipeline.annotations.tables import TABLES
@@ -28,6 +29,14 @@ _NUMBER_IN_FILE_NAME = re.compile(
 )
 
 
+class ClassSpan(NamedTuple):
+    """A class that a video shows, from `start` to `end` in seconds; None: the list has no times."""
+
+    class_name: str
+    start: float | None = None
+    end: float | None = None
+
+
 @dataclass(slots=True)
 class VideoRecord:
     """One listed video.
@@ -35,7 +44,8 @@ class VideoRecord:
     `path` is relative to the videos folder, with slashes, and empty where there is no file;
     `source` is the name as it was listed; `class_name` is the raw name, "" without a class;
     `splits` are those the video belongs to (none, one or several). `reason` says why it cannot be
-    packed: no such file, or a name that is refused.
+    packed: no such file, or a name that is refused. `spans` are the classes of a video that may
+    show several, by their raw names; it then has no `class_name`.
     """
 
     key: str
@@ -44,6 +54,7 @@ class VideoRecord:
     class_name: str
     splits: tuple[str, ...]
     reason: str = ""
+    spans: tuple[ClassSpan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ class Listing:
     their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
     sentences the user should read. `label_map` says what was done if the file of class names
-    exchanges names of classes: "corrected" or "as-published", or "" if it does not.
+    exchanges names of classes: "corrected" or "as-published", or "" if it does not. With
+    `multi_label` a video may show several classes: its `spans`.
     """
 
     records: list[VideoRecord]
@@ -65,6 +77,7 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     overlapping_splits: bool = False
     label_map: str = ""
+    multi_label: bool = False
 
     @property
     def videos(self) -> int:
@@ -132,10 +145,12 @@ class ListingBuilder:
     """Collects mentions of videos; a second mention of a file adds its splits to the first.
 
     Files that have a name in common but for the extension, such as `test.avi` and `test.mp4`, are
-    different videos: each gets a key from its whole path, extension included.
+    different videos: each gets a key from its whole path, extension included. With `multi_label`
+    a second mention adds its classes, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, multi_label: bool = False) -> None:
+        self._multi_label = multi_label
         self._by_key: dict[str, VideoRecord] = {}
         self._of_same_key: dict[str, list[VideoRecord]] = {}  # all but the first of a key
         self._key_of_path: dict[str, str] = {}
@@ -158,6 +173,7 @@ class ListingBuilder:
         split: str = "",
         path: str | None,
         reason: str = "no such file in the videos folder",
+        spans: Sequence[ClassSpan] = (),
     ) -> None:
         """Add one mention of a video. `name` becomes its key unless `build` finds another file
         with this key; if `path` is None, `reason` says why.
@@ -172,7 +188,10 @@ class ListingBuilder:
         if first is None:
             refusal = refused_name(name) or refused_name(path or "", limit=None)
             problem = refusal or ("" if path is not None else reason)
-            video = VideoRecord(key, path or "", source, class_name, splits, problem)
+            video = VideoRecord(
+                *(key, path or "", source, class_name, splits, problem),
+                tuple(dict.fromkeys(spans)),
+            )
             if self._by_key.setdefault(key, video) is not video:
                 self._of_same_key.setdefault(key, []).append(video)
             return
@@ -183,7 +202,8 @@ class ListingBuilder:
                 f"{source!r} is listed with two classes, {first.class_name!r} and "
                 f"{class_name!r} (first as {first.source!r})"
             )
-        self._repeated += 1
+        self._repeated += not self._multi_label
+        first.spans = tuple(dict.fromkeys((*first.spans, *spans)))
         first.splits = tuple(dict.fromkeys((*first.splits, *splits)))
 
     def build(
@@ -196,7 +216,8 @@ class ListingBuilder:
         if self._two_classes:
             raise UserError(
                 f"{first_of(self._two_classes)}: a video has one class; correct the annotations or "
-                "move one file away"
+                "move one file away; if videos may show several, pack the list with --multi-label "
+                "rows"
             )
         if self._repeated:
             self._notes.append(
@@ -207,14 +228,20 @@ class ListingBuilder:
         place = {name: index for index, name in enumerate(split_names)}
         for video in videos:
             video.splits = tuple(sorted(video.splits, key=place.__getitem__))
+        used = {video.class_name for video in videos} - {""}
+        used |= {span.class_name for video in videos for span in video.spans}
+        if self._multi_label:
+            bare = sum(not video.spans for video in videos)
+            self._notes += [f"{bare} videos show none of the classes"] if bare else []
         return Listing(
             records=[video for video in videos if not video.reason],
-            class_names=list(class_names or sorted({video.class_name for video in videos} - {""})),
+            class_names=list(class_names or sorted(used)),
             split_names=split_names,
             missing=[video for video in videos if video.reason],
             notes=self._notes,
             overlapping_splits=overlapping_splits,
             label_map=self.label_map,
+            multi_label=self._multi_label,
         )
 
     def _with_own_keys(self) -> list[VideoRecord]:

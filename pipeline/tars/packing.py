@@ -133,6 +133,7 @@ def pack(
     append: bool = False,
     naming: Naming = USUAL_NAMING,
     unlabelled: bool = False,
+    multi_label: str = "",
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue what an earlier run began.
@@ -141,12 +142,11 @@ def pack(
     `dataset.json` and are in no tar. If their share is above `max_failures`, the summary has
     `too_many_failures`. With `append`, videos, classes and splits that are new since the data set
     was packed go into new tars; earlier tars stay as they are. `naming` decides on class names;
-    with `unlabelled` there are none. Videos that a list names by URL are fetched; for a list of
-    them `videos_dir` may be None.
-    The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
-    the bytes of `workers` + 1 videos at a time.
-    Raises UserError for wrong input and for input that changed since packing began, WorkError
-    when another process packs the same data set and when tars cannot be written.
+    with `unlabelled` there are none; `multi_label` as `read_listing` takes it. Videos that a list
+    names by URL are fetched; for a list of them `videos_dir` may be None. The same input gives the
+    same bytes, whatever the number of `workers` (threads). Memory holds the bytes of `workers` + 1
+    videos at a time. Raises UserError for wrong input and for input that changed since packing
+    began, WorkError when another process packs the same data set and when tars cannot be written.
     """
     began = time.monotonic()
     check_arguments(name, workers, max_failures, samples_per_shard)
@@ -155,6 +155,7 @@ def pack(
         leave_out=dataset_dir,
         naming=naming,
         unlabelled=unlabelled,
+        multi_label=multi_label,
     )
     videos_dir = videos_folder(videos_dir, annotations)
     plan = make_plan(
@@ -302,8 +303,11 @@ class _Packing:
                     keys[split].append(key)
                 if reason:
                     words = "" if video.label == NO_LABEL else self.plan.words[video.label]
-                    splits = video.splits
-                    failed.append(FailedVideo(key, video.label, words, splits, reason))
+                    splits, spans = video.splits, video.spans
+                    failed.append(FailedVideo(key, video.label, words, splits, reason, spans))
+                    words = words or "; ".join(
+                        dict.fromkeys(self.plan.words[span.label] for span in spans)
+                    )
                     line = (key, video.path, words, splits, reason)
                     failures.append(dict(zip(FAILURE_COLUMNS, line, strict=True)))
             tars.append(
@@ -326,6 +330,7 @@ class _Packing:
             tars=tuple(tars),
             keys_by_split={split: tuple(sorted(group)) for split, group in keys.items()},
             label_map=self.plan.label_map,
+            multi_label=self.plan.multi_label,
         )
         failures.sort(key=itemgetter("key"))
         if (self._dataset_dir / FAILURES_FILE).is_file():
@@ -378,6 +383,7 @@ class _Packing:
             "class_name": self.plan.words[video.label] if labelled else "",
             "raw_class_name": self.plan.class_names[video.label] if labelled else "",
             "label": video.label,
+            **({"spans": [s.to_json() for s in video.spans]} if self.plan.multi_label else {}),
             **facts,
             "source_path": video.path,
             "sha256": digest,

@@ -54,6 +54,7 @@ class ShotPlan:
     allow_overlap: bool = False
 
     def __post_init__(self) -> None:
+        self.train.require_one_label("a number of videos per class")
         if self.train.class_names != self.test.class_names:
             differing = set(self.train.class_names) ^ set(self.test.class_names)
             raise UserError(
