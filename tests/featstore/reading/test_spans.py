@@ -135,8 +135,12 @@ def test_stores_are_merged_by_the_names_of_their_classes(tmp_path: Path, path: P
         tmp_path / "other.zarr", samples=2, classes=2, several=other, failed=(),
         class_names=("swim", ACTIONS[1]), dataset="other",
     )  # fmt: skip
-    with pytest.raises(UserError, match="class texts"):  # they mean other sentences
-        merge([path, tmp_path / "other.zarr"], tmp_path / "m.zarr", prefix_keys=True)
+    merge([path, tmp_path / "other.zarr"], tmp_path / "named.zarr", prefix_keys=True)
+    named = open_store(tmp_path / "named.zarr")
+    assert named.class_names == [*ACTIONS[:4], "swim"]
+    assert named.shown(named.rows)[-2:].tolist() == [
+        [False, False, False, False, True], [False, True, False, False, True],
+    ]  # fmt: skip
     several(tmp_path / "more.zarr", SHOWN[:5])
     merge([path, tmp_path / "more.zarr"], tmp_path / "merged.zarr", prefix_keys=True)
     merged = open_store(tmp_path / "merged.zarr")

@@ -38,7 +38,8 @@ def action_store(
 
     Features are the class's text embedding, `confused` times that of the next class, and noise;
     rows in `failed` failed in extraction. `several` [samples, classes] says which classes each row
-    shows, where it may be several: then its features are the sum of their texts.
+    shows, where it may be several: then its features are the sum of their texts, and of `confused`
+    times those of the next classes.
     """
     rng = np.random.default_rng(seed)
     texts = np.random.default_rng(7).standard_normal((classes, dim)).astype(np.float32)
@@ -47,7 +48,8 @@ def action_store(
     shape = (samples, views, frames)
     shown = texts[labels] + confused * texts[(labels + 1) % classes]
     if several is not None:
-        shown, labels = several @ texts, np.full(samples, -1, np.int32)
+        mixed = several + confused * np.roll(several, 1, axis=1)
+        shown, labels = mixed @ texts, np.full(samples, -1, np.int32)
     features = 2 * shown[:, None, None] + noise * rng.standard_normal((*shape, dim))
     status = np.ones(samples, np.uint8)
     bad = list(failed)
