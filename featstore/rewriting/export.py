@@ -220,10 +220,9 @@ def _in_order(file: bytes) -> bytes:
 def _npy(columns: Columns, store: Store) -> Files:
     arrays = ("features", "frame_index", "pts")
     files = {f"{name}.npy": _npy_bytes(columns[name]) for name in arrays}
-    numbers = {name: columns[name].tolist() for name in ("label", "num_frames", "fps")}
-    texts = {name: columns[name] for name in ("key", "class_name", "spans") if name in columns}
-    splits = [";".join(of) for of in columns["splits"]]
-    found: dict[str, Any] = dict(**texts, **numbers, splits=splits)
+    found = dict(columns)
+    found |= {name: columns[name].tolist() for name in ("label", "num_frames", "fps")}
+    found["splits"] = [";".join(of) for of in columns["splits"]]
     names = ["key", "label", "class_name", "splits", "num_frames", "fps"]
     names += ["spans"] * ("spans" in found)
     rows = zip(*(found[name] for name in names), strict=True)

@@ -13,18 +13,24 @@ import pytest
 
 from featstore import open_store, verify
 from heads import load_head
+from pipeline.preprocessing import Preprocessing
 from pipeline.tars.dataset import load_dataset
 from pipeline.video_clips.stream import ClipStream
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, command_starter
-from tests.support.worlds.tiny_world import SHORT_TRAINING, make_clip, make_encoder
+from tests.support.worlds.tiny_world import (
+    CLASSES,
+    SHORT_TRAINING,
+    make_clip,
+    make_clips,
+    make_encoder,
+)
 from tests.support.worlds.tuning import (
     difference,
     files_of,
     finetune,
     same_bits,
     start_ranks,
-    tuning_workspace,
 )
 
 NAMES = ("run", "jump", "sit")
@@ -219,40 +225,51 @@ def test_tower_and_head_learn_several_classes(root: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The workspace of other tests of fine-tuning, without most videos of two classes."""
-    return tuning_workspace(tmp_path_factory.mktemp("uneven"))
+    """Eight clips to train on: four classes have one, two have two; and the encoder "tiny"."""
+    folder = tmp_path_factory.mktemp("uneven")
+    make_clips(folder / "videos")
+    for name in CLASSES[:4]:
+        (folder / f"videos/train/{name}/train1 {name}.mp4").unlink()
+    done(
+        *("pack", "--dataset", "clips", "--videos", folder / "videos"),
+        *("--samples-per-shard", "4", "--root", folder / "root"),
+    )
+    make_encoder(folder / "root/encoders/tiny")
+    return folder / "root"
 
 
-def test_balanced_processes_are_one_with_twice_the_batch_and_resume(
+def test_balanced_processes_are_one_with_twice_the_batch_and_repeat_it(
     commands: Commands, uneven: Path
 ) -> None:
-    even = ("--class-sampling", "balanced", "--class-weights", "balanced", "--no-augment")
-    alone = commands.start(*finetune(uneven, "one", *even, batch_size=8))
+    even = ("--class-sampling", "balanced", "--class-weights", "balanced")
+    alone = commands.start(*finetune(uneven, "one", *even, batch_size=4))
     assert alone.end() == 0, alone.words
-    running = start_ranks(commands, 2, *finetune(uneven, "two", *even, batch_size=4))
+    assert alone.json["class_balance"]["ratio"] == 2
+    running = start_ranks(commands, 2, *finetune(uneven, "two", *even, batch_size=2))
     assert [process.end() for process in running] == [0, 0], running[0].words
     one, two = files_of(uneven, "one"), files_of(uneven, "two")
     assert difference(one["head"], two["head"]) < 1e-5
     assert difference(one["tower"], two["tower"]) < 1e-5
-    again = commands.start(
-        *finetune(uneven, "three", *even, "--checkpoint-every", "1", batch_size=8)
-    )
+    again = commands.start(*finetune(uneven, "three", *even, batch_size=4))
     assert again.end() == 0, again.words
     assert same_bits(files_of(uneven, "three"), one)
 
 
 def test_a_balanced_stream_has_all_classes_equally_often(uneven: Path) -> None:
-    dataset = load_dataset(uneven / "datasets/clips")
-    from pipeline.preprocessing import Preprocessing
-
     stream = ClipStream(
-        dataset, split="train", seed=1, balanced=True, frames=2, batch_size=4, workers=1,
-        preprocessing=Preprocessing(size=(32, 32)),
+        load_dataset(uneven / "datasets/clips"), split="train", seed=1, balanced=True, frames=2,
+        batch_size=3, workers=1, preprocessing=Preprocessing(size=(32, 32)),
     )  # fmt: skip
-    batches = list(stream.epoch(0))
-    labels = np.concatenate([batch.labels.numpy() for batch in batches])
-    assert np.bincount(labels).tolist() == [2] * 6
-    rest = list(stream.epoch(0, start=1))
-    for mine, whole in zip(rest, batches[1:], strict=True):
-        assert mine.keys == whole.keys
-        assert (mine.frames == whole.frames).all()
+    repeated = 0
+    for epoch in range(4):
+        batches = list(stream.epoch(epoch))
+        labels = np.concatenate([batch.labels.numpy() for batch in batches])
+        assert sorted(np.bincount(labels).tolist()) == [1, 1, 1, 1, 2, 2]
+        keys = [key for batch in batches for key in batch.keys]
+        repeated += len(keys) - len(set(keys))
+        positions = np.concatenate([batch.positions.numpy() for batch in batches])
+        assert [stream.keys[at] for at in positions] == keys
+        for mine, whole in zip(stream.epoch(epoch, start=1), batches[1:], strict=True):
+            assert mine.keys == whole.keys
+            assert (mine.frames == whole.frames).all()
+    assert repeated

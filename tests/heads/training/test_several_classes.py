@@ -242,6 +242,8 @@ def test_weights_from_a_file(uneven: Store, tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             train(uneven, tmp_path / "other", given(text))
+    with pytest.raises(UserError, match="class_sampling 'even' is unknown: give balanced"):
+        replace(RECIPE, class_sampling="even")
     with pytest.raises(UserError, match="did you mean balanced"):
         train(uneven, tmp_path / "other", replace(RECIPE, class_weights="balance"))
 
