@@ -260,7 +260,7 @@ def _bias(model: EndToEndModel, seen: EvaluationClips, labels: npt.NDArray[Any])
                 found.append(class_cosines(video_embeddings(frames), classes).cpu())
     if not found:
         return 0.0  # training says that no video can be decoded
-    return starting_bias(torch.cat(found), labels, float(model.logit_scale.exp()))
+    return starting_bias(torch.cat(found), labels, float(model.logit_scale.detach().exp()))
 
 
 SEEN_FIRST: Final = 64
