@@ -149,6 +149,22 @@ TrainingSeed = Annotated[
     int | None,
     typer.Option("--seed", help="Seed of the head's first weights and of all random choices."),
 ]
+ClassSampling = Annotated[
+    str | None,
+    typer.Option(
+        "--class-sampling",
+        metavar="balanced",
+        help="Let all classes come equally often in an epoch, however many videos they have.",
+    ),
+]
+ClassWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--class-weights",
+        metavar="balanced|sqrt|FILE",
+        help="Let rare classes count more in the loss, or as a CSV class,weight says.",
+    ),
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run of this name where it stopped.")
 ]

@@ -166,7 +166,7 @@ def _measured(stores: Mapping[str, Store], head: Head | None, row: DemoRow) -> d
             head_name=row.head,
             modulate=row.modulated,
             device="cpu",
-        ).top1
+        ).mean
         for protocol, store in (("closeset", stores["known"]), ("zeroshot", stores["new"]))
     ]
     return dict(zip(MEASURES, (*top1, statistics.harmonic_mean(top1)), strict=True))

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featstore.balance import balanced_order, members_of
 from featstore.batches.streaming import BatchMemory, StreamedFeatures
 from featstore.files.after_fork import settle_torch
 from featstore.files.machine import available_memory
@@ -57,8 +58,8 @@ class Batch:
 
     `features` float16 [B, T, D] are raw embeddings as stored, on the loader's features' device
     (convert them to float32 where they are computed with, so that half the bytes travel); `labels`
-    int64 [B] are on the same device. `samples` [B] are positions among the loader's N samples,
-    whose array rows are `array_rows` [N].
+    int64 [B] (uint8 [B, C] of several classes) are on the same device. `samples` [B] are positions
+    among the loader's N samples, whose array rows are `array_rows` [N].
     """
 
     features: Tensor
@@ -176,10 +177,11 @@ class FeatureLoader:
     every step must stop at the smallest number (`len` of each rank) or join uneven inputs (torch's
     `Join`).
 
-    With `repeats` R an epoch has every sample R times, in one shuffled order.
+    With `repeats` R an epoch has every sample R times, in one shuffled order. A `balanced` epoch
+    has as many samples, but every class of `labels` equally often (`featstore.balance`).
 
     Raises ValueError if a rank has no sample, a size is not positive, or streamed features are to
-    be repeated.
+    be repeated or balanced.
     """
 
     def __init__(
@@ -194,8 +196,12 @@ class FeatureLoader:
         rank: int = 0,
         world_size: int = 1,
         repeats: int = 1,
+        balanced: bool = False,
     ) -> None:
-        """`features` float16 [N, V, F, D]; `labels` whole numbers [N]; `rows` array rows [N]."""
+        """`features` float16 [N, V, F, D]; `labels` whole numbers [N]; `rows` array rows [N].
+
+        Labels are [N, C] of zeros and ones where a sample may have several classes.
+        """
         if len(features.shape) < 4 or features.shape[0] == 0 or batch_size < 1 or seed < 0:
             raise ValueError(
                 f"features {list(features.shape)} in batches of {batch_size}, seed {seed}: there "
@@ -207,6 +213,8 @@ class FeatureLoader:
             raise ValueError(f"{count} samples need as many labels and rows")
         if repeats < 1 or (repeats > 1 and isinstance(features, StreamedFeatures)):
             raise ValueError(f"{repeats} repeats: at least 1, and streamed features have no more")
+        if balanced and isinstance(features, StreamedFeatures):
+            raise ValueError("streamed features come as they lie: they cannot be balanced")
         if not 0 <= rank < world_size <= count:
             raise ValueError(f"rank {rank} of {world_size} with {count} samples: each needs one")
         self._features = features
@@ -214,6 +222,9 @@ class FeatureLoader:
         self._stored = stored
         self._device = features.device if isinstance(features, Tensor) else torch.device("cpu")
         self._labels = torch.tensor(whole_numbers(labels, "labels"), device=self._device)
+        if self._labels.ndim == 2:  # many columns: a byte each
+            self._labels = self._labels.to(torch.uint8)
+        self._members = members_of(self._labels.cpu().numpy()) if balanced else []
         if rows is None:
             rows = (
                 np.arange(count, dtype=np.int64) if isinstance(features, Tensor) else features.rows
@@ -250,9 +261,13 @@ class FeatureLoader:
                 resources.callback(blocks.close)
                 order, starts, clips = blocks.order, blocks.starts, blocks.clips
             else:
-                order = rng.permutation(self._count * self._repeats)
-                if self._repeats > 1:
-                    order %= self._count
+                count = self._count * self._repeats
+                if self._members:
+                    order = balanced_order(self._members, count, rng)
+                else:
+                    order = rng.permutation(count)
+                    if self._repeats > 1:
+                        order %= self._count
                 order = order[self._rank :: self._world_size]
                 if isinstance(self._features, MappedFeatures):
                     starts, clips = None, self._clips_from_files(self._features, order)

@@ -19,7 +19,7 @@ from featstore.format.class_texts import read_class_text
 from featstore.format.metadata import prompt_set_names, read_metadata, wrong_attributes
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
-    SMALL_ARRAYS,
+    SPANS,
     STATUS_FAILED,
     STATUS_OK,
     FeatureArray,
@@ -140,14 +140,17 @@ def _check_bytes(
 ) -> None:
     """Read all chunks of a committed partition; raise WorkError at the first wrong one."""
     classes = len(files.metadata.class_names)
-    for name in SMALL_ARRAYS:
+    for name in files.schema.small_arrays:
         if files.specs[name].dtype == "string":
             texts = files.texts(name, tar)[: commit.rows]
             if name == "key" and len(set(texts)) != len(texts):
                 raise files.damaged(tar, "two samples have the same key")
+            if name == SPANS:
+                files.spans(tar, commit.rows)
         elif name not in ("status", "checksum"):  # read before and after
             values = files.numbers(name, tar)[: commit.rows]
-            if name == "label" and wrong_labels(values, classes):
+            multi_label = files.schema.multi_label
+            if name == "label" and wrong_labels(values, classes, multi_label):
                 raise files.damaged(tar, f"a label lies outside 0..{classes - 1}")
     if ((status != STATUS_OK) & (status != STATUS_FAILED)).any():
         raise files.damaged(tar, "a listed sample is neither ok nor failed")

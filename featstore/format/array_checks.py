@@ -38,8 +38,13 @@ def whole_numbers(values: npt.ArrayLike, what: str) -> RowArray:
     raise UserError(f"{what} are {shown}: they must be whole numbers, in a list or an array")
 
 
-def wrong_labels(labels: npt.NDArray[np.int32], classes: int) -> bool:
-    """Return whether any label is not in 0..classes - 1; in a store without classes all are -1."""
+def wrong_labels(labels: npt.NDArray[np.int32], classes: int, multi_label: bool = False) -> bool:
+    """Return whether any label is not in 0..classes - 1.
+
+    In a store without classes, and with `multi_label`, all must be -1.
+    """
+    if multi_label:
+        return bool((labels != -1).any())
     lowest = 0 if classes else -1
     return bool(((labels < lowest) | (labels >= classes)).any())
 

@@ -22,13 +22,13 @@ from featstore.files.documents import parse_json
 from featstore.format.checksums import crc32c
 from featstore.format.provenance import Provenance
 from featstore.format.schema import (
-    ARRAY_ATTRIBUTES,
     CLASS_TEXT_GROUP,
     FORMAT_NAME,
     FORMAT_VERSION,
     MAX_SPLITS,
     ArraySpec,
     StoreSchema,
+    array_attributes,
 )
 
 # 2,500 tars (Kinetics-700) and their classes take about 0.6 MB; an array's node about 1 KB and
@@ -285,8 +285,9 @@ def prompt_set_names(store: Path) -> list[str]:
 
 def array_nodes(metadata: StoreMetadata) -> dict[str, dict[str, Any]]:
     """Return the `zarr.json` of every array by its name, without class texts."""
+    attributes = array_attributes(metadata.schema)
     arrays = metadata.schema.arrays()
-    return {name: spec.metadata(ARRAY_ATTRIBUTES.get(name)) for name, spec in arrays.items()}
+    return {name: spec.metadata(attributes.get(name)) for name, spec in arrays.items()}
 
 
 def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:

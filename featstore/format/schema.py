@@ -61,6 +61,9 @@ CLASS_TEXT_GROUP: Final = "class_text"
 
 COMMIT_ENTRIES: Final = ("rows", "checksum_crc32c", "features_bytes", "unix_time")
 
+SPANS: Final = "spans"
+"""The one array of a partition that only some stores have: those of several classes a video."""
+
 _ROW: Final = ("row",)
 _FRAME: Final = ("row", "view", "frame")
 # The arrays with one small chunk per tar, in the order in which they are written. For each: data
@@ -69,6 +72,7 @@ _CHUNK_PER_TAR: Final[dict[str, tuple[str, int | str, tuple[str, ...], str]]] = 
     "key": ("string", "", _ROW, ""),
     "reason": ("string", "", _ROW, ""),
     "label": ("int32", -1, _ROW, ""),
+    SPANS: ("string", "", _ROW, ""),
     "num_frames": ("int32", 0, _ROW, "frames"),
     "fps": ("float32", "NaN", _ROW, "frames per second"),
     "status": ("uint8", STATUS_EMPTY, _ROW, ""),
@@ -81,12 +85,8 @@ _CHUNK_PER_TAR: Final[dict[str, tuple[str, int | str, tuple[str, ...], str]]] = 
     "chunk_checksum": ("uint32", 0, ("tar", "small_array"), ""),
     "commit": ("uint64", 0, ("tar", "entry"), ""),
 }
-# All of these arrays except `commit`, and the arrays whose checksums `chunk_checksum` holds.
-PER_TAR_ARRAYS: Final = tuple(_CHUNK_PER_TAR)[:-1]
-SMALL_ARRAYS: Final = PER_TAR_ARRAYS[:-1]
-# All arrays with one file per partition, in the order in which they are written: the commit entry
-# comes last, because it marks the partition as done.
-PARTITION_ARRAYS: Final = (*PER_TAR_ARRAYS, "features", "commit")
+# The arrays with one file per partition that every store has.
+PARTITION_ARRAYS: Final = (*(name for name in _CHUNK_PER_TAR if name != SPANS), "features")
 
 _BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
 _SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}
@@ -178,7 +178,8 @@ class StoreSchema:
     An inner chunk of the features has `chunk_rows` rows, a divisor of `capacity`. `dim` is the
     width of the class texts. `codec` compresses the features, and `feature_type` is the type they
     are stored as; int8 is read as float16. `tier` says what an item is (`featstore.format.tiers`):
-    by default an embedding [dim], for which `item` may be left out. Raises ValueError if a size is
+    by default an embedding [dim], for which `item` may be left out. With `multi_label` a video may
+    show several classes, which the array `spans` holds. Raises ValueError if a size is
     not positive, `chunk_rows` is no divisor, codec, type or tier is unknown, or they do not fit.
     """
 
@@ -192,6 +193,7 @@ class StoreSchema:
     feature_type: str = "float16"
     tier: str = EMBEDDINGS
     item: tuple[int, ...] = ()
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         # JSON gives a list. An embedding is as wide as the class texts.
@@ -237,6 +239,7 @@ class StoreSchema:
         *,
         tier: str = EMBEDDINGS,
         item: tuple[int, ...] = (),
+        multi_label: bool = False,
     ) -> StoreSchema:
         """Make a schema whose inner chunks are as large as possible, up to about 1.5 MB."""
         kind = Tier.parse(tier).feature_types[0]
@@ -244,19 +247,42 @@ class StoreSchema:
         wanted = max(1, min(capacity, TARGET_CHUNK_BYTES // max(1, row_bytes)))
         chunk_rows = next((n for n in range(wanted, 0, -1) if capacity % n == 0), 1)
         return cls(
-            tars, capacity, views, frames, dim, chunk_rows, feature_type=kind, tier=tier, item=item
+            *(tars, capacity, views, frames, dim, chunk_rows),
+            feature_type=kind,
+            tier=tier,
+            item=item,
+            multi_label=multi_label,
         )
 
     def to_json(self) -> dict[str, int | str | list[int]]:
         """Return the sizes by name, as the store's attribute `schema` holds them.
 
-        `codec`, `feature_type`, `tier` and `item` are left out if they have their usual values.
+        What comes after `chunk_rows` is left out if it has its usual value.
         """
         held = [field for field in fields(self) if getattr(self, field.name) != field.default]
         value = {field.name: getattr(self, field.name) for field in held} | {"item": [*self.item]}
         if self.pooled:
             del value["item"]
         return value
+
+    @property
+    def per_tar_arrays(self) -> tuple[str, ...]:
+        """The arrays with one small chunk per tar, but for `commit`, in the order of writing."""
+        without = {"commit"} if self.multi_label else {"commit", SPANS}
+        return tuple(name for name in _CHUNK_PER_TAR if name not in without)
+
+    @property
+    def small_arrays(self) -> tuple[str, ...]:
+        """The arrays whose checksums `chunk_checksum` holds."""
+        return self.per_tar_arrays[:-1]
+
+    @property
+    def partition_arrays(self) -> tuple[str, ...]:
+        """All arrays with one file per partition, in the order in which they are written.
+
+        The commit entry comes last, because it marks the partition as done.
+        """
+        return (*self.per_tar_arrays, "features", "commit")
 
     @property
     def rows(self) -> int:
@@ -355,10 +381,11 @@ class StoreSchema:
             "tar": (self.tars, 1),
             "view": (self.views, self.views),
             "frame": (self.frames, self.frames),
-            "small_array": (len(SMALL_ARRAYS), len(SMALL_ARRAYS)),
+            "small_array": (len(self.small_arrays), len(self.small_arrays)),
             "entry": (len(COMMIT_ENTRIES), len(COMMIT_ENTRIES)),
         }
-        for array, (dtype, fill, names, units) in _CHUNK_PER_TAR.items():
+        for array in (*self.per_tar_arrays, "commit"):
+            dtype, fill, names, units = _CHUNK_PER_TAR[array]
             shape, chunks = zip(*(sizes[name] for name in names), strict=True)
             codecs = _CODECS.get(dtype, (_BYTES, _CRC))
             arrays[array] = ArraySpec(shape, dtype, chunks, None, fill, codecs, names, units)
@@ -394,17 +421,26 @@ def class_text_spec(classes: int, dim: int) -> ArraySpec:
 
 
 # These attributes tell readers that do not know this package what the numbers of some arrays mean.
-ARRAY_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
+_ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
     FEATURE_SCALE: {"meaning": "features x scale, in float16; -128 stands for NaN"},
     "commit": {"entries": list(COMMIT_ENTRIES)},
-    "chunk_checksum": {"arrays": list(SMALL_ARRAYS), "algorithm": "crc32c of the chunk file"},
     "checksum": {"algorithm": "crc32c of the row's features"},
     "status": {"meaning": {"empty": STATUS_EMPTY, "ok": STATUS_OK, "failed": STATUS_FAILED}},
     "splits": {"meaning": "bit i is set when the row belongs to split_names[i]"},
+    SPANS: {"meaning": "JSON of [label] or [label, start, end], the times in seconds"},
 }
+
+
+def array_attributes(schema: StoreSchema) -> dict[str, dict[str, Any]]:
+    """Return the attributes of the arrays of a store by array; most arrays have none."""
+    sums = {"arrays": list(schema.small_arrays), "algorithm": "crc32c of the chunk file"}
+    return {**_ATTRIBUTES, "chunk_checksum": sums}
+
 
 FloatArray = npt.NDArray[np.float32]
 HalfArray = npt.NDArray[np.float16]
 # float16, or the type of another tier.
 FeatureArray = npt.NDArray[Any]
 RowArray = npt.NDArray[np.int64]
+Shown = npt.NDArray[np.bool_]
+"""Which classes every video shows, bool [n, classes]."""

@@ -21,7 +21,8 @@ import numpy.typing as npt
 from featstore.errors import WorkError
 from featstore.format.checksums import MissingFile, read_checked
 from featstore.format.metadata import StoreMetadata, without_links
-from featstore.format.schema import CRC_BYTES, PARTITION_ARRAYS, PER_TAR_ARRAYS, SMALL_ARRAYS
+from featstore.format.schema import CRC_BYTES, SPANS
+from featstore.format.spans import MAX_SPANS_BYTES, Span, spans_of_text
 from featstore.reading.repair import repair_command
 
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
@@ -30,14 +31,19 @@ MAX_TEXT_BYTES: Final = 4096
 _MAX_TEXT_CHUNK: Final = 2**30
 
 
-def text_chunk_limit(capacity: int) -> int:
+def text_limit(array: str) -> int:
+    """Return how many bytes a string of this array may have at most."""
+    return MAX_SPANS_BYTES if array == SPANS else MAX_TEXT_BYTES
+
+
+def text_chunk_limit(capacity: int, array: str = "key") -> int:
     """Return how many bytes the strings of a partition may take at most (before zstd)."""
-    return min(_MAX_TEXT_CHUNK, 4 + capacity * (4 + MAX_TEXT_BYTES))
+    return min(_MAX_TEXT_CHUNK, 4 + capacity * (4 + text_limit(array)))
 
 
-def _text_file_limit(capacity: int) -> int:
+def _text_file_limit(capacity: int, array: str) -> int:
     """Return the most bytes of such a file: zstd may make text longer (ZSTD_COMPRESSBOUND)."""
-    most = text_chunk_limit(capacity)
+    most = text_chunk_limit(capacity, array)
     return most + most // 256 + 1024
 
 
@@ -80,17 +86,17 @@ class ChunkFiles:
 
         Also raises WorkError if this user may not read a file of the partition.
         """
-        for name in PARTITION_ARRAYS:
+        for name in self.schema.partition_arrays:
             if os.path.exists(path := self.path(name, tar)) and not os.access(path, os.R_OK):
                 raise self.damaged(tar, f"{name} chunk cannot be read (Permission denied)")
-        for name in PER_TAR_ARRAYS:
+        for name in self.schema.per_tar_arrays:
             spec, path = self.specs[name], self.path(name, tar)
             try:
                 size = _size_of_file(path)
             except ValueError as error:
                 raise self.damaged(tar, f"{name} chunk {error}") from error
             if spec.dtype == "string":  # its length depends on the compression
-                if not CRC_BYTES < size <= _text_file_limit(self.schema.capacity):
+                if not CRC_BYTES < size <= _text_file_limit(self.schema.capacity, name):
                     raise self.damaged(tar, f"{name} chunk has {size} bytes")
             elif size != spec.file_bytes:
                 raise self.damaged(tar, f"{name} chunk has {size} bytes, not {spec.file_bytes}")
@@ -167,8 +173,8 @@ class ChunkFiles:
         from numcodecs import VLenUTF8, Zstd
 
         capacity = self.schema.capacity
-        most = text_chunk_limit(capacity)
-        body = self._checked_bytes(array, tar, _text_file_limit(capacity))
+        most = text_chunk_limit(capacity, array)
+        body = self._checked_bytes(array, tar, _text_file_limit(capacity, array))
         length = _zstd_content_size(body)
         if length is None or not 4 + 4 * capacity <= length <= most:
             raise self.damaged(tar, f"{array} chunk announces an impossible length")
@@ -181,6 +187,14 @@ class ChunkFiles:
         except (RuntimeError, ValueError, MemoryError) as error:
             raise self.damaged(tar, f"{array} chunk cannot be decoded ({error})") from error
         return decoded
+
+    def spans(self, tar: int, rows: int) -> list[tuple[Span, ...]]:
+        """Return the spans of the first `rows` samples of a partition of a multi-label store."""
+        classes = len(self.metadata.class_names)
+        try:
+            return [spans_of_text(text, classes) for text in self.texts(SPANS, tar)[:rows]]
+        except ValueError as error:
+            raise self.damaged(tar, f"spans chunk is no list of spans ({error})") from error
 
     def damaged(self, tar: int, what: str) -> DamagedPartition:
         """Return the error for a damaged committed partition, with its remedy.
@@ -220,7 +234,7 @@ class ChunkFiles:
         except ValueError as error:
             raise self.damaged(tar, f"{array} chunk {error}") from error
         # The checksum inside the file would not show that the file belongs to another partition.
-        if array in SMALL_ARRAYS and crc != self._recorded_checksums(tar)[array]:
+        if array in self.schema.small_arrays and crc != self._recorded_checksums(tar)[array]:
             raise self.damaged(tar, f"{array} chunk is not the one that was committed")
         return body
 
@@ -228,7 +242,7 @@ class ChunkFiles:
         recorded = self._recorded.get(tar)
         if recorded is None:
             values = self.numbers("chunk_checksum", tar).reshape(-1).tolist()
-            recorded = dict(zip(SMALL_ARRAYS, values, strict=True))
+            recorded = dict(zip(self.schema.small_arrays, values, strict=True))
             self._recorded[tar] = recorded
         return recorded
 

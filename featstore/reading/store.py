@@ -24,8 +24,10 @@ from featstore.format.schema import (
     STATUS_OK,
     FeatureArray,
     RowArray,
+    Shown,
     StoreSchema,
 )
+from featstore.format.spans import Span, shown_classes
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.features import FeatureFiles
@@ -165,6 +167,7 @@ class Store:
             "item": list(self.schema.item),
             "features": self.schema.storage,
             "classes": len(self.class_names),
+            **({"multi_label": True} if self.multi_label else {}),
             "splits": {name: len(self.split(name)) for name in self.split_names},
             "prompt_sets": list(self.prompt_sets),
             "provenance": self.provenance.to_json(),
@@ -206,7 +209,9 @@ class Store:
         found = zip(self._texts("reason"), (self.status == status).tolist(), strict=True)
         return _ListedTexts(text if meant else "" for text, meant in found)
 
-    labels = _per_sample("label", "The label of every listed sample, int32 [len].")
+    labels = _per_sample(
+        "label", "The label of every listed sample, int32 [len]; -1 without one label."
+    )
     num_frames = _per_sample("num_frames", "Frames counted in every listed video, int32 [len].")
     fps = _per_sample("fps", "Frames per second of every listed video, float32 [len].")
     container_frames = _per_sample(
@@ -219,6 +224,35 @@ class Store:
     _splits = _per_sample("splits", "Bit i is set for the samples of split i, uint32 [len].")
     _frame_indices = _per_sample("frame_index", "`frame_index` of all listed samples.")
     _frame_times = _per_sample("pts", "`pts` of all listed samples.")
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may show several classes; then `spans` has them, and no label."""
+        return self.schema.multi_label
+
+    @cached_property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """The classes that every listed sample shows, with their times where they are known."""
+        if not self.multi_label:
+            return tuple((Span(label),) if label >= 0 else () for label in self.labels.tolist())
+        found = (self._files.spans(tar, self._commits[tar].rows) for tar in self.partitions())
+        return tuple(spans for part in found for spans in part)
+
+    def shown(self, rows: npt.ArrayLike) -> Shown:
+        """Return which classes the samples of array rows show at any time, bool [n, classes]."""
+        at = self.positions(rows)
+        if self.multi_label:
+            return shown_classes([self.spans[i] for i in at], len(self.class_names))
+        shown: Shown = self.labels[at][:, None] == np.arange(len(self.class_names))
+        return shown
+
+    def require_one_label(self, what: str) -> None:
+        """Raise UserError if videos may show several classes, for `what` needs one of each."""
+        if self.multi_label:
+            raise UserError(
+                f"the videos of {self.path.name} may show several classes, and {what} needs one "
+                "class a video: evaluate with --closeset or --zeroshot, and train without this"
+            )
 
     def split(self, name: str) -> RowArray:
         """Return the array rows of one split, with failed samples, int64 [n], ascending.

@@ -15,6 +15,7 @@ from featstore.format.schema import (
     CRC_BYTES,
     FEATURE_SCALE,
     PARTITION_ARRAYS,
+    SPANS,
     StoreSchema,
 )
 from featstore.remote.objects import ObjectFolder, RemoteObject
@@ -23,9 +24,10 @@ log = logging.getLogger(__name__)
 
 GROUP: Final = "zarr.json"
 ARRAY_NODES: Final = tuple(f"{name}/{GROUP}" for name in PARTITION_ARRAYS)
-_SCALE: Final = (f"{FEATURE_SCALE}/zarr.json", f"{FEATURE_SCALE}/c/0")  # only for int8 features
+# Only with int8 features, and only where a video may show several classes.
+OPTIONAL: Final = (f"{FEATURE_SCALE}/{GROUP}", f"{FEATURE_SCALE}/c/0", f"{SPANS}/{GROUP}")
 CLASS_TEXT = re.compile(CLASS_TEXT_GROUP + r"/(zarr\.json|[A-Za-z0-9][\w.-]*/(zarr\.json|c/0/0))")
-CHUNK = re.compile(rf"({'|'.join(PARTITION_ARRAYS)})/c/[0-9/]+")
+CHUNK = re.compile(rf"({'|'.join((*PARTITION_ARRAYS, SPANS))})/c/[0-9/]+")
 
 
 class NoStore(UserError):
@@ -47,7 +49,7 @@ def metadata_names(
         if name not in listing:
             raise UserError(f"{objects.at(name)} is missing: not a complete feature store")
     texts = [name for name in sorted(listing) if CLASS_TEXT.fullmatch(name)]
-    texts += [name for name in _SCALE if name in listing]
+    texts += [name for name in OPTIONAL if name in listing]
     names = [
         (GROUP, GROUP_METADATA_LIMIT),
         *((name, ARRAY_METADATA_LIMIT) for name in ARRAY_NODES),
@@ -66,7 +68,7 @@ def metadata_names(
 def partition_names(schema: StoreSchema, tar: int) -> dict[str, str]:
     """Return the object names of one partition by array, in the order in which they are put."""
     specs = schema.arrays()
-    return {array: f"{array}/{specs[array].chunk_key(tar)}" for array in PARTITION_ARRAYS}
+    return {array: f"{array}/{specs[array].chunk_key(tar)}" for array in schema.partition_arrays}
 
 
 def is_done(metadata: StoreMetadata, listing: Mapping[str, RemoteObject], tar: int) -> bool:

@@ -16,7 +16,7 @@ from featstore.files.durable import write_bytes
 from featstore.files.locks import exclusive
 from featstore.files.scratch import cache_folder, require_room
 from featstore.format.metadata import StoreMetadata, read_metadata
-from featstore.format.schema import CLASS_TEXT_GROUP, PARTITION_ARRAYS
+from featstore.format.schema import CLASS_TEXT_GROUP
 from featstore.reading.store import Store
 from featstore.remote.contents import GROUP, is_done, metadata_names, partition_names
 from featstore.remote.objects import ChangedObject, MissingObject, ObjectFolder, RemoteObject
@@ -119,7 +119,7 @@ class _Mirror:
                 self._held.pop(name, None)
         commit.unlink(missing_ok=True)
         try:
-            for array in PARTITION_ARRAYS:
+            for array in metadata.schema.partition_arrays:
                 self._fetch(files[array])
         except (ChangedObject, MissingObject):
             commit.unlink(missing_ok=True)

@@ -17,12 +17,13 @@ from featstore.files.durable import write_bytes
 from featstore.files.scratch import ScratchFolder
 from featstore.format.class_texts import ClassText
 from featstore.format.metadata import GROUP_METADATA_LIMIT, StoreMetadata
-from featstore.format.schema import PARTITION_ARRAYS, FloatArray
+from featstore.format.schema import FloatArray
 from featstore.remote.contents import (
     ARRAY_NODES,
     CHUNK,
     CLASS_TEXT,
     GROUP,
+    OPTIONAL,
     is_done,
     metadata_names,
     partition_names,
@@ -134,7 +135,7 @@ class RemoteStoreWriter(PartitionWriter):
             self._done.discard(tar)
             for array in ("commit", "features"):
                 self._objects.delete(names[array])
-            for array in PARTITION_ARRAYS:
+            for array in self.schema.partition_arrays:
                 self._objects.put(names[array], self._staging.path / names[array])
             self._done.add(tar)
         finally:
@@ -169,7 +170,9 @@ def _clear(objects: ObjectFolder, kept: Sequence[str]) -> None:
     if GROUP in listing:
         raise StoreExists(f"{objects.url} exists already: remove it or continue it")
     for name in listing:
-        if not (name in ARRAY_NODES or CLASS_TEXT.fullmatch(name) or CHUNK.fullmatch(name)):
+        if not (
+            name in (*ARRAY_NODES, *OPTIONAL) or CLASS_TEXT.fullmatch(name) or CHUNK.fullmatch(name)
+        ):
             raise UserError(
                 f"{objects.at(name)} belongs to no store: choose a URL under which there are no "
                 "objects yet"

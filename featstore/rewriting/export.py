@@ -30,6 +30,7 @@ from featstore.files.durable import make_folder, write_bytes, write_json
 from featstore.files.exchange import new_folder
 from featstore.files.tables import csv_bytes
 from featstore.format.schema import STATUS_OK, RowArray
+from featstore.format.spans import spans_text
 from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.rewriting.source import claimed_source
@@ -37,6 +38,9 @@ from featstore.rewriting.source import claimed_source
 EXPORT_FILE: Final = "export.json"
 # Size of a file that other tools can load at once, and the most that an export holds in memory.
 TARGET_FILE_BYTES: Final = 256 * 2**20
+
+CLASS_SEPARATOR: Final = "; "
+"""Between the names of the classes of a video that shows several."""
 
 Columns: TypeAlias = dict[str, Any]
 Files: TypeAlias = Mapping[str, bytes | memoryview]
@@ -130,17 +134,24 @@ def export(
 def _columns(store: Store, rows: RowArray) -> Columns:
     """Return all columns of array rows [n], which must be ok, by name.
 
-    `label` int32 [n]; `num_frames` int32 [n]; `fps` float32 [n]; `frame_index` int32 [n, V, F];
-    `pts` float64 [n, V, F] in seconds; `features` float16 [n, V, F, D], or the items of another
-    tier in its type; `key`, `class_name` and `splits` are lists of length n.
+    `label` int32 [n]; in a multi-label store, `spans` texts as the store holds them, and the names
+    of the classes shown in `class_name`, between semicolons; `num_frames` int32 [n]; `fps` float32
+    [n]; `frame_index` int32 [n, V, F]; `pts` float64 [n, V, F] in seconds; `features` float16 [n,
+    V, F, D], or the items of another tier in its type; `key`, `class_name` and `splits` are lists
+    of length n.
     """
     at, names = store.positions(rows), store.class_names
+    shown = [store.spans[i] for i in at]
     members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
     return {
         "key": [store.keys[i] for i in at],
-        "class_name": [names[label] if label >= 0 else "" for label in store.labels[at]],
+        "class_name": [
+            CLASS_SEPARATOR.join(names[label] for label in dict.fromkeys(s.label for s in spans))
+            for spans in shown
+        ],
         "splits": [[name for name, of in members.items() if of[i]] for i in range(len(rows))],
         "label": store.labels[at],
+        **({"spans": [spans_text(spans) for spans in shown]} if store.multi_label else {}),
         "num_frames": store.num_frames[at],
         "fps": store.fps[at],
         "frame_index": store.frame_index(rows),
@@ -160,7 +171,7 @@ def _chosen(store: Store, split: str | None, classes: Sequence[str] | None) -> R
         if not found:
             raise UserError(f"{store.path} has no class {name!r}: {_nearest(name, store)}")
         labels |= found
-    chosen: RowArray = rows[np.isin(store.labels[store.positions(rows)], sorted(labels))]
+    chosen: RowArray = rows[store.shown(rows)[:, sorted(labels)].any(1)]
     return chosen
 
 
@@ -183,6 +194,7 @@ def _safetensors(columns: Columns, store: Store) -> Files:
     names = ("features", "label", "num_frames", "fps", "frame_index", "pts")
     # The format's metadata holds texts only.
     texts = {
+        **({"spans": columns["spans"]} if store.multi_label else {}),
         "key": columns["key"],
         "splits": columns["splits"],
         "class_names": store.class_names,
@@ -208,10 +220,12 @@ def _in_order(file: bytes) -> bytes:
 def _npy(columns: Columns, store: Store) -> Files:
     arrays = ("features", "frame_index", "pts")
     files = {f"{name}.npy": _npy_bytes(columns[name]) for name in arrays}
-    names = ("key", "label", "class_name", "splits", "num_frames", "fps")
-    splits = [";".join(of) for of in columns["splits"]]
-    numbers = [columns[name].tolist() for name in ("label", "num_frames", "fps")]
-    rows = zip(columns["key"], numbers[0], columns["class_name"], splits, *numbers[1:], strict=True)
+    found = dict(columns)
+    found |= {name: columns[name].tolist() for name in ("label", "num_frames", "fps")}
+    found["splits"] = [";".join(of) for of in columns["splits"]]
+    names = ["key", "label", "class_name", "splits", "num_frames", "fps"]
+    names += ["spans"] * ("spans" in found)
+    rows = zip(*(found[name] for name in names), strict=True)
     return {**files, "rows.csv": csv_bytes(names, rows)}
 
 

@@ -16,7 +16,7 @@ from featstore.format.metadata import (
     TarEntry,
     prompt_set_names,
 )
-from featstore.format.schema import CLASS_TEXT_GROUP, PARTITION_ARRAYS
+from featstore.format.schema import CLASS_TEXT_GROUP
 from featstore.progress import Outcome
 from featstore.rewriting.source import claimed_source
 from featstore.writing.writer import StoreWriter, require_fitting, write_class_text, write_skeleton
@@ -101,7 +101,7 @@ def add_tars(
                 old_store, new_store = StoreWriter.open(path), StoreWriter.open(folder)
                 # No file of a partition says its number, so that it can be linked elsewhere.
                 for tar in filter(old_store.done, places):
-                    for name in PARTITION_ARRAYS:
+                    for name in metadata.schema.partition_arrays:
                         target = new_store.file(name, places[tar])
                         link_or_copy(old_store.file(name, tar), target)
     return Grown(

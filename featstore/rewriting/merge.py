@@ -105,6 +105,12 @@ def merge(
                     partition,
                     key=[prefix + key for key in partition.key],
                     label=labels[partition.label],
+                    spans=None
+                    if partition.spans is None
+                    else [
+                        [span._replace(label=int(labels[span.label])) for span in spans]
+                        for spans in partition.spans
+                    ],
                     splits=_moved_bits(partition.splits, bits),
                 )
                 writer.write_partition(number, partition, source.shard(tar) if same else None)
@@ -179,6 +185,12 @@ def _united_classes(sources: Sequence[SourceStore]) -> dict[str, str]:
         raise UserError(
             f"{bare[0]} was packed without labels and other stores have classes: merge stores of "
             "one kind"
+        )
+    several = [source.path for source in sources if source.store.multi_label]
+    if several and len(several) < len(sources):
+        raise UserError(
+            f"a video of {several[0]} may show several classes and one of the other stores only "
+            "one: merge stores of one kind"
         )
     for source in sources:
         names = source.metadata.class_names

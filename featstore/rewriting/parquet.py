@@ -31,12 +31,14 @@ def table_bytes(rows: Mapping[str, Any], store: Store) -> bytes:
     types = {"key": strings, "label": pyarrow.int64(), "class_name": strings}
     types |= {"splits": pyarrow.list_(strings), "num_frames": pyarrow.int32()}
     types |= {"fps": pyarrow.float32()}
+    types |= {"spans": strings} if store.multi_label else {}
     columns = {name: pyarrow.array(rows[name], kind) for name, kind in types.items()}
     text = {"dtype": "string", "_type": "Value"}
     described: dict[str, Any] = {  # the columns in the words of `datasets`
         "key": text,
         "label": {"names": store.class_names, "_type": "ClassLabel"},
         "class_name": text,
+        **({"spans": text} if store.multi_label else {}),
         "splits": {"feature": text, "_type": "Sequence"},
         "num_frames": {"dtype": "int32", "_type": "Value"},
         "fps": {"dtype": "float32", "_type": "Value"},

@@ -100,7 +100,7 @@ def _scale(source: SourceStore, progress: ProgressSink, steps: int) -> FloatArra
     """Return the scale that the largest value of each dimension needs, float32 [D]."""
     largest = np.zeros(source.metadata.schema.dim)
     found = False
-    for tar, rows, _ in _ok_rows(source):
+    for tar, rows in _ok_rows(source):
         features = source.store.features(rows)
         found = found or len(features) > 0
         axes = tuple(range(features.ndim - 1))
@@ -119,7 +119,8 @@ def _cost(
     texts = source.texts()
     total, largest, frames, rows = 0.0, 0.0, 0, 0
     counts = {name: np.zeros(3) for name in texts}  # agree, right in float16, right in int8
-    for tar, ok, labels in _ok_rows(source):
+    for tar, ok in _ok_rows(source):
+        shown, each = source.store.shown(ok), np.arange(len(ok))
         before, after = source.store.features(ok), rounded.features(ok)
         one, two = _unit(before), _unit(after)
         # An embedding that is zero, before and after, has not turned.
@@ -131,8 +132,7 @@ def _cost(
             answers = [(u.mean((1, 2)) @ text.embeddings.T).argmax(-1) for u in (one, two)]
             counts[name] += [
                 np.count_nonzero(answers[0] == answers[1]),
-                np.count_nonzero(answers[0] == labels),
-                np.count_nonzero(answers[1] == labels),
+                *(np.count_nonzero(shown[each, answer]) for answer in answers),
             ]
         progress(2 * source.metadata.schema.tars + tar + 1, steps)
     agreement = tuple(
@@ -141,14 +141,13 @@ def _cost(
     return (total / frames, largest), agreement
 
 
-def _ok_rows(source: SourceStore) -> Iterator[tuple[int, RowArray, npt.NDArray[np.int32]]]:
-    """Yield the ok rows of one chunk at a time: partition, array rows, labels."""
+def _ok_rows(source: SourceStore) -> Iterator[tuple[int, RowArray]]:
+    """Yield the ok rows of one chunk at a time: partition, array rows."""
     store, schema = source.store, source.metadata.schema
     rows = store.rows[store.status == STATUS_OK]
     edges = np.flatnonzero(np.diff(rows // schema.chunk_rows)) + 1
     for block in np.split(rows, edges) if len(rows) else ():
-        labels = store.labels[store.positions(block)]
-        yield int(block[0]) // schema.capacity, block, labels
+        yield int(block[0]) // schema.capacity, block
 
 
 def _unit(features: HalfArray) -> npt.NDArray[np.float64]:

@@ -18,7 +18,7 @@ from featstore.files.exchange import recover, sweep
 from featstore.format.class_texts import ClassText
 from featstore.format.metadata import StoreMetadata, read_metadata
 from featstore.format.provenance import Provenance
-from featstore.format.schema import SMALL_ARRAYS, FloatArray, StoreSchema
+from featstore.format.schema import SPANS, FloatArray, StoreSchema
 from featstore.opening import open_store
 from featstore.progress import ProgressSink
 from featstore.reading.chunk_files import ChunkFiles
@@ -42,9 +42,11 @@ class SourceStore:
         rows = self.metadata.tars[tar].rows
         first = tar * self.metadata.schema.capacity
         values: dict[str, Any] = {}
-        for name in SMALL_ARRAYS:
+        for name in self.metadata.schema.small_arrays:
             spec = self.files.specs[name]
-            if spec.dtype == "string":
+            if name == SPANS:
+                values[name] = self.files.spans(tar, rows)
+            elif spec.dtype == "string":
                 values[name] = self.files.texts(name, tar)[:rows]
             elif name != "checksum":
                 chunk: npt.NDArray[Any] = self.files.numbers(name, tar)[:rows]

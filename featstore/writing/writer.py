@@ -41,14 +41,12 @@ from featstore.format.metadata import (
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
     FEATURE_SCALE,
-    PARTITION_ARRAYS,
-    PER_TAR_ARRAYS,
-    SMALL_ARRAYS,
+    SPANS,
     FeatureArray,
     FloatArray,
     class_text_spec,
 )
-from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit
+from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit, text_limit
 from featstore.reading.coded_shards import read_scale
 from featstore.reading.damage_notes import DamageNote
 from featstore.writing.partition import Partition
@@ -139,7 +137,9 @@ class StoreWriter(PartitionWriter):
             if commit is None:
                 return False
             self._files.check_shard(tar, commit)
-            whole = all(self._files.path(name, tar).is_file() for name in PER_TAR_ARRAYS)
+            whole = all(
+                self._files.path(name, tar).is_file() for name in self.schema.per_tar_arrays
+            )
         except (WorkError, UserError) as error:  # damage, a symbolic link
             log.warning("%s will be redone: %s", self.path, error)
             return False
@@ -179,7 +179,7 @@ class StoreWriter(PartitionWriter):
         Raises ValueError if the partition does not fit the tar, OSError if the disk is full.
         """
         self._check_fits(tar, partition)
-        paths = {name: self._files.make_way(name, tar) for name in PARTITION_ARRAYS}
+        paths = {name: self._files.make_way(name, tar) for name in self.schema.partition_arrays}
         try:
             earlier = self._files.commit(tar)
         except WorkError:
@@ -194,9 +194,9 @@ class StoreWriter(PartitionWriter):
                 write_chunk(
                     paths[name],
                     self._files.specs[name],
-                    checksums if name == "checksum" else getattr(partition, name),
+                    checksums if name == "checksum" else partition.column(name),
                 )
-                for name in SMALL_ARRAYS
+                for name in self.schema.small_arrays
             ]
             write_chunk(
                 paths["chunk_checksum"],
@@ -280,8 +280,14 @@ class StoreWriter(PartitionWriter):
                 f"partition {tar} has {partition.features.dtype}, the store has {self.schema.dtype}"
             )
         classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
-        if wrong_labels(partition.label, classes):
+        multi_label = self.schema.multi_label
+        if wrong_labels(partition.label, classes, multi_label):
             raise ValueError(f"partition {tar} has a label outside 0..{classes - 1}")
+        if multi_label != (partition.spans is not None):
+            raise ValueError(f"partition {tar} and the store differ in having spans")
+        for spans in partition.spans or ():
+            if any(not 0 <= span.label < classes for span in spans):
+                raise ValueError(f"partition {tar} has a span outside 0..{classes - 1}")
         if int(partition.splits.max()) >> splits:
             raise ValueError(f"partition {tar} names a split beyond the {splits} of the store")
         for text in (*partition.key, *partition.reason):
@@ -294,6 +300,12 @@ class StoreWriter(PartitionWriter):
                     f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason must be "
                     f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
                 )
+        long = max(map(len, partition.column(SPANS) if multi_label else ("",)))
+        if long > text_limit(SPANS):
+            raise UserError(
+                f"the classes of a video take {long} characters with their times: at most "
+                f"{text_limit(SPANS)} can be stored; list fewer, or cut the video"
+            )
 
 
 class StoreExists(UserError):

@@ -102,6 +102,10 @@ class FinetuneSummary(Outcome):
     encoder_path: str
     failures: list[dict[str, Any]]
     """The first few failed videos, with reasons; failures.csv lists all."""
+    class_balance: dict[str, Any]
+    """The numbers of training videos of the classes (`Balance.to_json`)."""
+    measure: str
+    """What `top1` and `best_top1` are: "top1", or "mAP" where a video may show several classes."""
 
 
 LISTED_FAILURES: Final = 5
@@ -267,10 +271,11 @@ def _close_epoch(
         trainer.failures += [(*failure, "evaluation") for failure in failed]
         if found is not None:
             evaluation = found.to_json()
-            if position.best is None or found.top1 > position.best["top1"]:
-                position.best = {"epoch": epoch, "top1": found.top1}
+            if position.best is None or found.quality > position.best["top1"]:
+                position.best = {"epoch": epoch, "top1": found.quality}
                 save_best(request.run_dir / BEST_FILE, trainer.parameters, epoch, ranks)
-            log.info("epoch %d: top-1 %.1f %% on %s", epoch, found.top1, found.split)
+            measure = "top-1" if found.mean_ap is None else "mAP"
+            log.info("epoch %d: %s %.1f %% on %s", epoch, measure, found.quality, found.split)
         else:
             log.warning("none of the videos of %s could be decoded", plan.eval_split)
     failures = trainer.merged_failures()
@@ -334,7 +339,11 @@ def _summary(
     assert origin is not None
     with open_tensors(run_dir / TOWER_FILE) as (_, _, card):
         published = int(card["epoch"]) + 1
-    measured = {r["epoch"]: r["evaluation"]["top1"] for r in metrics if r["evaluation"]}
+    measured = {
+        r["epoch"]: r["evaluation"].get("mean_ap") or r["evaluation"]["top1"]
+        for r in metrics
+        if r["evaluation"]
+    }
     best = max(measured, key=lambda epoch: (measured[epoch], -epoch), default=None)
     seconds = sum(record["seconds"] for record in metrics)
     waited = sum(record["seconds"] * record["waiting"] for record in metrics)
@@ -354,6 +363,7 @@ def _summary(
         n_evaluated_failed=failed["evaluation"],
         loss=metrics[-1]["loss"],
         published_epoch=published,
+        measure="mAP" if plan.dataset.multi_label else "top1",
         top1=measured.get(published),
         best_epoch=best,
         best_top1=None if best is None else measured[best],
@@ -374,6 +384,7 @@ def _summary(
         path=str(run_dir),
         encoder_path=str(request.encoder_dir),
         failures=failures[:LISTED_FAILURES],
+        class_balance={} if plan.balance is None else plan.balance.to_json(),
     )
 
 

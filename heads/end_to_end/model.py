@@ -105,22 +105,23 @@ class EndToEndModel(nn.Module):
     ) -> Any:
         """Return the losses of one batch, averaged over samples, as `Head.training_loss` does.
 
-        `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B], best on the CPU, where
-        checking them does not wait for a GPU; `class_embeddings` [C,D]; `draw`, `subsets` and
-        `weights` (missing ones: the recipe's defaults) as `Head.training_loss` takes them. Tower
-        and head run under the caller's autocast, the losses outside it. The features are not
-        detached.
-        Raises ValueError for wrong shapes or labels, UserError for more frames than positions.
+        `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B] (or zeros and ones [B,C]
+        where a video may show several classes), best on the CPU, where checking them does not wait
+        for a GPU; `class_embeddings` [C,D]; `draw`, `subsets` and `weights` (missing ones: the
+        recipe's defaults) as `Head.training_loss` takes them. Tower and head run under the caller's
+        autocast, the losses outside it. The features are not detached. Raises ValueError for wrong
+        shapes or labels, UserError for more frames than positions.
         """
         self._check_frames(frames)
-        if labels.shape != frames.shape[:1] or labels.dtype != torch.int64:
+        classes = class_embeddings.shape[0]
+        several = labels.ndim == 2 and labels.shape[1] == classes
+        if labels.shape[:1] != frames.shape[:1] or not (several or labels.dtype == torch.int64):
             raise ValueError(
                 f"labels must be int64 [{frames.shape[0]}], one per clip, not {labels.dtype} "
                 f"{list(labels.shape)}"
             )
-        classes = class_embeddings.shape[0]
         lowest, highest = (int(v) for v in labels.aminmax())
-        if lowest < 0 or highest >= classes:
+        if not several and (lowest < 0 or highest >= classes):
             wrong = lowest if lowest < 0 else highest
             raise ValueError(f"label {wrong} is none of the {classes} classes, 0 to {classes - 1}")
         features = self.encode(frames)
@@ -135,7 +136,10 @@ class EndToEndModel(nn.Module):
             TrainConfig().loss_weights | weights,
         )
         # With the feature loss alone, the scale would get no gradient, and DDP would wait for it.
-        return terms._replace(total=terms.total + 0.0 * scale)
+        total = terms.total + 0.0 * scale
+        if self.head.logit_bias is not None:
+            total = total + 0.0 * self.head.logit_bias.sum()
+        return terms._replace(total=total)
 
     def forward(self, frames: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
         """Return cosines [B,C] of preprocessed `frames` [B,T,3,s,s] with `class_embeddings` [C,D].
@@ -219,7 +223,7 @@ class TrainingStep(nn.Module):
         if frames.shape[0] == 0:
             weight = 0.0
             frames = frames.new_zeros(1, *frames.shape[1:])
-            labels = labels.new_zeros(1)
+            labels = labels.new_zeros(1, *labels.shape[1:])
             subsets = None if subsets is None else subsets.new_zeros(1)
         terms = self.model.training_loss(
             frames, labels, class_embeddings, draw, subsets, **self.loss_weights

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featstore.balance import Balance
 from featstore.errors import UserError
 from featstore.files.machine import usable_cores
 from featstore.format.class_texts import DEFAULT_PROMPTS
@@ -29,8 +32,12 @@ from heads.files.imported_run import require_class_names
 from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
+from heads.methods.text_classifier import class_cosines, video_embeddings
+from heads.training.class_weights import class_weights, require_possible, say_balance
+from heads.training.logit_bias import starting_bias
 from heads.training.ranks import Ranks
 from heads.training.trainer import require_trainable
+from heads.training.validation import check_balance
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.encoders.specs import lasting_spec
 from pipeline.prompts import (
@@ -90,6 +97,8 @@ class Plan:
     clip_shape: tuple[int, ...]
     """The shape of a clip: T, 3, height and width in pixels."""
     clips: ClipStream
+    balance: Balance | None
+    """None if no training video can be decoded."""
     evaluation: EvaluationClips | None
     eval_split: str | None
     settings: dict[str, Any]
@@ -130,6 +139,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         logit_scale = begun.logit_scale.clone()
     chosen = method(head.config.kind)
     chosen.require("trained end to end", chosen.end_to_end)
+    require_possible(chosen, config, dataset.multi_label)
     head.require_frames(config.frames)
     shared: dict[str, Any] = {
         "frames": config.frames,
@@ -146,8 +156,15 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         split=split,
         seed=config.seed,
         augment=config.augment,
+        balanced=bool(config.class_sampling),
         **shared,
     )
+    balance, weights = None, None
+    if len(clips.labels):  # else no video can be decoded, which training says
+        counted = check_balance if dataset.multi_label else say_balance
+        balance = counted(dataset.class_names, clips.labels)
+        weights = class_weights(config.class_weights, clips.labels, dataset.class_names)
+    head.class_weights = weights
     evaluation = None
     if eval_split is not None and config.evaluate_every:
         evaluation = EvaluationClips(dataset, split=eval_split, **shared)
@@ -181,6 +198,8 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             "order": clips.digest,
             "prompts_hash": prompt_set.hash(dataset.class_names),
             "decoder": clips.decoder_name,
+            **({"multi_label": True} if dataset.multi_label else {}),
+            **({} if weights is None else {"class_weights": list(map(str, weights.tolist()))}),
         },
         "batch": {
             "videos_per_step": config.batch_size * ranks.world_size,
@@ -200,22 +219,52 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         train=config.train,
         checkpointing=config.checkpointing,
     )
+    model = model.to(ranks.device)
+    if dataset.multi_label and head.logit_bias is None:
+        alone = shared | {"rank": 0, "world_size": 1}
+        head.take_several_classes(
+            _bias(model, EvaluationClips(dataset, split=split, **alone), clips.labels)
+        )
     shard = sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError if the tower has no blocks
     require_trainable(head, config, clips.steps_per_epoch)
     return Plan(
         dataset=dataset,
-        model=model.to(ranks.device),
+        model=model,
         origin=origin,
         clip_shape=(config.frames, 3, *encoder.preprocessing.size),
         clips=clips,
+        balance=balance,
         evaluation=evaluation,
         eval_split=eval_split,
         settings=settings,
         precision=precision,
         shard=shard,
     )
+
+
+def _bias(model: EndToEndModel, seen: EvaluationClips, labels: npt.NDArray[Any]) -> float:
+    """Return the bias of a new head for several classes a video, from the first training videos.
+
+    Every process decodes the same ones.
+    """
+    classes = model.head.training_class_embeddings
+    found: list[Tensor] = []
+    with torch.no_grad(), closing(seen.batches()) as batches:
+        for batch in batches:
+            if sum(map(len, found)) >= SEEN_FIRST:
+                break
+            if len(batch.keys):
+                frames = model.encode(batch.frames.to(classes.device))
+                found.append(class_cosines(video_embeddings(frames), classes).cpu())
+    if not found:
+        return 0.0  # training says that no video can be decoded
+    return starting_bias(torch.cat(found), labels, float(model.logit_scale.detach().exp()))
+
+
+SEEN_FIRST: Final = 64
+"""Training videos that the first bias of a head for several classes a video is fitted to."""
 
 
 def _prompt_set(request: FinetuneRequest, begun: Head | None) -> PromptSet:
@@ -277,7 +326,14 @@ def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, class
             f"{len(dataset.class_names)} of {dataset.name}: begin with a head of this data set, or "
             "without one"
         )
+    if begun.logit_bias is not None and not dataset.multi_label:
+        raise UserError(
+            "the head to begin with gives a video several classes, and the videos of "
+            f"{dataset.name} have one each: begin with another head"
+        )
     head = method(begun.config.kind).head(begun.config, len(dataset.class_names))
+    if begun.logit_bias is not None:
+        head.take_several_classes()
     state = begun.state_dict() | {"training_class_embeddings": classes}
     head.load_state_dict({name: value.clone() for name, value in state.items()})
     return head

@@ -63,6 +63,8 @@ def publish(
         published = fingerprint(tuned.model, tuned.model_config)
         shape = model.head.config
         head = method(shape.kind).head(shape, head_state["training_class_embeddings"].shape[0])
+        if "logit_bias" in head_state:
+            head.take_several_classes()
         head.load_state_dict(head_state)
         head.logit_scale.copy_(parts["logit_scale"])
         head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=published)

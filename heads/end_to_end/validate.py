@@ -14,6 +14,7 @@ from torch import Tensor
 
 from heads.end_to_end.model import EndToEndModel
 from heads.scoring import TOP_K
+from heads.scoring.average_precision import mean_average_precision
 from heads.scoring.scores import fuse_views
 from heads.scoring.scores import ranks as places
 from heads.training.ranks import Ranks
@@ -31,10 +32,19 @@ class Validation:
     split: str
     n_listed: int
     n_evaluated: int
-    top1: float
-    """Per cent of the evaluated videos."""
+    top1: float | None
+    """Per cent of the evaluated videos; None where a video may show several classes."""
     top5: float | None
     """None with fewer than five classes."""
+    mean_ap: float | None = None
+    """Mean average precision in per cent, only where a video may show several classes."""
+
+    @property
+    def quality(self) -> float:
+        """What epochs are compared by: the accuracy, or the mean average precision."""
+        found = self.top1 if self.mean_ap is None else self.mean_ap
+        assert found is not None
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Return the entries for the run's records."""
@@ -45,6 +55,7 @@ class Validation:
             "n_failed": self.n_listed - self.n_evaluated,
             "top1": self.top1,
             "top5": self.top5,
+            **({} if self.mean_ap is None else {"mean_ap": self.mean_ap}),
         }
 
 
@@ -77,6 +88,7 @@ def validate(
     counts = torch.zeros(3, dtype=torch.int64)  # evaluated, right, right among five
     failed: list[tuple[str, str]] = []
     passes = 0
+    rows: list[tuple[Tensor, Tensor]] = []  # scores and labels of videos of several classes
     for batch in clips.batches():
         failed += batch.failed
         if not len(batch.keys):
@@ -84,6 +96,10 @@ def validate(
         passes += 1
         pixels = batch.frames.to(ranks.device, non_blocking=True)
         cosines = model(pixels, class_embeddings, modulate)
+        if batch.labels.ndim == 2:
+            rows.append((cosines.double().cpu(), batch.labels.bool()))
+            counts[0] += len(batch.labels)
+            continue
         scores = fuse_views(cosines.cpu()[:, None])
         place = places(scores, batch.labels)
         counts += torch.stack([torch.tensor(len(place)), (place < 1).sum(), (place < TOP_K).sum()])
@@ -96,6 +112,11 @@ def validate(
     evaluated, top1, top5 = ranks.summed(counts).tolist()
     if not evaluated:
         return None, failed
+    pairs = [pair for of_rank in ranks.gathered(rows) for pair in of_rank]
+    if pairs:
+        every, shown = (torch.cat(part).numpy() for part in zip(*pairs, strict=True))
+        mean_ap = mean_average_precision(every, shown)
+        return Validation(split, clips.n_listed, evaluated, None, None, mean_ap), failed
     found = Validation(
         split=split,
         n_listed=clips.n_listed,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from featstore.commands import command
 from featstore.errors import UserError
@@ -26,10 +27,12 @@ from heads.evaluation.measure import ClipFeatures, Measurement, check_candidates
 from heads.evaluation.protocols.choose import Protocol, count_notes, protocol_named, views_of
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.results import EvalResult, RunFacts, SplitResult, taken_from
+from heads.evaluation.several_classes import MEASURE, LabelsDetail
 from heads.files.head_file import head_fingerprint
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES
 from heads.scoring import TOP_K
+from heads.scoring.average_precision import mean_average_precision
 from heads.scoring.scores import Fusion, Scoring
 
 log = logging.getLogger(__name__)
@@ -61,7 +64,7 @@ def evaluate_store(
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
     scoring = Scoring.of_head(
         model.config,
-        fusion=fusion or named.fusion,
+        fusion=fusion or usual_fusion(store, named),
         modulate=modulate,
         modulation_neighbours=modulation_neighbours,
         modulation_temperature=modulation_temperature,
@@ -72,6 +75,12 @@ def evaluate_store(
         store, model, [scoring], protocol=named, dataset=dataset, tests=tests, **options
     )
     return result
+
+
+def usual_fusion(store: Store, protocol: Protocol) -> Fusion:
+    """Return how views are fused if nothing else is asked for: the mean of cosines where a video
+    may show several classes, for a softmax would set them against each other."""
+    return "cosine" if store.multi_label else protocol.fusion
 
 
 def evaluate_many(
@@ -115,6 +124,8 @@ def evaluate_many(
     a score is not finite.
     """
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
+    if named.kind not in ("closeset", "zeroshot"):
+        store.require_one_label(f"protocol {named.name}")
     if not tests:
         raise UserError(f"no split of {store.path.name} was chosen: name one with --split")
     prompt_set, text = require_fits(store, head, prompt_set)
@@ -254,17 +265,20 @@ def _result(
     """Return the result under one setting."""
     parts = [_split(measured, number, t) for t in range(len(measured.tests))]
     results = [result for result, _ in parts]
-    top1 = [result.top1 for result in results]
+    several = measured.store.multi_label
+    found = [result.mean_ap if several else result.top1 for result in results]
+    top1 = [value for value in found if value is not None]
     top5 = [result.top5 for result in results if result.top5 is not None]
     notes = list(record["notes"])
-    if scoring.fusion != protocol.fusion:
+    if scoring.fusion != protocol.fusion and not several:
         notes.append(f"views are fused by {scoring.fusion}, published with {protocol.fusion}")
     mean, mean_top5 = float(np.mean(top1)), float(np.mean(top5)) if top5 else None
     values = {
         **record,
         **taken_from(scoring=scoring),
         "notes": notes,
-        "top1": mean,
+        "top1": None if several else mean,
+        **({"measure": MEASURE, "mean_ap": mean} if several else {}),
         "top5": mean_top5,
         "per_split": tuple(results),
         "mean": mean,
@@ -279,7 +293,9 @@ def _result(
     return EvalResult(**values)
 
 
-def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, SplitDetail]:
+def _split(
+    measured: Measurement, number: int, t: int
+) -> tuple[SplitResult, SplitDetail | LabelsDetail]:
     """Return the counts, the accuracy and the predictions of one test set under one setting."""
     name, members, classes = measured.tests[t].name, measured.members[t], measured.candidates[t]
     places = measured.places[number][t]
@@ -290,6 +306,9 @@ def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, Spl
             f"split {name} lists {len(places)} samples, but none of them was extracted: "
             f"choose another split, or see the reasons with `{command('inspect', store)}`"
         )
+    best, sure = measured.predicted[number][t][done], measured.confidences
+    if measured.shown:
+        return _labels_split(measured, number, t, done)
     evaluated = places[done]
     assert (evaluated >= 0).all(), "every usable sample has a place"
     result = SplitResult(
@@ -301,7 +320,6 @@ def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, Spl
         top5=100.0 * float(np.mean(evaluated < TOP_K)) if len(classes) >= TOP_K else None,
         n_classes=len(classes),
     )
-    best, sure = measured.predicted[number][t][done], measured.confidences
     detail = SplitDetail(
         split=name,
         classes=classes,
@@ -312,6 +330,43 @@ def _split(measured: Measurement, number: int, t: int) -> tuple[SplitResult, Spl
         best=best if sure else None,
         confidences=sure[number][t][done] if sure else None,
         failed=tuple(measured.failed(members[~done])),
+    )
+    return result, detail
+
+
+def _labels_split(
+    measured: Measurement, number: int, t: int, done: npt.NDArray[np.bool_]
+) -> tuple[SplitResult, LabelsDetail]:
+    """Do the same as `_split` where videos may show several classes; `done` are the evaluated."""
+    name, members, classes = measured.tests[t].name, measured.members[t], measured.candidates[t]
+    sure = measured.confidences
+    detail = LabelsDetail(
+        split=name,
+        classes=classes,
+        keys=tuple(measured.listed_keys(members[done])),
+        scores=measured.scores[number][t][done],
+        shown=measured.shown[t][done],
+        best=measured.predicted[number][t][done] if sure else None,
+        confidences=sure[number][t][done] if sure else None,
+        failed=tuple(measured.failed(members[~done])),
+        failed_shown=measured.shown[t][~done],
+    )
+    shown = int(detail.shown.any(0).sum())
+    if not shown:
+        raise UserError(
+            f"none of the {len(detail.keys)} videos of split {name} shows a class, so nothing can "
+            "be ranked: choose another split"
+        )
+    result = SplitResult(
+        split=name,
+        n_listed=len(done),
+        n_evaluated=len(detail.keys),
+        n_failed=len(done) - len(detail.keys),
+        top1=None,
+        top5=None,
+        n_classes=len(classes),
+        mean_ap=mean_average_precision(detail.scores, detail.shown),
+        n_classes_shown=shown,
     )
     return result, detail
 

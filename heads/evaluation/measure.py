@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from featstore.errors import UserError, WorkError, counted
 from featstore.format.class_texts import ClassText
-from featstore.format.schema import STATUS_OK, RowArray
+from featstore.format.schema import STATUS_OK, RowArray, Shown
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from heads.compatibility import check_complete
@@ -43,6 +43,10 @@ class Measurement:
     best candidates, and `confidences[s][t]` float64 of the same shape how sure the model is of
     each (`BlockScores.confidences`). All are -1 for a row whose extraction failed. K is `TOP_K`, or
     the number of candidates if that is smaller; without confidences it is 1.
+
+    If the store's videos may show several classes, there are no places: `scores[s][t]` float64
+    [members, candidates] holds all scores (-inf for a row without), and `shown[t]` bool of the same
+    shape which candidates each video shows.
     """
 
     def __init__(self, store: Store, tests: Sequence[TestSet]) -> None:
@@ -60,7 +64,15 @@ class Measurement:
         self.confidences: list[list[Confidences]] = []
         every = np.arange(len(store.class_names))
         self.candidates = [every if test.classes is None else test.classes for test in tests]
-        self._locals = [self._local_labels(t) for t in range(len(tests))]
+        self.scores: list[list[npt.NDArray[np.float64]]] = []
+        self.shown: list[Shown] = []
+        self._locals: list[LabelIds] = []
+        if store.multi_label:
+            shown = store.shown(self.listed)
+            pairs = zip(self.members, self.candidates, strict=True)
+            self.shown = [shown[members][:, classes] for members, classes in pairs]
+        else:
+            self._locals = [self._local_labels(t) for t in range(len(tests))]
 
     def run(
         self,
@@ -93,6 +105,7 @@ class Measurement:
             self.predicted.append([np.full(shape, NOT_EVALUATED, np.int64) for shape in shapes])
             if confident:
                 self.confidences.append([np.full(shape, float(NOT_EVALUATED)) for shape in shapes])
+            self.scores.append([np.full(shown.shape, -np.inf) for shown in self.shown])
         candidates = [
             None if test.classes is None else torch.from_numpy(test.classes).to(where)
             for test in self.tests
@@ -100,6 +113,7 @@ class Measurement:
         classes = torch.from_numpy(text.embeddings).to(where)
         scorer = head.scorer(classes, text.names)
         scale = head.logit_scale.detach().double().exp()
+        bias = None if head.logit_bias is None else head.logit_bias.detach()
         blocks = summarise_store(
             self.store,
             head,
@@ -121,21 +135,26 @@ class Measurement:
                 if len(at) == 0:
                     continue
                 videos = slice(None) if len(at) == len(part) else torch.from_numpy(at).to(where)
-                labels = torch.from_numpy(self._locals[t][slot[at]]).to(where)
                 all_modulate = test.modulation_classes == "all"
                 for s, scoring in enumerate(scorings):
                     asked = scoring, videos, candidates[t], all_modulate
                     scores = block.scores(*asked)
                     self._require_finite(scores, part[at])
                     best = best_classes(scores, named[t])
-                    self.places[s][t][slot[at]] = ranks(scores, labels).cpu().numpy()
+                    if self.shown:
+                        self.scores[s][t][slot[at]] = scores.cpu().numpy()
+                    else:
+                        labels = torch.from_numpy(self._locals[t][slot[at]]).to(where)
+                        self.places[s][t][slot[at]] = ranks(scores, labels).cpu().numpy()
                     self.predicted[s][t][slot[at]] = self.candidates[t][best.cpu().numpy()]
                     if confident:
-                        sure = block.confidences(scale, *asked).gather(1, best)
+                        sure = block.confidences(scale, *asked, bias=bias).gather(1, best)
                         self.confidences[s][t][slot[at]] = sure.cpu().numpy()
         self._gather(group, (self.places, self.predicted))
         if confident:
             self._gather(group, (self.confidences,))
+        if self.shown:
+            self._gather(group, (self.scores,))
 
     def listed_keys(self, members: npt.NDArray[np.integer]) -> list[str]:
         """Return the keys of the entries of `listed` that have the indices `members`."""
@@ -175,7 +194,7 @@ class Measurement:
             )
 
     def _gather(self, group: Ranks, tables: Sequence[Sequence[Sequence[Entries]]]) -> None:
-        """Give every process all entries; each entry is -1 in all processes but one."""
+        """Give every process all entries; each entry is -1 or -inf in all processes but one."""
         parts = [array.reshape(-1) for table in tables for row in table for array in row]
         values, start = group.greatest(torch.from_numpy(np.concatenate(parts))).numpy(), 0
         for array in parts:  # views of the tables' arrays

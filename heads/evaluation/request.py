@@ -283,7 +283,7 @@ def _measure(
 ) -> list[tuple[EvalResult, Path]]:
     """Choose the protocol and its test sets, and measure every setting of the score on them."""
     from heads.compatibility import mean_head  # these load torch
-    from heads.evaluation.evaluate import evaluate_many
+    from heads.evaluation.evaluate import evaluate_many, usual_fusion
 
     protocol = request.protocol or usual_protocol(
         request.kind,
@@ -309,7 +309,10 @@ def _measure(
         measured = evaluate_many(
             store,
             model,
-            sweeps.settings(model.config, vars(request.score), request.swept, protocol.fusion),
+            sweeps.settings(
+                *(model.config, vars(request.score), request.swept),
+                usual_fusion(store, protocol),
+            ),
             protocol=protocol,
             dataset=request.dataset,
             tests=tests,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from featstore.files.durable import write_bytes, write_json
 from heads.evaluation.answers import save_answers
 from heads.evaluation.details import SplitDetail
 from heads.evaluation.outcomes import write_outcomes
+from heads.evaluation.several_classes import LabelsDetail, save_details
 from heads.files.run_files import read_config
 from heads.methods.registry import untrained
 
@@ -31,17 +32,28 @@ NAMED_SPLITS: Final = 3  # how many splits a file name lists; its hash covers al
 
 @dataclass(frozen=True)
 class SplitResult:
-    """Accuracy in percent over the samples of one test set that could be evaluated."""
+    """Accuracy in percent over the samples of one test set that could be evaluated.
+
+    Where a video may show several classes there is no accuracy, but `mean_ap`.
+    """
 
     split: str
     n_listed: int
     n_evaluated: int
     n_failed: int
-    top1: float
+    top1: float | None
     top5: float | None
     """None with fewer than five classes."""
     n_classes: int
     """The number of candidates that the samples were scored against."""
+    mean_ap: float | None = None
+    """Mean average precision in percent, over the classes that some evaluated video shows."""
+    n_classes_shown: int | None = None
+    """How many classes that are."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, without those of the other kind of labels where these are not used."""
+        return _without_unused(asdict(self), ("mean_ap", "n_classes_shown"))
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,8 @@ class EvalResult:
     """One evaluation, with everything that is needed to compare it with another.
 
     With several test sets, `top1` and `top5` are the means over the test sets, and the counts are
-    of distinct samples. `mean` and `std` (population) are taken over the top-1 of the test sets.
+    of distinct samples. `mean` and `std` (population) are taken over the top-1 of the test sets. If
+    videos may show several classes, `measure` says that `mean` is of their mean average precisions.
 
     Fields are declared here and nowhere else. The metadata of a field may have: `group`, the group
     it is compared in (numbers and remarks have none); `decisive`, if two results that differ in the
@@ -102,7 +115,7 @@ class EvalResult:
     """Listed videos whose file was there when the data set was packed."""
     n_evaluated: int = field(metadata=_tested(decisive=True))
     n_failed: int = field(metadata=_tested())
-    top1: float
+    top1: float | None
     top5: float | None
     views: str = field(metadata=_how(decisive=True, identity=True))
     """Clips x crops, for example "4x3"."""
@@ -180,7 +193,11 @@ class EvalResult:
     precision: str = field(metadata=_arithmetic(identity=True))
     """The arithmetic that the head ran in: "fp32" or "bf16"."""
     result_format: int = RESULT_FORMAT
-    details: tuple[SplitDetail, ...] = field(default=(), repr=False, compare=False)
+    measure: str | None = field(default=None, metadata=_tested(decisive=True))
+    """"mAP" where videos may show several classes; None: top-1."""
+    mean_ap: float | None = None
+    """The mean average precision in percent, the mean over the test sets."""
+    details: tuple[SplitDetail | LabelsDetail, ...] = field(default=(), repr=False, compare=False)
     """Every prediction. Not part of the JSON but written beside it, like the class names."""
     class_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
     """Class names of the store, by label."""
@@ -188,7 +205,13 @@ class EvalResult:
     def to_json(self) -> dict[str, Any]:
         """Return the fields as strict JSON values, without `details` and `class_names`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _BESIDE}
-        return {**plain, "per_split": [asdict(split) for split in self.per_split]}
+        plain["per_split"] = [split.to_json() for split in self.per_split]
+        return _without_unused(plain, ("measure", "mean_ap"))
+
+    @property
+    def words(self) -> str:
+        """The measured number, with its name."""
+        return f"{self.measure or 'top-1'} {self.mean:.1f} %"
 
     @property
     def file_name(self) -> str:
@@ -215,6 +238,11 @@ class EvalResult:
 _BESIDE: Final = ("details", "class_names")
 
 
+def _without_unused(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Leave out those of `names` that are None, so that other results stay as they always were."""
+    return {name: value for name, value in values.items() if value is not None or name not in names}
+
+
 def taken_from(**parts: Any) -> dict[str, Any]:
     """Return the fields of a result that `parts` have as attributes (metadata `of`), by name."""
     named = {f.name: f.metadata.get("of") for f in fields(EvalResult)}
@@ -233,23 +261,26 @@ def save_result(result: EvalResult, run_dir: Path, paths: Mapping[str, str] | No
     folder = run_dir / "eval"
     base = result.file_name
     file = folder / f"{base}.json"
-    if result.details:
+    several = [part for part in result.details if isinstance(part, LabelsDetail)]
+    details = [part for part in result.details if isinstance(part, SplitDetail)]
+    if details:
         arrays: dict[str, npt.NDArray[Any]] = {"class_names": np.array(result.class_names)}
-        for part in result.details:
+        for part in details:
             arrays |= {part.split: part.confusion(), f"{part.split}_labels": part.classes}
         data = io.BytesIO()
         np.savez_compressed(data, **arrays)  # type: ignore[arg-type]  # split names are the keys
         write_bytes(folder / f"{base}.confusion.npz", data.getvalue())
         outcomes = {
-            part.split: dict(zip(part.keys, part.places.tolist(), strict=True))
-            for part in result.details
+            part.split: dict(zip(part.keys, part.places.tolist(), strict=True)) for part in details
         }
         write_outcomes(file, outcomes)
     write_json(file, result.to_json())
-    if result.details:  # last: whatever may happen to a picture, the numbers are kept
+    if several:
+        save_details(folder / base, several, result.class_names, paths or {})
+    if details:  # last: whatever may happen to a picture, the numbers are kept
         title = f"{result.head} on {result.dataset} ({result.protocol_name}): "
-        title += f"top-1 {result.top1:.1f} % of {result.n_evaluated} videos"
-        save_answers(file, result.details, result.class_names, title=title, paths=paths)
+        title += f"{result.words} of {result.n_evaluated} videos"
+        save_answers(file, details, result.class_names, title=title, paths=paths)
     return file
 
 

@@ -60,6 +60,8 @@ def load_head(path: str | Path) -> Head:
     config = config_from_json(card["head"])
     with torch.device("meta"):
         head = method(config.kind).head(config, _training_classes(tensors))
+        if "logit_bias" in tensors:
+            head.take_several_classes()
     _check_shapes(file, head.state_dict(), tensors)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):

@@ -36,7 +36,17 @@ def merged_head(head: Head) -> Head:
     """
     chosen = method(head.config.kind)
     chosen.require("used by other programs", chosen.portable)
+    require_one_class(head)
     return head.merged()
+
+
+def require_one_class(head: Head) -> None:
+    """Raise UserError for a head of several classes a video, whose bias no exported file has."""
+    if head.logit_bias is not None:
+        raise UserError(
+            "the head gives every class of a video a probability of its own, which exported files "
+            "have no place for: use it with `mote-cli predict` and `eval`"
+        )
 
 
 def save_onnx(head: Head, path: Path) -> None:

@@ -159,7 +159,9 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
     }
     if facts.get("mode") == "finetune":
         facts["top1_by_epoch"] = {
-            f"epoch {record['epoch']}": round(record["evaluation"]["top1"], 2)
+            f"epoch {record['epoch']}": round(
+                record["evaluation"].get("mean_ap") or record["evaluation"]["top1"], 2
+            )
             for record in epochs
             if record["evaluation"]
         }

@@ -163,14 +163,14 @@ class HeldHead:
 
 
 def result_facts(result: SavedResult | None) -> dict[str, Any] | None:
-    """Return what a list says of a result: the data set, top-1 in percent, when, the file."""
+    """Return what a list says of a result: the data set, its number in percent, when, the file."""
     if result is None:
         return None
     when = datetime.fromtimestamp(result.time_ns / 1e9).astimezone()
     return {
         "protocol": result.protocol_name or result.role,
         "dataset": result.dataset,
-        "top1": result.top1,
+        result.measure: result.number,
         "when": when.isoformat(timespec="seconds"),
         "file": str(result.path),
     }

@@ -37,6 +37,11 @@ class Head(nn.Module):
     """[S,D] buffer, unit rows; modulation compares with them."""
     logit_scale: Tensor
     """[] buffer, natural logarithm of the multiplier used in training."""
+    logit_bias: nn.Parameter | None
+    """[1] what is added to scaled cosines before the sigmoid; only in a head for several classes a
+    video, whose probabilities are independent. None: the classes share one softmax."""
+    class_weights: Tensor | None
+    """[S] buffer that no file holds: what the classes count in training; None: all the same."""
 
     def __init__(self, config: MethodConfig, training_classes: int) -> None:
         super().__init__()
@@ -44,6 +49,23 @@ class Head(nn.Module):
         self.origin: HeadOrigin | None = None
         self.register_buffer("training_class_embeddings", torch.zeros(training_classes, config.dim))
         self.register_buffer("logit_scale", torch.tensor(math.log(CLIP_LOGIT_SCALE)))
+        self.register_parameter("logit_bias", None)
+        self.register_buffer("class_weights", None, persistent=False)
+
+    def take_several_classes(self, bias: float = 0.0) -> None:
+        """Make this a head for several classes a video, with the given bias to begin with."""
+        self.logit_bias = nn.Parameter(torch.full_like(self.logit_scale[None], bias))
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Return the probabilities [...,C] float64 of classes with the scores (cosines) [...,C].
+
+        It is the softmax of (logit scale * score), or, for several classes a video, the sigmoid of
+        (logit scale * score + bias), in which no class depends on another.
+        """
+        logits = self.logit_scale.double().exp() * scores.double()
+        if self.logit_bias is None:
+            return logits.softmax(-1)
+        return (logits + self.logit_bias.detach().double()).sigmoid()
 
     def hidden(self, features: Tensor) -> Tensor | None:
         """Return what evaluation adds to `features` [B,T,D], also [B,T,D]; None for nothing."""
@@ -74,17 +96,20 @@ class Head(nn.Module):
     ) -> Any:
         """Return the losses of one batch: a NamedTuple of scalars, `total`, then `Method.losses`.
 
-        `features` floating [B,T,D], not detached; `labels` int64 [B]; `class_embeddings` [C,D];
-        `logit_scale` [] natural logarithm; `draw` from `draw`; `subsets` int64 [B], where
-        `data_subsets` is not 0. `weights` are the recipe's (`TrainConfig.loss_weights`). The pass
-        runs under the caller's autocast, the losses outside it.
+        `features` floating [B,T,D], not detached; `labels` int64 [B], or [B,C] of zeros and ones
+        where a video may show several classes (`classification_loss` takes both);
+        `class_embeddings` [C,D]; `logit_scale` [] natural logarithm; `draw` from `draw`; `subsets`
+        int64 [B], where `data_subsets` is not 0. `weights` are the recipe's
+        (`TrainConfig.loss_weights`). The pass runs under the caller's autocast, the losses outside
+        it.
         """
         raise NotImplementedError
 
     def fit(self, embeddings: Tensor, labels: Tensor, seed: int) -> Mapping[str, float]:
         """Learn all at once what a method that is `fitted` learns, and return facts about it.
 
-        `embeddings` floating [n,D], unit video embeddings on the head's device; `labels` int64 [n];
+        `embeddings` floating [n,D], unit video embeddings on the head's device; `labels` int64 [n],
+        or [n,C] of zeros and ones where the method is `multi_label` and a video may show several;
         `seed` fixes every random choice. The facts, such as `loss`, go into the run's metrics.
         """
         raise NotImplementedError

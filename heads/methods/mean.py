@@ -14,4 +14,5 @@ METHOD = Method(
     losses=("expert", "merged", "feature"),
     trains=False,
     modulated=False,
+    multi_label=True,
 )

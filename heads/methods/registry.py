@@ -55,6 +55,8 @@ class Method:
     """Whether it can be trained together with the image tower."""
     modulated: bool = True
     """Whether temporal feature modulation can scale down what the head adds to the frames."""
+    multi_label: bool = False
+    """Whether it can be trained on videos of several classes each, and with class weights."""
     portable: bool = True
     """Whether it can be exported as safetensors and ONNX."""
     official: str | None = None

@@ -13,4 +13,5 @@ METHOD = Method(
     head=temporal_head,
     losses=("expert", "merged", "feature"),
     official=OFFICIAL,
+    multi_label=True,
 )

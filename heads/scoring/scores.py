@@ -118,17 +118,22 @@ class BlockScores:
         videos: Tensor | slice = slice(None),
         candidates: Tensor | None = None,
         modulate_with_all: bool = False,
+        *,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """Return what reads as the model's confidence, float64 [n, candidates]; rows add up to 1.
 
         It is the softmax over candidates of (logit scale * cosine) where `scores` has the cosine
         alone: for the fusion "softmax" the mean over views of it, as in `predict_scores`, for the
-        others that of the fused cosine. `logit_scale` is the factor itself, not its logarithm.
+        others that of the fused cosine. `logit_scale` is the factor itself, not its logarithm. With
+        the `bias` of a head for several classes a video, it is the sigmoid of (logit scale * cosine
+        + bias), and rows do not add up to 1.
         """
         cosines = self._chosen(scoring, videos, candidates, modulate_with_all).double()
         if scoring.fusion == "cosine":
             cosines = fuse_views(cosines, scoring.fusion)
-        shares = (logit_scale.double() * cosines).softmax(-1)
+        logits = logit_scale.double() * cosines
+        shares = logits.softmax(-1) if bias is None else (logits + bias.double()).sigmoid()
         return shares.mean(1) if scoring.fusion == "softmax" else shares
 
     def _chosen(
@@ -233,10 +238,11 @@ def view_probabilities(
 ) -> Tensor:
     """Return the confidence of every class in every view, [N,V,T,D] and [C,D] -> [N,V,C] float64.
 
-    It is the softmax over classes of (logit scale * cosine).
+    It is the softmax over classes of (logit scale * cosine), or independent probabilities of
+    classes for a head of several classes a video (`Head.probabilities`).
     """
     cosines = view_cosines(head, features, class_embeddings, modulate, class_names)
-    return (head.logit_scale.double().exp() * cosines.double()).softmax(-1)
+    return head.probabilities(cosines)
 
 
 def fuse_views(cosines: Tensor, how: Fusion = "softmax") -> Tensor:

@@ -21,6 +21,7 @@ from heads.methods.head import CLIP_LOGIT_SCALE, Head, build_head
 from heads.methods.own_classes import OwnClassesHead
 from heads.methods.registry import method
 from heads.methods.text_classifier import video_embeddings
+from heads.scoring.average_precision import mean_average_precision
 from heads.scoring.scores import percent
 from heads.scoring.view_summaries import BATCH_FRAMES, summarise_store
 
@@ -67,19 +68,29 @@ def baseline_accuracies(
     """Fit every baseline on training videos; return its top-1 on validation videos, in percent.
 
     `train` and `validation` are frame features, floating [n,F,D]; labels are int64 [n], indices
-    into `class_embeddings` [C,D]. `logit_scale` is the encoder's multiplier of cosines.
+    into `class_embeddings` [C,D]. With labels [n,C] of several classes a video it is the mean
+    average precision, of those baselines that can learn from them. `logit_scale` is the encoder's
+    multiplier of cosines.
     """
     classes = torch.as_tensor(class_embeddings).float()
     known, truth = torch.as_tensor(train_labels).long(), torch.as_tensor(validation_labels).long()
     learnt, asked = _embeddings(train), _embeddings(validation)
     found = {}
+    several = known.ndim == 2
     for name in BASELINES:
+        if several and not method(name).multi_label:
+            continue
         config = method(name).config(dim=classes.shape[1])
         head = build_head(config, classes, logit_scale=logit_scale)
         assert isinstance(head, OwnClassesHead)
+        if several:
+            head.take_several_classes()
         head.fit(learnt, known, seed)
-        answers = head.own_scores(asked).argmax(1)
-        found[name] = percent(answers == truth)
+        scores = head.own_scores(asked)
+        if several:
+            found[name] = mean_average_precision(scores.numpy(), truth.bool().numpy())
+        else:
+            found[name] = percent(scores.argmax(1) == truth)
     return found
 
 

@@ -53,8 +53,19 @@ class TrainConfig(Settings):
     keep_best: bool = field(default=False, metadata={"later": True})
     """Whether a head trained from a store is that of the best epoch on its validation videos."""
 
+    class_sampling: str = field(default="", metadata={"later": True})
+    """How often an epoch has the classes: as the videos are, or all equally often ("balanced")."""
+    class_weights: str = field(default="", metadata={"later": True})
+    """What classes count in the loss: all the same, "balanced", "sqrt" or as a CSV file says."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.class_sampling not in ("", "balanced"):
+            raise UserError(
+                f"class_sampling {self.class_sampling!r} is unknown: give balanced, or leave it out"
+            )
+        if not isinstance(self.class_weights, str):
+            raise UserError(f"class_weights {self.class_weights!r}: give balanced, sqrt or a file")
         if not self.expert_weight + self.merged_weight + self.feature_weight:
             raise UserError("all three loss weights are 0: there is nothing to train")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,7 @@ from heads.methods.head import Head
 from heads.methods.registry import method
 from heads.training.baselines import baseline_accuracies
 from heads.training.config import TrainConfig
+from heads.training.judged import Judgement
 from heads.training.state import Position, restore_best, save_best
 from heads.training.trainer import Trainer, batches_of
 from heads.training.training_set import renumbered
@@ -48,7 +48,6 @@ from heads.training.validation import (
     CROSS,
     PARTS,
     Judge,
-    Judged,
     Validation,
     as_frames,
     judged_features,
@@ -61,15 +60,12 @@ MOST_IN_BASELINES: Final = 20_000
 _TOO_BAD: Final = 2.0  # standard errors
 
 
-def won(head: Judged, base: Judged) -> tuple[int, float]:
-    """Return how many more of the same m videos `head` got right than `base`, and its chance error.
+def won(head: Judgement, base: Judgement) -> tuple[float, float]:
+    """Return how many more of the same m videos `head` did well than `base`, and its chance error.
 
-    Of the videos that only one of the two got right, each would be either's with equal chance
-    (McNemar, 1947): the difference then has the square root of their number as standard error.
+    Both are judgements of one kind (`Judgement.won`).
     """
-    better = int((head.right & ~base.right).sum())
-    worse = int((~head.right & base.right).sum())
-    return better - worse, math.sqrt(better + worse)
+    return head.won(base)
 
 
 def shrunk(head: Head, share: float) -> Head:
@@ -89,11 +85,11 @@ class Selection:
     run_dir: Path
     untrained: Head
     """Epoch 0: the head that training starts from or, for a new head, one that changes nothing."""
-    start: Judged
+    start: Judgement
     """How `untrained` did."""
-    no_head: Judged
+    no_head: Judgement
     """How CLIP's mean of frames did."""
-    judge: Callable[[int, Head], Judged]
+    judge: Callable[[int, Head], Judgement]
     """A function of the number of epochs done and the head."""
     baselines: Callable[[], dict[str, float]]
     """Fits the cheap baselines; returns their accuracies in per cent."""
@@ -105,19 +101,19 @@ class Selection:
         found, position = self.judge(epoch, trainer.head), trainer.position
         best = position.best
         if self.training.keep_best and (
-            best is None or (found.top1, -found.loss) > (best["top1"], -best["loss"])
+            best is None or (found.quality, -found.loss) > (best[found.measure], -best["loss"])
         ):
             more, error = won(found, self.start)
-            position.best = {"epoch": epoch, "top1": found.top1, "loss": found.loss}
+            position.best = {"epoch": epoch, found.measure: found.quality, "loss": found.loss}
             position.best |= {"won": more, "error": error}
             save_best(self.run_dir / BEST_FILE, trainer.parameters, epoch, trainer.ranks)
         log.info(
             "epoch %d of %d: loss %.3f, validation %.1f %% (no head %.1f %%)",
             *(epoch, self.training.epochs, position.sums[0] / max(position.samples, 1)),
-            *(found.top1, self.no_head.top1),
+            *(found.quality, self.no_head.quality),
         )
-        entries = {"top1": found.top1, "loss": found.loss, "no_head": self.no_head.top1}
-        return {"validation": entries}
+        entries = {found.measure: found.quality, "loss": found.loss}
+        return {"validation": entries | {"no_head": self.no_head.quality}}
 
     def finished(self, position: Position) -> bool:
         """Return whether accuracy and loss have not improved for `patience` epochs.
@@ -126,10 +122,10 @@ class Selection:
         """
         if self.parts or not self.training.patience:
             return False
-        seen = [(0, self.start.top1, self.start.loss)]
+        seen = [(0, self.start.quality, self.start.loss)]
         for record in position.metrics:
             found = record["validation"]
-            seen.append((record["epoch"], found["top1"], found["loss"]))
+            seen.append((record["epoch"], found[self.start.measure], found["loss"]))
         highest = max(seen, key=lambda entry: entry[1])[0]
         lowest = min(seen, key=lambda entry: entry[2])[0]
         return position.epoch - max(highest, lowest) >= self.training.patience
@@ -158,11 +154,11 @@ class Selection:
             "videos": self.validation.words,
             "n_listed": self.validation.n_listed,
             "n_failed": self.validation.n_failed,
-            "n_judged": len(found.right),
+            "n_judged": found.videos,
             "kept_epoch": None if trainer is None else epoch,
-            "top1": found.top1,
-            "last_top1": last.top1,
-            "no_head": self.no_head.top1,
+            found.measure: found.quality,
+            f"last_{found.measure}": last.quality,
+            "no_head": self.no_head.quality,
             "baselines": self.baselines(),
         }
         learnt = won(found, self.no_head)[0] > 0
@@ -170,13 +166,13 @@ class Selection:
         if advice:
             log.warning(
                 "nothing was learnt: no head is as good (%.1f %% of %d videos)%s; %s",
-                *(self.no_head.top1, len(found.right)),
+                *(self.no_head.quality, found.videos),
                 *("" if epoch else ", and the head kept answers like none", advice),
             )
         write_json(self.run_dir / VALIDATION_FILE, gained | {"learnt": learnt, "advice": advice})
         return kept
 
-    def _kept_epoch(self, best: Mapping[str, Any], last: Judged, epochs: int) -> int:
+    def _kept_epoch(self, best: Mapping[str, Any], last: Judgement, epochs: int) -> int:
         """Return the epoch to keep: the best, the last of `epochs`, or 0 for the untrained head."""
         if not self.parts:
             return int(best["epoch"]) if best["won"] > 0 else 0
@@ -264,7 +260,7 @@ def begin_selection(validation: Validation, start: Beginning, progress: Progress
         labels = renumbered(validation.store, rows, start.classes)
         judge, parts = start.judge(features, torch.from_numpy(labels)), 0
 
-        def judge_epoch(epoch: int, head: Head) -> Judged:
+        def judge_epoch(epoch: int, head: Head) -> Judgement:
             return judge(shrunk(head, start.training.shrinkage))
 
         def baselines() -> dict[str, float]:
@@ -275,6 +271,8 @@ def begin_selection(validation: Validation, start: Beginning, progress: Progress
 
     mean = mean_head(model.config.dim, float(model.logit_scale.exp()))
     untrained = copy.deepcopy(model) if method(model.config.kind).in_epochs else mean
+    if model.logit_bias is not None:
+        mean.take_several_classes(model.logit_bias.item())
     if not start.continues:
         untrained.shrink(1)
     return Selection(
@@ -285,7 +283,7 @@ def begin_selection(validation: Validation, start: Beginning, progress: Progress
 
 def _cross_validated(
     validation: Validation, start: Beginning, progress: ProgressSink
-) -> tuple[Judge, Callable[[int, Head], Judged], Callable[[], dict[str, float]], int]:
+) -> tuple[Judge, Callable[[int, Head], Judgement], Callable[[], dict[str, float]], int]:
     """Train a head for each part on the other parts, and judge all its epochs on the part.
 
     Returns a judge on the videos of all parts, the judgement by epoch, the baselines and the number
@@ -301,7 +299,7 @@ def _cross_validated(
     judges = [start.judge(shown[held], truth[held]) for held in members]
     rests = [np.setdiff1d(np.arange(len(rows)), held) for held in members]
 
-    def curve(number: int) -> list[Judged]:
+    def curve(number: int) -> list[Judgement]:
         rest = rests[number]
         loader = FeatureLoader(
             features[rest],
@@ -311,6 +309,7 @@ def _cross_validated(
             seed=training.seed,
             rows=rows[rest],
             repeats=start.repeats,
+            balanced=bool(training.class_sampling),
         )
 
         def report(done: float, total: float, **details: float | int | str) -> None:
@@ -322,7 +321,7 @@ def _cross_validated(
         return _curve(file, model, judges[number], loader, training, start.device, report)
 
     curves = [curve(number) for number in range(len(members))]
-    by_epoch = [Judged.joined(list(epoch)) for epoch in zip(*curves, strict=True)]
+    by_epoch = [Judgement.joined(epoch) for epoch in zip(*curves, strict=True)]
 
     def baselines() -> dict[str, float]:
         total: dict[str, float] = {}
@@ -345,12 +344,11 @@ def _curve(
     training: TrainConfig,
     device: torch.device,
     progress: ProgressSink,
-) -> list[Judged]:
+) -> list[Judgement]:
     """Train `head` on what `loader` gives, judged after 0, 1, ... epochs; `file` keeps that."""
     if file.is_file():
         tensors, _ = load_tensors(file)
-        pairs = zip(tensors["right"].bool(), tensors["losses"], strict=True)
-        return [Judged(right, losses) for right, losses in pairs]
+        return Judgement.from_tensors(tensors)
     trainer = Trainer.on_features(
         head,
         training,
@@ -366,11 +364,9 @@ def _curve(
         judged.append(judge(shrunk(head, training.shrinkage)))
         return {}
 
-    judged: list[Judged] = []
+    judged: list[Judgement] = []
     after_epoch(0)
 
     trainer.train(after_epoch)
-    right = torch.stack([found.right for found in judged]).to(torch.uint8)
-    losses = torch.stack([found.losses for found in judged])
-    save_tensors(file, {"right": right, "losses": losses}, {})
+    save_tensors(file, Judgement.to_tensors(judged), {})
     return judged

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from featstore.balance import Balance
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.commands import command
 from featstore.errors import UserError
@@ -48,7 +49,9 @@ from heads.methods.head import Head, build_head
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.training.baselines import fit_on_store
+from heads.training.class_weights import class_weights, require_possible
 from heads.training.config import TrainConfig
+from heads.training.logit_bias import first_bias
 from heads.training.run_settings import open_run
 from heads.training.selection import Beginning, Selection, begin_selection, shrunk
 from heads.training.state import Position
@@ -94,6 +97,8 @@ class TrainSummary(Outcome):
     """A description of the training videos; empty if the caller gave none."""
     validation: dict[str, Any] | None = None
     """What was gained on the validation videos (`Selection.close`); None without such videos."""
+    class_balance: dict[str, Any] = field(default_factory=dict)
+    """The numbers of training videos of the classes (`Balance.to_json`)."""
 
 
 def train_head(
@@ -174,10 +179,12 @@ def train_head(
             "%d of %d training samples failed in extraction and are left out",
             *(len(listed) - len(usable), len(listed)),
         )
+    require_possible(chosen, training, store.multi_label)
     text = subset_text(store.class_text(prompt_set), classes)
     labels = renumbered(store, usable, classes)
     warn_of_classes_without_videos(text.names, labels)
-    check_balance(text.names, labels)
+    balance = check_balance(text.names, labels)
+    weights = class_weights(training.class_weights, labels, text.names)
     if training.shrinkage == 1 and chosen.in_epochs:
         log.warning(
             "%d videos of %d classes are too few to learn from: the head will answer as no head; "
@@ -209,7 +216,7 @@ def train_head(
         initial_head="" if initial is None else head_fingerprint(initial),
     )
     holding = _holding(run_dir, len(usable) * store.schema.row_bytes, store.mapped)
-    if holding == "streamed" and repeats > 1:
+    if holding == "streamed" and (repeats > 1 or training.class_sampling):
         holding = "mapped"  # single reads; a set that is repeated is a small one
     precision = resolve_precision(training.precision, head.dim, where)
     settings = {
@@ -224,6 +231,8 @@ def train_head(
             "prompts_hash": text.sentences_hash,
             **({"order": BLOCK_ORDER} if holding == "streamed" else {}),
             **({"repeats": repeats} if repeats > 1 else {}),
+            **({"multi_label": True} if store.multi_label else {}),
+            **({} if weights is None else {"class_weights": list(map(str, weights.tolist()))}),
             **({} if validation is None or not training.keep_best else validation.to_json()),
         },
         "precision": precision,
@@ -235,7 +244,7 @@ def train_head(
         if (run_dir / HEAD_FILE).is_file():
             log.info("run %s is finished already: nothing to train", run_dir.name)
             metrics = read_metrics(run_dir)
-            return _summary(run_dir, settings, metrics, resumed_from=len(metrics))
+            return _summary(run_dir, settings, metrics, len(metrics), balance)
 
         keys = (store.keys[at] for at in store.positions(usable).tolist())
         write_training_keys(run_dir, store.provenance.dataset, keys, initial_run)
@@ -245,6 +254,9 @@ def train_head(
             logit_scale=store.provenance.logit_scale,
             generator=torch.Generator().manual_seed(training.seed),
         )
+        if store.multi_label:
+            model.take_several_classes(first_bias(store, usable, classes, training.frames, text))
+        model.class_weights = weights
         if initial is not None:
             start_from(model, initial)
         model.origin = origin
@@ -284,6 +296,7 @@ def train_head(
                 seed=training.seed,
                 rows=usable,
                 repeats=repeats,
+                balanced=bool(training.class_sampling),
             )
             trainer, resumed_from = _train(
                 *(model, loader, training, run_dir, where, progress, selection, after_epoch)
@@ -294,7 +307,7 @@ def train_head(
         else:
             kept = selection.close(model, trainer)
         save_head(kept.to("cpu"), run_dir / HEAD_FILE)
-        return _summary(run_dir, settings, metrics, resumed_from)
+        return _summary(run_dir, settings, metrics, resumed_from, balance)
 
 
 def training_rows(store: Store, split: str | None) -> RowArray:
@@ -384,7 +397,11 @@ def _holding(run_dir: Path, nbytes: int, mappable: bool) -> Holding:
 
 
 def _summary(
-    run_dir: Path, settings: Mapping[str, Any], metrics: list[dict[str, Any]], resumed_from: int
+    run_dir: Path,
+    settings: Mapping[str, Any],
+    metrics: list[dict[str, Any]],
+    resumed_from: int,
+    balance: Balance,
 ) -> TrainSummary:
     data = settings["data"]
     seconds = sum(record["seconds"] for record in metrics)
@@ -406,4 +423,5 @@ def _summary(
         path=str(run_dir),
         trained_on=data.get("trained_on", ""),
         validation=read_validation(run_dir),
+        class_balance=balance.to_json(),
     )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from featstore.balance import class_counts
 from featstore.errors import UserError, one_of
 from featstore.files.key_lists import Excluded
 from featstore.format.class_texts import ClassText
@@ -115,6 +116,8 @@ def choose_training_set(
     """
     if half not in ("all", "base", "novel"):
         raise UserError(f"classes {half!r} are unknown: {one_of(half, ('all', 'base', 'novel'))}")
+    if shots is not None or half != "all":
+        store.require_one_label("a part of the classes" if shots is None else "--shots")
     full = np.unique(np.asarray(rows, np.int64))
     classes = None
     words = [split or "all videos"]
@@ -155,8 +158,10 @@ def frequency_halves(
 
 
 def rows_of_classes(store: Store, rows: npt.ArrayLike, classes: npt.ArrayLike) -> RowArray:
-    """Return the array rows whose label is in `classes`."""
+    """Return the array rows whose label is in `classes`, or that show one of them."""
     listed = np.unique(np.asarray(rows, np.int64))
+    if store.multi_label:
+        return listed[store.shown(listed)[:, np.asarray(classes, np.int64)].any(1)]
     found: RowArray = listed[np.isin(store.labels[store.positions(listed)], classes)]
     return found
 
@@ -224,10 +229,15 @@ def subset_text(text: ClassText, classes: npt.ArrayLike | None) -> ClassText:
 def renumbered(store: Store, rows: RowArray, classes: npt.ArrayLike | None) -> RowArray:
     """Return the labels [n] int64 of array rows as indices into `classes`.
 
+    Where a video may show several classes, they are zeros and ones, [n,S] uint8.
+
     Raises UserError if a row belongs to another class.
     Base and novel classes have label spaces of their own (ViFi-CLIP, Rasheed et al., CVPR 2023).
     """
     positions = store.positions(rows)
+    if store.multi_label:
+        of_all: RowArray = store.shown(rows).astype(np.uint8)
+        return of_all if classes is None else of_all[:, _checked(classes, of_all.shape[1])]
     labels = store.labels[positions].astype(np.int64)
     if classes is None:
         return labels
@@ -245,9 +255,20 @@ def renumbered(store: Store, rows: RowArray, classes: npt.ArrayLike | None) -> R
     return found
 
 
+def rarest_classes(store: Store, rows: RowArray) -> RowArray:
+    """Return the class with the fewest videos of those that each row shows, int64 [n]; C for none.
+
+    It stands for the video where a set is divided so that every class is in every part.
+    """
+    found = store.shown(rows)
+    counts = np.where(found, found.sum(0), len(rows) + 1)
+    rarest: RowArray = np.where(found.any(1), counts.argmin(1), found.shape[1])
+    return rarest
+
+
 def warn_of_classes_without_videos(names: Sequence[str], labels: RowArray) -> None:
-    """Log the classes of `names` that have no label in `labels` [n]."""
-    present = np.bincount(labels, minlength=len(names)) > 0
+    """Log the classes of `names` that have no label in `labels` [n], or [n,C]."""
+    present = class_counts(labels, len(names)) > 0
     absent = [name for name, there in zip(names, present, strict=True) if not there]
     if absent:
         log.warning(
@@ -264,6 +285,11 @@ def start_from(head: Head, initial: Head) -> None:
         raise UserError(
             f"the head to start from is {initial.config}, the new one {head.config}: train with "
             "the configuration of the first"
+        )
+    if initial.logit_bias is not None and head.logit_bias is None:
+        raise UserError(
+            "the head to start from gives a video several classes, and these videos have one each: "
+            "start from another head, or leave --from-head out"
         )
     weights = initial.state_dict()
     del weights["training_class_embeddings"]

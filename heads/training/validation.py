@@ -21,6 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from featstore.balance import Balance, class_counts
 from featstore.errors import UserError, WorkError
 from featstore.files.machine import available_memory
 from featstore.format.schema import RowArray
@@ -30,8 +31,16 @@ from featstore.workspace import OpenedStores
 from heads.arithmetic import autocast
 from heads.files.run_files import rows_hash
 from heads.methods.head import Head
-from heads.scoring.scores import fuse_views, percent, ranks, view_cosines
-from heads.training.training_set import order_by_draw, rows_of_classes, shown, usable_rows
+from heads.scoring.scores import fuse_views, ranks, view_cosines
+from heads.training.class_weights import say_balance
+from heads.training.judged import Judged, JudgedLabels, Judgement
+from heads.training.training_set import (
+    order_by_draw,
+    rarest_classes,
+    rows_of_classes,
+    shown,
+    usable_rows,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +59,7 @@ which the accuracy is known to about 7 points only."""
 _HELD_SHARE: Final = 10  # one video in ten is held out,
 _LEAST_HELD, _MOST_HELD = 50, 1000  # but as many as this at least and at most
 _MEMORY_SHARE: Final = 0.2
+SMALLEST: Final = torch.finfo(torch.float64).tiny
 _OUTSTANDING: Final = 100  # times the median class; such a class decides the accuracy alone
 
 
@@ -222,11 +232,12 @@ def _of_training(store: Store, listed: RowArray, seed: int) -> tuple[RowArray, V
 def dealt(store: Store, rows: RowArray, parts: int, seed: int) -> RowArray:
     """Deal array rows `rows` [n] out to `parts` parts, class by class; returns numbers [n] int64.
 
-    Parts and classes are as even as they can be. The draw depends on `seed` and keys only. The only
+    Parts and classes are as even as they can be; of several classes a video shows, its rarest one
+    counts. The draw depends on `seed` and keys only. The only
     video of a class is in no part (-1): a head trained without it would not know the class.
     """
     positions = store.positions(rows)
-    labels = store.labels[positions]
+    labels = rarest_classes(store, rows) if store.multi_label else store.labels[positions]
     part = np.full(len(rows), -1, np.int64)
     given = 0
     for label in np.unique(labels).tolist():
@@ -243,7 +254,7 @@ def _describe_classes(found: Validation, classes: npt.ArrayLike | None) -> None:
     """Warn of trained classes without validation videos."""
     names = found.store.class_names
     wanted = range(len(names)) if classes is None else np.asarray(classes, np.int64).tolist()
-    present = set(found.store.labels[found.store.positions(found.rows)].tolist())
+    present = set(np.flatnonzero(found.store.shown(found.rows).any(0)).tolist())
     absent = [names[label] for label in wanted if label not in present]
     if absent:
         log.warning(
@@ -252,13 +263,21 @@ def _describe_classes(found: Validation, classes: npt.ArrayLike | None) -> None:
         )
 
 
-def check_balance(names: tuple[str, ...], labels: RowArray) -> None:
+def check_balance(names: tuple[str, ...], labels: RowArray) -> Balance:
     """Refuse training labels [n] of one class, and warn of a class that outnumbers all others.
 
-    Raises UserError if there are not at least two classes to tell apart.
+    With several classes a video (labels [n,C]), some of them must be shown. Returns the counts,
+    which are logged. Raises UserError if there are not at least two classes to tell apart.
     """
-    counts = np.bincount(labels, minlength=len(names))
+    counts = class_counts(labels, len(names))
     present = np.flatnonzero(counts)
+    if labels.ndim == 2:
+        if not len(present):
+            raise UserError(
+                f"none of the {len(labels)} training videos shows a class: there is nothing to "
+                "learn; add videos"
+            )
+        return say_balance(names, labels)
     if len(present) < 2:
         raise UserError(
             f"all {len(labels)} training videos are of class {names[int(present[0])]!r}: there is "
@@ -272,35 +291,13 @@ def check_balance(names: tuple[str, ...], labels: RowArray) -> None:
             "this class; --shots %d takes as many of each",
             *(names[most], int(counts[most]), others, max(1, round(others))),
         )
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """How a head did on m validation videos."""
-
-    right: Tensor
-    """[m] bool, whether the first of the classes was the true one."""
-    losses: Tensor
-    """[m] float64, the negative logarithm of the true class's probability."""
-
-    @property
-    def top1(self) -> float:
-        """Accuracy in per cent."""
-        return percent(self.right)
-
-    @property
-    def loss(self) -> float:
-        """The mean loss."""
-        return float(self.losses.mean())
-
-    @classmethod
-    def joined(cls, parts: list[Judged]) -> Judged:
-        """Return the judgements of several sets of videos as one."""
-        return cls(torch.cat([p.right for p in parts]), torch.cat([p.losses for p in parts]))
+    return say_balance(names, labels)
 
 
 class Judge:
-    """Judges heads on features [m,V,T,D] and labels [m] of videos, as a close-set evaluation does.
+    """Judges heads on features [m,V,T,D] and labels of videos, as a close-set evaluation does.
+
+    Labels are int64 [m], or [m,C] of zeros and ones where a video may show several classes.
 
     `class_embeddings` [C,D] and `class_names` are the classes trained on. The head runs in
     `precision`.
@@ -319,18 +316,22 @@ class Judge:
         self._precision = precision
 
     @torch.no_grad()
-    def __call__(self, head: Head) -> Judged:
+    def __call__(self, head: Head) -> Judgement:
         """Judge a head in evaluation mode, on its own device."""
         where = head.logit_scale.device
         with autocast(self._precision, where):
             cosines = view_cosines(
                 head, self.features, self.classes.to(where), False, self.class_names
             )
+        likely = head.probabilities(cosines).mean(1).cpu()
         cosines = cosines.double().cpu()
+        if self.labels.ndim == 2:
+            truth = self.labels.bool()
+            right = torch.where(truth, likely, 1 - likely).clamp_min(SMALLEST)
+            return JudgedLabels(cosines.mean(1), truth, -right.log().sum(1))
         place = ranks(fuse_views(cosines), self.labels)
-        scale = head.logit_scale.double().exp().cpu()
-        likely = (scale * cosines).softmax(-1).mean(1).gather(1, self.labels[:, None])[:, 0]
-        return Judged(place == 0, -likely.clamp_min(torch.finfo(torch.float64).tiny).log())
+        likely = likely.gather(1, self.labels[:, None])[:, 0]
+        return Judged(place == 0, -likely.clamp_min(SMALLEST).log())
 
 
 def judged_features(store: Store, rows: RowArray, frames: int) -> tuple[Tensor, RowArray]:

@@ -12,6 +12,7 @@ from typing import Final
 from featstore.errors import UserError
 from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
+from pipeline.annotations.formats.charades import is_charades, read_charades
 from pipeline.annotations.formats.class_folders import (
     has_class_folders,
     read_class_folders,
@@ -19,6 +20,8 @@ from pipeline.annotations.formats.class_folders import (
 )
 from pipeline.annotations.formats.hmdb51 import is_hmdb51, read_hmdb51
 from pipeline.annotations.formats.kinetics import is_kinetics, read_kinetics
+from pipeline.annotations.formats.multi_label import check_cells, read_multi_label
+from pipeline.annotations.formats.multithumos import is_multithumos, read_multithumos
 from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_lists
 from pipeline.annotations.formats.ssv2 import is_ssv2, read_ssv2
 from pipeline.annotations.formats.ucf101 import is_ucf101, read_ucf101
@@ -46,6 +49,8 @@ _READERS = {
     "ucf101": (is_ucf101, read_ucf101),
     "kinetics": (is_kinetics, read_kinetics),
     "ssv2": (is_ssv2, read_ssv2),
+    "charades": (is_charades, read_charades),
+    "multithumos": (is_multithumos, read_multithumos),
 }
 _FORMATS = {name: _Format(*_READERS[name], **table) for name, table in TABLES["formats"].items()}
 
@@ -81,6 +86,7 @@ def read_listing(
     naming: Naming = USUAL_NAMING,
     unlabelled: bool = False,
     kept: Collection[str] = (),
+    multi_label: str = "",
 ) -> Listing:
     """Return the listing of a data set, read from annotations or from class folders.
 
@@ -91,12 +97,21 @@ def read_listing(
     `leave_out` is a folder inside `videos_dir` that does not belong to it. The notes, the first
     rows and the share of files found are logged. `naming` says what to do with a file of class
     names that contradicts the videos. With `unlabelled`, folders and lists give no classes. `kept`
-    are the raw class names that the data set has already, which keep their spelling.
+    are the raw class names that the data set has already, which keep their spelling. `multi_label`
+    says that videos of a list may show several classes, and how they are listed
+    (`formats.multi_label.CELLS`).
     Raises UserError when there is nothing to read and when the input contradicts itself.
     """
     known = KNOWN_DATASETS.get(name.lower())
     if annotations is None and videos_dir is None:
         raise UserError("no videos: give --videos DIR, --annotations LIST or --tars")
+    if multi_label:
+        check_cells(multi_label)
+        if annotations is None or unlabelled:
+            raise UserError(
+                "--multi-label says how a list names the classes of a video: give the list with "
+                "--annotations, and no --unlabelled"
+            )
     scan = videos_dir is not None
     videos_dir = videos_folder(videos_dir, annotations)
     folder = VideoFolder(videos_dir, leave_out=leave_out, scan=scan)
@@ -106,7 +121,9 @@ def read_listing(
     found = _official_files(official, videos_dir) if official and annotations is None else []
     if annotations is not None:
         listing = _read_annotations(
-            *(annotations, folder, class_names_file, naming, unlabelled), kept=kept
+            *(annotations, folder, class_names_file, naming, unlabelled),
+            kept=kept,
+            multi_label=multi_label,
         )
     elif unlabelled:
         _refuse_class_names(class_names_file, "a data set without labels")
@@ -161,6 +178,7 @@ def _read_annotations(
     naming: Naming,
     unlabelled: bool,
     kept: Collection[str],
+    multi_label: str,
 ) -> Listing:
     if path.is_file():
         files = [path]
@@ -181,9 +199,16 @@ def _read_annotations(
         own = [file for file in files if official.recognises(file)]
         if own:
             _refuse_class_names(class_names_file, official.title)
+            if multi_label:
+                raise UserError(
+                    f"--multi-label is for a list of your own: {str(own[0])!r} has the format of "
+                    f"{official.title}, so leave the option out"
+                )
             return official.read(own, folder)
     if path.is_dir():
         files = [file for file in files if _may_be_list(file)]
+    if multi_label:
+        return read_multi_label(files, folder, multi_label, class_names_file, naming.label_map)
     return read_lists(
         *(files, folder, class_names_file, naming.label_map), unlabelled=unlabelled, kept=kept
     )
@@ -247,7 +272,9 @@ def _without_absent_splits(listing: Listing) -> Listing:
 def _add_notes(
     listing: Listing, folder: VideoFolder, known: KnownDataset | None, *, annotated: bool
 ) -> None:
-    used = {video.class_name for video in (*listing.records, *listing.missing)}
+    videos = (*listing.records, *listing.missing)
+    used = {video.class_name for video in videos}
+    used |= {span.class_name for video in videos for span in video.spans}
     empty = [name for name in listing.class_names if name not in used]
     if empty:
         names = ", ".join(repr(name) for name in empty[:5]) + (", ..." if len(empty) > 5 else "")
@@ -268,7 +295,7 @@ def _log(listing: Listing) -> None:
         logger.info(
             "read: %s -> class %r, splits %s",
             record.path,
-            record.class_name,
+            record.class_name or "; ".join(dict.fromkeys(s.class_name for s in record.spans)),
             ", ".join(record.splits) or "none",
         )
     logger.info(

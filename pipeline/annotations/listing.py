@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 from featstore.errors import UserError
 from pipeline.annotations.left_out import LeftOut
@@ -29,6 +30,14 @@ _NUMBER_IN_FILE_NAME = re.compile(
 )
 
 
+class ClassSpan(NamedTuple):
+    """A class that a video shows, from `start` to `end` in seconds; None: the list has no times."""
+
+    class_name: str
+    start: float | None = None
+    end: float | None = None
+
+
 @dataclass(slots=True)
 class VideoRecord:
     """One listed video.
@@ -36,7 +45,8 @@ class VideoRecord:
     `path` is relative to the videos folder, with slashes, and empty where there is no file;
     `source` is the name as it was listed; `class_name` is the raw name, "" without a class;
     `splits` are those the video belongs to (none, one or several). `reason` says why it cannot be
-    packed: no such file, or a name that is refused.
+    packed: no such file, or a name that is refused. `spans` are the classes of a video that may
+    show several, by their raw names; it then has no `class_name`.
     """
 
     key: str
@@ -45,6 +55,7 @@ class VideoRecord:
     class_name: str
     splits: tuple[str, ...]
     reason: str = ""
+    spans: tuple[ClassSpan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,8 +67,9 @@ class Listing:
     their usual order. With
     `overlapping_splits` the format's splits share videos by design (HMDB51, UCF101). `notes` are
     sentences the user should read. `label_map` says what was done if the file of class names
-    exchanges names of classes: "corrected" or "as-published", or "" if it does not. `left_out` is
-    what was passed over before anything was listed.
+    exchanges names of classes: "corrected" or "as-published", or "" if it does not. With
+    `multi_label` a video may show several classes: its `spans`. `left_out` is what was passed over
+    before anything was listed.
     """
 
     records: list[VideoRecord]
@@ -68,6 +80,7 @@ class Listing:
     overlapping_splits: bool = False
     label_map: str = ""
     left_out: LeftOut = field(default_factory=LeftOut)
+    multi_label: bool = False
 
     @property
     def videos(self) -> int:
@@ -135,10 +148,12 @@ class ListingBuilder:
     """Collects mentions of videos; a second mention of a file adds its splits to the first.
 
     Files that have a name in common but for the extension, such as `test.avi` and `test.mp4`, are
-    different videos: each gets a key from its whole path, extension included.
+    different videos: each gets a key from its whole path, extension included. With `multi_label`
+    a second mention adds its classes, too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, multi_label: bool = False) -> None:
+        self._multi_label = multi_label
         self._by_key: dict[str, VideoRecord] = {}
         self._of_same_key: dict[str, list[VideoRecord]] = {}  # all but the first of a key
         self._key_of_path: dict[str, str] = {}
@@ -161,6 +176,7 @@ class ListingBuilder:
         split: str = "",
         path: str | None,
         reason: str = "no such file in the videos folder",
+        spans: Sequence[ClassSpan] = (),
     ) -> None:
         """Add one mention of a video. `name` becomes its key unless `build` finds another file
         with this key; if `path` is None, `reason` says why.
@@ -175,7 +191,10 @@ class ListingBuilder:
         if first is None:
             refusal = refused_name(name) or refused_name(path or "", limit=None)
             problem = refusal or ("" if path is not None else reason)
-            video = VideoRecord(key, path or "", source, class_name, splits, problem)
+            video = VideoRecord(
+                *(key, path or "", source, class_name, splits, problem),
+                tuple(dict.fromkeys(spans)),
+            )
             if self._by_key.setdefault(key, video) is not video:
                 self._of_same_key.setdefault(key, []).append(video)
             return
@@ -186,7 +205,8 @@ class ListingBuilder:
                 f"{source!r} is listed with two classes, {first.class_name!r} and "
                 f"{class_name!r} (first as {first.source!r})"
             )
-        self._repeated += 1
+        self._repeated += not self._multi_label
+        first.spans = tuple(dict.fromkeys((*first.spans, *spans)))
         first.splits = tuple(dict.fromkeys((*first.splits, *splits)))
 
     def build(
@@ -199,7 +219,8 @@ class ListingBuilder:
         if self._two_classes:
             raise UserError(
                 f"{first_of(self._two_classes)}: a video has one class; correct the annotations or "
-                "move one file away"
+                "move one file away; if videos may show several, pack the list with --multi-label "
+                "rows"
             )
         if self._repeated:
             self._notes.append(
@@ -210,14 +231,20 @@ class ListingBuilder:
         place = {name: index for index, name in enumerate(split_names)}
         for video in videos:
             video.splits = tuple(sorted(video.splits, key=place.__getitem__))
+        used = {video.class_name for video in videos} - {""}
+        used |= {span.class_name for video in videos for span in video.spans}
+        if self._multi_label:
+            bare = sum(not video.spans for video in videos)
+            self._notes += [f"{bare} videos show none of the classes"] if bare else []
         return Listing(
             records=[video for video in videos if not video.reason],
-            class_names=list(class_names or sorted({video.class_name for video in videos} - {""})),
+            class_names=list(class_names or sorted(used)),
             split_names=split_names,
             missing=[video for video in videos if video.reason],
             notes=self._notes,
             overlapping_splits=overlapping_splits,
             label_map=self.label_map,
+            multi_label=self._multi_label,
         )
 
     def _with_own_keys(self) -> list[VideoRecord]:

@@ -139,8 +139,9 @@ def _require_same_failures(store: Store, tars: list[Tar]) -> None:
             continue  # refused later
         first = number * store.schema.capacity + tar.samples
         at = store.positions(np.arange(first, first + len(tar.failed)))
-        listed = [(store.keys[i], int(store.labels[i])) for i in at]
-        if listed != [(failed.key, failed.label) for failed in tar.failed]:
+        spans = store.spans if store.multi_label else [()] * len(store)
+        listed = [(store.keys[i], int(store.labels[i]), spans[i]) for i in at]
+        if listed != [(failed.key, failed.label, failed.spans) for failed in tar.failed]:
             raise UserError(
                 f"the videos of {tar.file} that could not be packed are not the same as in "
                 f"{store.path}: extract the data set as a new store"

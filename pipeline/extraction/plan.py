@@ -101,6 +101,7 @@ class ExtractionPlan:
             dim=dim,
             tier=self.request.tier.text,
             item=item,
+            multi_label=self.dataset.multi_label,
         )
 
     def bytes_needed(self, numbers: list[int], schema: StoreSchema) -> int:

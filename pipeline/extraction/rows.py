@@ -54,6 +54,8 @@ class TarRows:
         bit = {name: 1 << i for i, name in enumerate(dataset.split_names)}
         listed = [(s.key, s.sidecar["label"], s.sidecar["splits"]) for s in self.samples]
         listed += [(f.key, f.label, f.splits) for f in tar.failed]
+        spans = [sample.spans(len(dataset.class_names)) for sample in self.samples]
+        spans += [failed.spans for failed in tar.failed]
         shape = (n, schema.views, schema.frames)
         # The fields of a Partition. Every row starts as failed; a result turns it into one that is
         # ok.
@@ -69,6 +71,7 @@ class TarRows:
             "damaged_packets": np.zeros(n, np.int32),
             "frame_index": np.full(shape, -1, np.int32),
             "pts": np.full(shape, np.nan),
+            "spans": spans if schema.multi_label else None,
         }
         self._dtype = schema.dtype
         self._features: npt.NDArray[Any] | FeatureRows

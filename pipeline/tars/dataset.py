@@ -14,13 +14,15 @@ from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_bytes, write_json
 from featstore.files.tables import csv_bytes
+from featstore.format.spans import Span, spans_from_json
 from featstore.remote.urls import is_url
 from featstore.workspace import DATASET_FILE as DATASET_FILE
 
 FAILURES_FILE = "failures.csv"
 TARS_FOLDER = "shards"
 INDEX_FOLDER = "index"
-FORMAT_VERSION = 2  # 1 has no tars that were taken where they lie, and always classes
+# 1 has no tars that were taken where they lie, and always classes; 2 has one class a video.
+FORMAT_VERSION = 3
 NO_LABEL = -1
 """The label of a video without a class."""
 
@@ -31,7 +33,8 @@ FAILURE_COLUMNS = ("key", "path", "class_name", "splits", "reason")
 class FailedVideo:
     """A listed video that cannot be used, and why.
 
-    `class_name` is in natural words; without a class it is "" and `label` is `NO_LABEL`.
+    `class_name` is in natural words; without a class it is "" and `label` is `NO_LABEL`. `spans`
+    are the classes of a video that may show several.
     """
 
     key: str
@@ -39,6 +42,12 @@ class FailedVideo:
     class_name: str
     splits: tuple[str, ...]
     reason: str
+    spans: tuple[Span, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values, without spans where there are none."""
+        value = asdict(self) | {"spans": [span.to_json() for span in self.spans]}
+        return value if self.spans else {name: v for name, v in value.items() if name != "spans"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +84,10 @@ class Tar:
 
         So the data sets of earlier versions keep their fingerprint.
         """
+        value = asdict(self) | {"failed": [video.to_json() for video in self.failed]}
         return {
             name: value
-            for name, value in asdict(self).items()
+            for name, value in value.items()
             if value or name not in ("source", "index_sha256")
         }
 
@@ -90,7 +100,8 @@ class Dataset:
     true where every split has its own tars. `fingerprint` changes with any byte of any tar and
     with labels, splits and failures. `label_map` means the same as in `Listing`. A data set without
     classes has no labels: all of them are `NO_LABEL`. `left_out` are samples of tars taken where
-    they lie that cannot have a row: without a class, or with a key that was there before.
+    they lie that cannot have a row: without a class, or with a key that was there before. With
+    `multi_label` a video may show several classes, which its sidecar holds in place of a label.
     """
 
     folder: Path
@@ -104,6 +115,7 @@ class Dataset:
     fingerprint: str = ""
     label_map: str = ""
     left_out: tuple[FailedVideo, ...] = ()
+    multi_label: bool = False
     _splits_by_key: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +145,8 @@ class Dataset:
 
     def has_label(self, label: int) -> bool:
         """Whether a video of this data set can have this label."""
-        return 0 <= label < len(self.class_names) or (not self.class_names and label == NO_LABEL)
+        without = self.multi_label or not self.class_names
+        return label == NO_LABEL if without else 0 <= label < len(self.class_names)
 
     @property
     def listed(self) -> int:
@@ -154,6 +167,7 @@ class Dataset:
             "videos_failed": self.listed - self.packed,
             "classes": len(self.class_names),
             "class_names": list(self.class_names),
+            **({"multi_label": True} if self.multi_label else {}),
             "splits": {name: len(self.keys_by_split[name]) for name in self.split_names},
             "tars": len(self.tars),
             "bytes": sum(tar.bytes for tar in self.tars),
@@ -171,7 +185,7 @@ class Dataset:
             self.folder / DATASET_FILE,
             {
                 # Earlier programs go on reading what they can read.
-                "format_version": FORMAT_VERSION if self._is_new else 1,
+                "format_version": FORMAT_VERSION if self.multi_label else 1 + self._is_new,
                 "fingerprint": self.fingerprint,
                 "videos": {
                     "listed": self.listed,
@@ -197,7 +211,8 @@ class Dataset:
             "splits": {split: list(self.keys_by_split[split]) for split in self.split_names},
             # Written only where it is set, so that other data sets keep their fingerprint.
             **({"label_map": self.label_map} if self.label_map else {}),
-            **({"left_out": list(map(asdict, self.left_out))} if self.left_out else {}),
+            **({"left_out": [v.to_json() for v in self.left_out]} if self.left_out else {}),
+            **({"multi_label": True} if self.multi_label else {}),
         }
 
 
@@ -266,12 +281,12 @@ def load_dataset(dataset_dir: Path) -> Dataset:
 
 
 def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
-    tars = []
+    tars, classes = [], len(value["class_names"])
     for entry in value["shards"]:
         file = entry["file"]
         if PurePosixPath(file).name != file or file in (".", "..") or "\\" in file:
             raise ValueError(f"tar {file!r} is not a plain file name")
-        tars.append(Tar(**{**entry, "failed": _failed(entry["failed"])}))
+        tars.append(Tar(**{**entry, "failed": _failed(entry["failed"], classes)}))
     return Dataset(
         folder=folder,
         name=str(value["name"]),
@@ -283,12 +298,22 @@ def _dataset(folder: Path, value: dict[str, Any]) -> Dataset:
         keys_by_split={split: tuple(map(str, keys)) for split, keys in value["splits"].items()},
         fingerprint=str(value["fingerprint"]),
         label_map=str(value.get("label_map", "")),
-        left_out=_failed(value.get("left_out", ())),
+        left_out=_failed(value.get("left_out", ()), classes),
+        multi_label=bool(value.get("multi_label", False)),
     )
 
 
-def _failed(videos: Iterable[Mapping[str, Any]]) -> tuple[FailedVideo, ...]:
-    return tuple(FailedVideo(**{**video, "splits": tuple(video["splits"])}) for video in videos)
+def _failed(videos: Iterable[Mapping[str, Any]], classes: int) -> tuple[FailedVideo, ...]:
+    return tuple(
+        FailedVideo(
+            **{
+                **video,
+                "splits": tuple(video["splits"]),
+                "spans": spans_from_json(video.get("spans", []), classes),
+            }
+        )
+        for video in videos
+    )
 
 
 def _fingerprint(content: dict[str, Any]) -> str:

@@ -154,6 +154,7 @@ def pack(
     unlabelled: bool = False,
     exclude: Path | None = None,
     asked: Sequence[str] = (),
+    multi_label: str = "",
     progress: ProgressSink = no_progress,
 ) -> PackSummary:
     """Pack the videos of a data set into `dataset_dir`, or continue what an earlier run began.
@@ -162,8 +163,9 @@ def pack(
     `dataset.json` and are in no tar. If their share is above `max_failures`, the summary has
     `too_many_failures`. With `append`, videos, classes and splits that are new since the data set
     was packed go into new tars; earlier tars stay as they are. `naming` decides on class names;
-    with `unlabelled` there are none. The videos whose keys the list `exclude` names
-    (`featstore.files.key_lists`) are left out; classes keep their numbers. Videos that a list names
+    with `unlabelled` there are none; `multi_label` as `read_listing` takes it. The videos whose
+    keys the list `exclude` names (`featstore.files.key_lists`) are left out; classes keep their
+    numbers. Videos that a list names
     by URL are fetched; for a list of them `videos_dir` may be None. `asked` are the words of the
     command, for messages that name it.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
@@ -179,6 +181,7 @@ def pack(
         naming=naming,
         unlabelled=unlabelled,
         kept=packed_classes(dataset_dir / RECORDS_FOLDER / PLAN_FILE),
+        multi_label=multi_label,
     )
     videos_dir = videos_folder(videos_dir, annotations)
     excluded = None if exclude is None else leave_out(listing, exclude)
@@ -347,8 +350,11 @@ class _Packing:
                     keys[split].append(key)
                 if reason:
                     words = "" if video.label == NO_LABEL else self.plan.words[video.label]
-                    splits = video.splits
-                    failed.append(FailedVideo(key, video.label, words, splits, reason))
+                    splits, spans = video.splits, video.spans
+                    failed.append(FailedVideo(key, video.label, words, splits, reason, spans))
+                    words = words or "; ".join(
+                        dict.fromkeys(self.plan.words[span.label] for span in spans)
+                    )
                     line = (key, video.path, words, splits, reason)
                     failures.append(dict(zip(FAILURE_COLUMNS, line, strict=True)))
             tars.append(
@@ -371,6 +377,7 @@ class _Packing:
             tars=tuple(tars),
             keys_by_split={split: tuple(sorted(group)) for split, group in keys.items()},
             label_map=self.plan.label_map,
+            multi_label=self.plan.multi_label,
         )
         failures.sort(key=itemgetter("key"))
         if (self._dataset_dir / FAILURES_FILE).is_file():
@@ -432,6 +439,7 @@ class _Packing:
             "class_name": self.plan.words[video.label] if labelled else "",
             "raw_class_name": self.plan.class_names[video.label] if labelled else "",
             "label": video.label,
+            **({"spans": [s.to_json() for s in video.spans]} if self.plan.multi_label else {}),
             **facts,
             "source_path": video.path,
             "sha256": digest,

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from featstore.errors import UserError, WorkError, one_line
 from featstore.files.documents import LISTS_LIMIT, read_object
 from featstore.files.durable import write_json
+from featstore.format.spans import Span, spans_from_json
 from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import NamesAs, Naming
 from pipeline.annotations.listing import Listing, VideoRecord, key_from_name
@@ -33,7 +34,8 @@ class PlannedVideo(NamedTuple):
 
     `path` is relative to the videos folder, a URL, or the name as listed where there is no file;
     `size` in bytes and `mtime_ns` are -1 where there is no file, and 0 for a URL. `batch` is 0 for
-    videos that were packed first, 1 for those that were appended next, and so on.
+    videos that were packed first, 1 for those that were appended next, and so on. `spans` are the
+    classes of a video that may show several.
     """
 
     key: str
@@ -44,6 +46,7 @@ class PlannedVideo(NamedTuple):
     mtime_ns: int
     reason: str
     batch: int = 0
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class TarPlan:
     videos: tuple[PlannedVideo, ...] = field(repr=False)
     label_map: str = ""
     names_as: NamesAs = "words"
+    multi_label: bool = False
 
     @cached_property
     def words(self) -> tuple[str, ...]:
@@ -108,8 +112,11 @@ class TarPlan:
 
     def write(self, path: Path) -> None:
         """Write the plan's input, from which the same plan can be made again."""
-        videos = [video for tar in self.tars for video in tar.videos]
+        # What is not used is left out, so that earlier versions go on reading the plan.
+        videos = [video if video.spans else video[:-1] for tar in self.tars for video in tar.videos]
         options = {name: getattr(self, name) for name in _OPTIONS}
+        if not self.multi_label:
+            del options["multi_label"]
         write_json(path, {"version": PLAN_VERSION, **options, "videos": videos}, indent=None)
 
 
@@ -127,10 +134,7 @@ def make_plan(
 ) -> TarPlan:
     """Make the plan for the videos of a listing; a video without a readable file gets a reason."""
     labels = {class_name: label for label, class_name in enumerate(listing.class_names)}
-    videos = [
-        _planned(videos_dir, video, labels.get(video.class_name, NO_LABEL))
-        for video in (*listing.records, *listing.missing)
-    ]
+    videos = [_planned(videos_dir, video, labels) for video in (*listing.records, *listing.missing)]
     return TarPlan(
         name=name,
         samples_per_shard=samples_per_shard,
@@ -143,6 +147,7 @@ def make_plan(
         videos=tuple(videos),
         label_map=listing.label_map,
         names_as=names_as,
+        multi_label=listing.multi_label,
     )
 
 
@@ -160,8 +165,7 @@ def read_plan(path: Path) -> TarPlan:
                 f"{folder!r} was begun by another version of this program: delete it and pack again"
             )
         videos = [
-            PlannedVideo(key, file, label, tuple(splits), *rest)
-            for key, file, label, splits, *rest in value.pop("videos")
+            _read_video(*video, classes=len(value["class_names"])) for video in value.pop("videos")
         ]
         value.update({name: tuple(value[name]) for name in names}, videos=tuple(videos))
         plan = TarPlan(**value)
@@ -178,6 +182,18 @@ def packed_classes(path: Path) -> tuple[str, ...]:
     with suppress(UserError, WorkError):
         return read_plan(path).class_names if path.exists() else ()
     return ()
+
+
+def _read_video(
+    key: str, path: str, label: int, splits: list[str], *rest: Any, classes: int
+) -> PlannedVideo:
+    video = PlannedVideo(key, path, label, tuple(splits), *rest)
+    return video._replace(spans=_spans(video.spans, classes))
+
+
+def _spans(value: Any, classes: int) -> tuple[Span, ...]:
+    """Return spans that were written as NamedTuples."""
+    return spans_from_json([[s[0]] if s[1] is None else s for s in value], classes)
 
 
 def with_earlier_keys(old: TarPlan, new: TarPlan) -> TarPlan:
@@ -206,6 +222,9 @@ def continued(old: TarPlan, new: TarPlan) -> TarPlan:
     videos = tuple(
         video._replace(
             label=NO_LABEL if video.label == NO_LABEL else labels[new.class_names[video.label]],
+            spans=tuple(
+                span._replace(label=labels[new.class_names[span.label]]) for span in video.spans
+            ),
             batch=batches.get(video.key, next_batch),
         )
         for video in new.videos
@@ -226,7 +245,7 @@ def differences(
     """
     phrases = [
         f"{option} was {_shown(getattr(old, option))}, is {_shown(getattr(new, option))}"
-        for option in ("name", "samples_per_shard", "seed", "label_map", "names_as")
+        for option in ("name", "samples_per_shard", "seed", "label_map", "names_as", "multi_label")
         if getattr(old, option) != getattr(new, option)
     ]
     if may_grow and old.splits_disjoint != new.splits_disjoint:
@@ -266,7 +285,9 @@ def differences(
     return phrases
 
 
-def _class_of(plan: TarPlan, video: PlannedVideo) -> str:
+def _class_of(plan: TarPlan, video: PlannedVideo) -> object:
+    if video.spans:
+        return [(plan.class_names[span.label], *span[1:]) for span in video.spans]
     return "" if video.label == NO_LABEL else plan.class_names[video.label]
 
 
@@ -285,7 +306,9 @@ def class_difference(old: Sequence[str], new: Sequence[str]) -> str:
     return f"there were {len(old)} classes and are {len(new)} now ({', '.join(examples)})"
 
 
-def _planned(videos_dir: Path, video: VideoRecord, label: int) -> PlannedVideo:
+def _planned(videos_dir: Path, video: VideoRecord, labels: Mapping[str, int]) -> PlannedVideo:
+    label = labels.get(video.class_name, NO_LABEL)
+    spans = tuple(Span(labels[name], start, end) for name, start, end in video.spans)
     size, mtime_ns, path, reason = -1, -1, video.path, video.reason
     if reason:
         path = video.source
@@ -299,7 +322,7 @@ def _planned(videos_dir: Path, video: VideoRecord, label: int) -> PlannedVideo:
             reason = "" if stat.S_ISREG(status.st_mode) else "not a regular file"
         except OSError as error:
             reason = f"the file cannot be read: {error.strerror}"
-    return PlannedVideo(video.key, path, label, video.splits, size, mtime_ns, reason)
+    return PlannedVideo(video.key, path, label, video.splits, size, mtime_ns, reason, 0, spans)
 
 
 def _shuffled_place(seed: int, key: str) -> tuple[bytes, str]:

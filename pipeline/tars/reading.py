@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from featstore.errors import WorkError, one_line
 from featstore.files.documents import LISTS_LIMIT, parse_json, read_document
+from featstore.format.spans import Span, spans_from_json
 from pipeline.tars.dataset import Dataset, Tar
 
 if TYPE_CHECKING:
@@ -66,6 +67,10 @@ class TarSample:
     offset: int
     size: int
     sidecar: dict[str, Any]
+
+    def spans(self, classes: int) -> tuple[Span, ...]:
+        """The classes of a video that may show several; ValueError if its sidecar has none such."""
+        return spans_from_json(self.sidecar.get("spans", []), classes)
 
 
 class OpenTar:
@@ -148,6 +153,10 @@ def _require_packed(archive: OpenTar, dataset: Dataset, tar: Tar) -> None:
         raise archive.damage(f"holds {found} samples, but {tar.samples} were packed")
     for sample in archive.samples:
         label, splits = sample.sidecar["label"], set(sample.sidecar["splits"])
+        try:
+            sample.spans(len(dataset.class_names))
+        except ValueError as error:
+            raise archive.damage(f"and the sidecar of {sample.key!r}: {error}") from error
         if not dataset.has_label(label) or splits != set(dataset.splits_of(sample.key)):
             raise archive.damage(
                 f"and dataset.json do not agree on the class or splits of {sample.key!r}"

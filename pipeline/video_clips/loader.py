@@ -13,16 +13,20 @@ import hashlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from featstore.errors import one_line
+from featstore.format.spans import shown_classes
 from featstore.segments import IntArray
 from pipeline.decoding import decoder_named
 from pipeline.decoding.chosen_frames import decode_chosen
@@ -46,9 +50,9 @@ class ClipBatch:
     """One rank's part of a global batch.
 
     `frames` float32 [n,T,3,h,w], normalised, in pinned memory where the device is a GPU; `labels`
-    and `positions` int64 [n]; `keys` of the same clips; n may be 0. `failed` holds key and reason
-    of the clips that could not be used. `waited` is how many seconds the consumer waited for the
-    batch.
+    and `positions` int64 [n] (labels uint8 [n, classes] where a video may show several classes);
+    `keys` of the same clips; n may be 0. `failed` holds key and reason of the clips that could not
+    be used. `waited` is how many seconds the consumer waited for the batch.
     """
 
     frames: torch.Tensor
@@ -89,6 +93,7 @@ class ClipLoader:
         self._dataset = dataset
         self._clips = listed_clips(dataset, split)
         self.n_listed = len(self._clips)
+        self._classes = len(dataset.class_names) if dataset.multi_label else 0
         self._frames, self._preprocessing = frames, preprocessing
         self._resized = resized or preprocessing.size
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
@@ -133,11 +138,17 @@ class ClipLoader:
                 if not begun:
                     return
                 # No variable holds the batch: it must not live on during the wait for the next one.
-                yield _finished(began, *begun.popleft())
+                yield _finished(began, *begun.popleft(), self._classes, self.n_listed)
         finally:
             for budget in budgets:
                 budget.stop()
             threads.shutdown(wait=True, cancel_futures=True)
+
+    def _clip(self, place: int) -> ListedClip:
+        """Return the clip at a place of an epoch, which is its position but for repeated clips."""
+        times, position = divmod(place, self.n_listed)
+        clip = self._clips[position]
+        return replace(clip, position=place) if times else clip
 
     def _begin(
         self,
@@ -145,7 +156,7 @@ class ClipLoader:
         threads: ThreadPoolExecutor,
         load: Callable[[ListedClip, torch.Tensor], str],
     ) -> _Begun:
-        clips = [self._clips[position] for position in part.tolist()]
+        clips = [self._clip(place) for place in part.tolist()]
         usable = sum(not clip.reason for clip in clips)
         frames = torch.empty((usable, *self._shape), pin_memory=self._pinned and usable > 0)
         slots = iter(frames)
@@ -194,6 +205,13 @@ class ClipLoader:
         return ""
 
 
+def clip_labels(clips: Sequence[ListedClip], classes: int) -> npt.NDArray[Any]:
+    """Return the labels of clips, int64 [n], or with `classes` uint8 [n, classes] of 0 and 1."""
+    if not classes:
+        return np.array([clip.label for clip in clips], np.int64)
+    return shown_classes([clip.spans for clip in clips], classes).astype(np.uint8)
+
+
 # A batch in work: its clips, for each the reason why it is unusable ("" if it is not), and frames.
 _Begun = tuple[list[ListedClip], list[Future[str] | str], torch.Tensor]
 
@@ -203,8 +221,13 @@ def _finished(
     clips: list[ListedClip],
     results: list[Future[str] | str],
     frames: torch.Tensor,
+    classes: int,
+    listed: int,
 ) -> ClipBatch:
-    """Wait for the clips of a batch; `began` is when the consumer began to wait."""
+    """Wait for the clips of a batch; `began` is when the consumer began to wait.
+
+    `classes` is their number where a clip may show several of them, else 0.
+    """
     reasons = [x if isinstance(x, str) else x.result() for x in results]
     good = [clip for clip, reason in zip(clips, reasons, strict=True) if not reason]
     if len(good) < len(frames):
@@ -214,8 +237,8 @@ def _finished(
         frames = frames.pin_memory() if pinned else frames
     return ClipBatch(
         frames=frames,
-        labels=torch.tensor([clip.label for clip in good], dtype=torch.int64),
-        positions=torch.tensor([clip.position for clip in good], dtype=torch.int64),
+        labels=torch.from_numpy(clip_labels(good, classes)),
+        positions=torch.tensor([clip.position % listed for clip in good], dtype=torch.int64),
         keys=tuple(clip.key for clip in good),
         failed=tuple((c.key, why) for c, why in zip(clips, reasons, strict=True) if why),
         waited=perf_counter() - began,

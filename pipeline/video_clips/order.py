@@ -13,7 +13,9 @@ from itertools import chain, repeat
 
 import numpy as np
 
+from featstore.balance import balanced_order
 from featstore.errors import UserError, one_line
+from featstore.format.spans import Span
 from featstore.segments import IntArray, segment_ranges
 from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, open_packed
@@ -24,7 +26,7 @@ TARS_TOGETHER = 8
 
 # The first word of a seed says what its random numbers are for. Numpy pads seeds with zeros, so two
 # seeds must not differ only in words that may be zero.
-_ORDER, _FRAMES, _AUGMENTATION = 1, 2, 3
+_ORDER, _FRAMES, _AUGMENTATION, _BALANCE = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class ListedClip:
 
     `position` counts the listed clips in the order of their keys. `reason` is set if there is
     nothing to decode: packing failed, or the tar is damaged (then `label` is -1). `sha256` is the
-    hash of the video's bytes, "" if the sidecar has none.
+    hash of the video's bytes, "" if the sidecar has none. `spans` are the classes of a video that
+    may show several.
     """
 
     tar: int
@@ -45,6 +48,7 @@ class ListedClip:
     size: int = 0
     sha256: str = ""
     reason: str = ""
+    spans: tuple[Span, ...] = ()
 
 
 def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
@@ -69,7 +73,9 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
         for failed in tar.failed:
             if split is None or split in failed.splits:
                 found[failed.key] = ListedClip(
-                    number, failed.key, failed.label, reason=failed.reason
+                    *(number, failed.key, failed.label),
+                    reason=failed.reason,
+                    spans=failed.spans,
                 )
         try:
             with open_packed(dataset, tar) as archive:
@@ -88,6 +94,7 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
                     offset=sample.offset,
                     size=sample.size,
                     sha256=str(sidecar.get("sha256") or ""),
+                    spans=sample.spans(len(dataset.class_names)),
                 )
     splits = dataset.split_names if split is None else (split,)
     lost = {key for name in splits for key in dataset.keys_by_split[name]} - found.keys()
@@ -114,10 +121,29 @@ def list_digest(clips: Sequence[ListedClip]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def epoch_order(tars_of: IntArray, seed: int, epoch: int, window: int = TARS_TOGETHER) -> IntArray:
-    """Return the order of an epoch: a permutation of the positions, int64 [N].
+def balanced_draws(
+    members: Sequence[IntArray], unusable: IntArray, listed: int, seed: int, epoch: int
+) -> IntArray:
+    """Return the places of an epoch in which all classes come equally often, int64 [N].
 
-    `tars_of` int64 [N] is the tar of every position. The tars are permuted, then the clips within
+    `members` are the positions of usable clips by class, `unusable` all others, which come once
+    each, so that they are counted. A place is `position + N * times`, with the number of times that
+    the clip has come in this epoch before: it is drawn and augmented anew each time.
+    """
+    rng = np.random.default_rng([_BALANCE, seed, epoch])
+    drawn = balanced_order(members, listed - len(unusable), rng)
+    order = np.argsort(drawn, kind="stable")
+    ranked = drawn[order]
+    first = np.searchsorted(ranked, ranked)
+    times = np.empty_like(drawn)
+    times[order] = np.arange(len(drawn)) - first
+    return np.concatenate([drawn + listed * times, unusable])
+
+
+def epoch_order(tars_of: IntArray, seed: int, epoch: int, window: int = TARS_TOGETHER) -> IntArray:
+    """Return the order of an epoch: a permutation of the places, int64 [N].
+
+    `tars_of` int64 [N] is the tar of every place. The tars are permuted, then the clips within
     every `window` consecutive tars. `seed` and `epoch` are not negative.
     """
     rng = np.random.default_rng([_ORDER, seed, epoch])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from featstore.balance import members_of
 from featstore.errors import UserError
 from featstore.segments import IntArray
 from pipeline.augmentation import resized_for_training, training_pixels
@@ -22,10 +23,11 @@ from pipeline.decoding.contract import Frames
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import validation_indices
 from pipeline.tars.dataset import Dataset
-from pipeline.video_clips.loader import ClipBatch, ClipLoader
+from pipeline.video_clips.loader import ClipBatch, ClipLoader, clip_labels
 from pipeline.video_clips.order import (
     ListedClip,
     augmentation_rng,
+    balanced_draws,
     epoch_order,
     list_digest,
     rank_parts,
@@ -38,7 +40,8 @@ class ClipStream(ClipLoader):
     """The training clips of one rank, epoch by epoch.
 
     `steps_per_epoch` is the number of global batches of `batch_size * world_size` clips. `digest`
-    is equal on ranks and runs whose order is the same for the same seed; `keys` name the clips.
+    is equal on ranks and runs whose order is the same for the same seed; `keys` name the clips, and
+    `labels` are those of the usable ones (`clip_labels`).
     """
 
     def __init__(
@@ -48,10 +51,12 @@ class ClipStream(ClipLoader):
         preprocessing: Preprocessing,
         seed: int,
         augment: bool = True,
+        balanced: bool = False,
         **loading: Any,
     ) -> None:
         """`loading` holds the other arguments of `ClipLoader`, whose errors are raised.
 
+        A `balanced` epoch has as many clips, but all classes equally often (`balanced_draws`).
         Without `augment`, frames are still drawn at random, but cropped as in evaluation. Also
         raises UserError if frames are to be augmented and the tower's input is not square.
         """
@@ -68,6 +73,13 @@ class ClipStream(ClipLoader):
         self.steps_per_epoch = steps_per_epoch(self.n_listed, self._batch_size, self._world_size)
         self.digest = list_digest(self._clips)
         self.keys = [clip.key for clip in self._clips]
+        usable = np.array([not clip.reason for clip in self._clips])
+        self.labels = clip_labels([c for c in self._clips if not c.reason], self._classes)
+        self._members: list[IntArray] = []
+        self._unusable = np.flatnonzero(~usable)
+        if balanced and usable.any():
+            where = np.flatnonzero(usable)
+            self._members = [where[members] for members in members_of(self.labels)]
 
     def epoch(self, epoch: int, start: int = 0) -> Generator[ClipBatch, None, None]:
         """Yield this rank's part of the epoch's global batches from number `start` on.
@@ -79,7 +91,11 @@ class ClipStream(ClipLoader):
         """
         if not 0 <= start <= self.steps_per_epoch:
             raise ValueError(f"step {start} of an epoch of {self.steps_per_epoch} steps")
-        order = epoch_order(self._tars, self._seed, epoch)
+        places = np.arange(self.n_listed)
+        if self._members:
+            places = balanced_draws(self._members, self._unusable, self.n_listed, self._seed, epoch)
+        order = epoch_order(self._tars[places % self.n_listed], self._seed, epoch)
+        order = places[order]
         return self.decoded(
             rank_parts(order, self._batch_size, self._rank, self._world_size, start),
             partial(self._choose, epoch),

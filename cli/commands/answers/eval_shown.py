@@ -16,9 +16,14 @@ if TYPE_CHECKING:
     from heads.evaluation.details import ClassSummary
     from heads.evaluation.request import Evaluation
     from heads.evaluation.results import EvalResult
+    from heads.evaluation.several_classes import PrecisionSummary
     from heads.evaluation.trained.run import ShotOutcome
 
 _BESIDE = "beside it: .videos.csv (a row a video), .per-class.csv, .confusion.csv and .png"
+_BESIDE_SEVERAL = (
+    "beside it: .videos.csv (a row a video), .per-class.csv and .scores.npz; no confusions, for a "
+    "video may show several classes"
+)
 
 
 def report_evaluation(
@@ -33,7 +38,8 @@ def report_evaluation(
     A file is None if it could not be written.
     """
     from heads.evaluation.answers import answer_files
-    from heads.evaluation.details import ClassSummary
+    from heads.evaluation.details import ClassSummary, SplitDetail
+    from heads.evaluation.several_classes import SCORES_ENDING, LabelsDetail, PrecisionSummary
 
     measured = [result for result, _ in evaluation.measured]
     for gap in evaluation.missing:
@@ -56,9 +62,36 @@ def report_evaluation(
         where = [f"kept under {kept.parent}"] if kept is not None else []
         report(json, sweep, [_sweep(title, measured), *where])
         return
-    summary = ClassSummary.of(result.details, result.class_names)
     answers = {} if kept is None else answer_files(kept)
-    named = {"files": {what: str(file) for what, file in answers.items()}, **summary.to_json()}
+    named_files = {what: str(file) for what, file in answers.items()}
+    several = [part for part in result.details if isinstance(part, LabelsDetail)]
+    if several:
+        if kept is not None:
+            named_files["scores"] = str(kept.with_name(kept.stem + SCORES_ENDING))
+        precisions = PrecisionSummary.of(several[0], result.class_names)
+        report(
+            json,
+            {**rows[0], "files": named_files, **precisions.to_json(), **beside},
+            [
+                table(
+                    title,
+                    ["split", "listed", "evaluated", "failed", "classes shown", "mAP %"],
+                    [
+                        [
+                            *(p.split, p.n_listed, p.n_evaluated, p.n_failed),
+                            *(p.n_classes_shown, percent(p.mean_ap)),
+                        ]
+                        for p in result.per_split
+                    ],
+                ),
+                *_precisions_shown(precisions),
+                *([] if kept is None else [f"kept as {kept}", _BESIDE_SEVERAL]),
+            ],
+        )
+        return
+    details = [part for part in result.details if isinstance(part, SplitDetail)]
+    summary = ClassSummary.of(details, result.class_names)
+    named = {"files": named_files, **summary.to_json()}
     columns = ["split", "listed", "evaluated", "failed", "top-1 %", "top-5 %"]
     parts = [
         [p.split, p.n_listed, p.n_evaluated, p.n_failed, percent(p.top1), percent(p.top5)]
@@ -77,6 +110,17 @@ def report_evaluation(
             *published_shown(beside),
         ],
     )
+
+
+def _precisions_shown(summary: PrecisionSummary) -> Iterator[Shown]:
+    """Yield the average precision of the best and the worst classes."""
+    tested = f"of {summary.classes_tested} classes"
+    first = f"best {tested}" if summary.worst_classes else "classes, best first"
+    parts = {first: summary.best_classes, f"worst {tested}": summary.worst_classes}
+    for title, classes in parts.items():
+        if classes:
+            rows = [[safe_text(c.name), c.videos, percent(c.ap)] for c in classes]
+            yield table("", [title, "videos", "AP %"], rows)
 
 
 def classes_shown(summary: ClassSummary) -> Iterator[Shown]:
@@ -109,7 +153,7 @@ def _sweep(title: str, measured: list[EvalResult]) -> Table:
         [
             *("-" if v is None else v if isinstance(v, str) else f"{v:g}" for v in shown),
             str(r.n_evaluated),
-            f"{r.top1:.2f}",
+            f"{r.mean:.2f}",
             "-" if len(r.per_split) < 2 else f"{r.std:.2f}",
             "-" if r.top5 is None else f"{r.top5:.2f}",
         ]
@@ -119,7 +163,8 @@ def _sweep(title: str, measured: list[EvalResult]) -> Table:
             strict=True,
         )
     ]
-    return table(title, [*varied, "videos", "top-1 %", "std", "top-5 %"], rows)
+    measure = f"{measured[0].measure or 'top-1'} %"
+    return table(title, [*varied, "videos", measure, "std", "top-5 %"], rows)
 
 
 def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> Iterator[Shown]:

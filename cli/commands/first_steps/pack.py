@@ -37,8 +37,8 @@ def pack(
         typer.Option(
             metavar="PATH",
             help="Official annotation file or folder (Kinetics, HMDB51, UCF101, Something-"
-            "Something V2), or a `path label` / CSV list, also of URLs; with --tars a CSV "
-            "key,class[,split].",
+            "Something V2, Charades, MultiTHUMOS), or a `path label` / CSV list, also of URLs; "
+            "with --tars a CSV key,class[,split].",
         ),
     ] = None,
     class_names: Annotated[
@@ -57,6 +57,14 @@ def pack(
         bool,
         typer.Option("--unlabelled", help="Leave classes out: for extraction and prediction."),
     ] = False,
+    multi_label: Annotated[
+        str,
+        typer.Option(
+            metavar="rows|'|'|';'",
+            help="Videos of the list may show several classes: a row for each class, or a cell "
+            "with | or ; between them (docs/multi-label.md).",
+        ),
+    ] = "",
     label_map: Annotated[
         str,
         typer.Option(
@@ -95,10 +103,10 @@ def pack(
 ) -> None:
     """Pack labelled videos into WebDataset tars, checking that each can be decoded.
 
-    For the data sets k400, k600, k700, hmdb51, ucf101 and ssv2 the official annotation files are
-    read; any other name takes a folder of class folders, a folder of files without classes, or a
-    list. Tars that exist already are taken where they lie with --tars (docs/datasets.md). To
-    continue interrupted work, run the command again.
+    For the data sets k400, k600, k700, hmdb51, ucf101, ssv2, charades and multithumos the official
+    annotation files are read; any other name takes a folder of class folders, a folder of files
+    without classes, or a list. Tars that exist already are taken where they lie with --tars
+    (docs/datasets.md). To continue interrupted work, run the command again.
 
     Example: `mote-cli pack --dataset my-clips --videos ~/videos`
     """
@@ -125,6 +133,8 @@ def pack(
                 "--samples-per-shard and --seed shape the tars that --videos makes: those of "
                 "--tars stay as they are"
             )
+        if multi_label:
+            raise UserError("--multi-label is for --videos: tars that exist have one class a video")
         choice = ClassChoice(annotations, class_names, label_field, unlabelled, naming)
         with progress_of("index", "tars") as progress:
             summary = pack_tars(
@@ -161,6 +171,7 @@ def pack(
                 unlabelled=unlabelled,
                 exclude=exclude,
                 asked=options.words_given(context, "dataset", "root", "json"),
+                multi_label=multi_label,
                 progress=progress,
             )
     failures = Path(summary.folder) / "failures.csv"

@@ -97,7 +97,8 @@ def _head_facts(head: HeldHead) -> tuple[str | None, ...]:
         f"{head.name}, {in_bytes(head.bytes)}",
         trained,
         *(
-            f"{_ROLES.get(role, role)} {percent(found['top1'])} % on {found['dataset']}, "
+            f"{_ROLES.get(role, role)} {percent(found.get('top1', found.get('mean_ap')))} %"
+            f"{' mAP' * ('mean_ap' in found)} on {found['dataset']}, "
             f"{found['when'][:16].replace('T', ' ')}"
             for role, found in newest.items()
         ),

@@ -54,7 +54,7 @@ def export(
     from heads.compatibility import check_encoder
     from heads.files.head_file import choose_head, save_head
     from heads.files.imported_run import imported_tower
-    from heads.files.portable import merged_head, save_onnx
+    from heads.files.portable import merged_head, require_one_class, save_onnx
     from heads.files.run_files import describe_run
     from heads.methods.registry import method
     from pipeline.clip_encoder import fingerprint
@@ -72,6 +72,7 @@ def export(
         official = chosen.checkpoint
         if official is None:
             raise UserError(f"{chosen.title}: there is nothing to export in the official format")
+        require_one_class(head)
         found = imported_tower(run_dir)
         if found is None:
             origin = head.origin

@@ -86,6 +86,8 @@ def finetune(
     frames: options.TrainedFrames = None,
     layers: options.Layers = None,
     experts: options.Experts = None,
+    class_sampling: options.ClassSampling = None,
+    class_weights: options.ClassWeights = None,
     seed: options.TrainingSeed = None,
     draws: Annotated[
         str | None,
@@ -203,6 +205,8 @@ def finetune(
                         warmup_epochs=warmup_epochs,
                         batch_size=batch_size,
                         accumulation=accumulation,
+                        class_sampling=class_sampling,
+                        class_weights=class_weights,
                         lr=lr,
                         weight_decay=weight_decay,
                         frames=frames,
@@ -263,6 +267,8 @@ def _say(error: BaseException, ranks: Ranks) -> None:
 
 
 def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]:
+    from featstore.balance import Balance
+
     memory = f"{summary.peak_rss_mb:.0f} MB per process" + (
         "" if summary.peak_gpu_mb is None else f", {summary.peak_gpu_mb:.0f} MB of its GPU"
     )
@@ -279,8 +285,9 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
         "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
         f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
         f"{summary.batch_size})",
+        **({"classes": Balance(**found).words} if (found := summary.class_balance) else {}),
         "loss": f"{summary.loss:.4f} after {summary.epochs} epochs",
-        "top-1": accuracy,
+        "top-1" if summary.measure == "top1" else summary.measure: accuracy,
         "time": f"{summary.seconds:.0f} s, {summary.clips_per_second:.2f} clips/s, "
         f"{summary.waiting:.0%} waiting for data ({summary.precision} on {summary.device})",
         "memory": memory,

@@ -77,6 +77,8 @@ def train_head(
     frames: options.TrainedFrames = None,
     layers: options.Layers = None,
     experts: options.Experts = None,
+    class_sampling: options.ClassSampling = None,
+    class_weights: options.ClassWeights = None,
     seed: options.TrainingSeed = None,
     precision: Annotated[
         str | None, typer.Option(metavar="auto|fp32|bf16", help="Arithmetic of training.")
@@ -147,6 +149,7 @@ def train_head(
         dim = store.provenance.dim
         shape = settings.head_config(dim, kind=head, layers=layers, experts=experts)
     # Until here nothing imports torch, so that what is named wrong is said at once.
+    from featstore.balance import Balance
     from heads.compatibility import check_fits, training_prompt_set
     from heads.files.head_file import load_head
     from heads.training.train_head import train_head as run
@@ -198,6 +201,8 @@ def train_head(
         frames=frames,
         seed=seed,
         precision=precision,
+        class_sampling=class_sampling,
+        class_weights=class_weights,
     )
     with progress_of("train", "steps") as progress:
         summary = run(
@@ -224,6 +229,7 @@ def train_head(
         "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
         + (f" ({summary.trained_on})" if summary.trained_on else ""),
         **({} if excluded is None else {"excluded": excluded.words}),
+        "classes": Balance(**summary.class_balance).words,
         "epochs": f"{summary.epochs} ({summary.resumed_from} done before)",
         "loss": "-" if summary.loss is None else f"{summary.loss:.4f}",
         **_gained(summary),
@@ -239,16 +245,19 @@ def _gained(summary: TrainSummary) -> dict[str, str]:
     found = summary.validation
     if found is None:
         return {}
-    above = found["top1"] - found["no_head"]
+    measure = next(name for name in ("top1", "mAP") if name in found)
+    above, unit = found[measure] - found["no_head"], " of mAP" * (measure == "mAP")
     others = {"no head": found["no_head"], **found["baselines"]}
     lines = {
         "validated on": found["videos"],
-        "gained": f"{above:+.1f} points: {found['top1']:.1f} %, "
+        "gained": f"{above:+.1f} points{unit}: {found[measure]:.1f} %, "
         + ", ".join(f"{name} {top1:.1f}" for name, top1 in others.items()),
     }
     if found["kept_epoch"] is not None:
         epoch = f"epoch {found['kept_epoch']}" if found["kept_epoch"] else "no epoch"
         best = found["kept_epoch"] != summary.epochs
-        last = f"; the last as {summary.run}/last ({found['last_top1']:.1f} %)" if best else ""
+        last = (
+            f"; the last as {summary.run}/last ({found[f'last_{measure}']:.1f} %)" if best else ""
+        )
         lines["kept"] = f"{epoch} of {summary.epochs} as {summary.run}{last}"
     return lines

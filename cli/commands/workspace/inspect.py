@@ -39,7 +39,8 @@ def _short(name: str, value: Any) -> Any:
         return in_bytes(value)
     if name == "newest":
         value = {
-            f"{role} {facts['dataset']}": f"{percent(facts['top1'])} ({facts['when'][:10]})"
+            f"{role} {facts['dataset']}": f"{percent(facts.get('top1', facts.get('mean_ap')))} "
+            f"({facts['when'][:10]})"
             for role, facts in value.items()
         }
     if name == "failures":

@@ -20,6 +20,7 @@ from featstore.workspace import FIRST_STAGE, LAST_EPOCH, Workspace
 from heads.evaluation.next_steps import evaluation_of, newest_evaluation
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
+from heads.evaluation.several_classes import MEASURE
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,14 @@ class SavedResult:
         return name
 
     @property
-    def top1(self) -> float:
-        """Top-1 in percent, unrounded; the mean if there are several test sets."""
-        return float(self.values["top1"])
+    def measure(self) -> str:
+        """The name of `number` in the file: "top1", or "mean_ap" of several classes a video."""
+        return "mean_ap" if self.values.get("measure") == MEASURE else "top1"
+
+    @property
+    def number(self) -> float:
+        """What was measured, in percent, unrounded; the mean if there are several test sets."""
+        return float(self.values[self.measure])
 
     @property
     def splits(self) -> dict[str, Mapping[str, Any]]:
@@ -159,7 +165,8 @@ def read_result(path: Path) -> SavedResult:
         values = parse_json(raw)
         texts = [values[name] for name in ("protocol", "dataset", "head")]
         texts += [part["split"] for part in values["per_split"]]
-        numbers = [values["top1"], *(part["top1"] for part in values["per_split"])]
+        measure = "mean_ap" if values.get("measure") == MEASURE else "top1"
+        numbers = [values[measure], *(part[measure] for part in values["per_split"])]
         if not all(isinstance(text, str) for text in texts) or not all(map(_is_number, numbers)):
             raise ValueError("a name or a number is something else")
     except (ValueError, LookupError, TypeError) as error:
@@ -273,7 +280,7 @@ def compare(a: SavedResult, b: SavedResult) -> Comparison:
         numbers=tuple(
             Number(split, name, of_a[name], of_b[name], of_b[name] - of_a[name])
             for split, of_a, of_b in pairs
-            for name in ("top1", "top5")
+            for name in ("top1", "top5", "mean_ap")
             if _is_number(of_a.get(name)) and _is_number(of_b.get(name))
         ),
         only_a=tuple(name for name in one if name not in other),

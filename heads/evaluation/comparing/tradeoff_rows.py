@@ -108,7 +108,7 @@ class TradeoffRow:
     @property
     def top1(self) -> list[float | None]:
         """Top-1 of each of `results`."""
-        return [None if result is None else result.top1 for result in self.results]
+        return [None if result is None else result.number for result in self.results]
 
     @property
     def zeroshot_top1(self) -> float | None:
@@ -130,7 +130,7 @@ class TradeoffRow:
             "closeset_top1": self.top1[0],
             "closeset_file": None if closeset is None else str(closeset.path),
             "zeroshot": {
-                result.dataset: {"top1": result.top1, "file": str(result.path)}
+                result.dataset: {"top1": result.number, "file": str(result.path)}
                 for result in zeroshot
                 if result is not None
             },
@@ -146,7 +146,12 @@ def _mean_of_known(values: Sequence[float | None]) -> float | None:
 
 
 def is_of(result: SavedResult, role: Role, name: str) -> bool:
-    """Return whether a result belongs into the column of a role and a data set or protocol."""
+    """Return whether a result belongs into the column of a role and a data set or protocol.
+
+    Results on videos of several classes have no accuracy, so they belong into none.
+    """
+    if result.measure != "top1":
+        return False
     if result.protocol_name == name:  # a protocol that is named may be half-class
         return (result.role == "closeset") == (role == "closeset")
     return result.role == role and known_dataset(name) == known_dataset(result.dataset)

@@ -105,6 +105,7 @@ def build_test_sets(
     lists = listed_rows(protocol, store, split)
     if protocol.kind != "halfclass":
         return tuple(TestSet(name, rows) for name, rows in lists.items())
+    store.require_one_label(f"protocol {protocol.name}")
     from heads.evaluation.protocols.half_class import half_class_draws  # loads torch
 
     ((listed, rows),) = lists.items()

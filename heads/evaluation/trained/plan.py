@@ -55,6 +55,7 @@ class ShotPlan:
     content_hashes: ContentHashes = lambda dataset: {}
 
     def __post_init__(self) -> None:
+        self.train.require_one_label("a number of videos per class")
         if self.train.class_names != self.test.class_names:
             differing = set(self.train.class_names) ^ set(self.test.class_names)
             raise UserError(

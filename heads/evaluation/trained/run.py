@@ -161,7 +161,7 @@ class _BestEpoch:
     def __call__(self, head: Head, epoch: int) -> Mapping[str, float]:
         facts = RunFacts(epoch=epoch, epoch_choice=LAST)
         with _no_warnings():
-            top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).top1
+            top1 = self._evaluate(head, self._run.tests, facts, self._run.run_dir.name).mean
         best = self._read()
         # An epoch that is repeated after a kill finds its own equal note and does not replace it.
         if best is None or top1 > best[TEST_TOP1]:
@@ -198,11 +198,12 @@ def base_to_novel(outcomes: Sequence[ShotOutcome], *, best: bool = False) -> dic
     seeds = [
         {
             "draw": outcome.run.draw,
-            "base": result.per_split[0].top1,
-            "novel": result.per_split[1].top1,
-            "harmonic_mean": statistics.harmonic_mean([part.top1 for part in result.per_split]),
+            "base": base,
+            "novel": novel,
+            "harmonic_mean": statistics.harmonic_mean([base, novel]),
         }
         for outcome, result in zip(outcomes, found, strict=True)
+        for base, novel in [[part.top1 or 0.0 for part in result.per_split]]
     ]
     columns = {name: [seed[name] for seed in seeds] for name in ("base", "novel", "harmonic_mean")}
     base, novel, means = map(statistics.fmean, columns.values())

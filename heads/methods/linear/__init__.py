@@ -45,4 +45,5 @@ METHOD = Method(
     end_to_end=False,
     modulated=False,
     portable=False,
+    multi_label=True,
 )

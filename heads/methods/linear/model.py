@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -56,18 +56,23 @@ class LinearHead(OwnClassesHead):
     def fit(self, embeddings: Tensor, labels: Tensor, seed: int) -> dict[str, float]:
         """Learn the classes, as `Head.fit`; the penalty is chosen unless the configuration has it.
 
-        Returns the last `loss` (mean cross-entropy in nats, without the penalty) and the penalty,
-        `regularisation`.
+        With labels [n,S] of several classes a video, every class has a logistic regression of its
+        own. Returns the last `loss` (mean cross-entropy in nats, without the penalty) and the
+        penalty, `regularisation`.
         """
         embeddings = embeddings.to(self.weight)
         texts = functional.normalize(self.training_class_embeddings, dim=-1)
         texts = self.logit_scale.exp() * texts
+        if labels.ndim == 2:
+            labels = labels.to(embeddings)
         strength = self.config.regularisation or _best_strength(embeddings, labels, texts, seed)
         regression = _Regression(embeddings, labels, texts)
         regression.solve(strength, FINAL_STEPS)
         weight, bias = regression.classes()
         self.weight.copy_(weight)
         self.bias.copy_(bias)
+        if self.logit_bias is not None:
+            self.logit_bias.zero_()  # the classes' own offsets say it all
         self.config = replace(self.config, regularisation=strength)
         loss = _cross_entropy(embeddings, labels, weight, bias)
         return {"loss": loss, "regularisation": strength}
@@ -101,10 +106,13 @@ def _best_strength(embeddings: Tensor, labels: Tensor, texts: Tensor, seed: int)
 def _folds(labels: Tensor, classes: int, seed: int) -> Tensor:
     """Divide the videos of every class among the folds, int64 [n]; -1 for the only one of a class.
 
+    Videos of several classes are divided at random.
     The only video of a class is never left out, because nothing could be learnt of that class.
     """
     where = labels.cpu()
     order = torch.randperm(len(where), generator=torch.Generator().manual_seed(seed))
+    if where.ndim == 2:
+        return (order % FOLDS).to(labels.device)
     order = order[torch.argsort(where[order], stable=True)]
     counts = torch.bincount(where, minlength=classes)
     number = torch.arange(len(where)) - (counts.cumsum(0) - counts)[where[order]]
@@ -117,8 +125,16 @@ def _cross_entropy(embeddings: Tensor, labels: Tensor, weight: Tensor, bias: Ten
     """Return the mean cross-entropy of videos in nats."""
     loss = 0.0
     for part, truth in _parts(embeddings, labels, len(weight)):
-        loss += float(functional.cross_entropy(part @ weight.T + bias, truth, reduction="sum"))
+        logits = part @ weight.T + bias
+        entropy: Any = functional.cross_entropy
+        if truth.ndim == 2:
+            entropy = functional.binary_cross_entropy_with_logits
+        loss += float(entropy(logits, truth, reduction="sum"))
     return loss / len(labels)
+
+
+def _sum_of_bits(logits: Tensor, truth: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum")
 
 
 def _parts(embeddings: Tensor, labels: Tensor, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,6 +145,7 @@ def _parts(embeddings: Tensor, labels: Tensor, classes: int) -> Iterator[tuple[T
 class _Regression:
     """The regression of `labels` [n] on `embeddings` [n,D], with `texts` [S,D] to start from.
 
+    Labels are [n,S] where a video may have several classes.
     It works on embeddings that are moved to mean 0 and scaled to mean square length 1, so that a
     penalty means the same for every encoder.
     """
@@ -140,6 +157,8 @@ class _Regression:
         self.length = length.clamp(min=1e-6)
         self.change = torch.zeros_like(texts)
         self.offset = texts.new_zeros(len(texts))
+        if labels.ndim == 2:
+            self.offset -= (embeddings @ texts.T).mean(0)  # else all classes would be certain
         self.share = texts.new_ones(())
 
     def classes(self) -> tuple[Tensor, Tensor]:
@@ -166,11 +185,16 @@ class _Regression:
             total = self.share.new_zeros(())
             of_weight, of_bias = torch.zeros_like(weight), torch.zeros_like(bias)
             for part, truth in _parts(self.embeddings, self.labels, len(weight)):
-                logs = (part @ weight.T + bias).log_softmax(1)
-                at = (each[: len(truth)], truth)
-                total -= logs[at].sum() / n
-                difference = logs.exp_().div_(n)
-                difference[at] -= 1 / n
+                logits = part @ weight.T + bias
+                if truth.ndim == 2:
+                    total += _sum_of_bits(logits, truth) / n
+                    difference = logits.sigmoid_().sub_(truth).div_(n)
+                else:
+                    logs = logits.log_softmax(1)
+                    at = (each[: len(truth)], truth)
+                    total -= logs[at].sum() / n
+                    difference = logs.exp_().div_(n)
+                    difference[at] -= 1 / n
                 of_weight += difference.T @ part
                 of_bias += difference.sum(0)
             moved = (of_weight - of_bias[:, None] * self.mean) / self.length

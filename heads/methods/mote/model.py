@@ -88,7 +88,15 @@ class TemporalHead(Head):
         """Return `mote_loss` of `training_pass`; arguments as `Head.training_loss`."""
         passes = self.training_pass(features, class_embeddings, draw, subsets)
         with torch.autocast(features.device.type, enabled=False):
-            return mote_loss(passes, features, labels, logit_scale.exp(), **weights)
+            return mote_loss(
+                passes,
+                features,
+                labels,
+                logit_scale.exp(),
+                **weights,
+                logit_bias=self.logit_bias,
+                class_weights=self.class_weights,
+            )
 
     def check_loss_weights(self, weights: Mapping[str, float]) -> None:
         """Raise UserError if a plain transformer, with its one pass, has expert weight 0."""

@@ -78,7 +78,8 @@ class DocumentReader:
         rows, crc_of_checksums, size, time = commit
         assert rows == self.attributes["tars"][tar]["rows"]
         assert time > 0
-        found: dict[str, Any] = {name: self.texts(name, tar) for name in ("key", "reason")}
+        names = ("key", "reason", *(("spans",) if self.schema.get("multi_label") else ()))
+        found: dict[str, Any] = {name: self.texts(name, tar) for name in names}
         for name, dtype in PER_ROW.items():
             found[name] = np.frombuffer(unsealed(self.file(name, tar)), dtype)
             assert len(found[name]) == self.capacity

@@ -27,6 +27,8 @@ def test_known_sets_have_their_numbers_of_classes() -> None:
         "hmdb51": 51,
         "ucf101": 101,
         "ssv2": 174,
+        "charades": 157,
+        "multithumos": 65,
     }
 
 

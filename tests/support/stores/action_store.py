@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from featstore import ClassText, Partition, Store, StoreSchema, StoreWriter, open_store
 from featstore.format.metadata import StoreMetadata, TarEntry
+from featstore.format.spans import Span
 from tests.support.stores.sample_stores import make_provenance
 
 ACTIONS = ("jump", "run", "sit", "stand", "throw", "wave", "climb stairs", "brush hair")
@@ -30,12 +32,15 @@ def action_store(
     seed: int = 0,
     class_names: Sequence[str] = ACTIONS,
     swapped: Sequence[int] = (),
+    several: npt.NDArray[np.bool_] | None = None,
     **provenance: Any,
 ) -> Store:
     """One partition of `samples` rows; row i has label i % classes and lies in split i % splits.
 
     Features are the class's text embedding, `confused` times that of the next class, and noise;
     rows in `failed` failed in extraction, and those `swapped` have the label of the next class.
+    `several` [samples, classes] says which classes each row shows, where it may be several: then
+    its features are the sum of their texts, and of `confused` times those of the next classes.
     """
     rng = np.random.default_rng(seed)
     texts = np.random.default_rng(7).standard_normal((classes, dim)).astype(np.float32)
@@ -43,6 +48,9 @@ def action_store(
     labels = np.arange(samples, dtype=np.int32) % classes
     shape = (samples, views, frames)
     shown = texts[labels] + confused * texts[(labels + 1) % classes]
+    if several is not None:
+        mixed = several + confused * np.roll(several, 1, axis=1)
+        shown, labels = mixed @ texts, np.full(samples, -1, np.int32)
     features = 2 * shown[:, None, None] + noise * rng.standard_normal((*shape, dim))
     labels[list(swapped)] = (labels[list(swapped)] + 1) % classes
     status = np.ones(samples, np.uint8)
@@ -52,7 +60,7 @@ def action_store(
     times = np.zeros(shape)
     indices[bad], times[bad] = -1, np.nan
     names = tuple(class_names[:classes])
-    schema = StoreSchema.create(1, samples, views, frames, dim)
+    schema = StoreSchema.create(1, samples, views, frames, dim, multi_label=several is not None)
     writer = StoreWriter.init(
         path,
         StoreMetadata(
@@ -79,6 +87,9 @@ def action_store(
                 frame_index=indices,
                 pts=times,
                 features=features.astype(np.float16),
+                spans=None
+                if several is None
+                else [[Span(int(c)) for c in np.flatnonzero(row)] for row in several],
             ),
         )
     return open_store(path)

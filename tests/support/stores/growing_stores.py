@@ -120,7 +120,7 @@ def same_partitions(one: Path, other: Path, places: Mapping[int, int]) -> None:
 def equal_partitions(one: Partition, other: Partition) -> None:
     for name in asdict(one):
         left, right = getattr(one, name), getattr(other, name)
-        if isinstance(left, list):
+        if left is None or isinstance(left, list):
             assert left == right, name
         else:
             assert left.dtype == right.dtype, name
