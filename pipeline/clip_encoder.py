@@ -60,6 +60,9 @@ class Encoder:
     were loaded from; `logit_scale` is the multiplier (already exponentiated).
     """
 
+    frames_together = 1
+    """The number of successive frames that must be encoded in one call."""
+
     def __init__(self, loaded: LoadedClip, precision: str = "fp32", device: str = "cpu") -> None:
         self.name = loaded.name
         self.model_config = loaded.model_config

@@ -8,7 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from heads.methods.dist.config import DistConfig
+from heads.methods.registry import Method
+
 if TYPE_CHECKING:
+    from heads.methods.dist.head import DistHead
     from heads.methods.dist.branch import DistBranch as DistBranch
     from heads.methods.dist.model import DistModel as DistModel
     from heads.methods.dist.training import Mix as Mix
@@ -30,6 +34,28 @@ _HOMES = {
         "training",
     ),
 }
+
+
+def dist_head(config: DistConfig, training_classes: int) -> DistHead:
+    """Return the head of a configuration, before its weights are drawn."""
+    from heads.methods.dist.head import DistHead
+
+    return DistHead(config, training_classes)
+
+
+METHOD = Method(
+    name="dist",
+    title="DiST",
+    config=DistConfig,
+    head=dist_head,
+    from_store=False,
+    end_to_end=False,
+    pixels=True,
+    scaled=True,
+    modulated=False,
+    portable=False,
+    official="heads.methods.dist.official",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ from heads.methods.dist import (
 )
 from heads.methods.dist.branch import QuickGelu
 from heads.methods.dist.config import DistConfig, ratio_of
+from heads.methods.dist.head import DistHead, packed_vectors
 from tests.support.golden.checks import check_folder
 from tests.support.golden.dist import DIST_KINDS, clips_of, model_of, stored
 
@@ -269,3 +270,33 @@ def test_names_from_before_the_release_are_read(released: dict[str, Any]) -> Non
     assert ours.config == theirs.config
     for name, value in theirs.model.state_dict().items():
         assert ours.model.state_dict()[name].equal(value)
+
+
+def test_a_store_keeps_the_vectors_of_a_view_as_exactly_as_float32() -> None:
+    video, clip = (functional.normalize(torch.randn(5, 32), dim=-1) for _ in range(2))
+    head = DistHead(
+        DistConfig(dim=32, width=64, patch=8, selected_layers=(0,), integration_dim=64), 0
+    )
+    stored_rows = packed_vectors(video, clip, 16).half().float()
+    _, found, mean = head.view_vectors(stored_rows)
+    assert float((found - video).abs().max()) < 1e-7
+    assert float((mean - clip).abs().max()) < 1e-7
+    with pytest.raises(UserError, match="8 rows a view are not what DiST made: it needs all 16"):
+        head.view_vectors(stored_rows[:, :8])
+    with pytest.raises(UserError, match="does not say which image tower"):
+        DistHead(DistConfig(dim=32), 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (torch.zeros(2, 78, dtype=torch.int64), "token ids must be whole numbers"),
+        (torch.zeros(2, 77), "token ids must be whole numbers"),
+        (torch.full((2, 5), 61), "token id 61 is none of the encoder's 61"),
+    ],
+)
+def test_token_ids_that_a_tower_lacks_are_refused(tokens: Tensor, words: str) -> None:
+    _, encoder, _ = model_of(stored(DATA / "dist_model_0.npz"))
+    with pytest.raises(ValueError, match=words):
+        encoder.encode_tokens(tokens)
+    assert encoder.encode_tokens(torch.zeros(0, 77, dtype=torch.int64)).shape == (0, 32)
