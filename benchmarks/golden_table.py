@@ -2,8 +2,9 @@
 
     python benchmarks/golden_table.py [FOLDER] [--json FILE]
 
-FOLDER holds golden files (tests/data/golden by default; others of the same kinds, with other seeds
-and shapes, work as well). Exit code 1 when an error is above its tolerance, 2 without files.
+FOLDER holds golden files (by default tests/data/golden and golden_dist; others of the same kinds,
+with other seeds and shapes, work as well). Exit code 1 when an error is above its tolerance, 2
+without files.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ import torch
 TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS.parent))
 
-from tests.support.golden.checks import check_folder  # noqa: E402  # lies with the tests that use it
+# They lie with the tests that use them.
+from tests.support.golden.checks import KINDS, check_folder  # noqa: E402
+from tests.support.golden.dist import DIST_KINDS  # noqa: E402
 
 
 def main() -> None:
     """Recompute, print, and say whether everything holds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=TESTS / "data" / "golden")
+    parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--json", type=Path, help="also write the table here")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    found = [(file.name, check) for file, check in check_folder(chosen.folder)]
+    folders = [chosen.folder] if chosen.folder else sorted((TESTS / "data").glob("golden*"))
+    kinds = {**KINDS, **DIST_KINDS}
+    found = [(file.name, check) for f in folders for file, check in check_folder(f, kinds)]
     if not found:
-        print(f"no golden files in {chosen.folder}", file=sys.stderr)
+        print(f"no golden files in {chosen.folder or TESTS / 'data'}", file=sys.stderr)
         sys.exit(2)
     common.table(
         ["file", "quantity", "largest error", "tolerance", ""],

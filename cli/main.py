@@ -74,7 +74,7 @@ COMMANDS: Final = {
     ),
     "import-checkpoint": (
         "cli.commands.heads.import_checkpoint:import_checkpoint",
-        "Turn a checkpoint of MoTE's released code into encoders/NAME and heads/NAME.",
+        "Turn a checkpoint of a method's authors into encoders/NAME and heads/NAME.",
     ),
     "export": (
         "cli.commands.heads.export:export",

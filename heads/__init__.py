@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from heads.evaluation.results import save_result as save_result
     from heads.files.head_file import load_head as load_head
     from heads.files.head_file import save_head as save_head
+    from heads.methods.dist.official import ImportedDist as ImportedDist
+    from heads.methods.dist.official import import_dist_checkpoint as import_dist_checkpoint
     from heads.methods.head import Head as Head
     from heads.methods.head import build_head as build_head
     from heads.methods.mote.config import HeadConfig as HeadConfig
@@ -44,6 +46,7 @@ _HOMES = {
     "heads.evaluation.protocols.choose": ("PROTOCOLS", "Protocol", "TestSet", "build_test_sets"),
     "heads.evaluation.results": ("EvalResult", "RunFacts", "save_result"),
     "heads.files.head_file": ("load_head", "save_head"),
+    "heads.methods.dist.official": ("ImportedDist", "import_dist_checkpoint"),
     "heads.methods.head": ("Head", "build_head"),
     "heads.methods.mote.config": ("HeadConfig",),
     "heads.methods.mote.losses": ("LossTerms", "TrainingPass", "mote_loss"),

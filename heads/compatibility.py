@@ -125,6 +125,8 @@ def knows_classes(head: Head, text: ClassText) -> bool:
     if head.origin.class_names is not None:
         return set(head.origin.class_names) == set(text.names)
     trained = head.training_class_embeddings.cpu()
+    if not len(trained):  # an imported head whose file says nothing of its classes
+        return True
     if trained.shape != text.embeddings.shape:
         return False
     tested = functional.normalize(torch.from_numpy(text.embeddings), dim=-1)

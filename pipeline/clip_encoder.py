@@ -62,6 +62,9 @@ class Encoder:
     were loaded from; `logit_scale` is the multiplier (already exponentiated).
     """
 
+    frames_together = 1
+    """The number of successive frames that must be encoded in one call."""
+
     def __init__(self, loaded: LoadedClip, precision: str = "fp32", device: str = "cpu") -> None:
         self.name = loaded.name
         self.model_config = loaded.model_config
@@ -140,7 +143,15 @@ class Encoder:
 
     @torch.no_grad()
     def encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Encode token ids int64 [n,L] -> float32 [n,D], not normalised."""
+        """Encode token ids int64 [n,L] -> float32 [n,D], not normalised; L is at most the tower's.
+
+        An embedding is read at a sentence's largest id, the end of the text. A tower in float64
+        gives float64. Raises ValueError for another shape or type, and for ids that the model
+        lacks.
+        """
+        self._check_tokens(tokens)
+        if not len(tokens):
+            return torch.zeros(0, self.dim, device=self.device)
         return torch.cat(
             [
                 self._encode_tokens(part)
@@ -148,11 +159,27 @@ class Encoder:
             ]
         )
 
+    def _check_tokens(self, tokens: torch.Tensor) -> None:
+        fits = tokens.ndim == 2 and 1 <= tokens.shape[1] <= self.context_length
+        if not fits or tokens.is_floating_point() or tokens.dtype == torch.bool:
+            raise ValueError(
+                f"token ids must be whole numbers [n, 1 to {self.context_length}], not "
+                f"{tokens.dtype} {list(tokens.shape)}"
+            )
+        vocabulary = cast(int | None, getattr(self.model, "vocab_size", None))
+        if vocabulary is not None and len(tokens):
+            lowest, highest = (int(v) for v in tokens.aminmax())
+            if lowest < 0 or highest >= vocabulary:
+                raise ValueError(
+                    f"token id {lowest if lowest < 0 else highest} is none of the encoder's "
+                    f"{vocabulary}"
+                )
+
     def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         model = cast(Any, self.model)
         usual = type(model) is open_clip.CLIP and model.text_pool_type == "argmax"
         if not usual or model.attn_mask is None:
-            return cast(torch.Tensor, model.encode_text(tokens)).float()
+            return _at_least_float32(cast(torch.Tensor, model.encode_text(tokens)))
         # Attention only looks back, and the embedding is read at the end-of-text token (the
         # largest id). Places after the last such token in the batch change nothing, so most of
         # the 77 places need no computation.
@@ -166,7 +193,7 @@ class Encoder:
             hidden = projection(hidden)
         elif projection is not None:
             hidden = hidden @ projection
-        return cast(torch.Tensor, hidden).float()
+        return _at_least_float32(cast(torch.Tensor, hidden))
 
     @torch.no_grad()
     def class_embeddings(
@@ -260,6 +287,10 @@ class Encoder:
             end = time.perf_counter() if on_gpu else time.process_time()
             seconds.append(max(end - start, 1e-9))
         return min(seconds), output
+
+
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def image_embeddings(image_tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:

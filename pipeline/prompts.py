@@ -58,6 +58,16 @@ _SHAPE = '{"class name": ["a sentence", ...], ...}'
 _NAMED = 3  # the most names that an error shows
 
 
+def bare_sentence(class_name: str, prefix: str = "") -> str:
+    """Return the sentence that DiST (Qing et al., ICCV 2023) makes of a class name.
+
+    Double quotes are taken out and outer blanks stripped; a prefix and one blank come first. The
+    released configurations have no prefix, so that this is the prompt set "name".
+    """
+    name, first = class_name.replace('"', "").strip(), prefix.strip()
+    return f"{first} {name}" if first else name
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """A named set of the sentences that stand for a class.

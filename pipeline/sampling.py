@@ -8,21 +8,27 @@ ValueError for fewer than one frame or segment.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from featstore.errors import UserError, meant
 from featstore.segments import IntArray, segment_positions, segment_ranges
+
+Kind = Literal["uniform", "clips", "dense", "dist"]
+FloatArray = npt.NDArray[np.float32]
 
 DENSE_SPAN = 128  # frames that one clip of dense sampling covers
 MAX_FRAMES = 4096  # of one video in a store; far above any published protocol
 
 SYNTAX = (
     "uniform:F (F frames over the whole video), clips:TxV (V clips of T frames each over the "
-    "whole video) or dense:TxV (V windows of 128 frames, T frames of each)"
+    "whole video), dense:TxV (V windows of 128 frames, T frames of each) or dist:TxV (V clips of "
+    "one frame from each of T segments, as DiST tests)"
 )
 
 
@@ -80,11 +86,50 @@ def dense_train_indices(n: int, segments: int, start: int) -> IntArray:
     return (start + np.arange(segments) * (DENSE_SPAN // segments)) % n
 
 
+def dist_edges(n: int, segments: int) -> FloatArray:
+    """Edges of the segments of `n` frames in DiST's sampling, float32 [segments + 1], from 0 to n.
+
+    Source: DiST (Qing et al., ICCV 2023), its released code, which works in single precision.
+    """
+    if n <= 0 or segments <= 0:
+        raise ValueError(f"frames and segments must be positive, not {n} and {segments}")
+    return np.linspace(0, n, segments + 1, dtype=np.float32)
+
+
+def dist_train_indices(n: int, segments: int, draws: Sequence[float] | FloatArray) -> IntArray:
+    """DiST's training frames: int64 [segments], each at the share `draws` of its segment.
+
+    `draws` [segments] are even from 0 to 1. Places are rounded half to even, so that a segment can
+    give the first frame of the next one.
+    """
+    edges = dist_edges(n, segments)
+    places = edges[:-1] + np.diff(edges) * np.asarray(draws, np.float32)
+    return _nearest(places, n)
+
+
+def dist_test_indices(n: int, segments: int, clips: int) -> IntArray:
+    """DiST's test frames: int64 [clips, segments].
+
+    Clip k of V takes the place (k + 1) / V of every segment, the last one its right end; a single
+    clip takes the middle.
+    """
+    edges = dist_edges(n, segments)
+    if clips == 1:
+        return _nearest((edges[:-1] + edges[1:]) / 2, n)[None]
+    steps = np.arange(1, clips + 1)[:, None].astype(np.float32)
+    return _nearest(edges[:-1] + np.diff(edges) * steps / np.float32(clips), n)
+
+
+def _nearest(places: npt.NDArray[np.floating], n: int) -> IntArray:
+    nearest: IntArray = np.rint(np.clip(places, 0, n - 1)).astype(np.int64)
+    return nearest
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """A way of taking `clips` clips of `frames` frames; `text` is how it is written in options."""
 
-    kind: Literal["uniform", "clips", "dense"]
+    kind: Kind
     frames: int
     clips: int
 
@@ -99,6 +144,8 @@ class Sampling:
         """Frame indices of a video: int64 [clips, frames], each in [0, num_frames)."""
         if self.kind == "uniform":
             return validation_indices(num_frames, self.frames)[None]
+        if self.kind == "dist":
+            return dist_test_indices(num_frames, self.frames, self.clips)
         return test_indices(num_frames, self.frames, self.clips, dense=self.kind == "dense")
 
 
@@ -134,11 +181,11 @@ def window_bounds(num_frames: int, fps: float, seconds: float) -> tuple[int, ...
 
 def parse_sampling(text: str) -> Sampling:
     """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError that shows the syntax."""
-    match = re.fullmatch(r"(uniform|clips|dense):([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip())
+    match = re.fullmatch(r"(uniform|clips|dense|dist):([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip())
     if match is None or (match[1] == "uniform") != (match[3] is None):
-        near = meant(text.partition(":")[0], ("uniform", "clips", "dense"))
+        near = meant(text.partition(":")[0], get_args(Kind))
         raise UserError(f"sampling {text!r} is not understood: {near}write {SYNTAX}")
-    kind = cast(Literal["uniform", "clips", "dense"], match[1])
+    kind = cast(Kind, match[1])
     sampling = Sampling(kind, int(match[2]), int(match[3] or 1))
     if not 1 <= sampling.frames * sampling.clips <= MAX_FRAMES:
         raise UserError(

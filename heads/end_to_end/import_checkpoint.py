@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
 from heads.arithmetic import resolve_device
+from heads.end_to_end.import_dist import PROMPTS, clip_of, dist_head
 from heads.files.head_file import save_head, save_tensors
 from heads.files.imported_run import require_class_names
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE
+from heads.methods.dist.official import DistCheckpoint
 from heads.methods.mote.official import import_official_checkpoint
 from heads.methods.registry import read_checkpoint, require_run_name
 from heads.methods.settings import HeadOrigin
+from heads.prediction.pixel_encoder import DistEncoder
 from pipeline.annotations.class_names import natural_class_name
 from pipeline.annotations.label_names import read_names
 from pipeline.clip_encoder import Encoder
@@ -60,6 +64,8 @@ def import_checkpoint(
             raise UserError(f"{folder} exists already: choose another --name or remove it")
     names = None if class_names_file is None else tuple(read_names(class_names_file).values())
     _, checkpoint = read_checkpoint(file)
+    if isinstance(checkpoint, DistCheckpoint):
+        return _import_dist(workspace, file, name, checkpoint, clip, names, device, progress)
     spec = clip or published_clip(checkpoint.tower_state)
     try:
         original = original_clip(spec, workspace.root / "encoders")
@@ -74,25 +80,10 @@ def import_checkpoint(
     if names is not None:
         embeddings = encoder.class_embeddings(names, DEFAULT_PROMPTS, progress)
         require_class_names(head, names, embeddings.cpu())
-    head.origin = origin = HeadOrigin(
-        dataset="",
-        dataset_fingerprint="",
-        encoder=name,
-        encoder_fingerprint=encoder.fingerprint,
-        encoder_precision="",
-        sampling="",
-        crops=1,
-        preprocessing=encoder.preprocessing.to_json(),
-        prompt_set=DEFAULT_PROMPTS,
-        # As data sets write them.
-        class_names=None if names is None else tuple(map(natural_class_name, names)),
-        frames=frames,
-    )
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    head.origin = origin = _origin(encoder, name, names, frames)
     facts = {
         "file": file.name,
-        "sha256": digest,
+        "sha256": _digest(file),
         "epoch": imported.epoch,
         "clip": spec,
         "blend": blend,
@@ -121,4 +112,84 @@ def import_checkpoint(
         "n_classes": head.training_class_embeddings.shape[0],
         "class_names_known": names is not None,
         "frames": frames,
+        "tower": f"{blend:g} of {file.name}, the rest {spec}",
+        "parts": f"{head.config.layers} layers, {head.config.experts} experts, "
+        f"{head.config.attention_heads} attention heads, epoch {imported.epoch}",
     }
+
+
+def _import_dist(
+    workspace: Workspace,
+    file: Path,
+    name: str,
+    checkpoint: DistCheckpoint,
+    clip: str | None,
+    names: tuple[str, ...] | None,
+    device: str,
+    progress: ProgressSink,
+) -> dict[str, Any]:
+    """As `import_checkpoint`, for a checkpoint of DiST: its CLIP is frozen and never blended."""
+    where = resolve_device(device).type
+    loaded, imported = clip_of(checkpoint, workspace, clip, name)
+    text = Encoder(loaded, "fp32", where)
+    head = dist_head(imported, text, names, progress)
+    encoder = DistEncoder(loaded, head, "fp32", where)
+    config, frames = head.config, head.config.dense_frames
+    head.origin = origin = replace(
+        _origin(encoder, name, names, frames), sampling=f"dist:{frames}x1", prompt_set=PROMPTS
+    )
+    facts = {
+        "file": file.name,
+        "sha256": _digest(file),
+        "epoch": imported.epoch,
+        "clip": clip or "the file's own",
+        "logit_scale": text.logit_scale,
+    }
+    described = {"head": config.to_json(), "data": origin.to_json(), "imported": facts}
+    folders = workspace.encoder_dir(name), workspace.run_dir(name)
+    with new_folders(workspace.root / f".importing-{name}", *folders) as made:
+        encoder_folder, run_folder = made
+        save_open_clip_folder(
+            loaded.model.cpu(), loaded.model_config, loaded.preprocess_config, encoder_folder
+        )
+        save_head(head.cpu(), run_folder / HEAD_FILE)
+        write_json(run_folder / CONFIG_FILE, described)
+    return {
+        "name": name,
+        "encoder": str(folders[0]),
+        "head": str(folders[1]),
+        "encoder_fingerprint": encoder.fingerprint,
+        **facts,
+        "dim": config.dim,
+        "layers": len(config.selected_layers),
+        "pooling_layers": config.pooling_layers,
+        "n_classes": len(names or ()),
+        "class_names_known": names is not None,
+        "frames": frames,
+        "tower": "as it is" if clip is None else f"the CLIP {clip}",
+        "parts": f"DiST, {config.slow_frames}+{frames} frames, {len(config.selected_layers)} "
+        f"layers, {config.pooling_layers} pooling blocks",
+    }
+
+
+def _origin(encoder: Encoder, name: str, names: tuple[str, ...] | None, frames: int) -> HeadOrigin:
+    """Return what an imported head knows of its training."""
+    return HeadOrigin(
+        dataset="",
+        dataset_fingerprint="",
+        encoder=name,
+        encoder_fingerprint=encoder.fingerprint,
+        encoder_precision="",
+        sampling="",
+        crops=1,
+        preprocessing=encoder.preprocessing.to_json(),
+        prompt_set=DEFAULT_PROMPTS,
+        # As data sets write them.
+        class_names=None if names is None else tuple(map(natural_class_name, names)),
+        frames=frames,
+    )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -272,6 +272,8 @@ def _result(
     notes = list(record["notes"])
     if scoring.fusion != protocol.fusion and not several:
         notes.append(f"views are fused by {scoring.fusion}, published with {protocol.fusion}")
+    if scoring.scaled and scoring.fusion == "softmax":
+        notes.append("views are fused by the softmax of logits, with the multiplier of cosines")
     mean, mean_top5 = float(np.mean(top1)), float(np.mean(top5)) if top5 else None
     values = {
         **record,

@@ -128,7 +128,7 @@ class Measurement:
             if clip is not None:
                 ensemble = clip.summaries(self.listed_keys(part)), clip.classes
             trained = head.training_class_embeddings
-            block = BlockScores(summaries, classes, trained, ensemble, scorer)
+            block = BlockScores(summaries, classes, trained, ensemble, scorer, scale)
             for t, test in enumerate(self.tests):
                 slot = slots[t][part]
                 at = np.flatnonzero(slot >= 0)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from featstore.errors import UserError
 from heads.methods.mote.modulation import modulation
@@ -184,6 +185,16 @@ class Head(nn.Module):
         """Return `features` [B,T,D] in the head's dtype and their `hidden`; errors as `forward`."""
         features = self.checked(features, "features", 3)
         return features, self.hidden(features)
+
+    def view_vectors(self, features: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return what scores are computed from, of `features` [B,T,D]: three vectors [B,D] a view.
+
+        They are the means over frames of `hidden` (None without one), of the frames, and of the
+        frames scaled to length 1. Errors as `forward`.
+        """
+        features, hidden = self.temporal(features)
+        units = functional.normalize(features, dim=-1).mean(1)
+        return None if hidden is None else hidden.mean(1), features.mean(1), units
 
     def checked(self, values: Tensor, what: str, rank: int) -> Tensor:
         """Return features (rank 3) or class embeddings (2) in the head's dtype, or UserError."""

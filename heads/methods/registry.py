@@ -53,6 +53,11 @@ class Method:
     """Whether it can be trained from stored frame features."""
     end_to_end: bool = True
     """Whether it can be trained together with the image tower."""
+    pixels: bool = False
+    """Whether the head looks at pixels beside the encoder: its features are made with the head."""
+    scaled: bool = False
+    """Whether its published tests fuse views by the softmax of logits, where others leave the
+    multiplier of cosines out."""
     modulated: bool = True
     """Whether temporal feature modulation can scale down what the head adds to the frames."""
     multi_label: bool = False
@@ -81,7 +86,7 @@ class Method:
             raise UserError(f"{self.title} cannot be {what}: choose another --head")
 
 
-_BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn")
+_BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist")
 _registered: dict[str, Method | None] = dict.fromkeys(_BUILT_IN)
 
 

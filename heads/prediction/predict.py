@@ -24,14 +24,16 @@ from featstore.workspace import Workspace
 from heads.arithmetic import resolve_device
 from heads.compatibility import check_encoder, mean_head
 from heads.files.head_file import choose_head, head_fingerprint
+from heads.methods.head import Head
 from heads.methods.settings import HeadOrigin
 from heads.prediction.answer_file import AnswerFile
 from heads.prediction.answers import Answer, Lines, Window, form_of, stamp_of
 from heads.prediction.classes import NamedClasses
+from heads.prediction.pixel_encoder import encoder_of_head, sampling_of
 from heads.prediction.request import PredictionRequest
 from heads.prediction.videos import NamedVideo, find_videos
 from heads.scoring.scores import can_modulate, view_probabilities
-from pipeline.clip_encoder import Encoder, load_encoder
+from pipeline.clip_encoder import Encoder
 from pipeline.decoding.chosen_frames import decode_chosen
 from pipeline.decoding.contract import DecodeError, VideoInfo
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, wants_dali
@@ -40,7 +42,7 @@ from pipeline.encoders.specs import DEFAULT_ENCODER
 from pipeline.extraction.cpu_pool import EncodedVideo, ThreadVideoPool, VideoPool, open_pool
 from pipeline.extraction.tiers import PooledEmbeddings
 from pipeline.prompts import PromptSet, as_prompt_set, trained_prompt_set
-from pipeline.sampling import Windows, parse_sampling, window_bounds
+from pipeline.sampling import Windows, window_bounds
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +92,12 @@ class Predictor:
         precision = request.precision
         if precision == "auto":  # it is chosen by timing; a file that was begun keeps the choice
             precision = begun.get("precision", precision)
-        self._clip = self._load(workspace, origin, precision)
+        self._clip = self._load(workspace, model, precision)
         self._texts = self._clip.class_embeddings(self._names, prompt_set).cpu()
         self._head = model or mean_head(self._clip.dim, self._clip.logit_scale)
         self._modulate = request.modulate and can_modulate(self._head, len(self._names))
         self.frames = request.frames or (FRAMES_WITHOUT_HEAD if origin is None else origin.frames)
-        self._sampling = parse_sampling(f"uniform:{self.frames}")
+        self._sampling = sampling_of(model, self.frames)
         self.top = min(request.top, len(self._names))
         self._together = max(1, TOGETHER_WIDTH // self._clip.dim)
         self._long = 0
@@ -151,11 +153,12 @@ class Predictor:
         if self._file is not None:
             self._file.close()
 
-    def _load(self, workspace: Workspace, origin: HeadOrigin | None, precision: str) -> Encoder:
+    def _load(self, workspace: Workspace, head: Head | None, precision: str) -> Encoder:
+        origin = None if head is None else head.origin
         on = resolve_device(self.request.device).type
         folder = workspace.root / "encoders"
         try:
-            encoder = load_encoder(self.encoder, precision, on, encoders_dir=folder)
+            encoder = encoder_of_head(head, self.encoder, precision, on, folder)
         except UserError as error:
             if self.request.encoder is not None or origin is None:
                 raise

@@ -44,6 +44,8 @@ class Scoring:
     ensemble: float | None = None
     """Weight w of CLIP: scores are computed from the cosines (1 - w) * head + w * CLIP. None means
     the head alone. DiST (Qing et al., ICCV 2023) tests zero-shot with 0.5."""
+    scaled: bool = False
+    """Whether the fusion "softmax" takes that of logits, as DiST publishes, not of cosines."""
 
     def __post_init__(self) -> None:
         if self.fusion not in get_args(Fusion):
@@ -69,6 +71,7 @@ class Scoring:
         chosen = {name: getattr(config, name) for name in names}
         chosen |= {name: value for name, value in given.items() if value is not None}
         on = modulate and method(config.kind).modulated and all(chosen[name] for name in names)
+        chosen.setdefault("scaled", method(config.kind).scaled)
         return cls(modulate=on, **chosen)
 
 
@@ -76,7 +79,8 @@ class BlockScores:
     """Computes scores of the N videos of one block under any settings, shared parts only once.
 
     `class_embeddings` [C,D] are all classes of the store, which `scorer` (`Head.scorer`) scores, by
-    default by their cosines; `training_class_embeddings` [S,D] are the classes that modulation
+    default by their cosines; `logit_scale` is the factor for scores that are `scaled`;
+    `training_class_embeddings` [S,D] are the classes that modulation
     compares them with. If the head's features come from a tuned tower,
     `clip` holds the summaries for CLIP's part of an ensemble and its class texts [C,D].
     """
@@ -88,8 +92,10 @@ class BlockScores:
         training_class_embeddings: Tensor,
         clip: tuple[ViewSummaries, Tensor] | None = None,
         scorer: Callable[[Tensor], Tensor] | None = None,
+        logit_scale: Tensor | None = None,
     ) -> None:
         self.summaries = summaries
+        self._scale = logit_scale
         self.classes = class_embeddings
         self._scorer = scorer or (lambda embeddings: class_cosines(embeddings, self.classes))
         self.training_classes = training_class_embeddings
@@ -108,6 +114,8 @@ class BlockScores:
         Modulation looks for neighbours among the candidates, or, with `modulate_with_all`, among
         all classes.
         """
+        if scoring.scaled and scoring.fusion == "softmax" and self._scale is not None:
+            return self.confidences(self._scale, scoring, videos, candidates, modulate_with_all)
         cosines = self._chosen(scoring, videos, candidates, modulate_with_all)
         return cosines if scoring.fusion == "features" else fuse_views(cosines, scoring.fusion)
 

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional
 
 from featstore.format.schema import RowArray
 from featstore.progress import ProgressSink, no_progress
@@ -61,10 +60,10 @@ def summarise(head: Head, features: Tensor) -> ViewSummaries:
     for part in torch.split(
         rearrange(features, "n v t d -> (n v) t d"), max(1, BATCH_FRAMES // frames)
     ):
-        frame_features, mixed = head.temporal(part.to(where))
-        hidden += [] if mixed is None else [mixed.mean(1)]
-        means.append(frame_features.mean(1))
-        units.append(functional.normalize(frame_features, dim=-1).mean(1))
+        mixed, mean, unit = head.view_vectors(part.to(where))
+        hidden += [] if mixed is None else [mixed]
+        means.append(mean)
+        units.append(unit)
 
     def whole(parts: list[Tensor]) -> Tensor:
         return rearrange(torch.cat(parts), "(n v) d -> n v d", v=views)

@@ -209,6 +209,17 @@ def _load_openai_file(path: Path) -> LoadedClip:
             f"{path} holds no CLIP in OpenAI's layout (no visual.proj): pass a CLIP .pt file, or "
             f"import a MoTE checkpoint with `{command('import-checkpoint', path, name='NAME')}`"
         )
+    return clip_of_state(state, path.stem, str(path))
+
+
+def clip_of_state(
+    state: Mapping[str, torch.Tensor], name: str, where: str | None = None
+) -> LoadedClip:
+    """Build the CLIP of a state dict in OpenAI's names; UserError, naming `where`, if it is none.
+
+    The tensors are copied into float32.
+    """
+    path = where or name
     positions = state.get("positional_embedding")
     if positions is not None and len(positions) > MOST_POSITIONS:
         raise UserError(f"{path} has {len(positions)} positions of text: no CLIP has so many")
@@ -220,9 +231,9 @@ def _load_openai_file(path: Path) -> LoadedClip:
         raise UserError(f"{path} lacks the tensor {error}: it is not a whole CLIP") from None
     except (RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a whole CLIP: {one_line(error, 200)}") from None
-    _require_finite(model, str(path))
+    _require_finite(model, path)
     return LoadedClip(
-        name=_safe_name(path.stem),
+        name=_safe_name(name),
         model=model.eval().requires_grad_(False),
         model_config=_openai_config(model),
         preprocess_config={},

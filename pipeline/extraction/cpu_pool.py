@@ -151,10 +151,9 @@ def encode_video(
     """
     output = output or PooledEmbeddings(encoder)
     info, frames, indices, seconds = decode_sampled(source, decoder, encoder, sampling)
-    batches = [
-        output(part, crops)
-        for part in np.split(frames, range(ENCODE_BATCH, len(frames), ENCODE_BATCH))
-    ]
+    together = encoder.frames_together
+    step = max(1, ENCODE_BATCH // together) * together
+    batches = [output(part, crops) for part in np.split(frames, range(step, len(frames), step))]
     return in_views(info, torch.cat(batches, 1).cpu().numpy(), indices, seconds)
 
 

@@ -224,6 +224,7 @@ def evaluate(
     from heads.evaluation.comparing.published import published_beside
     from heads.evaluation.protocols.choose import count_views, protocol_named
     from heads.evaluation.protocols.unseen import UnseenChoice
+    from heads.prediction.views import prepare_views
 
     named = None if protocol is None else protocol_named(protocol)
     given = {
@@ -293,6 +294,15 @@ def evaluate(
         device=options.known_device(device),
     )
     if not trains:
+        if store_name is None:
+            made = prepare_views(
+                *(workspace, dataset, head),
+                views=views,
+                sampling=sampling,
+                device=request.device,
+                stages=progress_of,
+            )
+            request = request if made is None else replace(request, store=made.stem)
         request.require_held()
     # Until here nothing imports torch, so that what is named wrong is said at once.
     from heads.evaluation.trained import request as trained

@@ -13,7 +13,7 @@ from cli.output import progress_of, report
 
 def import_checkpoint(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Checkpoint of MoTE's released code (`.pt`).")
+        Path, typer.Argument(metavar="FILE", help="Checkpoint of MoTE's or DiST's released code.")
     ],
     name: Annotated[str, typer.Option(metavar="NAME", help="Name of the new encoder and head.")],
     clip: Annotated[
@@ -58,10 +58,12 @@ def import_checkpoint(
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
 ) -> None:
-    """Turn a checkpoint of MoTE's released code into encoders/NAME and heads/NAME.
+    """Turn a checkpoint of a method's authors into encoders/NAME and heads/NAME.
 
     `extract --encoder NAME` then encodes with the fine-tuned tower, and `eval` and `predict` take
-    `--head NAME`. No code in FILE is run. Either both are made or neither.
+    `--head NAME`. The method (MoTE or DiST) is known by the names in FILE. For DiST, eval makes the
+    features itself, from the packed videos. No code in FILE is run. Either both are made or
+    neither.
 
     Example: `mote-cli import-checkpoint mote.pt --name b16 --class-names k400.csv`
     """
@@ -89,9 +91,8 @@ def import_checkpoint(
         json,
         made | following,
         {
-            "encoder": f"{made['encoder']} ({blend:g} of {file.name}, the rest {made['clip']})",
-            "head": f"{made['head']} ({made['layers']} layers, {made['experts']} experts, "
-            f"{made['attention_heads']} attention heads, epoch {made['epoch']})",
+            "encoder": f"{made['encoder']} ({made['tower']})",
+            "head": f"{made['head']} ({made['parts']})",
             "classes": f"{made['n_classes']}, names {names}",
         }
         | following,

@@ -19,8 +19,8 @@ import io
 import logging
 import math
 import re
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from featstore.errors import UserError, one_line
 from featstore.files.durable import write_bytes
+from heads.methods.clip_tensors import usual, usual_count, vision_shapes, vision_tower
 from heads.methods.head import Head
 from heads.methods.mote.config import POSITIONS, HeadConfig
 from heads.methods.mote.model import TemporalHead
@@ -45,7 +46,7 @@ TUNED: Final = 0.5
 log = logging.getLogger(__name__)
 
 _TOWER, _HEAD = "model_state_dict", "fusion_model_state_dict"
-_LAYERS, _LAYERS_OF_TOWER = "transformer.resblocks.", "visual.transformer.resblocks."
+_LAYERS = "transformer.resblocks."
 
 # The released code's names (left) and ours; an expert's tensor is a slice of ours.
 _OUTER = {
@@ -282,21 +283,6 @@ def _require(
         raise UserError(f"{where} does not fit MoTE's released code: {faults}")
 
 
-def _usual(sizes: Iterable[int]) -> int:
-    """Return the most frequent size, so that errors name the tensor that deviates; 1 if empty."""
-    counted = Counter(sizes).most_common(1)
-    return counted[0][0] if counted else 1
-
-
-def _usual_count(names: Iterable[str], pattern: str) -> int:
-    """Count the numbers at group "n" of `pattern` that names equal elsewhere usually have."""
-    found = [match for name in names if (match := re.fullmatch(pattern, name))]
-    alike = Counter(
-        match.string[: match.start("n")] + match.string[match.end("n") :] for match in found
-    )
-    return _usual(alike.values())
-
-
 def _likeness(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """Return the cosine between two towers' matrices; vectors, such as norms, are all alike."""
     pairs = [(value, second[name]) for name, value in first.items() if value.ndim > 1]
@@ -324,9 +310,9 @@ def _config_of(head: Mapping[str, Tensor], where: str, attention_heads: int = 0)
         )
     positions = head.get("frame_position_embeddings.weight")
     return HeadConfig(
-        dim=_usual(widths),
-        layers=_usual_count(head, re.escape(_LAYERS) + r"(?P<n>\d+)\.(attn|ln_|mlp\.mote).*"),
-        experts=_usual_count(head, re.escape(_LAYERS) + r"\d+\.mlp\.fc_(up|dn)\.(?P<n>\d+)\..*"),
+        dim=usual(widths),
+        layers=usual_count(head, re.escape(_LAYERS) + r"(?P<n>\d+)\.(attn|ln_|mlp\.mote).*"),
+        experts=usual_count(head, re.escape(_LAYERS) + r"\d+\.mlp\.fc_(up|dn)\.(?P<n>\d+)\..*"),
         attention_heads=attention_heads,
         positions=POSITIONS if positions is None or not positions.ndim else positions.shape[0],
     )
@@ -344,33 +330,4 @@ def _head_shapes(config: HeadConfig, classes: int) -> dict[str, tuple[int, ...]]
 
 def _require_tower(tower: Mapping[str, Tensor], dim: int, where: str) -> None:
     """Raise UserError unless `tower` is an OpenAI ViT of output width `dim` with a logit scale."""
-    patches = tower.get("visual.conv1.weight")
-    places = tower.get("visual.positional_embedding")
-    norms_there = any(".ln_" in name and value.ndim for name, value in tower.items())
-    if (
-        patches is None
-        or patches.ndim != 4
-        or places is None
-        or places.ndim != 2
-        or not norms_there
-    ):
-        raise UserError(
-            f"{where} holds no vision transformer of CLIP: it needs visual.conv1.weight and "
-            "visual.positional_embedding"
-        )
-    from open_clip.transformer import VisionTransformer  # slow, and only reading needs it
-
-    patch = max(patches.shape[-1], 1)
-    side = math.isqrt(max(places.shape[0] - 1, 1))  # patches of a square picture, and the class
-    with torch.device("meta"):
-        vit = VisionTransformer(
-            image_size=side * patch,
-            patch_size=patch,
-            width=max(_usual(v.shape[-1] for n, v in tower.items() if ".ln_" in n and v.ndim), 1),
-            layers=_usual_count(tower, re.escape(_LAYERS_OF_TOWER) + r"(?P<n>\d+)\..*"),
-            heads=1,  # which no shape depends on
-            mlp_ratio=4.0,
-            output_dim=dim,
-        )
-    shapes = {f"visual.{name}": tuple(value.shape) for name, value in vit.state_dict().items()}
-    _require({"logit_scale": (), **shapes}, tower, where)
+    _require(vision_shapes(vision_tower(tower, dim, where)), tower, where)

@@ -570,9 +570,11 @@ KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
 """Check of every kind of file, by the pattern of its name."""
 
 
-def check_folder(folder: Path) -> Iterator[tuple[Path, Check]]:
-    """All checks of all golden files directly in `folder`, in the order of `KINDS`."""
-    for pattern, check in KINDS.items():
+def check_folder(
+    folder: Path, kinds: Mapping[str, Callable[[Path], Iterator[Check]]] = KINDS
+) -> Iterator[tuple[Path, Check]]:
+    """All checks of all golden files in `folder`, in the order of `kinds`."""
+    for pattern, check in kinds.items():
         for file in sorted(folder.glob(pattern)):
             for result in check(file):
                 yield file, result

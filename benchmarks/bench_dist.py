@@ -1,0 +1,168 @@
+"""What does training DiST cost beside tuning the whole tower, and what is its fast path worth?
+
+ViT-B/16 with random weights, 8 + 16 frames. The baseline of a training step is a step of the same
+tower with MoTE's head on the slow frames, in float32; that of a forward pass is DiST in float32.
+Each kind of step runs in a process of its own, which says its seconds and its peak of memory. The
+two kinds take turns, so that a machine that slows down does so for both.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import common
+import torch
+
+from featstore.files.machine import peak_rss_mb
+from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
+from heads.end_to_end import EndToEndModel
+from heads.methods.dist import DistModel, draw_mix, parameter_groups, training_step_parts
+from heads.methods.dist.config import DistConfig
+from heads.training.schedule import build_optimizer
+from pipeline.clip_encoder import Encoder, load_encoder
+
+ALPHA, DENSE, CLASSES = 2, 16, 8
+MAX_TIME, MAX_MEMORY, MIN_FORWARD = 0.60, 0.45, 1.8
+
+
+def loaded(precision: str, quick: bool) -> Encoder:
+    folder = common.tiny_clip_folder() if quick else common.vit_b16_folder()
+    return load_encoder(str(folder), precision)
+
+
+def data(encoder: Encoder, batch: int, frames: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clips [batch,frames,3,s,s] and class embeddings [CLASSES,D], random."""
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.randn(batch, frames, 3, *encoder.preprocessing.size, generator=generator)
+    return clips, torch.randn(CLASSES, encoder.dim, generator=generator)
+
+
+def dist(encoder: Encoder) -> DistModel:
+    config = DistConfig(dim=encoder.dim, dense_frames=DENSE, alpha=ALPHA)
+    model = DistModel(encoder.image_tower, config, torch.tensor(encoder.logit_scale).log())
+    model.branch.reset_parameters(torch.Generator().manual_seed(0))
+    return model
+
+
+def tower_step(batch: int, quick: bool, steps: int) -> list[float]:
+    """Seconds of steps that train the whole tower on the slow frames."""
+    encoder = loaded("fp32", quick)
+    clips, classes = data(encoder, batch, DENSE // ALPHA)
+    head = build_head(HeadConfig(dim=encoder.dim), classes, generator=torch.Generator())
+    model = EndToEndModel(encoder.image_tower, head, encoder.logit_scale).train()
+    optimizer = build_optimizer(model.head, model.tower_parameters(), TrainConfig())
+    draws, labels = torch.Generator().manual_seed(1), torch.arange(batch) % CLASSES
+
+    def step() -> None:
+        draw = RoutingDraw.sample(model.head.config, draws)
+        model.training_loss(clips, labels, classes, draw).total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed(step, steps)
+
+
+def dist_step(batch: int, quick: bool, steps: int) -> list[float]:
+    """Seconds of steps that train DiST, its tower in the precision that "auto" chooses."""
+    import numpy as np
+
+    encoder = loaded("auto", quick)
+    model = dist(encoder).train()
+    clips, classes = data(encoder, batch, DENSE)
+    optimizer = torch.optim.AdamW(parameter_groups(model.branch), lr=3e-4, fused=True)
+    random, labels = np.random.RandomState(0), torch.arange(batch) % CLASSES
+
+    def step() -> None:
+        mix = draw_mix(random, *clips.shape[-2:])
+        training_step_parts(model, clips, labels, classes, mix).loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return timed(step, steps)
+
+
+def forward(precision: str, batch: int, quick: bool, steps: int) -> list[float]:
+    encoder = loaded(precision, quick)
+    model = dist(encoder).eval()
+    clips, classes = data(encoder, batch, DENSE)
+
+    def step() -> None:
+        with torch.no_grad():
+            model(clips, classes)
+
+    return timed(step, steps)
+
+
+def timed(step: object, steps: int) -> list[float]:
+    assert callable(step)
+    times = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return times[1:]  # the first one sets things up
+
+
+KINDS = {
+    "tower": tower_step,
+    "dist": dist_step,
+    "fp32": lambda *sizes: forward("fp32", *sizes),
+    "auto": lambda *sizes: forward("auto", *sizes),
+}
+
+
+def measured(kind: str, batch: int, quick: bool, steps: int) -> dict[str, float]:
+    """Seconds (the middle of the steps) and peak MB of one kind, in a process of its own."""
+    words = [sys.executable, __file__, "--of", kind, str(batch), str(int(quick)), str(steps)]
+    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(found.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--of"]:
+        kind, (batch, quick, steps) = sys.argv[2], map(int, sys.argv[3:6])
+        seconds = common.middle(KINDS[kind](batch, bool(quick), steps))
+        print(json.dumps({"seconds": seconds, "mb": peak_rss_mb()}))
+        return
+    chosen = common.options(__doc__, steps=3, batch=4, repetitions=3)
+    if chosen.quick:
+        chosen.steps, chosen.batch, chosen.repetitions = 1, 2, 1
+    where = common.machine()
+    sizes = chosen.batch, chosen.quick, chosen.steps
+    runs = [{kind: measured(kind, *sizes) for kind in KINDS} for _ in range(chosen.repetitions)]
+
+    def ratio(a: str, b: str, what: str) -> float:
+        return common.middle([run[a][what] / run[b][what] for run in runs])
+
+    def value(kind: str, what: str) -> float:
+        return common.middle([run[kind][what] for run in runs])
+
+    asked = [
+        ("training step", "dist", "tower", "seconds", "s", f"<= {MAX_TIME}"),
+        ("peak memory of training", "dist", "tower", "mb", "MB", f"<= {MAX_MEMORY}"),
+        ("forward, fp32 against auto", "fp32", "auto", "seconds", "s", f">= {MIN_FORWARD}"),
+    ]
+    rows = [
+        common.Row(
+            f"DiST, {name}, batch {chosen.batch}",
+            f"{value(a, what):.2f} {unit}",
+            f"{value(b, what):.2f} {unit}",
+            ratio(a, b, what),
+            limit,
+        )
+        for name, a, b, what, unit, limit in asked
+    ]
+    print(where["name"])
+    common.table(
+        ["measure", "value", "baseline", "ratio", "limit"],
+        [[n, value(a, w), value(b, w), ratio(a, b, w), limit] for n, a, b, w, _, limit in asked],
+    )
+    common.save("dist", where, rows, {"runs": runs})
+
+
+if __name__ == "__main__":
+    main()

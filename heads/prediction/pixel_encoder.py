@@ -1,0 +1,102 @@
+"""The encoder of a head that looks at pixels itself: videos in, vectors of views out.
+
+c crops, T' dense frames, s side of the tower's input, D = embedding width.
+
+It stands in for the CLIP in extraction and prediction, which then need not know of it. What it
+makes goes into a store like any features, so that every protocol is measured from one pass over
+the videos.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from featstore.errors import UserError
+from heads.files.head_file import head_fingerprint
+from heads.methods.head import Head
+from heads.methods.registry import method
+from pipeline.clip_encoder import Encoder, load_encoder
+from pipeline.encoders.sources import LoadedClip, load_clip
+from pipeline.float_frames import Style, evaluation_floats
+from pipeline.preprocessing import FrameInput, Preprocessing
+from pipeline.sampling import Sampling, parse_sampling
+
+
+@dataclass(frozen=True)
+class FloatPreprocessing(Preprocessing):
+    """The preprocessing of DiST, in the place of CLIP's own (`pipeline.float_frames`)."""
+
+    style: Style = "short-side"
+
+    def crops(self, frames: FrameInput, crops: int = 1) -> Tensor:
+        """Turn uint8 frames [T,H,W,3] into normalised float32 [crops,T,3,s,s]."""
+        colours: dict[str, Any] = {"mean": self.mean, "std": self.std, "style": self.style}
+        return evaluation_floats(frames, self.size[0], crops, **colours)
+
+    def require_crops(self, crops: int) -> None:
+        """Raise UserError for a number of crops that is not possible."""
+        if crops not in (1, 3):
+            raise UserError(f"{crops} crops are not supported by DiST: use 1 or 3")
+
+
+class DistEncoder(Encoder):
+    """A CLIP with a DiST branch beside it: T' frames of a view become T' rows (`DistHead`)."""
+
+    def __init__(
+        self, loaded: LoadedClip, head: Head, precision: str = "fp32", device: str = "cpu"
+    ) -> None:
+        from heads.methods.dist.branch import DistBranch
+        from heads.methods.dist.model import DistModel
+
+        super().__init__(loaded, precision, device)
+        self.fingerprint = joint_fingerprint(self.fingerprint, head)
+        branch = cast(DistBranch, head.branch).to(self.device)
+        self.frames_together = head.config.dense_frames
+        self._dist = DistModel(self.image_tower, branch, head.logit_scale).eval()
+        clip = self.preprocessing
+        self.preprocessing = FloatPreprocessing(
+            clip.size, clip.mean, clip.std, interpolation="bilinear"
+        )
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Encode frames of whole views, [c*T',3,s,s] -> their rows float32 [c*T',D]."""
+        from heads.methods.dist.head import packed_vectors
+
+        frames = self.frames_together
+        views = rearrange(pixels, "(c t) ... -> c t ...", t=frames)
+        parts = [
+            packed_vectors(*self._dist.view_vectors(view.to(self.device)), frames)
+            for view in torch.split(views, 1)
+        ]
+        return rearrange(torch.cat(parts).float(), "c t d -> (c t) d")
+
+
+def joint_fingerprint(encoder_fingerprint: str, head: Head) -> str:
+    """Return the fingerprint of a CLIP together with a head that sees its tokens."""
+    return hashlib.sha256(f"{encoder_fingerprint} {head_fingerprint(head)}".encode()).hexdigest()
+
+
+def encoder_of_head(
+    head: Head | None, spec: str, precision: str, device: str, encoders_dir: Path
+) -> Encoder:
+    """Load the encoder `spec`; for a head that looks at pixels, with the head's branch in it.
+
+    Errors as `load_encoder`.
+    """
+    if head is None or not method(head.config.kind).pixels:
+        return load_encoder(spec, precision, device, encoders_dir=encoders_dir)
+    return DistEncoder(load_clip(spec, encoders_dir), head, precision, device)
+
+
+def sampling_of(head: Head | None, frames: int) -> Sampling:
+    """Return how prediction takes `frames` frames of a video for a head."""
+    pixels = head is not None and method(head.config.kind).pixels
+    return parse_sampling(f"dist:{frames}x1" if pixels else f"uniform:{frames}")
