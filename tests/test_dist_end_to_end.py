@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from featstore import open_store
 from featstore.workspace import Workspace
 from heads import load_head
+from heads.evaluation.next_steps import after_import
 from tests.support.golden.checks import worst
 from tests.support.golden.dist import e2e_clip, e2e_state
 from tests.support.golden.end_to_end import write_lossless
@@ -67,6 +69,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not (work / "w" / "heads" / "tiny").exists()
     done("import-checkpoint", file, "--clip", work / "clip.pt", *options)
     return work / "w"
+
+
+def test_the_command_after_the_import_makes_the_features_itself(root: Path) -> None:
+    following = after_import(Workspace(root), "tiny")
+    assert following.startswith("mote-cli eval --closeset dist-k400 --head tiny")
+    assert done(*shlex.split(following)[1:])["n_evaluated"] == 15
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -22,7 +22,7 @@ from featstore.workspace import DATASET_FILE, FIRST_STAGE, Workspace, training_s
 from heads.evaluation.protocols.choose import PROTOCOLS, usual_protocol
 from heads.evaluation.wanted_store import extraction_for
 from heads.files.head_cards import HeadCard, cards, newest_card, read_card
-from heads.methods.registry import MEAN_OF_FRAMES
+from heads.methods.registry import MEAN_OF_FRAMES, method
 from pipeline.annotations.known_sets import known_dataset
 
 
@@ -137,7 +137,10 @@ def after_finetuning(
 
 
 def after_import(workspace: Workspace, run: str) -> str:
-    """Return the command after `import-checkpoint`: the extraction for a packed data set."""
+    """Return the command after `import-checkpoint`: the extraction for a packed data set.
+
+    For a head that looks at pixels, it is the evaluation, which makes the features itself.
+    """
     card = read_card(workspace.run_dir(run))
     packed = _labelled(workspace)
     if card is None or not packed:
@@ -145,6 +148,8 @@ def after_import(workspace: Workspace, run: str) -> str:
     dataset = next(filter(_is_zeroshot_set, packed), packed[0])
     splits, names = _packed(workspace, dataset)
     same = set(card.origin.class_names or ()) == set(names)
+    if method(card.config.kind).pixels:
+        return _eval_command(workspace, dataset, card, "closeset" if same else "zeroshot", None)
     protocol = None if same else usual_protocol("zeroshot", dataset, split_names=splits)
     return extraction_for(dataset, card.origin, protocol=protocol).command(workspace.root)
 
