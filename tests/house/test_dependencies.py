@@ -44,7 +44,8 @@ def test_every_import_is_declared() -> None:
 
 
 def test_every_declared_dependency_is_imported_or_says_why_it_is_there() -> None:
-    idle = {name for name in declared() if MODULE.get(name, name) not in imported()}
+    used = imported()
+    idle = {name for name in declared() if MODULE.get(name, name) not in used}
     silent = {n for n in idle if not re.search(rf'^ *"{n}[^"]*",? *# \w+', PROJECT, re.MULTILINE)}
     assert not silent, f"imported nowhere: {', '.join(silent)}; say why beside it, or take it out"
     reasons = set(re.findall(r'^ *"([\w-]+)[^"]*",? *# not imported: ', PROJECT, re.MULTILINE))
