@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,10 +214,11 @@ def main() -> None:
         chosen.sizes, chosen.searches, chosen.steps = "20", 3, 60
     where = common.machine()
     rows, shown, details = [], [], []
+    runs = tempfile.mkdtemp()  # TMPDIR may be in memory: every epoch writes a state
     for dim in map(int, chosen.dims.split(",")):
         for videos in map(int, chosen.sizes.split(",")):
             known, new = world_store(videos, dim, chosen.seed, chosen.val)
-            trial = Trial(known, new, common.WORK / "recipe-runs")
+            trial = Trial(known, new, Path(runs) / "recipe-runs")
             auto, paper = trial.recipe("auto"), trial.recipe("paper-vit-b16")
             mean = trial.run(
                 load_recipe("frozen-store").head_config(dim, kind="mean"),
@@ -241,6 +244,7 @@ def main() -> None:
                     "3 points",
                 )
             )
+    shutil.rmtree(runs)
     common.table(HEADER, shown)
     common.save("recipe", where, rows, {"options": vars(chosen), "sets": details})
 
