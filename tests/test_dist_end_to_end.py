@@ -73,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command_after_the_import_makes_the_features_itself(root: Path) -> None:
     following = after_import(Workspace(root), "tiny")
-    assert following.startswith("mote-cli eval --closeset dist-k400 --head tiny")
+    assert following.startswith("mote-cli eval --zeroshot dist-zs --head tiny")
     assert done(*shlex.split(following)[1:])["n_evaluated"] == 15
 
 

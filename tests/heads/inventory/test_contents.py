@@ -38,7 +38,7 @@ def test_everything_is_listed_with_its_numbers(root: Path) -> None:
     assert (first.name, first.finished, len(first.results)) == ("first", True, 3)
     assert (second.finished, second.epochs_done, second.epochs) == (False, 1, 30)
     newest = {role: first.newest(role) for role in ("closeset", "zeroshot", "halfclass")}
-    assert {r: n and n.top1 for r, n in newest.items()} == {
+    assert {r: n and n.number for r, n in newest.items()} == {
         "closeset": 71.5, "zeroshot": 40.0, "halfclass": None,
     }  # fmt: skip
     (encoder,) = found.encoders

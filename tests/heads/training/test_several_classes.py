@@ -25,7 +25,7 @@ from heads import (
     load_head,
     train_head,
 )
-from heads.evaluation.comparing.compare import read_result
+from heads.evaluation.comparing.compare import differences, read_result
 from heads.evaluation.results import EvalResult, save_result
 from heads.files.portable import merged_head
 from heads.files.run_files import read_metrics
@@ -310,6 +310,11 @@ def test_a_result_holds_every_score(several: Store, tmp_path: Path) -> None:
     assert value["mean_ap"] == value["mean"] == value["per_split"][0]["mean_ap"]
     assert (value["top1"], value["fusion"]) == (None, "cosine")
     assert read_result(file).number == value["mean_ap"]
+    other = tmp_path / "top1.json"
+    other.write_text(json.dumps({**value, "measure": None, "top1": 50.0, "per_split": []}))
+    unlike = {d.name: d for d in differences(read_result(file), read_result(other))}
+    assert (unlike["measure"].of_a, unlike["measure"].of_b) == ("mean_ap", "top1")
+    assert unlike["measure"].decisive
     base = file.name.removesuffix(".json")
     scores = np.load(tmp_path / "eval" / f"{base}.scores.npz")
     again = mean_average_precision(scores["val"], scores["val_shown"])
