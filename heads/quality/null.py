@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS: Final = 8
-FALSE_SHARE: Final = 0.01  # of the pairs found may be expected to be there by chance,
+FALSE_SHARE: Final = 0.02  # of the pairs found may be expected to be there by chance,
 FALSE_PAIRS: Final = 0.25  # or so many pairs, if few are found
 LARGEST: Final = 0.5  # no ratio above this is a copy, however many dimensions there are
 FLOOR: Final = 0.1  # a video's usual distance is at least that of this share of the videos, so
