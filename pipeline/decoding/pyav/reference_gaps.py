@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 # Profiles whose parameters begin with the format of the picture (ITU-T H.264, 7.3.2.1.1).
 _HIGH_PROFILES = {100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135}
-_HEADER_BYTES = 128  # of a slice, far more than one needs in practice
+_HEADER_BYTES = 48  # of a slice: what is read lies within them in all but the longest
 _PARAMETER_BYTES = 4096
 _SLICES = (1, 2, 5)  # a slice, the first part of a partitioned one, a slice of an IDR picture
 _MAX_LONG_TERM = 31
@@ -168,7 +168,8 @@ class ReferenceGaps:
         bits.golomb(), bits.golomb(), bits.golomb(), bits.take(2)  # quantisers, filter, prediction
         redundant = bits.take(1) == 1
         self._pictures.pop(name, None)
-        if not grouped and not bits.ended:  # nothing is said of slices in groups
+        # Nothing is said of slices in groups. No more names than these are allowed.
+        if name < 256 and not grouped and not bits.ended:
             self._pictures[name] = _Picture(sequence, bottom_order, redundant)
 
     def _read_sequence(self, bits: _Bits) -> None:
@@ -201,7 +202,7 @@ class ReferenceGaps:
         frames_only = bits.take(1) == 1
         adaptive = not frames_only and bits.take(1) == 1
         self._sequences.pop(name, None)
-        if length <= 16 and order_bits <= 16 and not bits.ended:
+        if name < 32 and length <= 16 and order_bits <= 16 and not bits.ended:
             self._sequences[name] = _Sequence(
                 length,
                 colour_planes,
