@@ -120,7 +120,8 @@ def _has_damage(media: VideoFile, packets: list[Packet[VideoStream]]) -> bool:
     units = length_size(media.codec, extradata)
     gaps = ReferenceGaps(extradata, units) if media.codec == "h264" else None
     return any(
-        (units and not unit_heads(packet, units)) or (gaps and gaps.before(memoryview(packet)))
+        (units and not unit_heads(packet, units))
+        or (gaps and (gaps.before(memoryview(packet)) or gaps.refused(memoryview(packet))))
         for packet in packets
     )
 

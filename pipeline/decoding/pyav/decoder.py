@@ -283,6 +283,8 @@ def _decode_run(
             ):
                 left_out.add(layer)
                 continue
+            if gaps and gaps.refused(memoryview(packet)):
+                return 0
             layers.add(layer)
             latest = max(latest, int(pts[number]))
             packet = account.send(number, packet)

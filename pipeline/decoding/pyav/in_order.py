@@ -115,8 +115,13 @@ class FramesInOrder:
         self, number: int, packet: Packet[VideoStream] | None
     ) -> list[tuple[int, VideoFrame]]:
         """Decode a packet; returns the frames to show, with the numbers of their packets."""
-        if self._gaps and packet is not None and self._gaps.before(memoryview(packet)):
-            self._pass_over("a picture that others lean on is missing from the file")
+        if self._gaps and packet is not None:
+            view = memoryview(packet)
+            if self._gaps.before(view):
+                self._pass_over("a picture that others lean on is missing from the file")
+            if number not in self._leading and self._gaps.refused(view):
+                self._account.fail(number)
+                self._pass_over("the header of a slice says what cannot be")
         try:
             sent = None if packet is None else self._account.send(number, packet)
             frames = self._media.stream.codec_context.decode(sent)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 
 import av
@@ -148,19 +150,82 @@ def test_a_missing_picture_that_nothing_leans_on_is_not_missed() -> None:
         assert all(any(np.array_equal(f, p) for p in truth) for f in frames)
 
 
+@pytest.mark.parametrize("container", ["mp4", "mpegts"])
+@pytest.mark.parametrize("first_byte", [0x41, 0x01])  # a picture that others lean on, and a spare
+def test_what_merely_lay_in_memory_is_not_given(container: str, first_byte: int) -> None:
+    """A slice names a reference that cannot be: its decoder refuses it without error or mark.
+
+    Where in its header the list of references begins is not known here, so each place is tried.
+    """
+    data = encoded(Recipe("libx264", container, gop=250, noisy=False, frames=24))
+    with av.open(io.BytesIO(data)) as opened:
+        packets = [bytes(p) for p in opened.demux(video=0) if p.size]
+    start = bytes([0, 0, 1, first_byte])
+    heads = [p.find(start) + 3 if container == "mpegts" else 4 for p in packets]
+    number = next(n for n in range(14, 24) if packets[n][heads[n]] == first_byte)
+    head = heads[number] + 1
+    chance = 0
+    for place in range(16, 44):
+        changed = packets[number][:head] + impossible(packets[number][head:], place)
+        broken = rewritten(data, container, {number: changed})
+        for index in only_memory(broken):
+            chance += 1
+            for strict in ("auto", "always"):
+                with pytest.raises(DecodeError):
+                    frames_of(PyAVDecoder(strict), broken, [index])  # type: ignore[arg-type]
+    assert chance > 0, "no picture was left to chance: nothing was shown"
+
+
+def impossible(slice_header: bytes, place: int) -> bytes:
+    """Writes at bit `place` that the list of references is changed by 512 pictures."""
+    bits = "".join(f"{byte:08b}" for byte in slice_header)
+    # The number has 19 bits; then the list ends, and all that follows is small.
+    change = "11" + "0" * 9 + "1" + "0" * 9 + "00100" + "0" + "1" * 17
+    bits = (bits[:place] + change + bits[place + len(change) :])[: len(bits)]
+    return int(bits, 2).to_bytes(len(slice_header), "big")
+
+
+def only_memory(data: bytes) -> list[int]:
+    """Frames without a mark that are others where the decoder cannot use memory again."""
+    given: list[list[bytes]] = []
+    for hold in (False, True):
+        pictures: list[bytes] = []
+        held = []
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            for packet in container.demux(stream):
+                frames: list[av.VideoFrame] = []
+                with suppress(av.FFmpegError):
+                    frames = packet.decode()
+                for frame in frames:
+                    marked = frame.is_corrupt
+                    pictures.append(b"" if marked else frame.to_ndarray(format="rgb24").tobytes())
+                held = [*held, *frames] if hold else []
+                frames, frame = [], None
+        given.append(pictures)
+    pairs = enumerate(zip(*given, strict=True))
+    return [index for index, (one, other) in pairs if one != other]
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("h264")])
 def test_sound_streams_have_no_gaps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    before = ReferenceGaps.before
 
-    def watched(self: ReferenceGaps, packet: memoryview) -> bool:
-        asked.append(before(self, packet))
-        return asked[-1]
+    def watched(name: str) -> Callable[[ReferenceGaps, memoryview], bool]:
+        real = getattr(ReferenceGaps, name)
 
-    monkeypatch.setattr(ReferenceGaps, "before", watched)
+        def ask(self: ReferenceGaps, packet: memoryview) -> bool:
+            asked.append(real(self, packet))
+            return asked[-1]
+
+        return ask
+
+    for name in ("before", "refused"):
+        monkeypatch.setattr(ReferenceGaps, name, watched(name))
     data = make_video(**KINDS[kind])  # type: ignore[arg-type]
     frames_of(PyAVDecoder("always"), data, [5])
-    assert len(asked) >= 30
+    assert len(asked) >= 60
     assert not any(asked)
 
 
@@ -170,7 +235,8 @@ def test_hostile_parameters_are_read_to_an_end() -> None:
         extradata = b"\x01" + draw.randbytes(draw.randrange(80))
         gaps = ReferenceGaps(extradata, draw.choice([0, 1, 4]))
         for _ in range(4):
-            gaps.before(memoryview(draw.randbytes(draw.randrange(60))))
+            packet = memoryview(draw.randbytes(draw.randrange(60)))
+            gaps.before(packet), gaps.refused(packet)
 
 
 def test_damage_in_pictures_that_an_edit_list_hides_counts() -> None:
