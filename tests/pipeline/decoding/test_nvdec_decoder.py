@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -109,13 +108,13 @@ def test_frames_are_pyavs_whoever_decodes() -> None:
 
 def test_clips_asked_for_meanwhile_become_one_batch() -> None:
     begun = threading.Event()
+    met = []
 
     def before(clips: Sequence[Clip]) -> None:
         if len(stage.batches) == 1:  # the first batch lasts until the others wait
             begun.set()
-            end = time.monotonic() + PATIENCE
-            while waiting(using) < 5:
-                assert time.monotonic() < end, "the others do not wait"
+            with using._changed:
+                met.append(using._changed.wait_for(lambda: waiting(using) == 5, PATIENCE))
 
     stage = Stage(before)
     using = decoder(stage, batch_videos=5)
@@ -125,6 +124,7 @@ def test_clips_asked_for_meanwhile_become_one_batch() -> None:
         rest = [pool.submit(using.decode_with_info, v, lambda found: CHOSEN) for v in SMALL[1:]]
         for future, video in zip([first, *rest], SMALL, strict=True):
             assert_pyavs(future.result(PATIENCE), video)
+    assert met == [True], "the others do not wait"
     assert stage.batches == [1, 5]
 
 

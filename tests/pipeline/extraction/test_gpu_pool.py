@@ -421,8 +421,8 @@ def test_a_thread_that_dies_takes_every_future_with_it(
     monkeypatch.setattr(DaliVideoPool, method, die)
     pool = make_pool()
     if method == "_next_decoded":  # dies at once
-        while pool._broken is None:
-            pool._threads[1].join(PATIENCE)
+        with pool._changed:
+            assert pool._changed.wait_for(lambda: pool._broken is not None, PATIENCE)
         futures = submit(pool, SMALL[0])
     else:
         futures = submit(pool, *SMALL)
@@ -456,8 +456,8 @@ def test_closing_in_the_middle_leaves_no_future_open(make_pool: PoolMaker, stage
     assert reached.wait(PATIENCE)
     closing = threading.Thread(target=pool.close)
     closing.start()
-    while not pool._stopping:
-        pass
+    with pool._changed:
+        assert pool._changed.wait_for(lambda: pool._stopping, PATIENCE)
     go_on.set()
     closing.join(PATIENCE)
     assert not closing.is_alive()
