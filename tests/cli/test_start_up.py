@@ -79,6 +79,17 @@ def test_what_is_typed_wrong_loads_nothing_heavy(arguments: list[str]) -> None:
         "inspect nothere",
         "protocols show nothere",
         "rm head nothere",
+        "import-checkpoint nothere.pt",
+        "verify nothere",
+        "store duplicates nothere",
+        "store leaks nothere:train nothere:val",
+        "store suspects nothere",
+        "store add-texts nothere",
+        "store add-tars nothere --dataset a",
+        "store convert nothere --codec zstd --out new",
+        "store quantize nothere --out new",
+        "store merge nothere other --out new",
+        "store export nothere --to parquet --out new",
     ],
 )
 def test_what_is_named_wrong_is_said_before_torch_is_loaded(

@@ -68,12 +68,12 @@ def add_tars(
 
     Example: `mote-cli store add-tars my-store --dataset my-clips`
     """
+    workspace, path = options.workspace(root), options.store_path(root, store)
     from featstore.format.metadata import read_metadata
     from featstore.reading.repair import repair_command
     from pipeline.extraction.grow import add_tars as run
     from pipeline.tars.dataset import DATASET_FILE
 
-    workspace, path = options.workspace(root), options.store_path(root, store)
     folder = Path(dataset)
     if not (folder / DATASET_FILE).is_file():
         folder = workspace.dataset_dir(dataset)
@@ -287,10 +287,10 @@ def add_texts(
 
     Example: `mote-cli store add-texts my-store --prompts video`
     """
+    path = options.store_path(root, store)
     from pipeline.extraction.grow import add_texts as run
     from pipeline.prompts import prompt_sets_from, prompt_sets_of
 
-    path = options.store_path(root, store)
     prompt_sets = prompt_sets_of(
         prompt_sets_from(prompts or [], descriptions or [], prompt_set_name)
     )

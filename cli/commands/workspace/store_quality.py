@@ -54,9 +54,9 @@ def duplicates(
 
     Example: `mote-cli store duplicates my-store`
     """
+    part = _part(root, store)
     from heads.quality.copies import find_duplicates
 
-    part = _part(root, store)
     with progress_of("compare", "videos") as progress:
         found = find_duplicates(part, progress=progress)
     _report_copies(found, _folder(root, out, part), picture, root, json)
@@ -76,9 +76,9 @@ def leaks(
 
     Example: `mote-cli store leaks my-store:train my-store:val`
     """
+    first, second = _part(root, train), _part(root, test)
     from heads.quality.copies import find_leaks
 
-    first, second = _part(root, train), _part(root, test)
     with progress_of("compare", "videos") as progress:
         found = find_leaks(first, second, progress=progress)
     _report_copies(found, _folder(root, out, first), picture, root, json)
@@ -98,9 +98,9 @@ def suspects(
 
     Example: `mote-cli store suspects my-store:train`
     """
+    part = _part(root, store)
     from heads.quality.suspects import find_suspects
 
-    part = _part(root, store)
     with progress_of("classify", "videos") as progress:
         found = find_suspects(part, progress=progress)
     folder = _folder(root, out, part)
@@ -163,11 +163,13 @@ def _folder(root: Path, out: Path | None, part: Part) -> Path:
 
 def _part(root: Path, text: str) -> Part:
     """Open STORE or STORE:SPLIT; UserError for an unknown store or split, or without embeddings."""
+    name, _, split = text.rpartition(":")
+    whole = not name or Path(text).exists()
+    path = options.store_path(root, text if whole else name)
+    # Only then, so that a wrong name is answered at once.
     from featstore.opening import open_store
     from heads.quality.part import Part
 
-    name, _, split = text.rpartition(":")
-    whole = not name or Path(text).exists()
-    store = open_store(options.store_path(root, text if whole else name))
+    store = open_store(path)
     dataset_dir = options.workspace(root).dataset_dir(store.provenance.dataset)
     return Part.of(store, "" if whole else split, dataset_dir)
