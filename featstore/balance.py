@@ -64,9 +64,11 @@ class Balance:
     def words(self) -> str:
         """The counts in one line."""
         several = self.classes_per_video
+        counts = f"{self.least} to {self.most} videos, median {self.median:g}"
+        counts += f", ratio {self.ratio:.1f}"
         return (
-            f"{self.classes} with {self.least} to {self.most} videos, median {self.median:g}, "
-            f"ratio {self.ratio:.1f}"
+            f"{self.classes} with "
+            + (counts if self.least < self.most else f"{self.least} videos each")
             + (f"; {self.without_videos} without videos" if self.without_videos else "")
             + ("" if several is None else f"; {several:.1f} classes a video")
         )

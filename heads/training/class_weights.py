@@ -32,8 +32,8 @@ RULES: Final = ("balanced", "sqrt")
 def say_balance(class_names: Sequence[str], labels: RowArray) -> Balance:
     """Count the videos of the classes, log the counts, and return them; labels [n] or [n,S]."""
     found = Balance.of(labels, class_names)
-    words = found.words, found.most_class, found.least_class
-    log.info("classes: %s (most: %r, least: %r)", *words)
+    ends = f" (most: {found.most_class!r}, least: {found.least_class!r})"
+    log.info("classes: %s%s", found.words, ends if found.least < found.most else "")
     return found
 
 

@@ -183,7 +183,7 @@ def train_head(
     text = subset_text(store.class_text(prompt_set), classes)
     labels = renumbered(store, usable, classes)
     warn_of_classes_without_videos(text.names, labels)
-    balance = check_balance(text.names, labels)
+    balance = check_balance(text.names, labels, balanced=bool(training.class_sampling))
     weights = class_weights(training.class_weights, labels, text.names)
     if training.shrinkage == 1 and chosen.in_epochs:
         log.warning(

@@ -263,8 +263,10 @@ def _describe_classes(found: Validation, classes: npt.ArrayLike | None) -> None:
         )
 
 
-def check_balance(names: tuple[str, ...], labels: RowArray) -> Balance:
+def check_balance(names: tuple[str, ...], labels: RowArray, balanced: bool = False) -> Balance:
     """Refuse training labels [n] of one class, and warn of a class that outnumbers all others.
+
+    With `balanced` sampling no class does.
 
     With several classes a video (labels [n,C]), some of them must be shown. Returns the counts,
     which are logged. Raises UserError if there are not at least two classes to tell apart.
@@ -285,11 +287,11 @@ def check_balance(names: tuple[str, ...], labels: RowArray) -> Balance:
         )
     most = int(counts.argmax())
     others = float(np.median(counts[present[present != most]]))
-    if counts[most] >= _OUTSTANDING * others:
+    if counts[most] >= _OUTSTANDING * others and not balanced:
         log.warning(
             "class %r has %d training videos, the others about %d: accuracy will mostly be that of "
-            "this class; --shots %d takes as many of each",
-            *(names[most], int(counts[most]), others, max(1, round(others))),
+            "this class; --class-sampling balanced lets all classes come equally often",
+            *(names[most], int(counts[most]), others),
         )
     return say_balance(names, labels)
 

@@ -118,6 +118,7 @@ def test_counts_say_how_uneven_a_set_is() -> None:
     assert (found.most, found.most_class, found.least, found.least_class) == (50, "many", 1, "one")
     assert (found.median, found.ratio) == (6, 50)
     assert found.words == ("4 with 1 to 50 videos, median 6, ratio 50.0; 1 without videos")
+    assert Balance.of(np.array([0, 1, 1, 0]), ("a", "b")).words == "2 with 2 videos each"
     several = Balance.of(np.array([[1, 0], [1, 1]]), ("a", "b"))
     assert several.classes_per_video == 1.5
     assert "1.5 classes a video" in several.words

@@ -138,4 +138,7 @@ def test_one_class_is_refused_and_an_outstanding_one_told(caplog: pytest.LogCapt
     assert not caplog.text
     check_balance(names, np.array([0] * 200 + [1, 1, 2, 2]))
     assert "class 'run' has 200 training videos, the others about 2" in caplog.text
-    assert "--shots 2" in caplog.text
+    assert "--class-sampling balanced" in caplog.text
+    caplog.clear()
+    check_balance(names, np.array([0] * 200 + [1, 1, 2, 2]), balanced=True)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
