@@ -1,27 +1,26 @@
 """Frozen CLIP towers, which turn frames and sentences into embeddings.
 
-N images, n sentences, C classes, D embedding width, s input size, L context length.
+N images or clips, n sentences, C classes, D embedding width, s input size, L context length, T
+frames of a clip.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from einops import rearrange
 
 from featstore.errors import UserError, meant, one_line
 from featstore.files.machine import cpu_has_bf16
 from featstore.progress import ProgressSink, no_progress
+from pipeline.encoders.fingerprint import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip
 from pipeline.preprocessing import FrameInput, Preprocessing
 from pipeline.prompts import PromptSet, as_prompt_set
@@ -44,26 +43,16 @@ IMAGES_PER_BATCH = {"cpu": 16, "cuda": 256}  # bounds memory; on a CPU 8 to 32 a
 SENTENCES_PER_BATCH = 256
 NAMES_PER_BLOCK = 512  # of classes whose texts are compared with all others
 NAMED = 5  # the most groups of classes with one text that a warning names
-# Config entries that do not change what a trained model computes.
-_TRAINING_ENTRIES = {
-    "patch_dropout",
-    "timm_drop",
-    "timm_drop_path",
-    "timm_model_pretrained",
-    "hf_model_pretrained",
-    "output_tokens",
-}
 
 
 class Encoder:
     """A frozen CLIP. Threads may encode at the same time; no method changes its state.
 
     `name` can be a folder's name; `fingerprint` identifies weights and function, whatever they
-    were loaded from; `logit_scale` is the multiplier (already exponentiated).
+    were loaded from; `logit_scale` is the multiplier (already exponentiated). An embedding is of
+    `clip_frames` successive frames, which is 1 for all but ViCLIP; so many frames
+    (`frames_together`) must be encoded in one call.
     """
-
-    frames_together = 1
-    """The number of successive frames that must be encoded in one call."""
 
     def __init__(self, loaded: LoadedClip, precision: str = "fp32", device: str = "cpu") -> None:
         self.name = loaded.name
@@ -72,6 +61,7 @@ class Encoder:
         self.device = torch.device(device)
         self.model = loaded.model.to(self.device)
         self.image_tower: torch.nn.Module = cast(torch.nn.Module, self.model.visual)
+        self.clip_frames = self.frames_together = int(getattr(self.image_tower, "frames", 1))
         self.dim = int(loaded.model_config["embed_dim"])
         self.logit_scale = float(cast(torch.Tensor, self.model.logit_scale).float().exp())
         self.preprocessing = Preprocessing.from_open_clip(
@@ -84,21 +74,59 @@ class Encoder:
         self.image_tower.to(PRECISIONS[self.precision])
 
     def encode_frames(self, frames: FrameInput) -> torch.Tensor:
-        """Centre-crop and encode RGB uint8 [N,H,W,3] -> float32 [N,D] on the encoder's device."""
+        """Centre-crop and encode RGB uint8 [N,H,W,3] -> float32 [N,D] on the encoder's device.
+
+        With frames of clips one after the other, N / T embeddings come out.
+        """
         return self.encode_pixels(self.preprocessing.crops(frames, 1)[0])
 
     @torch.no_grad()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Encode preprocessed images [N,3,s,s] -> projected float32 [N,D], not normalised."""
+        """Encode preprocessed images [N,3,s,s] -> projected float32 [N,D], not normalised.
+
+        With frames of clips one after the other, N / T embeddings come out.
+        """
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, *self.preprocessing.size):
             raise ValueError(
                 f"pixels must be [N,3,{self.preprocessing.size[0]},{self.preprocessing.size[1]}], "
                 f"not {list(pixels.shape)}"
             )
+        if self.clip_frames > 1:
+            self.require_clips(len(pixels))
+            return self.encode_clips(rearrange(pixels, "(n t) ... -> n t ...", t=self.clip_frames))
+        return self._in_batches(pixels, 1)
+
+    @torch.no_grad()
+    def encode_clips(self, frames: torch.Tensor) -> torch.Tensor:
+        """Encode preprocessed clips [N,T,3,s,s] -> float32 [N,D], not normalised.
+
+        T is `clip_frames` (or 1, an image). Raises ValueError for another shape, and for an encoder
+        of single frames.
+        """
+        side, lengths = self.preprocessing.size, (1, self.clip_frames)
+        fits = frames.ndim == 5 and tuple(frames.shape[2:]) == (3, *side)
+        if self.clip_frames == 1 or not fits or frames.shape[1] not in lengths:
+            raise ValueError(
+                f"{self.name} takes clips [N,{self.clip_frames},3,{side[0]},{side[1]}], not "
+                f"{list(frames.shape)}"
+                if self.clip_frames > 1
+                else f"{self.name} encodes single frames: use encode_pixels"
+            )
+        return self._in_batches(frames, frames.shape[1])
+
+    def require_clips(self, frames: int) -> None:
+        """Raise UserError unless `frames` of a view are whole clips of this encoder."""
+        if frames % self.clip_frames:
+            raise UserError(
+                f"{frames} frames are no whole clips: {self.name} takes {self.clip_frames} frames "
+                f"at a time; ask for {self.clip_frames} or a multiple of it"
+            )
+
+    def _in_batches(self, pixels: torch.Tensor, frames: int) -> torch.Tensor:
         batch = IMAGES_PER_BATCH.get(self.device.type, IMAGES_PER_BATCH["cpu"])
         parts = [
             self._encode_batch(part, PRECISIONS[self.precision])
-            for part in torch.split(pixels, batch)
+            for part in torch.split(pixels, max(1, batch // frames))
         ]
         return torch.cat(parts)
 
@@ -309,10 +337,11 @@ def load_encoder(
 ) -> Encoder:
     """Load a frozen CLIP.
 
-    `spec`: a folder in open_clip's format, an OpenAI-format `.pt`, a name in `encoders_dir`, or
-    `ARCH/TAG` as open_clip names its pretrained models. `device`: `auto` takes a GPU where there
-    is one. `precision` of the image tower: `auto` takes bf16 on CPUs with bf16 instructions (fp16
-    on GPUs) where it is at least 1.2 times as fast and keeps the cosine to fp32 at 0.999 or more.
+    `spec`: a folder in open_clip's format, an OpenAI-format `.pt`, a name in `encoders_dir`,
+    `viclip:FILE`, or `ARCH/TAG` as open_clip names its pretrained models. `device`: `auto` takes a
+    GPU where there is one. `precision` of the image tower: `auto` takes bf16 on CPUs with bf16
+    instructions (fp16 on GPUs) where it is at least 1.2 times as fast and keeps the cosine to fp32
+    at 0.999 or more.
     Raises UserError for a spec or file that cannot be used, WorkError when weights cannot be
     fetched.
     """
@@ -324,47 +353,6 @@ def load_encoder(
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {device!r} needs a GPU, and none can be used: use --device cpu")
     return Encoder(load_clip(str(spec), encoders_dir), precision, device)
-
-
-def fingerprint(model: torch.nn.Module, model_config: Mapping[str, Any]) -> str:
-    """sha256 of every tensor (name, dtype, shape, bytes in fp32) and of the function's config.
-
-    The same model gives the same fingerprint, whatever file or name it was loaded from and
-    whatever precision its weights were stored in.
-    """
-    digest = hashlib.sha256(json.dumps(_function_config(model_config), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        value = value.float() if value.is_floating_point() else value
-        digest.update(f"\n{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _function_config(model_config: Mapping[str, Any]) -> dict[str, Any]:
-    """Config entries that differ from open_clip's defaults and change what the model computes.
-
-    Because defaults are left out, the fingerprint stays the same when a config spells one out and
-    when a later open_clip adds an entry.
-    """
-
-    def changed(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: value
-            for name, value in section.items()
-            if name not in _TRAINING_ENTRIES and defaults.get(name) != value
-        }
-
-    vision = {field.name: field.default for field in fields(CLIPVisionCfg)}
-    text = {field.name: field.default for field in fields(CLIPTextCfg)}
-    result: dict[str, Any] = {
-        "quick_gelu": bool(model_config.get("quick_gelu", False)),
-        "vision": changed(model_config["vision_cfg"], vision),
-        "text": changed(model_config["text_cfg"], text),
-    }
-    if "multimodal_cfg" in model_config:
-        result["multimodal"] = changed(model_config["multimodal_cfg"], text)
-    return result
 
 
 def _tokenizer(loaded: LoadedClip) -> Any:

@@ -14,7 +14,13 @@ from featstore.format.tiers import EMBEDDINGS
 # weights shows whether it is the same encoder. Library versions do not change the features.
 _INFORMATIVE: Final = frozenset({"encoder", "versions"})
 # Fields that older stores lack, and the values that they have then.
-_LATER: Final = {"quantised": "", "tier": EMBEDDINGS, "label_map": "", "split": ""}
+_LATER: Final[dict[str, Any]] = {
+    "quantised": "",
+    "tier": EMBEDDINGS,
+    "label_map": "",
+    "split": "",
+    "clip_frames": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Provenance:
     packed tars change. `preprocessing` and `versions` hold JSON values only. `quantised` says how
     the features were rounded afterwards, "" if they were not. `tier` is the kind of the features
     (`featstore.format.tiers`); `dim` is the width of the encoder's embeddings, whatever the tier.
+    An embedding is of `clip_frames` successive frames, of which the store names the first.
     Raises ValueError for a dim that is not positive or a scale that is not a positive finite
     number.
     """
@@ -51,6 +58,7 @@ class Provenance:
     tier: str = EMBEDDINGS
     label_map: str = ""
     split: str = ""
+    clip_frames: int = 1
 
     def __post_init__(self) -> None:
         if self.dim < 1:
@@ -62,11 +70,11 @@ class Provenance:
     def to_json(self) -> dict[str, Any]:
         """Return a strictly JSON-ready dict (no NaN, no tuples, which would come back as lists).
 
-        `tier`, `label_map` and `split` are left out if they have their usual values, so that
-        earlier readers know all fields that are there.
+        `tier`, `label_map`, `split` and `clip_frames` are left out if they have their usual values,
+        so that earlier readers know all fields that are there.
         """
         value: dict[str, Any] = json.loads(json.dumps(asdict(self), allow_nan=False))
-        for name in ("tier", "label_map", "split"):
+        for name in ("tier", "label_map", "split", "clip_frames"):
             if value[name] == _LATER[name]:
                 del value[name]
         return value

@@ -124,6 +124,10 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         spec = begun.origin.encoder
     spec = lasting_spec(spec, request.encoders_dir)
     encoder = load_encoder(spec, "fp32", str(ranks.device), request.encoders_dir)
+    if encoder.clip_frames > 1:
+        raise UserError(
+            f"{spec} encodes clips, and finetune trains towers of single frames: name a CLIP"
+        )
     prompt_set = _prompt_set(request, begun)
     # The text tower is the same on all processes, but its output may differ in the last bit.
     classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()

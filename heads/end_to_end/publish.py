@@ -20,7 +20,7 @@ from heads.methods.settings import HeadOrigin
 from heads.methods.weight_files import blended
 from heads.training.ranks import Ranks
 from heads.training.state import whole_tensors
-from pipeline.clip_encoder import fingerprint
+from pipeline.encoders.fingerprint import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
 from pipeline.encoders.tuned import tower_of, tuned_clip
 

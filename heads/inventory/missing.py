@@ -88,9 +88,10 @@ def _lost_source(contents: Contents, store: HeldStore) -> str:
     made = store.metadata.provenance
     if made.dataset not in {dataset.name for dataset in contents.datasets}:
         return f"; data set {made.dataset} is not here"
-    published = "/" in made.encoder and not os.path.isabs(made.encoder)
     place = local_encoder(made.encoder, contents.workspace.root / "encoders")
-    return "" if published or place is not None else f"; encoder {made.encoder} is not here"
+    published = place is None and "/" in made.encoder and not os.path.isabs(made.encoder)
+    here = published or (place is not None and place.exists())
+    return "" if here else f"; encoder {made.encoder} is not here"
 
 
 def _steps_of(workspace: Workspace, head: HeldHead) -> Iterator[Step]:

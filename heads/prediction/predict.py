@@ -96,7 +96,9 @@ class Predictor:
         self._texts = self._clip.class_embeddings(self._names, prompt_set).cpu()
         self._head = model or mean_head(self._clip.dim, self._clip.logit_scale)
         self._modulate = request.modulate and can_modulate(self._head, len(self._names))
-        self.frames = request.frames or (FRAMES_WITHOUT_HEAD if origin is None else origin.frames)
+        trained = None if origin is None else origin.frames * self._clip.clip_frames
+        self.frames = request.frames or trained or FRAMES_WITHOUT_HEAD
+        self._clip.require_clips(self.frames)
         self._sampling = sampling_of(model, self.frames)
         self.top = min(request.top, len(self._names))
         self._together = max(1, TOGETHER_WIDTH // self._clip.dim)
@@ -209,7 +211,7 @@ class Predictor:
         on = self._clip.device.type
         common = self._clip, self._sampling, PooledEmbeddings(self._clip)
         # Windows are sought in the file, which NVDEC is not asked to do.
-        by_gpu = not self.request.window and wants_dali("auto", on)
+        by_gpu = not self.request.window and self._clip.clip_frames == 1 and wants_dali("auto", on)
         name = DECODER_NAME if by_gpu else PyAVDecoder.name
         with closing(open_pool(name, *common, workers=self.request.workers)) as pool:
             yield from self._encoded([v.path for v in videos if not v.problem], pool)

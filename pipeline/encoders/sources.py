@@ -1,8 +1,9 @@
 """Loads CLIP models: turns a spec, as the user writes it, into an open_clip model with weights.
 
 A spec is a folder in open_clip's own format, an OpenAI-format `.pt` file, the name of a folder in
-the workspace's `encoders/`, or `ARCH/TAG` as open_clip names its pretrained models. Only the last
-may use the network, and only when the weights are not in the cache.
+the workspace's `encoders/`, `viclip:FILE` for a weight file of ViCLIP, or `ARCH/TAG` as open_clip
+names its pretrained models. Only the last may use the network, and only when the weights are not in
+the cache.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import urllib.error
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import read_object
 from featstore.files.durable import write_bytes, write_json
 from pipeline.encoders.sizes import MOST_POSITIONS, require_sane_sizes
-from pipeline.encoders.specs import CONFIG_FILE, WEIGHTS_FILE, local_encoder
+from pipeline.encoders.specs import CONFIG_FILE, VICLIP, WEIGHTS_FILE, local_encoder
 
 MAX_CONFIG_BYTES = 1 << 20
 HUB_TIMEOUT_S = 5
@@ -66,6 +67,10 @@ def load_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
     Raises UserError for an unknown name or unusable files, WorkError if weights cannot be fetched.
     """
     place = local_encoder(spec, encoders_dir)
+    if place is not None and spec.startswith(VICLIP):
+        from pipeline.encoders.viclip_file import load_viclip  # which reads with this module
+
+        return load_viclip(place)
     if place is not None:
         return _load_folder(place) if place.is_dir() else _load_openai_file(place)
     known = _known_pretrained(spec)
@@ -122,7 +127,8 @@ def build_model(model_config: Mapping[str, Any], where: str) -> torch.nn.Module:
         ) from None
 
 
-def _safe_name(text: str) -> str:
+def safe_name(text: str) -> str:
+    """Return `text` as a name that a folder can have."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "encoder"
 
 
@@ -137,12 +143,12 @@ def _load_folder(folder: Path) -> LoadedClip:
     config = _read_config(config_path)
     with torch.device("meta"):  # shapes only: a wrong config must not cost memory
         expected = build_model(config["model_cfg"], str(config_path)).state_dict()
-    state = _read_safetensors(weights_path, expected)
+    state = read_safetensors(weights_path, expected)
     model = build_model(config["model_cfg"], str(config_path))
     model.load_state_dict(state)
-    _require_finite(model, str(weights_path))
+    require_finite(model, str(weights_path))
     return LoadedClip(
-        name=_safe_name(folder.resolve().name),
+        name=safe_name(folder.resolve().name),
         model=model,
         model_config=config["model_cfg"],
         preprocess_config=config["preprocess_cfg"],
@@ -159,40 +165,67 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_safetensors(path: Path, expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Read the tensors of `path`. UserError names missing, extra and misshapen tensors."""
+def shapes_in_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of the tensors of `path`, and none of their numbers."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def read_safetensors(
+    path: Path, expected: Mapping[str, torch.Tensor], model: str = "its model config"
+) -> dict[str, torch.Tensor]:
+    """Read the tensors of `path`. UserError names missing, extra and misshapen tensors.
+
+    `expected` are those that `model` has; the message names it.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    require_shapes(path, wanted, shapes_in_safetensors(path), model)
+    with _opened(path) as file:
+        return {name: file.get_tensor(name).reshape(shape) for name, shape in wanted.items()}
+
+
+def require_shapes(
+    path: Path,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    model: str,
+) -> None:
+    """Raise UserError that names the missing, extra and misshapen tensors of `path`, if any."""
 
     def listed(names: list[str]) -> str:
         rest = len(names) - LISTED_TENSORS
         return ", ".join(names[:LISTED_TENSORS]) + (f" and {rest} more" if rest > 0 else "")
 
+    problems = {
+        "missing:": sorted(wanted.keys() - found.keys()),
+        "not in the model:": sorted(found.keys() - wanted.keys()),
+        "wrong shape:": [
+            f"{name} {list(found[name])} instead of {list(shape)}"
+            for name, shape in wanted.items()
+            if name in found
+            and found[name] != shape
+            # A scale may be stored as a number or as a list of one.
+            and not (name.startswith("logit_") and {*found[name], *shape} <= {1})
+        ],
+    }
+    if any(problems.values()):
+        told = [f"{what} {listed(names)}" for what, names in problems.items() if names]
+        raise UserError(f"{path} does not fit {model}: {'; '.join(told)}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-            wanted = {name: list(tensor.shape) for name, tensor in expected.items()}
-            problems = {
-                "missing:": sorted(wanted.keys() - shapes.keys()),
-                "not in the model:": sorted(shapes.keys() - wanted.keys()),
-                "wrong shape:": [
-                    f"{name} {shapes[name]} instead of {wanted[name]}"
-                    for name in wanted
-                    if name in shapes
-                    and shapes[name] != wanted[name]
-                    # A scale may be stored as a number or as a list of one.
-                    and not (name.startswith("logit_") and {*shapes[name], *wanted[name]} <= {1})
-                ],
-            }
-            if any(problems.values()):
-                told = [f"{what} {listed(names)}" for what, names in problems.items() if names]
-                raise UserError(f"{path} does not fit its model config: {'; '.join(told)}")
-            return {name: file.get_tensor(name).reshape(wanted[name]) for name in shapes}
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as safetensors: {one_line(error, 160)}; fetch or write it again"
         ) from None
 
 
-def _require_finite(model: torch.nn.Module, where: str) -> None:
+def require_finite(model: torch.nn.Module, where: str) -> None:
+    """Raise UserError, naming `where` and the tensor, if a weight is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{where}: tensor {name} holds NaN or infinity: the file is damaged")
@@ -231,9 +264,9 @@ def clip_of_state(
         raise UserError(f"{path} lacks the tensor {error}: it is not a whole CLIP") from None
     except (RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a whole CLIP: {one_line(error, 200)}") from None
-    _require_finite(model, path)
+    require_finite(model, path)
     return LoadedClip(
-        name=_safe_name(name),
+        name=safe_name(name),
         model=model.eval().requires_grad_(False),
         model_config=_openai_config(model),
         preprocess_config={},
@@ -248,7 +281,7 @@ def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch.jit is on its way out
                 archive = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
-            return _plain_tensors(dict(archive.state_dict()), path)
+            return plain_tensors(dict(archive.state_dict()), path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
@@ -259,12 +292,12 @@ def _read_openai_state(path: Path) -> dict[str, torch.Tensor]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    return _plain_tensors(
+    return plain_tensors(
         {str(name).removeprefix("module."): value for name, value in loaded.items()}, path
     )
 
 
-def _plain_tensors(named: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+def plain_tensors(named: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     """Return `named` if all are tensors that the file holds in full; UserError otherwise.
 
     A tensor that repeats one number needs no room in a file and any amount of it in memory.
@@ -368,9 +401,9 @@ def _load_pretrained(architecture: str, tag: str) -> LoadedClip:
             f"the weights of {architecture}/{tag} do not load: {one_line(error, 160)}; delete "
             f"{weights} to fetch them again"
         ) from None
-    _require_finite(model, weights)
+    require_finite(model, weights)
     return LoadedClip(
-        name=_safe_name(f"{architecture}-{tag}"),
+        name=safe_name(f"{architecture}-{tag}"),
         model=model,
         model_config=config,
         preprocess_config=dict(pretrained),

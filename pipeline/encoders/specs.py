@@ -18,6 +18,8 @@ from featstore.files.scratch import cache_folder
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "open_clip_config.json"
+VICLIP = "viclip:"
+"""What a spec begins with that names a weight file of ViCLIP."""
 # Layers and width of the towers that papers name (Dosovitskiy et al., ICLR 2021).
 _SIZES = {(12, 768): "B", (24, 1024): "L", (32, 1280): "H"}
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -28,7 +30,15 @@ def encoder_label(spec: str, encoders_dir: Path | None = None) -> str:
     place = local_encoder(spec, encoders_dir)
     if place is None or _workspace_folder(spec, encoders_dir):
         return spec
-    return place.resolve().name.removesuffix(".pt")
+    return (
+        viclip_label(place) if spec.startswith(VICLIP) else place.resolve().name.removesuffix(".pt")
+    )
+
+
+def viclip_label(file: Path) -> str:
+    """Return the name of a ViCLIP's file, or of its folder where hubs call every file `model`."""
+    file = file.resolve()
+    return file.parent.name if file.stem == "model" else file.stem
 
 
 def lasting_spec(spec: str, encoders_dir: Path | None = None) -> str:
@@ -36,7 +46,7 @@ def lasting_spec(spec: str, encoders_dir: Path | None = None) -> str:
     place = local_encoder(spec, encoders_dir)
     if place is None or _workspace_folder(spec, encoders_dir):
         return spec
-    return str(place.resolve())
+    return f"{VICLIP if spec.startswith(VICLIP) else ''}{place.resolve()}"
 
 
 def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
@@ -44,7 +54,10 @@ def local_encoder(spec: str, encoders_dir: Path | None) -> Path | None:
 
     A bare name means the workspace's encoder if there is one, so that a command means the same in
     every working directory. A file or folder of that name in the working directory is `./NAME`.
+    The file of `viclip:FILE` is returned whether or not it is there.
     """
+    if spec.startswith(VICLIP):
+        return Path(os.path.expanduser(spec.removeprefix(VICLIP)))
     path = Path(os.path.expanduser(spec))  # Path.expanduser raises for an unknown user
     here = bool(spec.strip()) and (path.is_dir() or path.is_file())
     known = _workspace_folder(spec, encoders_dir)

@@ -38,6 +38,7 @@ from pipeline.decoding.contract import (
 )
 from pipeline.decoding.nvdec.graphs import DECODER_NAME, wants_dali
 from pipeline.decoding.pyav import PyAVDecoder
+from pipeline.encoders.specs import VICLIP
 from pipeline.extraction.request import ExtractionRequest
 from pipeline.extraction.tiers import FrameOutput, PooledEmbeddings
 from pipeline.sampling import Sampling, Windows
@@ -154,7 +155,9 @@ def encode_video(
     together = encoder.frames_together
     step = max(1, ENCODE_BATCH // together) * together
     batches = [output(part, crops) for part in np.split(frames, range(step, len(frames), step))]
-    return in_views(info, torch.cat(batches, 1).cpu().numpy(), indices, seconds)
+    first = slice(None, None, output.clip_frames)  # frame of every clip
+    features = torch.cat(batches, 1).cpu().numpy()
+    return in_views(info, features, indices[:, first], seconds[:, first])
 
 
 def decode_sampled(
@@ -198,7 +201,13 @@ def decoder_for(request: ExtractionRequest, begun_with: str | None = None) -> st
     UserError for a decoder that is unknown or cannot be used here.
     """
     asked = request.decoder if request.decoder != "auto" else begun_with or "auto"
-    if request.tier.pooled and wants_dali(asked, request.device, request.strict):
+    clips = request.encoder.startswith(VICLIP)
+    if clips and asked == DECODER_NAME:
+        raise UserError(
+            f"decoder {DECODER_NAME!r} gives single frames, and {request.encoder} encodes clips: "
+            "use --decoder pyav"
+        )
+    if request.tier.pooled and not clips and wants_dali(asked, request.device, request.strict):
         return DECODER_NAME
     if not request.tier.pooled and request.decoder == DECODER_NAME:
         raise UserError(

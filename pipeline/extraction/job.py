@@ -55,8 +55,11 @@ class ExtractionJob:
         self.encoder.preprocessing.require_crops(plan.request.crops)
         self._decoder = decoder
         self._output = frame_output(plan.request.tier, self.encoder)
-        self.schema = plan.schema(self.encoder.dim, self._output.item)
-        self.provenance = _provenance(plan, self.encoder, name)
+        clip_frames = self._output.clip_frames
+        if clip_frames > 1:
+            self.encoder.require_clips(plan.request.sampling.frames)
+        self.schema = plan.schema(self.encoder.dim, self._output.item, clip_frames)
+        self.provenance = _provenance(plan, self.encoder, name, clip_frames)
         if plan.writer is not None:
             self._require_same(plan.writer)
 
@@ -196,7 +199,9 @@ def _request_encoder(plan: ExtractionPlan) -> Encoder:
     )
 
 
-def _provenance(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Provenance:
+def _provenance(
+    plan: ExtractionPlan, encoder: Encoder, decoder_name: str, clip_frames: int
+) -> Provenance:
     """Describe how the features are made, for the store to record."""
     request = plan.request
     return Provenance(
@@ -220,4 +225,5 @@ def _provenance(plan: ExtractionPlan, encoder: Encoder, decoder_name: str) -> Pr
         tier=request.tier.text,
         label_map=plan.dataset.label_map,
         split=plan.recorded_split,
+        clip_frames=clip_frames,
     )

@@ -91,13 +91,16 @@ class ExtractionPlan:
         lacking = set(self.writer.pending())
         return [number for number in self.mine if number in retried or number in lacking]
 
-    def schema(self, dim: int, item: tuple[int, ...] = ()) -> StoreSchema:
-        """Return the sizes of the store for an encoder of width `dim` and items of this shape."""
+    def schema(self, dim: int, item: tuple[int, ...] = (), clip_frames: int = 1) -> StoreSchema:
+        """Return the sizes of the store for an encoder of width `dim` and items of this shape.
+
+        An item is of `clip_frames` frames.
+        """
         return StoreSchema.create(
             tars=len(self.tars),
             capacity=max(tar.rows for tar in self.tars),
             views=self.request.views,
-            frames=self.request.sampling.frames,
+            frames=self.request.sampling.frames // clip_frames,
             dim=dim,
             tier=self.request.tier.text,
             item=item,

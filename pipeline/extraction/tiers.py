@@ -23,10 +23,12 @@ class FrameOutput(Protocol):
     """Makes the items of one tier; may be called from several threads at the same time."""
 
     item: tuple[int, ...]
-    """Shape of what is kept of one frame."""
+    """Shape of what is kept of one frame, or of one clip."""
+    clip_frames: int
+    """Successive frames that one item is of."""
 
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
-        """Decoded frames uint8 [T,H,W,3] -> [crops,T,*item], on any device."""
+        """Decoded frames uint8 [T,H,W,3] -> [crops,T / clip_frames,*item], on any device."""
         ...
 
 
@@ -41,10 +43,11 @@ def frame_output(tier: Tier, encoder: Encoder) -> FrameOutput:
 
 
 class PooledEmbeddings:
-    """Projected embeddings of whole frames, float32 [D], not normalised."""
+    """Projected embeddings of whole frames or clips, float32 [D], not normalised."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.item: tuple[int, ...] = (encoder.dim,)
+        self.clip_frames = encoder.clip_frames
         self._encoder = encoder
 
     def __call__(self, frames: FrameInput, crops: int) -> torch.Tensor:
@@ -56,6 +59,8 @@ class PooledEmbeddings:
 
 class CroppedFrames:
     """The tower's input pixels before they are normalised, uint8 RGB [h,w,3]."""
+
+    clip_frames = 1
 
     def __init__(self, encoder: Encoder) -> None:
         self.item: tuple[int, ...] = (*encoder.preprocessing.size, 3)
@@ -72,6 +77,8 @@ class BlockTokens:
     They are taken after both residuals of the block, computed in the tower's precision and then
     rounded. Neither `ln_post` nor the projection is applied, and later blocks are not computed.
     """
+
+    clip_frames = 1
 
     def __init__(self, encoder: Encoder, block: int) -> None:
         """`block` counts from 0. Raises UserError if the tower is no ViT or has fewer blocks."""

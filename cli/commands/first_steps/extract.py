@@ -33,7 +33,8 @@ def extract(
         typer.Option(
             metavar="SPEC",
             help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
-            "file, or a name under encoders/ of the workspace (`./NAME` is a folder here).",
+            "file, a name under encoders/ of the workspace (`./NAME` is a folder here), or "
+            "`viclip:FILE`.",
         ),
     ] = options.DEFAULT_ENCODER,
     sampling: Annotated[

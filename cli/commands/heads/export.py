@@ -57,7 +57,7 @@ def export(
     from heads.files.portable import merged_head, require_one_class, save_onnx
     from heads.files.run_files import describe_run
     from heads.methods.registry import method
-    from pipeline.clip_encoder import fingerprint
+    from pipeline.encoders.fingerprint import fingerprint
     from pipeline.encoders.tuned import original_clip, tower_of
 
     head, run_dir = choose_head(workspace, run)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from featstore.errors import UserError, WorkError
 from pipeline import clip_encoder
-from pipeline.clip_encoder import Encoder, fingerprint, load_encoder
+from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.encoders import sources, specs
+from pipeline.encoders.fingerprint import fingerprint
 from pipeline.encoders.sources import save_open_clip_folder
 from pipeline.prompts import as_prompt_set
 from tests.support.golden.checks import worst

@@ -39,7 +39,7 @@ class Tower:
     preprocessing = PREPROCESSING
     precision = "fp32"
     dim = 8
-    frames_together = 1
+    frames_together = clip_frames = 1
 
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:
         self.before = before

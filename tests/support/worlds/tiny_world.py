@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from pipeline.encoders.sources import build_model, save_open_clip_folder
+from pipeline.encoders.viclip import ViClip
 from tests.support.processes.command_line import done
 from tests.support.worlds.media import make_video
 
@@ -50,6 +52,35 @@ def make_encoder(folder: Path, seed: int = 0, **changes: Any) -> Path:
             torch.nn.init.normal_(parameter, std=0.3)
     save_open_clip_folder(model, config, {}, folder)
     return folder
+
+
+VICLIP: dict[str, Any] = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "frames": 4},
+    "text_cfg": {
+        "context_length": 32,
+        "vocab_size": 49408,
+        "width": 64,
+        "heads": 1,
+        "layers": 1,
+    },
+}
+
+
+def make_viclip(file: Path, seed: int = 0) -> Path:
+    """A ViCLIP of random weights, for clips of 4 frames, in a `.pth` or `.safetensors`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = ViClip(VICLIP)
+        for parameter in model.vision_encoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    state = model.state_dict()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pth":
+        torch.save({"model": state, "epoch": 1}, file)
+    else:
+        save_file(state, file)
+    return file
 
 
 def make_clip(path: Path, number: int, frames: int | None = None) -> bytes:
