@@ -216,6 +216,12 @@ class Dataset:
         }
 
 
+def class_words(class_names: Sequence[str], label: int, spans: Sequence[Span] = ()) -> str:
+    """Return the name of a video's class, or of each that it shows, by label; "" for none."""
+    labels = {label} if label != NO_LABEL else {span.label for span in spans}
+    return "; ".join(class_names[at] for at in sorted(labels))
+
+
 def write_failures(dataset_dir: Path, failures: Sequence[Mapping[str, Any]]) -> None:
     """Write `failures.csv`, complete or not at all; if no video failed, it has only a header."""
     lines = ({**video, "splits": ";".join(video["splits"])} for video in failures)

@@ -44,6 +44,7 @@ from pipeline.tars.dataset import (
     Dataset,
     FailedVideo,
     Tar,
+    class_words,
     load_dataset,
     write_failures,
 )
@@ -238,9 +239,8 @@ def leave_out(listing: Listing, exclude: Path) -> Excluded:
     """
     listed = [video.key for video in (*listing.records, *listing.missing)]
     excluded = Excluded.of(exclude, listed)
+    excluded.require_some_of(listed, "videos")
     gone = frozenset(excluded.keys)
-    if gone.issuperset(listed):
-        raise UserError(f"{exclude} names all {len(listed)} videos: leave some of them in")
     listing.records[:] = (video for video in listing.records if video.key not in gone)
     listing.missing[:] = (video for video in listing.missing if video.key not in gone)
     return excluded
@@ -352,10 +352,8 @@ class _Packing:
                     words = "" if video.label == NO_LABEL else self.plan.words[video.label]
                     splits, spans = video.splits, video.spans
                     failed.append(FailedVideo(key, video.label, words, splits, reason, spans))
-                    words = words or "; ".join(
-                        dict.fromkeys(self.plan.words[span.label] for span in spans)
-                    )
-                    line = (key, video.path, words, splits, reason)
+                    said = class_words(self.plan.words, video.label, spans)
+                    line = (key, video.path, said, splits, reason)
                     failures.append(dict(zip(FAILURE_COLUMNS, line, strict=True)))
             tars.append(
                 Tar(
@@ -394,7 +392,7 @@ class _Packing:
             outcomes = self.records[planned.file].videos
             for video, (key, sha256, reason) in zip(planned.videos, outcomes, strict=True):
                 if sha256 and not reason:
-                    words = "" if video.label == NO_LABEL else self.plan.words[video.label]
+                    words = class_words(self.plan.words, video.label, video.spans)
                     yield HashedVideo(key, video.path, words, video.splits, sha256)
 
     def _read_video(self, video: PlannedVideo) -> tuple[VideoOutcome, _Sample | None]:

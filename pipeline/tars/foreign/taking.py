@@ -71,7 +71,7 @@ def pack_tars(
             found = scanned(
                 [tar.source for tar in named],
                 folder,
-                choice.field,
+                (choice.field, "" if choice.annotations else choice.cells),
                 workers or usable_cores(),
                 progress,
             )
@@ -109,9 +109,8 @@ def _leave_out(tars: list[FoundTar], exclude: Path) -> Excluded:
     """Take the samples that a list names out of the tars; return which ones."""
     keys = [sample.key for tar in tars for sample in tar.samples]
     excluded = Excluded.of(exclude, keys)
+    excluded.require_some_of(keys, "samples")
     gone = frozenset(excluded.keys)
-    if gone.issuperset(keys):
-        raise UserError(f"{exclude} names all {len(keys)} samples: leave some of them in")
     for tar in tars:
         tar.samples[:] = (sample for sample in tar.samples if sample.key not in gone)
     return excluded
@@ -176,6 +175,8 @@ def _require_same(before: Dataset | None, now: Dataset) -> None:
         now.class_names[:length],
     ) or bool(before.class_names) != bool(now.class_names):
         changes.append(class_difference(before.raw_class_names, now.raw_class_names))
+    if before.multi_label != now.multi_label:
+        changes.append(f"multi_label was {before.multi_label}, is {now.multi_label}")
     after = {tar.source: tar for tar in now.tars}
     by_kind: dict[str, list[str]] = {}
     for tar in before.tars:
