@@ -259,12 +259,14 @@ def load_dataset(dataset_dir: Path) -> Dataset:
     """
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
-        state = "packing is not finished" if packing_begun(dataset_dir) else "not packed"
+        begun = packing_begun(dataset_dir)
+        state = "packing is not finished" if begun else "not packed"
         root = dataset_dir.parent.parent if dataset_dir.parent.name == "datasets" else None
         pack, _ = pack_command(dataset_dir, root)
         others = dataset_dir.parent.glob(f"*/{DATASET_FILE}")
-        near = meant(dataset_dir.name, (p.parent.name for p in others))
-        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): {near}run `{pack}`")
+        near = "" if begun else meant(dataset_dir.name, (p.parent.name for p in others)).strip()
+        remedy = near or f"run `{pack}`"
+        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): {remedy}")
     remedy = f"delete {str(dataset_dir)!r} and pack again"
     try:
         value = read_object(path, remedy, limit=LISTS_LIMIT, error=WorkError)

@@ -54,7 +54,9 @@ from pipeline.tars.finished import (
     HashingStream,
     TarRecord,
     VideoOutcome,
+    excluded_before,
     read_record,
+    remember_excluded,
 )
 from pipeline.tars.identical import IDENTICAL_FILE, HashedVideo, Identical, identical_videos
 from pipeline.tars.plan import (
@@ -198,8 +200,9 @@ def pack(
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             packing = _Packing(plan, videos_dir, dataset_dir)
-            packing.settle_plan(append)
+            notes += packing.settle_plan(append)
             remember_packing(dataset_dir, asked)
+            remember_excluded(dataset_dir / RECORDS_FOLDER, excluded)
             plan = packing.plan
             pending = [tar for tar in plan.tars if tar.file not in packing.records]
             packing.write_tars(pending, workers or usable_cores(), progress)
@@ -258,10 +261,11 @@ class _Packing:
         self.records: dict[str, TarRecord] = {}
         self._fetcher = VideoFetcher()
 
-    def settle_plan(self, append: bool = False) -> None:
+    def settle_plan(self, append: bool = False) -> list[str]:
         """Write the plan, or compare it with an earlier one and load the records of finished tars.
 
         With `append`, the plan may have videos, classes and splits that the earlier one lacks.
+        Returns notes.
 
         Raises UserError when the input changed, and when the folder holds something else.
         """
@@ -274,7 +278,7 @@ class _Packing:
                     f"packing: {self._remedy()}"
                 )
             self.plan.write(path)
-            return
+            return []
         earlier = read_plan(path)
         self.plan = with_earlier_keys(earlier, self.plan)
         if append or earlier.last_batch:
@@ -284,9 +288,13 @@ class _Packing:
             if record is not None:
                 self.records[tar.file] = record
         changes = differences(earlier, self.plan, self._changed_content(), may_grow=append)
+        added = {v.key for v in self.plan.videos} - {v.key for v in earlier.videos}
+        back = excluded_before(self._records_dir, added)
         if changes:
             grown = len(changes) == 1 and " added (" in changes[0]
             remedy = "pack new videos into new tars with --append, or " if grown else ""
+            if back:
+                remedy = f"they include {back}: give the list again, or {remedy}"
             raise UserError(
                 f"the input of data set {self.plan.name!r} has changed since it was packed: "
                 f"{'; '.join(changes)}; {remedy}{self._remedy()}"
@@ -298,6 +306,7 @@ class _Packing:
             if record and not (path.is_file() and path.stat().st_size == record.bytes):
                 logger.warning("%s has changed since it was written and is packed again", tar.file)
                 del self.records[tar.file]
+        return [f"{back} are packed now"] if back else []
 
     def write_tars(
         self, pending: Sequence[PlannedTar], workers: int, progress: ProgressSink

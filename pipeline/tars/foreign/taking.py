@@ -20,7 +20,7 @@ from featstore.files.locks import exclusive
 from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
 from pipeline.tars.dataset import DATASET_FILE, Dataset, load_dataset
-from pipeline.tars.finished import RECORDS_FOLDER
+from pipeline.tars.finished import RECORDS_FOLDER, excluded_before, remember_excluded
 from pipeline.tars.foreign.assembly import Assembly
 from pipeline.tars.foreign.classes import ClassChoice
 from pipeline.tars.foreign.scanning import FoundTar, scanned
@@ -63,11 +63,13 @@ def pack_tars(
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             sweep_partials(dataset_dir)
-            remember_packing(dataset_dir, asked)
             before = _earlier(dataset_dir)
-            if before is not None:
+            if before is None:
+                remember_packing(dataset_dir, asked)
+            else:
                 named = _continued(before, named, append)
-            folder = dataset_dir / RECORDS_FOLDER / FOUND_TARS
+            records = dataset_dir / RECORDS_FOLDER
+            folder = records / FOUND_TARS
             found = scanned(
                 [tar.source for tar in named],
                 folder,
@@ -78,8 +80,11 @@ def pack_tars(
             tars = _require_tars(list(found), dataset_dir)
             excluded = None if exclude is None else _leave_out(tars, exclude)
             made = Assembly(name, dataset_dir, named, tars, choice, before)
-            _require_same(before, made.dataset)
+            back = excluded_before(records, [s.key for tar in tars for s in tar.samples])
+            _require_same(before, made.dataset, back)
             written = made.write(before)
+            remember_packing(dataset_dir, asked)
+            remember_excluded(records, excluded)
     except OSError as error:
         where = error.filename or dataset_dir
         raise WorkError(
@@ -157,15 +162,19 @@ def _continued(before: Dataset, named: list[NamedTar], append: bool) -> list[Nam
     ]
 
 
-def _refuse(before: Dataset, changes: Sequence[str]) -> None:
+def _refuse(before: Dataset, changes: Sequence[str], back: str = "") -> None:
+    again = f"they include {back}: give the list again, or " if back else ""
     raise UserError(
         f"the input of data set {before.name!r} has changed since it was packed: "
-        f"{'; '.join(changes)}; use another --dataset name or delete {str(before.folder)!r}"
+        f"{'; '.join(changes)}; {again}use another --dataset name or delete {str(before.folder)!r}"
     )
 
 
-def _require_same(before: Dataset | None, now: Dataset) -> None:
-    """Raise UserError if an earlier tar, class or split is another one now."""
+def _require_same(before: Dataset | None, now: Dataset, back: str) -> None:
+    """Raise UserError if an earlier tar, class or split is another one now.
+
+    `back` are the samples of now that a list left out before, in words (`excluded_before`).
+    """
     if before is None or before.fingerprint == now.fingerprint:
         return
     changes = []
@@ -192,7 +201,7 @@ def _require_same(before: Dataset | None, now: Dataset) -> None:
     if not changes and len(now.tars) == len(before.tars):
         changes = ["other samples are left out, or the options on names are others"]
     if changes:
-        _refuse(before, changes)
+        _refuse(before, changes, back)
 
 
 def _require_tars(found: Sequence[FoundTar | str], dataset_dir: Path) -> list[FoundTar]:
