@@ -68,14 +68,16 @@ def root(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = ("--root", root)
     packed = done(*pack(source), "--max-failures", "0.5", *place)
     assert (packed["videos_listed"], packed["videos_failed"], packed["classes"]) == (18, 2, 3)
-    done(
+    made = done(
         *("extract", "--dataset", "acts", "--encoder", "tiny", "--sampling", "uniform:4"),
         *("--precision", "fp32", "--workers", "2", "--max-failures", "0.5", *place),
     )
-    done(
+    assert made["next"].startswith("mote-cli train-head --dataset acts")
+    trained = done(
         *("train-head", "--dataset", "acts", "--split", "train", "--frames", "4", "--name", "head"),
         *(*SHORT_TRAINING, "--precision", "fp32", *place),
     )
+    assert trained["next"].startswith("mote-cli eval --closeset acts --head head")
     return root
 
 
