@@ -21,7 +21,7 @@ from pipeline.annotations.formats.multi_label import CELLS, ROWS, Times, multi_l
 from pipeline.annotations.formats.path_label_lists import ListRow, label_names, read_list
 from pipeline.annotations.listing import name_from_key
 from pipeline.annotations.video_folder import path_stem
-from pipeline.tars.foreign.samples import LIST, FoundSample
+from pipeline.tars.foreign.samples import LIST, TAKES_LISTS, FoundSample
 
 _SHOWN_FIELDS = 8
 
@@ -118,8 +118,9 @@ def classes_of(
         first = next((sample for sample in samples if sample.unread), samples[0])
         raise UserError(
             f"{f'--label-field {choice.field}' if choice.field else '--multi-label'}: none of "
-            f"{len(samples)} samples has a class ({first.key}: {first.unread or 'no usual field'}"
-            f"); {_shown(fields)}, or pack with --unlabelled"
+            f"{len(samples)} samples has a class ({first.key}: {first.unread or 'no usual field'})"
+            + f"; {_shown(fields)}, or pack with --unlabelled"
+            * (TAKES_LISTS not in first.unread)
         )
     origins = Counter(sample.class_from for sample in samples if sample.key in rows)
     if len(origins) > 1:

@@ -36,6 +36,7 @@ MAX_CLASS_CHARACTERS: Final = 1000
 CLASS_MEMBER: Final = ".cls"
 LIST: Final = "list"
 """The `cells` of samples whose classes are a JSON list."""
+TAKES_LISTS: Final = "--multi-label list takes lists"
 _CLASS_FIELDS: Final = (*TABLES["columns"]["name"], *TABLES["columns"]["label"])
 _NO_VIDEOS: Final = frozenset({"json", "txt", "cls", "jpg", "jpeg", "png", "npy", "wav", "mp3"})
 _MOST_FIELDS: Final = 50
@@ -350,7 +351,7 @@ def _class_text(value: Any, name: str) -> tuple[str, str]:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas makes floats of a column of numbers with gaps
     if not _is_class(value):
-        several = "; --multi-label list takes lists" if isinstance(value, list) else ""
+        several = f"; {TAKES_LISTS}" if isinstance(value, list) else ""
         said = f"{name} is {one_line(repr(value), 60)}, neither a name nor a number{several}"
         return "", said
     text = " ".join(str(value).split())
