@@ -71,14 +71,14 @@ def remember_excluded(records_dir: Path, excluded: Excluded | None) -> None:
 
 
 def excluded_before(records_dir: Path, keys: Collection[str]) -> str:
-    """Say how many of these keys which list left out when the data set was packed; "" for none."""
+    """Say which list left out how many of these keys when the data set was packed; "" for none."""
     value = found_object(records_dir / _EXCLUDED_FILE, LISTS_LIMIT) or {}
     listed = value.get("keys")
     back = set(map(str, listed)).intersection(keys) if isinstance(listed, list) else ()
     if not back:
         return ""
     option = f"--exclude {shlex.quote(str(value.get('file')))}"
-    return f"{counted(len(back), 'video')} that `{option}` left out"
+    return f"`{option}` left out {counted(len(back), 'video')} of these before"
 
 
 class HashingStream:

@@ -294,7 +294,7 @@ class _Packing:
             grown = len(changes) == 1 and " added (" in changes[0]
             remedy = "pack new videos into new tars with --append, or " if grown else ""
             if back:
-                remedy = f"they include {back}: give the list again, or {remedy}"
+                remedy = f"{back}: give the list again, or {remedy}"
             raise UserError(
                 f"the input of data set {self.plan.name!r} has changed since it was packed: "
                 f"{'; '.join(changes)}; {remedy}{self._remedy()}"
@@ -306,7 +306,7 @@ class _Packing:
             if record and not (path.is_file() and path.stat().st_size == record.bytes):
                 logger.warning("%s has changed since it was written and is packed again", tar.file)
                 del self.records[tar.file]
-        return [f"{back} are packed now"] if back else []
+        return [f"{back}, which are packed now"] if back else []
 
     def write_tars(
         self, pending: Sequence[PlannedTar], workers: int, progress: ProgressSink

@@ -163,7 +163,7 @@ def _continued(before: Dataset, named: list[NamedTar], append: bool) -> list[Nam
 
 
 def _refuse(before: Dataset, changes: Sequence[str], back: str = "") -> None:
-    again = f"they include {back}: give the list again, or " if back else ""
+    again = f"{back}: give the list again, or " if back else ""
     raise UserError(
         f"the input of data set {before.name!r} has changed since it was packed: "
         f"{'; '.join(changes)}; {again}use another --dataset name or delete {str(before.folder)!r}"

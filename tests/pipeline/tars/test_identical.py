@@ -100,7 +100,7 @@ def test_tars_taken_as_they_are(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (less["videos_listed"], less["videos_failed"], less["identical"]["groups"]) == (2, 0, 0)
     words = refused(2, *pack, "--dataset", "less")
-    assert f"they include 1 video that `--exclude {tmp_path}/out.txt` left out" in words
+    assert f"`--exclude {tmp_path}/out.txt` left out 1 video of these before" in words
     assert "give the list again, or use another --dataset name" in words
     assert pack_command(tmp_path / "r/datasets/less", tmp_path)[0].count("--exclude") == 1
     again = done(*pack, "--dataset", "less", "--exclude", tmp_path / "out.txt")
@@ -114,12 +114,12 @@ def test_packing_again_without_the_list_says_which_one(videos: Path, tmp_path: P
     done(*pack, "--exclude", some)
     words = refused(2, *pack)
     assert "2 videos added" in words
-    assert f"they include 2 videos that `--exclude '{some}'` left out: give the list again" in words
+    assert f"`--exclude '{some}'` left out 2 videos of these before: give the list again" in words
     assert "with --append, or use another --dataset name" in words
     some.write_text("val%2Frun%2Fd\n")  # the list has changed: what it left out is remembered
-    assert "they include 1 video that" in refused(2, *pack, "--exclude", some)
+    assert "left out 1 video of these before" in refused(2, *pack, "--exclude", some)
     grown = done(*pack, "--append")
-    assert any("2 videos that `--exclude" in n and "are packed now" in n for n in grown["notes"])
+    assert any("left out 2 videos" in n and "are packed now" in n for n in grown["notes"])
     assert done(*pack)["shards_written"] == 0
     make_clip(videos / "train/run/new.mp4", 77)
     words = refused(2, *pack)
