@@ -6,19 +6,21 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from cli.output import fail, warn
 from featstore.commands import DEFAULT_ROOT as DEFAULT_ROOT
 from featstore.commands import ROOT_VARIABLE
-from featstore.errors import UserError, meant
+from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
+
+Kept = TypeVar("Kept")
 
 Root = Annotated[
     Path,
@@ -289,6 +291,24 @@ def content_hashes(workspace: Workspace, dataset: str) -> Mapping[str, str]:
         return hashes_in(workspace.dataset_dir(dataset))
     except UserError:  # a head may come from a data set whose name is no folder's name here
         return {}
+
+
+def kept(save: Callable[[], Kept], place: Path) -> tuple[Kept | None, str]:
+    """Call `save`; return its result and "", or None and why it cannot write to `place`.
+
+    So that a command in a folder that cannot be written prints what it found, and then ends with
+    `require_kept`.
+    """
+    try:
+        return save(), ""
+    except OSError as error:
+        return None, f"{error.filename or place} ({error.strerror or one_line(error)})"
+
+
+def require_kept(refused: str, what: str, remedy: str) -> None:
+    """Raise WorkError, which names the file and the `remedy`, if `kept` was refused to write."""
+    if refused:
+        raise WorkError(f"{what} printed, but not kept: cannot write {refused}; {remedy}")
 
 
 def require_few_failures(

@@ -143,7 +143,7 @@ class OpenedStores:
         if not remote and self._workspace.unlabelled(dataset):
             raise no_labels(dataset)
         if not paths:
-            before = self._unpacked(packed)
+            before = "" if packed is not None else self._unpacked()
             run = f"run `{make.command(self._workspace.root)}`"
             raise MissingStore(
                 f"no features of data set {dataset!r} under "
@@ -220,15 +220,20 @@ class OpenedStores:
         opened = (store for store in self._opened.values() if not isinstance(store, Exception))
         return next((store.provenance.encoder for store in opened), None)
 
-    def _unpacked(self, packed: object) -> str:
-        """Say what comes before an extraction of a data set that is not packed; "" if it is."""
-        if packed is not None:
-            return ""
+    def _unpacked(self) -> str:
+        """Say what comes before an extraction of a data set that is not packed.
+
+        Raises UserError, which names the one that is meant, if its name is near to that of another.
+        """
         place = self._workspace
-        pack, _ = pack_command(place.dataset_dir(self.dataset), place.root)
         known = dict.fromkeys((*place.extracted_datasets(), *place.packed_datasets()))
+        if near := meant(self.dataset, known):
+            raise UserError(
+                f"no data set {self.dataset!r} in {place.root}: {near}it has {', '.join(known)}"
+            )
+        pack, _ = pack_command(place.dataset_dir(self.dataset), place.root)
         there = f" (there are {', '.join(known)})" if known else ""
-        return f"it is not packed{there}; {meant(self.dataset, known)}pack it with `{pack}`, then "
+        return f"it is not packed{there}; pack it with `{pack}`, then "
 
 
 def _require_match(

@@ -44,6 +44,17 @@ class Excluded:
         more = f" and {len(self.unknown) - _NAMED} more" if len(self.unknown) > _NAMED else ""
         return f"{said}; {len(self.unknown)} of its keys are not in {self.where}: {named}{more}"
 
+    @property
+    def of_training(self) -> str:
+        """What to add to the description of training videos."""
+        return f", {len(self.keys)} excluded by a list"
+
+    def require_some_of(self, keys: Iterable[str], what: str) -> None:
+        """Raise UserError if the list names all of these keys of `what`, unless there are none."""
+        needed = frozenset(keys)
+        if needed and needed.issubset(self.keys):
+            raise UserError(f"{self.source} names all {len(needed)} {what}: leave some of them in")
+
     def to_json(self) -> dict[str, Any]:
         """All keys, JSON-ready."""
         return {

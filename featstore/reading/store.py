@@ -251,7 +251,9 @@ class Store:
         if self.multi_label:
             raise UserError(
                 f"the videos of {self.path.name} may show several classes, and {what} needs one "
-                "class a video: evaluate with --closeset or --zeroshot, and train without this"
+                "class a video, for a video counts for every class that it shows: train on all of "
+                "them (--class-sampling balanced evens classes out) and evaluate with --closeset "
+                "or --zeroshot"
             )
 
     def split(self, name: str) -> RowArray:

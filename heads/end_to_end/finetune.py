@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 
 from featstore.errors import UserError, WorkError
+from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
 from featstore.files.machine import available_memory, peak_rss_mb
 from featstore.progress import Outcome, ProgressSink, no_progress
@@ -106,6 +107,13 @@ class FinetuneSummary(Outcome):
     """The numbers of training videos of the classes (`Balance.to_json`)."""
     measure: str
     """What `top1` and `best_top1` are: "top1", or "mAP" where a video may show several classes."""
+    excluded: Excluded | None
+    """The videos that a list left out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        excluded = None if self.excluded is None else self.excluded.to_json()
+        return {**super().to_json(), "excluded": excluded}
 
 
 LISTED_FAILURES: Final = 5
@@ -363,6 +371,7 @@ def _summary(
         n_evaluated_failed=failed["evaluation"],
         loss=metrics[-1]["loss"],
         published_epoch=published,
+        excluded=plan.excluded,
         measure="mAP" if plan.dataset.multi_label else "top1",
         top1=measured.get(published),
         best_epoch=best,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from featstore.balance import Balance
 from featstore.errors import UserError
+from featstore.files.key_lists import Excluded
 from featstore.files.machine import usable_cores
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
@@ -48,6 +49,7 @@ from pipeline.prompts import (
     trained_prompt_set,
 )
 from pipeline.tars.dataset import Dataset, load_dataset
+from pipeline.video_clips.order import listed_clips
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 
 log = logging.getLogger(__name__)
@@ -77,6 +79,8 @@ class FinetuneRequest:
     """Evaluation split; None means "val", else "test", else no evaluation."""
     prompt_set: str | PromptSet | None = None
     """Name, or file of templates or descriptions; None means that of `from_head`, else "mote28"."""
+    exclude: Path | None = None
+    """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
     resume: bool = False
     decoder: str = "auto"
     workers: int | None = None
@@ -101,6 +105,7 @@ class Plan:
     """None if no training video can be decoded."""
     evaluation: EvaluationClips | None
     eval_split: str | None
+    excluded: Excluded | None
     settings: dict[str, Any]
     precision: str
     shard: bool
@@ -114,6 +119,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         raise no_labels(dataset.name)
     split = _training_split(dataset, request.split)
     eval_split = _evaluation_split(dataset, request, split)
+    excluded = None
+    if request.exclude is not None:
+        excluded = _excluded(dataset, request.exclude, split, eval_split)
     begun = None
     if request.from_head is not None:
         begun = load_head(starting_head(request.run_dir, request.from_head))
@@ -154,6 +162,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "workers": request.workers or _cores_of_this_process(),
         "rank": ranks.rank,
         "world_size": ranks.world_size,
+        "excluded": frozenset(() if excluded is None else excluded.keys),
     }
     clips = ClipStream(
         dataset,
@@ -188,6 +197,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         prompt_templates=prompt_set.templates,
         initial_head="" if begun is None else head_fingerprint(begun),
         label_map=dataset.label_map,
+        trained_on="" if excluded is None else (split or "all videos") + excluded.of_training,
     )
     settings = {
         "format": RUN_FORMAT,
@@ -242,6 +252,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         balance=balance,
         evaluation=evaluation,
         eval_split=eval_split,
+        excluded=excluded,
         settings=settings,
         precision=precision,
         shard=shard,
@@ -307,6 +318,19 @@ def _evaluation_split(dataset: Dataset, request: FinetuneRequest, split: str | N
     if chosen is None and request.config.evaluate_every:
         log.info("data set %s has no split val or test: nothing is evaluated", dataset.name)
     return chosen
+
+
+def _excluded(dataset: Dataset, path: Path, split: str | None, eval_split: str | None) -> Excluded:
+    """Read a list of videos to leave out; UserError if it leaves none to train or evaluate on."""
+    trained = [clip.key for clip in listed_clips(dataset, split)]
+    known = {*trained, *(key for keys in dataset.keys_by_split.values() for key in keys)}
+    where = "the data set" if split is None else "the splits of the data set"
+    excluded = Excluded.of(path, known, where)
+    excluded.require_some_of(trained, "training videos")
+    if eval_split is not None:
+        evaluated = dataset.keys_by_split[eval_split]
+        excluded.require_some_of(evaluated, f"videos of split {eval_split}, to evaluate on")
+    return excluded
 
 
 def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, classes: Tensor) -> Head:

@@ -23,6 +23,7 @@ ENDINGS: Final = {
     "per_class": ".per-class.csv",
     "confusion": ".confusion.csv",
     "confusion_picture": ".confusion.png",
+    "per_class_picture": ".per-class.png",
 }
 _VIDEO_COLUMNS: Final = (
     *("key", "path", "split", "true_class", "correct", "rank"),

@@ -212,7 +212,10 @@ def _tells_apart(path: Path, split: str) -> bool:
         usual = "train" if "train" in store.split_names else ""
         rows = store.split(split or usual) if split or usual else store.rows
         at = store.positions(rows)
-        return len(set(store.labels[at][store.status[at] == STATUS_OK].tolist())) > 1
+        usable = at[store.status[at] == STATUS_OK].tolist()
+        if store.multi_label:
+            return len({frozenset(span.label for span in store.spans[i]) for i in usable}) > 1
+        return len(set(store.labels[usable].tolist())) > 1
     except (UserError, WorkError):
         return False
 

@@ -275,11 +275,12 @@ def save_result(result: EvalResult, run_dir: Path, paths: Mapping[str, str] | No
         }
         write_outcomes(file, outcomes)
     write_json(file, result.to_json())
+    # Last: whatever may happen to a picture, the numbers are kept.
+    title = f"{result.head} on {result.dataset} ({result.protocol_name}): "
+    title += f"{result.words} of {result.n_evaluated} videos"
     if several:
-        save_details(folder / base, several, result.class_names, paths or {})
-    if details:  # last: whatever may happen to a picture, the numbers are kept
-        title = f"{result.head} on {result.dataset} ({result.protocol_name}): "
-        title += f"{result.words} of {result.n_evaluated} videos"
+        save_details(folder / base, several, result.class_names, paths or {}, title)
+    if details:
         save_answers(file, details, result.class_names, title=title, paths=paths)
     return file
 

@@ -3,8 +3,9 @@
 n = evaluated videos of a test set, C = its candidates, K = the best classes that are kept.
 
 Beside the result file lie `.videos.csv` (a row a video), `.per-class.csv` (a row a class, with its
-average precision) and `.scores.npz` (every score). There is no table or picture of confusions:
-where a video shows several classes, no class is taken for another.
+average precision), `.per-class.png` (the same as a picture) and `.scores.npz` (every score). There
+is no table or picture of confusions: where a video shows several classes, no class is taken for
+another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from featstore.files.durable import write_bytes
 from featstore.files.tables import csv_bytes
 from featstore.format.schema import Shown
+from heads.evaluation.answers import ENDINGS
 from heads.evaluation.details import NAMED_CLASSES, Confidences, NotEvaluated
 from heads.evaluation.protocols.protocol import LabelIds
 from heads.scoring import TOP_K
@@ -117,13 +119,21 @@ def save_details(
     details: Sequence[LabelsDetail],
     class_names: Sequence[str],
     paths: Mapping[str, str],
+    title: str = "",
 ) -> None:
-    """Write the files beside the result file `base` + ".json"; `paths` are of videos, by key."""
+    """Write the files beside the result file `base` + ".json"; `paths` are of videos, by key.
+
+    The picture, under `title`, is of the first test set. If the details hold no `best` (a sweep),
+    it is not drawn and no table of videos is written; those of an earlier measurement are removed.
+    """
     columns, rows = _CLASS_COLUMNS, _class_rows(details, class_names)
-    write_bytes(base.with_name(f"{base.name}.per-class.csv"), csv_bytes(columns, rows, bom=True))
-    videos = base.with_name(f"{base.name}.videos.csv")
-    if any(part.best is None for part in details):
+    files = {what: base.with_name(base.name + ending) for what, ending in ENDINGS.items()}
+    write_bytes(files["per_class"], csv_bytes(columns, rows, bom=True))
+    videos, picture = files["videos"], files["per_class_picture"]
+    swept = any(part.best is None for part in details)
+    if swept:
         videos.unlink(missing_ok=True)
+        picture.unlink(missing_ok=True)
     else:
         listed = _video_rows(details, class_names, paths)
         write_bytes(videos, csv_bytes(_VIDEO_COLUMNS, listed, bom=True))
@@ -134,6 +144,15 @@ def save_details(
     data = io.BytesIO()
     np.savez_compressed(data, **arrays)  # type: ignore[arg-type]  # split names are the keys
     write_bytes(base.with_name(f"{base.name}{SCORES_ENDING}"), data.getvalue())
+    if swept:
+        return
+    from heads.reporting.precisions import precision_plot  # matplotlib takes a while to load
+
+    first = details[0]
+    names = [class_names[label] for label in first.classes.tolist()]
+    found, counts = 100 * average_precisions(first.scores, first.shown), first.shown.sum(0)
+    labels = first.classes.tolist()
+    precision_plot(found, counts, len(first.keys), names, labels, picture, title)
 
 
 def _class_rows(

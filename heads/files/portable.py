@@ -36,16 +36,15 @@ def merged_head(head: Head) -> Head:
     """
     chosen = method(head.config.kind)
     chosen.require("used by other programs", chosen.portable)
-    require_one_class(head)
     return head.merged()
 
 
 def require_one_class(head: Head) -> None:
-    """Raise UserError for a head of several classes a video, whose bias no exported file has."""
+    """Raise UserError for a head of several classes a video, whose bias no official file has."""
     if head.logit_bias is not None:
         raise UserError(
-            "the head gives every class of a video a probability of its own, which exported files "
-            "have no place for: use it with `mote-cli predict` and `eval`"
+            "the head gives every class of a video a probability of its own, which the authors' "
+            "code has no place for: export it with --format safetensors or onnx"
         )
 
 
@@ -55,7 +54,8 @@ def save_onnx(head: Head, path: Path) -> None:
     Inputs: `features` float32 [B,T,D], `class_embeddings` float32 [C,D], `modulate` bool [];
     output: `cosines` float32 [B,C]. B, T (up to the head's positions) and C are free. With fewer
     classes than modulation compares (K) a modulated output is NaN. The metadata entry "mote" is a
-    JSON text with configuration, origin and logit scale.
+    JSON text with configuration, origin, logit scale and, of a head for several classes a video,
+    logit bias.
 
     Raises UserError if the packages for ONNX are not installed, and as `merged_head`.
     """
@@ -93,6 +93,7 @@ def save_onnx(head: Head, path: Path) -> None:
             dynamic_shapes=free,  # for the names of the axes
             verbose=False,
         )
+    bias = {} if merged.logit_bias is None else {"logit_bias": float(merged.logit_bias.detach())}
     model = program.model_proto
     note = model.metadata_props.add()
     note.key = "mote"
@@ -101,6 +102,7 @@ def save_onnx(head: Head, path: Path) -> None:
             "head": config.to_json(),
             "origin": None if merged.origin is None else merged.origin.to_json(),
             "logit_scale": float(merged.logit_scale.exp()),
+            **bias,
         },
         ensure_ascii=False,
         allow_nan=False,

@@ -61,7 +61,8 @@ class Method:
     modulated: bool = True
     """Whether temporal feature modulation can scale down what the head adds to the frames."""
     multi_label: bool = False
-    """Whether it can be trained on videos of several classes each, and with class weights."""
+    """Whether it can be trained on videos of several classes each and, in epochs, with class
+    weights."""
     portable: bool = True
     """Whether it can be exported as safetensors and ONNX."""
     official: str | None = None

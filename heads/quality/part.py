@@ -13,6 +13,7 @@ from featstore.commands import command
 from featstore.errors import UserError
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
+from pipeline.tars.dataset import NO_LABEL, class_words
 from pipeline.tars.identical import content_hashes
 
 
@@ -62,10 +63,9 @@ class Part:
 
     @cached_property
     def class_names(self) -> list[str]:
-        """The class [n] of each video in words; "" without one."""
-        names = self.store.class_names
-        labels = self.store.labels[self._at].tolist()
-        return [names[label] if 0 <= label < len(names) else "" for label in labels]
+        """The class [n] of each video in words, or all that it shows; "" without one."""
+        names, spans = self.store.class_names, self.store.spans
+        return [class_words(names, NO_LABEL, spans[at]) for at in self._at]
 
     @cached_property
     def splits(self) -> list[tuple[str, ...]]:

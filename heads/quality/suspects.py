@@ -90,6 +90,8 @@ class Suspects:
         said = f"{len(self.ranked)} of {self.part.name}"
         said += f", {self.part.n_failed} without features left out" * bool(self.part.n_failed)
         few = f"no label, or fewer than {LEAST_OF_CLASS} videos of the class"
+        if self.part.store.multi_label:
+            few = "a video may show several classes"
         return said + f", {self.unjudged} labels not judged ({few})" * bool(self.unjudged)
 
     @property

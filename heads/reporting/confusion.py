@@ -14,18 +14,14 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, fontManager
-from matplotlib.ft2font import FT2Font
-from matplotlib.textpath import text_to_path
 
 from featstore.errors import safe_text
 from featstore.files.durable import write_bytes
+from heads.reporting.written_names import POINTS, WrittenNames
 
 LABELLED: Final = 60  # with more classes their names would be too small to read
 BLOCK: Final = 40  # how many classes are drawn then
 _COUNTED: Final = 25  # up to so many classes, the cells show their counts
-_LETTERS: Final = 36  # of a class name; longer ones are cut
-_POINTS: Final = 7.0
 
 
 def confusion_plot(
@@ -47,18 +43,18 @@ def confusion_plot(
     videos = counts.sum(1, keepdims=True)
     shares = np.divide(counts, videos, out=np.full(counts.shape, np.nan), where=videos > 0)
     shown = np.arange(total) if total <= LABELLED else _most_confused(counts, BLOCK)
-    names = _Names([class_names[at] for at in shown], [labels[at] for at in shown])
+    names = WrittenNames([class_names[at] for at in shown], [labels[at] for at in shown])
     lines = [safe_text(title)] if title else []
     if len(shown) < total:
         lines.append(f"the {len(shown)} of {total} classes that are most often confused")
     if names.numbered:
-        lines.append(f"#: {names.numbered} names that no font here can write, see per-class.csv")
+        lines.append(names.words)
     part, said = shares[np.ix_(shown, shown)], counts[np.ix_(shown, shown)]
     n = len(shown)
     cell = float(np.clip(5.0 / n, 0.2, 0.8))
     side, room = n * cell, names.width + 0.4  # in inches, like all that follows
     wide = room + max(side, 2.0) + 1.0
-    columns = int(72 * (wide - 0.3) / (0.6 * (_POINTS + 1)))
+    columns = int(72 * (wide - 0.3) / (0.6 * (POINTS + 1)))
     heading = [wrapped for line in lines for wrapped in textwrap.wrap(line, columns)]
     high = room + side + 0.15 + 0.17 * len(heading)
     figure = Figure(figsize=(wide, high), dpi=150)
@@ -67,25 +63,25 @@ def confusion_plot(
     colours = colormaps["Blues"].with_extremes(bad="0.9")
     # The root of a share: one video of thirty can be seen, too.
     drawn = axes.imshow(100 * part, cmap=colours, norm=PowerNorm(0.5, 0, 100), aspect="auto")
-    text: dict[str, Any] = {"fontsize": _POINTS, "family": names.families, "parse_math": False}
+    text: dict[str, Any] = {"fontsize": POINTS, "family": names.families, "parse_math": False}
     axes.set_xticks(range(n), names.texts, rotation=90, **text)
     axes.set_yticks(range(n), names.texts, **text)
     axes.tick_params(length=2, pad=2)
-    axes.set_xlabel("taken for", fontsize=_POINTS + 1)
-    axes.set_ylabel("true class", fontsize=_POINTS + 1)
+    axes.set_xlabel("taken for", fontsize=POINTS + 1)
+    axes.set_ylabel("true class", fontsize=POINTS + 1)
     if n <= _COUNTED:
         for row, column in np.argwhere(said > 0).tolist():
             colour = "white" if part[row, column] > 0.3 else "black"
             number = axes.text(column, row, str(said[row, column]), ha="center", va="center")
-            number.set(fontsize=_POINTS, color=colour)
+            number.set(fontsize=POINTS, color=colour)
     tall = min(side, 2.5)
     scale = figure.add_axes(
         ((room + side + 0.15) / wide, (room + side - tall) / high, 0.12 / wide, tall / high)
     )
-    figure.colorbar(drawn, cax=scale).set_label("% of the true class", fontsize=_POINTS)
-    scale.tick_params(labelsize=_POINTS)
+    figure.colorbar(drawn, cax=scale).set_label("% of the true class", fontsize=POINTS)
+    scale.tick_params(labelsize=POINTS)
     if heading:
-        text |= {"fontsize": _POINTS + 1, "va": "top"}
+        text |= {"fontsize": POINTS + 1, "va": "top"}
         figure.text(0.15 / wide, 1 - 0.1 / high, "\n".join(heading), **text)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -106,43 +102,3 @@ def _most_confused(counts: npt.NDArray[np.int64], most: int) -> npt.NDArray[np.i
             break
     rest = (at for at in range(len(counts)) if at not in chosen)  # few confusions, or none
     return np.array([*chosen, *rest][:most], np.int64)
-
-
-class _Names:
-    """Class names as the picture writes them: cut, without what a font cannot write.
-
-    `texts` are the names, `families` the fonts that are needed for them, `width` is that of the
-    longest in inches, and `numbered` the number of names that were replaced by "#" and the class's
-    number.
-    """
-
-    def __init__(self, names: Sequence[str], labels: Sequence[int]) -> None:
-        cut = [" ".join(safe_text(name).split()) for name in names]
-        cut = [name if len(name) <= _LETTERS else name[: _LETTERS - 1] + "…" for name in cut]
-        usual = findfont(FontProperties())
-        self.families = [FontProperties().get_family()[0]]
-        lacking = set("".join(cut)) - _letters(usual)
-        for font in sorted(fontManager.ttflist, key=lambda font: (font.style, font.weight != 400)):
-            if not lacking:
-                break
-            if known := lacking & _letters(font.fname, font.name):
-                lacking -= known
-                self.families.append(font.name)
-        self.texts = [
-            f"#{label}" if lacking.intersection(name) else name
-            for name, label in zip(cut, labels, strict=True)
-        ]
-        self.numbered = sum(bool(lacking.intersection(name)) for name in cut)
-        written = FontProperties(family=self.families, size=_POINTS)
-        measure = text_to_path.get_text_width_height_descent
-        self.width = max(measure(text, written, False)[0] for text in self.texts) / 72
-
-
-def _letters(file: str, name: str = "") -> set[str]:
-    """Return the characters that a font file can write; none if it cannot be read."""
-    if name.startswith("Last Resort"):  # boxes for every letter there is; part of matplotlib
-        return set()
-    try:
-        return {chr(code) for code in FT2Font(file).get_charmap()}
-    except (OSError, RuntimeError):  # bitmaps, for example coloured emoji
-        return set()

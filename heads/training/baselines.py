@@ -69,8 +69,7 @@ def baseline_accuracies(
 
     `train` and `validation` are frame features, floating [n,F,D]; labels are int64 [n], indices
     into `class_embeddings` [C,D]. With labels [n,C] of several classes a video it is the mean
-    average precision, of those baselines that can learn from them. `logit_scale` is the encoder's
-    multiplier of cosines.
+    average precision. `logit_scale` is the encoder's multiplier of cosines.
     """
     classes = torch.as_tensor(class_embeddings).float()
     known, truth = torch.as_tensor(train_labels).long(), torch.as_tensor(validation_labels).long()
@@ -78,8 +77,6 @@ def baseline_accuracies(
     found = {}
     several = known.ndim == 2
     for name in BASELINES:
-        if several and not method(name).multi_label:
-            continue
         config = method(name).config(dim=classes.shape[1])
         head = build_head(config, classes, logit_scale=logit_scale)
         assert isinstance(head, OwnClassesHead)

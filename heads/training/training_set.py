@@ -173,12 +173,10 @@ def without_excluded(store: Store, rows: RowArray, path: Path) -> tuple[RowArray
     UserError if the list cannot be read or names all of `rows`.
     """
     excluded = Excluded.of(path, store.keys, "this store")
+    keys = [store.keys[at] for at in store.positions(rows).tolist()]
+    excluded.require_some_of(keys, "training videos")
     gone = frozenset(excluded.keys)
-    keep = [store.keys[at] not in gone for at in store.positions(rows).tolist()]
-    left: RowArray = rows[np.array(keep, bool)]
-    if not len(left) and len(rows):
-        raise UserError(f"{path} names all {len(rows)} training videos: leave some of them in")
-    return left, excluded
+    return rows[np.array([key not in gone for key in keys], bool)], excluded
 
 
 def usable_rows(store: Store, rows: RowArray) -> RowArray:

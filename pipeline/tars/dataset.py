@@ -216,6 +216,12 @@ class Dataset:
         }
 
 
+def class_words(class_names: Sequence[str], label: int, spans: Sequence[Span] = ()) -> str:
+    """Return the name of a video's class, or of each that it shows, by label; "" for none."""
+    labels = {label} if label != NO_LABEL else {span.label for span in spans}
+    return "; ".join(class_names[at] for at in sorted(labels))
+
+
 def write_failures(dataset_dir: Path, failures: Sequence[Mapping[str, Any]]) -> None:
     """Write `failures.csv`, complete or not at all; if no video failed, it has only a header."""
     lines = ({**video, "splits": ";".join(video["splits"])} for video in failures)
@@ -253,12 +259,14 @@ def load_dataset(dataset_dir: Path) -> Dataset:
     """
     path = dataset_dir / DATASET_FILE
     if not path.is_file():
-        state = "packing is not finished" if packing_begun(dataset_dir) else "not packed"
+        begun = packing_begun(dataset_dir)
+        state = "packing is not finished" if begun else "not packed"
         root = dataset_dir.parent.parent if dataset_dir.parent.name == "datasets" else None
         pack, _ = pack_command(dataset_dir, root)
         others = dataset_dir.parent.glob(f"*/{DATASET_FILE}")
-        near = meant(dataset_dir.name, (p.parent.name for p in others))
-        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): {near}run `{pack}`")
+        near = "" if begun else meant(dataset_dir.name, (p.parent.name for p in others)).strip()
+        remedy = near or f"run `{pack}`"
+        raise UserError(f"no {DATASET_FILE} in {str(dataset_dir)!r} ({state}): {remedy}")
     remedy = f"delete {str(dataset_dir)!r} and pack again"
     try:
         value = read_object(path, remedy, limit=LISTS_LIMIT, error=WorkError)

@@ -1,18 +1,25 @@
-"""Records of finished tars, which packing keeps between runs."""
+"""Records of finished tars, and of what a list left out, which packing keeps between runs."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 from featstore.commands import PACKING_FOLDER as RECORDS_FOLDER
+from featstore.errors import counted
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.files.durable import write_json
+from featstore.files.key_lists import Excluded
 from pipeline.tars.plan import PlannedTar
 
 __all__ = ["RECORDS_FOLDER", "HashingStream", "TarRecord", "VideoOutcome", "read_record"]
+
+_EXCLUDED_FILE: Final = "excluded.json"
 
 
 class VideoOutcome(NamedTuple):
@@ -52,6 +59,26 @@ def read_outcomes(records_dir: Path, file: str) -> tuple[VideoOutcome, ...]:
     """Return the outcomes of the tar `file` from its record; () if there is none."""
     value = found_object(records_dir / f"{file.removesuffix('.tar')}.json", LISTS_LIMIT) or {}
     return tuple(VideoOutcome(*outcome) for outcome in value.get("videos", ()))
+
+
+def remember_excluded(records_dir: Path, excluded: Excluded | None) -> None:
+    """Keep what a list left out of a data set; nothing without a list."""
+    if excluded is not None:
+        value = {**excluded.to_json(), "file": os.path.abspath(excluded.source)}
+        path = records_dir / _EXCLUDED_FILE
+        if found_object(path, LISTS_LIMIT) != value:
+            write_json(path, value)
+
+
+def excluded_before(records_dir: Path, keys: Collection[str]) -> str:
+    """Say which list left out how many of these keys when the data set was packed; "" for none."""
+    value = found_object(records_dir / _EXCLUDED_FILE, LISTS_LIMIT) or {}
+    listed = value.get("keys")
+    back = set(map(str, listed)).intersection(keys) if isinstance(listed, list) else ()
+    if not back:
+        return ""
+    option = f"--exclude {shlex.quote(str(value.get('file')))}"
+    return f"`{option}` left out {counted(len(back), 'video')} of these before"
 
 
 class HashingStream:

@@ -44,6 +44,7 @@ from pipeline.tars.dataset import (
     Dataset,
     FailedVideo,
     Tar,
+    class_words,
     load_dataset,
     write_failures,
 )
@@ -53,7 +54,9 @@ from pipeline.tars.finished import (
     HashingStream,
     TarRecord,
     VideoOutcome,
+    excluded_before,
     read_record,
+    remember_excluded,
 )
 from pipeline.tars.identical import IDENTICAL_FILE, HashedVideo, Identical, identical_videos
 from pipeline.tars.plan import (
@@ -197,8 +200,9 @@ def pack(
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             packing = _Packing(plan, videos_dir, dataset_dir)
-            packing.settle_plan(append)
+            notes += packing.settle_plan(append)
             remember_packing(dataset_dir, asked)
+            remember_excluded(dataset_dir / RECORDS_FOLDER, excluded)
             plan = packing.plan
             pending = [tar for tar in plan.tars if tar.file not in packing.records]
             packing.write_tars(pending, workers or usable_cores(), progress)
@@ -238,9 +242,8 @@ def leave_out(listing: Listing, exclude: Path) -> Excluded:
     """
     listed = [video.key for video in (*listing.records, *listing.missing)]
     excluded = Excluded.of(exclude, listed)
+    excluded.require_some_of(listed, "videos")
     gone = frozenset(excluded.keys)
-    if gone.issuperset(listed):
-        raise UserError(f"{exclude} names all {len(listed)} videos: leave some of them in")
     listing.records[:] = (video for video in listing.records if video.key not in gone)
     listing.missing[:] = (video for video in listing.missing if video.key not in gone)
     return excluded
@@ -258,10 +261,11 @@ class _Packing:
         self.records: dict[str, TarRecord] = {}
         self._fetcher = VideoFetcher()
 
-    def settle_plan(self, append: bool = False) -> None:
+    def settle_plan(self, append: bool = False) -> list[str]:
         """Write the plan, or compare it with an earlier one and load the records of finished tars.
 
         With `append`, the plan may have videos, classes and splits that the earlier one lacks.
+        Returns notes.
 
         Raises UserError when the input changed, and when the folder holds something else.
         """
@@ -274,7 +278,7 @@ class _Packing:
                     f"packing: {self._remedy()}"
                 )
             self.plan.write(path)
-            return
+            return []
         earlier = read_plan(path)
         self.plan = with_earlier_keys(earlier, self.plan)
         if append or earlier.last_batch:
@@ -284,9 +288,13 @@ class _Packing:
             if record is not None:
                 self.records[tar.file] = record
         changes = differences(earlier, self.plan, self._changed_content(), may_grow=append)
+        added = {v.key for v in self.plan.videos} - {v.key for v in earlier.videos}
+        back = excluded_before(self._records_dir, added)
         if changes:
             grown = len(changes) == 1 and " added (" in changes[0]
             remedy = "pack new videos into new tars with --append, or " if grown else ""
+            if back:
+                remedy = f"{back}: give the list again, or {remedy}"
             raise UserError(
                 f"the input of data set {self.plan.name!r} has changed since it was packed: "
                 f"{'; '.join(changes)}; {remedy}{self._remedy()}"
@@ -298,6 +306,7 @@ class _Packing:
             if record and not (path.is_file() and path.stat().st_size == record.bytes):
                 logger.warning("%s has changed since it was written and is packed again", tar.file)
                 del self.records[tar.file]
+        return [f"{back}, which are packed now"] if back else []
 
     def write_tars(
         self, pending: Sequence[PlannedTar], workers: int, progress: ProgressSink
@@ -352,10 +361,8 @@ class _Packing:
                     words = "" if video.label == NO_LABEL else self.plan.words[video.label]
                     splits, spans = video.splits, video.spans
                     failed.append(FailedVideo(key, video.label, words, splits, reason, spans))
-                    words = words or "; ".join(
-                        dict.fromkeys(self.plan.words[span.label] for span in spans)
-                    )
-                    line = (key, video.path, words, splits, reason)
+                    said = class_words(self.plan.words, video.label, spans)
+                    line = (key, video.path, said, splits, reason)
                     failures.append(dict(zip(FAILURE_COLUMNS, line, strict=True)))
             tars.append(
                 Tar(
@@ -394,7 +401,7 @@ class _Packing:
             outcomes = self.records[planned.file].videos
             for video, (key, sha256, reason) in zip(planned.videos, outcomes, strict=True):
                 if sha256 and not reason:
-                    words = "" if video.label == NO_LABEL else self.plan.words[video.label]
+                    words = class_words(self.plan.words, video.label, video.spans)
                     yield HashedVideo(key, video.path, words, video.splits, sha256)
 
     def _read_video(self, video: PlannedVideo) -> tuple[VideoOutcome, _Sample | None]:

@@ -13,7 +13,7 @@ import hashlib
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -83,15 +83,18 @@ class ClipLoader:
         device: str | torch.device = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        excluded: Collection[str] = (),
     ) -> None:
         """T = `frames`; `batch_size` is this rank's part of a global batch.
+
+        The videos whose keys are `excluded` do not belong to the split here.
 
         Frames are resized to the short side of `resized`, by default that of the tower's input.
         `workers` threads decode: ranks on one machine must divide its cores among them. Raises
         UserError for a split that is unknown or empty and for a decoder that cannot be used here.
         """
         self._dataset = dataset
-        self._clips = listed_clips(dataset, split)
+        self._clips = listed_clips(dataset, split, excluded)
         self.n_listed = len(self._clips)
         self._classes = len(dataset.class_names) if dataset.multi_label else 0
         self._frames, self._preprocessing = frames, preprocessing

@@ -7,7 +7,7 @@ sizes and machines only divide it (docs/decisions/0018).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, repeat
 
@@ -51,11 +51,14 @@ class ListedClip:
     spans: tuple[Span, ...] = ()
 
 
-def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
+def listed_clips(
+    dataset: Dataset, split: str | None, excluded: Collection[str] = ()
+) -> list[ListedClip]:
     """List all videos of `split` (of all splits if it is None), in the order of their keys.
 
-    Nothing is left out: a video that cannot be read has a reason. Videos that are in no intact tar
-    are assigned to the damaged tars; if several are damaged, which one is a guess.
+    Nothing but the keys `excluded` is left out: a video that cannot be read has a reason. Videos
+    that are in no intact tar are assigned to the damaged tars; if several are damaged, which one is
+    a guess.
 
     Raises UserError for a split that does not exist or is empty, `DamagedTar` if a damaged tar
     holds videos whose names are unknown because they belong to no split.
@@ -110,9 +113,8 @@ def listed_clips(dataset: Dataset, split: str | None) -> list[ListedClip]:
         raise UserError(
             f"split {split!r} of data set {dataset.name!r} has no videos: choose another"
         )
-    return [
-        replace(clip, position=position) for position, (_, clip) in enumerate(sorted(found.items()))
-    ]
+    left = [clip for key, clip in sorted(found.items()) if key not in excluded]
+    return [replace(clip, position=position) for position, clip in enumerate(left)]
 
 
 def list_digest(clips: Sequence[ListedClip]) -> str:

@@ -75,6 +75,37 @@ def test_one_video(tmp_path: Path) -> None:
     assert "accumulation 2 is more than the 1 batches of an epoch" in error
 
 
+def test_a_list_leaves_videos_out_of_training_and_evaluation(root: Path, tmp_path: Path) -> None:
+    dataset = json.loads((root / "datasets/clips/dataset.json").read_text())
+    train, val = (sorted(dataset["splits"][split]) for split in ("train", "val"))
+    listed = tmp_path / "list.csv"
+    rows = [f"{train[0]},yes", f"{train[1]},no", f"{val[0]},yes", "nowhere,yes"]
+    listed.write_text("\n".join(["key,exclude", *rows]) + "\n")
+    found = mote(*finetune(root, "less", "--exclude", listed)).json
+    assert (found["n_listed"], found["n_evaluated"]) == (len(train) - 1, len(val) - 1)
+    assert found["excluded"] == {
+        "file": str(listed), "videos": 2, "keys": [train[0], val[0]], "unknown": ["nowhere"],
+    }  # fmt: skip
+    keys = json.loads((root / "heads/less/training-keys.json").read_text())
+    assert sorted(keys["clips"]) == train[1:]
+    (evaluation, *_) = [
+        json.loads(line)["evaluation"]
+        for line in (root / "heads/less/metrics.jsonl").read_text().splitlines()
+    ]
+    assert evaluation["n_listed"] == len(val) - 1
+    described = json.loads((root / "heads/less/config.json").read_text())["data"]["trained_on"]
+    assert described == "train, 2 excluded by a list"
+    words = list(finetune(root, "less", "--exclude", listed, "--resume"))
+    words.remove("--json")
+    assert "1 of its keys are not in the splits of the data set: nowhere" in mote(*words).out
+    assert "data.order" in refused(2, *finetune(root, "less", "--resume"))
+    for keys, what in ((train, "training videos"), (val, "videos of split val, to evaluate on")):
+        listed.write_text("\n".join(keys))
+        error = refused(2, *finetune(root, "none", "--exclude", listed))
+        assert f"names all {len(keys)} {what}: leave some of them in" in error
+    assert not (root / "heads/none").exists()
+
+
 def test_a_tar_that_is_gone(root: Path) -> None:
     shard = sorted((root / "datasets/clips/shards").glob("*-train-*.tar"))[0]
     shard.unlink()

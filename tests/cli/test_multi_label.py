@@ -18,6 +18,7 @@ from pipeline.tars.dataset import load_dataset
 from pipeline.video_clips.stream import ClipStream
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, command_starter
+from tests.support.worlds.foreign_tars import as_json, webdataset_tar
 from tests.support.worlds.tiny_world import (
     CLASSES,
     SHORT_TRAINING,
@@ -67,14 +68,16 @@ def root(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = ("--root", root)
     packed = done(*pack(source), "--max-failures", "0.5", *place)
     assert (packed["videos_listed"], packed["videos_failed"], packed["classes"]) == (18, 2, 3)
-    done(
+    made = done(
         *("extract", "--dataset", "acts", "--encoder", "tiny", "--sampling", "uniform:4"),
         *("--precision", "fp32", "--workers", "2", "--max-failures", "0.5", *place),
     )
-    done(
+    assert made["next"].startswith("mote-cli train-head --dataset acts")
+    trained = done(
         *("train-head", "--dataset", "acts", "--split", "train", "--frames", "4", "--name", "head"),
         *(*SHORT_TRAINING, "--precision", "fp32", *place),
     )
+    assert trained["next"].startswith("mote-cli eval --closeset acts --head head")
     return root
 
 
@@ -103,7 +106,7 @@ def test_classes_and_times_reach_the_store(root: Path, source: Path) -> None:
     assert verify(store.path, deep=True).ok
     failures = list(csv.DictReader((root / "datasets/acts/failures.csv").open()))
     assert {row["key"]: row["class_name"] for row in failures} == {
-        key: "; ".join(SHOWN[key]) for key in ("clip4", "clip5")
+        key: "; ".join(sorted(SHOWN[key])) for key in ("clip4", "clip5")
     }
     again = done(*pack(source), "--max-failures", "0.5", "--root", root)
     assert again["shards_written"] == 0
@@ -177,11 +180,9 @@ def test_a_head_is_evaluated_and_predicts(root: Path, source: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("train-head", "--dataset", "acts", "--split", "train", "--head", "knn"), "show several"),
         (("train-head", "--dataset", "acts", "--split", "train", "--shots", "2"), "--shots needs"),
         (("eval", "--fewshot", "acts"), "number of videos per class needs one class a video"),
         (("eval", "--base-to-novel", "acts"), "needs one class a video"),
-        (("export", "head", "--format", "safetensors", "--out", "x"), "a probability of its own"),
         (("export", "head", "--format", "official", "--out", "x"), "a probability of its own"),
     ],
     ids=lambda words: "-".join(words[:3]) if isinstance(words, tuple) else "",
@@ -197,8 +198,59 @@ def test_pack_refuses_wrong_words(source: Path, tmp_path: Path) -> None:
     assert "choose one of rows, |, ;" in refused(
         2, *pack(source)[:-4], "--multi-label", ":", *place
     )
-    tars = ("pack", "--dataset", "t", "--tars", "x.tar", "--multi-label", "rows", *place)
-    assert "--multi-label is for --videos" in refused(2, *tars)
+    tars = ("pack", "--dataset", "t", "--tars", "x.tar", *place, "--multi-label")
+    assert "rows is for a CSV" in refused(2, *tars, "rows")
+    assert "choose one of list, rows, |, ;" in refused(2, *tars, ":")
+    assert "leave --multi-label out" in refused(2, *tars, "list", "--unlabelled")
+    listed = ("--annotations", source / "list.csv")
+    assert "for --annotations give rows" in refused(2, *tars, "list", *listed)
+    assert "list is for --tars" in refused(2, *pack(source), "--multi-label", "list", *place)
+
+
+def test_tars_whose_json_lists_classes_go_through_every_command(
+    source: Path, root: Path, tmp_path: Path
+) -> None:
+    for split, numbers in (("train", range(TRAIN)), ("val", range(TRAIN, TRAIN + VAL))):
+        webdataset_tar(
+            tmp_path / f"{split}.tar",
+            [
+                {
+                    "__key__": f"clip{n}",
+                    "mp4": (source / f"videos/clip{n}.mp4").read_bytes(),
+                    "json": as_json(labels=shown(n)),
+                }
+                for n in numbers
+                if n not in (4, 5)
+            ],
+        )
+    place = ("--root", tmp_path / "root")
+    shutil.copytree(root / "encoders", tmp_path / "root/encoders")
+    tars = [part for s in ("train", "val") for part in ("--tars", f"{s}={tmp_path}/{s}.tar")]
+    packing = ("pack", "--dataset", "acts", *tars, "--multi-label", "list", *place)
+    packed = done(*packing)
+    assert (packed["videos_packed"], packed["classes"]) == (16, 3)
+    done(
+        *("extract", "--dataset", "acts", "--encoder", "tiny", "--sampling", "uniform:4"),
+        *("--precision", "fp32", *place),
+    )
+    taken, written = open_store(store_of(tmp_path / "root")), open_store(store_of(root))
+    assert taken.multi_label
+    assert taken.class_names == written.class_names
+    of_written = dict(zip(written.keys, written.shown(written.rows).tolist(), strict=True))
+    found = dict(zip(taken.keys, taken.shown(taken.rows).tolist(), strict=True))
+    assert found == {key: value for key, value in of_written.items() if key in found}
+    assert any("nothing to do" in note for note in done(*packing)["notes"])
+    words = refused(2, "pack", "--dataset", "acts", *tars, "--label-field", "labels", *place)
+    assert "neither a name nor a number; --multi-label list takes lists" in words
+    done(
+        *("train-head", "--dataset", "acts", "--split", "train", "--head", "knn", "--frames", "4"),
+        *("--name", "near", *place),
+    )
+    value = done("eval", "--closeset", "acts", "--head", "near", *place)
+    assert value["measure"] == "mAP"
+    answer = done("predict", source / "videos/clip0.mp4", "--head", "near", *place)
+    scores = {p["class_name"]: p["score"] for p in answer["videos"][0]["predictions"]}
+    assert all(0 <= score <= 1 for score in scores.values())
 
 
 @pytest.fixture(scope="module")

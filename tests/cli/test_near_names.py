@@ -17,12 +17,12 @@ from tests.support.worlds.tiny_world import World
         ("train-head --dataset clips --prompts mote82", "did you mean mote28?"),
         ("train-head --dataset clips --head mot", "did you mean mote?"),
         ("train-head --dataset clips --classes bse", "did you mean base?"),
-        ("train-head --dataset clps", "did you mean clips?"),
+        ("train-head --dataset clps", ": did you mean clips? it has clips"),
         ("eval --closeset clips --head clip-mote", "did you mean clips-mote or"),
         ("eval --closeset clips --fusion softmx", "did you mean softmax?"),
         ("eval --closeset clips --sweep ensembel=0,1", "did you mean ensemble?"),
         ("eval --protocol hmdb51-zeroshot-3split", "did you mean hmdb51-zeroshot-3splits"),
-        ("extract --dataset clps", "did you mean clips?"),
+        ("extract --dataset clps", "(not packed): did you mean clips?"),
         ("extract --dataset clips --split vall", "did you mean val?"),
         ("extract --dataset clips --sampling unifrm:8", "did you mean uniform?"),
         ("extract --dataset clips --tier embedings", "did you mean embeddings?"),
@@ -38,4 +38,6 @@ from tests.support.worlds.tiny_world import World
 )
 def test_a_near_name_is_suggested(world: World, words: str, near: str) -> None:
     root = () if words.startswith(("protocols", "evl")) else ("--root", world.root)
-    assert near in refused(2, *words.split(), *root)
+    error = refused(2, *words.split(), *root)
+    assert near in error
+    assert "pack --dataset" not in error  # one remedy, the likely one

@@ -42,7 +42,8 @@ def locked(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
     """A copy of the workspace, with one result, that nobody may write to."""
     root = tmp_path_factory.mktemp("locked") / "mote-data"
     shutil.copytree(world.root, root)
-    done("eval", "--closeset", "clips", "--head", "clips-mean", "--root", root)
+    for kind in ("--closeset", "--zeroshot"):
+        done("eval", kind, "clips", "--head", "clips-mean", "--root", root)
     modes(root, 0)
     yield World(world.videos, world.encoder, root, world.printed)
     modes(root, 0o200)
@@ -72,23 +73,51 @@ def test_an_evaluation_is_printed_and_the_file_is_what_fails(
     assert not (locked.root / "heads/clips-mote/eval").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
         "status --root ROOT",
         "inspect clips --root ROOT",
-        "verify STORE --root ROOT",
+        pytest.param("verify STORE --root ROOT", marks=pytest.mark.slow),
         "compare clips-mean clips-mean --root ROOT",
-        "predict VIDEO --head clips-mote --root ROOT",
-        "pack --dataset clips --videos VIDEOS --samples-per-shard 4 --root ROOT",
+        "predict VIDEO --head clips-mote --out ELSEWHERE.csv --root ROOT",
+        "export clips-mote --format safetensors --out ELSEWHERE --root ROOT",
+        pytest.param(
+            "export clips-mote --format official --out ELSEWHERE --root ROOT",
+            marks=pytest.mark.slow,
+        ),
+        "tradeoff clips-mean --zeroshot clips --out ELSEWHERE.png --root ROOT",
     ],
 )
-def test_what_only_reads(locked: World, commands: Commands, words: str) -> None:
-    code = {"pack": 1}.get(words.split()[0], 0)
-    shown, errors = ended(commands.start(*spelt(locked, words)), code)
-    assert bool(shown) is not code
-    assert len(errors) == code
+def test_what_only_reads(locked: World, commands: Commands, words: str, tmp_path: Path) -> None:
+    line = [word.replace("ELSEWHERE", str(tmp_path / "new/file")) for word in spelt(locked, words)]
+    before = sorted(locked.root.rglob("*"))
+    shown, errors = ended(commands.start(*line), 0)
+    assert shown
+    assert not errors
+    assert sorted(locked.root.rglob("*")) == before
+    assert len(list((tmp_path / "new").glob("file*"))) == ("ELSEWHERE" in words)
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        ("tradeoff clips-mean --zeroshot clips --root ROOT", "tradeoff.png"),
+        pytest.param("store duplicates STORE --root ROOT", "quality", marks=pytest.mark.slow),
+        pytest.param("store suspects STORE --root ROOT", "quality", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_found_is_printed_and_the_file_is_what_fails(
+    locked: World, commands: Commands, words: str, file: str
+) -> None:
+    line = spelt(locked, words)
+    before = sorted(locked.root.rglob("*"))
+    started = commands.start(*line, "--json")
+    _, (error,) = ended(started, 1)
+    assert started.json["figure" if "tradeoff" in words else "files"] in (None, {})
+    assert f"printed, but not kept: cannot write {locked.root / file} (Permission denied)" in error
+    assert "with --out" in error
+    assert sorted(locked.root.rglob("*")) == before
 
 
 @pytest.mark.slow
@@ -97,7 +126,9 @@ def test_what_only_reads(locked: World, commands: Commands, words: str) -> None:
     [
         "train-head --dataset clips --name new --root ROOT TRAINING",
         "extract --dataset clips --encoder ENCODER --sampling uniform:2 --root ROOT",
+        "pack --dataset clips --videos VIDEOS --samples-per-shard 4 --root ROOT",
         "pack --dataset other --videos VIDEOS --root ROOT",
+        "export clips-mote --format safetensors --out ROOT/head.safetensors --root ROOT",
         "store quantize STORE --out ROOT/features/clips/half.zarr --root ROOT",
         "rm head clips-mote --yes --root ROOT",
         "predict VIDEO --head clips-mote --out ROOT/answers.csv --root ROOT",

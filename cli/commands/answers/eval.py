@@ -12,7 +12,7 @@ import typer
 from cli import options
 from cli.commands.answers.eval_shown import base_to_novel_shown, fewshot_shown, report_evaluation
 from cli.output import leave_it_to_the_first, progress_of, report
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError
 
 if TYPE_CHECKING:
     from heads.evaluation.protocols.protocol import Kind
@@ -341,8 +341,8 @@ def evaluate(
             files, unwritten = evaluation.save_if_possible()
             figures = published(evaluation.measured[0][0].to_json())
             report_evaluation(json, evaluation, files, figures, bool(swept))
-            if unwritten:
-                raise WorkError(
-                    f"the result is measured and printed, but not kept: cannot write {unwritten}; "
-                    "make the folder writable, or copy the workspace and name the copy with --root"
-                )
+            options.require_kept(
+                unwritten,
+                "the result is measured and",
+                "make the folder writable, or copy the workspace and name the copy with --root",
+            )

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _BESIDE = "beside it: .videos.csv (a row a video), .per-class.csv, .confusion.csv and .png"
 _BESIDE_SEVERAL = (
-    "beside it: .videos.csv (a row a video), .per-class.csv and .scores.npz; no confusions, for a "
-    "video may show several classes"
+    "beside it: .videos.csv (a row a video), .per-class.csv and .png, .scores.npz; no confusions, "
+    "for a video may show several classes"
 )
 
 

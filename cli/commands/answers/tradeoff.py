@@ -86,17 +86,16 @@ def tradeoff(
     from heads.reporting.figures import tradeoff_plot  # loads matplotlib
 
     figure = out or workspace.root / FIGURE
-    tradeoff_plot(
-        [
-            {**row.to_json(), "head": " ".join((row.head, *row.beside, *row.setting.changes))}
-            for row in (*found.baselines, *found.rows)
-            if row.complete
-        ],
-        figure,
-        closeset=f"{found.closeset} close-set",
-        zeroshot=_zeroshot_title(found),
-    )
-    report(json, {**found.to_json(), "figure": str(figure)}, _shown(found, figure))
+    points = [
+        {**row.to_json(), "head": " ".join((row.head, *row.beside, *row.setting.changes))}
+        for row in (*found.baselines, *found.rows)
+        if row.complete
+    ]
+    titles = {"closeset": f"{found.closeset} close-set", "zeroshot": _zeroshot_title(found)}
+    _, refused = options.kept(lambda: tradeoff_plot(points, figure, **titles), figure)
+    drawn = None if refused else figure
+    report(json, {**found.to_json(), "figure": drawn and str(drawn)}, _shown(found, drawn))
+    options.require_kept(refused, "the table is", "name another place for the plot with --out")
 
 
 def _zeroshot_title(found: Tradeoff) -> str:
@@ -110,7 +109,7 @@ def _setting(baseline: TradeoffRow) -> str:
     return f"no head, same frames as {heads}" if heads else "no head, same frames"
 
 
-def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
+def _shown(found: Tradeoff, figure: Path | None) -> Iterator[Shown]:
     several = len(found.zeroshot) > 1
     yield table(
         f"Close-set {found.closeset} against zero-shot {', '.join(found.zeroshot)}: top-1 in "
@@ -132,4 +131,5 @@ def _shown(found: Tradeoff, figure: Path) -> Iterator[Shown]:
     mixed = [f"protocols differ: {line}" for line in found.mixed]
     for line in (*mixed, *found.unknown, *found.missing):
         warn(line)
-    yield f"plot {figure}"
+    if figure is not None:
+        yield f"plot {figure}"

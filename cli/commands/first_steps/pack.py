@@ -60,9 +60,9 @@ def pack(
     multi_label: Annotated[
         str,
         typer.Option(
-            metavar="rows|'|'|';'",
-            help="Videos of the list may show several classes: a row for each class, or a cell "
-            "with | or ; between them (docs/multi-label.md).",
+            metavar="rows|'|'|';'|list",
+            help="Videos may show several classes: a row of the list for each class, a cell with "
+            "| or ; between them, or with --tars a JSON list (docs/multi-label.md).",
         ),
     ] = "",
     label_map: Annotated[
@@ -133,9 +133,9 @@ def pack(
                 "--samples-per-shard and --seed shape the tars that --videos makes: those of "
                 "--tars stay as they are"
             )
-        if multi_label:
-            raise UserError("--multi-label is for --videos: tars that exist have one class a video")
-        choice = ClassChoice(annotations, class_names, label_field, unlabelled, naming)
+        choice = ClassChoice(
+            *(annotations, class_names, label_field, unlabelled, naming, multi_label)
+        )
         with progress_of("index", "tars") as progress:
             summary = pack_tars(
                 [*tars, *(more_tars or [])],  # a shell puts many names in place of a glob

@@ -156,6 +156,7 @@ def finetune(
         str, typer.Option(metavar="auto|pyav|dali", help="Decoder, as for extract.")
     ] = "auto",
     device: options.Device = "auto",
+    exclude: options.Exclude = None,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
     resume: options.Resume = False,
     root: options.Root = options.DEFAULT_ROOT,
@@ -227,6 +228,7 @@ def finetune(
                     split=split,
                     eval_split=eval_split,
                     prompt_set=prompts,
+                    exclude=exclude,
                     resume=resume,
                     decoder=decoder,
                     workers=workers,
@@ -285,6 +287,7 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
         "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
         f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
         f"{summary.batch_size})",
+        **({} if summary.excluded is None else {"excluded": summary.excluded.words}),
         **({"classes": Balance(**found).words} if (found := summary.class_balance) else {}),
         "loss": f"{summary.loss:.4f} after {summary.epochs} epochs",
         "top-1" if summary.measure == "top1" else summary.measure: accuracy,

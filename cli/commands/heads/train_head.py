@@ -214,7 +214,7 @@ def train_head(
             classes=chosen_set.classes,
             trained_on=chosen_set.words
             + ("" if judged is None else judged.left_out)
-            + ("" if excluded is None else f", {len(excluded.keys)} excluded by a list"),
+            + ("" if excluded is None else excluded.of_training),
             repeats=repeats,
             validation=judged,
             initial=initial,

@@ -33,6 +33,7 @@ OutFolder = Annotated[
         help="Folder for the lists and the picture; default: quality/STORE of the workspace.",
     ),
 ]
+_ELSEWHERE = "name another folder for the lists with --out"
 Picture = Annotated[
     bool,
     typer.Option("--picture/--no-picture", help="Draw what was found, if the tars are at hand."),
@@ -59,7 +60,7 @@ def duplicates(
 
     with progress_of("compare", "videos") as progress:
         found = find_duplicates(part, progress=progress)
-    _report_copies(found, _folder(root, out, part), picture, root, json)
+    _report_copies(found, _folder(root, out, part), picture, json)
 
 
 def leaks(
@@ -81,7 +82,7 @@ def leaks(
 
     with progress_of("compare", "videos") as progress:
         found = find_leaks(first, second, progress=progress)
-    _report_copies(found, _folder(root, out, first), picture, root, json)
+    _report_copies(found, _folder(root, out, first), picture, json)
 
 
 def suspects(
@@ -104,54 +105,62 @@ def suspects(
     with progress_of("classify", "videos") as progress:
         found = find_suspects(part, progress=progress)
     folder = _folder(root, out, part)
-    files = found.save(folder, picture)
+    files, refused = options.kept(lambda: found.save(folder, picture), folder)
     lines = [
         [s.key, s.class_name or "-", s.looks_like or "-", s.problem, f"{s.score:.2f}"]
         for s in [s for s in found.ranked if s.problem][:SHOWN]
     ]
     report(
         json,
-        {**found.to_json(), "files": {name: str(file) for name, file in files.items()}},
+        {**found.to_json(), "files": _paths(files)},
         [
             {"videos": found.words, "suspects": found.counts},
             *_table(lines, ["most suspicious", "class", "looks like", "why", "score"]),
-            {**_files(files), **_next(part, files["list"], found.excluded, root)},
+            {**_files(files), **_next(part, files, found.excluded)},
         ],
     )
+    options.require_kept(refused, "what was found is", _ELSEWHERE)
 
 
-def _report_copies(found: Copies, folder: Path, picture: bool, root: Path, json: bool) -> None:
-    files = found.save(folder, picture)
+def _report_copies(found: Copies, folder: Path, picture: bool, json: bool) -> None:
+    files, refused = options.kept(lambda: found.save(folder, picture), folder)
     lines: list[str] = []
     for number, group in enumerate(found.groups[:SHOWN], start=1):
         lines.append(f"{number}. {group.words}")
         lines += [f"  {safe_text(line)}" for line in group.lines]
     if len(found.groups) > SHOWN:
-        lines.append(f"and {len(found.groups) - SHOWN} more groups in {files['list']}")
-    following = _next(found.parts[0], files["list"], found.excluded, root)
+        where = f" in {files['list']}" if files else ""
+        lines.append(f"and {len(found.groups) - SHOWN} more groups{where}")
+    following = _next(found.parts[0], files, found.excluded)
     report(
         json,
-        {**found.to_json(), "files": {name: str(file) for name, file in files.items()}},
+        {**found.to_json(), "files": _paths(files)},
         [{"videos": found.words, "found": found.counts}, *lines, {**_files(files), **following}],
     )
+    options.require_kept(refused, "what was found is", _ELSEWHERE)
 
 
 def _table(lines: list[list[str]], columns: list[str]) -> list[Shown]:
     return [table("", columns, lines)] if lines else []
 
 
-def _files(files: dict[str, Path]) -> dict[str, Any]:
-    return {name: file for name, file in files.items() if name != "json"}
+def _files(files: dict[str, Path] | None) -> dict[str, Any]:
+    return {name: file for name, file in (files or {}).items() if name != "json"}
 
 
-def _next(part: Part, listed: Path, excluded: int, root: Path) -> dict[str, str]:
+def _paths(files: dict[str, Path] | None) -> dict[str, str]:
+    return {name: str(file) for name, file in (files or {}).items()}
+
+
+def _next(part: Part, files: dict[str, Path] | None, excluded: int) -> dict[str, str]:
     """Return the command that trains without what was found; nothing if there is none."""
     from heads.evaluation.next_steps import after_rewriting
 
     training = after_rewriting(part.store.path) if excluded else None
-    if training is None or not training.startswith("mote-cli train-head"):
+    if training is None or not files or not training.startswith("mote-cli train-head"):
         return {}
-    return {"next": f"{training} {command('x', exclude=listed).removeprefix('mote-cli x ')}"}
+    listed = command("x", exclude=files["list"]).removeprefix("mote-cli x ")
+    return {"next": f"{training} {listed}"}
 
 
 def _folder(root: Path, out: Path | None, part: Part) -> Path:

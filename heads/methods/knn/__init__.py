@@ -47,4 +47,5 @@ METHOD = Method(
     end_to_end=False,
     modulated=False,
     portable=False,
+    multi_label=True,
 )

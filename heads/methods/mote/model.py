@@ -140,6 +140,8 @@ class TemporalHead(Head):
             replace(config, experts=1, placement="ffn", aggregation="weights", expert_prior=()),
             self.training_class_embeddings.shape[0],
         )
+        if self.logit_bias is not None:
+            merged.take_several_classes()
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
         for place, block in enumerate(self.transformer.blocks):
             prefix = f"transformer.blocks.{place}.feed_forward."

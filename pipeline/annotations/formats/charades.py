@@ -81,7 +81,7 @@ def read_charades(files: Sequence[Path], folder: VideoFolder) -> Listing:
                 reason=reason,
                 spans=spans,
             )
-        note_reversed(builder, reversed_spans)
+        note_reversed(builder.note, reversed_spans)
     return builder.build(list(names.values()) or sorted(unknown))
 
 

@@ -7,7 +7,7 @@ Whether a list is meant so, and what parts the classes in a cell, the user says 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -31,10 +31,11 @@ ROWS: Final = "rows"
 CELLS: Final = (ROWS, "|", ";")
 """How the classes of a video are listed: in rows, or in one cell with this between them."""
 
-_LABELS: Final = ("labels", "classes", "actions", "class_names")
+LABEL_FIELDS: Final = ("labels", "classes", "actions", "class_names")
+"""What columns and fields with several classes are usually called."""
 _COLUMNS: Final = {
     "path": TABLES["columns"]["path"],
-    "label": [*_LABELS, *TABLES["columns"]["name"], *TABLES["columns"]["label"]],
+    "label": [*LABEL_FIELDS, *TABLES["columns"]["name"], *TABLES["columns"]["label"]],
     "split": TABLES["columns"]["split"],
     **TABLES["span_columns"],
 }
@@ -44,6 +45,8 @@ Times = tuple[float | None, float | None]
 
 def check_cells(cells: str) -> None:
     """Raise UserError unless `cells` is one of `CELLS`."""
+    if cells == "list":
+        raise UserError("--multi-label list is for --tars: give rows, '|' or ';' for a list")
     if cells not in CELLS:
         raise UserError(
             f"--multi-label {cells!r} is unknown: {one_of(cells, CELLS)} (rows: a row a class; "
@@ -72,7 +75,7 @@ def read_multi_label(
     rows: list[ListRow] = []
     times: list[Times] = []
     for path in lists:
-        for row, span in _rows(path, cells, builder):
+        for row, span in multi_label_rows(path, cells, builder.note):
             rows.append(row)
             times.append(span)
     found = [folder.find_listed(row.path, row.split) for row in rows]
@@ -97,8 +100,14 @@ def read_multi_label(
     return builder.build(order)
 
 
-def _rows(path: Path, cells: str, builder: ListingBuilder) -> list[tuple[ListRow, Times]]:
-    """Return a row for every class of a list; the label is "" for a video without one."""
+def multi_label_rows(
+    path: Path, cells: str, note: Callable[[str], object]
+) -> list[tuple[ListRow, Times]]:
+    """Return a row for every class of a list; the label is "" for a video without one.
+
+    `cells` is one of `CELLS`; `note` is told of times that were dropped. Raises UserError for a
+    table that cannot be read.
+    """
     first = opening(path).lstrip().partition("\n")[0]
     table = read_table(path, "\t" if "\t" in first else ",")
     if not table:
@@ -129,14 +138,14 @@ def _rows(path: Path, cells: str, builder: ListingBuilder) -> list[tuple[ListRow
             start = end = None
         times: Times = (start, end)
         found += [(ListRow(listed, label, split), times) for label in labels if label or cell == ""]
-    note_reversed(builder, reversed_spans)
+    note_reversed(note, reversed_spans)
     return found
 
 
-def note_reversed(builder: ListingBuilder, listed: Sequence[str]) -> None:
+def note_reversed(note: Callable[[str], object], listed: Sequence[str]) -> None:
     """Say which videos have classes whose end comes before their start."""
     if listed:
-        builder.note(
+        note(
             f"{len(listed)} times end before they begin (first: {listed[0]!r}): those classes are "
             "kept without times"
         )

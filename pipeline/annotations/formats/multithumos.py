@@ -56,7 +56,7 @@ def read_multithumos(files: Sequence[Path], folder: VideoFolder) -> Listing:
             if end < start:
                 reversed_spans.append(match[1])
             spans[match[1]].append(ClassSpan(name) if end < start else ClassSpan(name, start, end))
-    note_reversed(builder, reversed_spans)
+    note_reversed(builder.note, reversed_spans)
     for video in sorted(spans):
         kind = video.split("_")[1]
         found, reason = folder.find_listed(video, _SPLITS[kind])

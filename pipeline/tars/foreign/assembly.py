@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.tars.dataset import (
     Dataset,
     FailedVideo,
     Tar,
+    class_words,
     write_failures,
 )
 from pipeline.tars.foreign.classes import ClassChoice, classes_of
@@ -67,6 +69,7 @@ class Assembly:
         fields: Counter[str] = Counter()
         for tar in found:
             fields.update(tar.fields)
+        self._several = bool(choice.cells)
         self._classes = classes_of(chosen, choice, fields, earlier)
         self._words = choice.naming.names(self._classes.names)
         any_named = any(tar.split for tar in named)
@@ -100,6 +103,7 @@ class Assembly:
             keys_by_split={split: tuple(sorted(group)) for split, group in keys.items()},
             label_map=self._classes.label_map,
             left_out=tuple(sorted(self._left_out, key=lambda video: (video.key, video.reason))),
+            multi_label=self._several,
         )
         if not self.dataset.packed:
             example = self.failures[0]
@@ -136,28 +140,33 @@ class Assembly:
         for sample in tar.samples:
             if self._first[sample.key][1] is not sample:
                 continue  # another tar had this key before
-            label = self._classes.label_of.get(sample.key, NO_LABEL)
-            if self._classes.names and label == NO_LABEL:
+            spans = self._classes.spans_of.get(sample.key)
+            if self._classes.names and spans is None:
                 why = self._classes.why_not.get(sample.key) or "nothing names one"
                 self._leave_out(number, sample, sample.reason or f"it has no class: {why}")
                 continue
             splits = self._splits.get(sample.key, ())
             for split in splits:
                 keys[split].append(sample.key)
+            label, shown = NO_LABEL, spans or ()
+            if not self._several and shown:
+                label, shown = shown[0].label, ()
             words = "" if label == NO_LABEL else self._words[label]
+            said = class_words(self._words, label, shown)
             if sample.reason:
-                video = FailedVideo(sample.key, label, words, splits, sample.reason)
+                video = FailedVideo(sample.key, label, words, splits, sample.reason, shown)
                 failed.append(video)
-                self._list(number, sample.member, video)
+                self._list(number, sample.member, replace(video, class_name=said))
                 continue
             path = f"{source}:{sample.member}"
-            self.hashed.append(HashedVideo(sample.key, path, words, splits, sample.sha256))
+            self.hashed.append(HashedVideo(sample.key, path, said, splits, sample.sha256))
             entries.append(
                 {
                     "key": sample.key,
                     "class_name": words,
                     "raw_class_name": "" if label == NO_LABEL else self._classes.names[label],
                     "label": label,
+                    **({"spans": [s.to_json() for s in shown]} if self._several else {}),
                     **sample.facts,
                     "sha256": sample.sha256,
                     "splits": list(splits),
@@ -213,7 +222,8 @@ def _notes(found: Sequence[FoundTar]) -> list[str]:
             f"{len(passed_over)} members have no name KEY.EXTENSION and belong to no sample "
             f"(first: {one_line(passed_over[0], 80)!r})"
         )
-    unread = [s for tar in found for s in tar.samples if s.unread and s.label]
+    named = [s for tar in found for s in tar.samples if s.label or s.labels is not None]
+    unread = [s for s in named if s.unread]
     if unread:
         notes.append(
             f"{len(unread)} samples have a JSON that cannot be read, which may hold captions "

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, one_line, one_of
+from featstore.format.spans import Span
 from pipeline.annotations.class_names import (
     USUAL_NAMING,
     Naming,
@@ -16,19 +17,25 @@ from pipeline.annotations.class_names import (
     natural_order,
     same_letters,
 )
+from pipeline.annotations.formats.multi_label import CELLS, ROWS, Times, multi_label_rows
 from pipeline.annotations.formats.path_label_lists import ListRow, label_names, read_list
 from pipeline.annotations.listing import name_from_key
 from pipeline.annotations.video_folder import path_stem
-from pipeline.tars.foreign.samples import FoundSample
+from pipeline.tars.foreign.samples import LIST, TAKES_LISTS, FoundSample
 
 _SHOWN_FIELDS = 8
+
+Rows = dict[str, list[tuple[ListRow, Times]]]
+"""By the key of a sample: a row for each of its classes, with its times. The label is "" where the
+sample shows no class."""
 
 
 @dataclass(frozen=True)
 class ClassChoice:
     """Where classes come from: a mapping CSV `key,class[,split]`, a member or field, or nowhere.
 
-    `field` as in `samples.class_of`; `names_file` gives names to numbers.
+    `field` and `cells` as in `samples.classes_in`, where in a mapping `cells` is one of
+    `formats.multi_label.CELLS`; `names_file` gives names to numbers.
     """
 
     annotations: Path | None = None
@@ -36,6 +43,7 @@ class ClassChoice:
     field: str = ""
     unlabelled: bool = False
     naming: Naming = USUAL_NAMING
+    cells: str = ""
 
     def __post_init__(self) -> None:
         chosen = {
@@ -46,20 +54,36 @@ class ClassChoice:
         given = [option for option, is_given in chosen.items() if is_given]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
-        if self.unlabelled and self.names_file is not None:
-            raise UserError("--unlabelled leaves classes out: leave --class-names out, too")
+        others = {"--class-names": self.names_file is not None, "--multi-label": bool(self.cells)}
+        for option, is_given in others.items():
+            if self.unlabelled and is_given:
+                raise UserError(f"--unlabelled leaves classes out: leave {option} out, too")
+        if self.cells not in ("", LIST, *CELLS):
+            known = one_of(self.cells, (LIST, *CELLS))
+            raise UserError(f"--multi-label {self.cells!r} is unknown: {known}")
+        if self.cells == ROWS and self.annotations is None:
+            raise UserError(
+                "--multi-label rows is for a CSV with a row for each class of a sample: name it "
+                "with --annotations, or give list, '|' or ';' for what the samples themselves say"
+            )
+        if self.cells == LIST and self.annotations is not None:
+            raise UserError(
+                "--multi-label list is for the samples' own JSON: for --annotations give rows (a "
+                "row for each class), or what parts the classes in a cell, '|' or ';'"
+            )
 
 
 @dataclass(frozen=True)
 class Classes:
     """The classes of a data set and the class of every sample, by key.
 
-    `names` are raw names in label order, empty for a data set without labels. `label_of` lacks the
-    samples without a class; `why_not` says why, for those. `splits_of` is filled by a mapping only.
+    `names` are raw names in label order, empty for a data set without labels. `spans_of` lacks the
+    samples without a class; `why_not` says why, for those. A sample has one class without times,
+    or as many as it shows. `splits_of` is filled by a mapping only.
     """
 
     names: tuple[str, ...]
-    label_of: Mapping[str, int]
+    spans_of: Mapping[str, tuple[Span, ...]]
     why_not: Mapping[str, str] = field(default_factory=dict)
     splits_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     label_map: str = ""
@@ -80,18 +104,25 @@ def classes_of(
     not fit together.
     """
     if choice.annotations is not None:
-        return _named(samples, *_mapped(samples, choice.annotations), choice, earlier)
-    why_not = {sample.key: sample.unread for sample in samples if not sample.label}
-    rows = {s.key: ListRow(s.member, s.label, "") for s in samples if s.label}
-    if choice.unlabelled or (not rows and not choice.field):
+        mapped = _mapped(samples, choice.annotations, choice.cells)
+        return _named(samples, *mapped, choice, earlier)
+    rows: Rows = {}
+    for s in samples:
+        labels = s.labels if choice.cells else [s.label] if s.label else None
+        if labels is not None:
+            rows[s.key] = [(ListRow(s.member, label, ""), (None, None)) for label in labels or [""]]
+    why_not = {sample.key: sample.unread for sample in samples if sample.key not in rows}
+    if choice.unlabelled or not (rows or choice.field or choice.cells):
         return Classes((), {}, notes=(_without_classes(len(samples), choice, fields),))
     if not rows:
         first = next((sample for sample in samples if sample.unread), samples[0])
         raise UserError(
-            f"--label-field {choice.field}: none of {len(samples)} samples has a class "
-            f"({first.key}: {first.unread}); {_shown(fields)}, or pack with --unlabelled"
+            f"{f'--label-field {choice.field}' if choice.field else '--multi-label'}: none of "
+            f"{len(samples)} samples has a class ({first.key}: {first.unread or 'no usual field'})"
+            + f"; {_shown(fields)}, or pack with --unlabelled"
+            * (TAKES_LISTS not in first.unread)
         )
-    origins = Counter(sample.class_from for sample in samples if sample.label)
+    origins = Counter(sample.class_from for sample in samples if sample.key in rows)
     if len(origins) > 1:
         told = ", ".join(f"{name!r} ({count} samples)" for name, count in origins.most_common(4))
         raise UserError(f"classes come from {told}: choose one with --label-field")
@@ -101,7 +132,7 @@ def classes_of(
 
 def _named(
     samples: Sequence[FoundSample],
-    rows: Mapping[str, ListRow],
+    rows: Rows,
     why_not: Mapping[str, str],
     notes: tuple[str, ...],
     choice: ClassChoice,
@@ -110,9 +141,12 @@ def _named(
     """Give every label text its class name and number."""
     told: list[str] = list(notes)
     members = {sample.key: sample.member for sample in samples}
+    labelled = [(key, row) for key, of_key in rows.items() for row, _ in of_key if row.label]
+    if not labelled:
+        raise UserError("no sample shows a class: name another field or list, or --unlabelled")
     names, order, done = label_names(
-        list(rows.values()),
-        [members[key] or None for key in rows],
+        [row for _, row in labelled],
+        [members[key] or None for key, _ in labelled],
         choice.names_file,
         Path("/"),
         told.append,
@@ -124,22 +158,32 @@ def _named(
     numbers = {name: number for number, name in enumerate(ordered)}
     return Classes(
         tuple(ordered),
-        {key: numbers[names[row.label]] for key, row in rows.items()},
+        {
+            key: tuple(
+                dict.fromkeys(
+                    Span(numbers[names[row.label]], *times) for row, times in of_key if row.label
+                )
+            )
+            for key, of_key in rows.items()
+        },
         why_not,
-        {key: tuple(row.split.split(";")) for key, row in rows.items() if row.split},
+        {
+            key: tuple(dict.fromkeys(filter(None, ";".join(r.split for r, _ in of_key).split(";"))))
+            for key, of_key in rows.items()
+        },
         done,
         tuple(told),
     )
 
 
 def _mapped(
-    samples: Sequence[FoundSample], path: Path
-) -> tuple[dict[str, ListRow], dict[str, str], tuple[str, ...]]:
-    """Return the row of every sample in a mapping, why others have none, and notes.
+    samples: Sequence[FoundSample], path: Path, cells: str
+) -> tuple[Rows, dict[str, str], tuple[str, ...]]:
+    """Return the rows of every sample in a mapping, why others have none, and notes.
 
     A row names a sample by its key, also with the extension, or by the base name where no other
     sample has it; where none is called so, by a name that reads the same (`comparable`). A key may
-    have several rows with one class and several splits.
+    have several rows with one class and several splits; with `cells`, also several classes.
     """
     if not path.is_file():
         raise UserError(f"annotations {str(path)!r} do not exist: name a CSV with key,class")
@@ -169,35 +213,40 @@ def _mapped(
                 return None, f"several samples have this name: {' and '.join(sorted(same)[:2])}"
         return None, "no sample has this key"
 
-    rows: dict[str, ListRow] = {}
+    rows: Rows = {}
     unknown: list[str] = []
-    for row in read_list(path, find):
+    notes: list[str] = []
+    listed: list[tuple[ListRow, Times]]
+    if cells:
+        listed = multi_label_rows(path, cells, notes.append)
+    else:
+        listed = [(row, (None, None)) for row in read_list(path, find)]
+    for row, times in listed:
         key = find(row.path)[0]
         if key is None:
             unknown.append(row.path)
             continue
-        first = rows.setdefault(key, row)
-        if first.label != row.label:
+        of_key = rows.setdefault(key, [])
+        if not cells and of_key and of_key[0][0].label != row.label:
             raise UserError(
-                f"{str(path)!r} gives {row.path!r} two classes, {first.label!r} and "
-                f"{row.label!r}: a video has one class; correct the file"
+                f"{str(path)!r} gives {row.path!r} two classes, {of_key[0][0].label!r} and "
+                f"{row.label!r}: correct the file, or give --multi-label rows if videos may show "
+                "several"
             )
-        if row.split and row.split not in first.split.split(";"):
-            splits = ";".join(filter(None, (first.split, row.split)))
-            rows[key] = ListRow(first.path, first.label, splits)
+        of_key.append((row, times))
     if not rows:
         example = samples[0].key if samples else ""
         raise UserError(
             f"{str(path)!r} names none of the {len(samples)} samples (it has {unknown[0]!r}, the "
             f"tars have {name_from_key(example)!r}): its first column must hold their keys"
         )
-    notes: tuple[str, ...] = ()
     if unknown:
-        notes = (
+        notes.append(
             f"{len(unknown)} rows of {str(path)!r} name no sample of the tars "
-            f"(first: {one_line(unknown[0], 80)!r})",
+            f"(first: {one_line(unknown[0], 80)!r})"
         )
-    return rows, {s.key: f"it is not in {path.name}" for s in samples if s.key not in rows}, notes
+    why_not = {s.key: f"it is not in {path.name}" for s in samples if s.key not in rows}
+    return rows, why_not, tuple(notes)
 
 
 def _without_classes(videos: int, choice: ClassChoice, fields: Mapping[str, int]) -> str:

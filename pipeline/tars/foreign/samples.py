@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Final, NamedTuple
 from featstore.errors import WorkError, one_line
 from featstore.files.documents import parse_json
 from pipeline.annotations.file_signs import SIGN_BYTES, looks_like_video
+from pipeline.annotations.formats.multi_label import LABEL_FIELDS
 from pipeline.annotations.listing import key_from_name, printable, refused_name
 from pipeline.annotations.tables import TABLES
 from pipeline.annotations.video_folder import USUAL_EXTENSIONS, VIDEO_EXTENSIONS
@@ -33,6 +34,9 @@ MAX_JSON_BYTES: Final = 16 << 20
 MAX_CLASS_CHARACTERS: Final = 1000
 
 CLASS_MEMBER: Final = ".cls"
+LIST: Final = "list"
+"""The `cells` of samples whose classes are a JSON list."""
+TAKES_LISTS: Final = "--multi-label list takes lists"
 _CLASS_FIELDS: Final = (*TABLES["columns"]["name"], *TABLES["columns"]["label"])
 _NO_VIDEOS: Final = frozenset({"json", "txt", "cls", "jpg", "jpeg", "png", "npy", "wav", "mp3"})
 _MOST_FIELDS: Final = 50
@@ -61,7 +65,8 @@ class FoundSample:
     """One sample: its video, its class as text, and its caption ("" where it has none).
 
     `key` is made from its path in the tar up to the first dot, as every data set's. `class_from`
-    names what the class comes from: `.cls`, another member or a field of the JSON. `reason` says
+    names what the class comes from: `.cls`, another member or a field of the JSON. `labels` are the
+    classes of a sample that may show several, None where nothing says which. `reason` says
     why the sample is no video that can be used, `unread` which text of it could not be read or why
     it names no class. `sha256` and `facts`, what sidecars say of a video, come from
     reading it.
@@ -78,6 +83,7 @@ class FoundSample:
     unread: str = ""
     sha256: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    labels: list[str] | None = None
 
 
 @dataclass(slots=True)
@@ -94,8 +100,8 @@ class FoundSamples:
     fields: dict[str, int]
 
 
-def find_samples(file: BinaryIO, class_field: str) -> FoundSamples:
-    """Find the samples of a tar; `class_field` as in `class_of`.
+def find_samples(file: BinaryIO, class_field: str, cells: str = "") -> FoundSamples:
+    """Find the samples of a tar; `class_field` and `cells` as in `classes_in`.
 
     Raises UnreadableTar if the file is no tar, OSError if it cannot be read.
     """
@@ -117,7 +123,8 @@ def find_samples(file: BinaryIO, class_field: str) -> FoundSamples:
         group.setdefault(extension.lower(), member)
     read = partial(_read, file.fileno())
     fields: Counter[str] = Counter()
-    samples = [_sample(key, group, read, class_field, fields) for key, group in groups.items()]
+    asked = class_field, cells
+    samples = [_sample(key, group, read, asked, fields) for key, group in groups.items()]
     for name, sample in zip(groups, samples, strict=True):
         sample.reason = repeated.get(name) or sample.reason
     return FoundSamples(samples, problem, passed_over, dict(fields.most_common(_MOST_FIELDS)))
@@ -205,7 +212,7 @@ def _member(member: tarfile.TarInfo, length: int) -> Member:
 
 
 def _sample(
-    name: str, group: dict[str, Member], read: Read, class_field: str, fields: Counter[str]
+    name: str, group: dict[str, Member], read: Read, asked: tuple[str, str], fields: Counter[str]
 ) -> FoundSample:
     sample = FoundSample(key_from_name(name))
     kinds = ", ".join(one_line(printable(end), 40) for end in sorted(group))
@@ -230,9 +237,12 @@ def _sample(
     fields.update(one_line(printable(field), 40) for field in islice(facts, _MOST_FIELDS))
     caption = _text(group.get("txt"), read)[0] or facts.get("caption")
     sample.caption = printable(caption) if isinstance(caption, str) else ""
-    sample.label, sample.class_from, no_class = class_of(
-        class_field, {end: partial(_text, member, read) for end, member in group.items()}, facts
-    )
+    texts = {end: partial(_text, member, read) for end, member in group.items()}
+    found, sample.class_from, no_class = classes_in(*asked, texts, facts)
+    if asked[1]:
+        sample.labels = found
+    elif found:
+        sample.label = found[0]
     sample.unread = wrong_json or no_class
     return sample
 
@@ -255,31 +265,69 @@ def _refused_key(key: str) -> str:
     return refused_name(key)
 
 
-def class_of(
-    class_field: str, texts: Mapping[str, Callable[[], tuple[str, str]]], facts: Mapping[str, Any]
-) -> tuple[str, str, str]:
-    """Return the class of a sample as text, what it comes from, and why there is none.
+def classes_in(
+    class_field: str,
+    cells: str,
+    texts: Mapping[str, Callable[[], tuple[str, str]]],
+    facts: Mapping[str, Any],
+) -> tuple[list[str] | None, str, str]:
+    """Return the classes of a sample as texts, what they come from, and why there are none.
 
     `class_field` names a member (`.cls`, `.txt`) or a field of the JSON (`label`, `meta.label`), or
-    is "" for `.cls` and otherwise the first of the usual fields. `texts` read the members by their
-    extension, `facts` is the JSON.
+    is "" for `.cls` and otherwise the first of the usual fields. `cells` is "" where a sample has
+    one class, else what parts several in a text: "|", ";", or `LIST` for a text that is a JSON
+    list; a field that is a list needs nothing to part it. Then [] says that a sample shows none.
+    `texts` read the members by their extension, `facts` is the JSON.
     """
+    value, name, problem = _class_value(class_field, bool(cells), texts, facts)
+    if value is None:
+        return None, name, problem or (name and f"{name} is empty")
+    if not cells:
+        text, problem = _class_text(value, name)
+        return (None, name, problem) if problem else ([text], name, "")
+    if cells == LIST and isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value.encode(), foreign=True)
+        except ValueError as error:
+            return None, name, f"{name} is no JSON list ({one_line(error, 80)})"
+    if not isinstance(value, list):
+        several = isinstance(value, str) and cells != LIST
+        value = value.split(cells) if several else [value]
+    labels: dict[str, None] = {}
+    for each in value:
+        if isinstance(each, str) and not each.strip():
+            continue
+        text, problem = _class_text(each, name)
+        if problem:
+            return None, name, problem
+        labels[text] = None
+    return list(labels), name, ""
+
+
+def _class_value(
+    class_field: str,
+    several: bool,
+    texts: Mapping[str, Callable[[], tuple[str, str]]],
+    facts: Mapping[str, Any],
+) -> tuple[Any, str, str]:
+    """Return what says the class of a sample (None: nothing), its name, and why there is none."""
     if class_field.startswith("."):
         chosen = class_field
     elif class_field and (
         class_field.lower() not in texts or _field(facts, class_field) is not None
     ):
-        found = _field(facts, class_field)
-        return _class_text(found, class_field, f"its JSON has no {class_field!r}")
+        return _field(facts, class_field), class_field, f"its JSON has no {class_field!r}"
     elif class_field or CLASS_MEMBER[1:] in texts:
         chosen = f".{class_field}" if class_field else CLASS_MEMBER
     else:
-        usual = next((name for name in _CLASS_FIELDS if _is_class(facts.get(name))), "")
-        return _class_text(facts.get(usual), usual, "") if usual else ("", "", "")
+        usual = (*LABEL_FIELDS, *_CLASS_FIELDS) if several else _CLASS_FIELDS
+        known = (name for name in usual if _is_class(facts.get(name), several))
+        name = next(known, "")
+        return facts.get(name) if name else None, name, ""
     if chosen[1:].lower() not in texts:
-        return "", chosen, f"it has no {chosen}"
+        return None, chosen, f"it has no {chosen}"
     text, problem = texts[chosen[1:].lower()]()
-    return ("", chosen, problem) if problem else _class_text(text, chosen, "")
+    return (None if problem else text), chosen, problem
 
 
 def _field(facts: Mapping[str, Any], path: str) -> Any:
@@ -292,25 +340,28 @@ def _field(facts: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _is_class(value: Any) -> bool:
+def _is_class(value: Any, several: bool = False) -> bool:
+    if several and isinstance(value, list):
+        return True
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def _class_text(value: Any, name: str, missing: str) -> tuple[str, str, str]:
+def _class_text(value: Any, name: str) -> tuple[str, str]:
+    """Return the text of one class, or why it is none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas makes floats of a column of numbers with gaps
-    if value is None:
-        return "", name, missing or f"{name} is empty"
     if not _is_class(value):
-        return "", name, f"{name} is {one_line(repr(value), 60)}, neither a name nor a number"
+        several = f"; {TAKES_LISTS}" if isinstance(value, list) else ""
+        said = f"{name} is {one_line(repr(value), 60)}, neither a name nor a number{several}"
+        return "", said
     text = " ".join(str(value).split())
     if not text or text == "-1":  # test sets without labels have -1
-        return "", name, f"{name} is {text or 'empty'}"
+        return "", f"{name} is {text or 'empty'}"
     if len(text) > MAX_CLASS_CHARACTERS:
-        return "", name, f"{name} has {len(text)} characters: a class has {MAX_CLASS_CHARACTERS}"
+        return "", f"{name} has {len(text)} characters: a class has {MAX_CLASS_CHARACTERS}"
     if not text.isprintable():
-        return "", name, f"{name} holds control characters"
-    return text, name, ""
+        return "", f"{name} holds control characters"
+    return text, ""
 
 
 def _json(member: Member | None, read: Read) -> tuple[dict[str, Any], str]:

@@ -26,6 +26,9 @@ from featstore.remote.urls import is_url
 from pipeline.tars.foreign.samples import FoundSample, UnreadableTar, find_samples
 from pipeline.tars.probing import in_order, probe
 
+Asked = tuple[str, str]
+"""The class field and the cells that samples are read with (`find_samples`)."""
+
 
 class State(NamedTuple):
     """What shows that a tar has changed: its size in bytes, and its time or entity tag."""
@@ -36,7 +39,10 @@ class State(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundTar:
-    """The record of a tar. `class_field` is what it was asked for; the rest as `FoundSamples`."""
+    """The record of a tar. `class_field` and `cells` are what it was asked for, as `find_samples`.
+
+    The rest as `FoundSamples`.
+    """
 
     source: str
     class_field: str
@@ -47,13 +53,14 @@ class FoundTar:
     passed_over: list[str]
     fields: dict[str, int]
     samples: list[FoundSample]
+    cells: str = ""
 
     def write(self, path: Path) -> None:
         """Write the record, complete or not at all."""
         write_json(path, asdict(self), indent=None)
 
 
-def read_record(path: Path, source: str, class_field: str, state: State) -> FoundTar | None:
+def read_record(path: Path, source: str, asked: Asked, state: State) -> FoundTar | None:
     """Return the record of a tar, or None if there is none of the tar as it is now."""
     value = found_object(path, LISTS_LIMIT)
     if value is None:
@@ -63,14 +70,16 @@ def read_record(path: Path, source: str, class_field: str, state: State) -> Foun
         found = FoundTar(**value, samples=samples)
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
-    same = (found.source, found.class_field, found.bytes, found.version)
-    return found if same == (source, class_field, *state) else None
+    same = (found.source, found.class_field, found.cells, found.bytes, found.version)
+    return found if same == (source, *asked, *state) else None
 
 
 def scanned(
-    sources: Sequence[str], folder: Path, class_field: str, workers: int, progress: ProgressSink
+    sources: Sequence[str], folder: Path, asked: Asked, workers: int, progress: ProgressSink
 ) -> Iterator[FoundTar | str]:
     """Yield what every tar holds, in order, or why it cannot be read; keep records in `folder`.
+
+    `asked` are the class field and the cells of `find_samples`.
 
     Tars at URLs are fetched whole, one ahead. Memory holds the bytes of `workers` + 1 videos.
     Raises WorkError if the storage fails or the disk has no room, and if a tar changes meanwhile.
@@ -82,7 +91,7 @@ def scanned(
         pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="probe"))
         fetching = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="fetch-tars"))
         stack.callback(stop.set)  # comes first: nobody waits for a transfer that is not needed
-        prepare = partial(_prepared, folder, class_field, scratch, stop)
+        prepare = partial(_prepared, folder, asked, scratch, stop)
         videos = failed = 0
         progress(0, len(sources), videos=videos, failed=failed)
         # Two at a time: one that is read, and the next one, which is being fetched.
@@ -91,7 +100,7 @@ def scanned(
             found = ready
             if isinstance(ready, _Tar):
                 try:
-                    found = _scan(ready, source, class_field, pool, workers)
+                    found = _scan(ready, source, asked, pool, workers)
                     found.write(record_file(folder, source))
                 except UnreadableTar as error:
                     found = f"{source} {error}"
@@ -120,7 +129,7 @@ def record_file(folder: Path, source: str) -> Path:
 
 
 def _prepared(
-    folder: Path, class_field: str, scratch: Path, stop: Event, numbered: tuple[int, str]
+    folder: Path, asked: Asked, scratch: Path, stop: Event, numbered: tuple[int, str]
 ) -> FoundTar | _Tar | str:
     """Return the kept record of a tar, else the tar on this machine, or why it cannot be used."""
     number, source = numbered
@@ -130,14 +139,14 @@ def _prepared(
             state = _state(os.stat(source))
         except OSError as error:
             return f"{source} cannot be read ({error.strerror})"
-        return read_record(kept, source, class_field, state) or _Tar(Path(source), state)
+        return read_record(kept, source, asked, state) or _Tar(Path(source), state)
     from featstore.remote.objects import MissingObject, remote_file
 
     objects, name = remote_file(source)
     try:
         there = objects.head(name)
         state = State(there.size, there.version)
-        if found := read_record(kept, source, class_field, state):
+        if found := read_record(kept, source, asked, state):
             return found
         require_room(scratch, there.size, source)
         path = scratch / f"{number}.tar"
@@ -147,12 +156,10 @@ def _prepared(
     return _Tar(path, state)
 
 
-def _scan(
-    tar: _Tar, source: str, class_field: str, pool: ThreadPoolExecutor, workers: int
-) -> FoundTar:
+def _scan(tar: _Tar, source: str, asked: Asked, pool: ThreadPoolExecutor, workers: int) -> FoundTar:
     try:
         with open(tar.path, "rb") as file:
-            found = find_samples(file, class_field)
+            found = find_samples(file, *asked)
             usable = [sample for sample in found.samples if not sample.reason]
             for _ in in_order(pool, partial(_probe, file, source), usable, workers + 1):
                 pass
@@ -168,7 +175,8 @@ def _scan(
         )
     return FoundTar(
         source=source,
-        class_field=class_field,
+        class_field=asked[0],
+        cells=asked[1],
         bytes=tar.state.bytes,
         version=tar.state.version,
         sha256=sha256,

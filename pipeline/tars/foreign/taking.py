@@ -20,7 +20,7 @@ from featstore.files.locks import exclusive
 from featstore.files.machine import usable_cores
 from featstore.progress import ProgressSink, no_progress
 from pipeline.tars.dataset import DATASET_FILE, Dataset, load_dataset
-from pipeline.tars.finished import RECORDS_FOLDER
+from pipeline.tars.finished import RECORDS_FOLDER, excluded_before, remember_excluded
 from pipeline.tars.foreign.assembly import Assembly
 from pipeline.tars.foreign.classes import ClassChoice
 from pipeline.tars.foreign.scanning import FoundTar, scanned
@@ -63,23 +63,28 @@ def pack_tars(
     try:
         with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
             sweep_partials(dataset_dir)
-            remember_packing(dataset_dir, asked)
             before = _earlier(dataset_dir)
-            if before is not None:
+            if before is None:
+                remember_packing(dataset_dir, asked)
+            else:
                 named = _continued(before, named, append)
-            folder = dataset_dir / RECORDS_FOLDER / FOUND_TARS
+            records = dataset_dir / RECORDS_FOLDER
+            folder = records / FOUND_TARS
             found = scanned(
                 [tar.source for tar in named],
                 folder,
-                choice.field,
+                (choice.field, "" if choice.annotations else choice.cells),
                 workers or usable_cores(),
                 progress,
             )
             tars = _require_tars(list(found), dataset_dir)
             excluded = None if exclude is None else _leave_out(tars, exclude)
             made = Assembly(name, dataset_dir, named, tars, choice, before)
-            _require_same(before, made.dataset)
+            back = excluded_before(records, [s.key for tar in tars for s in tar.samples])
+            _require_same(before, made.dataset, back)
             written = made.write(before)
+            remember_packing(dataset_dir, asked)
+            remember_excluded(records, excluded)
     except OSError as error:
         where = error.filename or dataset_dir
         raise WorkError(
@@ -109,9 +114,8 @@ def _leave_out(tars: list[FoundTar], exclude: Path) -> Excluded:
     """Take the samples that a list names out of the tars; return which ones."""
     keys = [sample.key for tar in tars for sample in tar.samples]
     excluded = Excluded.of(exclude, keys)
+    excluded.require_some_of(keys, "samples")
     gone = frozenset(excluded.keys)
-    if gone.issuperset(keys):
-        raise UserError(f"{exclude} names all {len(keys)} samples: leave some of them in")
     for tar in tars:
         tar.samples[:] = (sample for sample in tar.samples if sample.key not in gone)
     return excluded
@@ -158,15 +162,19 @@ def _continued(before: Dataset, named: list[NamedTar], append: bool) -> list[Nam
     ]
 
 
-def _refuse(before: Dataset, changes: Sequence[str]) -> None:
+def _refuse(before: Dataset, changes: Sequence[str], back: str = "") -> None:
+    again = f"{back}: give the list again, or " if back else ""
     raise UserError(
         f"the input of data set {before.name!r} has changed since it was packed: "
-        f"{'; '.join(changes)}; use another --dataset name or delete {str(before.folder)!r}"
+        f"{'; '.join(changes)}; {again}use another --dataset name or delete {str(before.folder)!r}"
     )
 
 
-def _require_same(before: Dataset | None, now: Dataset) -> None:
-    """Raise UserError if an earlier tar, class or split is another one now."""
+def _require_same(before: Dataset | None, now: Dataset, back: str) -> None:
+    """Raise UserError if an earlier tar, class or split is another one now.
+
+    `back` are the samples of now that a list left out before, in words (`excluded_before`).
+    """
     if before is None or before.fingerprint == now.fingerprint:
         return
     changes = []
@@ -176,6 +184,8 @@ def _require_same(before: Dataset | None, now: Dataset) -> None:
         now.class_names[:length],
     ) or bool(before.class_names) != bool(now.class_names):
         changes.append(class_difference(before.raw_class_names, now.raw_class_names))
+    if before.multi_label != now.multi_label:
+        changes.append(f"multi_label was {before.multi_label}, is {now.multi_label}")
     after = {tar.source: tar for tar in now.tars}
     by_kind: dict[str, list[str]] = {}
     for tar in before.tars:
@@ -191,7 +201,7 @@ def _require_same(before: Dataset | None, now: Dataset) -> None:
     if not changes and len(now.tars) == len(before.tars):
         changes = ["other samples are left out, or the options on names are others"]
     if changes:
-        _refuse(before, changes)
+        _refuse(before, changes, back)
 
 
 def _require_tars(found: Sequence[FoundTar | str], dataset_dir: Path) -> list[FoundTar]:

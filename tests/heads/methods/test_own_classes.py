@@ -16,6 +16,7 @@ from torch.nn import functional
 from featstore import UserError, WorkError, open_store
 from heads import HeadConfig, TestSet, build_head, evaluate_store, load_head, predict_scores
 from heads.files.head_file import load_tensors, save_tensors
+from heads.methods.head import Head
 from heads.methods.knn import NeighbourConfig
 from heads.methods.knn.model import LEAST, NEAREST_VOTE, TEMPERATURE, NeighbourHead
 from heads.methods.linear import LinearConfig
@@ -121,6 +122,52 @@ def test_neighbours_vote_as_counted_by_hand(n: int, k: int, seed: int) -> None:
             votes[label] += sum(float(weights[i]) for i in order if labels[i] == label)
         expected = (votes / votes.sum()).clamp(min=LEAST).log() / 100
         torch.testing.assert_close(scores.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(0, 2**16))
+def test_the_share_of_a_class_is_what_the_neighbours_show_on_average(
+    n: int, k: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    known, asked = units(n, 4, seed=seed), units(3, 4, seed=seed + 1)
+    shown = (torch.rand(n, 5, generator=generator) < 0.4).long()
+    head = build_head(NeighbourConfig(4, neighbours=k), units(5, 4, seed=2))
+    head.take_several_classes(-3.0)
+    head.fit(known, shown, 0)
+    assert isinstance(head, NeighbourHead)
+    for query, found in zip(asked, head.probabilities(head.own_scores(asked)), strict=True):
+        cosines = (known @ query).double()
+        near = cosines.argsort(descending=True)[:k]
+        weights = ((cosines[near] - cosines.max()) / TEMPERATURE).exp()
+        mean = (weights[:, None] * shown[near]).sum(0) / weights.sum()
+        torch.testing.assert_close(found, mean, atol=2 * NEAREST_VOTE, rtol=0)
+    everything = head.probabilities(head.own_scores(known[:1]))[0]
+    if k == 1:  # the video itself is its nearest neighbour
+        torch.testing.assert_close(everything, shown[0].double(), atol=2 * NEAREST_VOTE, rtol=0)
+
+
+def test_the_number_of_neighbours_of_several_classes_has_the_least_loss() -> None:
+    known, labels = videos(units(4, DIM, seed=1), 15, seed=2, noise=2.0)
+    shown = functional.one_hot(labels, 4) | (torch.arange(60) % 3 == 0)[:, None].long()
+
+    def fitted_on(rows: Tensor, **config: Any) -> Head:
+        head = build_head(NeighbourConfig(DIM, **config), units(4, DIM, seed=3))
+        head.take_several_classes()
+        head.fit(known[rows], shown[rows], 0)
+        return head
+
+    losses = {}
+    for k in (1, 3, 5, 10, 20, 50):
+        losses[k] = 0.0
+        for left_out in range(len(known)):
+            alone = fitted_on(torch.arange(len(known)) != left_out, neighbours=k)
+            assert isinstance(alone, NeighbourHead)
+            found = alone.probabilities(alone.own_scores(known[left_out]))
+            losses[k] += float(functional.binary_cross_entropy(found, shown[left_out].double()))
+    chosen = fitted_on(torch.arange(len(known))).config.neighbours
+    assert chosen == min(losses, key=lambda k: losses[k])
+    assert chosen > 1
 
 
 def test_the_number_of_neighbours_is_the_best_of_all_left_out_ones() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from heads.quality.part import Part
 from heads.quality.suspects import find_suspects
-from tests.support.stores.action_store import action_store
+from tests.support.stores.action_store import ACTIONS, action_store
 
 
 @pytest.mark.parametrize("noise", [0.2, 0.5])
@@ -50,3 +51,17 @@ def test_the_same_store_gives_the_same_ranking(tmp_path: Path) -> None:
     part = Part.of(store, "", tmp_path)
     one, two = (find_suspects(part).save(tmp_path / name)["list"] for name in "ab")
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_videos_of_several_classes_are_named_by_all_and_not_judged(tmp_path: Path) -> None:
+    shown = np.random.default_rng(1).random((40, 5)) < 0.4
+    store = action_store(tmp_path / "several.zarr", classes=5, several=shown, failed=())
+    part = Part.of(store, "", tmp_path)
+    assert part.class_names == [
+        "; ".join(ACTIONS[label] for label in np.flatnonzero(row)) for row in shown
+    ]
+    found = find_suspects(part)
+    assert "40 labels not judged (a video may show several classes)" in found.words
+    assert not any(suspect.exclude for suspect in found.ranked)
+    one = Part.of(action_store(tmp_path / "one.zarr", classes=5, failed=()), "", tmp_path)
+    assert one.class_names == [ACTIONS[at % 5] for at in range(40)]

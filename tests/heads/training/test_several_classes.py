@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -23,16 +25,19 @@ from heads import (
     TrainSummary,
     evaluate_store,
     load_head,
+    save_head,
     train_head,
 )
+from heads.evaluation.answers import answer_files
 from heads.evaluation.comparing.compare import differences, read_result
 from heads.evaluation.results import EvalResult, save_result
-from heads.files.portable import merged_head
+from heads.files.portable import merged_head, require_one_class, save_onnx
 from heads.files.run_files import read_metrics
 from heads.methods.mote.losses import mote_loss
-from heads.methods.registry import method
+from heads.methods.registry import method, names
 from heads.scoring.average_precision import mean_average_precision
 from heads.scoring.scores import predict_scores
+from heads.training.class_weights import require_possible
 from heads.training.judged import Judged, JudgedLabels, Judgement
 from heads.training.logit_bias import starting_bias
 from heads.training.training_set import choose_training_set
@@ -105,14 +110,17 @@ def evaluate(store: Store, run: Path | None, **more: Any) -> EvalResult:
     )
 
 
-@pytest.mark.parametrize("kind", ["mote", "transformer", "linear", "mean"])
+LEARNING = [name for name in names() if method(name).multi_label and method(name).from_store]
+
+
+@pytest.mark.parametrize("kind", LEARNING)
 def test_heads_learn_several_classes(several: Store, tmp_path: Path, kind: str) -> None:
     config = method(kind).config(dim=16, kind=kind)
     config = replace(config, layers=1) if kind in ("mote", "transformer") else config
     summary = train(several, tmp_path / kind, BEST, config)
     found = summary.validation
     assert found is not None
-    assert set(found["baselines"]) == {"linear"}
+    assert set(found["baselines"]) == {"linear", "knn"}
     head = load_head(tmp_path / kind)
     if kind == "mean":
         assert found["mAP"] == found["no_head"]
@@ -147,8 +155,31 @@ def test_probabilities_are_independent_and_as_many_as_are_shown(
             assert all(score == pytest.approx(scores[name], abs=1e-4) for name, score in alone)
             found.append([scores[name] for name in names])
         assert np.mean(found) == pytest.approx(several.shown(rows).mean(), abs=0.1)
-    with pytest.raises(UserError, match="a probability of its own"):
-        merged_head(load_head(tmp_path / "mote"))
+    with pytest.raises(UserError, match=r"a probability of its own.*--format safetensors or onnx"):
+        require_one_class(load_head(tmp_path / "mote"))
+
+
+def test_an_exported_head_has_the_same_probabilities(several: Store, tmp_path: Path) -> None:
+    train(several, tmp_path / "mote")
+    head = load_head(tmp_path / "mote")
+    save_head(merged_head(head), tmp_path / "merged.safetensors")
+    merged = load_head(tmp_path / "merged.safetensors")
+    assert merged.config.experts == 1
+    features = torch.from_numpy(several.features(several.split("val")[4:8])).float()[:, 0]
+    texts = torch.from_numpy(several.class_text("mote28").embeddings)
+    with torch.no_grad():
+        cosines = head(features, texts)
+        expected = head.probabilities(cosines)
+        found = merged.probabilities(merged(features, texts))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    save_onnx(head, tmp_path / "head.onnx")
+    (note,) = onnx.load(tmp_path / "head.onnx").metadata_props
+    facts = json.loads(note.value)
+    session = onnxruntime.InferenceSession(tmp_path / "head.onnx")
+    fed = {"features": features, "class_embeddings": texts, "modulate": torch.tensor(True)}
+    (given,) = session.run(None, {name: value.numpy() for name, value in fed.items()})
+    logits = facts["logit_scale"] * given.astype(np.float64) + facts["logit_bias"]
+    assert 1 / (1 + np.exp(-logits)) == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 def test_the_first_bias_expects_as_many_classes_as_there_are() -> None:
@@ -160,8 +191,9 @@ def test_the_first_bias_expects_as_many_classes_as_there_are() -> None:
 
 
 def test_methods_that_cannot_say_so(several: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be trained on videos that show several classes"):
-        train(several, tmp_path / "knn", head=method("knn").config(dim=16))
+    for kind in (name for name in names() if not method(name).multi_label):
+        with pytest.raises(UserError, match="cannot be trained on videos that show several class"):
+            require_possible(method(kind), RECIPE, several=True)
     with pytest.raises(UserError, match="--class-weights shape the epochs of a training, and lin"):
         train(
             several, tmp_path / "l", replace(RECIPE, class_weights="sqrt"),
@@ -343,6 +375,13 @@ def test_a_result_holds_every_score(several: Store, tmp_path: Path) -> None:
         value["mean_ap"], abs=1e-3
     )
     assert not list((tmp_path / "eval").glob("*confusion*"))
+    picture = tmp_path / "eval" / f"{base}.per-class.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert answer_files(file)["per_class_picture"] == picture
+    save_result(
+        replace(result, details=tuple(replace(d, best=None) for d in result.details)), tmp_path
+    )
+    assert not picture.exists()  # it would be that of an earlier measurement
 
 
 def test_protocols_of_one_class_a_video_are_refused(several: Store) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from featstore.commands import pack_command
 from featstore.errors import UserError
 from featstore.files.key_lists import read_keys, superfluous
 from pipeline.tars.dataset import DATASET_FILE, load_dataset
@@ -98,6 +99,32 @@ def test_tars_taken_as_they_are(tmp_path: Path) -> None:
         "file": str(tmp_path / "out.txt"), "videos": 1, "keys": ["two"], "unknown": ["nobody"]
     }  # fmt: skip
     assert (less["videos_listed"], less["videos_failed"], less["identical"]["groups"]) == (2, 0, 0)
+    words = refused(2, *pack, "--dataset", "less")
+    assert f"`--exclude {tmp_path}/out.txt` left out 1 video of these before" in words
+    assert "give the list again, or use another --dataset name" in words
+    assert pack_command(tmp_path / "r/datasets/less", tmp_path)[0].count("--exclude") == 1
+    again = done(*pack, "--dataset", "less", "--exclude", tmp_path / "out.txt")
+    assert any("nothing to do" in note for note in again["notes"])
+
+
+def test_packing_again_without_the_list_says_which_one(videos: Path, tmp_path: Path) -> None:
+    pack = ("pack", "--dataset", "clips", "--videos", videos, "--root", tmp_path)
+    some = tmp_path / "two words.txt"
+    some.write_text("train%2Frun%2Fa\nval%2Frun%2Fd\n")
+    done(*pack, "--exclude", some)
+    words = refused(2, *pack)
+    assert "2 videos added" in words
+    assert f"`--exclude '{some}'` left out 2 videos of these before: give the list again" in words
+    assert "with --append, or use another --dataset name" in words
+    some.write_text("val%2Frun%2Fd\n")  # the list has changed: what it left out is remembered
+    assert "left out 1 video of these before" in refused(2, *pack, "--exclude", some)
+    grown = done(*pack, "--append")
+    assert any("left out 2 videos" in n and "are packed now" in n for n in grown["notes"])
+    assert done(*pack)["shards_written"] == 0
+    make_clip(videos / "train/run/new.mp4", 77)
+    words = refused(2, *pack)
+    assert "pack new videos into new tars with --append" in words
+    assert "--exclude" not in words
 
 
 def test_a_data_set_of_an_earlier_version_gets_its_list(videos: Path, tmp_path: Path) -> None:
