@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class Head(nn.Module):
 
     Attributes: `config`; `origin`, what the head was trained on (None if built by hand).
     """
+
+    of_views: ClassVar[bool] = False
+    """Whether the rows that it takes are of whole views (`Provenance.of_views`), not of frames."""
 
     training_class_embeddings: Tensor
     """[S,D] buffer, unit rows; modulation compares with them."""

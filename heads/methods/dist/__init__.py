@@ -53,7 +53,6 @@ METHOD = Method(
     pixels=True,
     scaled=True,
     modulated=False,
-    portable=False,
     official="heads.methods.dist.official",
 )
 
