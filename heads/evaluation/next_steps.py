@@ -116,12 +116,15 @@ def after_finetuning(
 ) -> dict[str, str]:
     """Return the commands after `finetune`, by name: `next` extracts with the tuned tower.
 
-    `then`, if a split was evaluated, tests head and tower on the store of `next`. `sentences` is
-    the prompt set or the file that the training was given.
+    `then`, if a split was evaluated, tests head and tower on the store of `next`. For a head that
+    looks at pixels, `next` is the evaluation, which makes the features itself. `sentences` is the
+    prompt set or the file that the training was given.
     """
     workspace, card = Workspace(run_dir.parent.parent), read_card(run_dir)
     if card is None:
         return {"next": command("inspect", run_dir)}
+    if method(card.config.kind).pixels:
+        return {"next": _pixel_evaluation(workspace, card, eval_split)}
     own = (workspace.packed_splits(dataset) or {}).get(eval_split or "", False)
     making = replace(extraction_for(dataset, card.origin), split=eval_split if own else None)
     own_words = sentences is not None and sentences.endswith(".json")
@@ -145,13 +148,31 @@ def after_import(workspace: Workspace, run: str) -> str:
     packed = _labelled(workspace)
     if card is None or not packed:
         return more_videos(workspace)
+    if method(card.config.kind).pixels:
+        return _pixel_evaluation(workspace, card)
     dataset = next(filter(_is_zeroshot_set, packed), packed[0])
     splits, names = _packed(workspace, dataset)
     same = set(card.origin.class_names or ()) == set(names)
-    if method(card.config.kind).pixels:
-        return _eval_command(workspace, dataset, card, "closeset" if same else "zeroshot", None)
     protocol = None if same else usual_protocol("zeroshot", dataset, split_names=splits)
     return extraction_for(dataset, card.origin, protocol=protocol).command(workspace.root)
+
+
+def _pixel_evaluation(workspace: Workspace, card: HeadCard, tested: str | None = None) -> str:
+    """Return the `eval` command, or the way to one, for a head that looks at pixels.
+
+    `tested` is the split of its own data set that was evaluated in training.
+    """
+    own = card.origin.dataset
+    if tested is not None:
+        usual = tested == _default_test(_packed(workspace, own)[0])
+        return _eval_command(workspace, own, card, "closeset", None if usual else tested)
+    packed = [name for name in _labelled(workspace) if name != own]
+    if not packed:
+        return more_videos(workspace)
+    dataset = next(filter(_is_zeroshot_set, packed), packed[0])
+    _, names = _packed(workspace, dataset)
+    same = set(card.origin.class_names or ()) == set(names)
+    return _eval_command(workspace, dataset, card, "closeset" if same else "zeroshot", None)
 
 
 def newest_evaluation(workspace: Workspace) -> str:
@@ -173,6 +194,9 @@ def evaluation_of(run_dir: Path) -> str:
 
 def _any_evaluation(workspace: Workspace, card: HeadCard | None) -> str:
     own = "" if card is None else card.origin.dataset
+    if card is not None and method(card.config.kind).pixels:
+        known, _ = _packed(workspace, own)
+        return _pixel_evaluation(workspace, card, _default_test(known))
     for dataset in sorted(workspace.extracted_datasets(), key=lambda name: name != own):
         found = _evaluation(workspace, dataset, card, None)
         if found is not None:
