@@ -53,7 +53,11 @@ def after_packing(workspace: Workspace, dataset: str) -> str:
     """Return the command after `pack`: an extraction, or an evaluation that makes its features."""
     card = newest_card(workspace)
     if card is not None and _looks_at_pixels(card) and not workspace.unlabelled(dataset):
-        return _evaluation_from_videos(workspace, dataset, card)
+        tested = None
+        if dataset == card.origin.dataset:
+            tested = _default_test(_packed(workspace, dataset)[0])
+        if tested is not None or dataset != card.origin.dataset:
+            return _pixel_evaluation(workspace, card, tested, [dataset])
     return first_extraction(workspace, dataset).command(workspace.root)
 
 
@@ -124,12 +128,15 @@ def after_finetuning(
 ) -> dict[str, str]:
     """Return the commands after `finetune`, by name: `next` extracts with the tuned tower.
 
-    `then`, if a split was evaluated, tests head and tower on the store of `next`. `sentences` is
-    the prompt set or the file that the training was given.
+    `then`, if a split was evaluated, tests head and tower on the store of `next`. For a head that
+    looks at pixels, `next` is the evaluation, which makes the features itself. `sentences` is the
+    prompt set or the file that the training was given.
     """
     workspace, card = Workspace(run_dir.parent.parent), read_card(run_dir)
     if card is None:
         return {"next": command("inspect", run_dir)}
+    if _looks_at_pixels(card):
+        return {"next": _pixel_evaluation(workspace, card, eval_split)}
     own = (workspace.packed_splits(dataset) or {}).get(eval_split or "", False)
     making = replace(extraction_for(dataset, card.origin), split=eval_split if own else None)
     own_words = sentences is not None and sentences.endswith(".json")
@@ -153,13 +160,38 @@ def after_import(workspace: Workspace, run: str) -> str:
     packed = _labelled(workspace)
     if card is None or not packed:
         return more_videos(workspace)
-    dataset = next(filter(_is_zeroshot_set, packed), packed[0])
     if _looks_at_pixels(card):
-        return _evaluation_from_videos(workspace, dataset, card)
+        return _pixel_evaluation(workspace, card)
+    dataset = next(filter(_is_zeroshot_set, packed), packed[0])
     splits, names = _packed(workspace, dataset)
     same = set(card.origin.class_names or ()) == set(names)
     protocol = None if same else usual_protocol("zeroshot", dataset, split_names=splits)
     return extraction_for(dataset, card.origin, protocol=protocol).command(workspace.root)
+
+
+def _pixel_evaluation(
+    workspace: Workspace,
+    card: HeadCard,
+    tested: str | None = None,
+    datasets: Sequence[str] | None = None,
+) -> str:
+    """Return the `eval` command, or the way to one, for a head that looks at pixels.
+
+    `tested` is the split of its own data set that was evaluated in training. `datasets` are those
+    to choose from otherwise; None: all with labels.
+    """
+    own = card.origin.dataset
+    if tested is not None:
+        usual = tested == _default_test(_packed(workspace, own)[0])
+        return _eval_command(workspace, own, card, "closeset", None if usual else tested)
+    named = _labelled(workspace) if datasets is None else datasets
+    packed = [name for name in named if name != own]
+    if not packed:
+        return more_videos(workspace)
+    dataset = next(filter(_is_zeroshot_set, packed), packed[0])
+    _, names = _packed(workspace, dataset)
+    same = set(card.origin.class_names or ()) == set(names)
+    return _eval_command(workspace, dataset, card, "closeset" if same else "zeroshot", None)
 
 
 def newest_evaluation(workspace: Workspace) -> str:
@@ -183,20 +215,11 @@ def _looks_at_pixels(card: HeadCard) -> bool:
     return method(card.config.kind).pixels
 
 
-def _evaluation_from_videos(workspace: Workspace, dataset: str, card: HeadCard) -> str:
-    """Write the `eval` command of a head that looks at pixels, for a packed data set."""
-    same = set(card.origin.class_names or ()) == set(_packed(workspace, dataset)[1])
-    return _eval_command(workspace, dataset, card, "closeset" if same else "zeroshot", None)
-
-
 def _any_evaluation(workspace: Workspace, card: HeadCard | None) -> str:
     own = "" if card is None else card.origin.dataset
     if card is not None and _looks_at_pixels(card):
-        packed = sorted(_labelled(workspace), key=lambda name: name != own)
-        return next(
-            (_evaluation_from_videos(workspace, name, card) for name in packed),
-            more_videos(workspace),
-        )
+        known, _ = _packed(workspace, own)
+        return _pixel_evaluation(workspace, card, _default_test(known))
     for dataset in sorted(workspace.extracted_datasets(), key=lambda name: name != own):
         found = _evaluation(workspace, dataset, card, None)
         if found is not None:

@@ -23,7 +23,7 @@ from heads.evaluation.answers import save_answers
 from heads.evaluation.details import SplitDetail
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.several_classes import LabelsDetail, save_details
-from heads.files.run_files import read_config
+from heads.files.run_files import best_epoch, read_config, read_metrics
 from heads.methods.registry import untrained
 
 RESULT_FORMAT: Final = 2
@@ -304,5 +304,8 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
         said = {"blend": tuned.get("blend"), "epoch_choice": tuned.get("epoch_choice")}
         said["epoch"] = int(tuned["epoch"]) + 1
     elif not untrained(settings.get("head", {}).get("kind")):
-        said = {"epoch": settings.get("training", {}).get("epochs"), "epoch_choice": "last"}
+        training, split = settings.get("training", {}), settings.get("data", {}).get("eval_split")
+        said = {"epoch": training.get("epochs"), "epoch_choice": "last"}
+        if training.get("save") == "best" and (best := best_epoch(read_metrics(run_dir))):
+            said = {"epoch": best, "epoch_choice": f"best on {split}"}
     return RunFacts(**(said | known))

@@ -84,6 +84,11 @@ class Head(nn.Module):
         A head without such weights stays as it is.
         """
 
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return AdamW's groups of the trained parameters: `params` and their `weight_decay`."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": trained, "weight_decay": weight_decay}]
+
     def draw(self, generator: torch.Generator) -> Any:
         """Make the random draw of one training step, for the whole batch; `generator` on CPU."""
         return None

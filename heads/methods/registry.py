@@ -64,6 +64,12 @@ class Method:
     """Whether it can be trained on videos of several classes each, and with class weights."""
     portable: bool = True
     """Whether it can be exported as safetensors and ONNX."""
+    from_elsewhere: tuple[str, ...] = ()
+    """Fields of the configuration that no recipe sets: encoder and training give them."""
+    recipe: str = "end-to-end"
+    """The recipe of `finetune` where none is named."""
+    prompts: str | None = None
+    """The prompt set of its class texts in fine-tuning; None: the usual one."""
     official: str | None = None
     """Module for the format in which the authors publish weights. `is_of(content)` says whether the
     entries of a file have the names of such a checkpoint, `lacks(content)` says in words what is

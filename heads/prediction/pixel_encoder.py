@@ -39,6 +39,11 @@ class FloatPreprocessing(Preprocessing):
 
     style: Style = "short-side"
 
+    @classmethod
+    def of(cls, clip: Preprocessing, style: Style = "short-side") -> FloatPreprocessing:
+        """Return it with the size and the colours of a CLIP's own."""
+        return cls(clip.size, clip.mean, clip.std, interpolation="bilinear", style=style)
+
     def crops(self, frames: FrameInput, crops: int = 1) -> Tensor:
         """Turn uint8 frames [T,H,W,3] into normalised float32 [crops,T,3,s,s]."""
         how: dict[str, Any] = {"mean": self.mean, "std": self.std, "style": self.style}
@@ -76,10 +81,7 @@ class DistEncoder(Encoder):
         branch = cast(DistBranch, head.branch).to(self.device)
         self.frames_together = head.config.dense_frames
         self.dist = DistModel(self.image_tower, branch, head.logit_scale).eval()
-        clip = self.preprocessing
-        self.preprocessing = FloatPreprocessing(
-            clip.size, clip.mean, clip.std, interpolation="bilinear", style=style
-        )
+        self.preprocessing = FloatPreprocessing.of(self.preprocessing, style)
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ value, and what rounding left of it, which together are as exact as float32. The
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -59,6 +59,16 @@ class DistHead(Head):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw first weights as the published code does."""
         self.branch.reset_parameters(generator)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the groups of the branch, some of them without decay; see `training`."""
+        from heads.methods.dist.training import parameter_groups
+
+        return parameter_groups(self.branch, weight_decay)
+
+    def draw(self, generator: torch.Generator) -> int:
+        """Draw the seed of how a batch is mixed."""
+        return int(torch.randint(2**32, (), generator=generator))
 
     def view_vectors(self, features: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         """See `Head.view_vectors`: DiST's own unit features, and the means of CLIP's."""
