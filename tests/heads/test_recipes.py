@@ -31,7 +31,7 @@ from tests.support.stores.action_store import action_store
 
 PAPERS = [f"dist-{data}-vit-{arch}" for data in ("k400", "ssv2") for arch in ("b16", "l14")]
 PAPERS += ["paper-vit-b16", "paper-vit-l14"]
-NAMES = sorted(["auto", "demo", "dist", "end-to-end", "frozen-store", *PAPERS])
+NAMES = sorted(["auto", "demo", "dist", "dist-demo", "end-to-end", "frozen-store", *PAPERS])
 
 
 def write(path: Path, text: str) -> Path:
