@@ -27,6 +27,7 @@ FOUND_TARS: Final = "tars"
 """The folder in `PACKING_FOLDER` that `pack --tars` keeps its records in."""
 _COMMAND_FILE: Final = "command.json"
 _MOST_WORDS: Final = 1000
+_HEAD_PART: Final = "head-"  # of a store's name
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+]+")
 
@@ -62,9 +63,17 @@ class Extraction:
     """None means embeddings, one per frame."""
     split: str | None = None
     prompts: str | None = None
+    head: str | None = None
+    """The head that makes the rows, of whole views, when it is evaluated; None for frames."""
+    style: str | None = None
+    """How such a head cuts frames, if not in its usual way."""
 
     def command(self, root: str | Path | None, **more: object) -> str:
-        """Return the command for the workspace `root`; `more` are further options."""
+        """Return the command for the workspace `root`; `more` are further options of `extract`."""
+        if self.head is not None:
+            views = f"{(self.sampling or '').partition('x')[2] or 1}x{self.crops}"
+            said = {"zeroshot": self.dataset, "head": self.head, "views": views}
+            return command("eval", **said, crop_style=self.style, root=root)
         return command(
             "extract",
             dataset=self.dataset,
@@ -82,13 +91,15 @@ class Extraction:
     def file_name(self) -> str:
         """The name of the store: `<encoder>--<sampling>[--crops3][--<tier>][--<split>].zarr`.
 
-        Characters that trouble file systems or copying tools become "-".
+        After a head that makes it come `[--<style>]--head-<head>`. Characters that trouble file
+        systems or copying tools become "-".
         """
         tower = self.encoder or ""
         if os.path.isabs(tower):  # a folder or a file gives its own name
             tower = Path(tower).name.removesuffix(".pt")
         crops = f"crops{self.crops}" if self.crops > 1 else ""
-        parts = [tower, self.sampling, crops, self.tier, self.split]
+        parts = [tower, self.sampling, crops, self.tier, self.split, self.style]
+        parts += [self.head and f"{_HEAD_PART}{self.head}"]
         safe = [_UNSAFE.sub("-", part or "").strip("-.") for part in parts]
         return "--".join(part for part in safe if part) + STORE_SUFFIX
 
@@ -104,8 +115,10 @@ def remake_command(store: Path) -> str:
         return command("extract", dataset="NAME", store=store)
     told = Extraction(store.absolute().parent.name, _noted_encoder(store))
     _, *parts = store.stem.split("--")
+    if (head := head_in_name(store)) is not None:
+        return command("eval", zeroshot=told.dataset, head=head, root=root)
     for part in parts:
-        if sampling := re.fullmatch(r"(uniform|clips|dense)-(\d+(?:x\d+)?)", part):
+        if sampling := re.fullmatch(r"(uniform|clips|dense|dist)-(\d+(?:x\d+)?)", part):
             told = replace(told, sampling=f"{sampling[1]}:{sampling[2]}")
         elif crops := re.fullmatch(r"crops(\d)", part):
             told = replace(told, crops=int(crops[1]))
@@ -114,6 +127,11 @@ def remake_command(store: Path) -> str:
         else:
             told = replace(told, split=part)
     return told.command(root)
+
+
+def head_in_name(store: Path) -> str | None:
+    """Return the head that a store was made by, as its name has it; None for no head."""
+    return store.stem.partition(f"--{_HEAD_PART}")[2] or None
 
 
 def _noted_encoder(store: Path) -> str | None:

@@ -163,6 +163,8 @@ class OpenedStores:
             try:
                 store = self.open(path)
                 _require_match(store, split, views, encoder_fingerprint, sampling, crops)
+                if name is None and encoder_fingerprint is None:
+                    store.require_embeddings()  # else it is the head's own, or was named
                 fitting.append(store)
             except WorkError as error:
                 damaged.append(error)

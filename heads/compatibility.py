@@ -30,7 +30,7 @@ def require_fits(store: Store, head: Head, prompt_set: str | None) -> tuple[str,
     store and texts do not belong together or the store holds no embeddings, and WorkError when the
     store is not complete.
     """
-    check_complete(store)
+    check_complete(store, of_views=head.of_views)
     check_fits(head, store)
     chosen = prompt_set or default_prompt_set(store, head)
     text = store.class_text(chosen)
@@ -46,6 +46,12 @@ def check_fits(head: Head, store: Store) -> None:
             f"the head takes embeddings of width {head.config.dim}, but {store.path.name} holds "
             f"width {provenance.dim} ({provenance.encoder}): extract with the head's encoder"
         )
+    if head.of_views and not provenance.of_views:
+        raise UserError(
+            f"{store.path.name} holds embeddings of frames, and the head "
+            f"({method(head.config.kind).title}) looks at pixels: evaluate it without --store, "
+            "which makes what it needs from the videos"
+        )
     if head.origin is not None:
         check_encoder(head.origin, provenance.encoder, provenance.encoder_fingerprint)
 
@@ -60,6 +66,19 @@ def check_encoder(origin: HeadOrigin, encoder: str, fingerprint: str) -> None:
         )
 
 
+def mean_head_of(store: Store) -> Head:
+    """Return `mean_head` for a store: CLIP's mean of frames, whatever the store has of them."""
+    made = store.provenance
+    head = mean_head(made.dim, made.logit_scale)
+    if not made.of_views:
+        return head
+    from heads.methods.dist.head import ClipOfViews  # few stores need it
+
+    found = ClipOfViews(head.config, store.schema.frames)
+    found.logit_scale.copy_(head.logit_scale)
+    return found.eval()
+
+
 def mean_head(dim: int, logit_scale: float = 100.0) -> Head:
     """Return the head without parameters, which averages the frames of a video as CLIP does."""
     return build_head(
@@ -67,9 +86,12 @@ def mean_head(dim: int, logit_scale: float = 100.0) -> Head:
     )
 
 
-def check_complete(store: Store) -> None:
-    """Raise UserError if `store` holds no embeddings, WorkError if it is not complete."""
-    store.require_embeddings()
+def check_complete(store: Store, *, of_views: bool = False) -> None:
+    """Raise UserError if `store` holds no embeddings, WorkError if it is not complete.
+
+    `of_views` as for `Store.require_embeddings`.
+    """
+    store.require_embeddings(of_views=of_views)
     if not store.complete:
         finish = repair_command(store.path, read_metadata(store.path))
         raise WorkError(f"{store.path} is not complete: finish it with `{finish}`")

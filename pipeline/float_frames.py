@@ -10,15 +10,15 @@ Source: DiST (Qing et al., ICCV 2023), its released code and configurations.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Final, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.preprocessing import CLIP_MEAN, CLIP_STD, FrameInput, as_images
+from pipeline.preprocessing import CLIP_MEAN, CLIP_STD, FrameInput, as_images, is_mixed
 
 Style = Literal["short-side", "center-fraction"]
 """What evaluation cuts out: crops after the short side was resized (Kinetics, Something-Something),
@@ -48,7 +48,11 @@ def evaluation_floats(
     cuts out the centre, or 3 crops along the longer side: its start, middle and end.
     "center-fraction" cuts out a central square of scale / 256 of the short side (default scale:
     `size`) and resizes it; it has 1 crop. Raises ValueError for another number of crops.
+    Frames of several sizes (`pipeline.preprocessing.is_mixed`) are taken one by one.
     """
+    if is_mixed(frames):
+        given: dict[str, Any] = {"scale": scale, "style": style, "mean": mean, "std": std}
+        return torch.cat([evaluation_floats(f[None], size, crops, **given) for f in frames], 1)
     if crops not in (1, 3) or (style == "center-fraction" and crops != 1):
         raise ValueError(f"{crops} crops in style {style}: only 1, or 3 of short-side")
     values, scale = _floats(frames), scale or size
@@ -95,10 +99,15 @@ class FloatDraw:
         The part is drawn as torchvision's RandomResizedCrop does it: up to ten tries, the logarithm
         of the aspect even, else the middle of the picture.
         """
-        flip = bool(rng.random() < FLIP)
+        flip = draws_flip(rng)
         part = random_part(height, width, rng)
         grey = bool(rng.random() < GREY)
         return cls(*part, flip and not flip_last, flip and flip_last, grey)
+
+
+def draws_flip(rng: np.random.Generator) -> bool:
+    """Draw whether a clip is mirrored: the first draw of its augmentation."""
+    return bool(rng.random() < FLIP)
 
 
 def random_part(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -136,6 +145,35 @@ def training_floats(
         part = (part * shares).sum(-3, keepdim=True).expand_as(part)
     finished = _normalised(part, mean, std)
     return finished.flip(-1) if draw.flip_last else finished
+
+
+def augmented_floats(
+    frames: FrameInput,
+    size: int,
+    rng: np.random.Generator,
+    *,
+    mirror: bool,
+    flip_last: bool,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+) -> Tensor:
+    """Augment uint8 frames [T,H,W,3] of a clip at random to normalised float32 [T,3,size,size].
+
+    Without `mirror` the clip is never mirrored; `flip_last` as `FloatDraw.sample` takes it. Frames
+    of several sizes are augmented one by one, with the same draws.
+    """
+    if is_mixed(frames):
+        given: dict[str, Any] = {"mirror": mirror, "flip_last": flip_last, "mean": mean, "std": std}
+        state, pictures = rng.bit_generator.state, []
+        for frame in frames:
+            rng.bit_generator.state = state
+            pictures.append(augmented_floats(frame[None], size, rng, **given))
+        return torch.cat(pictures)
+    height, width = frames.shape[1:3]
+    draw = FloatDraw.sample(height, width, rng, flip_last=flip_last)
+    if not mirror:
+        draw = replace(draw, flip_first=False, flip_last=False)
+    return training_floats(frames, size, draw, mean, std)
 
 
 def _floats(frames: FrameInput) -> Tensor:

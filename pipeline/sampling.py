@@ -151,7 +151,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Takes a clip of `frames` frames from each of the windows between two `bounds`.
+    """Takes `frames` frames, as `kind` does, from each of the windows between two `bounds`.
 
     Window k are the frames from `bounds[k]` to before `bounds[k + 1]`, as `window_bounds` gives
     them for a video.
@@ -159,14 +159,14 @@ class Windows:
 
     bounds: tuple[int, ...]
     frames: int
+    kind: Kind = "uniform"
 
     def indices(self, num_frames: int) -> IntArray:
         """Frame indices int64 [windows, frames], each below `num_frames`, the video's frames."""
-        chosen = [
-            first + validation_indices(after - first, self.frames)
-            for first, after in pairwise(self.bounds)
-        ]
-        return np.minimum(np.stack(chosen), num_frames - 1)
+        how = Sampling(self.kind, self.frames, 1)
+        chosen = [first + how.indices(after - first)[0] for first, after in pairwise(self.bounds)]
+        stacked: IntArray = np.stack(chosen)
+        return np.minimum(stacked, num_frames - 1)
 
 
 def window_bounds(num_frames: int, fps: float, seconds: float) -> tuple[int, ...]:

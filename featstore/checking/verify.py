@@ -263,7 +263,11 @@ def reencode(
     for done, position in enumerate(np.sort(drawn).tolist(), start=1):
         row, key = int(store.rows[position]), store.keys[position]
         stored = store.features([row])[0]
-        rows.append(_compared(key, row // store.schema.capacity, stored, encode(row, key)))
+        again = encode(row, key)
+        if store.provenance.of_views and not isinstance(again, str):
+            # What rounding left is a row of its own there: only all of a view has a direction.
+            stored, again = (array.reshape(len(array), 1, -1) for array in (stored, again))
+        rows.append(_compared(key, row // store.schema.capacity, stored, again))
         progress(done, len(drawn))
     return Reencoding(
         ok=all(row.cosine >= tolerance for row in rows),

@@ -21,6 +21,8 @@ _LATER: Final[dict[str, Any]] = {
     "split": "",
     "clip_frames": 1,
 }
+USUAL_STYLE: Final = "short-side"
+"""How heads that look at pixels cut out of frames (`pipeline.float_frames.Style`), usually."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,21 @@ class Provenance:
         if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
             raise ValueError(f"logit scale {self.logit_scale} is not a positive finite number")
         json.dumps(asdict(self), allow_nan=False)
+
+    @property
+    def of_views(self) -> bool:
+        """Whether a head that looks at pixels made the rows: vectors of whole views.
+
+        They lie where other stores have the embeddings of frames, which nothing else may take them
+        for. Only the preprocessing of such heads has a style.
+        """
+        return "style" in self.preprocessing
+
+    @property
+    def style(self) -> str | None:
+        """How such a head cuts out of frames, if not in its usual way; else None."""
+        style = self.preprocessing.get("style")
+        return None if style == USUAL_STYLE else style
 
     def to_json(self) -> dict[str, Any]:
         """Return a strictly JSON-ready dict (no NaN, no tuples, which would come back as lists).

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from featstore.commands import STORE_SUFFIX, Extraction, command, workspace_of
+from featstore.commands import STORE_SUFFIX, Extraction, command, head_in_name, workspace_of
 from featstore.errors import UserError, WorkError
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.format.metadata import StoreMetadata, prompt_set_names, read_metadata
@@ -38,10 +38,13 @@ def repair_command(store: Path, metadata: StoreMetadata, root: Path | None = Non
             return command("store", "merge", "STORE", "STORE", out="NEW-STORE")
         return command("store", "merge", *sources, out=beside(at))
     extraction = extraction_of(made)
+    own = workspace_of(at)
+    if made.of_views:  # an imported head has the name of its encoder
+        making = replace(extraction, head=head_in_name(at) or made.encoder)
+        return making.command(own or root)
     sets = prompt_set_names(store)
     if sets and DEFAULT_PROMPTS not in sets:
         extraction = replace(extraction, prompts=sets[0])
-    own = workspace_of(at)
     in_workspace = own is not None and at.parent.name == made.dataset
     return extraction.command(
         own if in_workspace else root,
@@ -60,6 +63,7 @@ def extraction_of(made: Provenance) -> Extraction:
         made.crops,
         None if made.tier == EMBEDDINGS else made.tier,
         made.split or None,
+        style=made.style,
     )
 
 

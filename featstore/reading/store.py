@@ -96,12 +96,20 @@ class Store:
         """Whether features are memory-mapped; otherwise they are decoded chunk by chunk."""
         return self._features.mapped
 
-    def require_embeddings(self) -> None:
-        """Raise UserError unless the features are embeddings, which heads work on."""
+    def require_embeddings(self, *, of_views: bool = False) -> None:
+        """Raise UserError unless the features are embeddings of frames, which heads work on.
+
+        With `of_views` the rows that a head made of whole views will do, too.
+        """
         if not self.schema.pooled:
             raise UserError(
                 f"{self.path.name} holds {self.tier}, not the embeddings that heads work on: "
                 "choose or extract a store without --tier"
+            )
+        if self.provenance.of_views and not of_views:
+            raise UserError(
+                f"{self.path.name} holds what one head made of every view, not the embeddings of "
+                "frames: choose or extract another store"
             )
 
     @property

@@ -73,6 +73,7 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
                 f"`{command('store', 'convert', path, codec='zstd', out=out)}` makes it smaller "
                 "without loss"
             )
+        source.store.require_embeddings()
         source.require_complete("quantise")
         tars = made.schema.tars
         steps = 3 * tars

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from featstore.errors import UserError, meant
@@ -45,6 +45,21 @@ class FinetuneConfig(TrainConfig):
     optimiser state in shares ("fsdp"); "auto" chooses by the tower's size."""
     augment: bool = True
     """Whether to crop, flip and grey at random; if not, the centre crop of evaluation is used."""
+    mixup: float = field(default=0.0, metadata={"range": (0, 100), "later": True})
+    """Alpha of mixup: the share of two clips that are blended is drawn from Beta(alpha, alpha).
+    Only for methods that mix clips, as the next three are; 0 turns each off."""
+    cutmix: float = field(default=0.0, metadata={"range": (0, 100), "later": True})
+    """Alpha of cutmix, which puts a box of one clip into another; with mixup, either by chance."""
+    smoothing: float = field(default=0.0, metadata={"range": (0, 1), "later": True})
+    """Share of a label that is spread over all classes."""
+    mirror: Literal["", "plain", "names"] = field(default="", metadata={"later": True})
+    """Which clips augmentation mirrors: none, any ("plain"), or any whose mirrored label has a
+    class, which it then gets ("names": left becomes right)."""
+
+    @property
+    def mixing(self) -> dict[str, float]:
+        """The settings of mixed clips and their labels."""
+        return {"mixup": self.mixup, "cutmix": self.cutmix, "smoothing": self.smoothing}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -32,16 +32,18 @@ from heads.end_to_end.run_folder import (
 )
 from heads.end_to_end.sharding import spread
 from heads.end_to_end.validate import validate
-from heads.files.head_file import load_head, open_tensors
+from heads.files.head_file import load_head
 from heads.files.run_files import (
     BEST_FILE,
     HEAD_FILE,
     LOCK_FILE,
-    TOWER_FILE,
+    best_epoch,
+    measure_of,
     read_failed_clips,
     read_metrics,
     write_training_keys,
 )
+from heads.methods.registry import method
 from heads.scoring.scores import can_modulate
 from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
@@ -223,7 +225,7 @@ def end_to_end_trainer(
 
     `more` are further fields of the trainer. The class texts are the head's training classes.
     """
-    module = spread(TrainingStep(model, **config.loss_weights), ranks, shard)
+    module = spread(TrainingStep(model, **model.weights_of(config)), ranks, shard)
 
     def batches(epoch: int, start: int) -> Generator[TrainingBatch, None, None]:
         with closing(clips.epoch(epoch, start)) as stream:
@@ -247,7 +249,7 @@ def end_to_end_trainer(
         tower_parameters=model.tower_parameters(),
         config=config,
         steps_per_epoch=clips.steps_per_epoch,
-        precision=precision,
+        precision=precision if model.uses_autocast else "fp32",
         ranks=ranks,
         batches=batches,
         n_listed=clips.n_listed,
@@ -345,14 +347,9 @@ def _summary(
     failed = Counter(failure["split"] for failure in failures)
     origin = load_head(run_dir).origin
     assert origin is not None
-    with open_tensors(run_dir / TOWER_FILE) as (_, _, card):
-        published = int(card["epoch"]) + 1
-    measured = {
-        r["epoch"]: r["evaluation"].get("mean_ap") or r["evaluation"]["top1"]
-        for r in metrics
-        if r["evaluation"]
-    }
-    best = max(measured, key=lambda epoch: (measured[epoch], -epoch), default=None)
+    measured = {r["epoch"]: measure_of(r["evaluation"]) for r in metrics if r["evaluation"]}
+    best = best_epoch(metrics)
+    published = len(metrics) if config.save == "last" or best is None else best
     seconds = sum(record["seconds"] for record in metrics)
     waited = sum(record["seconds"] * record["waiting"] for record in metrics)
     gpu = [record["peak_gpu_mb"] for record in metrics if record["peak_gpu_mb"] is not None]
@@ -409,7 +406,7 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
     log.info(
         "training %s: %.1f of %.1f million parameters, %d videos in %d steps of %d "
         "(%d x %d)%s, %s on %s",
-        *(TRAINED.get(config.train, f"{config.train} and head"), trained / 1e6),
+        *(_trained_words(plan, config), trained / 1e6),
         *(sum(p.numel() for p in model.parameters()) / 1e6,),
         *(clips.n_listed, clips.steps_per_epoch, config.batch_size * ranks.world_size),
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
@@ -417,6 +414,13 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
     )
     if ranks.device.type == "cpu" and ranks.first:
         _warn_of_memory(plan, config)
+
+
+def _trained_words(plan: Plan, config: FinetuneConfig) -> str:
+    chosen = method(plan.model.head.config.kind)
+    if chosen.pixels:
+        return f"{chosen.title} beside the frozen tower"
+    return TRAINED.get(config.train, f"{config.train} and head")
 
 
 def _warn_of_memory(plan: Plan, config: FinetuneConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from heads.files.head_file import save_head, save_tensors
 from heads.files.imported_run import require_class_names
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE
 from heads.methods.dist.official import DistCheckpoint
-from heads.methods.mote.official import import_official_checkpoint
+from heads.methods.mote.official import BLEND, import_official_checkpoint
 from heads.methods.registry import read_checkpoint, require_run_name
 from heads.methods.settings import HeadOrigin
 from heads.prediction.pixel_encoder import DistEncoder
@@ -42,20 +43,24 @@ def import_checkpoint(
     *,
     clip: str | None = None,
     class_names_file: Path | None = None,
-    blend: float = 0.99,
+    blend: float | None = None,
     attention_heads: int | None = None,
-    frames: int = 8,
+    frames: int | None = None,
+    selected_layers: Sequence[int] | None = None,
     device: str = "auto",
     progress: ProgressSink = no_progress,
 ) -> dict[str, Any]:
     """Make encoders/`name` and heads/`name` from a checkpoint; either both appear or neither.
 
     `clip` is the spec of the CLIP that the tower was tuned from; None means OpenAI's CLIP of the
-    same shape. `blend` is the share of the tuned tower; the rest is the tower of that CLIP.
+    same shape. `blend` is the share of the tuned tower, 0.99 by default; the rest is the tower of
+    that CLIP. `frames` are those of a view in training, 8 by default. For DiST, whose CLIP is never
+    tuned and whose file says the rest, `selected_layers` are the blocks of the tower that its
+    branch reads, counted from 0; they are needed if it reads some only and the file does not say.
     `class_names_file`, CSV `id,name`, names the training classes, which are checked against the
     features in the checkpoint; `progress` counts their sentences. Returns the facts of the import,
-    JSON-ready. Raises UserError for a name in use and for a file, a CLIP or names that do not fit,
-    WorkError if the CLIP is not available.
+    JSON-ready. Raises UserError for a name in use, for a file, a CLIP or names that do not fit, and
+    for a setting that the file's method does not have, WorkError if the CLIP is not available.
     """
     encoder_dir, run_dir = workspace.encoder_dir(name), workspace.run_dir(name)
     require_run_name(name)
@@ -63,9 +68,20 @@ def import_checkpoint(
         if folder.exists():
             raise UserError(f"{folder} exists already: choose another --name or remove it")
     names = None if class_names_file is None else tuple(read_names(class_names_file).values())
-    _, checkpoint = read_checkpoint(file)
+    chosen, checkpoint = read_checkpoint(file)
+    others: dict[str, object] = {"selected_layers": selected_layers}
+    if chosen.pixels:
+        others = {"blend": blend, "attention_heads": attention_heads, "frames": frames}
+    if strange := [f"--{key.replace('_', '-')}" for key, v in others.items() if v is not None]:
+        raise UserError(
+            f"{', '.join(strange)} means nothing for {file}, a checkpoint of {chosen.title}: leave "
+            "it out"
+        )
     if isinstance(checkpoint, DistCheckpoint):
+        if selected_layers is not None:
+            checkpoint = DistCheckpoint.read(file, selected_layers)
         return _import_dist(workspace, file, name, checkpoint, clip, names, device, progress)
+    blend, frames = BLEND if blend is None else blend, frames or 8
     spec = clip or published_clip(checkpoint.tower_state)
     try:
         original = original_clip(spec, workspace.root / "encoders")

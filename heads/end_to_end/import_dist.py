@@ -8,16 +8,18 @@ from dataclasses import replace
 import torch
 
 from featstore.errors import UserError, one_line
+from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.progress import ProgressSink
 from featstore.workspace import Workspace
 from heads.methods.clip_tensors import is_text
+from heads.methods.dist import METHOD
 from heads.methods.dist.head import DistHead
 from heads.methods.dist.official import DistCheckpoint, ImportedDist
 from pipeline.clip_encoder import Encoder
 from pipeline.encoders.sources import LoadedClip, clip_of_state
 from pipeline.encoders.tuned import original_clip
 
-PROMPTS = "name"  # DiST's class texts are the names alone
+PROMPTS = METHOD.prompts or DEFAULT_PROMPTS
 
 
 def clip_of(

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from featstore.errors import UserError
+from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.trained_parts import checkpoint_gradients, freeze_all_but
 from heads.methods.head import Head
 from heads.training.config import TrainConfig
@@ -44,9 +45,13 @@ class EndToEndModel(nn.Module):
     `train` or `checkpointing`.
 
     Attributes: `image_tower`, `head`, `logit_scale` (parameter, natural logarithm), `trained` (the
-    value of `train`). Build an optimiser with `build_optimizer(model.head,
-    model.tower_parameters(), config)`.
+    value of `train`), `uses_all` (every trained parameter gets a gradient in every step). Build an
+    optimiser with `build_optimizer(model.head, model.tower_parameters(), config)`.
     """
+
+    uses_all = True
+    uses_autocast = True
+    """Whether the whole step runs in the precision of the training."""
 
     def __init__(
         self,
@@ -113,17 +118,7 @@ class EndToEndModel(nn.Module):
         shapes or labels, UserError for more frames than positions.
         """
         self._check_frames(frames)
-        classes = class_embeddings.shape[0]
-        several = labels.ndim == 2 and labels.shape[1] == classes
-        if labels.shape[:1] != frames.shape[:1] or not (several or labels.dtype == torch.int64):
-            raise ValueError(
-                f"labels must be int64 [{frames.shape[0]}], one per clip, not {labels.dtype} "
-                f"{list(labels.shape)}"
-            )
-        lowest, highest = (int(v) for v in labels.aminmax())
-        if not several and (lowest < 0 or highest >= classes):
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"label {wrong} is none of the {classes} classes, 0 to {classes - 1}")
+        check_labels(labels, len(frames), class_embeddings.shape[0])
         features = self.encode(frames)
         scale = self.logit_scale.reshape(())
         terms = self.head.training_loss(
@@ -151,6 +146,10 @@ class EndToEndModel(nn.Module):
         cosines: Tensor = self.head(self.encode(frames), class_embeddings, modulate)
         return cosines
 
+    def weights_of(self, config: FinetuneConfig) -> dict[str, float]:
+        """Return the `weights` of `training_loss` in a recipe."""
+        return config.loss_weights
+
     def kept_bytes(self) -> int:
         """Return the bytes of activations that the tower keeps of one frame for the backward pass.
 
@@ -159,6 +158,10 @@ class EndToEndModel(nn.Module):
         """
         if not self._tower_trains or self._size is None:
             return 0
+        return self._kept(torch.zeros(1, 1, 3, *self._size, device=self.logit_scale.device))
+
+    def _kept(self, clip: Tensor) -> int:
+        """Return the bytes that encoding a clip keeps for the backward pass."""
         own = {p.untyped_storage().data_ptr() for p in self.parameters()}
         kept: dict[int, int] = {}
 
@@ -168,9 +171,8 @@ class EndToEndModel(nn.Module):
                 kept[storage.data_ptr()] = storage.nbytes()
             return value
 
-        black = torch.zeros(1, 1, 3, *self._size, device=self.logit_scale.device)
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            self.encode(black)
+            self.encode(clip)
         return sum(kept.values())
 
     def tower_parameters(self) -> list[nn.Parameter]:
@@ -229,6 +231,19 @@ class TrainingStep(nn.Module):
             frames, labels, class_embeddings, draw, subsets, **self.loss_weights
         )
         return terms._make(weight * term for term in terms)
+
+
+def check_labels(labels: Tensor, clips: int, classes: int) -> None:
+    """Raise ValueError unless `labels` fit so many clips and classes, as `training_loss` says."""
+    several = labels.ndim == 2 and labels.shape[1] == classes
+    if len(labels) != clips or not (several or labels.dtype == torch.int64):
+        raise ValueError(
+            f"labels must be int64 [{clips}], one per clip, not {labels.dtype} {list(labels.shape)}"
+        )
+    lowest, highest = (int(v) for v in labels.aminmax())
+    if not several and (lowest < 0 or highest >= classes):
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"label {wrong} is none of the {classes} classes, 0 to {classes - 1}")
 
 
 def _in_float32(image_tower: nn.Module) -> nn.Module:

@@ -24,6 +24,12 @@ from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
+from heads.end_to_end.pixel_model import (
+    PixelHeadModel,
+    pixel_head_config,
+    require_pixel_training,
+    tower_precision,
+)
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.sharding import sharded
 from heads.end_to_end.trained_parts import trained_blocks
@@ -31,9 +37,10 @@ from heads.end_to_end.validate import validation_split
 from heads.files.head_file import head_fingerprint, load_head
 from heads.files.imported_run import require_class_names
 from heads.methods.head import Head, build_head
-from heads.methods.registry import method
+from heads.methods.registry import Method, method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.methods.text_classifier import class_cosines, video_embeddings
+from heads.prediction.pixel_encoder import FloatPreprocessing, joint_fingerprint
 from heads.training.class_weights import class_weights, require_possible, say_balance
 from heads.training.logit_bias import starting_bias
 from heads.training.ranks import Ranks
@@ -49,6 +56,7 @@ from pipeline.prompts import (
     trained_prompt_set,
 )
 from pipeline.tars.dataset import Dataset, load_dataset
+from pipeline.video_clips.float_clips import FloatClipStream, FloatEvaluationClips, mirrored
 from pipeline.video_clips.order import listed_clips
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 
@@ -81,6 +89,8 @@ class FinetuneRequest:
     """Name, or file of templates or descriptions; None means that of `from_head`, else "mote28"."""
     exclude: Path | None = None
     """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
+    method: str | None = None
+    """Name of the method that must be trained; None: any."""
     resume: bool = False
     decoder: str = "auto"
     workers: int | None = None
@@ -136,12 +146,24 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         raise UserError(
             f"{spec} encodes clips, and finetune trains towers of single frames: name a CLIP"
         )
-    prompt_set = _prompt_set(request, begun)
+    wanted = request.head(encoder.dim) if begun is None else begun.config
+    chosen = method(wanted.kind)
+    if request.method is not None and request.method != chosen.name:
+        asked = method(request.method).title
+        first = "the recipe" if request.from_head is None else f"run {request.from_head.name}"
+        raise UserError(
+            f"{asked} is to be trained, and {first} is {chosen.title}: begin with a run of "
+            f"{asked}, or without one"
+        )
+    chosen.require("trained end to end", chosen.end_to_end)
+    prompt_set = _prompt_set(request, begun, chosen.prompts or DEFAULT_PROMPTS)
     # The text tower is the same on all processes, but its output may differ in the last bit.
     classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()
     if begun is None:
+        if chosen.pixels:
+            wanted = pixel_head_config(wanted, config, encoder.image_tower)
         head = build_head(
-            request.head(encoder.dim),
+            wanted,
             classes,
             generator=torch.Generator().manual_seed(config.seed),
         )
@@ -149,10 +171,14 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     else:
         head = _continued(begun, encoder, spec, dataset, classes)
         logit_scale = begun.logit_scale.clone()
-    chosen = method(head.config.kind)
-    chosen.require("trained end to end", chosen.end_to_end)
     require_possible(chosen, config, dataset.multi_label)
     head.require_frames(config.frames)
+    precision = resolve_training_precision(config.precision, ranks.device)
+    if chosen.pixels:
+        require_pixel_training(head, config)
+        precision = tower_precision(config, encoder.dim, ranks.device)
+    else:
+        _refuse_mixing(config, chosen)
     shared: dict[str, Any] = {
         "frames": config.frames,
         "preprocessing": encoder.preprocessing,
@@ -164,14 +190,17 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "world_size": ranks.world_size,
         "excluded": frozenset(() if excluded is None else excluded.keys),
     }
-    clips = ClipStream(
-        dataset,
-        split=split,
-        seed=config.seed,
-        augment=config.augment,
-        balanced=bool(config.class_sampling),
-        **shared,
-    )
+    drawn: dict[str, Any] = {
+        "split": split,
+        "seed": config.seed,
+        "augment": config.augment,
+        "balanced": bool(config.class_sampling),
+    }
+    if chosen.pixels:
+        mirrors = mirrored(config.mirror, dataset.class_names)
+        clips: ClipStream = FloatClipStream(dataset, **mirrors, **drawn, **shared)
+    else:
+        clips = ClipStream(dataset, **drawn, **shared)
     balance, weights = None, None
     if len(clips.labels):  # else no video can be decoded, which training says
         counted = check_balance if dataset.multi_label else say_balance
@@ -180,17 +209,19 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     head.class_weights = weights
     evaluation = None
     if eval_split is not None and config.evaluate_every:
-        evaluation = EvaluationClips(dataset, split=eval_split, **shared)
-    precision = resolve_training_precision(config.precision, ranks.device)
+        evaluation = (FloatEvaluationClips if chosen.pixels else EvaluationClips)(
+            dataset, split=eval_split, **shared
+        )
+    made = encoder.preprocessing
     origin = HeadOrigin(
         dataset=dataset.name,
         dataset_fingerprint=dataset.fingerprint,
         encoder=spec,
         encoder_fingerprint=encoder.fingerprint,
         encoder_precision=precision,
-        sampling=f"uniform:{config.frames}",
+        sampling=f"dist:{config.frames}x1" if chosen.pixels else f"uniform:{config.frames}",
         crops=1,
-        preprocessing=encoder.preprocessing.to_json(),
+        preprocessing=(FloatPreprocessing.of(made) if chosen.pixels else made).to_json(),
         prompt_set=prompt_set.name,
         class_names=dataset.class_names,
         frames=config.frames,
@@ -226,20 +257,19 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "precision": precision,
         "device": ranks.device.type,
     }
-    model = EndToEndModel(
-        encoder.image_tower,
-        head,
-        logit_scale,
-        train=config.train,
-        checkpointing=config.checkpointing,
-    )
+    joined: dict[str, Any] = {"train": config.train, "checkpointing": config.checkpointing}
+    parts = encoder.image_tower, head, logit_scale
+    if chosen.pixels:
+        model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
+    else:
+        model = EndToEndModel(*parts, **joined)
     model = model.to(ranks.device)
     if dataset.multi_label and head.logit_bias is None:
         alone = shared | {"rank": 0, "world_size": 1}
         head.take_several_classes(
             _bias(model, EvaluationClips(dataset, split=split, **alone), clips.labels)
         )
-    shard = sharded(ranks, config.shard, encoder.image_tower)
+    shard = not chosen.pixels and sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError if the tower has no blocks
     require_trainable(head, config, clips.steps_per_epoch)
@@ -257,6 +287,15 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         precision=precision,
         shard=shard,
     )
+
+
+def training_videos(dataset_dir: Path, split: str | None) -> int:
+    """Return how many videos of a data set are listed for training; errors as `make_plan`."""
+    dataset = load_dataset(dataset_dir)
+    chosen = _training_split(dataset, split)
+    if chosen is None:
+        return sum(tar.rows for tar in dataset.tars)
+    return len(dataset.keys_by_split.get(chosen, ()))  # a split that is not there is told later
 
 
 def _bias(model: EndToEndModel, seen: EvaluationClips, labels: npt.NDArray[Any]) -> float:
@@ -282,13 +321,24 @@ SEEN_FIRST: Final = 64
 """Training videos that the first bias of a head for several classes a video is fitted to."""
 
 
-def _prompt_set(request: FinetuneRequest, begun: Head | None) -> PromptSet:
+def _refuse_mixing(config: FinetuneConfig, chosen: Method) -> None:
+    """Raise UserError for settings of mixed clips, which only heads that look at pixels take."""
+    given = [name for name, value in config.mixing.items() if value]
+    given += ["mirror"] if config.mirror else []
+    if given:
+        raise UserError(
+            f"{' and '.join(given)} cannot be set for {chosen.title}, which trains on whole clips "
+            "and plain labels: leave it out of the recipe"
+        )
+
+
+def _prompt_set(request: FinetuneRequest, begun: Head | None, usual: str) -> PromptSet:
     if isinstance(request.prompt_set, str) and is_descriptions_file(request.prompt_set):
         return read_descriptions(Path(request.prompt_set))
     if request.prompt_set is not None:
         return as_prompt_set(request.prompt_set)
     if begun is None or begun.origin is None:
-        return as_prompt_set(DEFAULT_PROMPTS)
+        return as_prompt_set(usual)
     return trained_prompt_set(begun.origin.prompt_set, begun.origin.prompt_templates)
 
 
@@ -344,9 +394,13 @@ def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, class
             f"{encoder.dim}: begin with the encoder the head was trained on"
         )
     if begun.origin is not None:
-        check_encoder(begun.origin, spec, encoder.fingerprint)
+        pixels = method(begun.config.kind).pixels
+        tower = joint_fingerprint(encoder.fingerprint, begun) if pixels else encoder.fingerprint
+        check_encoder(begun.origin, spec, tower)
     names = None if begun.origin is None else begun.origin.class_names
-    if names is None:
+    if names is None and not len(begun.training_class_embeddings):
+        pass  # imported without class names: it is bound to none
+    elif names is None:
         require_class_names(begun, dataset.class_names, classes)
     elif set(names) != set(dataset.class_names):
         raise UserError(

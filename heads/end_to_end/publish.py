@@ -1,7 +1,9 @@
 """Publish trained weights as an encoder, a head and the bare tower, which other commands take.
 
 `encoders/RUN` holds the blended tower with the original text tower, `heads/RUN/tower.safetensors`
-the unblended tuned tower, and `heads/RUN/head.safetensors` the head for the published encoder.
+the unblended tuned tower, and `heads/RUN/head.safetensors` the head for the published encoder. A
+head that looks at pixels leaves the tower alone: then `encoders/RUN` is the CLIP as it was, and
+there is no file of a tuned tower.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
@@ -18,6 +23,7 @@ from heads.files.run_files import HEAD_FILE, TOWER_FILE
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
 from heads.methods.weight_files import blended
+from heads.prediction.pixel_encoder import joint_fingerprint
 from heads.training.ranks import Ranks
 from heads.training.state import whole_tensors
 from pipeline.encoders.fingerprint import fingerprint
@@ -47,8 +53,10 @@ def publish(
     not at all; if the process is killed between the two, the same call completes them. Raises
     WorkError if the CLIP has changed since, or if another encoder of that name was made.
     """
+    pixels = method(model.head.config.kind).pixels
     tower_state = {f"visual.{name}": v for name, v in model.image_tower.state_dict().items()}
-    tower = whole_tensors({**tower_state, "logit_scale": model.logit_scale}.items(), ranks)
+    trained = {} if pixels else {**tower_state, "logit_scale": model.logit_scale}
+    tower = whole_tensors(trained.items(), ranks)
     head_state = whole_tensors(model.head.state_dict().items(), ranks)
 
     def write() -> str:
@@ -58,22 +66,28 @@ def publish(
                 f"encoder {origin.encoder} is no longer the one that the run began with: put it "
                 "back, then run the same command with --resume"
             )
-        parts = blended(tower, tower_of(original), blend)
-        tuned = tuned_clip(original, parts, encoder_dir.name)
+        if pixels:
+            tuned = replace(original, name=encoder_dir.name)
+            scale = cast(Tensor, original.model.logit_scale).detach().float()
+        else:
+            parts = blended(tower, tower_of(original), blend)
+            tuned, scale = tuned_clip(original, parts, encoder_dir.name), parts["logit_scale"]
         published = fingerprint(tuned.model, tuned.model_config)
         shape = model.head.config
         head = method(shape.kind).head(shape, head_state["training_class_embeddings"].shape[0])
         if "logit_bias" in head_state:
             head.take_several_classes()
         head.load_state_dict(head_state)
-        head.logit_scale.copy_(parts["logit_scale"])
-        head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=published)
-        facts = {"epoch": epoch - 1, "blend": blend, "epoch_choice": epoch_choice}
-        save_tensors(run_dir / TOWER_FILE, tower, facts)
+        head.logit_scale.copy_(scale)
+        seen = joint_fingerprint(published, head) if pixels else published
+        head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=seen)
+        if not pixels:
+            facts = {"epoch": epoch - 1, "blend": blend, "epoch_choice": epoch_choice}
+            save_tensors(run_dir / TOWER_FILE, tower, facts)
         with durable_path(run_dir / HEAD_FILE) as head_file:
             save_head(head.eval(), head_file)
             _place_encoder(tuned, encoder_dir, published, encoders_dir.parent)
-        return published
+        return seen
 
     return ranks.only_first(write)
 

@@ -42,6 +42,7 @@ def spread(step: TrainingStep, ranks: Ranks, shard: bool) -> nn.Module:
                 step,
                 device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
                 broadcast_buffers=False,
+                find_unused_parameters=not step.model.uses_all,
             )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method

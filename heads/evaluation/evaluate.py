@@ -21,7 +21,7 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.segments import segment_positions
 from heads.arithmetic import Precision, resolve_device, resolve_precision
-from heads.compatibility import knows_classes, mean_head, require_fits
+from heads.compatibility import knows_classes, mean_head_of, require_fits
 from heads.evaluation.details import SplitDetail
 from heads.evaluation.measure import ClipFeatures, Measurement, check_candidates
 from heads.evaluation.protocols.choose import Protocol, count_notes, protocol_named, views_of
@@ -60,7 +60,7 @@ def evaluate_store(
     test sets (`build_test_sets`). `Scoring.of_head` explains the score settings; `fusion` defaults
     to the protocol's. `options` are passed on to `evaluate_many`, which also lists the errors.
     """
-    model = head or mean_head(store.provenance.dim, store.provenance.logit_scale)
+    model = head or mean_head_of(store)
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
     scoring = Scoring.of_head(
         model.config,
@@ -232,6 +232,7 @@ def _record(
         "sampler": provenance.sampling.partition(":")[0],
         "prompt_templates": list(templates) if templates else None,
         "kind": head.config.kind,
+        "tower_frames": getattr(head.config, "slow_frames", None),
         "n_classes": n_classes,
         "n_classes_trained": None if trained is None else len(trained & names),
         "head_fingerprint": head_fingerprint(head),
@@ -374,7 +375,10 @@ def _labels_split(
 
 
 def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
-    """Describe a store's preprocessing in words: the fields `resize` and `crop` of a result."""
+    """Describe a store's preprocessing in words: the fields `resize` and `crop` of a result.
+
+    The second crop style of heads that look at pixels cuts out before it resizes.
+    """
     size = preprocessing.get("size")
     height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
     mode = preprocessing.get("resize_mode", "shortest")
@@ -387,6 +391,9 @@ def pixels_text(preprocessing: Mapping[str, Any], crops: int) -> dict[str, str]:
     }.get(mode, str(mode))
     cut = {1: "centre", 3: "3 along the long side"}.get(crops, f"{crops} crops")
     interpolation = preprocessing.get("interpolation", "unknown interpolation")
+    if preprocessing.get("style") == "center-fraction":
+        square = "central square of 7/8 of the short side"
+        return {"resize": f"{square} to {height}x{width}, {interpolation}", "crop": square}
     return {
         "resize": f"{how}, {interpolation}",
         "crop": f"{height}x{width} {cut}" if known else "unknown",

@@ -15,6 +15,7 @@ from featstore.commands import DEFAULT_ENCODER, Extraction, command, workspace_o
 from featstore.errors import UserError, WorkError
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.metadata import StoreMetadata, read_metadata
+from featstore.format.provenance import Provenance
 from featstore.format.schema import STATUS_OK
 from featstore.reading.repair import extraction_of, repair_command
 from featstore.reading.store import Store
@@ -30,15 +31,17 @@ def first_extraction(workspace: Workspace, dataset: str) -> Extraction:
     """Return the extraction to begin with: for the newest head, else as the newest store.
 
     A workspace that has neither has the encoder that was put into it last, or the default one.
+    Heads that look at pixels need no extraction.
     """
-    card = newest_card(workspace)
+    card = next((card for card in cards(workspace) if not _looks_at_pixels(card)), None)
     if card is not None and _is_there(workspace, card.origin.encoder):
         known, names = _packed(workspace, dataset)
         other = set(card.origin.class_names or ()) != set(names)
         protocol = usual_protocol("zeroshot", dataset, split_names=known) if other else None
         return extraction_for(dataset, card.origin, protocol=protocol)
     for _, metadata in _newest_stores(workspace):
-        if _is_there(workspace, metadata.provenance.encoder):
+        usable = not metadata.provenance.of_views
+        if usable and _is_there(workspace, metadata.provenance.encoder):
             made = extraction_of(metadata.provenance)
             return replace(made, dataset=dataset, split=None, tier=None)
     held = [path for path in (workspace.root / "encoders").glob("[!.]*") if path.is_dir()]
@@ -47,7 +50,14 @@ def first_extraction(workspace: Workspace, dataset: str) -> Extraction:
 
 
 def after_packing(workspace: Workspace, dataset: str) -> str:
-    """Return the command after `pack`."""
+    """Return the command after `pack`: an extraction, or an evaluation that makes its features."""
+    card = newest_card(workspace)
+    if card is not None and _looks_at_pixels(card) and not workspace.unlabelled(dataset):
+        tested = None
+        if dataset == card.origin.dataset:
+            tested = _default_test(_packed(workspace, dataset)[0])
+        if tested is not None or dataset != card.origin.dataset:
+            return _pixel_evaluation(workspace, card, tested, [dataset])
     return first_extraction(workspace, dataset).command(workspace.root)
 
 
@@ -59,7 +69,8 @@ def after_extraction(store: Path, *, complete: bool = True) -> str:
     root, metadata = workspace_of(store), read_metadata(store)
     if not complete:
         return repair_command(store, metadata, root)
-    if root is None or not metadata.schema.pooled or len(metadata.class_names) < 2:
+    frames = metadata.schema.pooled and not metadata.provenance.of_views
+    if root is None or not frames or len(metadata.class_names) < 2:
         return command("inspect", store)
     workspace, dataset, made = Workspace(root), store.absolute().parent.name, metadata.provenance
     tower = made.encoder_fingerprint
@@ -81,8 +92,9 @@ def after_rewriting(store: Path) -> str | None:
     if root is None:
         return None
     trainable = training_split(_held_splits(metadata))
-    pooled = metadata.schema.pooled and metadata.class_names
-    if trainable is None or not pooled or not _tells_apart(store, trainable):
+    frames = metadata.schema.pooled and not metadata.provenance.of_views
+    usable = frames and metadata.class_names
+    if trainable is None or not usable or not _tells_apart(store, trainable):
         return after_extraction(store)
     return _training(Workspace(root), store.absolute().parent.name, trainable, store, True)
 
@@ -116,12 +128,15 @@ def after_finetuning(
 ) -> dict[str, str]:
     """Return the commands after `finetune`, by name: `next` extracts with the tuned tower.
 
-    `then`, if a split was evaluated, tests head and tower on the store of `next`. `sentences` is
-    the prompt set or the file that the training was given.
+    `then`, if a split was evaluated, tests head and tower on the store of `next`. For a head that
+    looks at pixels, `next` is the evaluation, which makes the features itself. `sentences` is the
+    prompt set or the file that the training was given.
     """
     workspace, card = Workspace(run_dir.parent.parent), read_card(run_dir)
     if card is None:
         return {"next": command("inspect", run_dir)}
+    if _looks_at_pixels(card):
+        return {"next": _pixel_evaluation(workspace, card, eval_split)}
     own = (workspace.packed_splits(dataset) or {}).get(eval_split or "", False)
     making = replace(extraction_for(dataset, card.origin), split=eval_split if own else None)
     own_words = sentences is not None and sentences.endswith(".json")
@@ -145,13 +160,38 @@ def after_import(workspace: Workspace, run: str) -> str:
     packed = _labelled(workspace)
     if card is None or not packed:
         return more_videos(workspace)
+    if _looks_at_pixels(card):
+        return _pixel_evaluation(workspace, card)
     dataset = next(filter(_is_zeroshot_set, packed), packed[0])
     splits, names = _packed(workspace, dataset)
     same = set(card.origin.class_names or ()) == set(names)
-    if method(card.config.kind).pixels:
-        return _eval_command(workspace, dataset, card, "closeset" if same else "zeroshot", None)
     protocol = None if same else usual_protocol("zeroshot", dataset, split_names=splits)
     return extraction_for(dataset, card.origin, protocol=protocol).command(workspace.root)
+
+
+def _pixel_evaluation(
+    workspace: Workspace,
+    card: HeadCard,
+    tested: str | None = None,
+    datasets: Sequence[str] | None = None,
+) -> str:
+    """Return the `eval` command, or the way to one, for a head that looks at pixels.
+
+    `tested` is the split of its own data set that was evaluated in training. `datasets` are those
+    to choose from otherwise; None: all with labels.
+    """
+    own = card.origin.dataset
+    if tested is not None:
+        usual = tested == _default_test(_packed(workspace, own)[0])
+        return _eval_command(workspace, own, card, "closeset", None if usual else tested)
+    named = _labelled(workspace) if datasets is None else datasets
+    packed = [name for name in named if name != own]
+    if not packed:
+        return more_videos(workspace)
+    dataset = next(filter(_is_zeroshot_set, packed), packed[0])
+    _, names = _packed(workspace, dataset)
+    same = set(card.origin.class_names or ()) == set(names)
+    return _eval_command(workspace, dataset, card, "closeset" if same else "zeroshot", None)
 
 
 def newest_evaluation(workspace: Workspace) -> str:
@@ -171,8 +211,15 @@ def evaluation_of(run_dir: Path) -> str:
     return _any_evaluation(workspace, card)
 
 
+def _looks_at_pixels(card: HeadCard) -> bool:
+    return method(card.config.kind).pixels
+
+
 def _any_evaluation(workspace: Workspace, card: HeadCard | None) -> str:
     own = "" if card is None else card.origin.dataset
+    if card is not None and _looks_at_pixels(card):
+        known, _ = _packed(workspace, own)
+        return _pixel_evaluation(workspace, card, _default_test(known))
     for dataset in sorted(workspace.extracted_datasets(), key=lambda name: name != own):
         found = _evaluation(workspace, dataset, card, None)
         if found is not None:
@@ -242,16 +289,14 @@ def _evaluation(
     `card` None means CLIP's mean of frames. `store` is taken if several stores fit. `avoided` is a
     split that the head was trained on.
     """
+
+    def fits(made: Provenance) -> bool:
+        if card is None:
+            return not made.of_views
+        return made.encoder_fingerprint == card.origin.encoder_fingerprint
+
     every = _stores(workspace, dataset)
-    held = [
-        each
-        for each in every
-        if each.metadata.class_names
-        and (
-            card is None
-            or each.metadata.provenance.encoder_fingerprint == card.origin.encoder_fingerprint
-        )
-    ]
+    held = [e for e in every if e.metadata.class_names and fits(e.metadata.provenance)]
     if not held:
         return None
     names = held[0].metadata.class_names

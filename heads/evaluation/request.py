@@ -29,7 +29,7 @@ from heads.evaluation.protocols.unseen import PackedClassNames, UnseenChoice
 from heads.evaluation.results import EvalResult, run_facts, save_result
 from heads.evaluation.wanted_store import extraction_for
 from heads.files.head_cards import HeadCard, likely_stores, newest_card, read_card
-from heads.methods.registry import MEAN_OF_FRAMES
+from heads.methods.registry import MEAN_OF_FRAMES, method
 from heads.methods.settings import HeadOrigin
 from pipeline.annotations.known_sets import known_dataset
 
@@ -123,7 +123,7 @@ class EvaluationRequest:
             "encoder_fingerprint": None if origin is None else origin.encoder_fingerprint,
             "sampling": self.sampling,
             "name": self.store,
-            "making": self.making(origin, protocol),
+            "making": self.making(origin, protocol, head),
             "likely": (
                 (
                     f"with the {' or '.join(protocol.views)} views of {protocol.name}",
@@ -150,8 +150,21 @@ class EvaluationRequest:
             self.fitting_store(possible, head, protocol)
         return found
 
-    def making(self, origin: HeadOrigin | None, protocol: Protocol) -> Extraction:
-        """Return the extraction that makes a missing store for a head of this origin."""
+    def making(
+        self,
+        origin: HeadOrigin | None,
+        protocol: Protocol,
+        head: Head | HeadCard | None = None,
+    ) -> Extraction:
+        """Return the extraction that makes a missing store for a head of this origin.
+
+        A `head` that looks at pixels makes it itself.
+        """
+        if head is not None and origin is not None and method(head.config.kind).pixels:
+            name = self.head or next(iter(self.workspace.own_runs())).name
+            clips, _, crops = (self.views or "3x1").partition("x")
+            how = f"dist:{origin.frames}x{clips}"
+            return Extraction(self.dataset, origin.encoder, how, int(crops), head=name)
         newest = newest_card(self.workspace) if origin is None else None
         return extraction_for(
             self.dataset,
@@ -282,7 +295,7 @@ def _measure(
     stages: Stages,
 ) -> list[tuple[EvalResult, Path]]:
     """Choose the protocol and its test sets, and measure every setting of the score on them."""
-    from heads.compatibility import mean_head  # these load torch
+    from heads.compatibility import mean_head_of  # these load torch
     from heads.evaluation.evaluate import evaluate_many, usual_fusion
 
     protocol = request.protocol or usual_protocol(
@@ -304,7 +317,7 @@ def _measure(
         if overlap is not None:
             copied = copies_tested(store, tests, run_dir, request.content_hashes)
             overlap += copied
-    model = head or mean_head(store.provenance.dim, store.provenance.logit_scale)
+    model = head or mean_head_of(store)
     with stages("eval", "videos") as progress:
         measured = evaluate_many(
             store,

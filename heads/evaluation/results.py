@@ -23,7 +23,7 @@ from heads.evaluation.answers import save_answers
 from heads.evaluation.details import SplitDetail
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.several_classes import LabelsDetail, save_details
-from heads.files.run_files import read_config
+from heads.files.run_files import best_epoch, read_config, read_metrics
 from heads.methods.registry import untrained
 
 RESULT_FORMAT: Final = 2
@@ -197,6 +197,8 @@ class EvalResult:
     """"mAP" where videos may show several classes; None: top-1."""
     mean_ap: float | None = None
     """The mean average precision in percent, the mean over the test sets."""
+    tower_frames: int | None = None
+    """How many of `frames` the image tower looks at; None: all. Published figures count these."""
     details: tuple[SplitDetail | LabelsDetail, ...] = field(default=(), repr=False, compare=False)
     """Every prediction. Not part of the JSON but written beside it, like the class names."""
     class_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
@@ -206,7 +208,7 @@ class EvalResult:
         """Return the fields as strict JSON values, without `details` and `class_names`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _BESIDE}
         plain["per_split"] = [split.to_json() for split in self.per_split]
-        return _without_unused(plain, ("measure", "mean_ap"))
+        return _without_unused(plain, ("measure", "mean_ap", "tower_frames"))
 
     @property
     def words(self) -> str:
@@ -303,5 +305,8 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
         said = {"blend": tuned.get("blend"), "epoch_choice": tuned.get("epoch_choice")}
         said["epoch"] = int(tuned["epoch"]) + 1
     elif not untrained(settings.get("head", {}).get("kind")):
-        said = {"epoch": settings.get("training", {}).get("epochs"), "epoch_choice": "last"}
+        training, split = settings.get("training", {}), settings.get("data", {}).get("eval_split")
+        said = {"epoch": training.get("epochs"), "epoch_choice": "last"}
+        if training.get("save") == "best" and (best := best_epoch(read_metrics(run_dir))):
+            said = {"epoch": best, "epoch_choice": f"best on {split}"}
     return RunFacts(**(said | known))

@@ -85,6 +85,7 @@ def choose_training_store(
         making=replace(making, sampling=sampling or making.sampling),
         likely=() if newest is None else newest.likely_stores(),
     )
+    store.require_embeddings()
     return dataset, store, split
 
 

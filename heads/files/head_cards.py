@@ -81,6 +81,12 @@ def read_card(run_dir: Path) -> HeadCard | None:
         return None
 
 
+def kind_of(run_dir: Path) -> str | None:
+    """Return the method of the head in a run folder, or of its first stage; None without a head."""
+    card = read_card(run_dir) or read_card(run_dir / FIRST_STAGE)
+    return None if card is None else card.config.kind
+
+
 def cards(workspace: Workspace) -> list[HeadCard]:
     """Return the cards of the heads that were not trained by an evaluation, newest first."""
     found = map(read_card, workspace.own_runs())

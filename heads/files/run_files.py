@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -116,6 +116,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         return [parse_json(line) for line in raw.splitlines()]
     except ValueError:  # UserError is one
         return []  # they describe a finished run; its head is what counts
+
+
+def best_epoch(metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the epoch, from 1, that was evaluated best, the first of equals; None without one."""
+    measured = {r["epoch"]: measure_of(r["evaluation"]) for r in metrics if r.get("evaluation")}
+    return max(measured, key=lambda epoch: (measured[epoch], -epoch), default=None)
+
+
+def measure_of(evaluation: Mapping[str, Any]) -> float:
+    """Return what epochs are compared by: the mean average precision if there is one, or top-1."""
+    found: float = evaluation.get("mean_ap") or evaluation["top1"]
+    return found
 
 
 def read_validation(run_dir: Path) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ from featstore.reading.repair import repair_command
 from featstore.workspace import DATASET_FILE, Workspace
 from heads.evaluation.next_steps import (
     after_extraction,
+    after_packing,
     evaluation_of,
-    first_extraction,
     more_videos,
 )
 from heads.inventory.contents import Contents, HeldHead, HeldStore
@@ -58,7 +58,7 @@ def _steps(contents: Contents) -> Iterator[Step]:
             yield Step(folder.name, f"packing is not finished{how}", words if whole else None)
     for dataset in contents.datasets:
         if not contents.stores_of(dataset.name) and dataset.videos > dataset.failed:
-            making = first_extraction(workspace, dataset.name).command(workspace.root)
+            making = after_packing(workspace, dataset.name)
             yield Step(dataset.name, "packed, not extracted", making)
     for store in contents.stores:
         if not store.complete and store.busy is None:

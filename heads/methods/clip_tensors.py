@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
 HEAD_WIDTH: Final = 64
-_VISION_BLOCKS, _TEXT_BLOCKS = "visual.transformer.resblocks.", "transformer.resblocks."
+VISION_BLOCKS: Final = "visual.transformer.resblocks."
+_TEXT_BLOCKS = "transformer.resblocks."
 _TEXT: Final = ("token_embedding.", "positional_embedding", "text_projection", "ln_final.")
 
 Shapes = dict[str, tuple[int, ...]]
@@ -78,7 +79,7 @@ def vision_tower(tower: Mapping[str, Tensor], dim: int, where: str) -> VisionTra
             image_size=side * patch,
             patch_size=patch,
             width=width,
-            layers=usual_count(tower, re.escape(_VISION_BLOCKS) + r"(?P<n>\d+)\..*"),
+            layers=usual_count(tower, re.escape(VISION_BLOCKS) + r"(?P<n>\d+)\..*"),
             heads=heads if width % heads == 0 else 1,
             mlp_ratio=4.0,
             output_dim=dim,

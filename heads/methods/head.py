@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ class Head(nn.Module):
 
     Attributes: `config`; `origin`, what the head was trained on (None if built by hand).
     """
+
+    of_views: ClassVar[bool] = False
+    """Whether the rows that it takes are of whole views (`Provenance.of_views`), not of frames."""
 
     training_class_embeddings: Tensor
     """[S,D] buffer, unit rows; modulation compares with them."""
@@ -80,6 +83,11 @@ class Head(nn.Module):
 
         A head without such weights stays as it is.
         """
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Return AdamW's groups of the trained parameters: `params` and their `weight_decay`."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        return [{"params": trained, "weight_decay": weight_decay}]
 
     def draw(self, generator: torch.Generator) -> Any:
         """Make the random draw of one training step, for the whole batch; `generator` on CPU."""

@@ -65,11 +65,19 @@ class Method:
     weights."""
     portable: bool = True
     """Whether it can be exported as safetensors and ONNX."""
+    from_elsewhere: tuple[str, ...] = ()
+    """Fields of the configuration that no recipe sets: encoder and training give them."""
+    recipe: str = "end-to-end"
+    """The recipe of `finetune` where none is named."""
+    prompts: str | None = None
+    """The prompt set of its class texts in fine-tuning; None: the usual one."""
     official: str | None = None
     """Module for the format in which the authors publish weights. `is_of(content)` says whether the
-    entries of a file have the names of such a checkpoint; `read(path)` returns the checkpoint with
-    every tensor checked; `write(path, head, tower_state, epoch)` writes one. They raise UserError
-    for content that does not fit."""
+    entries of a file have the names of such a checkpoint, `lacks(content)` says in words what is
+    missing, and `EXAMPLE` is the name of such a file; `read(path)` returns the checkpoint with
+    every tensor checked; `write(path, head, tower_state, epoch)` writes one, for a head that looks
+    at pixels `write(path, head, clip_state)`. They raise UserError for content that does not
+    fit."""
 
     @property
     def in_epochs(self) -> bool:
@@ -142,9 +150,19 @@ def read_checkpoint(file: Path) -> tuple[Method, Any]:
     """
     from heads.methods.weight_files import load_weight_file
 
-    content = load_weight_file(file)
-    known = [found for found in map(method, _registered) if found.official is not None]
-    fitting = [found for found in known if found.checkpoint.is_of(content)]
-    # For an unknown format, the first known one raises an error that says what it expects.
-    chosen = (fitting or known)[0]
+    known: list[Method] = []  # one for each format
+    for found in map(method, _registered):
+        if found.official not in (None, *(other.official for other in known)):
+            known.append(found)
+    examples = " or ".join(found.checkpoint.EXAMPLE for found in known)
+    content = load_weight_file(file, examples)
+    chosen = next((found for found in known if found.checkpoint.is_of(content)), None)
+    if chosen is None:
+        absent = [
+            f"for {found.title} it lacks {found.checkpoint.lacks(content)}" for found in known
+        ]
+        raise UserError(
+            f"{file} is no checkpoint of a released code that mote knows: {'; '.join(absent)}; "
+            f"pass one, such as {examples}"
+        )
     return chosen, chosen.checkpoint.read(file)

@@ -16,14 +16,15 @@ from featstore.errors import UserError
 _CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what a pickle wants to call
 
 
-def load_weight_file(path: Path) -> Mapping[str, Any]:
+def load_weight_file(path: Path, example: str) -> Mapping[str, Any]:
     """Load a dictionary written by `torch.save`; UserError if it is damaged, holds code or is none.
 
-    Tensors are memory-mapped: unused ones, such as the optimiser's state, cost nothing.
+    Tensors are memory-mapped: unused ones, such as the optimiser's state, cost nothing. `example`
+    is the name of a right file, for messages.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {what}: name a checkpoint file, such as MoTE_B16.pt")
+        raise UserError(f"{path} {what}: name a checkpoint file, such as {example}")
     is_zip = zipfile.is_zipfile(path)
     try:
         if is_zip:
@@ -37,8 +38,8 @@ def load_weight_file(path: Path) -> Mapping[str, Any]:
         raise _unreadable(path, error) from None
     if not isinstance(content, Mapping):
         raise UserError(
-            f"{path} holds a {type(content).__name__}, not a checkpoint: pass one of MoTE's "
-            "released code, such as MoTE_B16.pt"
+            f"{path} holds a {type(content).__name__}, not a checkpoint: pass one of a method's "
+            f"released code, such as {example}"
         )
     return content
 
@@ -70,11 +71,12 @@ def plain_tensors(entries: object, where: str) -> dict[str, Tensor]:
             raise UserError(f"{where}: {name} is there twice, with and without `module.`")
         if not isinstance(value, Tensor) or not _is_plain(value):
             raise UserError(f"{where}: {name} is not a tensor of numbers: the file is incomplete")
-        if not bool(value.isfinite().all()):
-            raise UserError(f"{where}: {name} holds NaN or infinity: the file is damaged")
         scale = name == "logit_scale" and value.numel() == 1  # stored as a number or a list of one
         value = value.reshape(()) if scale else value
-        tensors[name] = value.detach().cpu().float().clone(memory_format=torch.contiguous_format)
+        plain = value.detach().cpu().float()  # a float64 may be too large for it
+        if not bool(plain.isfinite().all()):
+            raise UserError(f"{where}: {name} holds NaN or infinity: the file is damaged")
+        tensors[name] = plain.clone(memory_format=torch.contiguous_format)
     return tensors
 
 

@@ -276,7 +276,7 @@ class Predictor:
         return [
             _Part(
                 *(path, number, len(starts)),
-                Windows(bounds[start : start + at_once + 1], self.frames),
+                Windows(bounds[start : start + at_once + 1], self.frames, self._sampling.kind),
                 tuple(bound / rate for bound in bounds),
             )
             for number, start in enumerate(starts)

@@ -9,8 +9,8 @@ top gives the command, the source, the published figure and what was run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -20,15 +20,13 @@ from featstore.files.documents import read_toml
 from heads.end_to_end.config import FinetuneConfig
 from heads.methods.registry import DEFAULT_METHOD, Method, method
 from heads.methods.settings import MethodConfig
-from heads.recipes.derived import AUTO, DERIVED, derived
+from heads.recipes.derived import AUTO, DERIVED, derived, derived_beside_tower
 from heads.training.config import TrainConfig
 
 DEFAULT_RECIPE: Final = "frozen-store"
 """The default of evaluations that train a head."""
 TRAIN_HEAD_RECIPE: Final = "auto"
 """The default of `mote-cli train-head`."""
-FINETUNE_RECIPE: Final = "end-to-end"
-"""The default of `mote-cli finetune`."""
 _SUFFIX: Final = ".toml"
 _FROM_STORE: Final = {"patience", "keep_best", "shrinkage"}  # `FinetuneConfig` has its own `save`
 _TABLES: Final = {
@@ -62,6 +60,12 @@ class Recipe:
         return config
 
     @property
+    def beside_tower(self) -> str | None:
+        """The recipe's method, if it is one beside a frozen tower; else it may be another one."""
+        chosen = _method_of(self.head)
+        return chosen.name if chosen.pixels else None
+
+    @property
     def from_data(self) -> list[str]:
         """The settings of training that are derived from the data."""
         return sorted(name for name in self.training if self.training[name] == AUTO)
@@ -84,10 +88,21 @@ class Recipe:
         found, repeats = derived(given, **wide, repeats=repeats)
         return TrainConfig(**found), repeats
 
-    def finetune_config(self, **overrides: Any) -> FinetuneConfig:
-        """Return the settings for training tower and head; errors as `train_config`."""
+    def finetune_config(
+        self, videos: Callable[[], int] | None = None, **overrides: Any
+    ) -> FinetuneConfig:
+        """Return the settings for training tower and head; errors as `train_config`.
+
+        `videos` counts the training videos. It is called where the recipe leaves settings of a
+        head beside a frozen tower to them (`derived_beside_tower`).
+        """
         training = {name: v for name, v in self.training.items() if name not in _FROM_STORE}
-        return FinetuneConfig(**self._with(training | dict(self.finetune), overrides))
+        found = training | dict(self.finetune)
+        if videos is not None and _method_of(self.head).pixels:
+            found |= _given(overrides)
+            if AUTO in [found.get(name) for name in DERIVED]:
+                found = derived_beside_tower(found, videos())
+        return FinetuneConfig(**self._with(found, overrides))
 
     def _with(self, settings: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings with `overrides`; UserError if one that cannot be a word is "auto"."""
@@ -134,12 +149,24 @@ def load_recipe(name: str | Path) -> Recipe:
         path.stem if own else str(name), tables["head"], tables["training"], tables["finetune"]
     )
     try:
-        recipe.head_config(_ANY_DIM, attention_heads=0)
+        chosen = _method_of(recipe.head)
+        derived_heads = {"attention_heads": 0} if "attention_heads" in _head_fields(chosen) else {}
+        recipe.head_config(_ANY_DIM, **derived_heads)
         config, _ = recipe.fitted(videos=_ANY_NUMBER, classes=2, dim=_ANY_DIM)
-        recipe.finetune_config(**{name: getattr(config, name) for name in recipe.from_data})
+        number = {name: getattr(config, name) for name in recipe.from_data}
+        recipe.finetune_config(lambda: _ANY_NUMBER, **number)
     except UserError as error:
         raise UserError(f"recipe {name}: {error}") from error
     return recipe
+
+
+def finetune_recipe(asked: str | Path | None, kind: str | None) -> Recipe:
+    """Return the recipe that was asked for, or the usual one for fine-tuning a method.
+
+    `kind` is the method's name, None: the usual one. The recipe is then one for this method.
+    """
+    recipe = load_recipe(asked or method(kind or DEFAULT_METHOD).recipe)
+    return recipe if kind is None else replace(recipe, head={**recipe.head, "kind": kind})
 
 
 def _method_of(head: Mapping[str, Any]) -> Method:
@@ -147,7 +174,7 @@ def _method_of(head: Mapping[str, Any]) -> Method:
 
 
 def _head_fields(chosen: Method) -> set[str]:
-    return {field.name for field in fields(chosen.config)} - {"dim"}
+    return {field.name for field in fields(chosen.config)} - {"dim", *chosen.from_elsewhere}
 
 
 _ANY_DIM: Final = 64  # attention heads can only be checked against the store's width

@@ -56,3 +56,26 @@ def derived(
     taken = 1.0 if videos < 2 * classes else min(round(_SHRUNK / videos, 2), 0.5)
     settle("shrinkage", lambda: taken if taken >= _LEAST_SHRINKAGE else 0.0)
     return found, repeats
+
+
+def derived_beside_tower(given: Mapping[str, Any], videos: int) -> dict[str, Any]:
+    """Return the settings `given` of a head beside a frozen tower, with numbers for "auto".
+
+    The rules lead from the published setting (DiST, Qing et al., ICCV 2023: 240,436 videos, batches
+    of 256, 36 epochs of which 6 warm up, rate 3.2e-4) to small sets: batches become smaller, so
+    that an epoch still has some steps, and the rate falls with the square root of the batch, as the
+    noise of its gradient grows.
+    """
+    found, videos = dict(given), max(videos, 1)
+
+    def settle(name: str, rule: Callable[[], Any]) -> Any:
+        if found.get(name) == AUTO:
+            found[name] = rule()
+        return found.get(name)
+
+    batch = settle("batch_size", lambda: min(max(2 ** round(math.log2(videos / 16)), 4), 32))
+    settle("lr", lambda: round(3.2e-4 * math.sqrt((batch or 32) / 256), 7))
+    epochs = settle("epochs", lambda: 36)
+    settle("warmup_epochs", lambda: round(epochs / 6, 2))
+    settle("weight_decay", lambda: 1e-4)
+    return found

@@ -53,6 +53,12 @@ class TrainConfig(Settings):
     keep_best: bool = field(default=False, metadata={"later": True})
     """Whether a head trained from a store is that of the best epoch on its validation videos."""
 
+    schedule: Literal["", "whole-wave"] = field(default="", metadata={"later": True})
+    """The course of the learning rate after the warm-up: half a cosine wave that begins then (the
+    empty word), or the rest of one that spans the whole run (DiST)."""
+    warmup_start: float = field(default=0.0, metadata={"later": True})
+    """Rate at which the warm-up of "whole-wave" begins."""
+
     class_sampling: str = field(default="", metadata={"later": True})
     """How often an epoch has the classes: as the videos are, or all equally often ("balanced")."""
     class_weights: str = field(default="", metadata={"later": True})
@@ -64,6 +70,8 @@ class TrainConfig(Settings):
             raise UserError(
                 f"class_sampling {self.class_sampling!r} is unknown: give balanced, or leave it out"
             )
+        if self.warmup_start and not self.schedule:
+            raise UserError("warmup_start belongs to the schedule whole-wave: leave it out")
         if not isinstance(self.class_weights, str):
             raise UserError(f"class_weights {self.class_weights!r}: give balanced, sqrt or a file")
         if not self.expert_weight + self.merged_weight + self.feature_weight:

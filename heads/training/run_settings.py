@@ -11,7 +11,7 @@ from typing import Any
 from featstore.errors import UserError
 from featstore.files.durable import write_json
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE, read_config
-from heads.methods.registry import config_from_json
+from heads.methods.registry import DEFAULT_METHOD, config_from_json, method
 from heads.training.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,12 @@ def require_same_run(
             f"run {run_dir.name} exists in {run_dir.parent}: pass --resume to continue it or "
             "--name for another one"
         )
+    was, wanted = (s.get("head", {}).get("kind", DEFAULT_METHOD) for s in (begun, settings))
+    if was != wanted:
+        raise UserError(
+            f"run {run_dir.name} in {run_dir.parent} trains {_title(was)}, not {_title(wanted)}: "
+            "continue it as what it is, or choose another --name"
+        )
     had = {**begun, "training": training.from_json(begun.get("training", {})).to_json()}
     if "head" in begun:
         had["head"] = config_from_json(begun["head"]).to_json()
@@ -61,6 +67,10 @@ def require_same_run(
             f"run {run_dir.name} was begun with other settings: {'; '.join(differences[:3])}; "
             "use the same ones or another --name"
         )
+
+
+def _title(kind: str) -> str:
+    return method(kind).title
 
 
 def setting_differences(

@@ -8,12 +8,14 @@ Source: MoTE (Zhu et al., NeurIPS 2024) and its released code and configurations
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from heads.methods.head import Head
 from heads.training.config import TrainConfig
 
 
@@ -23,7 +25,8 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.
     The last axis holds the two groups of `build_optimizer`. `steps_per_epoch` counts iterations
     (batches); with `accumulation` A every A-th of them is an optimiser step. The rate is
     base * t / warm-up, then base * (1 + cos(pi * (t - warm-up) / (epochs - warm-up))) / 2, with t
-    in epochs, refreshed at iteration 0 of an epoch and every `lr_refresh`-th one.
+    in epochs, refreshed at iteration 0 of an epoch and every `lr_refresh`-th one. With the schedule
+    "whole-wave" it is that of `heads.methods.dist.training.RateSchedule`.
     """
     iteration = np.arange(steps_per_epoch)
     period = config.lr_refresh
@@ -34,6 +37,12 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.
     factor = 0.5 * (1.0 + np.cos(np.pi * cosine))
     if config.warmup > 0:
         factor = np.where(t < config.warmup, t / config.warmup, factor)
+    if config.schedule == "whole-wave":
+        from heads.methods.dist.training import RateSchedule
+
+        start = config.warmup_start / config.lr if config.lr else 0.0
+        course = RateSchedule(1.0, config.epochs, config.warmup, start)
+        factor = np.vectorize(course.rate)(t)
     factor = factor[:, config.accumulation - 1 :: config.accumulation]
     bases = np.array([config.lr * config.logit_scale_lr_ratio, config.lr])
     rates: npt.NDArray[np.float64] = factor[..., None] * bases
@@ -41,17 +50,21 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.
 
 
 def build_optimizer(
-    head: nn.Module, tower_parameters: Iterable[nn.Parameter], config: TrainConfig
+    head: Head, tower_parameters: Iterable[nn.Parameter], config: TrainConfig
 ) -> torch.optim.AdamW:
-    """Make AdamW (betas 0.9 and 0.999, epsilon 1e-8) over two groups, with weight decay on both.
+    """Make AdamW (betas 0.9 and 0.999, epsilon 1e-8) over the groups of tower and head.
 
-    Group 0: `tower_parameters` at `lr * logit_scale_lr_ratio`; in training from a store, this is
-    only the logit scale. Group 1: the head's trainable parameters at `lr`.
+    Group 0: `tower_parameters` at `lr * logit_scale_lr_ratio`, with weight decay; in training from
+    a store, this is only the logit scale. There is no such group if there are no such parameters.
+    Then come the head's groups (`Head.parameter_groups`; one, with decay, unless the method says
+    otherwise) at `lr`. Those of the tower are marked as `tower`.
     """
-    groups = [
-        {"params": list(tower_parameters), "lr": config.lr * config.logit_scale_lr_ratio},
-        {"params": [p for p in head.parameters() if p.requires_grad], "lr": config.lr},
-    ]
+    groups: list[dict[str, Any]] = []
+    if tower := list(tower_parameters):
+        rate = config.lr * config.logit_scale_lr_ratio
+        groups.append({"params": tower, "lr": rate, "tower": True})
+    for group in head.parameter_groups(config.weight_decay):
+        groups.append({**group, "lr": config.lr, "tower": False})
     return torch.optim.AdamW(
         groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay, fused=True
     )

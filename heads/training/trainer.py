@@ -345,8 +345,8 @@ class Trainer:
     def update(self, rates: Any) -> None:
         """One optimiser step at `rates` [2] of tower and head; clears the gradients."""
         tower, head = rates.tolist()
-        for group, rate in zip(self.optimizer.param_groups, (tower, head, tower), strict=False):
-            group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = tower if group["tower"] else head
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from featstore import ClassText, Store, open_store
+from featstore import ClassText, Provenance, Store, open_store
 from featstore.commands import command, workspace_of
 from featstore.errors import UserError, WorkError
 from featstore.files.exchange import recover
@@ -26,7 +26,19 @@ from pipeline.tars.dataset import Dataset, Tar, load_dataset
 if TYPE_CHECKING:  # an encoder imports torch, which adding tars alone does not need
     from pipeline.clip_encoder import Encoder
 
+    StoreEncoder: TypeAlias = Callable[[Provenance, str | None, str, str, Path | None], Encoder]
+    """Loads the encoder of a store, as `recorded_encoder` does."""
+
 logger = logging.getLogger(__name__)
+
+
+def recorded_encoder(
+    made: Provenance, spec: str | None, precision: str, device: str, encoders_dir: Path | None
+) -> Encoder:
+    """Load the encoder that a store records, or the one that `spec` names, as `load_encoder`."""
+    from pipeline.clip_encoder import load_encoder
+
+    return load_encoder(spec or made.encoder, precision, device, encoders_dir=encoders_dir)
 
 
 def add_tars(
@@ -36,12 +48,14 @@ def add_tars(
     encoder: str | None = None,
     encoders_dir: Path | None = None,
     device: str = "cpu",
+    load: StoreEncoder = recorded_encoder,
 ) -> Grown:
     """Add to a store the new tars of its data set, which was packed again with more tars.
 
     The encoder (the store's, unless `encoder` names one) is loaded only if there are new classes,
-    which need class texts. Raises UserError if the data set is no extension of the store's or the
-    encoder is not the store's, WorkError as `featstore.rewriting.grow.add_tars` does.
+    which need class texts; it is loaded by `load`. Raises UserError if the data
+    set is no extension of the store's or the encoder is not the store's, WorkError as
+    `featstore.rewriting.grow.add_tars` does.
     """
     recover(store_path)
     with _undisturbed(store_path):
@@ -64,7 +78,7 @@ def add_tars(
         _require_same_failures(store, tars)
         texts = None
         if list(dataset.class_names) != store.class_names:
-            tower = _encoder(store, encoder, encoders_dir, device)
+            tower = _encoder(store, encoder, encoders_dir, device, load)
             texts = {name: _longer(store, name, dataset, tower) for name in store.prompt_sets}
         return grow(
             store_path,
@@ -87,13 +101,14 @@ def add_texts(
     encoder: str | None = None,
     encoders_dir: Path | None = None,
     device: str = "cpu",
+    load: StoreEncoder = recorded_encoder,
 ) -> bool:
     """Add the class texts of a prompt set to a store. Returns False if it holds them already.
 
-    `prompts` is a set's name, a template file, or a set that was read. Raises UserError if the set
-    is unknown, lacks classes of the store, or has other sentences than the store's set of that
-    name, and if the encoder is not the store's; raises WorkError while another process writes to
-    the store, and whatever `load_encoder` raises.
+    `prompts` is a set's name, a template file, or a set that was read; `load` loads the encoder.
+    Raises UserError if the set is unknown, lacks classes of the store, or has other sentences than
+    the store's set of that name, and if the encoder is not the store's; raises WorkError while
+    another process writes to the store, and whatever `load` raises.
     """
     wanted = as_prompt_set(prompts)  # a wrong set is refused before the encoder is loaded
     recover(store_path)
@@ -104,7 +119,7 @@ def add_texts(
         wanted.require_classes(store.class_names)
         if wanted.name in store.prompt_sets:
             wanted.require_held(store)
-        tower = _encoder(store, encoder, encoders_dir, device)
+        tower = _encoder(store, encoder, encoders_dir, device, load)
         names = tuple(store.class_names)
         return add_class_text(store_path, wanted.name, class_text(tower, names, wanted))
 
@@ -148,13 +163,17 @@ def _require_same_failures(store: Store, tars: list[Tar]) -> None:
             )
 
 
-def _encoder(store: Store, spec: str | None, encoders_dir: Path | None, device: str) -> Encoder:
-    from pipeline.clip_encoder import load_encoder
-
+def _encoder(
+    store: Store,
+    spec: str | None,
+    encoders_dir: Path | None,
+    device: str,
+    load: StoreEncoder,
+) -> Encoder:
     made = store.provenance
     chosen = spec or made.encoder
     try:
-        tower = load_encoder(chosen, "fp32", device, encoders_dir=encoders_dir)
+        tower = load(made, spec, "fp32", device, encoders_dir)
     except UserError as error:
         if spec is None:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
@@ -15,14 +15,17 @@ from featstore.errors import UserError, WorkError
 from featstore.format.tiers import Tier
 from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
-from pipeline.clip_encoder import load_encoder
 from pipeline.decoding import decoder_named
 from pipeline.decoding.contract import Strictness
 from pipeline.extraction.cpu_pool import ThreadVideoPool
+from pipeline.extraction.grow import recorded_encoder
 from pipeline.extraction.tiers import frame_output
 from pipeline.sampling import parse_sampling
 from pipeline.tars.dataset import load_dataset
 from pipeline.tars.reading import open_packed
+
+if TYPE_CHECKING:
+    from pipeline.extraction.grow import StoreEncoder
 
 
 def reencode_store(
@@ -32,12 +35,14 @@ def reencode_store(
     *,
     seed: int = 0,
     device: str = "cpu",
+    load: StoreEncoder = recorded_encoder,
     progress: ProgressSink = no_progress,
 ) -> Reencoding:
     """Encode `count` rows of a store again, drawn by `seed`, and compare them with what is stored.
 
     The data set and the encoder come from the workspace that the store lies in, or from `workspace`
-    if it lies in none. Raises what `reencoder` and `featstore.checking.verify.reencode` raise.
+    if it lies in none; `load` is as for `reencoder`. Raises what `reencoder` and
+    `featstore.checking.verify.reencode` raise.
     """
     store = open_store(path)
     dataset = store.provenance.dataset
@@ -45,20 +50,25 @@ def reencode_store(
     if folder.parent.name == "features" and folder.name == dataset:
         workspace = Workspace(folder.parents[1])
     encoders = workspace.root / "encoders"
-    with reencoder(store, workspace.dataset_dir(dataset), encoders, device) as encoder:
+    folder = workspace.dataset_dir(dataset)
+    with reencoder(store, folder, encoders, device, load) as encoder:
         return reencode(store, count, encoder, seed=seed, progress=progress)
 
 
 @contextmanager
 def reencoder(
-    store: Store, dataset_dir: Path, encoders_dir: Path | None, device: str = "cpu"
+    store: Store,
+    dataset_dir: Path,
+    encoders_dir: Path | None,
+    device: str = "cpu",
+    load: StoreEncoder = recorded_encoder,
 ) -> Iterator[EncodeRow]:
     """Give a function that encodes rows of a store again, from the data set in `dataset_dir`.
 
-    Raises UserError if the data set or the store's encoder is missing or has changed, or was
-    recorded in a way that this version does not know; WorkError as `load_dataset` and
-    `load_encoder`. The function raises UserError if the row's tar is missing, WorkError if the tar
-    is damaged.
+    `load` loads the encoder. Raises UserError if the data set or the store's encoder is missing or
+    has changed, or was recorded in a way that this version does not know; WorkError as
+    `load_dataset` and `load`. The function raises UserError if the row's tar is missing, WorkError
+    if the tar is damaged.
     """
     made = store.provenance
     dataset = load_dataset(dataset_dir)
@@ -67,7 +77,7 @@ def reencoder(
     decoder = decoder_named(made.decoder, strictness.get(made.strict_decode, "auto"))
     sampling = parse_sampling(made.sampling)
     try:
-        encoder = load_encoder(made.encoder, made.precision, device, encoders_dir)
+        encoder = load(made, None, made.precision, device, encoders_dir)
     except (UserError, WorkError) as error:
         raise type(error)(
             f"the encoder of {store.path.name} cannot be loaded, so that nothing can be "

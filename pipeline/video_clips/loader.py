@@ -121,12 +121,15 @@ class ClipLoader:
         parts: Iterable[IntArray],
         choose: Callable[[ListedClip, int], IntArray],
         pixels: Callable[[ListedClip, Frames], torch.Tensor],
+        seen: Callable[[ListedClip], ListedClip] = lambda clip: clip,
     ) -> Generator[ClipBatch, None, None]:
         """Yield a batch for each of `parts` (positions, int64), in their order.
 
         `choose` gives the frame indices of a clip with so many frames, `pixels` makes uint8
-        [T,3,h,w] of the decoded frames; several threads call both. When the iterator is closed or
-        its user fails, the threads finish their clips and end. Raises what `pixels` raises.
+        [T,3,h,w] of the decoded frames, or float32 that is normalised already; several threads call
+        both. `seen` gives the clip that training sees, which may have another label. When the
+        iterator is closed or its user fails, the threads finish their clips and end. Raises what
+        `pixels` raises.
         """
         budgets = _ByteBudget(FILE_BYTES), _ByteBudget(FRAME_BYTES)
         load = partial(self._load, choose, pixels, *budgets)
@@ -137,7 +140,8 @@ class ClipLoader:
             while True:
                 began = perf_counter()
                 while len(begun) <= self._ahead and (part := next(remaining, None)) is not None:
-                    begun.append(self._begin(part, threads, load))
+                    clips = [seen(self._clip(place)) for place in part.tolist()]
+                    begun.append(self._begin(clips, threads, load))
                 if not begun:
                     return
                 # No variable holds the batch: it must not live on during the wait for the next one.
@@ -155,11 +159,10 @@ class ClipLoader:
 
     def _begin(
         self,
-        part: IntArray,
+        clips: list[ListedClip],
         threads: ThreadPoolExecutor,
         load: Callable[[ListedClip, torch.Tensor], str],
     ) -> _Begun:
-        clips = [self._clip(place) for place in part.tolist()]
         usable = sum(not clip.reason for clip in clips)
         frames = torch.empty((usable, *self._shape), pin_memory=self._pinned and usable > 0)
         slots = iter(frames)
@@ -202,7 +205,11 @@ class ClipLoader:
                     raise DecodeError(
                         f"{info.num_frames} frames are found, {clip.num_frames} were packed"
                     )
-                self._preprocessing.normalise(pixels(clip, frames), out=slot)
+                made = pixels(clip, frames)
+                if made.is_floating_point():
+                    slot.copy_(made)
+                else:
+                    self._preprocessing.normalise(made, out=slot)
         except (DecodeError, DamagedTar) as error:
             return one_line(error)
         return ""

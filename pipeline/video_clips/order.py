@@ -17,6 +17,7 @@ from featstore.balance import balanced_order
 from featstore.errors import UserError, one_line
 from featstore.format.spans import Span
 from featstore.segments import IntArray, segment_ranges
+from pipeline.sampling import dist_train_indices
 from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, open_packed
 
@@ -179,6 +180,14 @@ def training_frames(
     lowest, highest = segment_ranges(num_frames, segments)
     rng = np.random.default_rng([_FRAMES, seed, epoch, position])
     return rng.integers(lowest, highest, endpoint=True)
+
+
+def dist_training_frames(
+    num_frames: int, segments: int, seed: int, epoch: int, position: int
+) -> IntArray:
+    """Draw a frame from each segment of a clip as DiST does, int64 [segments]."""
+    rng = np.random.default_rng([_FRAMES, seed, epoch, position])
+    return dist_train_indices(num_frames, segments, rng.random(segments, np.float32))
 
 
 def augmentation_rng(seed: int, epoch: int, position: int) -> np.random.Generator:

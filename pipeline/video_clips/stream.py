@@ -100,7 +100,11 @@ class ClipStream(ClipLoader):
             rank_parts(order, self._batch_size, self._rank, self._world_size, start),
             partial(self._choose, epoch),
             partial(self._pixels, epoch),
+            partial(self._seen, epoch),
         )
+
+    def _seen(self, epoch: int, clip: ListedClip) -> ListedClip:
+        return clip
 
     def _choose(self, epoch: int, clip: ListedClip, num_frames: int) -> IntArray:
         return training_frames(num_frames, self._frames, self._seed, epoch, clip.position)
@@ -124,6 +128,12 @@ class EvaluationClips(ClipLoader):
         """Yield this rank's videos in batches; `frames` are float32 [n,T,3,h,w]."""
         return self.decoded(
             rank_parts(np.arange(self._rank, self.n_listed, self._world_size), self._batch_size),
-            lambda clip, num_frames: validation_indices(num_frames, self._frames),
-            lambda clip, frames: self._preprocessing.crop_pixels(frames)[0],
+            self._choose,
+            self._pixels,
         )
+
+    def _choose(self, clip: ListedClip, num_frames: int) -> IntArray:
+        return validation_indices(num_frames, self._frames)
+
+    def _pixels(self, clip: ListedClip, frames: Frames) -> torch.Tensor:
+        return self._preprocessing.crop_pixels(frames)[0]

@@ -10,7 +10,8 @@ import pytest
 
 import heads.demo
 import pipeline.demo.world
-from tests.support.processes.command_line import done, mote
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.dist_training import small_recipe
 
 
 @pytest.fixture
@@ -111,3 +112,45 @@ def test_the_world_shows_what_the_method_is_for(tmp_path: Path) -> None:
     assert expert["closeset_top1"] >= transformer["closeset_top1"] - 1
     assert expert["zeroshot_top1"] >= transformer["zeroshot_top1"] + 3
     assert expert["closeset_top1"] >= mean["closeset_top1"] + 20
+
+
+def test_a_head_that_looks_at_pixels_has_rows_beside_the_others(
+    small_world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads.demo, "PIXEL_RECIPE", str(small_recipe(tmp_path)))
+    place = ("demo", "--methods", "mote,dist", "--root", tmp_path / "w")
+    report = done(*place, "--seeds", "2")
+    assert [(row["head"], row["modulated"], row.get("ensemble")) for row in report["rows"]] == [
+        *(("mean", False, None), ("mote", False, None), ("mote", True, None)),
+        *(("dist", False, None), ("dist", False, 0.5)),
+    ]
+    for row in report["rows"]:
+        one, two = row["zeroshot_top1_per_seed"]
+        assert row["zeroshot_top1_std"] == pytest.approx(abs(one - two) / 2)
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "w").glob("*/demo-*/*/zarr.json")}
+    made |= {p: p.stat().st_mtime_ns for p in (tmp_path / "w" / "heads").glob("*/*.safetensors")}
+    shown = mote(*place, "--seeds", "2", width=80)
+    assert "dist, ensemble 0.5" in shown.out
+    assert max(len(line) for line in shown.out.splitlines() if "\u2502" in line) <= 80
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    table = json.loads((tmp_path / "w" / "demo" / "demo.json").read_text())
+    assert table["rows"] == report["rows"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ("mote,dst", "the demo has no method 'dst': did you mean dist"),
+        ("mean", "the demo has no method 'mean': choose"),
+        ("linear", "the demo has no method 'linear': choose"),
+        ("mote,mote", "once each, with commas, such as mote,dist"),
+        ("", "the demo has no method ''"),
+    ],
+)
+def test_methods_that_the_demo_cannot_show_are_refused(
+    methods: str, words: str, tmp_path: Path
+) -> None:
+    assert words in refused(2, "demo", "--methods", methods, "--root", tmp_path)
+    assert not [*tmp_path.iterdir()]
+    given = ("demo", "--methods", "dist", "--finetune", "1", "--root", tmp_path)
+    assert "fine-tunes with the head mote: name that method, too" in refused(2, *given)

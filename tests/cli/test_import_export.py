@@ -131,6 +131,23 @@ def test_features_of_the_untuned_tower_are_refused(imported: tuple[Path, dict[st
     assert "extract --dataset clips --encoder toy" in message
 
 
+def test_what_only_dist_has_is_refused_for_mote(
+    world: World, imported: tuple[Path, dict[str, Any]], checkpoint: Path
+) -> None:
+    root, _ = imported
+    before = folders(root)
+    given = (checkpoint, "--name", "layers", "--clip", world.encoder, "--root", root)
+    words = refused(2, "import-checkpoint", *given, "--selected-layers", "0,1")
+    assert "--selected-layers means nothing for" in words
+    assert "a checkpoint of MoTE: leave it out" in words
+    words = refused(
+        *(2, "eval", "--zeroshot", "clips", "--head", "toy", "--root", root),
+        *("--crop-style", "center-fraction"),
+    )
+    assert "--crop-style is for heads that look at pixels (DiST), and toy takes stored" in words
+    assert folders(root) == before
+
+
 def test_a_nameless_head_knows_other_classes_by_their_embeddings(
     own: World, checkpoint: Path, tmp_path: Path
 ) -> None:

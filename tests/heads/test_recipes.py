@@ -18,12 +18,20 @@ from typer.testing import CliRunner
 from cli.main import app
 from featstore import UserError
 from heads import HeadConfig, TrainConfig, load_head
-from heads.recipes import DEFAULT_RECIPE, TRAIN_HEAD_RECIPE, load_recipe, recipe_names
+from heads.recipes import (
+    DEFAULT_RECIPE,
+    TRAIN_HEAD_RECIPE,
+    finetune_recipe,
+    load_recipe,
+    recipe_names,
+)
 from heads.recipes.derived import DERIVED
 from heads.training.schedule import learning_rates
 from tests.support.stores.action_store import action_store
 
-NAMES = ["auto", "demo", "end-to-end", "frozen-store", "paper-vit-b16", "paper-vit-l14"]
+PAPERS = [f"dist-{data}-vit-{arch}" for data in ("k400", "ssv2") for arch in ("b16", "l14")]
+PAPERS += ["paper-vit-b16", "paper-vit-l14"]
+NAMES = sorted(["auto", "demo", "dist", "dist-demo", "end-to-end", "frozen-store", *PAPERS])
 
 
 def write(path: Path, text: str) -> Path:
@@ -41,7 +49,7 @@ def test_each_says_command_source_figure_and_what_was_run(name: str) -> None:
     comment = "".join(line for line in text.splitlines(True) if line.startswith("#"))
     for heading in ("Command:", "Source:", "Published:", "Run here:"):
         assert heading in comment
-    assert ("not run here" in comment) == name.startswith("paper")
+    assert ("not run here" in comment) == (name in PAPERS)
     assert text.startswith(comment)
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -264,7 +272,28 @@ def test_what_is_left_to_the_data_needs_the_data(tmp_path: Path) -> None:
 
 def test_help_names_every_recipe() -> None:
     of_stores = ("auto", "frozen-store")
+    beside = [name for name in NAMES if name.startswith("dist")]
     for command in ("train-head", "finetune"):
         result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         text = re.sub(r"[│\s]+", " ", result.output)
-        assert all(name in text for name in NAMES if name not in of_stores or command[0] == "t")
+        elsewhere = beside if command[0] == "t" else of_stores
+        assert all(name in text for name in NAMES if name not in elsewhere)
+
+
+def test_settings_of_a_branch_beside_a_frozen_tower_fit_the_videos() -> None:
+    recipe = finetune_recipe(None, "dist")
+    assert (recipe.name, recipe.beside_tower) == ("dist", "dist")
+    found = [recipe.finetune_config(lambda n=n: n) for n in (1, 60, 300, 10**6)]  # type: ignore[misc]
+    assert [config.batch_size for config in found] == [4, 4, 16, 32]
+    assert all(
+        config.lr == round(3.2e-4 * math.sqrt(config.batch_size / 256), 7) for config in found
+    )
+    assert {(config.epochs, config.warmup_epochs) for config in found} == {(36, 6)}
+    given = recipe.finetune_config(lambda: 60, batch_size=64, epochs=12)
+    assert (given.batch_size, given.lr, given.warmup_epochs) == (64, 1.6e-4, 2)
+    settled = {"batch_size": 2, "lr": 1e-3, "epochs": 3, "warmup_epochs": 1}
+    assert recipe.finetune_config(lambda: 1 // 0, **settled).epochs == 3  # nobody is asked
+    with pytest.raises(UserError, match="recipe dist derives batch_size, epochs"):
+        recipe.finetune_config()
+    assert finetune_recipe(None, None).name == finetune_recipe(None, "mote").name == "end-to-end"
+    assert finetune_recipe("end-to-end", "transformer").head_config(64).kind == "transformer"

@@ -18,6 +18,7 @@ from pipeline.sampling import (
     Windows,
     dense_train_indices,
     dense_train_starts,
+    dist_test_indices,
     parse_sampling,
     train_ranges,
     validation_indices,
@@ -146,5 +147,7 @@ def test_windows_cut_a_video_without_gaps(
     indices = Windows(bounds[:50], frames).indices(num_frames) if len(bounds) > 1 else None
     if indices is None or len(bounds) < 3:
         return
-    for row, first, after in zip(indices, bounds, bounds[1:], strict=False):
+    middles = Windows(bounds[:50], frames, "dist").indices(num_frames)
+    for row, middle, first, after in zip(indices, middles, bounds, bounds[1:], strict=False):
         assert (row - first).tolist() == validation_indices(after - first, frames).tolist()
+        assert (middle - first).tolist() == dist_test_indices(after - first, frames, 1)[0].tolist()

@@ -17,6 +17,14 @@ def demo(
     seeds: Annotated[
         int, typer.Option(metavar="N", min=1, help="Repeat with N seeds; show mean and spread.")
     ] = 1,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Methods to train: transformer, mote, dist (which looks at the videos again, some "
+            "minutes a seed). Default: transformer,mote.",
+        ),
+    ] = None,
     finetune: Annotated[
         int,
         typer.Option(
@@ -37,16 +45,18 @@ def demo(
     Example: `mote-cli demo`
     """
     from featstore.files.machine import peak_rss_mb
-    from heads.demo import MEASURES, demo_table, run_world
+    from heads.demo import MEASURES, TRAINED, demo_table, require_methods, run_world
     from heads.reporting.figures import tradeoff_plot
 
     started = time.perf_counter()
     workspace = options.workspace(root)
-    runs = [run_world(workspace, seed + n, finetune, progress_of) for n in range(seeds)]
-    rows = demo_table(runs, finetuned=finetune > 0)
+    named = TRAINED if methods is None else tuple(name.strip() for name in methods.split(","))
+    require_methods(named, finetune > 0)
+    runs = [run_world(workspace, seed + n, finetune, progress_of, named) for n in range(seeds)]
+    rows = demo_table(runs, finetune > 0, named)
     folder = workspace.root / "demo"
     figure = folder / "tradeoff.png"
-    tradeoff_plot(rows, figure)
+    tradeoff_plot([row | {"head": _head(row)} for row in rows], figure)
     summary = {
         "rows": rows,
         "seconds": round(time.perf_counter() - started, 1),
@@ -63,7 +73,7 @@ def demo(
         ["head", "modulation", "close-set %", "zero-shot %", "harmonic mean"],
         [
             [
-                row["head"],
+                _head(row),
                 "on" if row["modulated"] else "off",
                 *(_with_spread(row, measure) for measure in MEASURES),
             ]
@@ -81,6 +91,12 @@ def demo(
             "  mote-cli pack --dataset my-clips --videos DIR",
         ],
     )
+
+
+def _head(row: dict[str, Any]) -> str:
+    """Return the head of a row, with CLIP's share of its scores if it has one."""
+    share = row.get("ensemble")
+    return str(row["head"]) if share is None else f"{row['head']}, ensemble {share:g}"
 
 
 def _with_spread(row: dict[str, Any], measure: str) -> str:

@@ -74,6 +74,7 @@ def _store_facts(store: HeldStore) -> tuple[str | None, ...]:
     made, schema = store.metadata.provenance, store.metadata.schema
     done = "complete" if store.complete else f"{store.tars_done} of {schema.tars} tars"
     tier = "" if schema.pooled else schema.tier
+    tier = "vectors of views" if made.of_views else tier
     stored = "" if schema.storage == "float16" else schema.storage
     return (
         f"{store.dataset}/{store.name}, {done}, {in_bytes(store.bytes)}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -12,6 +13,7 @@ from cli.output import report
 from featstore.errors import UserError, one_of
 from heads.methods.registry import MEAN_OF_FRAMES
 
+Loaded = TypeVar("Loaded")
 FORMATS = ("safetensors", "onnx", "official")
 
 
@@ -21,8 +23,8 @@ def export(
         str,
         typer.Option(
             metavar="safetensors|onnx|official",
-            help="safetensors and onnx: experts merged into one feed-forward; official: what the "
-            "released MoTE code loads.",
+            help="safetensors and onnx: experts merged into one feed-forward, DiST's onnx with its "
+            "image tower; official: what the method's released code loads.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write.")],
@@ -30,7 +32,8 @@ def export(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="Image tower for the official format, if the head's own is not found by name.",
+            help="Image tower for the official format and for DiST's onnx, if the head's own is "
+            "not found by name.",
         ),
     ] = None,
     root: options.Root = options.DEFAULT_ROOT,
@@ -39,7 +42,8 @@ def export(
     """Write a head as one file for other programs; an existing file is replaced.
 
     The official format also holds the image tower: for an imported or fine-tuned run the trained
-    tower, bit for bit; for other runs the encoder that the head was trained with.
+    tower, bit for bit; for other runs the encoder that the head was trained with. DiST's holds the
+    whole CLIP, which DiST does not change.
 
     Example: `mote-cli export first --format onnx --out first.onnx`
     """
@@ -57,34 +61,46 @@ def export(
     from heads.files.portable import merged_head, require_one_class, save_onnx
     from heads.files.run_files import describe_run
     from heads.methods.registry import method
+    from heads.prediction.pixel_encoder import encoder_of_head
     from pipeline.encoders.fingerprint import fingerprint
     from pipeline.encoders.tuned import original_clip, tower_of
 
     head, run_dir = choose_head(workspace, run)
     if head is None:
         raise UserError(f"{run} means the mean of frames, which has nothing to export")
+    chosen, origin = method(head.config.kind), head.origin
+    official, encoders = chosen.checkpoint, workspace.root / "encoders"
+    spec = encoder or (None if origin is None else origin.encoder)
+
+    def loaded(load: Callable[[str], Loaded]) -> Loaded:
+        if spec is None:
+            raise UserError(f"run {run} records no encoder: name it with --encoder SPEC")
+        try:
+            return load(spec)
+        except UserError as error:
+            raise UserError(f"run {run}: {error}; name its encoder with --encoder") from error
+
+    if format == "official" and official is None:
+        raise UserError(f"{chosen.title}: there is nothing to export in the official format")
     if format == "safetensors":
         save_head(merged_head(head), out)
+    elif chosen.pixels:
+        own = loaded(lambda name: encoder_of_head(head, name, "fp32", "cpu", encoders))
+        if origin is not None:
+            check_encoder(origin, str(spec), own.fingerprint)
+        if format == "onnx":
+            save_onnx(head, out, own.image_tower)
+        else:
+            official.write(out, head, own.model.state_dict())
     elif format == "onnx":
         save_onnx(head, out)
     else:
-        chosen = method(head.config.kind)
-        official = chosen.checkpoint
-        if official is None:
-            raise UserError(f"{chosen.title}: there is nothing to export in the official format")
         require_one_class(head)
         found = imported_tower(run_dir)
         if found is None:
-            origin = head.origin
-            spec = encoder or (None if origin is None else origin.encoder)
-            if spec is None:
-                raise UserError(f"run {run} records no encoder: name it with --encoder SPEC")
-            try:
-                clip = original_clip(spec, workspace.root / "encoders")
-            except UserError as error:
-                raise UserError(f"run {run}: {error}; name its encoder with --encoder") from error
+            clip = loaded(lambda name: original_clip(name, encoders))
             if origin is not None:
-                check_encoder(origin, spec, fingerprint(clip.model, clip.model_config))
+                check_encoder(origin, str(spec), fingerprint(clip.model, clip.model_config))
             found = tower_of(clip), max(0, describe_run(run_dir)["epochs_done"] - 1)
         official.write(out, head, *found)
     name = workspace.head_name(run_dir)

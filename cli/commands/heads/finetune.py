@@ -38,12 +38,22 @@ def finetune(
             "--name: the earlier head is then kept in the folder frozen/ of the run.",
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The head: mote (the default), transformer, or dist, which looks at the pixels "
+            "beside a tower that stays as it is.",
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo) "
-            "or from a TOML file; options on the command line override them.",
+            help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo; "
+            "for dist: dist, the default, dist-k400-vit-b16, dist-k400-vit-l14, dist-ssv2-vit-b16, "
+            "dist-ssv2-vit-l14, dist-demo) or from a TOML file; options on the command line "
+            "override them.",
         ),
     ] = None,
     name: Annotated[
@@ -165,8 +175,9 @@ def finetune(
     """Train the image tower together with the head, from packed videos and without a store.
 
     The tuned tower becomes encoders/RUN and the head heads/RUN, for extract, eval, predict and
-    export. On several GPUs: `torchrun --nproc-per-node N -m cli.main finetune ...`. --resume
-    continues an interrupted run (docs/finetuning.md).
+    export. With `--method dist` the tower stays as it is, and the branch beside it is trained. On
+    several GPUs: `torchrun --nproc-per-node N -m cli.main finetune ...`. --resume continues an
+    interrupted run (docs/finetuning.md).
 
     Example: `mote-cli finetune --dataset my-clips --name tuned`
     """
@@ -176,10 +187,11 @@ def finetune(
 
         load_dataset(folder)
     from heads.end_to_end.finetune import finetune as run_finetune
-    from heads.end_to_end.plan import FinetuneRequest
+    from heads.end_to_end.plan import FinetuneRequest, training_videos
     from heads.evaluation.next_steps import after_finetuning
+    from heads.files.head_cards import kind_of
     from heads.methods.registry import require_run_name
-    from heads.recipes import FINETUNE_RECIPE, load_recipe
+    from heads.recipes import finetune_recipe
     from heads.training.ranks import contact, joined, left
 
     ranks = joined(options.known_device(device))
@@ -191,17 +203,19 @@ def finetune(
                 workspace = options.workspace(root)
                 run = name or f"{dataset}-finetuned"
                 require_run_name(run)
-                settings = load_recipe(recipe or FINETUNE_RECIPE)
                 first = None
                 if from_head is not None:  # the run's own head may be in frozen/ already
                     own = from_head == run
                     first = workspace.run_dir(run) if own else workspace.choose_run(from_head)
+                begun = None if first is None or recipe is not None else kind_of(first)
+                settings = finetune_recipe(recipe, method or begun)
                 request = FinetuneRequest(
                     dataset_dir=workspace.dataset_dir(dataset),
                     run_dir=workspace.run_dir(run),
                     encoder_dir=workspace.encoder_dir(run),
                     encoders_dir=workspace.root / "encoders",
                     config=settings.finetune_config(
+                        videos=lambda: training_videos(workspace.dataset_dir(dataset), split),
                         epochs=epochs,
                         warmup_epochs=warmup_epochs,
                         batch_size=batch_size,
@@ -229,6 +243,7 @@ def finetune(
                     eval_split=eval_split,
                     prompt_set=prompts,
                     exclude=exclude,
+                    method=method or settings.beside_tower,
                     resume=resume,
                     decoder=decoder,
                     workers=workers,
@@ -270,6 +285,7 @@ def _say(error: BaseException, ranks: Ranks) -> None:
 
 def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]:
     from featstore.balance import Balance
+    from heads.methods.registry import method
 
     memory = f"{summary.peak_rss_mb:.0f} MB per process" + (
         "" if summary.peak_gpu_mb is None else f", {summary.peak_gpu_mb:.0f} MB of its GPU"
@@ -280,10 +296,12 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
             f"{percent(summary.top1)} % (the best was {percent(summary.best_top1)} after epoch "
             f"{summary.best_epoch})"
         )
+    tower = f"{summary.blend:g} of the tower after epoch {summary.published_epoch}, the rest "
+    if method(summary.head).pixels:
+        tower = f"the head after epoch {summary.published_epoch} looks at its tokens; as it was in "
     return {
         "run": f"{summary.run} in {summary.path}",
-        "encoder": f"{summary.encoder_path} ({summary.blend:g} of the tower after epoch "
-        f"{summary.published_epoch}, the rest {summary.encoder})",
+        "encoder": f"{summary.encoder_path} ({tower}{summary.encoder})",
         "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
         f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
         f"{summary.batch_size})",

@@ -9,6 +9,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
+from featstore.errors import UserError
 
 
 def import_checkpoint(
@@ -33,14 +34,14 @@ def import_checkpoint(
         ),
     ] = None,
     blend: Annotated[
-        float,
+        float | None,
         typer.Option(
             metavar="SHARE",
             min=0.0,
             max=1.0,
-            help="Share of the tuned tower; the rest is CLIP's own. 0.99 as published.",
+            help="Share of MoTE's tuned tower; the rest is CLIP's own. Default: 0.99 as published.",
         ),
-    ] = 0.99,
+    ] = None,
     attention_heads: Annotated[
         int | None,
         typer.Option(
@@ -51,9 +52,21 @@ def import_checkpoint(
         ),
     ] = None,
     frames: Annotated[
-        int,
-        typer.Option(metavar="T", min=1, help="Frames per view in training; FILE lacks this."),
-    ] = 8,
+        int | None,
+        typer.Option(
+            metavar="T",
+            min=1,
+            help="Frames per view in MoTE's training, which FILE lacks. Default: 8.",
+        ),
+    ] = None,
+    selected_layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help="Blocks of the image tower, from 0, that DiST's branch reads; needed if it reads "
+            "some only and FILE does not say which.",
+        ),
+    ] = None,
     device: options.Device = "auto",
     root: options.Root = options.DEFAULT_ROOT,
     json: options.Json = False,
@@ -71,7 +84,7 @@ def import_checkpoint(
     from heads.evaluation.next_steps import after_import
 
     workspace = options.workspace(root)
-
+    layers = None if selected_layers is None else _numbers(selected_layers)
     with progress_of("check class names", "sentences") as progress:
         made = run(
             workspace,
@@ -82,6 +95,7 @@ def import_checkpoint(
             blend=blend,
             attention_heads=attention_heads,
             frames=frames,
+            selected_layers=layers,
             device=device,
             progress=progress,
         )
@@ -97,3 +111,13 @@ def import_checkpoint(
         }
         | following,
     )
+
+
+def _numbers(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and len(word) < 6 for word in words):
+        raise UserError(
+            f"--selected-layers {text!r} is no list of blocks: write their numbers from 0 with "
+            "commas, such as 0,2,4"
+        )
+    return [int(word) for word in words]

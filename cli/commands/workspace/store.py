@@ -71,6 +71,7 @@ def add_tars(
     workspace, path = options.workspace(root), options.store_path(root, store)
     from featstore.format.metadata import read_metadata
     from featstore.reading.repair import repair_command
+    from heads.prediction.views import encoder_of_store
     from pipeline.extraction.grow import add_tars as run
     from pipeline.tars.dataset import DATASET_FILE
 
@@ -83,6 +84,7 @@ def add_tars(
         encoder=encoder,
         encoders_dir=workspace.root / "encoders",
         device=options.known_device(device),
+        load=encoder_of_store,
     )
     pending = repair_command(path, read_metadata(path), root) if grown.pending else None
     report(
@@ -288,6 +290,7 @@ def add_texts(
     Example: `mote-cli store add-texts my-store --prompts video`
     """
     path = options.store_path(root, store)
+    from heads.prediction.views import encoder_of_store
     from pipeline.extraction.grow import add_texts as run
     from pipeline.prompts import prompt_sets_from, prompt_sets_of
 
@@ -303,6 +306,7 @@ def add_texts(
             encoder=encoder,
             encoders_dir=options.workspace(root).root / "encoders",
             device=options.known_device(device),
+            load=encoder_of_store,
         )
         for prompt_set in prompt_sets
     }

@@ -59,11 +59,13 @@ def verify(
     damaged: list[dict[str, Any]] = [vars(finding) for finding in checked.damaged]
     again: Reencoding | None = None
     if reencode and not damaged:
+        from heads.prediction.views import encoder_of_store
         from pipeline.extraction.reencode import reencode_store
 
         on, place = options.device(device), options.workspace(root)
         with progress_of("encode", "videos") as progress:
-            again = reencode_store(path, place, reencode, seed=seed, device=on, progress=progress)
+            more: dict[str, Any] = {"seed": seed, "device": on, "load": encoder_of_store}
+            again = reencode_store(path, place, reencode, **more, progress=progress)
         damaged += [
             {
                 "partition": row.partition,

@@ -166,6 +166,7 @@ def _ours(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
         **{name: result.get(field) for name, field in COMPARED.items()},
         "dataset": known_dataset(str(result.get("dataset", ""))),
         "backbone": backbone or architecture(str(result.get("encoder", ""))),
+        "frames": result.get("tower_frames") or result.get("frames"),
         "measure": result.get("measure", "top1"),
     }
 

@@ -36,7 +36,7 @@ from heads.evaluation.trained.run import (
 )
 from heads.files.head_file import choose_head
 from heads.methods.head import Head
-from heads.methods.registry import MEAN_OF_FRAMES
+from heads.methods.registry import MEAN_OF_FRAMES, method
 from heads.recipes import DEFAULT_RECIPE, load_recipe
 from pipeline.annotations.known_sets import known_dataset
 from pipeline.annotations.published_lists import (
@@ -125,6 +125,9 @@ def evaluate_trained(
     head_dir: Path | None = None
     if ask.head is not None:
         initial, head_dir = choose_head(ask.workspace, ask.head)
+    if initial is not None:
+        chosen = method(initial.config.kind)
+        chosen.require("trained from a store", chosen.from_store)
     train, test, splits = _stores(ask, how, initial, protocol)
     recipe = load_recipe(how.recipe or DEFAULT_RECIPE)
     epochs = usual_epochs(ask.kind, ask.dataset) if how.recipe is None else None

@@ -49,11 +49,12 @@ METHOD = Method(
     config=DistConfig,
     head=dist_head,
     from_store=False,
-    end_to_end=False,
     pixels=True,
     scaled=True,
     modulated=False,
-    portable=False,
+    from_elsewhere=("dense_frames", "width", "patch"),
+    recipe="dist",
+    prompts="name",
     official="heads.methods.dist.official",
 )
 

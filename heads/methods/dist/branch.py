@@ -134,7 +134,7 @@ class ToIntegration(nn.Module):
         a = self.linear_fuse.kernel_size[0]
         joined = rearrange(x, "b (t a) h w c -> b t (h w) (a c)", a=a)
         patches = functional.linear(joined, weight, self.linear_fuse.bias)
-        row = repeat(self.cls_token, "1 1 t c -> b t 1 c", b=len(x))
+        row = repeat(self.cls_token, "1 1 t c -> b t 1 c", b=x.shape[0])
         return torch.cat([row, patches], 2)
 
 
@@ -251,7 +251,7 @@ class PoolingBlock(nn.Module):
         """Queries [B*T,1,Di] and [B,1,Di], `tokens` [B*T,M,Di] -> both queries."""
         spatial = self.spatial_transformer(spatial, tokens)
         spatial = spatial + self.output_map_spatial_cls_token(self.ln_out_spat_cls_token(spatial))
-        frames = rearrange(spatial, "(b t) 1 c -> b t c", b=len(temporal))
+        frames = rearrange(spatial, "(b t) 1 c -> b t c", b=temporal.shape[0])
         temporal = self.temporal_transformer(temporal, frames + self.positional_embedding)
         temporal = temporal + self.output_map_cls_token(self.ln_out_temp_cls_token(temporal))
         return spatial, temporal
@@ -303,7 +303,7 @@ class DistBranch(nn.Module):
         order: what the block gives out after both residuals, of frames 0, a, 2a, ... The branch
         takes them one by one, so that a generator need not keep them all.
         """
-        clips = len(frames)
+        clips = frames.shape[0]  # `len` would fix it in an exported graph
         x = self.stem(frames)
         carried: Tensor | None = None
         seen = joined = frames

@@ -121,6 +121,16 @@ class DistConfig(MethodConfig):
         """Hidden width of an integration block's temporal feed-forward."""
         return int(self.integration_dim * self.integration_temporal_ratio)
 
+    def require_dense(self, frames: int, what: str) -> None:
+        """Raise UserError unless a view of `frames` frames, which `what` takes, fits the branch."""
+        if frames == self.dense_frames:
+            return
+        odd = f", which alpha {self.alpha} does not divide" if frames % self.alpha else ""
+        raise UserError(
+            f"{what} takes {frames} frames{odd}, the head needs {self.dense_frames}: use "
+            f"{self.dense_frames} frames (dist:{self.dense_frames}xV)"
+        )
+
     def for_backbone(self, width: int, patch: int, blocks: int, dim: int) -> DistConfig:
         """Return this configuration for an image tower of so many `blocks`, with all sizes set.
 

@@ -7,6 +7,7 @@ d = width of the image tower, E = embedding width, C = classes, S = input size o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -50,6 +51,12 @@ class DistModel(nn.Module):
         self.logit_scale = nn.Parameter(scale.reshape(()))
         self.train(self.branch.training)
 
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the frames that the image tower takes."""
+        height, width = cast(Any, self.image_tower).image_size
+        return height, width
+
     def train(self, mode: bool = True) -> DistModel:
         """Switch the branch's mode; the tower stays in evaluation mode."""
         super().train(mode)
@@ -90,7 +97,7 @@ class DistModel(nn.Module):
         last: list[Tensor] = []
         video = self.branch(self._of_branch(frames), self._selected(embedded, last))
         frame = self._projected(last[0]).to(video)
-        units = rearrange(functional.normalize(frame, dim=-1), "(b t) e -> b t e", b=len(frames))
+        units = rearrange(functional.normalize(frame, dim=-1), "(b t) e -> b t e", b=frames.shape[0])
         return functional.normalize(video, dim=-1), units.mean(1)
 
     def frame_embeddings(self, frames: Tensor) -> Tensor:
@@ -100,7 +107,7 @@ class DistModel(nn.Module):
         for _ in self._selected(self._embedded(frames), last):
             pass
         found = self._projected(last[0]).to(self.logit_scale.dtype)
-        return rearrange(found, "(b t) e -> b t e", b=len(frames))
+        return rearrange(found, "(b t) e -> b t e", b=frames.shape[0])
 
     def _logits(self, vectors: Tensor, class_embeddings: Tensor) -> Tensor:
         if class_embeddings.ndim != 2 or class_embeddings.shape[1] != self.config.dim:
@@ -116,7 +123,7 @@ class DistModel(nn.Module):
     def _embedded(self, frames: Tensor) -> Tensor:
         """Return the slow frames' tokens [B*T,M,d] before the first block, in the tower's type."""
         slow = rearrange(frames[:, :: self.config.alpha], "b t c h w -> (b t) c h w")
-        with torch.inference_mode():
+        with _without_gradient():
             found: Tensor = self.image_tower._embeds(slow.to(self.image_tower.conv1.weight.dtype))
         return found
 
@@ -128,7 +135,7 @@ class DistModel(nn.Module):
         """
         wanted, blocks = self.config.selected_layers, _blocks(self.image_tower)
         for number, block in enumerate(blocks if last is not None else blocks[: wanted[-1] + 1]):
-            with torch.inference_mode():
+            with _without_gradient():
                 tokens = block(tokens)
             if number in wanted:
                 # A copy outside inference mode, which a backward pass may keep.
@@ -138,12 +145,12 @@ class DistModel(nn.Module):
 
     def _projected(self, tokens: Tensor) -> Tensor:
         """Return CLIP's embeddings [B*T,E] from the last block's tokens."""
-        with torch.inference_mode():
+        with _without_gradient():
             found: Tensor = self.image_tower.ln_post(tokens[:, 0]) @ self.image_tower.proj
         return found.clone()
 
     def _check(self, frames: Tensor) -> None:
-        config, size = self.config, tuple(cast(Any, self.image_tower).image_size)
+        config, size = self.config, self.image_size
         if frames.ndim != 5 or 0 in frames.shape or frames.shape[2] != 3:
             raise UserError(
                 f"frames of shape {list(frames.shape)} are no clips: they must be "
@@ -186,6 +193,11 @@ def for_tower(config: DistConfig, image_tower: nn.Module) -> DistConfig:
         )
     width, dim = cast(nn.Parameter, tower.proj).shape
     return config.for_backbone(width, patch_height, len(_blocks(tower)), dim)
+
+
+def _without_gradient() -> AbstractContextManager[Any]:
+    """Return inference mode; where an exporter traces it, which cannot, only no gradients."""
+    return torch.no_grad() if torch.compiler.is_compiling() else torch.inference_mode()
 
 
 def _blocks(image_tower: nn.Module) -> list[nn.Module]:

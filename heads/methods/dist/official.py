@@ -15,6 +15,7 @@ of CLIP's image tower, p = its patch. Source: DiST (Qing et al., ICCV 2023), its
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,9 @@ import torch
 from torch import Tensor
 
 from featstore.errors import UserError, one_line
+from featstore.files.durable import write_bytes
 from heads.methods.clip_tensors import (
+    VISION_BLOCKS,
     Shapes,
     is_text,
     text_shapes,
@@ -43,6 +46,9 @@ from heads.methods.weight_files import describe_faults, load_weight_file, plain_
 if TYPE_CHECKING:
     from open_clip.transformer import VisionTransformer
 
+    from heads.methods.head import Head
+
+EXAMPLE: Final = "DIST_VIT_B16_K400_16+32f_84.4.pyth"
 _STATE: Final = "model_state"
 _CLIP: Final = "backbone.base_encoder."
 _BRANCH: Final = "dist_net."
@@ -90,11 +96,11 @@ class DistCheckpoint:
         if isinstance(source, Mapping):
             name, content = "the checkpoint", source
         else:
-            name, content = str(source), load_weight_file(Path(source))
-        if not is_of(content):
+            name, content = str(source), load_weight_file(Path(source), EXAMPLE)
+        if absent := lacks(content):
             raise UserError(
-                f"{name} is no checkpoint of DiST's released code: it has no entry {_STATE} with "
-                f"tensors {_CLIP}{_BRANCH}*; pass one, such as DIST_VIT_B16_K400_16+32f_84.4.pyth"
+                f"{name} is no checkpoint of DiST's released code: it lacks {absent}; pass one, "
+                f"such as {EXAMPLE}"
             )
         epoch = content.get("epoch")
         whole = isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0
@@ -146,7 +152,7 @@ class DistCheckpoint:
         if not self.layers_known and blocks != listed:
             raise UserError(
                 f"{self.name} reads {listed} of the tower's {blocks} blocks and does not say "
-                "which: name them, counted from 0, as selected layers"
+                "which: name them, counted from 0, as selected layers (--selected-layers 0,...)"
             )
         config = for_tower(self.config, tower)
         with torch.device("meta"):
@@ -189,14 +195,46 @@ def import_dist_checkpoint(
     return DistCheckpoint.read(path_or_mapping, selected_layers).build(clip_state)
 
 
+def lacks(content: Mapping[str, Any]) -> str:
+    """Return what a file with these entries lacks to be a checkpoint, in words; "" if nothing."""
+    state = content.get(_STATE)
+    if not isinstance(state, Mapping):
+        return f"an entry {_STATE} with tensors {_CLIP}{_BRANCH}*"
+    if any(_of_branch(str(key)) for key in state):
+        return ""
+    return f"tensors {_CLIP}{_BRANCH}* in {_STATE}"
+
+
 def is_of(content: Mapping[str, Any]) -> bool:
     """Return whether a file with these entries is a checkpoint of DiST's released code."""
-    state = content.get(_STATE)
-    return isinstance(state, Mapping) and any(_of_branch(str(key)) for key in state)
+    return not lacks(content)
 
 
 # The name that the registry uses.
 read = DistCheckpoint.read
+
+
+def write(path: Path, head: Head, clip_state: Mapping[str, Tensor]) -> None:
+    """Write a head and its CLIP as the authors release a model: `model_state` alone.
+
+    `clip_state` are all tensors of the CLIP in OpenAI's names. A branch that reads only some blocks
+    of the tower gets the entry `cfg` besides, in which training names them. Raises UserError for a
+    CLIP that the format has no place for.
+    """
+    config, branch = head.config, head.branch
+    assert isinstance(branch, DistBranch)
+    named = {_BRANCH + name: value for name, value in branch.state_dict().items()}
+    state = {_CLIP + name: value.detach().cpu() for name, value in {**clip_state, **named}.items()}
+    content: dict[str, Any] = {_STATE: state}
+    chosen = list(config.selected_layers)
+    blocks = usual_count(clip_state, re.escape(VISION_BLOCKS) + r"(?P<n>\d+)\..*")
+    if chosen != list(range(blocks)):
+        told = {"DIST": {"SELECTED_LAYERS": chosen}}
+        content["cfg"] = json.dumps({"VIDEO": {"BACKBONE": told}})
+    DistCheckpoint.read(content).build()
+    data = io.BytesIO()
+    torch.save(content, data)
+    write_bytes(path, data.getvalue())
 
 
 def _of_branch(key: str) -> bool:

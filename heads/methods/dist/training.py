@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featstore.errors import UserError
 from heads.methods.dist.model import DistModel
 
 MIXUP_ALPHA: Final = 0.8
@@ -38,23 +39,6 @@ class Mix(NamedTuple):
     box: tuple[int, int, int, int] | None = None
     """For cutmix the rows and columns that come from the partner: top, bottom, left, right (the
     ends excluded); None for mixup."""
-
-
-@dataclass(frozen=True)
-class MixDraw:
-    """The random numbers of one batch, before the size of its frames is known."""
-
-    share: float
-    cutmix: bool
-    row: float
-    """Centre of the box, in heights of the frame: from 0 to below 1."""
-    column: float
-
-    def mix(self, height: int, width: int) -> Mix:
-        """Return what these numbers mean for frames of that size."""
-        if not self.cutmix:
-            return Mix(self.share)
-        return cut(self.share, height, width, int(self.row * height), int(self.column * width))
 
 
 def cut(share: float, height: int, width: int, row: int, column: int) -> Mix:
@@ -111,9 +95,14 @@ def mixed(frames: Tensor, mix: Mix | None) -> Tensor:
 def soft_targets(labels: Tensor, classes: int, smoothing: float, mix: Mix | None = None) -> Tensor:
     """Return targets float32 [B,C] of `labels` int64 [B], smoothed and mixed.
 
-    `smoothing` is spread evenly over all classes. Without either they are one-hot, and
+    Raises UserError for labels outside 0..C-1. `smoothing` is spread evenly over all classes. Without either they are one-hot, and
     `soft_cross_entropy` is the ordinary cross-entropy.
     """
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise UserError(
+            f"labels from {int(labels.min())} to {int(labels.max())} do not fit a list of {classes} "
+            "classes: give the class texts that the labels count"
+        )
     low = smoothing / classes
     shape = (len(labels), classes)
     targets = torch.full(shape, low, device=labels.device)
@@ -123,7 +112,7 @@ def soft_targets(labels: Tensor, classes: int, smoothing: float, mix: Mix | None
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the mean over clips of the cross-entropy of `logits` [B,C] with `targets` [B,C]."""
-    return -(targets.to(logits.dtype) * functional.log_softmax(logits, -1)).sum(-1).mean()
+    return -(targets.to(logits) * functional.log_softmax(logits, -1)).sum(-1).mean()
 
 
 class StepParts(NamedTuple):

@@ -45,6 +45,7 @@ TUNED: Final = 0.5
 
 log = logging.getLogger(__name__)
 
+EXAMPLE: Final = "MoTE_B16.pt"
 _TOWER, _HEAD = "model_state_dict", "fusion_model_state_dict"
 _LAYERS = "transformer.resblocks."
 
@@ -118,12 +119,11 @@ class OfficialCheckpoint:
         if isinstance(source, Mapping):
             name, content = "the checkpoint", source
         else:
-            name, content = str(source), load_weight_file(Path(source))
-        absent = [entry for entry in ("epoch", _TOWER, _HEAD) if entry not in content]
-        if absent:
+            name, content = str(source), load_weight_file(Path(source), EXAMPLE)
+        if absent := lacks(content):
             raise UserError(
-                f"{name} is no checkpoint of MoTE's released code: it lacks {', '.join(absent)}; "
-                "pass one, such as MoTE_B16.pt"
+                f"{name} is no checkpoint of MoTE's released code: it lacks {absent}; "
+                f"pass one, such as {EXAMPLE}"
             )
         epoch = content["epoch"]
         if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
@@ -260,6 +260,11 @@ def save_official_checkpoint(
     buffer = io.BytesIO()
     torch.save(official_checkpoint(head, tower_state, epoch), buffer)
     write_bytes(path, buffer.getbuffer())
+
+
+def lacks(content: Mapping[str, Any]) -> str:
+    """Return the entries of a checkpoint that a file with these ones lacks, in words."""
+    return ", ".join(entry for entry in ("epoch", _TOWER, _HEAD) if entry not in content)
 
 
 def is_of(content: Mapping[str, Any]) -> bool:

@@ -17,7 +17,10 @@ from torch.nn import functional
 from featstore import UserError
 from heads import HeadConfig, TemporalHead, build_head, load_head, save_head
 from heads.files.portable import merged_head, save_onnx
+from heads.methods.dist.head import DistHead
+from tests.support.golden.dist import clips_of, model_of, stored
 from tests.support.golden.head import golden_head
+from tests.support.worlds.tiny_towers import tiny_tower
 
 DESIGNS = {
     "mote": HeadConfig(dim=24, layers=2, experts=3, attention_heads=2),
@@ -164,3 +167,52 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(UserError, match=r"needs onnx and onnxscript.*mote-video\[export\]"):
         save_onnx(build_head(HeadConfig(dim=8, layers=1)), tmp_path / "head.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_looks_at_pixels_is_exported_with_its_tower(
+    golden: Path, tmp_path: Path
+) -> None:
+    """One graph from frames to cosines: DiST's own, CLIP's, and any mixture."""
+    data = stored(golden.with_name("golden_dist") / "dist_model_0.npz")
+    model, _, _ = model_of(data)
+    head = DistHead(model.config, 3)
+    head.branch.load_state_dict(model.branch.state_dict())
+    head.logit_scale.copy_(model.logit_scale.detach())
+    file = tmp_path / "dist.onnx"
+    save_onnx(head, file, model.image_tower)
+    onnx.checker.check_model(onnx.load(file), full_check=True)
+    session = onnxruntime.InferenceSession(file)
+    assert [(i.name, i.shape) for i in session.get_inputs()] == [
+        ("frames", ["batch", 8, 3, 32, 32]),
+        ("class_embeddings", ["classes", 32]),
+        ("ensemble", []),
+    ]
+    frames = clips_of(data["video"], torch.float32)
+    text = torch.from_numpy(data["text_features_f32"])
+    scale = model.logit_scale.detach().exp()
+    for batch, classes in ((1, 1), (2, len(text)), (2, 2), (5, 3)):
+        pixels = frames.repeat(3, 1, 1, 1, 1)[:batch]
+        with torch.no_grad():
+            own = model(pixels, text[:classes]) / scale
+            mixed = model.zero_shot_logits(pixels, text[:classes]) / scale
+        for share, expected in ((0, own), (0.5, mixed), (1, 2 * mixed - own)):
+            inputs = {
+                "frames": pixels.numpy(),
+                "class_embeddings": text[:classes].numpy(),
+                "ensemble": np.array(share, np.float32),
+            }
+            (got,) = session.run(None, inputs)
+            assert np.abs(got - expected.numpy()).max() <= 2e-6
+    with pytest.raises(UserError, match="a graph of DiST holds the image tower, too"):
+        save_onnx(head, file)
+    with pytest.raises(UserError, match="was made for embedding width 32"):
+        save_onnx(head, file, tiny_tower())
+
+
+def test_weights_beyond_one_file_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("heads.files.portable.ONNX_LIMIT", 100)
+    with pytest.raises(UserError, match="more than the 2 GiB that one ONNX file holds"):
+        save_onnx(build_head(HeadConfig(dim=8, layers=1)), tmp_path / "head.onnx")
+    assert not [*tmp_path.iterdir()]

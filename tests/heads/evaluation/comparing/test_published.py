@@ -88,6 +88,23 @@ def test_the_same_protocol_stands_beside_ours() -> None:
     assert count_note(kinetics, result()).endswith("published: unknown")
 
 
+def test_frames_are_those_that_reach_the_tower() -> None:
+    """A DiST head takes 16 frames of a view; publications call it by the 8 that CLIP sees."""
+    ours = result(
+        dataset="k400",
+        protocol="closeset",
+        protocol_name="k400-closeset-3x1",
+        prompt_set="name",
+        frames=16,
+        kind="dist",
+    )
+    (longer,) = comparable(ours)
+    assert longer.value == 84.4
+    (figure,) = comparable({**ours, "tower_frames": 8})
+    assert (figure.method, figure.value, figure.top5) == ("DiST", 83.6, 96.3)
+    assert nearest({**ours, "tower_frames": 8, "views": "1x1"})[0].figure.value == 83.6
+
+
 @pytest.mark.parametrize(
     ("changes", "phrase"),
     [
