@@ -127,13 +127,15 @@ def run_world(
                 progress=progress,
             )
         heads[head] = load_head(run_dir)
-    measured = []
-    for row in demo_rows(finetuned=False, methods=methods):
-        if method(row.head).pixels:
-            viewed = _looked_at(workspace, datasets, row.head, seed, stages)
-            measured.append(_measured(*viewed, row))
-        else:
-            measured.append(_measured(stores, heads[row.head], row))
+    viewed = {
+        name: _looked_at(workspace, datasets, name, seed, stages)
+        for name in methods
+        if method(name).pixels
+    }
+    measured = [
+        _measured(*(viewed.get(row.head) or (stores, heads[row.head])), row)
+        for row in demo_rows(finetuned=False, methods=methods)
+    ]
     if finetune_epochs:
         name = f"demo-finetuned-{seed}-{finetune_epochs}"
         run_dir = workspace.run_dir(name)
