@@ -34,11 +34,11 @@ from pipeline.tars.packing import pack
 PROMPTS: Final = "name"  # the demo's small CLIP learned from captions, not from prompt sentences
 SAMPLING: Final = parse_sampling("uniform:16")
 RECIPE = "demo"
-PIXEL_RECIPE = "dist-demo"
+PIXEL_RECIPE = "demo-dist"
 TRAINED: Final = ("transformer", "mote")
 """The methods that are trained if none are named; the last of them is fine-tuned."""
-CLIP_SHARE: Final = 0.5
-"""CLIP's share in the second row of a head that looks at pixels, as DiST publishes it."""
+ENSEMBLE: Final = 0.5
+"""The weight of CLIP in the second row of a head that looks at pixels, as DiST publishes it."""
 MEASURES: Final = ("closeset_top1", "zeroshot_top1", "harmonic_mean")
 
 
@@ -61,7 +61,7 @@ def demo_rows(finetuned: bool, methods: Sequence[str] = TRAINED) -> list[DemoRow
     rows = [DemoRow(MEAN_OF_FRAMES, False)]
     for name in methods:
         if method(name).pixels:
-            rows += [DemoRow(name, False), DemoRow(name, False, CLIP_SHARE)]
+            rows += [DemoRow(name, False), DemoRow(name, False, ENSEMBLE)]
         else:
             rows += [DemoRow(name, False), DemoRow(name, True)]
     if finetuned:
@@ -127,13 +127,15 @@ def run_world(
                 progress=progress,
             )
         heads[head] = load_head(run_dir)
-    measured = []
-    for row in demo_rows(finetuned=False, methods=methods):
-        if method(row.head).pixels:
-            viewed = _looked_at(workspace, datasets, row.head, seed, stages)
-            measured.append(_measured(*viewed, row))
-        else:
-            measured.append(_measured(stores, heads[row.head], row))
+    viewed = {
+        name: _looked_at(workspace, datasets, name, seed, stages)
+        for name in methods
+        if method(name).pixels
+    }
+    measured = [
+        _measured(*(viewed.get(row.head) or (stores, heads[row.head])), row)
+        for row in demo_rows(finetuned=False, methods=methods)
+    ]
     if finetune_epochs:
         name = f"demo-finetuned-{seed}-{finetune_epochs}"
         run_dir = workspace.run_dir(name)

@@ -85,7 +85,6 @@ def prepare_views(
     making = replace(making, style=None if style == USUAL_STYLE else style)
     path = _place(workspace, making, card)
     if (writer := writer_of(path)) is not None and not [*writer.pending()]:
-        log.info("features of the views of %s are there: %s", dataset, path.name)
         return path
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(

@@ -52,7 +52,7 @@ def finetune(
             metavar="NAME|FILE",
             help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo; "
             "for dist: dist, the default, dist-k400-vit-b16, dist-k400-vit-l14, dist-ssv2-vit-b16, "
-            "dist-ssv2-vit-l14, dist-demo) or from a TOML file; options on the command line "
+            "dist-ssv2-vit-l14, demo-dist) or from a TOML file; options on the command line "
             "override them.",
         ),
     ] = None,
