@@ -13,6 +13,7 @@ from featstore.progress import Stages, no_stages
 from featstore.workspace import Workspace
 from heads.files.head_cards import read_card
 from heads.methods.registry import MEAN_OF_FRAMES, method
+from pipeline.prompts import trained_prompt_set
 from pipeline.sampling import parse_sampling
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def prepare_views(
         encoders_dir=encoders,
         crops=crops,
         device=on,
-        prompt_sets=(card.origin.prompt_set,),
+        prompt_sets=(trained_prompt_set(card.origin.prompt_set, card.origin.prompt_templates),),
     )
     log.info("features of the videos of %s are made with head %s", dataset, run_dir.name)
     with stages("extract", "videos") as progress:
