@@ -16,7 +16,7 @@ import time
 import common
 import torch
 
-from featstore.files.machine import peak_rss_mb
+from featstore.files.machine import peak_rss_mb, return_large_blocks
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.pixel_model import PixelHeadModel, pixel_head_config, tower_precision
@@ -130,6 +130,7 @@ def measured(kind: str, batch: int, quick: bool, steps: int) -> dict[str, float]
 
 def main() -> None:
     if sys.argv[1:2] == ["--of"]:
+        return_large_blocks()  # as `finetune` does
         kind, (batch, quick, steps) = sys.argv[2], map(int, sys.argv[3:6])
         seconds = common.middle(KINDS[kind](batch, bool(quick), steps))
         print(json.dumps({"seconds": seconds, "mb": peak_rss_mb()}))

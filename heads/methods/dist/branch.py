@@ -15,6 +15,7 @@ Source: DiST (Qing et al., ICCV 2023); differences from the published code: docs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Final, cast
 
 import torch
@@ -83,10 +84,18 @@ def over_time(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     half = weight.shape[-1] // 2
     result = functional.linear(x, weight[..., half], bias)
     for shift in range(1, min(half, x.shape[1] - 1) + 1):
-        # Frame t also sees frames t + shift and t - shift.
-        result[:, :-shift] += functional.linear(x[:, shift:], weight[..., half + shift])
-        result[:, shift:] += functional.linear(x[:, :-shift], weight[..., half - shift])
+        # Frame t also sees frames t + shift and t - shift. A part of x is copied for the product,
+        # and the copy is not kept.
+        early, late = slice(None, -shift), slice(shift, None)
+        for to, part, tap in ((early, late, half + shift), (late, early, half - shift)):
+            flat = partial(_frames_of, part=part)
+            product = recomputed(flat, x, partial(functional.linear, weight=weight[..., tap]))
+            result[:, to] += product.view(result[:, to].shape)
     return result
+
+
+def _frames_of(x: Tensor, part: slice) -> Tensor:
+    return x[:, part].flatten(0, -2)
 
 
 def convolved(x: Tensor, convolution: nn.Module) -> Tensor:
