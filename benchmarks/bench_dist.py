@@ -16,11 +16,13 @@ import time
 import common
 import torch
 
-from featstore.files.machine import peak_rss_mb
+from featstore.files.machine import peak_rss_mb, return_large_blocks
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
 from heads.end_to_end import EndToEndModel
-from heads.methods.dist import DistModel, draw_mix, parameter_groups, training_step_parts
+from heads.end_to_end.pixel_model import PixelHeadModel, pixel_head_config, tower_precision
+from heads.methods.dist import DistModel
 from heads.methods.dist.config import DistConfig
+from heads.recipes import load_recipe
 from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import Encoder, load_encoder
 
@@ -66,18 +68,22 @@ def tower_step(batch: int, quick: bool, steps: int) -> list[float]:
 
 
 def dist_step(batch: int, quick: bool, steps: int) -> list[float]:
-    """Seconds of steps that train DiST, its tower in the precision that "auto" chooses."""
-    import numpy as np
-
-    encoder = loaded("auto", quick)
-    model = dist(encoder).train()
+    """Seconds of steps that train DiST as `finetune` does, its tower in the fast precision."""
+    encoder = loaded("fp32", quick)
+    training = load_recipe("dist-k400-vit-b16").finetune_config()
+    config = pixel_head_config(DistConfig(dim=encoder.dim), training, encoder.image_tower)
     clips, classes = data(encoder, batch, DENSE)
-    optimizer = torch.optim.AdamW(parameter_groups(model.branch), lr=3e-4, fused=True)
-    random, labels = np.random.RandomState(0), torch.arange(batch) % CLASSES
+    head = build_head(config, classes, generator=torch.Generator().manual_seed(0))
+    precision = tower_precision(training, encoder.dim, torch.device("cpu"))
+    parts = encoder.image_tower, head, torch.tensor(encoder.logit_scale).log()
+    model = PixelHeadModel(*parts, precision=precision).train()
+    optimizer = build_optimizer(model.head, model.tower_parameters(), training)
+    draws, labels = torch.Generator().manual_seed(1), torch.arange(batch) % CLASSES
 
     def step() -> None:
-        mix = draw_mix(random, *clips.shape[-2:])
-        training_step_parts(model, clips, labels, classes, mix).loss.backward()
+        draw = head.draw(draws)
+        weights = model.weights_of(training)
+        model.training_loss(clips, labels, classes, draw, **weights).total.backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
 
@@ -124,6 +130,7 @@ def measured(kind: str, batch: int, quick: bool, steps: int) -> dict[str, float]
 
 def main() -> None:
     if sys.argv[1:2] == ["--of"]:
+        return_large_blocks()  # as `finetune` does
         kind, (batch, quick, steps) = sys.argv[2], map(int, sys.argv[3:6])
         seconds = common.middle(KINDS[kind](batch, bool(quick), steps))
         print(json.dumps({"seconds": seconds, "mb": peak_rss_mb()}))

@@ -34,7 +34,16 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
         *("--label-field", "--multi-label", "--unlabelled", "--more-tars", "--exclude"),
     ),
     "Training": (
-        *("--name", "--recipe", "--train", "--epochs", "--warmup-epochs", "--patience", "--draws"),
+        *(
+            "--name",
+            "--recipe",
+            "--method",
+            "--train",
+            "--epochs",
+            "--warmup-epochs",
+            "--patience",
+            "--draws",
+        ),
         *("--validation", "--eval-split", "--evaluate-every", "--batch-size", "--accumulation"),
         *("--lr", "--weight-decay", "--layers", "--experts", "--seed", "--shots", "--draw-seed"),
         *("--class-sampling", "--class-weights", "--shrinkage"),

@@ -7,6 +7,8 @@ as used, but the system gives it back when memory is needed, so it counts as fre
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -18,6 +20,8 @@ from typing import Final
 _VERSION_2: Final = ("memory.max", "memory.current", "")
 _VERSION_1: Final = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 # Of /proc/cpuinfo: Intel's and AMD's names of the instructions, and Arm's.
+_MMAP_THRESHOLD: Final = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+_LARGE_BLOCK: Final = 4 << 20
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16"}
 
 
@@ -32,6 +36,17 @@ def peak_rss_mb() -> float:
     """The most memory this process has held so far, in megabytes of 10^6 bytes."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def return_large_blocks() -> None:
+    """Make the C library return blocks of 4 MB and more to the system when they are freed.
+
+    Else glibc raises its limit up to 32 MB as such blocks are freed, and keeps smaller ones in a
+    heap with holes: a training step of ViT-B/16 held a tenth more than it used, one of DiST beside
+    it a quarter. Other C libraries are left as they are.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BLOCK)
 
 
 def cpu_has_bf16(root: Path = Path("/")) -> bool:

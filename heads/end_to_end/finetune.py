@@ -19,7 +19,7 @@ import torch
 from featstore.errors import UserError, WorkError
 from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
-from featstore.files.machine import available_memory, peak_rss_mb
+from featstore.files.machine import available_memory, peak_rss_mb, return_large_blocks
 from featstore.progress import Outcome, ProgressSink, no_progress
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel, TrainingStep
@@ -134,6 +134,8 @@ def finetune(
     not fit or the run exists, WorkError when another process trains the run, the loss stops being a
     number, no video can be decoded, or another process of `ranks` is lost.
     """
+    if ranks.device.type == "cpu":
+        return_large_blocks()
     try:
         with ExitStack() as held, contact(ranks):
             with ranks.agreeing():

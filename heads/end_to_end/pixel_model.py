@@ -39,7 +39,7 @@ class PixelHeadModel(EndToEndModel):
 
     As `EndToEndModel`, but `train` must be "head", and the logit scale stays CLIP's. The tower's
     blocks run under inference mode in `precision`, everything else in float32: nothing of the tower
-    is kept for the backward pass.
+    is kept for the backward pass. `checkpointing` trades time for memory in the branch.
     """
 
     uses_autocast = False
@@ -51,14 +51,16 @@ class PixelHeadModel(EndToEndModel):
         head: Head,
         logit_scale: float | Tensor,
         *,
+        train: str = "head",
+        checkpointing: bool = False,
         precision: str = "fp32",
-        **more: Any,
     ) -> None:
-        super().__init__(image_tower, head, logit_scale, **more)
+        super().__init__(image_tower, head, logit_scale, train=train)
         self.logit_scale.requires_grad_(False)
         self.image_tower.to(PRECISIONS[precision])
         self.dist = DistModel(image_tower, cast(DistHead, head).branch, self.logit_scale)
         self.dist.logit_scale = self.logit_scale
+        self.dist.branch.checkpointing = checkpointing
         self.train(head.training)
 
     def encode(self, frames: Tensor) -> Tensor:

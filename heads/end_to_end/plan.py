@@ -157,6 +157,11 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         )
     chosen.require("trained end to end", chosen.end_to_end)
     prompt_set = _prompt_set(request, begun, chosen.prompts or DEFAULT_PROMPTS)
+    if chosen.pixels and not prompt_set.templates:
+        raise UserError(
+            f"prompt set {prompt_set.name} has sentences of its own for every class, which "
+            f"evaluations of {chosen.title} cannot take: use --prompts name or a template file"
+        )
     # The text tower is the same on all processes, but its output may differ in the last bit.
     classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()
     if begun is None:

@@ -18,6 +18,7 @@ from featstore.reading.repair import beside
 from featstore.workspace import Workspace
 from heads.files.head_cards import HeadCard, read_card
 from heads.methods.registry import MEAN_OF_FRAMES, method
+from pipeline.prompts import trained_prompt_set
 from pipeline.sampling import parse_sampling
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def prepare_views(
         encoders_dir=encoders,
         crops=crops,
         device=on,
-        prompt_sets=(card.origin.prompt_set,),
+        prompt_sets=(trained_prompt_set(card.origin.prompt_set, card.origin.prompt_templates),),
     )
     log.info("features of the videos of %s are made with head %s", dataset, card.name)
     cut: Any = style or USUAL_STYLE

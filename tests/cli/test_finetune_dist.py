@@ -20,7 +20,7 @@ from heads.recipes import load_recipe, recipe_names
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, command_starter
 from tests.support.worlds.dist_training import small_recipe, train_dist
-from tests.support.worlds.tiny_world import make_encoder
+from tests.support.worlds.tiny_world import WORDS, make_encoder
 from tests.support.worlds.tuning import TIMES, difference, finetune, start_ranks, tuning_workspace
 
 
@@ -246,6 +246,19 @@ def test_runs_of_another_method_and_other_classes(
     )
     assert "the head was trained on 6 classes that are not the 2 of other" in said
     assert not (root / "heads/x").exists()
+
+
+def test_sentences_of_ones_own(root: Path, recipe: Path, tmp_path: Path) -> None:
+    """Evaluation takes those that any class can have."""
+    (tmp_path / "mine.txt").write_text("a video of {}\n")
+    summary = done(
+        *train_dist(root, recipe, "d", "--epochs", "1", "--prompts", tmp_path / "mine.txt")
+    )
+    assert done(*shlex.split(summary["next"])[1:])["n_evaluated"] == 6
+    words = json.dumps({name: [f"somebody does {name}"] for name in WORDS})
+    (tmp_path / "own.json").write_text(words)
+    said = refused(2, *train_dist(root, recipe, "e", "--prompts", tmp_path / "own.json"))
+    assert "has sentences of its own for every class" in said
 
 
 def test_a_newcomer_reads_it_at_80_columns(root: Path, recipe: Path) -> None:

@@ -14,13 +14,15 @@ Source: DiST (Qing et al., ICCV 2023); differences from the published code: docs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Final, cast
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from heads.methods.dist.config import DistConfig
 
@@ -51,6 +53,29 @@ def quick_gelu(x: Tensor) -> Tensor:
     return torch.sigmoid(1.702 * x).mul_(x)
 
 
+def recomputed(
+    cheap: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return use(cheap(x)) and keep x in place of cheap(x), which the backward pass computes again.
+
+    `cheap` takes little time, such as a norm: the values are the same, and the memory is not held.
+    """
+    made = cheap(x)
+    own, given = made.untyped_storage().data_ptr(), x.detach() if x.requires_grad else x
+
+    def pack(value: Tensor) -> Tensor | torch.Size:
+        return value.shape if value.untyped_storage().data_ptr() == own else value
+
+    def unpack(held: Tensor | torch.Size) -> Tensor:
+        if isinstance(held, Tensor):
+            return held
+        with torch.no_grad():
+            return cheap(given).reshape(held)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        return use(made)
+
+
 def over_time(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve along axis 1: `x` [B,T,...,in], `weight` [out,in,k], `bias` [out] -> [B,T,...,out].
 
@@ -59,10 +84,18 @@ def over_time(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     half = weight.shape[-1] // 2
     result = functional.linear(x, weight[..., half], bias)
     for shift in range(1, min(half, x.shape[1] - 1) + 1):
-        # Frame t also sees frames t + shift and t - shift.
-        result[:, :-shift] += functional.linear(x[:, shift:], weight[..., half + shift])
-        result[:, shift:] += functional.linear(x[:, :-shift], weight[..., half - shift])
+        # Frame t also sees frames t + shift and t - shift. A part of x is copied for the product,
+        # and the copy is not kept.
+        early, late = slice(None, -shift), slice(shift, None)
+        for to, part, tap in ((early, late, half + shift), (late, early, half - shift)):
+            flat = partial(_frames_of, part=part)
+            product = recomputed(flat, x, partial(functional.linear, weight=weight[..., tap]))
+            result[:, to] += product.view(result[:, to].shape)
     return result
+
+
+def _frames_of(x: Tensor, part: slice) -> Tensor:
+    return x[:, part].flatten(0, -2)
 
 
 def convolved(x: Tensor, convolution: nn.Module) -> Tensor:
@@ -146,10 +179,9 @@ class FeedForward(nn.Module):
         self.c_fc = nn.Linear(width, hidden)
         self.c_proj = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x` [...,width], of the same shape as the result."""
-        found: Tensor = self.c_proj(quick_gelu(self.c_fc(x)))
-        return found
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """`x` [...,width], of the same shape as the result; `norm` comes first."""
+        return recomputed(quick_gelu, recomputed(norm, x, self.c_fc), self.c_proj)
 
 
 class TemporalFeedForward(nn.Module):
@@ -163,10 +195,11 @@ class TemporalFeedForward(nn.Module):
         self.c_fc2 = nn.Conv3d(hidden, hidden, (k, 1, 1), padding=(k // 2, 0, 0))
         self.c_proj = nn.Conv3d(hidden, wide, 1)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`tokens` [B,T,M,Di], of the same shape as the result."""
-        hidden = convolved(convolved(tokens, self.c_fc1), self.c_fc2)
-        return convolved(quick_gelu(hidden), self.c_proj)
+    def forward(self, tokens: Tensor, norm: nn.Module) -> Tensor:
+        """`tokens` [B,T,M,Di], of the same shape as the result; `norm` comes first."""
+        narrow = recomputed(norm, tokens, lambda x: convolved(x, self.c_fc1))
+        hidden = convolved(narrow, self.c_fc2)
+        return recomputed(quick_gelu, hidden, lambda x: convolved(x, self.c_proj))
 
 
 class IntegrationBlock(nn.Module):
@@ -181,7 +214,7 @@ class IntegrationBlock(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens` [B,T,M,Di], of the same shape as the result; there is no skip."""
-        found: Tensor = self.ffn(self.ln(tokens)) + self.temporal_ffn(self.ln_temporal(tokens))
+        found: Tensor = self.ffn(tokens, self.ln) + self.temporal_ffn(tokens, self.ln_temporal)
         return found
 
 
@@ -250,15 +283,21 @@ class PoolingBlock(nn.Module):
     def forward(self, spatial: Tensor, temporal: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B*T,1,Di] and [B,1,Di], `tokens` [B*T,M,Di] -> both queries."""
         spatial = self.spatial_transformer(spatial, tokens)
-        spatial = spatial + self.output_map_spatial_cls_token(self.ln_out_spat_cls_token(spatial))
+        spatial = spatial + self.output_map_spatial_cls_token(spatial, self.ln_out_spat_cls_token)
         frames = rearrange(spatial, "(b t) 1 c -> b t c", b=temporal.shape[0])
         temporal = self.temporal_transformer(temporal, frames + self.positional_embedding)
-        temporal = temporal + self.output_map_cls_token(self.ln_out_temp_cls_token(temporal))
+        temporal = temporal + self.output_map_cls_token(temporal, self.ln_out_temp_cls_token)
         return spatial, temporal
 
 
 class DistBranch(nn.Module):
-    """Everything that DiST trains; `config` has all sizes set (`DistConfig.for_backbone`)."""
+    """Everything that DiST trains; `config` has all sizes set (`DistConfig.for_backbone`).
+
+    With `checkpointing`, a layer keeps its inputs alone and computes itself again in the backward
+    pass: less memory, the same values.
+    """
+
+    checkpointing = False
 
     def __init__(self, config: DistConfig) -> None:
         super().__init__()
@@ -300,27 +339,38 @@ class DistBranch(nn.Module):
         """Return video features [B,E], not normalised.
 
         `frames` [B,T',3,S,S] are preprocessed; `tokens` yields [B*T,M,d] of each selected block, in
-        order: what the block gives out after both residuals, of frames 0, a, 2a, ... The branch
-        takes them one by one, so that a generator need not keep them all.
+        order: what the block gives out after both residuals, of frames 0, a, 2a, ..., in any
+        floating type. The branch takes them one by one, so that a generator need not keep them all.
         """
         clips = frames.shape[0]  # `len` would fix it in an exported graph
+        dtype = self.proj.dtype
+
+        def copied(values: Tensor) -> Tensor:
+            return values.to(dtype, copy=True)  # outside inference mode, for a backward pass
+
         x = self.stem(frames)
         carried: Tensor | None = None
         seen = joined = frames
         for layer, seen in enumerate(tokens):  # noqa: B007  # the last one is used below
-            x = self.temporal_nets[layer](x)
-            mapped = rearrange(self.input_linears[layer](seen), "(b t) m c -> b t m c", b=clips)
+            x = self._computed(self.temporal_nets[layer], x)
+            mapped = recomputed(copied, seen, self.input_linears[layer])
+            mapped = rearrange(mapped, "(b t) m c -> b t m c", b=clips)
             mapped = mapped if carried is None else mapped + carried
             # Both sides read what the other was before the exchange.
             joined = mapped + self.temporal2integration_nets[layer](x)
             if layer + 1 < len(self.temporal_nets):
                 x = x + self.integration2temporal_nets[layer](mapped)
-            carried = self.integration_nets[layer](joined)
+            carried = self._computed(self.integration_nets[layer], joined)
         assert carried is not None
         pooled = self.pooled(carried + joined)
-        cls = rearrange(seen[:, 0], "(b t) c -> b t c", b=clips).mean(1)
+        cls = rearrange(copied(seen[:, 0]), "(b t) c -> b t c", b=clips).mean(1)
         found: Tensor = self.ln_post(pooled + self.proj_spatial_cls_token(cls)) @ self.proj
         return found
+
+    def _computed(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(block, x, use_reentrant=False))
+        return cast(Tensor, block(x))
 
     def stem(self, frames: Tensor) -> Tensor:
         """Return the temporal encoder's first map of `frames` [B,T',3,S,S], [B,T',G,G,Dt]."""

@@ -128,7 +128,7 @@ class DistModel(nn.Module):
         return found
 
     def _selected(self, tokens: Tensor, last: list[Tensor] | None = None) -> Iterator[Tensor]:
-        """Yield the tokens [B*T,M,d] of each selected block in the branch's type.
+        """Yield the tokens [B*T,M,d] of each selected block in the tower's type.
 
         With a list `last`, all blocks run and the last one's tokens are put into it; without one,
         blocks after the last selected one do not run.
@@ -138,8 +138,7 @@ class DistModel(nn.Module):
             with _without_gradient():
                 tokens = block(tokens)
             if number in wanted:
-                # A copy outside inference mode, which a backward pass may keep.
-                yield tokens.to(self.branch.proj.dtype, copy=True)
+                yield tokens
         if last is not None:
             last.append(tokens)
 

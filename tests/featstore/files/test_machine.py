@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,38 @@ def test_a_system_that_does_not_tell_has_none(tmp_path: Path) -> None:
 def test_encoder_and_heads_ask_the_same() -> None:
     assert vars(clip_encoder)["cpu_has_bf16"] is cpu_has_bf16
     assert vars(arithmetic)["cpu_has_bf16"] is cpu_has_bf16
+
+
+HOLES = """
+import ctypes, mmap
+from featstore.files.machine import return_large_blocks
+if {asked}:
+    return_large_blocks()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+def block(size):
+    found = libc.malloc(size)
+    ctypes.memset(found, 1, size)
+    return found
+libc.free(block(31 << 20))  # raises the limit, where it may rise
+before = held()
+blocks = [block(8 << 20) for _ in range(10)]
+for freed in blocks[:-1]:
+    libc.free(freed)
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_blocks_go_back_to_the_system() -> None:
+    """Although a later block is still held."""
+    left = [
+        int(subprocess.check_output([sys.executable, "-c", HOLES.format(asked=asked)]))
+        for asked in (False, True)
+    ]
+    assert left[0] > 9 * 2**23
+    assert left[1] < 2 * 2**23

@@ -210,6 +210,25 @@ def test_resuming_inside_an_epoch_changes_no_bit(tmp_path: Path) -> None:
     assert whole.position.sums == second.position.sums
 
 
+def test_checkpointing_keeps_less_and_changes_no_bit() -> None:
+    batch, found = clip_batch(0), []
+    for on in (False, True):
+        tower = tiny_tower()
+        head = build_head(
+            pixel_head_config(BRANCH, CONFIG, tower),
+            class_embeddings(),
+            generator=torch.Generator().manual_seed(2),
+        )
+        model = PixelHeadModel(tower, head, 100.0, checkpointing=on).train()
+        model.training_loss(batch.frames, batch.labels, class_embeddings(), 1).total.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((model.kept_bytes(), gradients))
+    (kept, plain), (less, again) = found
+    assert less < 0.75 * kept
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in plain.items())
+
+
 def test_no_pooling_blocks_leave_most_weights_without_a_gradient() -> None:
     model, batch = pixel_model(pooling_layers=0).train(), clip_batch(0)
     model.training_loss(batch.frames, batch.labels, class_embeddings(), 0).total.backward()
