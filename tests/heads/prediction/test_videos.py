@@ -88,6 +88,9 @@ def test_what_names_no_video_is_listed_and_stops_nothing() -> None:
         strict=True,
     ):
         assert part in told
+    os.mkfifo("in/pipe.mp4")  # nobody will ever write into it
+    inside = {video.path: video.problem for video in find_videos(["in"])}
+    assert inside == {**dict.fromkeys(inside, ""), "in/pipe.mp4": "is no file and no folder"}
     with pytest.raises(UserError, match=r"^no.mp4 does not exist, and 1 more name no video"):
         find_videos(("no.mp4", "empty"))
     with pytest.raises(UserError, match="no video is named"):
