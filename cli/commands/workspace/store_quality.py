@@ -9,7 +9,7 @@ import typer
 
 from cli import options
 from cli.output import Shown, progress_of, report, table
-from featstore.commands import command
+from featstore.commands import command, workspace_of
 from featstore.errors import UserError, safe_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ StorePart = Annotated[
     str,
     typer.Argument(
         metavar="STORE[:SPLIT]",
-        help="Path of a store, or its name under features/; with :SPLIT only this split.",
+        help="Path of a store, or its name (STORE or DATASET/STORE); with :SPLIT only this split.",
     ),
 ]
 OutFolder = Annotated[
@@ -30,7 +30,8 @@ OutFolder = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        help="Folder for the lists and the picture; default: quality/STORE of the workspace.",
+        help="Folder for the lists and the picture; default: quality/DATASET/STORE of the "
+        "workspace.",
     ),
 ]
 Picture = Annotated[
@@ -59,7 +60,7 @@ def duplicates(
 
     with progress_of("compare", "videos") as progress:
         found = find_duplicates(part, progress=progress)
-    _report_copies(found, _folder(root, out, part), picture, root, json)
+    _report_copies(found, _folder(root, out, part), picture, json)
 
 
 def leaks(
@@ -81,7 +82,7 @@ def leaks(
 
     with progress_of("compare", "videos") as progress:
         found = find_leaks(first, second, progress=progress)
-    _report_copies(found, _folder(root, out, first), picture, root, json)
+    _report_copies(found, _folder(root, out, first), picture, json)
 
 
 def suspects(
@@ -109,18 +110,19 @@ def suspects(
         [s.key, s.class_name or "-", s.looks_like or "-", s.problem, f"{s.score:.2f}"]
         for s in [s for s in found.ranked if s.problem][:SHOWN]
     ]
+    following = _next(part, files["list"], found.excluded)
     report(
         json,
-        {**found.to_json(), "files": {name: str(file) for name, file in files.items()}},
+        {**found.to_json(), "files": {n: str(file) for n, file in files.items()}, **following},
         [
             {"videos": found.words, "suspects": found.counts},
             *_table(lines, ["most suspicious", "class", "looks like", "why", "score"]),
-            {**_files(files), **_next(part, files["list"], found.excluded, root)},
+            {**_files(files), **following},
         ],
     )
 
 
-def _report_copies(found: Copies, folder: Path, picture: bool, root: Path, json: bool) -> None:
+def _report_copies(found: Copies, folder: Path, picture: bool, json: bool) -> None:
     files = found.save(folder, picture)
     lines: list[str] = []
     for number, group in enumerate(found.groups[:SHOWN], start=1):
@@ -128,10 +130,10 @@ def _report_copies(found: Copies, folder: Path, picture: bool, root: Path, json:
         lines += [f"  {safe_text(line)}" for line in group.lines]
     if len(found.groups) > SHOWN:
         lines.append(f"and {len(found.groups) - SHOWN} more groups in {files['list']}")
-    following = _next(found.parts[0], files["list"], found.excluded, root)
+    following = _next(found.parts[0], files["list"], found.excluded)
     report(
         json,
-        {**found.to_json(), "files": {name: str(file) for name, file in files.items()}},
+        {**found.to_json(), "files": {n: str(file) for n, file in files.items()}, **following},
         [{"videos": found.words, "found": found.counts}, *lines, {**_files(files), **following}],
     )
 
@@ -144,7 +146,7 @@ def _files(files: dict[str, Path]) -> dict[str, Any]:
     return {name: file for name, file in files.items() if name != "json"}
 
 
-def _next(part: Part, listed: Path, excluded: int, root: Path) -> dict[str, str]:
+def _next(part: Part, listed: Path, excluded: int) -> dict[str, str]:
     """Return the command that trains without what was found; nothing if there is none."""
     from heads.evaluation.next_steps import after_rewriting
 
@@ -155,7 +157,10 @@ def _next(part: Part, listed: Path, excluded: int, root: Path) -> dict[str, str]
 
 
 def _folder(root: Path, out: Path | None, part: Part) -> Path:
-    folder = out or options.workspace(root).root / "quality" / part.store.path.stem
+    path = part.store.path
+    # Stores of several data sets have the same name: only with the data set's it is their own.
+    dataset = path.absolute().parent.name if workspace_of(path) else ""
+    folder = out or options.workspace(root).root / "quality" / dataset / path.stem
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file: name a folder, also a new one")
     return folder
