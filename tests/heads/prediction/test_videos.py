@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from featstore.errors import UserError
+from heads.prediction.request import PredictionRequest
 from heads.prediction.videos import find_videos
 
 
@@ -153,6 +155,13 @@ def test_a_list_that_cannot_be_read(content: str, words: str, folder: Path) -> N
         find_videos((), ("list",))
     with pytest.raises(UserError, match="cannot be read"):
         find_videos((), ("no list",))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("seconds", [math.inf, math.nan, 0.0, -1.0])
+def test_a_window_has_a_length(seconds: float) -> None:
+    with pytest.raises(UserError, match="is no length: name its seconds"):
+        PredictionRequest(find_videos(["a.mp4"]), window=seconds)
 
 
 def test_predictions_are_a_list_of_videos(folder: Path) -> None:
