@@ -63,6 +63,8 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
 }
 """The panel of an option in the help of a command with many options."""
 
+_BRACED = re.compile(r"\{([^{}|]+)\}")  # a needed argument; braces are left to choices
+
 FEW_OPTIONS = 12  # a command with no more has one panel
 
 ELSEWHERE: Final[Mapping[str, tuple[str, Sequence[str]]]] = {
@@ -98,7 +100,9 @@ class CommandGroup(TyperGroup):
 def print_help(command: Any, ctx: Any) -> None:
     """Print what a command does, its options, and its own commands if it has some."""
     console = Console(highlight=False)
-    console.print(Text(f"\n{command.get_usage(ctx)}\n"))
+    usage = command.get_usage(ctx).replace(" []...", "")  # a hidden argument has no name
+    usage = _BRACED.sub(r"\1", usage).replace("......", "...")
+    console.print(Text(f"\n{usage}\n"))
     for paragraph in str(command.help or "").split("\n\n"):
         console.print(_plain(" ".join(paragraph.split()) + "\n"))
     page, rare = ELSEWHERE.get(str(command.name), ("", ()))

@@ -215,21 +215,24 @@ def workspace(root: Path) -> Workspace:
 
 
 def store_path(root: Path, text: str) -> Path:
-    """Return the path of the store `text`: a path, or a name under features/ of the workspace.
+    """Return the path of the store `text`: a path, or STORE or DATASET/STORE of the workspace.
 
     Raises UserError if no store or several stores have that name.
     """
     given = Path(text)
     # If a replacement of the folder was killed half way, opening it puts the folder back.
     previous = given.with_name(f"{given.name}.previous") if given.name else given
-    if "/" in text or given.exists() or previous.exists():
+    if given.exists() or previous.exists():
         return given
     features = workspace(root).root / "features"
     stores = sorted(features.glob(f"*/*{STORE_SUFFIX}"))
-    found = [path for path in stores if path.name in (text, text + STORE_SUFFIX)]
+    name = text.removesuffix(STORE_SUFFIX)
+    found = [p for p in stores if name in (p.stem, f"{p.parent.name}/{p.stem}")]
     if len(found) > 1:
-        places = ", ".join(map(str, found))
-        raise UserError(f"the name {text!r} fits {len(found)} stores ({places}): give a path")
+        places = " or ".join(f"{path.parent.name}/{path.stem}" for path in found)
+        raise UserError(f"the name {text!r} fits {len(found)} stores: name {places}")
+    if not found and "/" in text:
+        return given
     if not found:
         known = ", ".join(path.name for path in stores) or "none"
         near = meant(text.removesuffix(STORE_SUFFIX), (path.stem for path in stores))

@@ -181,7 +181,9 @@ def window_bounds(num_frames: int, fps: float, seconds: float) -> tuple[int, ...
 
 def parse_sampling(text: str) -> Sampling:
     """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError that shows the syntax."""
-    match = re.fullmatch(r"(uniform|clips|dense|dist):([0-9]{1,6})(?:x([0-9]{1,6}))?", text.strip())
+    match = re.fullmatch(
+        r"(uniform|clips|dense|dist):([0-9]{1,18})(?:x([0-9]{1,18}))?", text.strip()
+    )
     if match is None or (match[1] == "uniform") != (match[3] is None):
         near = meant(text.partition(":")[0], get_args(Kind))
         raise UserError(f"sampling {text!r} is not understood: {near}write {SYNTAX}")

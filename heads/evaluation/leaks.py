@@ -78,10 +78,8 @@ def require_no_leak(
         f"({', '.join(keys)}{more})"
     )
     if not allow:
-        raise UserError(
-            f"{what}: name a split without them with --split, or pass --allow-overlap to measure "
-            "anyway"
-        )
+        others = "name a split without them with --split" if store.split_names else "test others"
+        raise UserError(f"{what}: {others}, or pass --allow-overlap to measure anyway")
     log.warning("%s", what)
     return len(found)
 

@@ -7,9 +7,11 @@ No torch is loaded, because a finished extraction is recognised without it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from featstore.commands import DEFAULT_ENCODER, Extraction, command, workspace_of
 from featstore.errors import UserError, WorkError
@@ -26,25 +28,37 @@ from heads.files.head_cards import HeadCard, cards, newest_card, read_card
 from heads.methods.registry import MEAN_OF_FRAMES, method
 from pipeline.annotations.known_sets import known_dataset
 
+_DEMO: Final = re.compile(r"demo-(clip|(known|new|finetuned)-[0-9-]+)")
+"""The names of the data sets and encoders that `mote-cli demo` makes (`heads/demo.py`)."""
+
 
 def first_extraction(workspace: Workspace, dataset: str) -> Extraction:
     """Return the extraction to begin with: for the newest head, else as the newest store.
 
     A workspace that has neither has the encoder that was put into it last, or the default one.
-    Heads that look at pixels need no extraction.
+    What the demo left counts for its own videos only: its CLIP knows nothing else. Heads that look
+    at pixels need no extraction.
     """
-    card = next((card for card in cards(workspace) if not _looks_at_pixels(card)), None)
+    own = None if _DEMO.fullmatch(dataset) else _DEMO.fullmatch
+    found = (
+        card
+        for card in cards(workspace)
+        if not _looks_at_pixels(card) and not (own and own(card.origin.dataset or ""))
+    )
+    card = next(found, None)
     if card is not None and _is_there(workspace, card.origin.encoder):
         known, names = _packed(workspace, dataset)
         other = set(card.origin.class_names or ()) != set(names)
         protocol = usual_protocol("zeroshot", dataset, split_names=known) if other else None
         return extraction_for(dataset, card.origin, protocol=protocol)
     for _, metadata in _newest_stores(workspace):
-        usable = not metadata.provenance.of_views
-        if usable and _is_there(workspace, metadata.provenance.encoder):
+        made_of = metadata.provenance
+        usable = not made_of.of_views and not (own and own(made_of.dataset))
+        if usable and _is_there(workspace, made_of.encoder):
             made = extraction_of(metadata.provenance)
             return replace(made, dataset=dataset, split=None, tier=None)
     held = [path for path in (workspace.root / "encoders").glob("[!.]*") if path.is_dir()]
+    held = [path for path in held if not (own and own(path.name))]
     newest = max(held, key=lambda path: path.stat().st_mtime_ns, default=None)
     return Extraction(dataset, DEFAULT_ENCODER if newest is None else newest.name)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from featstore.errors import UserError
 from heads.prediction.answers import form_of
 from heads.prediction.classes import NamedClasses
 from heads.prediction.videos import NamedVideo
@@ -17,7 +19,8 @@ class PredictionRequest:
 
     What is None comes from the head. `window` are the seconds that each prediction of a longer
     video looks at; None: one prediction of the whole video. `out` is a file that answers are added
-    to, in the `form` "csv" or "jsonl", or as its name says. Raises UserError for another one.
+    to, in the `form` "csv" or "jsonl", or as its name says. Raises UserError for another form or a
+    window that is no length.
     """
 
     videos: Sequence[NamedVideo]
@@ -36,5 +39,10 @@ class PredictionRequest:
     form: str | None = None
 
     def __post_init__(self) -> None:
+        if self.window is not None and not 0 < self.window < math.inf:
+            raise UserError(
+                f"--window {self.window:g} is no length: name its seconds, or leave it out to look "
+                "at the whole video at once"
+            )
         if self.out is not None:
             form_of(self.out, self.form)

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 STDIN: Final = "-"
 LIST_LIMIT: Final = 2**28  # bytes; a million paths of 200 bytes are 200 MB
 _PATH_COLUMNS: Final = frozenset(TABLES["columns"]["path"])
+_NO_FILE: Final = "is no file and no folder"
 _NAMED: Final = 3  # the most names that a message shows
 
 
@@ -95,7 +96,7 @@ class _Finder:
             elif path.is_file():
                 self._add_file(path)
             elif path.exists():
-                self._refuse(word, "is no file and no folder")
+                self._refuse(word, _NO_FILE)
             elif glob.has_magic(word):
                 self._add_matches(word)
             else:
@@ -118,6 +119,9 @@ class _Finder:
         real = os.path.join(os.path.realpath(path.parent), path.name)
         if real in self._seen:
             self.again.append(str(path))
+            return
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            self._refuse(str(path), _NO_FILE)
             return
         self._seen.add(real)
         self.named.append(NamedVideo(str(path)))

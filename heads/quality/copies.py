@@ -110,7 +110,10 @@ class CopyGroup:
     @property
     def words(self) -> str:
         """One line: how many videos, and what is wrong with that."""
-        said = f"{len(self.videos)} videos, {self.pairs[0].evidence}"
+        first = self.pairs[0]
+        alike = {v for p in self.pairs if p.kind == first.kind for v in (p.first, p.second)}
+        some = len(alike) < len(self.videos)  # the others are copies of another kind
+        said = f"{len(self.videos)} videos, " + f"{len(alike)} of them " * some + first.evidence
         said += ", DIFFERENT CLASSES" * self.across_classes
         return said + ", different splits" * self.across_splits
 

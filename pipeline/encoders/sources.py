@@ -419,7 +419,8 @@ def _weights_of(spec: str, pretrained: Mapping[str, Any]) -> str:
         return cached
     remedy = (
         "fetch it on a connected machine and copy the cache, or pass --encoder FOLDER with a model "
-        "in open_clip's format"
+        "in open_clip's format; to try the steps without any, "
+        f"`{command('demo')}` makes a small CLIP of its own"
     )
     if hub_name and not hub_reachable():
         raise WorkError(

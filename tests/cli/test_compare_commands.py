@@ -101,6 +101,11 @@ def test_what_compare_refuses(tmp_path: Path, own: World) -> None:
     assert "two results, or one with --published" in refused(2, "compare", file)
     error = refused(2, "compare", file, "nothing", "--root", own.root)
     assert "neither a result file nor a run with results (runs with results: none)" in error
+    head = own.root / "heads/unseen"  # it has a head, and nothing was measured with it
+    head.mkdir(parents=True)
+    (head / "head.safetensors").write_bytes(b"weights")
+    error = refused(2, "compare", file, "unseen", "--root", own.root)
+    assert error.startswith("error: head unseen has no result yet: make one with `mote-cli ")
     assert "is not a result" in refused(2, "compare", file, own.store / "zarr.json")
 
 

@@ -37,6 +37,9 @@ def test_help_fits_80_columns_with_its_example_whole(words: tuple[str, ...]) -> 
     lines = mote(*words, "--help", width=80).out.splitlines()
     assert max(map(len, lines)) <= 80
     assert f"Usage: mote-cli {' '.join(words)}".strip() in lines[1]
+    assert "[]" not in lines[1]
+    braced = lines[1].partition("{")[2].partition("}")[0]
+    assert not braced or "|" in braced  # only choices are in braces
     if words:
         (example,) = (p for p in command_of(words).help.split("\n\n") if "Example: " in p)
         assert example.replace("`", "").strip() in lines

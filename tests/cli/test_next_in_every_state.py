@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from featstore import Workspace
+from heads.evaluation import next_steps
+from heads.evaluation.next_steps import first_extraction
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.worlds.foreign_tars import labelled_tars
 from tests.support.worlds.tiny_world import (
@@ -103,6 +108,35 @@ def test_own_folders(root: Path, tmp_path: Path, state: str) -> None:
         assert taken == wanted
     if "train-head" in taken and ("test" in state or "classes" in state):
         assert "eval" in taken
+
+
+def test_what_the_demo_left_is_no_example_for_own_videos(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = Workspace(root)
+    tiny = first_extraction(workspace, "own")
+    assert tiny.encoder == "tiny"
+    for number, name in enumerate(("demo-finetuned-0-2", "demo-clip"), start=1):
+        shutil.copytree(root / "encoders/tiny", root / "encoders" / name)
+        os.utime(root / "encoders" / name, (2**31, 2**31 + number))
+    assert first_extraction(workspace, "demo-new-1").encoder == "demo-clip"
+    assert first_extraction(workspace, "own") == tiny
+    origin = SimpleNamespace(
+        dataset="demo-known-0", encoder="demo-clip", sampling="uniform:16", crops=1, frames=8,
+        prompt_set="name", class_names=None,
+    )  # fmt: skip
+    monkeypatch.setattr(next_steps, "cards", lambda _: [SimpleNamespace(origin=origin)])
+    assert first_extraction(workspace, "demo-new-1").prompts == "name"
+    assert first_extraction(workspace, "own") == tiny
+    origin.dataset = "clips"  # own videos, with the demo's encoder by choice
+    assert first_extraction(workspace, "own").encoder == "demo-clip"
+
+
+def test_packing_without_splits_says_what_a_test_needs(root: Path, tmp_path: Path) -> None:
+    shown = mote("pack", "--dataset", "own", "--videos", videos(tmp_path / "v", *FIVE))
+    assert "eval --closeset" in shown.out
+    parts = videos(tmp_path / "w", *FIVE, splits=("train", "val"))
+    assert "eval --closeset" not in mote("pack", "--dataset", "two", "--videos", parts).out
 
 
 def test_videos_without_labels(root: Path, tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ def test_doctor_ends_with_what_to_do_next(root: Path) -> None:
     assert len(done("doctor", "--root", root)["next"]) == 3
 
 
+def test_what_an_encoder_does_not_say_is_a_dash(root: Path) -> None:
+    shown = mote("inspect", root / "encoders/tiny")
+    assert any(line.split() == ["architecture", "-"] for line in shown.out.splitlines())
+
+
 def test_inspect_takes_a_root_a_folder_or_a_name(root: Path) -> None:
     place = ("--root", root)
     assert done("inspect", root) == done("status", *place)

@@ -278,7 +278,9 @@ def test_a_store_is_found_by_name_or_path(own: World, tmp_path: Path) -> None:
     done("store", "export", own.store.name, *out)
     shutil.copytree(own.store, own.root / "features" / "other" / own.store.name)
     error = refused(2, "store", "export", own.store.name, *out)
-    assert "fits 2 stores" in error
+    assert f"fits 2 stores: name clips/{own.store.stem} or other/{own.store.stem}" in error
+    for name in (f"other/{own.store.name}", f"clips/{own.store.stem}"):  # as `status` shows it
+        done("store", "export", name, *out[:3], tmp_path / name.replace("/", "-"), *out[4:])
     assert "exists already" in refused(2, "store", "export", own.store, *out)
 
 

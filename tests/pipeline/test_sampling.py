@@ -108,7 +108,8 @@ def test_a_wrong_option_names_the_syntax(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["uniform:0", "clips:8x0", "clips:4096x2", "dense:8x1", "dense:129x2"]
+    "text",
+    ["uniform:0", "clips:8x0", "clips:4096x2", "uniform:100000000", "dense:8x1", "dense:129x2"],
 )
 def test_an_option_out_of_range_says_so(text: str) -> None:
     with pytest.raises(UserError, match=f"sampling '{text}'"):

@@ -182,6 +182,9 @@ def pack(
     facts = {}
     if summary.left_out.line:
         facts["left out"] = summary.left_out.line
+    if summary.classes and workspace.packed_splits(summary.dataset) == {}:
+        facts["splits"] = "none: to test a head with eval --closeset, sort the videos into train/ "
+        facts["splits"] += "and val/ before packing"
     if summary.excluded is not None:
         facts["excluded"] = summary.excluded.words
     if same.groups:

@@ -50,7 +50,7 @@ def _short(name: str, value: Any) -> Any:
         return ", ".join(map(str, value[:10] + more)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_in_words(entry)}" for name, entry in value.items()) or "none"
-    return value
+    return "-" if value is None else value
 
 
 def _in_words(value: Any) -> Any:

@@ -25,7 +25,8 @@ app = typer.Typer(
 
 # Options of several of these commands; those that other commands share are in `cli.options`.
 StorePath = Annotated[
-    str, typer.Argument(metavar="STORE", help="Path of a store, or its name under features/.")
+    str,
+    typer.Argument(metavar="STORE", help="Path of a store, or its name (STORE or DATASET/STORE)."),
 ]
 OutStore = Annotated[
     Path,

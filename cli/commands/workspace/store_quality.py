@@ -9,7 +9,7 @@ import typer
 
 from cli import options
 from cli.output import Shown, progress_of, report, table
-from featstore.commands import command
+from featstore.commands import command, workspace_of
 from featstore.errors import UserError, safe_text
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ StorePart = Annotated[
     str,
     typer.Argument(
         metavar="STORE[:SPLIT]",
-        help="Path of a store, or its name under features/; with :SPLIT only this split.",
+        help="Path of a store, or its name (STORE or DATASET/STORE); with :SPLIT only this split.",
     ),
 ]
 OutFolder = Annotated[
@@ -30,7 +30,8 @@ OutFolder = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        help="Folder for the lists and the picture; default: quality/STORE of the workspace.",
+        help="Folder for the lists and the picture; default: quality/DATASET/STORE of the "
+        "workspace.",
     ),
 ]
 _ELSEWHERE = "name another folder for the lists with --out"
@@ -110,13 +111,14 @@ def suspects(
         [s.key, s.class_name or "-", s.looks_like or "-", s.problem, f"{s.score:.2f}"]
         for s in [s for s in found.ranked if s.problem][:SHOWN]
     ]
+    following = _next(part, files, found.excluded)
     report(
         json,
-        {**found.to_json(), "files": _paths(files)},
+        {**found.to_json(), "files": _paths(files), **following},
         [
             {"videos": found.words, "suspects": found.counts},
             *_table(lines, ["most suspicious", "class", "looks like", "why", "score"]),
-            {**_files(files), **_next(part, files, found.excluded)},
+            {**_files(files), **following},
         ],
     )
     options.require_kept(refused, "what was found is", _ELSEWHERE)
@@ -134,7 +136,7 @@ def _report_copies(found: Copies, folder: Path, picture: bool, json: bool) -> No
     following = _next(found.parts[0], files, found.excluded)
     report(
         json,
-        {**found.to_json(), "files": _paths(files)},
+        {**found.to_json(), "files": _paths(files), **following},
         [{"videos": found.words, "found": found.counts}, *lines, {**_files(files), **following}],
     )
     options.require_kept(refused, "what was found is", _ELSEWHERE)
@@ -164,7 +166,10 @@ def _next(part: Part, files: dict[str, Path] | None, excluded: int) -> dict[str,
 
 
 def _folder(root: Path, out: Path | None, part: Part) -> Path:
-    folder = out or options.workspace(root).root / "quality" / part.store.path.stem
+    path = part.store.path
+    # Stores of several data sets have the same name: only with the data set's it is their own.
+    dataset = path.absolute().parent.name if workspace_of(path) else ""
+    folder = out or options.workspace(root).root / "quality" / dataset / path.stem
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file: name a folder, also a new one")
     return folder

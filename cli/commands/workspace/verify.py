@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 def verify(
     store: Annotated[
-        str, typer.Argument(metavar="STORE", help="Folder of a store, or its name under features/.")
+        str,
+        typer.Argument(
+            metavar="STORE", help="Folder of a store, or its name (STORE or DATASET/STORE)."
+        ),
     ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Read every byte and compare every checksum.")

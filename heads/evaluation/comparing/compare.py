@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from featstore.errors import UserError, meant
 from featstore.files.documents import parse_json, read_document
-from featstore.workspace import FIRST_STAGE, LAST_EPOCH, Workspace
+from featstore.workspace import FIRST_STAGE, HEAD_FILE, LAST_EPOCH, Workspace
 from heads.evaluation.next_steps import evaluation_of, newest_evaluation
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
@@ -227,6 +227,11 @@ def choose_result(workspace: Workspace, text: str, like: SavedResult | None = No
     for folder in folders:
         if (folder / EVAL_FOLDER).is_dir():
             return newest_result(folder, like)
+    for folder in folders:
+        if (folder / HEAD_FILE).is_file():
+            raise UserError(
+                f"head {text} has no result yet: make one with `{evaluation_of(folder)}`"
+            )
     names = [path.name for path in evaluated_runs(workspace)]
     known = ", ".join(names) or "none"
     raise UserError(

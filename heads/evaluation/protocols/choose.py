@@ -145,8 +145,8 @@ def _evaluation_split(store: Store) -> dict[str, RowArray]:
             return {name: store.split(name)}
     if not store.split_names:
         raise UserError(
-            f"{store.path.name} has no splits: pack the videos under train/ and val/, or evaluate "
-            "all of them with --zeroshot"
+            f"{store.path.name} has no splits, so no videos are kept for a test: sort them into "
+            "train/ and val/ and pack them under a new name, or name other videos with --zeroshot"
         )
     raise UserError(
         f"{store.path.name} has neither a val nor a test split (it has "

@@ -9,7 +9,9 @@ import pytest
 from featstore import Store, UserError
 from heads import HeadConfig, TestSet, TrainConfig, train_head
 from heads.evaluation.leaks import require_disjoint, require_no_leak, trained_videos
+from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
 from heads.files.run_files import KEYS_FILE, read_training_keys, write_training_keys
+from heads.training.train_head import training_rows
 from tests.support.stores.action_store import action_store
 
 
@@ -17,7 +19,7 @@ def train(store: Store, run: Path, kind: str = "mote") -> None:
     train_head(
         *(store, run, HeadConfig(kind=kind, dim=16, layers=1, experts=2)),  # type: ignore[arg-type]
         TrainConfig(epochs=1, batch_size=16, frames=4),
-        rows=store.split("train"),
+        rows=training_rows(store, "train" if store.split_names else None),
         prompt_set="mote28",
         device="cpu",
     )
@@ -45,6 +47,18 @@ def test_training_videos_are_recorded_and_refused(
     assert require_no_leak(store, everything(store), run, allow=True) == 19
     assert "19 of 40 tested videos" in caplog.text
     assert require_no_leak(store, [TestSet("val", store.split("val"))], run) == 0
+
+
+def test_no_split_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
+    store = action_store(tmp_path / "toy.zarr", split_names=())
+    train(store, tmp_path / "run")
+    with pytest.raises(UserError) as refused:
+        require_no_leak(store, everything(store), tmp_path / "run")
+    assert "--split" not in str(refused.value)
+    assert "test others, or pass --allow-overlap" in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        build_test_sets(PROTOCOLS["closeset"], store)
+    assert "sort them into train/ and val/" in str(refused.value)
 
 
 def test_the_same_key_of_another_data_set_is_another_video(tmp_path: Path) -> None:

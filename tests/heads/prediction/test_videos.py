@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from featstore.errors import UserError
+from heads.prediction.request import PredictionRequest
 from heads.prediction.videos import find_videos
 
 
@@ -88,6 +90,9 @@ def test_what_names_no_video_is_listed_and_stops_nothing() -> None:
         strict=True,
     ):
         assert part in told
+    os.mkfifo("in/pipe.mp4")  # nobody will ever write into it
+    inside = {video.path: video.problem for video in find_videos(["in"])}
+    assert inside == {**dict.fromkeys(inside, ""), "in/pipe.mp4": "is no file and no folder"}
     with pytest.raises(UserError, match=r"^no.mp4 does not exist, and 1 more name no video"):
         find_videos(("no.mp4", "empty"))
     with pytest.raises(UserError, match="no video is named"):
@@ -150,6 +155,13 @@ def test_a_list_that_cannot_be_read(content: str, words: str, folder: Path) -> N
         find_videos((), ("list",))
     with pytest.raises(UserError, match="cannot be read"):
         find_videos((), ("no list",))
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("seconds", [math.inf, math.nan, 0.0, -1.0])
+def test_a_window_has_a_length(seconds: float) -> None:
+    with pytest.raises(UserError, match="is no length: name its seconds"):
+        PredictionRequest(find_videos(["a.mp4"]), window=seconds)
 
 
 def test_predictions_are_a_list_of_videos(folder: Path) -> None:

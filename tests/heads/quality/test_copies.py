@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from featstore import open_store
 from heads.quality.alignment import Trimming, compare, points_between, screen, trimmings
-from heads.quality.copies import find_duplicates
+from heads.quality.copies import CopyGroup, Pair, Video, find_duplicates
 from heads.quality.null import largest_ratio
 from heads.quality.part import Part
 from pipeline.demo.small_clip import make_encoder_folder
@@ -91,6 +93,24 @@ def test_copies_of_all_kinds_are_found_and_nothing_else(copied: Copied) -> None:
     assert json.loads(Path(found["files"]["json"]).read_text())["groups"] == found["groups"]
 
 
+def test_stores_of_one_name_have_their_own_lists(copied: Copied) -> None:
+    other = copied.root / "features" / "other" / copied.store.name
+    shutil.copytree(copied.store, other)
+    files = [
+        done("store", "suspects", path, "--root", copied.root)["files"]["list"]
+        for path in (copied.store, other, f"other/{other.stem}")
+    ]
+    assert files[0] != files[1] == files[2]
+    shutil.rmtree(other)
+
+
+def test_a_group_says_how_many_of_it_its_evidence_is_of() -> None:
+    a, b, c = (Video(0, row, f"v{row}", "wave", (), 1.0) for row in range(3))
+    same, near = Pair(a, b, 1.0, "identical bytes", ""), Pair(b, c, 0.99, "trimmed", "")
+    assert CopyGroup((a, b, c), (same, near)).words.startswith("3 videos, 2 of them identical b")
+    assert CopyGroup((a, b), (same,)).words.startswith("2 videos, identical bytes")
+
+
 def test_the_list_is_taken_back(copied: Copied) -> None:
     found = done("store", "duplicates", copied.store, "--root", copied.root)
     listed = Path(found["files"]["list"])
@@ -98,6 +118,8 @@ def test_the_list_is_taken_back(copied: Copied) -> None:
     trained = done("train-head", *train, "--name", "clean", "--exclude", listed)
     n = len(copied.pairs)
     assert (trained["excluded"]["videos"], trained["excluded"]["unknown"]) == (n, [])
+    assert found["next"].startswith("mote-cli train-head --dataset clips ")
+    assert shlex.split(found["next"])[-2:] == ["--exclude", str(listed)]
     assert trained["n_listed"] == CLASSES * OF_CLASS + 1 - n
     assert f"{n} excluded by a list" in trained["trained_on"]
     packed = done(

@@ -80,7 +80,9 @@ def action_store(
                 num_frames=np.full(samples, 30, np.int32),
                 fps=np.full(samples, 25, np.float32),
                 status=status,
-                splits=(1 << (np.arange(samples) % len(split_names))).astype(np.uint32),
+                splits=np.resize([1 << n for n in range(len(split_names))] or [0], samples).astype(
+                    np.uint32
+                ),
                 container_frames=np.full(samples, 30, np.int32),
                 damaged_packets=np.zeros(samples, np.int32),
                 reason=["no video stream" if i in bad else "" for i in range(samples)],
