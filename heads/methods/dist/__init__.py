@@ -53,7 +53,10 @@ METHOD = Method(
     scaled=True,
     modulated=False,
     portable=False,
-    from_elsewhere=("dense_frames", "width", "patch"),
+    from_elsewhere=(
+        *("dense_frames", "width", "patch"),
+        *("modulation_neighbours", "modulation_temperature"),  # it has none
+    ),
     recipe="dist",
     prompts="name",
     official="heads.methods.dist.official",
