@@ -66,7 +66,7 @@ class Method:
     portable: bool = True
     """Whether it can be exported as safetensors and ONNX."""
     from_elsewhere: tuple[str, ...] = ()
-    """Fields of the configuration that no recipe sets: encoder and training give them."""
+    """Fields of the configuration that no recipe sets, as when encoder and training give them."""
     recipe: str = "end-to-end"
     """The recipe of `finetune` where none is named."""
     prompts: str | None = None
@@ -92,7 +92,9 @@ class Method:
     def require(self, what: str, possible: bool) -> None:
         """Raise UserError unless it is `possible` to do `what` with this method."""
         if not possible:
-            raise UserError(f"{self.title} cannot be {what}: choose another --head")
+            raise UserError(
+                f"{self.title} cannot be {what}: choose another --head (of finetune: --method)"
+            )
 
 
 _BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist")

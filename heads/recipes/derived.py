@@ -73,7 +73,8 @@ def derived_beside_tower(given: Mapping[str, Any], videos: int) -> dict[str, Any
             found[name] = rule()
         return found.get(name)
 
-    batch = settle("batch_size", lambda: min(max(2 ** round(math.log2(videos / 16)), 4), 32))
+    wanted = min(max(2 ** round(math.log2(videos / 16)), 4), 32)
+    batch = settle("batch_size", lambda: min(wanted, videos))
     settle("lr", lambda: round(3.2e-4 * math.sqrt((batch or 32) / 256), 7))
     epochs = settle("epochs", lambda: 36)
     settle("warmup_epochs", lambda: round(epochs / 6, 2))

@@ -284,7 +284,7 @@ def test_settings_of_a_branch_beside_a_frozen_tower_fit_the_videos() -> None:
     recipe = finetune_recipe(None, "dist")
     assert (recipe.name, recipe.beside_tower) == ("dist", "dist")
     found = [recipe.finetune_config(lambda n=n: n) for n in (1, 60, 300, 10**6)]  # type: ignore[misc]
-    assert [config.batch_size for config in found] == [4, 4, 16, 32]
+    assert [config.batch_size for config in found] == [1, 4, 16, 32]
     assert all(
         config.lr == round(3.2e-4 * math.sqrt(config.batch_size / 256), 7) for config in found
     )

@@ -52,7 +52,10 @@ METHOD = Method(
     pixels=True,
     scaled=True,
     modulated=False,
-    from_elsewhere=("dense_frames", "width", "patch"),
+    from_elsewhere=(
+        *("dense_frames", "width", "patch"),
+        *("modulation_neighbours", "modulation_temperature"),  # it has none
+    ),
     recipe="dist",
     prompts="name",
     official="heads.methods.dist.official",

@@ -61,6 +61,8 @@ def recomputed(
     `cheap` takes little time, such as a norm: the values are the same, and the memory is not held.
     """
     made = cheap(x)
+    if not torch.is_grad_enabled():
+        return use(made)
     own, given = made.untyped_storage().data_ptr(), x.detach() if x.requires_grad else x
 
     def pack(value: Tensor) -> Tensor | torch.Size:
