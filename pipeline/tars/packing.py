@@ -31,6 +31,7 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.remote.urls import is_url
 from featstore.workspace import NAME_PATTERN
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
+from pipeline.annotations.held_out import held_out
 from pipeline.annotations.known_sets import read_listing, videos_folder
 from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.listing import Listing
@@ -68,6 +69,7 @@ from pipeline.tars.plan import (
     differences,
     make_plan,
     packed_classes,
+    packed_splits,
     read_plan,
     with_earlier_keys,
 )
@@ -156,6 +158,7 @@ def pack(
     naming: Naming = USUAL_NAMING,
     unlabelled: bool = False,
     exclude: Path | None = None,
+    hold_out: float | None = None,
     asked: Sequence[str] = (),
     multi_label: str = "",
     progress: ProgressSink = no_progress,
@@ -168,9 +171,9 @@ def pack(
     was packed go into new tars; earlier tars stay as they are. `naming` decides on class names;
     with `unlabelled` there are none; `multi_label` as `read_listing` takes it. The videos whose
     keys the list `exclude` names (`featstore.files.key_lists`) are left out; classes keep their
-    numbers. Videos that a list names
-    by URL are fetched; for a list of them `videos_dir` may be None. `asked` are the words of the
-    command, for messages that name it.
+    numbers. `hold_out` is the share of videos without splits to test on
+    (`pipeline.annotations.held_out`). Videos that a list names by URL are fetched; for a list of
+    them `videos_dir` may be None. `asked` are the words of the command, for messages that name it.
     The same input gives the same bytes, whatever the number of `workers` (threads). Memory holds
     the bytes of `workers` + 1 videos at a time.
     Raises UserError for wrong input and for input that changed since packing began, WorkError
@@ -178,16 +181,19 @@ def pack(
     """
     began = time.monotonic()
     check_arguments(name, workers, max_failures, samples_per_shard)
+    plan_file = dataset_dir / RECORDS_FOLDER / PLAN_FILE
     listing = read_listing(
         *(name, videos_dir, annotations, class_names_file),
         leave_out=dataset_dir,
         naming=naming,
         unlabelled=unlabelled,
-        kept=packed_classes(dataset_dir / RECORDS_FOLDER / PLAN_FILE),
+        kept=packed_classes(plan_file),
         multi_label=multi_label,
     )
     videos_dir = videos_folder(videos_dir, annotations)
     excluded = None if exclude is None else leave_out(listing, exclude)
+    if hold_out is not None:
+        listing = held_out(listing, hold_out, packed_splits(plan_file))
     plan = make_plan(
         *(listing, videos_dir),
         name=name,

@@ -184,6 +184,14 @@ def packed_classes(path: Path) -> tuple[str, ...]:
     return ()
 
 
+def packed_splits(path: Path) -> dict[str, tuple[str, ...]]:
+    """Return the splits of the videos of an earlier plan by key, as `packed_classes` reads it."""
+    with suppress(UserError, WorkError):
+        videos = read_plan(path).videos if path.exists() else ()
+        return {video.key: video.splits for video in videos}
+    return {}
+
+
 def _read_video(
     key: str, path: str, label: int, splits: list[str], *rest: Any, classes: int
 ) -> PlannedVideo:

@@ -92,6 +92,14 @@ def pack(
             help="Pack videos that were added since into new tars; earlier tars do not change.",
         ),
     ] = False,
+    hold_out: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Hold this share of every class back as split test, where the videos have no "
+            "splits, for example 0.2.",
+        ),
+    ] = None,
     exclude: options.Exclude = None,
     max_failures: options.MaxFailures = options.DEFAULT_MAX_FAILURES,
     more_tars: Annotated[
@@ -133,6 +141,11 @@ def pack(
                 "--samples-per-shard and --seed shape the tars that --videos makes: those of "
                 "--tars stay as they are"
             )
+        if hold_out is not None:
+            raise UserError(
+                "--hold-out draws among the videos of --videos: name the split of tars as "
+                "--tars test=PATTERN"
+            )
         choice = ClassChoice(
             *(annotations, class_names, label_field, unlabelled, naming, multi_label)
         )
@@ -170,6 +183,7 @@ def pack(
                 naming=naming,
                 unlabelled=unlabelled,
                 exclude=exclude,
+                hold_out=hold_out,
                 asked=options.words_given(context, "dataset", "root", "json"),
                 multi_label=multi_label,
                 progress=progress,
@@ -183,8 +197,8 @@ def pack(
     if summary.left_out.line:
         facts["left out"] = summary.left_out.line
     if summary.classes and workspace.packed_splits(summary.dataset) == {}:
-        facts["splits"] = "none: to test a head with eval --closeset, sort the videos into train/ "
-        facts["splits"] += "and val/ before packing"
+        facts["splits"] = "none: to test a head with eval --closeset, pack under another name "
+        facts["splits"] += "with --hold-out 0.2, or sort the videos into train/ and val/ first"
     if summary.excluded is not None:
         facts["excluded"] = summary.excluded.words
     if same.groups:
