@@ -130,8 +130,9 @@ def measured(kind: str, batch: int, quick: bool, steps: int) -> dict[str, float]
 
 def main() -> None:
     if sys.argv[1:2] == ["--of"]:
-        return_large_blocks()  # as `finetune` does
         kind, (batch, quick, steps) = sys.argv[2], map(int, sys.argv[3:6])
+        if kind in ("tower", "dist"):
+            return_large_blocks()  # as `finetune` does
         seconds = common.middle(KINDS[kind](batch, bool(quick), steps))
         print(json.dumps({"seconds": seconds, "mb": peak_rss_mb()}))
         return

@@ -254,6 +254,7 @@ def test_results_of_one_head_are_compared(root: Path, store: Path) -> None:
     assert "ensemble" in str(compared)
 
 
+@pytest.mark.slow
 def test_the_exported_head_gives_the_authors_numbers(root: Path, tmp_path: Path) -> None:
     wanted, place = expected("k400_1x1"), ("--root", root)
     videos = np.load(E2E / "videos.npz")
