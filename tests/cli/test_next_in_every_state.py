@@ -125,7 +125,8 @@ def test_what_the_demo_left_is_no_example_for_own_videos(
         dataset="demo-known-0", encoder="demo-clip", sampling="uniform:16", crops=1, frames=8,
         prompt_set="name", class_names=None,
     )  # fmt: skip
-    monkeypatch.setattr(next_steps, "cards", lambda _: [SimpleNamespace(origin=origin)])
+    card = SimpleNamespace(origin=origin, config=SimpleNamespace(kind="mote"))
+    monkeypatch.setattr(next_steps, "cards", lambda _: [card])
     assert first_extraction(workspace, "demo-new-1").prompts == "name"
     assert first_extraction(workspace, "own") == tiny
     origin.dataset = "clips"  # own videos, with the demo's encoder by choice

@@ -169,6 +169,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_head_that_looks_at_pixels_is_exported_with_its_tower(
     golden: Path, tmp_path: Path
 ) -> None:
