@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,13 @@ def won(head: Judgement, base: Judgement) -> tuple[float, float]:
     Both are judgements of one kind (`Judgement.won`).
     """
     return head.won(base)
+
+
+def clearly_above(quality: float, head: Judgement) -> bool:
+    """Return whether `quality` in per cent is above a head's by more than two standard errors."""
+    share = min(max(quality / 100, 0.0), 1.0)
+    error = 100 * math.sqrt(max(share * (1 - share), 1 / head.videos) / head.videos)
+    return quality - head.quality > 2 * error + 1e-6  # not where they are equal
 
 
 def shrunk(head: Head, share: float) -> Head:
@@ -149,6 +157,7 @@ class Selection:
                 restore_best(self.run_dir / BEST_FILE, trainer.parameters, epoch)
                 model.logit_scale.copy_(trainer.logit_scale.detach().reshape(()))
                 kept, found = shrunk(model, share), self.judge(epoch, model.eval())
+        baselines = self.baselines()
         gained = {
             "source": self.validation.source,
             "videos": self.validation.words,
@@ -159,7 +168,7 @@ class Selection:
             found.measure: found.quality,
             f"last_{found.measure}": last.quality,
             "no_head": self.no_head.quality,
-            "baselines": self.baselines(),
+            "baselines": baselines,
         }
         learnt = won(found, self.no_head)[0] > 0
         advice = "" if learnt or trainer is None else self._advice(metrics)
@@ -168,6 +177,13 @@ class Selection:
                 "nothing was learnt: no head is as good (%.1f %% of %d videos)%s; %s",
                 *(self.no_head.quality, found.videos),
                 *("" if epoch else ", and the head kept answers like none", advice),
+            )
+        simpler = max(baselines, key=baselines.__getitem__, default="")
+        if trainer is not None and simpler and clearly_above(baselines[simpler], found):
+            log.warning(
+                "--head %s (%s) does better on the same features: %.1f %% against %.1f %%; it "
+                "names only the classes that it was trained on",
+                *(simpler, method(simpler).title, baselines[simpler], found.quality),
             )
         write_json(self.run_dir / VALIDATION_FILE, gained | {"learnt": learnt, "advice": advice})
         return kept

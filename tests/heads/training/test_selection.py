@@ -31,6 +31,7 @@ from heads import (
 )
 from heads.files.run_files import read_metrics
 from heads.methods.registry import method
+from heads.training import selection
 from heads.training.baselines import BASELINES
 from heads.training.selection import won
 from heads.training.validation import Judged, choose_validation
@@ -240,6 +241,19 @@ def test_early_stopping_repeats_exactly(tmp_path: Path, store: Store) -> None:
     again = train(store, tmp_path / "run", "val", patient, resume=True)
     assert again.validation == summary.validation
     assert again.epochs == again.resumed_from == summary.epochs
+
+
+def test_a_baseline_that_is_clearly_better_is_named(
+    tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"linear": 100.0, "knn": 30.0}
+    monkeypatch.setattr(selection, "baseline_accuracies", lambda *a, **b: found)
+    train(store, tmp_path / "still", "val", replace(RECIPE, lr=1e-9))
+    assert "--head linear (linear probe) does better on the same features: 100.0 %" in caplog.text
+    caplog.clear()
+    found["linear"] = 0.0
+    train(store, tmp_path / "low", "val", replace(RECIPE, lr=1e-9))
+    assert "does better" not in caplog.text
 
 
 def test_nothing_learnt_is_said_with_the_option_that_would_change_it(
