@@ -55,9 +55,13 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, which gets an "s" unless there is one: "1 view", "2 views"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, one: str, many: str = "") -> str:
+    """Return a number with the words that agree with it: "1 view", "2 views".
+
+    `many` is what follows every other number than 1; without it `one` gets an "s". A verb goes
+    along: `counted(n, "class has", "classes have")`.
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def meant(name: object, known: Iterable[object], also: Mapping[str, str] | None = None) -> str:

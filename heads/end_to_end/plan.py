@@ -41,7 +41,7 @@ from heads.methods.registry import Method, method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.methods.text_classifier import class_cosines, video_embeddings
 from heads.prediction.pixel_encoder import FloatPreprocessing, joint_fingerprint
-from heads.training.class_weights import class_weights, require_possible, say_balance
+from heads.training.class_weights import class_weights, require_possible
 from heads.training.logit_bias import starting_bias
 from heads.training.ranks import Ranks
 from heads.training.trainer import require_trainable
@@ -208,8 +208,8 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         clips = ClipStream(dataset, **drawn, **shared)
     balance, weights = None, None
     if len(clips.labels):  # else no video can be decoded, which training says
-        counted = check_balance if dataset.multi_label else say_balance
-        balance = counted(dataset.class_names, clips.labels)
+        evenly = bool(config.class_sampling)
+        balance = check_balance(dataset.class_names, clips.labels, balanced=evenly)
         weights = class_weights(config.class_weights, clips.labels, dataset.class_names)
     head.class_weights = weights
     evaluation = None

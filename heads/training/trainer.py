@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from featstore.batches.loader import FeatureLoader
-from featstore.errors import UserError, WorkError, one_line
+from featstore.errors import UserError, WorkError, one_line, counted
 from featstore.files.durable import write_json
 from featstore.progress import ProgressSink, no_progress
 from heads.arithmetic import autocast, resolve_precision, scaler
@@ -94,8 +94,9 @@ def require_trainable(head: Head, config: TrainConfig, steps_per_epoch: int) -> 
     """Raise UserError if an epoch is shorter than an optimiser step or the head has no loss on."""
     if config.accumulation > steps_per_epoch:
         raise UserError(
-            f"accumulation {config.accumulation} is more than the {steps_per_epoch} batches "
-            "of an epoch: lower the accumulation or the batch size"
+            f"accumulation {config.accumulation} is more than the "
+            f"{counted(steps_per_epoch, 'batch', 'batches')} of an epoch: lower the accumulation "
+            "or the batch size"
         )
     head.check_loss_weights(config.loss_weights)
 

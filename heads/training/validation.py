@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from featstore.balance import Balance, class_counts
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.files.machine import available_memory
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
@@ -282,8 +282,9 @@ def check_balance(names: tuple[str, ...], labels: RowArray, balanced: bool = Fal
         return say_balance(names, labels)
     if len(present) < 2:
         raise UserError(
-            f"all {len(labels)} training videos are of class {names[int(present[0])]!r}: there is "
-            "nothing to tell apart; add videos of a second class"
+            f"the training videos are of one class, {names[int(present[0])]!r} "
+            f"({counted(len(labels), 'video')}): there is nothing to tell apart; add videos of a "
+            "second class"
         )
     most = int(counts.argmax())
     others = float(np.median(counts[present[present != most]]))

@@ -64,15 +64,22 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
     assert all(f"failed: {key}" in words for key in found)
 
 
-def test_one_video(tmp_path: Path) -> None:
-    make_clip(tmp_path / "videos/a/only.mp4", 1)
+def test_one_video_a_class_and_videos_of_one_class(tmp_path: Path) -> None:
+    for number, name in enumerate("aab"):
+        make_clip(tmp_path / f"videos/{name}/{number}.mp4", number)
     root = packed_videos(tmp_path)
-    result = mote(*finetune(root, "r"))
+    listed = tmp_path / "list.txt"
+    listed.write_text("a%2F0")
+    result = mote(*finetune(root, "r", "--exclude", listed))
     assert result.code == 0, result.err
-    assert "a batch of 4 is more than the 1 training videos" in result.err
-    assert result.json["n_listed"] == 1
-    error = refused(2, *finetune(root, "s", "--accumulation", "2"))
-    assert "accumulation 2 is more than the 1 batches of an epoch" in error
+    assert "a batch of 4 is more than the 2 training videos" in result.err
+    assert result.json["n_listed"] == 2
+    error = refused(2, *finetune(root, "s", "--exclude", listed, "--accumulation", "2"))
+    assert "accumulation 2 is more than the 1 batch of an epoch" in error
+    listed.write_text("b%2F2")
+    error = refused(2, *finetune(root, "s", "--exclude", listed))
+    assert "one class, 'a' (2 videos): there is nothing to tell apart; add videos" in error
+    assert not (root / "heads/s").exists()
 
 
 def test_a_list_leaves_videos_out_of_training_and_evaluation(root: Path, tmp_path: Path) -> None:
