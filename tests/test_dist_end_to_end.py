@@ -222,7 +222,7 @@ def test_nothing_else_takes_the_store_for_frames(root: Path, store: Path, tmp_pa
         assert kept in refused(2, *given)
     for kind in ("--fewshot", "--base-to-novel"):
         words = refused(2, "eval", kind, "dist-k400", "--head", "tiny", *place)
-        assert "DiST cannot be trained from a store: choose another --head" in words
+        assert "DiST cannot be trained from a store: name another run with --head, or" in words
     assert not (tmp_path / "q.zarr").exists()
 
 

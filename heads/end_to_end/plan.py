@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from featstore.balance import Balance
+from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.key_lists import Excluded
 from featstore.files.machine import usable_cores
@@ -155,7 +156,13 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             f"{asked} is to be trained, and {first} is {chosen.title}: begin with a run of "
             f"{asked}, or without one"
         )
-    chosen.require("trained end to end", chosen.end_to_end)
+    named = {"dataset": dataset.name, "head": chosen.name}
+    on_features = command("train-head", **named, root=request.encoders_dir.parent)
+    chosen.require(
+        "trained end to end",
+        chosen.end_to_end,
+        f"train another method, or this one on stored features with `{on_features}`",
+    )
     prompt_set = _prompt_set(request, begun, chosen.prompts or DEFAULT_PROMPTS)
     if chosen.pixels and not prompt_set.templates:
         raise UserError(

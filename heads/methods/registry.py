@@ -89,12 +89,13 @@ class Method:
         """The module named by `official`; None without an official format."""
         return None if self.official is None else import_module(self.official)
 
-    def require(self, what: str, possible: bool) -> None:
-        """Raise UserError unless it is `possible` to do `what` with this method."""
+    def require(self, what: str, possible: bool, remedy: str) -> None:
+        """Raise UserError unless it is `possible` to do `what` with this method.
+
+        `remedy` is right for every command that may ask: it names an option only if all have it.
+        """
         if not possible:
-            raise UserError(
-                f"{self.title} cannot be {what}: choose another --head (of finetune: --method)"
-            )
+            raise UserError(f"{self.title} cannot be {what}: {remedy}")
 
 
 _BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist")

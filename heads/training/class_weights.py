@@ -100,8 +100,13 @@ def _from_file(name: str, class_names: Sequence[str]) -> npt.NDArray[np.float64]
 def require_possible(chosen: Method, training: TrainConfig, several: bool) -> None:
     """Raise UserError for settings of classes, or for labels, that the method cannot follow."""
     if several:
-        chosen.require("trained on videos that show several classes", chosen.multi_label)
-    chosen.require("trained with class weights", chosen.multi_label or not training.class_weights)
+        what = "trained on videos that show several classes"
+        chosen.require(what, chosen.multi_label, "train another method")
+    chosen.require(
+        "trained with class weights",
+        chosen.multi_label or not training.class_weights,
+        "leave --class-weights out, or train another method",
+    )
     given = {
         "--class-sampling": training.class_sampling,
         "--class-weights": training.class_weights,

@@ -22,7 +22,7 @@ import torch
 
 from featstore.balance import Balance
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
-from featstore.commands import command
+from featstore.commands import command, workspace_of
 from featstore.errors import UserError
 from featstore.files.locks import exclusive
 from featstore.format.schema import RowArray
@@ -156,7 +156,13 @@ def train_head(
         )
     check_complete(store)
     chosen = method(head.kind)
-    chosen.require("trained from a store", chosen.from_store)
+    named = {"dataset": store.provenance.dataset, "method": chosen.name}
+    on_videos = command("finetune", **named, root=workspace_of(store.path))
+    chosen.require(
+        "trained from a store",
+        chosen.from_store,
+        f"train another method, or this one on videos with `{on_videos}`",
+    )
     where = resolve_device(device)
     if training.frames > store.schema.frames:
         log.warning(
@@ -165,7 +171,8 @@ def train_head(
         )
         training = replace(training, frames=store.schema.frames)
     if chosen.fitted:
-        chosen.require("trained from another head's weights", initial is None)
+        what = "trained from another head's weights"
+        chosen.require(what, initial is None, "begin with a run of another method")
         training = replace(training, epochs=1, warmup_epochs=0.0)
     listed = np.unique(np.asarray(rows, np.int64))
     usable = usable_rows(store, listed)

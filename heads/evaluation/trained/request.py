@@ -127,7 +127,8 @@ def evaluate_trained(
         initial, head_dir = choose_head(ask.workspace, ask.head)
     if initial is not None:
         chosen = method(initial.config.kind)
-        chosen.require("trained from a store", chosen.from_store)
+        remedy = "name another run with --head, or leave it out"
+        chosen.require("trained from a store", chosen.from_store, remedy)
     train, test, splits = _stores(ask, how, initial, protocol)
     recipe = load_recipe(how.recipe or DEFAULT_RECIPE)
     epochs = usual_epochs(ask.kind, ask.dataset) if how.recipe is None else None
