@@ -76,6 +76,7 @@ class OpenedStores:
         self.dataset = dataset
         self._workspace = workspace
         self._opened: dict[Path, Store | UserError | WorkError] = {}
+        self._said: set[str] = set()
 
     def open(self, path: Path) -> Store:
         """Return the store at `path`; if opening it fails, each call raises the same error."""
@@ -213,9 +214,15 @@ class OpenedStores:
                 f"partitions: finish it with `{finish}`"
             )
         for damage in damaged:
-            log.warning("left out: %s", damage)
-        log.info("features of %s: %s%s", dataset, _describe(store), chosen)
+            self._say(logging.WARNING, f"left out: {damage}")
+        self._say(logging.INFO, f"features of {dataset}: {_describe(store)}{chosen}")
         return store
+
+    def _say(self, level: int, line: str) -> None:
+        """Log a line once, however often a command chooses among the same stores."""
+        if line not in self._said:
+            self._said.add(line)
+            log.log(level, "%s", line)
 
     def _usual_encoder(self) -> str | None:
         """Return the encoder of the data set's first readable store."""

@@ -70,10 +70,12 @@ def test_a_sweep_in_one_call(workspace: Workspace) -> None:
         evaluate(ask(workspace, swept=swept, score=ScoreSettings(fusion="cosine")))
 
 
-def test_few_shot_in_one_call(workspace: Workspace) -> None:
+def test_few_shot_in_one_call(workspace: Workspace, caplog: pytest.LogCaptureFixture) -> None:
     request = EvaluationRequest(workspace, "toy", "fewshot", device="cpu", split="val")
     how = Training(shots="2", epochs=1, batch_size=8, best_epoch=False)
-    done = evaluate_trained(request, how)
+    with caplog.at_level("INFO"):
+        done = evaluate_trained(request, how)
+    assert caplog.text.count("features of toy: ") == 1  # it is trained on and tested
     assert [outcome.run.shots for outcome in done.outcomes] == [2]
     assert all(file.is_file() for file in done.files)
 
