@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NoReturn
 
 from featstore.errors import UserError, WorkError, safe_text
 from featstore.files.documents import parse_json
@@ -30,6 +30,8 @@ class _Row:
     failed: bool
     window: str
     settings: dict[str, str]
+    classes: tuple[str, ...]
+    """Names of the best classes, as `safe_text` writes them."""
 
 
 class AnswerFile:
@@ -56,10 +58,12 @@ class AnswerFile:
         rows = self._rows(self._read())
         return rows[0].settings if rows else {}
 
-    def open(self, lines: Lines, stamps: Mapping[str, tuple[str, str]]) -> None:
+    def open(
+        self, lines: Lines, stamps: Mapping[str, tuple[str, str]], names: Sequence[str] = ()
+    ) -> None:
         """Begin or continue the file; `stamps` are those of the videos asked for, by their path.
 
-        Afterwards `done` holds the videos that need not be predicted again. Rows of videos that
+        `names` are those of the classes, with which an error says how the classes differ. Afterwards `done` holds the videos that need not be predicted again. Rows of videos that
         changed or failed to be found leave the file, rows of videos not asked for stay. Raises
         UserError if the file was begun with other settings, WorkError if another process writes it.
         """
@@ -69,7 +73,8 @@ class AnswerFile:
         raw = self._read()
         rows = self._rows(raw)
         for row in rows:
-            self._require_same(row.settings, lines.settings)
+            if row.settings != lines.settings:
+                self._refuse(rows, row.settings, lines.settings, names)
         asked = {safe_text(path): stamp for path, stamp in stamps.items()}
         counts: dict[tuple[str, tuple[str, str]], int] = {}
         for row in rows:
@@ -146,18 +151,31 @@ class AnswerFile:
             )
         return [row for row in rows if row is not None]
 
-    def _require_same(self, begun: Mapping[str, str], now: Mapping[str, str]) -> None:
-        names = [*now, *(name for name in begun if name not in now)]
-        differences = [
-            f"{name} {begun.get(name, 'none')}, now {now.get(name, 'none')}"
-            for name in names
-            if begun.get(name) != now.get(name)
-        ]
-        if differences:
-            raise UserError(
-                f"{self.path} was begun with other settings ({'; '.join(differences)}): use those, "
-                "or name another file"
-            )
+    def _refuse(
+        self,
+        rows: Sequence[_Row],
+        begun: Mapping[str, str],
+        now: Mapping[str, str],
+        names: Sequence[str],
+    ) -> NoReturn:
+        differing = [name for name in {**now, **begun} if begun.get(name) != now.get(name)]
+        said = {
+            name: f"{name} {begun.get(name, 'none')}, now {now.get(name, 'none')}"
+            for name in differing
+        }
+        if "sentences" in said:  # a hash, which tells people nothing
+            known = {safe_text(name) for name in names}
+            here = dict.fromkeys(name for row in rows for name in row.classes)
+            if strange := next((name for name in here if name not in known), ""):
+                said["sentences"] = f"class {strange!r} is in the file and not named now"
+            elif "classes" in said:
+                del said["sentences"]
+            else:
+                said["sentences"] = "other class names, another order or other sentences for them"
+        raise UserError(
+            f"{self.path} was begun with other settings ({'; '.join(said.values())}): use those, "
+            "or name another file"
+        )
 
 
 def _json_row(line: str) -> _Row | None:
@@ -171,6 +189,7 @@ def _json_row(line: str) -> _Row | None:
             "error" in value,
             "",
             {str(name): str(text) for name, text in settings.items()},
+            tuple(safe_text(found["class_name"]) for found in value["predictions"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -192,4 +211,5 @@ def _csv_row(columns: list[str], line: str) -> _Row | None:
         bool(value["error"]),
         window,
         {name: text for name, _, text in pairs},
+        tuple(text for name, text in value.items() if name.startswith("class_") and text),
     )

@@ -191,7 +191,7 @@ class Predictor:
                 self._stamps[video.path] = ("", "") if video.problem else stamp_of(Path(video.path))
             safe = {name: safe_text(text) for name, text in settings.items()}
             lines = Lines(self._file.form, self.top, bool(request.window), safe)
-            self._file.open(lines, self._stamps)
+            self._file.open(lines, self._stamps, self._names)
             self._done = self._file.done
         self.done_before = len(self._done)
         self.failed = sum(self._done.values())

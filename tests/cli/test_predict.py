@@ -221,7 +221,9 @@ def test_a_file_is_continued(world: World, clips: Path, tmp_path: Path, name: st
     for settings, words in (
         (("--frames", "3"), "frames 4, now 3"),
         (("--top", "2"), "top 5, now 2"),
-        (("--classes", "run,sit,jump,wave,swim"), "sentences"),
+        (("--classes", "run,sit,jump,wave,swim"), "classes 6, now 5; class '"),
+        (("--classes", "a,b,c,d,e,f"), "' is in the file and not named now"),
+        (("--classes", ",".join(reversed(WORDS))), "(other class names, another order or other"),
         (("--head", "clips-transformer"), "head clips-mote "),
         (("--window", "1"), "window none, now 1"),
         (("--no-modulate",), "modulate yes, now no"),
