@@ -63,16 +63,29 @@ def first_extraction(workspace: Workspace, dataset: str) -> Extraction:
     return Extraction(dataset, DEFAULT_ENCODER if newest is None else newest.name)
 
 
-def after_packing(workspace: Workspace, dataset: str) -> str:
-    """Return the command after `pack`: an extraction, or an evaluation that makes its features."""
+def after_packing(workspace: Workspace, dataset: str) -> dict[str, str]:
+    """Return `next`, the command after `pack`: an extraction, or an evaluation that makes features.
+
+    `needs` says which weights it has to fetch first, unless a store shows that they were here.
+    """
     card = newest_card(workspace)
     if card is not None and _looks_at_pixels(card) and not workspace.unlabelled(dataset):
         tested = None
         if dataset == card.origin.dataset:
             tested = _default_test(_packed(workspace, dataset)[0])
         if tested is not None or dataset != card.origin.dataset:
-            return _pixel_evaluation(workspace, card, tested, [dataset])
-    return first_extraction(workspace, dataset).command(workspace.root)
+            return {"next": _pixel_evaluation(workspace, card, tested, [dataset])}
+    making = first_extraction(workspace, dataset)
+    steps = {"next": making.command(workspace.root)}
+    spec = str(making.encoder)
+    used = {metadata.provenance.encoder for _, metadata in _newest_stores(workspace)}
+    if os.path.isabs(spec) or "/" not in spec or spec in used:
+        return steps
+    needs = (
+        f"the weights of {spec}, once, from the model hub or its cache; without network name the "
+        f"folder of a CLIP with --encoder, or try `{command('demo')}`"
+    )
+    return {"needs": needs, **steps}
 
 
 def after_extraction(store: Path, *, complete: bool = True) -> str:

@@ -58,8 +58,9 @@ def _steps(contents: Contents) -> Iterator[Step]:
             yield Step(folder.name, f"packing is not finished{how}", words if whole else None)
     for dataset in contents.datasets:
         if not contents.stores_of(dataset.name) and dataset.videos > dataset.failed:
-            making = after_packing(workspace, dataset.name)
-            yield Step(dataset.name, "packed, not extracted", making)
+            steps = after_packing(workspace, dataset.name)
+            needs = f", which needs {steps['needs']}" if "needs" in steps else ""
+            yield Step(dataset.name, f"packed, not extracted{needs}", steps["next"])
     for store in contents.stores:
         if not store.complete and store.busy is None:
             done = f"{store.tars_done} of {store.metadata.schema.tars} tars extracted"

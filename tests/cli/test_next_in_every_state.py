@@ -133,6 +133,22 @@ def test_what_the_demo_left_is_no_example_for_own_videos(
     assert first_extraction(workspace, "own").encoder == "demo-clip"
 
 
+def test_what_the_next_command_has_to_fetch_is_said_before_it(root: Path, tmp_path: Path) -> None:
+    shown = videos(tmp_path / "v", *FIVE, each=1)
+    pack = ("pack", "--dataset", "own", "--videos", shown, "--root", root)
+    assert "needs" not in done(*pack)
+    shutil.rmtree(root / "encoders/tiny")
+    found = done(*pack)
+    assert "ViT-B-16/openai" in found["next"]
+    assert found["needs"].startswith("the weights of ViT-B-16/openai, once, from the model hub")
+    assert "`mote-cli demo`" in found["needs"]
+    (step,) = done("status", "--root", root)["next"]
+    assert step["missing"] == f"packed, not extracted, which needs {found['needs']}"
+    printed = mote(*pack, width=80).out.splitlines()
+    names = [line.split()[0] for line in printed if line[:1].strip()]
+    assert names.index("needs") < names.index("next")
+
+
 def test_packing_without_splits_says_what_a_test_needs(root: Path, tmp_path: Path) -> None:
     shown = mote("pack", "--dataset", "own", "--videos", videos(tmp_path / "v", *FIVE))
     assert "eval --closeset" in shown.out

@@ -191,7 +191,7 @@ def pack(
     failures = Path(summary.folder) / "failures.csv"
     following: dict[str, Any] = {}
     if summary.videos_packed:
-        following["next"] = after_packing(workspace, summary.dataset)
+        following |= after_packing(workspace, summary.dataset)
     same = summary.identical
     facts = {}
     if summary.left_out.line:
