@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PACKAGES = ("pipeline", "featstore", "heads", "cli")
 # Without a terminal, one line every so often is enough to show that the work goes on.
 PLAIN_INTERVAL_S = 10.0
+PLAIN_LINE = 80  # the most columns of such a line
 WHOLE_NAME = 32
 WHOLE_WORD = 12  # a table that would have to break shorter words than this is written as a list
 PROSE = 24  # longer cells of a table are read as text
@@ -207,9 +208,7 @@ def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
         done_before, began = first = first or (done, now)
         rate = (done - done_before) / (now - began) if now > began else 0.0
         left = f"{_duration((total - done) / rate)} left" if rate > 0 else ""
-        told = ", ".join(
-            safe_text(f"{name.replace('_', ' ')} {value}") for name, value in details.items()
-        )
+        told = [safe_text(f"{name.replace('_', ' ')} {value}") for name, value in details.items()]
         if bar is not None:
             task = bar.task_ids[0]
             bar.update(
@@ -218,12 +217,16 @@ def progress_of(what: str, unit: str) -> Iterator[ProgressSink]:
                 total=int(total),
                 rate=_speed(rate),
                 left=left,
-                details=told,
+                details=", ".join(told),
             )
         elif now - last >= PLAIN_INTERVAL_S:
             last = now
-            words = (f"{what}: {done:.0f}/{total:.0f} {unit}", _speed(rate), left, told)
-            messages.print(", ".join(filter(None, words)))
+            words = (f"{what}: {done:.0f}/{total:.0f} {unit}", _speed(rate), left)
+            line = ", ".join(filter(None, words))
+            for detail in told:  # as in a narrow window, details give way
+                if cell_len(line) + len(", ") + cell_len(detail) <= PLAIN_LINE:
+                    line += f", {detail}"
+            messages.print(line)
 
     with bar or nullcontext():
         yield no_progress if _quiet else sink

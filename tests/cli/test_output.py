@@ -57,6 +57,24 @@ def test_without_a_terminal_a_line_now_and_then_with_time_left(
     assert lines[-1].endswith("left, loss 0.5")
 
 
+def test_lines_in_a_file_fit_80_columns(
+    monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    """Count, speed and time left are always there; of the details those that there is room for."""
+    written = console(monkeypatch, terminal=False)
+    told = {"memory": "12345 MB of 16384 MB", "epoch": "7 of 30"}
+    with cli.output.progress_of("finetune", "steps") as progress:
+        for step in (1, 2):
+            clock[0] += 20.0
+            progress(step, 1000000, **told, loss=0.25, name="\x1b" * 30)
+    first, second = written.getvalue().splitlines()
+    assert first == "finetune: 1/1000000 steps, memory 12345 MB of 16384 MB, epoch 7 of 30, loss 0.25"
+    assert second == (
+        "finetune: 2/1000000 steps, 20.0 s each, 5555h33m left, epoch 7 of 30, loss 0.25"
+    )
+    assert max(len(first), len(second)) <= 80
+
+
 def test_slow_steps_are_told_in_seconds(
     monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:
