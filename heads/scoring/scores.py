@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 import torch
 from einops import rearrange
@@ -66,13 +66,26 @@ class Scoring:
 
     @classmethod
     def of_head(cls, config: MethodConfig, *, modulate: bool = True, **given: Any) -> Scoring:
-        """Return a head's settings, but `given` ones that are not None; 0 turns modulation off."""
-        names = ("modulation_neighbours", "modulation_temperature")
+        """Return a head's settings, but `given` ones that are not None; 0 turns modulation off.
+
+        Raises UserError for a setting of modulation that would have no effect.
+        """
+        names, has_it = _OF_MODULATION, method(config.kind).modulated
+        for name in names:
+            if given.get(name) and not (modulate and has_it):
+                why = f"for {method(config.kind).title}, which has no modulation"
+                raise UserError(
+                    f"--{name.replace('_', '-')} changes nothing "
+                    f"{'with --no-modulate' if has_it else why}: leave it out"
+                )
         chosen = {name: getattr(config, name) for name in names}
         chosen |= {name: value for name, value in given.items() if value is not None}
-        on = modulate and method(config.kind).modulated and all(chosen[name] for name in names)
+        on = modulate and has_it and all(chosen[name] for name in names)
         chosen.setdefault("scaled", method(config.kind).scaled)
         return cls(modulate=on, **chosen)
+
+
+_OF_MODULATION: Final = ("modulation_neighbours", "modulation_temperature")
 
 
 class BlockScores:

@@ -164,6 +164,14 @@ def test_a_protocol_of_any_data_set(run: Callable[..., Any]) -> None:
         ),
         (("--zeroshot", "clips", "--modulation-neighbours", "5.5"), "is not a whole number"),
         (("--zeroshot", "clips", "--modulation-neighbours", "13"), "compares the 13 nearest"),
+        (
+            ("--zeroshot", "clips", "--head", "mean", "--modulation-neighbours", "5"),
+            "--modulation-neighbours changes nothing for",
+        ),
+        (
+            ("--fewshot", "clips", "--no-modulate", "--modulation-temperature", "0.1"),
+            "--modulation-temperature changes nothing with --no-modulate",
+        ),
         (("--zeroshot", "clips", "--clip-store", "a"), "--clip-store works only with --ensemble"),
         (
             ("--zeroshot", "clips", "--no-modulate", "--sweep", "modulation-temperature=1"),

@@ -38,6 +38,7 @@ from heads.files.head_file import choose_head
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES, method
 from heads.recipes import DEFAULT_RECIPE, load_recipe
+from heads.scoring.scores import Scoring
 from pipeline.annotations.known_sets import known_dataset
 from pipeline.annotations.published_lists import (
     KeyIndex,
@@ -141,6 +142,7 @@ def evaluate_trained(
     else:
         mean = ask.head == MEAN_OF_FRAMES
         shape = recipe.head_config(train.provenance.dim, kind=MEAN_OF_FRAMES if mean else None)
+    Scoring.of_head(shape, **vars(ask.score))  # raises before anything is trained
     shots = numbers("--shots", how.shots, SHOTS[ask.kind])
     draws = numbers("--draw-seeds", how.draw_seeds, DRAW_SEEDS[ask.kind])
     if len(draws if few else shots) > 1:

@@ -34,6 +34,7 @@ from heads import (
     train_head,
 )
 from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
+from heads.methods.registry import method, names
 from heads.scoring.scores import (
     BlockScores,
     best_classes,
@@ -156,6 +157,19 @@ def test_settings_of_a_head() -> None:
     off = HeadConfig(dim=16, modulation_neighbours=0)
     assert not Scoring.of_head(off).modulate
     assert Scoring.of_head(off, modulation_neighbours=5).modulate
+
+
+@pytest.mark.parametrize("name", ["modulation_neighbours", "modulation_temperature"])
+@pytest.mark.parametrize("kind", [name for name in names() if not method(name).modulated])
+def test_settings_of_a_modulation_that_is_not_there(kind: str, name: str) -> None:
+    """They would change nothing, so nobody can mean them."""
+    config = method(kind).config(dim=16, **({"kind": kind} if kind == "mean" else {}))
+    option = f"--{name.replace('_', '-')} changes nothing"
+    with pytest.raises(UserError, match=f"{option} for .*, which has no modulation: leave it out"):
+        Scoring.of_head(config, **{name: 1})
+    with pytest.raises(UserError, match=f"{option} with --no-modulate: leave it out"):
+        Scoring.of_head(HeadConfig(dim=16), modulate=False, **{name: 1})
+    assert not Scoring.of_head(config, **{name: 0}).modulate
 
 
 def everything(store: Store, head: TemporalHead, **options: Any) -> list[EvalResult]:
