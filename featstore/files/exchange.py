@@ -20,7 +20,7 @@ from typing import Final
 
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import PARTIAL_SUFFIX, make_folder, sync_folder
-from featstore.files.locks import claimed
+from featstore.files.locks import exclusive
 
 log = logging.getLogger(__name__)
 
@@ -37,21 +37,17 @@ def new_folder(target: Path, *, store: bool = True) -> Iterator[Path]:
     The path lies in a staging folder beside `target`, which is removed however the block ends; the
     next call removes what a killed process left. Raises WorkError while another process makes the
     same target, UserError if the target exists or no folder can or should be made there. The lock
-    file beside the target stays if the target is a `store`.
+    file beside the target stays if the target is a `store` and was made.
     """
     _require_place(target)
     make_folder(target.parent)
     lock = target.with_name(f"{target.name}.lock")
-    with claimed(lock, [0], lambda _: f"making {target}"):
-        try:
-            _require_absent(target)  # another process may have made it by now
-            with staging(target) as place:
-                yield place
-                place.rename(target)
-                sync_folder(target.parent)
-        finally:
-            if not store:
-                lock.unlink(missing_ok=True)
+    with exclusive(lock, f"making {target}", keep=lambda: store and target.exists()):
+        _require_absent(target)  # another process may have made it by now
+        with staging(target) as place:
+            yield place
+            place.rename(target)
+            sync_folder(target.parent)
 
 
 def _require_place(target: Path) -> None:

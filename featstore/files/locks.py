@@ -9,7 +9,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -32,40 +32,59 @@ _TO_THE_END: Final = 0  # the length of a range that reaches to the end of any f
 
 
 @contextmanager
-def exclusive(lock_file: Path, work: str, *, wait: bool = False) -> Iterator[None]:
+def exclusive(
+    lock_file: Path, work: str, *, wait: bool = False, keep: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """Hold `lock_file` while doing `work`, such as "training RUN"; otherwise like `claimed`."""
-    with claimed(lock_file, [0], lambda _: work, wait=wait):
+    with claimed(lock_file, [0], lambda _: work, wait=wait, keep=keep):
         yield
 
 
 @contextmanager
 def claimed(
-    lock_file: Path, records: Sequence[int], work: Callable[[int], str], *, wait: bool = False
+    lock_file: Path,
+    records: Sequence[int],
+    work: Callable[[int], str],
+    *,
+    wait: bool = False,
+    keep: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
     """Hold `records` of `lock_file`; each is for a piece of work: "writing partition 3 of STORE".
 
     If another process holds one of the records, raises a WorkError that names the process and the
-    work, or waits for it if `wait` is set. The file is made if needed and never removed: removing
-    it would let two processes lock two different files of the same name.
+    work, or waits for it if `wait` is set. The file is made if needed. `keep` says at the end
+    whether it stays: work that was refused leaves no lock of what was never made.
     """
-    descriptor = _opened(lock_file)
+    new = [each for each in (lock_file.parent, *lock_file.parent.parents) if not each.exists()]
+    held = False
+    while not held:
+        descriptor = _opened(lock_file)
+        try:
+            for record in records:
+                _lock(descriptor, record, work, wait)
+            held = _lies_at(lock_file, descriptor)  # else its holder has just removed it
+            if held:
+                yield
+        finally:
+            if held and not keep():
+                lock_file.unlink(missing_ok=True)
+                with suppress(OSError):  # a folder that is not empty stays
+                    for folder in new:
+                        folder.rmdir()
+            os.close(descriptor)  # frees the locks
+
+
+def _lock(descriptor: int, record: int, work: Callable[[int], str], wait: bool) -> None:
+    start = record * RECORD_BYTES
     try:
-        for record in records:
-            start = record * RECORD_BYTES
-            try:
-                fcntl.fcntl(descriptor, _LOCK, _range(start))
-            except (BlockingIOError, PermissionError):  # POSIX leaves the choice of the two
-                process = _process(descriptor, start)
-                if not wait:
-                    raise WorkError(
-                        f"{process} is {work(record)}: wait for it or stop it"
-                    ) from None
-                log.info("waiting for %s that is %s", process, work(record))
-                fcntl.fcntl(descriptor, _LOCK_AND_WAIT, _range(start))
-            os.pwrite(descriptor, _owner(), start)
-        yield
-    finally:
-        os.close(descriptor)  # frees the locks
+        fcntl.fcntl(descriptor, _LOCK, _range(start))
+    except (BlockingIOError, PermissionError):  # POSIX leaves the choice of the two
+        process = _process(descriptor, start)
+        if not wait:
+            raise WorkError(f"{process} is {work(record)}: wait for it or stop it") from None
+        log.info("waiting for %s that is %s", process, work(record))
+        fcntl.fcntl(descriptor, _LOCK_AND_WAIT, _range(start))
+    os.pwrite(descriptor, _owner(), start)
 
 
 @contextmanager
@@ -107,14 +126,20 @@ def hold(lock_file: Path) -> int | None:
     of such a lock may do.
     """
     descriptor = os.open(lock_file, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    with suppress(BlockingIOError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.stat(lock_file), os.fstat(descriptor)):
+        if _lies_at(lock_file, descriptor):
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
     os.close(descriptor)
     return None
+
+
+def _lies_at(lock_file: Path, descriptor: int) -> bool:
+    """Return whether an open file is still the one with this name."""
+    try:
+        return os.path.samestat(os.stat(lock_file), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _opened(lock_file: Path) -> int:

@@ -40,7 +40,7 @@ def open_remote(url: str, *, mapped: bool = True, features: bool = True) -> Stor
     objects = ObjectFolder(url)
     mirror = _Mirror(objects, features)
     lock = mirror.path.with_name(f"{mirror.path.name}.lock")
-    with exclusive(lock, f"fetching {url}", wait=True):
+    with exclusive(lock, f"fetching {url}", wait=True, keep=mirror.path.exists):
         mirror.update()
         return Store(mirror.path, mapped=mapped)
 

@@ -24,7 +24,7 @@ from featstore.files.durable import (
     write_json,
 )
 from featstore.files.exchange import staging
-from featstore.files.locks import claimed
+from featstore.files.locks import claimed, exclusive
 from featstore.format.array_checks import wrong_labels
 from featstore.format.checksums import Checksums, crc32c
 from featstore.format.class_texts import ClassText
@@ -109,7 +109,7 @@ class StoreWriter(PartitionWriter):
         if (feature_scale is not None) != metadata.schema.quantised:
             raise ValueError("int8 features need a scale, and other features must have none")
         make_folder(path.parent)
-        with claimed(lock_file(path), [0], lambda _: f"making {path}", wait=True):
+        with exclusive(lock_file(path), f"making {path}", wait=True, keep=path.exists):
             if path.exists():
                 raise StoreExists(f"{path} exists already: remove it or continue it")
             with staging(path) as folder:

@@ -35,6 +35,7 @@ from heads.end_to_end.validate import validate
 from heads.files.head_file import load_head
 from heads.files.run_files import (
     BEST_FILE,
+    CONFIG_FILE,
     HEAD_FILE,
     LOCK_FILE,
     best_epoch,
@@ -141,7 +142,8 @@ def finetune(
             with ranks.agreeing():
                 plan = make_plan(request, ranks)
             _require_same_plan(plan, ranks)
-            lock = exclusive(request.run_dir / LOCK_FILE, f"training {request.run_dir}")
+            begun, run_dir = (request.run_dir / CONFIG_FILE).is_file, request.run_dir
+            lock = exclusive(run_dir / LOCK_FILE, f"training {run_dir}", keep=begun)
             ranks.only_first(lambda: held.enter_context(lock))
             ranks.only_first(
                 lambda: open_run(

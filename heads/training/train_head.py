@@ -36,6 +36,7 @@ from heads.files.head_file import (
     save_head,
 )
 from heads.files.run_files import (
+    CONFIG_FILE,
     HEAD_FILE,
     LOCK_FILE,
     read_config,
@@ -246,7 +247,8 @@ def train_head(
         "device": where.type,
         **({PROTOCOL_FIELD: protocol} if protocol else {}),
     }
-    with exclusive(run_dir / LOCK_FILE, f"training {run_dir}"):
+    begun = (run_dir / CONFIG_FILE).is_file
+    with exclusive(run_dir / LOCK_FILE, f"training {run_dir}", keep=begun):
         open_run(run_dir, settings, resume)
         if (run_dir / HEAD_FILE).is_file():
             log.info("run %s is finished already: nothing to train", run_dir.name)

@@ -204,7 +204,8 @@ def pack(
     notes, left_out = list(listing.notes), listing.left_out
     del listing  # as large as the plan
     try:
-        with exclusive(dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"):
+        lock, work = dataset_dir / RECORDS_FOLDER / "lock", f"packing into {dataset_dir}"
+        with exclusive(lock, work, keep=plan_file.is_file):
             packing = _Packing(plan, videos_dir, dataset_dir)
             notes += packing.settle_plan(append)
             remember_packing(dataset_dir, asked)

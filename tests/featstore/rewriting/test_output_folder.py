@@ -11,6 +11,7 @@ import pytest
 from featstore import UserError, WorkError, verify
 from featstore.rewriting.convert import convert
 from featstore.rewriting.export import export
+from featstore.rewriting.merge import merge
 from featstore.rewriting.quantize import quantize
 from tests.support.stores.growing_stores import make_small_store
 
@@ -52,6 +53,21 @@ def test_places_where_nothing_new_can_be(
             make()
     assert sorted(Path().rglob("*")) == before
     assert verify(store, deep=True).ok
+
+
+def test_what_is_refused_leaves_no_lock(store: Path, tmp_path: Path) -> None:
+    half, out = tmp_path / "half.zarr", tmp_path / "out.zarr"
+    quantize(store, half)
+    before = sorted(tmp_path.rglob("*"))
+    for make, message in (
+        (lambda: quantize(half, out), "is quantised already"),
+        (lambda: export(store, out, "npy", split="none"), "'none'"),
+        (lambda: merge([store, half], out), "."),
+        (lambda: convert(store, out, "gzip"), "'gzip' is unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make()
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_full_disk_is_named(store: Path, tmp_path: Path) -> None:

@@ -171,6 +171,16 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, store: Store) -> Non
         train(store, tmp_path / "run")
 
 
+def test_a_head_from_elsewhere_is_not_touched(tmp_path: Path, store: Store) -> None:
+    train(store, tmp_path / "run")
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "run/head.safetensors").rename(other / "head.safetensors")
+    with pytest.raises(UserError, match="holds a head that was not trained here"):
+        train(store, other)
+    assert [path.name for path in other.rglob("*")] == ["head.safetensors"]
+
+
 def test_a_second_process_on_the_same_run_is_refused(tmp_path: Path, store: Store) -> None:
     def second(done: float, total: float, **details: object) -> None:
         with pytest.raises(WorkError, match=f"pid {os.getpid()}.* is training"):

@@ -445,7 +445,9 @@ def test_second_process_is_told_who_packs(packed: tuple[Path, Path]) -> None:
 def test_folder_without_records_is_not_touched(packed: tuple[Path, Path]) -> None:
     videos, out = packed
     shutil.rmtree(out / ".packing")
+    before = sorted(out.rglob("*"))
     assert "without the records of its packing" in refused(videos, out)
+    assert sorted(out.rglob("*")) == before
 
 
 def test_full_disk_is_a_work_error_and_finished_tars_stay(
