@@ -30,8 +30,8 @@ OutFolder = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        help="Folder for the lists and the picture; default: quality/DATASET/STORE of the "
-        "workspace.",
+        help="Folder for the lists and the picture; default: quality/DATASET/STORE/SPLIT of the "
+        "workspace; of leaks, a folder for the other store or split in it.",
     ),
 ]
 _ELSEWHERE = "name another folder for the lists with --out"
@@ -83,7 +83,7 @@ def leaks(
 
     with progress_of("compare", "videos") as progress:
         found = find_leaks(first, second, progress=progress)
-    _report_copies(found, _folder(root, out, first), picture, json)
+    _report_copies(found, _folder(root, out, first, second), picture, json)
 
 
 def suspects(
@@ -165,11 +165,22 @@ def _next(part: Part, files: dict[str, Path] | None, excluded: int) -> dict[str,
     return {"next": f"{training} {listed}"}
 
 
-def _folder(root: Path, out: Path | None, part: Part) -> Path:
-    path = part.store.path
-    # Stores of several data sets have the same name: only with the data set's it is their own.
-    dataset = path.absolute().parent.name if workspace_of(path) else ""
-    folder = out or options.workspace(root).root / "quality" / dataset / path.stem
+def _folder(root: Path, out: Path | None, part: Part, other: Part | None = None) -> Path:
+    """Return the folder for the lists: each store, split and pair of them has its own."""
+    from pipeline.annotations.listing import key_from_name
+
+    def place(part: Part) -> Path:
+        path = part.store.path
+        # Stores of several data sets have the same name: only with the data set's it is their own.
+        dataset = path.absolute().parent.name if workspace_of(path) else ""
+        return Path(dataset, path.stem, key_from_name(part.split))
+
+    own = place(part)
+    if other is not None and other.store.path == part.store.path:
+        own /= key_from_name(other.split)
+    elif other is not None:
+        own /= place(other)
+    folder = out or options.workspace(root).root / "quality" / own
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file: name a folder, also a new one")
     return folder

@@ -93,7 +93,7 @@ def test_copies_of_all_kinds_are_found_and_nothing_else(copied: Copied) -> None:
     assert json.loads(Path(found["files"]["json"]).read_text())["groups"] == found["groups"]
 
 
-def test_stores_of_one_name_have_their_own_lists(copied: Copied) -> None:
+def test_every_store_split_and_pair_has_its_own_lists(copied: Copied) -> None:
     other = copied.root / "features" / "other" / copied.store.name
     shutil.copytree(copied.store, other)
     files = [
@@ -101,6 +101,18 @@ def test_stores_of_one_name_have_their_own_lists(copied: Copied) -> None:
         for path in (copied.store, other, f"other/{other.stem}")
     ]
     assert files[0] != files[1] == files[2]
+    name, more = str(copied.store), str(other)
+    place = ("--no-picture", "--root", copied.root)
+    files += [
+        done("store", *words, *place)["files"]["list"]
+        for words in (
+            *(("duplicates", name), ("duplicates", f"{name}:train"), ("duplicates", f"{name}:val")),
+            *(("leaks", f"{name}:train", f"{name}:val"), ("leaks", f"{name}:val", f"{name}:train")),
+            ("leaks", f"{name}:train", f"{more}:val"),
+        )
+    ]
+    assert len(set(files[3:])) == 6
+    assert all(Path(file).is_relative_to(copied.root / "quality/clips") for file in files[3:])
     shutil.rmtree(other)
 
 
