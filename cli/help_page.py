@@ -123,7 +123,7 @@ def print_help(command: Any, ctx: Any) -> None:
             console.print(_titled(title, records))
     if rare:
         names = ", ".join(sorted(rare))
-        console.print(Text(f"{len(rare)} rarer options are described in {page}: {names}."))
+        console.print(Text(f"Rarer options, described in {page}: {names}."))
 
 
 def _commands(commands: Mapping[str, Any], staged: bool) -> dict[str, list[tuple[str, str]]]:

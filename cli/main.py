@@ -18,7 +18,7 @@ import typer
 
 from cli.help_page import Command, CommandGroup
 from cli.output import fail, log_to_stderr
-from featstore.errors import UserError, WorkError, one_line
+from featstore.errors import UserError, WorkError, one_line, quoted
 
 EXIT_WORK_FAILED = 1
 EXIT_USER_INPUT = 2
@@ -209,7 +209,7 @@ def _run() -> int:
         return EXIT_WORK_FAILED
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # only what was typed or listed can be
-            fail(f"{one_line(str(error.filename), 60)!r}: no file has a name this long; shorten it")
+            fail(f"{quoted(str(error.filename), 60)}: no file has a name this long; shorten it")
             return EXIT_USER_INPUT
         # A full disk, a folder without permission, a vanished file: a traceback would not help.
         where = f"{error.filename}: " if error.filename else ""

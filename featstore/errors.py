@@ -55,6 +55,13 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def quoted(text: str, limit: int = 300) -> str:
+    """`one_line` of a name in quotes, where `repr` would write its escapes a second time."""
+    line = one_line(text, limit)
+    mark = '"' if "'" in line and '"' not in line else "'"
+    return f"{mark}{line}{mark}"
+
+
 def counted(number: int, one: str, many: str = "") -> str:
     """Return a number with the words that agree with it: "1 view", "2 views".
 
@@ -62,6 +69,11 @@ def counted(number: int, one: str, many: str = "") -> str:
     along: `counted(n, "class has", "classes have")`.
     """
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def counted_of(number: int, total: int, noun: str, one: str = "is", many: str = "are") -> str:
+    """Return a part of a whole with a verb that agrees: "1 of 5 videos is", "2 of 5 videos are"."""
+    return f"{number} of {counted(total, noun)} {one if number == 1 else many}"
 
 
 def meant(name: object, known: Iterable[object], also: Mapping[str, str] | None = None) -> str:

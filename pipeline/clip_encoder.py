@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from featstore.errors import UserError, meant, one_line
+from featstore.errors import UserError, meant, one_line, quoted
 from featstore.files.machine import cpu_has_bf16
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.fingerprint import fingerprint
@@ -146,7 +146,7 @@ class Encoder:
                 length = len(self._tokenizer.encode(text))
                 if length > room:
                     raise UserError(
-                        f"the sentence {one_line(text, 80)!r} has {length} tokens, the encoder "
+                        f"the sentence {quoted(text, 80)} has {length} tokens, the encoder "
                         f"{self.name} takes {room}: shorten it"
                     )
         tokens = cast(torch.Tensor, self._tokenizer(list(texts)))
@@ -154,7 +154,7 @@ class Encoder:
         if vocabulary is not None and int(tokens.max()) >= vocabulary:
             worst = texts[int(tokens.amax(dim=1).argmax())]
             raise UserError(
-                f"the sentence {one_line(worst, 80)!r} has tokens beyond the {vocabulary} of the "
+                f"the sentence {quoted(worst, 80)} has tokens beyond the {vocabulary} of the "
                 f"encoder {self.name}: its vocabulary was cut down, use a whole CLIP"
             )
         return tokens
@@ -386,5 +386,5 @@ def equal_texts(names: Sequence[str], embeddings: torch.Tensor) -> list[list[str
             first[start + at] = same.float().argmax()
     groups: dict[int, list[str]] = {}
     for name, group in zip(names, first.tolist(), strict=True):
-        groups.setdefault(group, []).append(repr(one_line(name, 60)))
+        groups.setdefault(group, []).append(quoted(name, 60))
     return [group for group in groups.values() if len(group) > 1]

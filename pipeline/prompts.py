@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from featstore.errors import UserError, meant, one_line
+from featstore.errors import UserError, meant, one_line, quoted
 from featstore.files.documents import read_document, read_json
 from featstore.format.class_texts import PROMPT_SET_NAMES
 from featstore.format.metadata import check_prompt_set
@@ -252,12 +252,12 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
         where = f"{path} line {number}"
         if line.count("{}") != 1:
             raise UserError(
-                f"{where}: {one_line(line, 80)!r} must have {{}} once, where the class name goes"
+                f"{where}: {quoted(line, 80)} must have {{}} once, where the class name goes"
             )
         _require_length(line, where)
         if line in templates:
             raise UserError(
-                f"{where}: {one_line(line, 80)!r} is line {templates[line]} again: leave one out"
+                f"{where}: {quoted(line, 80)} is line {templates[line]} again: leave one out"
             )
         templates[line] = number
     if not 1 <= len(templates) <= MAX_TEMPLATES:
@@ -340,12 +340,12 @@ def _require_length(sentence: str, where: str) -> None:
     if len(sentence) > MAX_SENTENCE:
         raise UserError(
             f"{where}: a sentence has {len(sentence)} characters, at most {MAX_SENTENCE} can be "
-            f"read (CLIP takes 77 tokens): shorten {one_line(sentence, 40)!r}"
+            f"read (CLIP takes 77 tokens): shorten {quoted(sentence, 40)}"
         )
 
 
 def _sentences(path: Path, key: str, lines: Any) -> tuple[str, ...]:
-    where = f"{path}, class {one_line(key, 60)!r}"
+    where = f"{path}, class {quoted(key, 60)}"
     if not key.strip():
         raise UserError(f"{path}: a class name is empty: write {_SHAPE}")
     if not isinstance(lines, list):
@@ -364,5 +364,5 @@ def _sentences(path: Path, key: str, lines: Any) -> tuple[str, ...]:
 
 
 def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(one_line(name, 60)) for name in names[:_NAMED])
+    shown = ", ".join(quoted(name, 60) for name in names[:_NAMED])
     return f"{shown}, ..." if len(names) > _NAMED else shown

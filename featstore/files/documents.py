@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, WorkError, one_line
+from featstore.errors import UserError, WorkError, one_line, quoted
 
 LISTS_LIMIT: Final = 2**30
 """The most bytes of a file that lists videos; Kinetics-700's 650,000 in plan.json are 0.13 GB."""
@@ -40,7 +40,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"it has {one_line(twice, 60)!r} twice in one object")
+        raise ValueError(f"it has {quoted(twice, 60)} twice in one object")
     return value
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, one_line, safe_text
+from featstore.errors import UserError, counted, one_line, safe_text
 from featstore.files.documents import LISTS_LIMIT, read_document
 from featstore.files.tables import csv_rows
 
@@ -37,12 +37,13 @@ class Excluded:
     @property
     def words(self) -> str:
         """One line for people."""
-        said = f"{len(self.keys)} videos of {self.source}"
+        said = f"{counted(len(self.keys), 'video')} of {self.source}"
         if not self.unknown:
             return said
         named = ", ".join(map(safe_text, self.unknown[:_NAMED]))
         more = f" and {len(self.unknown) - _NAMED} more" if len(self.unknown) > _NAMED else ""
-        return f"{said}; {len(self.unknown)} of its keys are not in {self.where}: {named}{more}"
+        lacking = counted(len(self.unknown), "of its keys is", "of its keys are")
+        return f"{said}; {lacking} not in {self.where}: {named}{more}"
 
     @property
     def of_training(self) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.commands import command
-from featstore.errors import UserError, meant, one_of
+from featstore.errors import UserError, counted, meant, one_of
 from featstore.files.durable import make_folder, write_bytes, write_json
 from featstore.files.exchange import new_folder
 from featstore.files.tables import csv_bytes
@@ -88,7 +88,7 @@ def export(
         rows, failed = chosen[ok], at[~ok]
         if not len(rows):
             raise UserError(
-                f"{path} has no row to export: {len(failed)} were asked for and failed; "
+                f"{path} has no row to export: {counted(len(failed), 'was', 'were')} asked for and failed; "
                 f"`{command('inspect', path)}` lists the reasons"
             )
         step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
 from featstore.files.machine import available_memory, peak_rss_mb, return_large_blocks
@@ -403,8 +403,9 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
     clips, model = plan.clips, plan.model
     if config.batch_size * ranks.world_size > clips.n_listed:
         log.warning(
-            "a batch of %d is more than the %d training videos: every epoch is one smaller batch",
-            *(config.batch_size * ranks.world_size, clips.n_listed),
+            "a batch of %d is more than the %s: every epoch is one smaller batch",
+            config.batch_size * ranks.world_size,
+            counted(clips.n_listed, "training video"),
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.info(

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.commands import command
-from featstore.errors import UserError
+from featstore.errors import UserError, counted_of
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK
 from featstore.progress import ProgressSink, no_progress
@@ -147,7 +147,7 @@ def evaluate_many(
     stored = store.schema.frames
     wanted = frames or (head.origin.frames if head.origin is not None else stored)
     if wanted > stored:
-        log.warning("%d frames were asked for, but only %d are stored: using those", wanted, stored)
+        log.warning("asked for %d frames, but the store has %d: using those", wanted, stored)
     used = min(wanted, stored)
     chosen = segment_positions(stored, used) if used < stored else None
     measured = Measurement(store, tests)
@@ -215,7 +215,7 @@ def _record(
     if in_splits and len(outside):
         named = ", ".join(store.keys[at] for at in outside[:NAMED].tolist())
         named += ", ..." if len(outside) > NAMED else ""
-        notes.append(f"{len(outside)} of {len(store)} videos are in no split: {named}")
+        notes.append(f"{counted_of(len(outside), len(store), 'video')} in no split: {named}")
     for note in notes:
         log.warning("%s: %s", protocol.name, note)
     templates = facts.prompt_templates or text.templates

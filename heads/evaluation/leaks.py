@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted, counted_of
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
@@ -74,7 +74,7 @@ def require_no_leak(
     keys = [store.keys[at] for at in store.positions(found[:NAMED]).tolist()]
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     what = (
-        f"{len(found)} of {len(rows)} tested videos are training videos of {run_dir.name} "
+        f"{counted_of(len(found), len(rows), 'tested video')} in the training of {run_dir.name} "
         f"({', '.join(keys)}{more})"
     )
     if not allow:
@@ -117,9 +117,10 @@ def copies_of_trained(
     if found:
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         log.warning(
-            "%d of %d tested videos have the bytes of training videos (%s%s): they count as "
-            "trained on; train without them (train-head --exclude) for a fair test",
-            *(len(found), len(asked), ", ".join(words[:NAMED]), more),
+            "%s the bytes of training videos (%s%s): they count as trained on; train without them "
+            "(train-head --exclude) for a fair test",
+            counted_of(len(found), len(asked), "tested video", "has", "have"),
+            *(", ".join(words[:NAMED]), more),
         )
     return np.array(found, np.int64)
 
@@ -154,7 +155,7 @@ def require_disjoint(
     both = [key for key in keys if key in trained]
     if not both:
         return 0
-    words = f"{len(both)} videos are trained on and tested ({shown(both)})"
+    words = f"{counted(len(both), 'video is', 'videos are')} trained on and tested ({shown(both)})"
     if not allow:
         raise UserError(
             f"{words}, so the test would be on videos seen in training: correct the lists, or "

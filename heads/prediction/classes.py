@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, one_line, quoted
 from featstore.files.documents import parse_json
 from featstore.files.tables import plain_cell
 from pipeline.annotations.class_names import class_list, distinct_names
@@ -42,7 +42,7 @@ class NamedClasses:
     def __post_init__(self) -> None:
         if len(self.names) == 1:
             raise UserError(
-                f"there is one class to choose from, {one_line(self.names[0], 60)!r}, and its "
+                f"there is one class to choose from, {quoted(self.names[0], 60)}, and its "
                 "score would always be 1: name at least two, for example what else happens in the "
                 "videos"
             )
@@ -102,7 +102,7 @@ def _from_file(path: Path) -> NamedClasses:
     ]
     if len(names) == 1 and "," in names[0]:
         raise UserError(
-            f"{path} has the one line {one_line(names[0], 60)!r}: write one class a line"
+            f"{path} has the one line {quoted(names[0], 60)}: write one class a line"
         )
     return NamedClasses(_some_names(path, names))
 

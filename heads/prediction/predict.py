@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from featstore.errors import UserError, WorkError, one_line, safe_text
+from featstore.errors import UserError, WorkError, counted, one_line, safe_text
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
@@ -127,7 +127,7 @@ class Predictor:
                 progress(finished, len(left))
                 yield answer
         if self._long > LONG_SHOWN:
-            logger.warning("%d videos are as long or longer", self._long)
+            logger.warning("%s as long or longer in all", counted(self._long, "video"))
         if len(self.request.videos) > 1 and left:
             seconds = time.perf_counter() - started
             logger.info(

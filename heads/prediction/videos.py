@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, counted, one_line
 from featstore.files.documents import parse_json
 from featstore.files.tables import plain_cell
 from pipeline.annotations.tables import TABLES
@@ -57,8 +57,8 @@ def find_videos(
         found.add_list(str(file))
     if found.again:
         logger.warning(
-            "named more than once, predicted once: %d videos (%s)",
-            len(found.again),
+            "named more than once, predicted once: %s (%s)",
+            counted(len(found.again), "video"),
             _some(found.again),
         )
     named = tuple(found.named)

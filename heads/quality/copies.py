@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from featstore.errors import UserError, safe_text
+from featstore.errors import UserError, counted, counted_of, safe_text
 from featstore.files.durable import write_bytes, write_json
 from featstore.files.key_lists import EXCLUDE, KEY, YES, superfluous
 from featstore.files.tables import csv_bytes
@@ -158,11 +158,12 @@ class Copies:
         found = self._counted()
         if self.between:
             return (
-                f"{found['leaked']} of {len(self.parts[1].rows)} test videos are copies of "
-                f"{self.excluded} training videos"
+                f"{counted_of(found['leaked'], len(self.parts[1].rows), 'test video')} copied from "
+                f"{counted(self.excluded, 'training video')}"
             )
         return (
-            f"{found['videos']} videos in {found['groups']} groups, {found['across_classes']} "
+            f"{counted(found['videos'], 'video')} in {counted(found['groups'], 'group')}, "
+            f"{found['across_classes']} "
             f"across classes, {found['across_splits']} across splits"
         )
 

@@ -320,7 +320,7 @@ def can_modulate(head: Head, named: int) -> bool:
     if not head.config.modulates or min(named, trained) >= needed:
         return True
     log.warning(
-        "modulation is off: it compares the %d nearest classes, but %d were named, %d trained on",
+        "modulation is off: it compares the %d nearest classes, of %d named and %d trained on",
         *(needed, named, trained),
     )
     return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from featstore.balance import Balance, weights_by_rule, with_mean_one
-from featstore.errors import UserError, meant, one_line
+from featstore.errors import UserError, meant, one_line, quoted
 from featstore.files.documents import LISTS_LIMIT, read_document
 from featstore.files.tables import csv_rows
 from featstore.format.schema import RowArray
@@ -81,7 +81,7 @@ def _from_file(name: str, class_names: Sequence[str]) -> npt.NDArray[np.float64]
             weight, class_name = -1.0, row[0]
         if len(row) != 2 or not 0 < weight < 1e6 or class_name in found:
             raise UserError(
-                f"{name!r}: the line {one_line(','.join(row), 60)!r} is not `class,weight` with a "
+                f"{name!r}: the line {quoted(','.join(row), 60)} is not `class,weight` with a "
                 "new class and a weight above 0 and below 1,000,000: correct it"
             )
         found[class_name] = weight

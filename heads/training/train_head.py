@@ -23,7 +23,7 @@ import torch
 from featstore.balance import Balance
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.commands import command, workspace_of
-from featstore.errors import UserError
+from featstore.errors import UserError, counted, counted_of
 from featstore.files.locks import exclusive
 from featstore.format.schema import RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
@@ -167,8 +167,8 @@ def train_head(
     where = resolve_device(device)
     if training.frames > store.schema.frames:
         log.warning(
-            "the store holds %d frames per view, %d were asked for: training on %d",
-            *(store.schema.frames, training.frames, store.schema.frames),
+            "asked for %d frames per view, and the store has %d: training on those",
+            *(training.frames, store.schema.frames),
         )
         training = replace(training, frames=store.schema.frames)
     if chosen.fitted:
@@ -184,8 +184,10 @@ def train_head(
         )
     if len(usable) < len(listed):
         log.warning(
-            "%d of %d training samples failed in extraction and are left out",
-            *(len(listed) - len(usable), len(listed)),
+            "%s in extraction and left out",
+            counted_of(
+                len(listed) - len(usable), len(listed), "training sample", "failed", "failed"
+            ),
         )
     require_possible(chosen, training, store.multi_label)
     text = subset_text(store.class_text(prompt_set), classes)
@@ -195,9 +197,9 @@ def train_head(
     weights = class_weights(training.class_weights, labels, text.names)
     if training.shrinkage == 1 and chosen.in_epochs:
         log.warning(
-            "%d videos of %d classes are too few to learn from: the head will answer as no head; "
-            "add a second video of each class, or keep what was learnt with --shrinkage 0",
-            *(len(usable), len(text.names)),
+            "%s of %s are too few to learn from: the head will answer as no head; add a second "
+            "video of each class, or keep what was learnt with --shrinkage 0",
+            *(counted(len(usable), "video"), counted(len(text.names), "class", "classes")),
         )
     if head.modulates and len(text.names) < head.modulation_neighbours:
         log.warning(

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.balance import class_counts
-from featstore.errors import UserError, one_of
+from featstore.errors import UserError, counted, one_of
 from featstore.files.key_lists import Excluded
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK, RowArray
@@ -77,11 +77,12 @@ def draw_shots(
         raise UserError(f"no video of the {len(names)} classes is in the split to draw from")
     if short:
         log.warning(
-            "%d classes have fewer than %d training videos, all of which are taken: %s",
-            *(len(short), shots, shown([f"{name} ({count})" for name, count in short.items()])),
+            "%s fewer than %d training videos, all of which are taken: %s",
+            counted(len(short), "class has", "classes have"),
+            *(shots, shown([f"{name} ({count})" for name, count in short.items()])),
         )
-    fewer = f"; {len(short)} classes have fewer" if short else ""
-    words = f"{shots} videos per class (draw {seed}{fewer})"
+    fewer = f"; {counted(len(short), 'class has', 'classes have')} fewer" if short else ""
+    words = f"{counted(shots, 'video')} per class (draw {seed}{fewer})"
     return ShotDraw(np.array(sorted(chosen), np.int64), short, words)
 
 
@@ -153,7 +154,8 @@ def frequency_halves(
     base = -(-len(class_names) // 2)
     empty = [class_names[label] for label in range(len(class_names)) if not counts[label]]
     if empty:
-        log.warning("%d classes have no training videos: %s", len(empty), shown(empty))
+        none = counted(len(empty), "class has", "classes have")
+        log.warning("%s no training videos: %s", none, shown(empty))
     return np.sort(np.array(order[:base], np.int64)), np.sort(np.array(order[base:], np.int64))
 
 
@@ -269,8 +271,10 @@ def warn_of_classes_without_videos(names: Sequence[str], labels: RowArray) -> No
     present = class_counts(labels, len(names)) > 0
     absent = [name for name, there in zip(names, present, strict=True) if not there]
     if absent:
+        none = f"{len(absent)} of {counted(len(names), 'class', 'classes')}"
+        none += " has" if len(absent) == 1 else " have"
         log.warning(
-            "%d of %d classes have no training videos: %s", len(absent), len(names), shown(absent)
+            "%s no training videos: %s", none, shown(absent)
         )
 
 

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from featstore.balance import Balance, class_counts
-from featstore.errors import UserError, WorkError, counted
+from featstore.errors import UserError, WorkError, counted, counted_of
 from featstore.files.machine import available_memory
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
@@ -213,7 +213,7 @@ def _of_training(store: Store, listed: RowArray, seed: int) -> tuple[RowArray, V
             )
             return listed, None
         log.info(
-            "validation: %d training videos are too few to hold some out, so they are "
+            "validation: too few training videos to hold some out, %d in all, so they are "
             "cross-validated in %d parts; then the head is trained on all of them",
             *(len(usable), PARTS),
         )
@@ -221,9 +221,8 @@ def _of_training(store: Store, listed: RowArray, seed: int) -> tuple[RowArray, V
     wanted = min(max(len(usable) // _HELD_SHARE, _LEAST_HELD), _MOST_HELD)
     held = usable[dealt(store, usable, len(usable) // wanted, seed) == 0]
     log.info(
-        "validation: %d of %d training videos are held out to choose the epoch (--validation none "
-        "trains on all)",
-        *(len(held), len(usable)),
+        "validation: %s held out to choose the epoch (--validation none trains on all)",
+        counted_of(len(held), len(usable), "training video"),
     )
     found = Validation(store, held, HELD_OUT, len(held), 0)
     return np.setdiff1d(listed, held), found
@@ -258,8 +257,8 @@ def _describe_classes(found: Validation, classes: npt.ArrayLike | None) -> None:
     absent = [names[label] for label in wanted if label not in present]
     if absent:
         log.warning(
-            "%d of %d classes have no validation videos, so nothing is said about them: %s",
-            *(len(absent), len(wanted), shown(absent)),
+            "%d of %s without validation videos, so nothing is said about them: %s",
+            *(len(absent), counted(len(wanted), "class", "classes"), shown(absent)),
         )
 
 
@@ -347,7 +346,7 @@ def judged_features(store: Store, rows: RowArray, frames: int) -> tuple[Tensor, 
     chosen = segment_positions(stored, frames) if frames < stored else None
     most = int(_MEMORY_SHARE * available_memory() / (store.schema.row_bytes * frames / stored))
     if len(rows) > max(most, 1):
-        log.warning("memory is short: %d of %d videos are judged", max(most, 1), len(rows))
+        log.warning("memory is short: judging %d of %d videos", max(most, 1), len(rows))
         rows = rows[segment_positions(len(rows), max(most, 1))]
     return torch.from_numpy(store.features(rows, chosen)), rows
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
-from featstore.errors import UserError, one_line, one_of
+from featstore.errors import UserError, counted, one_line, one_of
 
 LabelMap = Literal["corrected", "as-published"]
 """What to do with a file of class names that contradicts the videos."""
@@ -131,7 +131,8 @@ def one_spelling(
     if merged:
         more = f"; and {len(merged) - _SHOWN} more" if len(merged) > _SHOWN else ""
         note(
-            f"{len(merged)} classes are spelt in ways that read the same, and each is one class: "
+            f"{counted(len(merged), 'class is', 'classes are')} spelt in ways that read the same, "
+            "and each is one class: "
             f"{'; '.join(merged[:_SHOWN])}{more}"
         )
     return found

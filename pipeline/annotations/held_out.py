@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted, counted_of
 from pipeline.annotations.listing import Listing, VideoRecord
 
 HELD_OUT: Final = "test"
@@ -48,5 +48,6 @@ def held_out(
         for place, video in enumerate(videos):
             video.splits = (HELD_OUT if place < count else REST,)
     listed = [video.splits for video in (*listing.records, *listing.missing)]
-    note = f"{listed.count((HELD_OUT,))} of {len(listed)} videos are held out as split {HELD_OUT}"
+    held = counted_of(listed.count((HELD_OUT,)), len(listed), "video")
+    note = f"{held} held out as split {HELD_OUT}"
     return replace(listing, split_names=[REST, HELD_OUT], notes=[*listing.notes, note])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted, counted_of
 from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.formats.charades import is_charades, read_charades
@@ -278,14 +278,18 @@ def _add_notes(
     empty = [name for name in listing.class_names if name not in used]
     if empty:
         names = ", ".join(repr(name) for name in empty[:5]) + (", ..." if len(empty) > 5 else "")
-        listing.notes.append(f"{len(empty)} classes have no videos and stay in the list: {names}")
+        none = counted(len(empty), "class has no videos and stays", "classes have no videos and stay")
+        listing.notes.append(f"{none} in the list: {names}")
     unlisted = len(folder.files) - sum(not is_url(video.path) for video in listing.records)
     if annotated and unlisted > 0:
         folder.left_out.unlisted = unlisted
-        listing.notes.append(f"{unlisted} video files in the folder are not listed and not used")
+        here = "in the folder"
+        files = counted(unlisted, f"video file {here} is", f"video files {here} are")
+        listing.notes.append(f"{files} not listed and not used")
     if known and len(listing.class_names) != known.classes:
         listing.notes.append(
-            f"{len(listing.class_names)} classes are listed; the whole of {known.title} has "
+            f"{counted(len(listing.class_names), 'class is', 'classes are')} listed; the whole of "
+            f"{known.title} has "
             f"{known.classes}"
         )
 
@@ -299,11 +303,10 @@ def _log(listing: Listing) -> None:
             ", ".join(record.splits) or "none",
         )
     logger.info(
-        "%d of %d listed videos were found (%.1f %%), %d classes, splits: %s",
-        len(listing.records),
-        listing.videos,
+        "%s found (%.1f %%), %s, splits: %s",
+        counted_of(len(listing.records), listing.videos, "listed video", "was", "were"),
         100 * len(listing.records) / listing.videos,
-        len(listing.class_names),
+        counted(len(listing.class_names), "class", "classes"),
         ", ".join(listing.split_names) or "none",
     )
     for note in listing.notes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from featstore.errors import one_line
+from featstore.errors import one_line, quoted
 
 _NAMED: Final = 8  # the most extensions that a sentence names
 
@@ -61,4 +61,4 @@ def _shown(extension: str) -> str:
 
 
 def _first(paths: Sequence[str]) -> str:
-    return f" (first: {one_line(paths[0], 80)!r})" if paths else ""
+    return f" (first: {quoted(paths[0], 80)})" if paths else ""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.tables import TABLES
 
@@ -235,7 +235,8 @@ class ListingBuilder:
         used |= {span.class_name for video in videos for span in video.spans}
         if self._multi_label:
             bare = sum(not video.spans for video in videos)
-            self._notes += [f"{bare} videos show none of the classes"] if bare else []
+            none = counted(bare, "video shows", "videos show")
+            self._notes += [f"{none} none of the classes"] if bare else []
         return Listing(
             records=[video for video in videos if not video.reason],
             class_names=list(class_names or sorted(used)),
@@ -267,8 +268,9 @@ class ListingBuilder:
         if renamed:
             example = next(iter(self._of_same_key.values()))[0]
             self._notes.append(
-                f"{renamed} videos have a name in common with another file: all are kept, with "
-                f"path and extension as their keys (e.g. {example.path or example.source!r})"
+                f"{counted(renamed, 'video has', 'videos have')} a name in common with another "
+                "file: all are kept, with path and extension as their keys (e.g. "
+                f"{example.path or example.source!r})"
             )
         return videos
 

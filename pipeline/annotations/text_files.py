@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, one_line, quoted
 from featstore.files import documents
 from featstore.files.documents import LISTS_LIMIT
 
@@ -83,7 +83,7 @@ def is_number(text: str) -> bool:
 
 def quoted(text: str) -> str:
     """A line of a file as an error shows it: in quotes, its beginning if it is long."""
-    return repr(one_line(text, 80))
+    return quoted(text, 80)
 
 
 def list_files(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from pipeline.annotations.class_names import comparable_words, natural_class_name
 from pipeline.annotations.label_names import read_names
 from pipeline.annotations.tables import TABLES
@@ -90,7 +90,7 @@ def unseen_classes(
         for number, path in enumerate(files, 1)
     }
     if len(splits) != SPLITS:
-        notes.append(f"{len(splits)} class lists are given; {SPLITS} are published")
+        notes.append(f"{counted(len(splits), 'class list')} given; {SPLITS} are published")
     notes += [
         f"class list {path.name} has {len(labels)} classes; the published ones have {TEST_CLASSES}"
         for path, labels in zip(files, splits.values(), strict=True)

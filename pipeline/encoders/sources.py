@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 from featstore.commands import command
-from featstore.errors import UserError, WorkError, meant, one_line
+from featstore.errors import UserError, WorkError, meant, one_line, quoted
 from featstore.files.documents import read_object
 from featstore.files.durable import write_bytes, write_json
 from pipeline.encoders.sizes import MOST_POSITIONS, require_sane_sizes
@@ -307,7 +307,7 @@ def plain_tensors(named: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
         whole = plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
         if not whole and name not in OPENAI_DESCRIPTION:
             raise UserError(
-                f"{path} is not a plain state dict: entry {one_line(name, 80)!r} is no tensor that "
+                f"{path} is not a plain state dict: entry {quoted(name, 80)} is no tensor that "
                 "it holds in full"
             )
     return named

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.format.schema import STATUS_FAILED
 from featstore.opening import open_rows
 from featstore.progress import ProgressSink, no_progress
@@ -98,8 +98,8 @@ def _concluded(plan: ExtractionPlan, totals: Totals, seconds: float) -> Extracti
         logger.info("%s is complete already: nothing to do", request.store_path)
     if totals.videos_short:
         logger.info(
-            "%d videos have fewer than %d frames: frames repeat in their rows",
-            totals.videos_short,
+            "%s fewer than %d frames: frames repeat in their rows",
+            counted(totals.videos_short, "video has", "videos have"),
             request.sampling.frames,
         )
     store = open_rows(request.store_path)

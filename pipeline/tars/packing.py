@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from featstore.commands import remember_packing
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted_of
 from featstore.files.durable import durable_file, sweep_partials
 from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
@@ -226,7 +226,8 @@ def pack(
         notes.append(f"data set {name!r} is packed already: nothing to do")
         logger.info("%s", notes[-1])
     elif skipped:
-        notes.append(f"{skipped} of {len(plan.tars)} tars were finished before and are kept")
+        before = counted_of(skipped, len(plan.tars), "tar", "was", "were")
+        notes.append(f"{before} finished before and kept")
         logger.info("%s", notes[-1])
     return PackSummary.of(
         dataset,

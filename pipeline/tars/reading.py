@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from featstore.errors import WorkError, one_line
+from featstore.errors import WorkError, one_line, quoted
 from featstore.files.documents import LISTS_LIMIT, parse_json, read_document
 from featstore.format.spans import Span, spans_from_json
 from pipeline.tars.dataset import Dataset, Tar
@@ -270,7 +270,7 @@ def _index(path: Path, file: BinaryIO) -> list[TarSample]:
                 if not regular or "/" in member.name or not key or not extension:
                     raise DamagedTar.of(
                         path,
-                        f"holds {one_line(member.name)!r}: members must be plain files named "
+                        f"holds {quoted(member.name)}: members must be plain files named "
                         "KEY.EXTENSION",
                     )
                 if key in (sidecars if extension == "json" else videos):

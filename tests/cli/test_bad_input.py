@@ -142,7 +142,7 @@ def test_failed_videos_are_counted_by_training_and_evaluation(bad_world: World) 
     assert train.json["n_failed"] == 5
     assert "5 of 18 training samples failed in extraction" in train.err
     line = refused(2, "eval", "--zeroshot", "clips", *place)
-    assert "13 of 25 tested videos are training videos of r (" in line
+    assert "13 of 25 tested videos are in the training of r (" in line
     result = done("eval", "--zeroshot", "clips", "--allow-overlap", *place)
     assert result["n_trained_on"] == 13
     assert (result["n_listed"], result["n_evaluated"], result["n_failed"]) == (25, 20, 5)

@@ -263,6 +263,6 @@ def test_tested_training_videos_are_refused(run: Callable[..., Any], tmp_path: P
     head = tmp_path / "data" / "heads" / "first"
     write_training_keys(head, "clips", ["clip000", "clip004", "clip001"])
     line = refused(2, "eval", "--zeroshot", "clips", "--root", tmp_path / "data")
-    assert "3 of 120 tested videos are training videos of first (clip000, clip001, clip" in line
+    assert "3 of 120 tested videos are in the training of first (clip000, clip001, clip" in line
     assert run("--zeroshot", "clips", "--allow-overlap")["n_trained_on"] == 3
     assert run("--zeroshot", "clips", "--head", "mean")["n_trained_on"] is None

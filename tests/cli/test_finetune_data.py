@@ -104,7 +104,7 @@ def test_a_list_leaves_videos_out_of_training_and_evaluation(root: Path, tmp_pat
     assert described == "train, 2 excluded by a list"
     words = list(finetune(root, "less", "--exclude", listed, "--resume"))
     words.remove("--json")
-    assert "1 of its keys are not in the splits of the data set: nowhere" in mote(*words).out
+    assert "1 of its keys is not in the splits of the data set: nowhere" in mote(*words).out
     assert "data.order" in refused(2, *finetune(root, "less", "--resume"))
     for keys, what in ((train, "training videos"), (val, "videos of split val, to evaluate on")):
         listed.write_text("\n".join(keys))

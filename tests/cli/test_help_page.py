@@ -61,7 +61,7 @@ def test_every_option_is_in_the_help_or_on_its_page(words: tuple[str, ...]) -> N
 def test_help_of_eval_is_short() -> None:
     shown = mote("eval", "--help", width=80).out
     assert len(shown.splitlines()) < 90
-    assert "rarer options are described in docs/eval-options.md" in shown
+    assert "Rarer options, described in docs/eval-options.md" in shown
 
 
 def test_commands_are_grouped_by_stage_and_each_is_in_one() -> None:

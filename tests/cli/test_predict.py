@@ -66,7 +66,7 @@ def test_a_missing_file_stops_no_other_and_is_counted(world: World, clips: Path)
     assert result.code == 1
     assert "2 of 3 videos failed" in result.error
     assert "warning: no.mp4: does not exist" in result.err
-    assert f"predicted once: 1 videos ({good[0]})" in result.err
+    assert f"predicted once: 1 video ({good[0]})" in result.err
     missing, video, empty = result.json["videos"]
     assert (missing["error"], missing["predictions"]) == ("does not exist", [])
     assert "folder without videos" in empty["error"]

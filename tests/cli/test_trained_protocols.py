@@ -414,7 +414,7 @@ def test_wrong_input_of_few_shot(packed: dict[str, tuple[Tree, Path]], tmp_path:
 
     train, test = sorted(tree.splits["train1"]), sorted(tree.splits["test1"])
     listed([*train[:4], test[0]])
-    assert "1 videos are trained on and tested" in refused(2, *given)
+    assert "1 video is trained on and tested" in refused(2, *given)
     leaky = mote(*given, "--allow-overlap", "--json")
     assert leaky.json["runs"][0]["n_trained"] == 5
     last = leaky.json["runs"][0]["last"]

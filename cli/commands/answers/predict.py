@@ -10,7 +10,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report, results, table
-from featstore.errors import UserError
+from featstore.errors import UserError, counted_of
 
 if TYPE_CHECKING:
     from heads.prediction.answers import Answer
@@ -132,8 +132,9 @@ def predict(
     if json:
         report(True, predictor.to_json(answers), {})
     elif out is not None:
-        done = len(request.videos) - predictor.failed
-        report(False, {}, [f"{out}: {done} of {len(request.videos)} videos have predictions"])
+        every = len(request.videos)
+        told = counted_of(every - predictor.failed, every, "video", "has", "have")
+        report(False, {}, [f"{out}: {told} predictions"])
     where = "the reasons are above" + (f" and in {out}" if out is not None else "")
     options.require_few_failures(predictor.failed, len(request.videos), max_failures, where)
 

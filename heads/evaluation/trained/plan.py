@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
 from heads.evaluation.leaks import ContentHashes, copies_of_trained, require_disjoint
@@ -85,8 +85,9 @@ class ShotPlan:
                 other = [f"{names[c]} ({counts[c]})" for c in np.flatnonzero(counts != count)]
                 if other:
                     log.warning(
-                        "%d classes do not have exactly %d videos in %s: %s",
-                        *(len(other), count, listed.name, shown(other)),
+                        "%s not have exactly %s in %s: %s",
+                        counted(len(other), "class does", "classes do"),
+                        *(counted(count, "video"), listed.name, shown(other)),
                     )
             runs.append(self._run(train, tests, count, draw))
         return runs

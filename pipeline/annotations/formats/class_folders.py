@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from pipeline.annotations.class_names import (
     comparable_words,
     natural_class_name,
@@ -78,8 +78,7 @@ def read_class_folders(folder: VideoFolder, kept: Collection[str] = ()) -> Listi
         )
     if outside:
         builder.note(
-            f"{len(outside)} videos lie outside class folders and are left out "
-            f"(first: {outside[0]})"
+            f"left out: {counted(len(outside), 'video')} outside class folders (first: {outside[0]})"
         )
         folder.left_out.unclassed = len(outside)
     if deep:

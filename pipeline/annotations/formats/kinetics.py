@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from pipeline.annotations.class_names import one_spelling
 from pipeline.annotations.listing import (
     Listing,
@@ -82,8 +82,8 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
         clips.extend(labelled)
         if len(labelled) < len(read):
             builder.note(
-                f"{path.name}: {len(read) - len(labelled)} videos have no label there and are "
-                "left out"
+                f"{path.name}: {counted(len(read) - len(labelled), 'video has', 'videos have')} no "
+                "label there, which leaves them out"
             )
     if not clips:
         names = ", ".join(path.name for path in files)
@@ -107,10 +107,11 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
             path=path_found,
         )
     if replaced:
-        builder.note(f"{replaced} videos are taken from the folder of replacements")
+        builder.note(f"{counted(replaced, 'video is', 'videos are')} taken from the folder of replacements")
     if several:
         builder.note(
-            f"{several} videos are in the folder more than once; one copy of each is taken "
+            f"{counted(several, 'video is', 'videos are')} in the folder more than once; one copy "
+            "of each is taken "
             f"(for example of {example})"
         )
     return builder.build(sorted(set(spelling.values())))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import (
     LabelMap,
@@ -166,7 +166,8 @@ def _told_apart(
     if otherwise:
         first, *_ = otherwise.items()
         spelt = " for ".join(spellings_shown(first))
-        note(f"{len(otherwise)} listed names are spelt otherwise in the folder (first: {spelt})")
+        names = counted(len(otherwise), "listed name is", "listed names are")
+        note(f"{names} spelt otherwise in the folder (first: {spelt})")
     return told
 
 

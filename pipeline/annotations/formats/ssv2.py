@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from pipeline.annotations.listing import Listing, ListingBuilder, split_from_file_name
 from pipeline.annotations.text_files import opening, read_json, read_lines
 from pipeline.annotations.video_folder import VideoFolder
@@ -64,7 +64,8 @@ def read_ssv2(files: Sequence[Path], folder: VideoFolder) -> Listing:
                 path=min(candidates, key=lambda p: (p.count("/"), p)) if candidates else None,
             )
     if unlabelled:
-        builder.note(f"{unlabelled} videos have no published label (test set) and are left out")
+        none = counted(unlabelled, "video has", "videos have")
+        builder.note(f"left out: {none} no published label (test set)")
     if order is None:
         builder.note(
             "no labels.json beside the lists: classes are sorted by name, not in official order"

@@ -67,7 +67,7 @@ class Cluster:
             logger.warning("the GPUs of the cluster are not used: --gpus-per-worker 1 uses them")
         if (self.workers or 0) > room:
             logger.warning(
-                "%d workers were asked for, the cluster has room for %d", self.workers, room
+                "asked for %d workers, and the cluster has room for %d", self.workers, room
             )
         return replace(self, workers=self.workers or room, cpus_per_worker=cpus)
 

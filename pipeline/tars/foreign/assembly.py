@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, counted, one_line, quoted
 from featstore.files.durable import write_bytes
 from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.listing import ordered_splits
@@ -219,14 +219,16 @@ def _notes(found: Sequence[FoundTar]) -> list[str]:
     passed_over = [member for tar in found for member in tar.passed_over]
     if passed_over:
         notes.append(
-            f"{len(passed_over)} members have no name KEY.EXTENSION and belong to no sample "
-            f"(first: {one_line(passed_over[0], 80)!r})"
+            f"{counted(len(passed_over), 'member has', 'members have')} no name KEY.EXTENSION, and "
+            "so no sample "
+            f"(first: {quoted(passed_over[0], 80)})"
         )
     named = [s for tar in found for s in tar.samples if s.label or s.labels is not None]
     unread = [s for s in named if s.unread]
     if unread:
         notes.append(
-            f"{len(unread)} samples have a JSON that cannot be read, which may hold captions "
+            f"{counted(len(unread), 'sample has', 'samples have')} a JSON that cannot be read, "
+            "which may hold captions "
             f"(first: {unread[0].key}: {unread[0].unread})"
         )
     return notes

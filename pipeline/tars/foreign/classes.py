@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from featstore.errors import UserError, one_line, one_of
+from featstore.errors import UserError, one_of, quoted
 from featstore.format.spans import Span
 from pipeline.annotations.class_names import (
     USUAL_NAMING,
@@ -243,7 +243,7 @@ def _mapped(
     if unknown:
         notes.append(
             f"{len(unknown)} rows of {str(path)!r} name no sample of the tars "
-            f"(first: {one_line(unknown[0], 80)!r})"
+            f"(first: {quoted(unknown[0], 80)})"
         )
     why_not = {s.key: f"it is not in {path.name}" for s in samples if s.key not in rows}
     return rows, why_not, tuple(notes)

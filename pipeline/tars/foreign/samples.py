@@ -17,7 +17,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from featstore.errors import WorkError, one_line
+from featstore.errors import WorkError, one_line, quoted
 from featstore.files.documents import parse_json
 from pipeline.annotations.file_signs import SIGN_BYTES, looks_like_video
 from pipeline.annotations.formats.multi_label import LABEL_FIELDS
@@ -119,7 +119,7 @@ def find_samples(file: BinaryIO, class_field: str, cells: str = "") -> FoundSamp
             continue
         group = groups.setdefault(key, {})
         if extension.lower() in group:
-            repeated.setdefault(key, f"the tar holds {one_line(name, 80)!r} twice")
+            repeated.setdefault(key, f"the tar holds {quoted(name, 80)} twice")
         group.setdefault(extension.lower(), member)
     read = partial(_read, file.fileno())
     fields: Counter[str] = Counter()

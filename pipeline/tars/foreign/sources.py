@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, counted, counted_of, one_line
 from featstore.remote.urls import is_url, parsed_file
 from pipeline.annotations.class_names import natural_order
 from pipeline.annotations.listing import split_from_word
@@ -56,8 +56,8 @@ def named_tars(patterns: Sequence[str]) -> list[NamedTar]:
     missing = [source for source in missing if not Path(source).is_file()]
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(found)} tars do not exist (first: {missing[0]!r}): check the "
-            "braces or the path of --tars"
+            f"{counted_of(len(missing), len(found), 'tar', 'does', 'do')} not exist (first: "
+            f"{missing[0]!r}): check the braces or the path of --tars"
         )
     return list(found.values())
 

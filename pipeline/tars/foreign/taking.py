@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from featstore.commands import FOUND_TARS, remember_packing
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.files.durable import sweep_partials
 from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
@@ -151,11 +151,12 @@ def _continued(before: Dataset, named: list[NamedTar], append: bool) -> list[Nam
     removed = [source for source in known if source not in by_source]
     added = [tar for tar in named if tar.source not in seen]
     if removed:
-        _refuse(before, [f"{len(removed)} tars are not named any more (e.g. {removed[0]})"])
+        gone = counted(len(removed), "tar is", "tars are")
+        _refuse(before, [f"{gone} not named any more (e.g. {removed[0]})"])
     if added and not append:
         raise UserError(
-            f"--tars names {len(added)} tars that data set {before.name!r} does not have (e.g. "
-            f"{added[0].source}): take them, too, with --append, or use another --dataset name"
+            f"--tars names {counted(len(added), 'tar')} that data set {before.name!r} does not have (e.g. "
+            f"{added[0].source}): add --append to take them, too, or use another --dataset name"
         )
     return [by_source[source] for source in known] + [
         tar for tar in named if tar.source not in set(known)

@@ -41,7 +41,7 @@ def test_training_videos_are_recorded_and_refused(
     with pytest.raises(UserError) as refused:
         require_no_leak(store, everything(store), run)
     assert str(refused.value).startswith(
-        "19 of 40 tested videos are training videos of run (clip000, clip004, clip006 and 16 more)"
+        "19 of 40 tested videos are in the training of run (clip000, clip004, clip006 and 16 more)"
     )
     assert "--allow-overlap" in str(refused.value)
     assert require_no_leak(store, everything(store), run, allow=True) == 19
@@ -74,7 +74,7 @@ def test_clips_of_kinetics_are_the_same_in_every_data_set(tmp_path: Path) -> Non
     keys[5:7] = ["val/running/-aB_cdefghi_000010_000020", "x/ABCDEFGHIJK_000001_000011"]
     vars(store)["keys"] = keys
     write_training_keys(tmp_path, "k700", ["train/jogging/-aB_cdefghi_000010_000019"])
-    with pytest.raises(UserError, match="1 of 40 tested videos are training videos"):
+    with pytest.raises(UserError, match="1 of 40 tested videos is in the training of"):
         require_no_leak(store, everything(store), tmp_path)
 
 

@@ -149,7 +149,7 @@ def test_leaks_between_splits(copied: Copied) -> None:
     assert found["leaked"] == found["excluded"] == len(copied.pairs)
     assert {row["splits"] for row in rows_of(found["files"]["list"])} == {"train", "val"}
     shown = mote("store", "leaks", f"{name}:train", f"{name}:val", "--root", copied.root, width=80)
-    assert "6 of 6 test videos are copies of 6 training videos" in " ".join(shown.out.split())
+    assert "6 of 6 test videos are copied from 6 training videos" in " ".join(shown.out.split())
     assert max(map(len, shown.out.splitlines())) <= 80 or "/" in shown.out
 
 

@@ -81,7 +81,7 @@ def test_frequency_halves(caplog: pytest.LogCaptureFixture) -> None:
     base, novel = frequency_halves([0, 0, 1, 2, 3], names)
     # e has two, then b, c and d tie and go by name, a has none
     assert (base.tolist(), novel.tolist()) == ([0, 2, 3], [1, 4])
-    assert "1 classes have no training videos: 'a'" in caplog.text
+    assert "1 class has no training videos: 'a'" in caplog.text
 
 
 def test_sizes_of_the_published_halves() -> None:

@@ -91,7 +91,7 @@ def test_classes_without_validation_videos_are_told(
 ) -> None:
     store = toy(tmp_path / "toy.zarr", samples=16, classes=8, failed=())
     choose_validation(store, store.split("train"), [0, 1, 2], split="train")
-    assert "2 of 3 classes have no validation videos" in caplog.text
+    assert "2 of 3 classes without validation videos" in caplog.text
     assert "'jump', 'sit'" in caplog.text
 
 

@@ -199,8 +199,8 @@ def test_class_folders(tmp_path: Path) -> None:
     assert [record.key for record in listing.records] == ["a%2F1", "a%2Fx%2F3", "b%2F2"]
     assert listing.class_names == ["a", "b", "empty"]
     notes = " ".join(listing.notes)
-    assert "1 videos lie outside class folders" in notes
-    assert "1 classes have no videos and stay in the list: 'empty'" in notes
+    assert "left out: 1 video outside class folders" in notes
+    assert "1 class has no videos and stays in the list: 'empty'" in notes
 
 
 @pytest.mark.parametrize("val", ["val", "validation", "validate"])

@@ -81,8 +81,8 @@ def test_kinetics_cvdf_flat_folders(tmp_path: Path) -> None:
     assert replaced.path.startswith("replacement/")
     assert by_name(listing)["_b_12_34_x-_000009_000019.mp4"].class_name == "tasting, or eating food"
     notes = " ".join(listing.notes)
-    assert "test.csv: 1 videos have no label" in notes
-    assert "1 videos are taken from the folder of replacements" in notes
+    assert "test.csv: 1 video has no label" in notes
+    assert "1 video is taken from the folder of replacements" in notes
 
 
 def test_kinetics_missing_files_keep_their_place(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_ucf101(tmp_path: Path, flat: bool) -> None:
     }
     assert listing.overlapping_splits
     assert listing.missing == []
-    assert "1 classes have no videos and stay in the list: 'Archery'" in listing.notes
+    assert "1 class has no videos and stays in the list: 'Archery'" in listing.notes
 
 
 def test_ucf101_numbers_that_disagree(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_ssv2(tmp_path: Path, prefix: str) -> None:
     assert splits(listing.records) == {"6": ("test",), "74225": ("val",), "78687": ("train",)}
     assert by_name(listing)["78687.webm"].class_name == "Pushing something left"
     assert [video.source for video in listing.missing] == ["1.webm"]
-    assert "1 videos have no published label" in " ".join(listing.notes)
+    assert "1 video has no published label" in " ".join(listing.notes)
 
 
 def test_ssv2_unknown_template(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_rows_and_share_are_logged_before_work(
     read_listing("own", tmp_path / "v", tmp_path / "list.csv")
     shown = [record.getMessage() for record in caplog.records]
     assert shown[:3] == [f"read: {n}.mp4 -> class 'run', splits train" for n in range(3)]
-    assert shown[3] == "4 of 5 listed videos were found (80.0 %), 1 classes, splits: train"
+    assert shown[3] == "4 of 5 listed videos were found (80.0 %), 1 class, splits: train"
 
 
 def test_any_name_goes_with_any_format(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_any_name_goes_with_any_format(tmp_path: Path) -> None:
     csv.write_text("label,youtube_id,time_start,time_end,split\nrun,AAAAAAAAAAA,1,11,val\n")
     listing = read_listing("my-kinetics", tmp_path / "v", csv)
     assert listing.split_names == ["val"]
-    assert "1 video files in the folder are not listed and not used" in listing.notes
+    assert "1 video file in the folder is not listed and not used" in listing.notes
     (tmp_path / "k400_val.txt").write_text("x.avi 3\n")
     as_list = read_listing("k400", tmp_path / "v", tmp_path / "k400_val.txt")
     assert [record.path for record in as_list.records] == ["x.avi"]

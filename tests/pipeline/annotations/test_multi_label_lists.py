@@ -41,7 +41,7 @@ def test_a_row_a_video_or_a_row_a_class(tmp_path: Path, cells: str, text: str) -
     listing = read(tmp_path, text, cells)
     assert spans_of(listing) == {"a": (RUN, JUMP), "b": (SIT,), "c": ()}
     assert listing.class_names == ["jump", "run", "sit"]
-    assert any("1 videos show none" in note for note in listing.notes)
+    assert any("1 video shows none" in note for note in listing.notes)
     if "split" in text:
         assert listing.split_names == ["train", "val"]
 

@@ -211,7 +211,7 @@ def test_class_lists_are_checked(tmp_path: Path) -> None:
     assert {K600[label] for label in chosen.splits["split3"]} == set(NEW[60:])
     fewer = unseen_classes(K600, K400, [names, write(tmp_path / "few.txt", "new 1\nnew 2\n")])
     assert fewer.notes == (
-        "2 class lists are given; 3 are published",
+        "2 class lists given; 3 are published",
         "class list few.txt has 2 classes; the published ones have 160",
     )
     for text, message in (

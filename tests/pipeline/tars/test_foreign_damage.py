@@ -217,7 +217,7 @@ def test_surrogates_and_bytes_that_are_no_text(tmp_path: Path) -> None:
         ("https://host/../a.tar", "is no path"),
         ("s3://bucket", "names no file"),
         ("s3://bu*cket/a.tar", "pattern in the bucket's name"),
-        ("train=nowhere.tar", "1 of 1 tars do not exist"),
+        ("train=nowhere.tar", "1 of 1 tar does not exist"),
     ],
 )
 def test_patterns_that_cannot_be_meant(

@@ -247,14 +247,14 @@ def test_again_and_more(tmp_path: Path) -> None:
     webdataset_tar(
         tmp_path / "clips-0.tar", [{"__key__": "new", "mp4": clip(9), "cls": b"a new class"}]
     )
-    with pytest.raises(UserError, match=r"1 tars that data set 'own' does not have .*--append"):
+    with pytest.raises(UserError, match=r"1 tar that data set 'own' does not have .*--append"):
         take(tmp_path / "out", tmp_path / "clips-*.tar")
     _, grown = take(tmp_path / "out", tmp_path / "clips-*.tar", append=True)
     assert [tar.file for tar in grown.tars] == ["clips-000000.tar", "clips-0.tar"]
     assert grown.tars[0] == first.tars[0]
     assert grown.raw_class_names == (*first.raw_class_names, "a new class")
     (tmp_path / "clips-0.tar").unlink()
-    with pytest.raises(UserError, match="1 tars are not named any more"):
+    with pytest.raises(UserError, match="1 tar is not named any more"):
         take(tmp_path / "out", tmp_path / "clips-*.tar")
 
 
