@@ -15,43 +15,19 @@ from typer.core import TyperCommand, TyperGroup
 NAMES_WIDTH = 26  # an option whose name and value are wider has its text below them
 
 OTHER = "Options"
-
-STAGES: Final[Mapping[str, Sequence[str]]] = {
-    "First steps": ("demo", "doctor", "status", "pack", "extract"),
-    "Heads": ("train-head", "finetune", "import-checkpoint", "export"),
-    "Answers": ("eval", "protocols", "compare", "tradeoff", "predict"),
-    "What is there": ("inspect", "verify", "store", "rm"),
-}
-"""The commands of each panel of `mote-cli --help`, in the order of the work."""
+USUAL = "What to work on"
 
 PANELS: Final[Mapping[str, Sequence[str]]] = {
-    "What to work on": (
-        *("--closeset", "--zeroshot", "--fewshot", "--base-to-novel", "--protocol", "--dataset"),
-        *("--head", "--from-head", "--split", "--views", "--frames", "--sampling", "--store"),
-        *("--prompts", "--descriptions", "--prompt-set-name", "--encoder", "--videos", "--tars"),
-        *("--annotations", "--class-names", "--label-map", "--class-names-as", "--classes"),
-        *("--list", "--tier", "--crops", "--window", "--append", "--samples-per-shard"),
-        *("--label-field", "--multi-label", "--unlabelled", "--more-tars", "--exclude"),
-        "--hold-out",
-    ),
+    USUAL: (),  # and every option that no other panel names
     "Training": (
-        *(
-            "--name",
-            "--recipe",
-            "--method",
-            "--train",
-            "--epochs",
-            "--warmup-epochs",
-            "--patience",
-            "--draws",
-        ),
-        *("--validation", "--eval-split", "--evaluate-every", "--batch-size", "--accumulation"),
-        *("--lr", "--weight-decay", "--layers", "--experts", "--seed", "--shots", "--draw-seed"),
-        *("--class-sampling", "--class-weights", "--shrinkage"),
-        *("--augment", "--save", "--blend", "--repeat", "--resume"),
+        *("--name", "--recipe", "--method", "--train", "--epochs", "--warmup-epochs"),
+        *("--patience", "--draws", "--validation", "--eval-split", "--evaluate-every"),
+        *("--batch-size", "--accumulation", "--lr", "--weight-decay", "--layers", "--experts"),
+        *("--seed", "--shots", "--draw-seed", "--class-sampling", "--class-weights"),
+        *("--shrinkage", "--augment", "--save", "--blend", "--repeat", "--resume"),
     ),
     "Scores": ("--modulate", "--ensemble", "--fusion", "--sweep", "--allow-overlap", "--top"),
-    OTHER: (),
+    OTHER: (),  # of a command with few options
     "Ray cluster": (
         *("--engine", "--address", "--ray-workers", "--cpus-per-worker", "--gpus-per-worker"),
     ),
@@ -117,7 +93,9 @@ def print_help(command: Any, ctx: Any) -> None:
         if record := parameter.get_help_record(ctx):  # a hidden option has none
             panels[title].append(_written(*record))
     if isinstance(command, TyperGroup):
-        panels |= _commands(command.commands, ctx.parent is None)
+        for name, inner in command.commands.items():
+            line = " ".join(str(inner.help).split("\n\n")[0].split())
+            panels.setdefault(inner.rich_help_panel or "Commands", []).append((name, line))
     for title, records in panels.items():
         if records:
             console.print(_titled(title, records))
@@ -126,19 +104,9 @@ def print_help(command: Any, ctx: Any) -> None:
         console.print(Text(f"Rarer options, described in {page}: {names}."))
 
 
-def _commands(commands: Mapping[str, Any], staged: bool) -> dict[str, list[tuple[str, str]]]:
-    """Return name and first paragraph of each command by its panel: the stage of the work."""
-    lines = {
-        name: (name, " ".join(str(command.help).split("\n\n")[0].split()))
-        for name, command in commands.items()
-    }
-    stages = STAGES if staged else {"Commands": tuple(commands)}
-    return {title: [lines[n] for n in names if n in lines] for title, names in stages.items()}
-
-
 def _panel(names: Sequence[str]) -> str:
     found = (title for title, options in PANELS.items() if set(names) & set(options))
-    return next(found, OTHER)
+    return next(found, USUAL)
 
 
 def _written(names: str, text: str) -> tuple[str, str]:

@@ -120,8 +120,9 @@ class Commands(CommandGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        for name, (_, line) in COMMANDS.items():
-            self.add_command(Command(name, help=line))
+        for name, (place, line) in COMMANDS.items():
+            stage = place.split(".")[2].replace("_", " ").capitalize()  # the folder of its module
+            self.add_command(Command(name, help=line, rich_help_panel=stage))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Load the command that `args` begin with; return its name, itself and the other words."""
