@@ -22,7 +22,7 @@ sys.path.insert(0, str(TESTS.parent))
 
 # They lie with the tests that use them.
 from tests.support.golden.checks import KINDS, check_folder  # noqa: E402
-from tests.support.golden.dist import DIST_KINDS  # noqa: E402
+from tests.support.golden.dist.kinds import DIST_KINDS  # noqa: E402
 from tests.support.golden.viclip import VICLIP_KINDS  # noqa: E402
 
 

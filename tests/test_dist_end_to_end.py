@@ -22,7 +22,7 @@ from heads.files.head_file import head_fingerprint
 from pipeline.float_frames import evaluation_floats
 from pipeline.sampling import dist_test_indices
 from tests.support.golden.checks import worst
-from tests.support.golden.dist import e2e_clip, e2e_state
+from tests.support.golden.dist.files import e2e_clip, e2e_state
 from tests.support.golden.end_to_end import write_lossless
 from tests.support.processes.command_line import done, mote, refused
 

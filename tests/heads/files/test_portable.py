@@ -18,7 +18,7 @@ from featstore import UserError
 from heads import HeadConfig, TemporalHead, build_head, load_head, save_head
 from heads.files.portable import merged_head, save_onnx
 from heads.methods.dist.head import DistHead
-from tests.support.golden.dist import clips_of, model_of, stored
+from tests.support.golden.dist.model import clips_of, model_of, stored
 from tests.support.golden.head import golden_head
 from tests.support.worlds.tiny_towers import tiny_tower
 

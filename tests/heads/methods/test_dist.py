@@ -25,7 +25,8 @@ from heads.methods.dist.branch import QuickGelu
 from heads.methods.dist.config import DistConfig, ratio_of
 from heads.methods.dist.head import DistHead, packed_vectors
 from tests.support.golden.checks import check_folder
-from tests.support.golden.dist import DIST_KINDS, clips_of, model_of, stored
+from tests.support.golden.dist.kinds import DIST_KINDS
+from tests.support.golden.dist.model import clips_of, model_of, stored
 
 DATA = Path(__file__).parents[2] / "data" / "golden_dist"
 # Its hashes need the data sets' own lists of classes.
