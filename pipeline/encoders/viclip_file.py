@@ -12,16 +12,15 @@ from torch import Tensor
 
 from featstore.errors import UserError, one_line
 from pipeline.encoders.sizes import require_sane_sizes
-from pipeline.encoders.sources import (
-    LoadedClip,
+from pipeline.encoders.sources import LoadedClip, safe_name
+from pipeline.encoders.specs import viclip_label
+from pipeline.encoders.tensors import (
     plain_tensors,
     read_safetensors,
     require_finite,
     require_shapes,
-    safe_name,
     shapes_in_safetensors,
 )
-from pipeline.encoders.specs import viclip_label
 from pipeline.encoders.viclip import VICLIP_PREPROCESSING, ViClip, viclip_config
 
 OWN_SIZES: Final = "the ViCLIP of its own sizes"

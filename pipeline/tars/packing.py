@@ -6,7 +6,6 @@ written into `.packing/`. A later run keeps every tar that has a record. `failur
 """
 
 from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -15,12 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
-
 from featstore.commands import remember_packing
 from featstore.errors import UserError, WorkError, counted_of
 from featstore.files.durable import durable_file, sweep_partials
@@ -33,116 +30,18 @@ from featstore.workspace import NAME_PATTERN
 from pipeline.annotations.class_names import USUAL_NAMING, Naming
 from pipeline.annotations.held_out import held_out
 from pipeline.annotations.known_sets import read_listing, videos_folder
-from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.listing import Listing
 from pipeline.annotations.video_folder import extension
-from pipeline.tars.dataset import (
-    DATASET_FILE,
-    FAILURE_COLUMNS,
-    FAILURES_FILE,
-    NO_LABEL,
-    TARS_FOLDER,
-    Dataset,
-    FailedVideo,
-    Tar,
-    class_words,
-    load_dataset,
-    write_failures,
-)
+from pipeline.tars.dataset import DATASET_FILE, FAILURE_COLUMNS, FAILURES_FILE, NO_LABEL, TARS_FOLDER, Dataset, FailedVideo, Tar, class_words, load_dataset, write_failures
 from pipeline.tars.fetching import VideoFetcher
-from pipeline.tars.finished import (
-    RECORDS_FOLDER,
-    HashingStream,
-    TarRecord,
-    VideoOutcome,
-    excluded_before,
-    read_record,
-    remember_excluded,
-)
-from pipeline.tars.identical import IDENTICAL_FILE, HashedVideo, Identical, identical_videos
-from pipeline.tars.plan import (
-    PLAN_FILE,
-    PlannedTar,
-    PlannedVideo,
-    TarPlan,
-    continued,
-    differences,
-    make_plan,
-    packed_classes,
-    packed_splits,
-    read_plan,
-    with_earlier_keys,
-)
+from pipeline.tars.finished import RECORDS_FOLDER, HashingStream, TarRecord, VideoOutcome, excluded_before, read_record, remember_excluded
+from pipeline.tars.identical import HashedVideo, identical_videos
+from pipeline.tars.plan import PLAN_FILE, PlannedTar, PlannedVideo, TarPlan, continued, differences, make_plan, packed_classes, packed_splits, read_plan, with_earlier_keys
 from pipeline.tars.probing import in_order, probe
+from pipeline.tars.summary import PackSummary
 
 logger = logging.getLogger(__name__)
-
-SHOWN_FAILURES = 5
-
 _Sample = dict[str, str | bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class PackSummary:
-    """What one run of `pack` did, and what the data set holds now.
-
-    `videos_*`, `shards` and `bytes` (of all tars) describe the data set; `shards_written`,
-    `shards_skipped` and `seconds` describe this run. `failures` are the first lines of
-    `failures.csv`, `identical` the videos of the same bytes, `excluded` what a list left out, and
-    `left_out` what was passed over before anything was listed.
-    """
-
-    dataset: str
-    folder: str
-    videos_listed: int
-    videos_packed: int
-    videos_failed: int
-    shards: int
-    shards_written: int
-    shards_skipped: int
-    classes: int
-    bytes: int
-    seconds: float
-    too_many_failures: bool
-    failures: tuple[dict[str, Any], ...]
-    notes: tuple[str, ...]
-    identical: Identical
-    excluded: Excluded | None
-    left_out: LeftOut
-
-    @classmethod
-    def of(
-        cls, dataset: Dataset, failures: Sequence[dict[str, Any]], max_failures: float, **run: Any
-    ) -> PackSummary:
-        """The summary of a data set; `run` has the other fields, most of which describe this run.
-
-        Beside dataset.json it writes which videos are identical.
-        """
-        run["identical"].write(dataset.folder)
-        return cls(
-            dataset=dataset.name,
-            folder=str(dataset.folder),
-            videos_listed=dataset.listed,
-            videos_packed=dataset.packed,
-            videos_failed=len(failures),
-            shards=len(dataset.tars),
-            classes=len(dataset.class_names),
-            bytes=sum(tar.bytes for tar in dataset.tars),
-            too_many_failures=len(failures) > max_failures * dataset.listed,
-            failures=tuple(failures[:SHOWN_FAILURES]),
-            **run,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """The summary as strict JSON values."""
-        return {
-            **{field.name: getattr(self, field.name) for field in fields(self)},
-            "identical": self.identical.to_json(Path(self.folder) / IDENTICAL_FILE),
-            "excluded": None if self.excluded is None else self.excluded.to_json(),
-            "left_out": self.left_out.to_json(),
-        }
-
-
 def pack(
     videos_dir: Path | None,
     name: str,

@@ -57,7 +57,7 @@ def duplicates(
     Example: `mote-cli store duplicates my-store`
     """
     part = _part(root, store)
-    from heads.quality.copies import find_duplicates
+    from heads.quality.search import find_duplicates
 
     with progress_of("compare", "videos") as progress:
         found = find_duplicates(part, progress=progress)
@@ -79,7 +79,7 @@ def leaks(
     Example: `mote-cli store leaks my-store:train my-store:val`
     """
     first, second = _part(root, train), _part(root, test)
-    from heads.quality.copies import find_leaks
+    from heads.quality.search import find_leaks
 
     with progress_of("compare", "videos") as progress:
         found = find_leaks(first, second, progress=progress)

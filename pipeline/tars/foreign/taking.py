@@ -26,7 +26,8 @@ from pipeline.tars.foreign.classes import ClassChoice
 from pipeline.tars.foreign.scanning import FoundTar, scanned
 from pipeline.tars.foreign.sources import NamedTar, named_tars
 from pipeline.tars.identical import identical_videos
-from pipeline.tars.packing import PackSummary, check_arguments
+from pipeline.tars.packing import check_arguments
+from pipeline.tars.summary import PackSummary
 from pipeline.tars.plan import PLAN_FILE, class_difference
 
 logger = logging.getLogger(__name__)

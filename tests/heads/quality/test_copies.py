@@ -17,9 +17,10 @@ from PIL import Image
 
 from featstore import open_store
 from heads.quality.alignment import Trimming, compare, points_between, screen, trimmings
-from heads.quality.copies import CopyGroup, Pair, Video, find_duplicates
+from heads.quality.copies import CopyGroup, Pair, Video
 from heads.quality.null import largest_ratio
 from heads.quality.part import Part
+from heads.quality.search import find_duplicates
 from pipeline.demo.small_clip import make_encoder_folder
 from pipeline.demo.world import draw_world
 from tests.support.processes.command_line import done, mote, refused

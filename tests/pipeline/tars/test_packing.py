@@ -23,7 +23,8 @@ from featstore.errors import UserError, WorkError
 from featstore.files.locks import exclusive
 from pipeline.annotations.listing import name_from_key
 from pipeline.tars.dataset import Dataset, load_dataset
-from pipeline.tars.packing import PackSummary, pack
+from pipeline.tars.packing import pack
+from pipeline.tars.summary import PackSummary
 from tests.support.worlds.media import make_video
 
 
