@@ -286,12 +286,12 @@ def video_paths(workspace: Workspace, dataset: str) -> Mapping[str, str]:
     return paths_in(workspace.dataset_dir(dataset))
 
 
-def content_hashes(workspace: Workspace, dataset: str) -> Mapping[str, str]:
-    """Return the sha256 of a data set's videos by key; {} if it is not packed in this workspace."""
-    from pipeline.tars.identical import content_hashes as hashes_in
+def content_marks(workspace: Workspace, dataset: str) -> Mapping[str, Sequence[str]]:
+    """Return what tells the content of a data set's videos by key, as far as it is known here."""
+    from heads.quality.copies import content_marks as marks_in
 
     try:
-        return hashes_in(workspace.dataset_dir(dataset))
+        return marks_in(workspace.root / "quality", workspace.dataset_dir(dataset))
     except UserError:  # a head may come from a data set whose name is no folder's name here
         return {}
 

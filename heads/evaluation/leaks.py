@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ContentHashes: TypeAlias = Callable[[str], Mapping[str, str]]
-"""Returns the sha256 of a data set's videos by key; {} if they are not known."""
+ContentMarks: TypeAlias = Callable[[str], Mapping[str, Collection[str]]]
+"""Returns what tells the content of a data set's videos by key, as far as it is known: the sha256
+and the groups of copies that they are in. Videos that have a mark in common are copies."""
 
 NAMED: Final = 3  # how many videos an error names
 
@@ -88,45 +89,44 @@ def copies_of_trained(
     store: Store,
     rows: npt.ArrayLike,
     trained: Mapping[str, Collection[str]],
-    hashes: ContentHashes,
+    marks: ContentMarks,
     *,
     known: Collection[int] = (),
 ) -> RowArray:
-    """Return those of `rows` (array rows of `store`) whose file has the bytes of a training video.
+    """Return those of `rows` (array rows of `store`) that are copies of a training video.
 
-    `trained` are the keys of the training videos by data set, `hashes` returns the sha256 of a data
-    set's videos by key, as far as they are known. Rows that are `known` to be training videos by
-    their key are left out. The copies are logged: their keys differ, so that only a person can say
-    which of the two should go.
+    `trained` are the keys of the training videos by data set; `marks` tell the content of videos.
+    Rows that are `known` to be training videos by their key are left out. The copies are logged:
+    their keys differ, so that only a person can say which of the two should go.
     """
-    own = hashes(store.provenance.dataset)
+    own = marks(store.provenance.dataset)
     if not own:
         return np.zeros(0, np.int64)
     of_trained: dict[str, str] = {}
     for dataset, keys in trained.items():
-        there = own if dataset == store.provenance.dataset else hashes(dataset)
-        of_trained.update((there[key], key) for key in keys if key in there)
+        there = own if dataset == store.provenance.dataset else marks(dataset)
+        of_trained.update((mark, key) for key in keys for mark in there.get(key, ()))
     asked = np.unique(np.asarray(rows, np.int64))
     found, words = [], []
     for row, at in zip(asked.tolist(), store.positions(asked).tolist(), strict=True):
         key = store.keys[at]
-        other = of_trained.get(own.get(key, ""))
+        other = next((of_trained[m] for m in own.get(key, ()) if m in of_trained), None)
         if other is not None and row not in known:
             found.append(row)
             words.append(f"{key} = {other}")
     if found:
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
         log.warning(
-            "%s the bytes of training videos (%s%s): they count as trained on; train without them "
-            "(train-head --exclude) for a fair test",
-            counted_of(len(found), len(asked), "tested video", "has", "have"),
+            "%s by content in the training, under another key (%s%s): they count as trained on; "
+            "train without them (train-head --exclude) for a fair test",
+            counted_of(len(found), len(asked), "tested video"),
             *(", ".join(words[:NAMED]), more),
         )
     return np.array(found, np.int64)
 
 
 def copies_tested(
-    store: Store, tests: Sequence[TestSet], run_dir: Path, hashes: ContentHashes
+    store: Store, tests: Sequence[TestSet], run_dir: Path, marks: ContentMarks
 ) -> int:
     """Return how many tested videos are copies of videos that the run in `run_dir` trained on.
 
@@ -140,7 +140,7 @@ def copies_tested(
     rows = np.unique(np.concatenate([np.asarray(test.rows, np.int64) for test in tests]))
     by_key = trained_videos(store, rows, run_dir)
     same = frozenset(() if by_key is None else by_key.tolist())
-    return len(copies_of_trained(store, rows, known, hashes, known=same))
+    return len(copies_of_trained(store, rows, known, marks, known=same))
 
 
 def require_disjoint(

@@ -17,7 +17,7 @@ from featstore.reading.store import Store
 from featstore.workspace import OpenedStores, Workspace
 from heads.evaluation import sweeps
 from heads.evaluation.label_maps import CORRECTED, named_as
-from heads.evaluation.leaks import ContentHashes, copies_tested, require_no_leak
+from heads.evaluation.leaks import ContentMarks, copies_tested, require_no_leak
 from heads.evaluation.protocols.choose import (
     build_test_sets,
     count_views,
@@ -86,8 +86,8 @@ class EvaluationRequest:
     packed_class_names: PackedClassNames = lambda dataset: None
     video_paths: Callable[[str], Mapping[str, str]] = lambda dataset: {}
     """Finds the paths of a data set's videos by key, for the tables beside a result."""
-    content_hashes: ContentHashes = lambda dataset: {}
-    """Finds the sha256 of a data set's videos by key, which tell copies under other keys."""
+    content_marks: ContentMarks = lambda dataset: {}
+    """Finds what tells the content of a data set's videos by key, and so copies under other keys."""
     precision: Precision = "auto"
     device: str = "auto"
 
@@ -315,7 +315,7 @@ def _measure(
     if head is not None:
         overlap = require_no_leak(store, tests, run_dir, allow=request.allow_overlap)
         if overlap is not None:
-            copied = copies_tested(store, tests, run_dir, request.content_hashes)
+            copied = copies_tested(store, tests, run_dir, request.content_marks)
             overlap += copied
     model = head or mean_head_of(store)
     with stages("eval", "videos") as progress:

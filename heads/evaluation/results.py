@@ -165,7 +165,7 @@ class EvalResult:
     n_trained_on: int | None = field(metadata=_tested(of="facts"))
     """How many listed videos are training videos of the head; None if that is not known."""
     n_copied: int | None = field(metadata={"of": "facts"})
-    """How many of these are training videos by their bytes, under another key."""
+    """How many of these are training videos by their content, under another key."""
     source: str = field(metadata={"of": "protocol"})
     """The publications that the protocol comes from."""
     test_list: str = field(metadata=_tested(of="protocol"))

@@ -1,16 +1,21 @@
 """Copies among the videos of stores, what shows that they are copies, and the files about them."""
 
 from __future__ import annotations
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from featstore.errors import counted, counted_of, safe_text
+from featstore.errors import UserError, counted, counted_of, one_line, safe_text
+from featstore.files.documents import LISTS_LIMIT, read_document
 from featstore.files.durable import write_bytes, write_json
 from featstore.files.key_lists import EXCLUDE, KEY, YES
-from featstore.files.tables import csv_bytes
+from featstore.files.tables import csv_bytes, csv_rows
 from heads.quality.part import Part
 from heads.quality.pictures import Sheet, VideoFiles, draw_sheets
+from pipeline.tars.identical import content_hashes
+
+log = logging.getLogger(__name__)
 
 IDENTICAL: Final = "identical bytes"
 SAME: Final = "same frames"
@@ -20,8 +25,10 @@ TRIMMED: Final = "trimmed"
 DRAWN_GROUPS: Final = 12
 DRAWN_VIDEOS: Final = 4  # of a group
 LINES: Final = 4  # videos of a group that are printed
+DATASET: Final = "dataset"
+LISTS: Final = ("duplicates", "leaks")
 COLUMNS: Final = (
-    *("group", KEY, "store", "class_name", "splits", "seconds"),
+    *("group", KEY, DATASET, "store", "class_name", "splits", "seconds"),
     *("copy_of", "similarity", "kind", "detail", EXCLUDE),
 )
 @dataclass(frozen=True, slots=True)
@@ -195,7 +202,7 @@ class Copies:
 
         There is no picture without `picture`, without groups, and if no video file is at hand.
         """
-        name = "leaks" if self.between else "duplicates"
+        name = LISTS[self.between]
         files = {"list": folder / f"{name}.csv", "json": folder / f"{name}.json"}
         write_bytes(files["list"], csv_bytes(COLUMNS, self._rows()))
         write_json(files["json"], self.to_json())
@@ -211,8 +218,10 @@ class Copies:
             for v in group.videos:
                 pair = group.evidence_of(v)
                 other = pair.second if pair.first == v else pair.first
+                part = self.parts[v.part]
                 yield (
-                    *(number, v.key, self.parts[v.part].name, v.class_name, ";".join(v.splits)),
+                    *(number, v.key, part.store.provenance.dataset, part.name),
+                    *(v.class_name, ";".join(v.splits)),
                     *(f"{v.seconds:.2f}", other.key, f"{pair.similarity:.4f}", pair.kind),
                     *(pair.detail, YES if (v.part, v.key) in self.exclude else "no"),
                 )
@@ -227,3 +236,26 @@ class Copies:
             for number, group in enumerate(self.groups[:DRAWN_GROUPS], start=1)
         ]
         return draw_sheets(sheets, path)
+
+
+def content_marks(quality: Path, dataset_dir: Path) -> dict[str, list[str]]:
+    """Return what tells the content of the videos of a data set: marks by key.
+
+    They are the sha256 of its bytes, as far as packing kept it, and the groups of copies in the
+    lists below `quality`, as people corrected them: a group of which nothing is to be left out is
+    none. Videos that have a mark in common are copies. A list that cannot be read is said.
+    """
+    marks = {key: [digest] for key, digest in content_hashes(dataset_dir).items()}
+    for file in sorted(file for name in LISTS for file in quality.rglob(f"{name}.csv")):
+        try:
+            header, *rows = csv_rows(read_document(file, "make it again", limit=LISTS_LIMIT))
+            at = [header.index(name) for name in ("group", KEY, DATASET, EXCLUDE)]
+            cells = [[row[place] for place in at] for row in rows if row]
+        except (UserError, ValueError, IndexError) as error:
+            log.warning("the copies listed in %s do not count: %s", file, one_line(error, 120))
+            continue
+        copies = {group for group, *_, said in cells if said.strip().lower() == YES}
+        for group, key, dataset, _ in cells:
+            if dataset == dataset_dir.name and group in copies:
+                marks.setdefault(key, []).append(f"{file}, group {group}")
+    return marks

@@ -299,7 +299,7 @@ def evaluate(
         unseen=UnseenChoice(k600_source, tuple(class_lists or ()), k400_names),
         packed_class_names=lambda name: options.packed_class_names(workspace, name),
         video_paths=lambda name: options.video_paths(workspace, name),
-        content_hashes=lambda name: options.content_hashes(workspace, name),
+        content_marks=lambda name: options.content_marks(workspace, name),
         precision=precision,  # type: ignore[arg-type]  # it is checked there
         device=options.known_device(device),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from featstore.errors import UserError, counted
 from featstore.format.schema import RowArray
 from featstore.reading.store import Store
-from heads.evaluation.leaks import ContentHashes, copies_of_trained, require_disjoint
+from heads.evaluation.leaks import ContentMarks, copies_of_trained, require_disjoint
 from heads.evaluation.protocols.protocol import TestSet
 from heads.evaluation.trained.run import ShotRun
 from heads.training.training_set import (
@@ -52,7 +52,7 @@ class ShotPlan:
     run_dir: Callable[[str], Path]
     repeat: str = "full"
     allow_overlap: bool = False
-    content_hashes: ContentHashes = lambda dataset: {}
+    content_marks: ContentMarks = lambda dataset: {}
 
     def __post_init__(self) -> None:
         self.train.require_one_label("a number of videos per class")
@@ -150,7 +150,7 @@ class ShotPlan:
         pairs = zip(tested.tolist(), places, strict=True)
         known = frozenset(row for row, at in pairs if self.test.keys[at] in keys)
         copies = copies_of_trained(
-            *(self.test, tested, {self.train.provenance.dataset: trained}, self.content_hashes),
+            *(self.test, tested, {self.train.provenance.dataset: trained}, self.content_marks),
             known=known,
         )
         n, run_dir = len(copies), self.run_dir(train.suffix)

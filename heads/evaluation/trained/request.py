@@ -162,7 +162,7 @@ def evaluate_trained(
         run_dir=lambda suffix: ask.workspace.run_dir(prefix + suffix),
         repeat=how.repeat,
         allow_overlap=ask.allow_overlap,
-        content_hashes=ask.content_hashes,
+        content_marks=ask.content_marks,
     )
     runs = (
         plan.fewshot(shots, draws[0], given) if few else plan.base_to_novel(shots[0], draws, given)

@@ -160,7 +160,35 @@ def test_copies_of_training_videos_count_in_results(copied: Copied) -> None:
     result = mote("eval", "--closeset", "clips", "--head", "all", "--json", *place[2:])
     assert result.code == 0, result.err
     assert (result.json["n_trained_on"], result.json["n_copied"]) == (1, 1)
-    assert "have the bytes of training videos" in result.err
+    assert "1 of 6 tested videos is by content in the training, under another key" in result.err
+
+
+def test_listed_copies_count_in_results_as_people_corrected_them(
+    copied: Copied, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(copied.root, root)
+    shutil.rmtree(root / "quality", ignore_errors=True)
+    place = ("--root", root)
+    done("train-head", "--head", "knn", "--name", "listed", "--dataset", "clips", *place)
+    name = f"clips/{copied.store.stem}"
+    found = done("store", "leaks", f"{name}:train", f"{name}:val", "--no-picture", *place)
+    evaluate = ("eval", "--closeset", "clips", "--head", "listed", *place)
+    n = len(copied.pairs)
+    result = done(*evaluate)
+    assert (result["n_trained_on"], result["n_copied"]) == (n, n)
+    listed = Path(found["files"]["list"])
+    rows = listed.read_text().splitlines(keepends=True)
+    first = [row.replace(",yes\n", ",no\n") if row.startswith("1,") else row for row in rows]
+    assert first != rows
+    listed.write_text("".join(first))
+    kept = {group["pairs"][0]["kind"] for group in found["found"][:1]}
+    # Identical bytes need no list.
+    assert done(*evaluate)["n_copied"] == n - (kept != {"identical bytes"})
+    listed.write_text("key\nnothing\n")
+    left = mote(*evaluate, "--json")
+    assert left.json["n_copied"] == 1
+    assert f"the copies listed in {listed} do not count" in left.err
 
 
 def test_without_files_embeddings_decide(copied: Copied, tmp_path: Path) -> None:
