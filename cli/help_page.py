@@ -93,7 +93,8 @@ def print_help(command: Any, ctx: Any) -> None:
         if record := parameter.get_help_record(ctx):  # a hidden option has none
             panels[title].append(_written(*record))
     if isinstance(command, TyperGroup):
-        for name, inner in command.commands.items():
+        commands: Mapping[str, Any] = command.commands
+        for name, inner in commands.items():
             line = " ".join(str(inner.help).split("\n\n")[0].split())
             panels.setdefault(inner.rich_help_panel or "Commands", []).append((name, line))
     for title, records in panels.items():

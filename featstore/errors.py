@@ -55,8 +55,8 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def quoted(text: str, limit: int = 300) -> str:
-    """`one_line` of a name in quotes, where `repr` would write its escapes a second time."""
+def quoted(text: str, limit: int = 80) -> str:
+    """`one_line` of a name or a line of a file in quotes, where `repr` would write its escapes a second time."""
     line = one_line(text, limit)
     mark = '"' if "'" in line and '"' not in line else "'"
     return f"{mark}{line}{mark}"

@@ -38,9 +38,7 @@ def merged_head(head: Head) -> Head:
     in mote only.
     """
     chosen = method(head.config.kind)
-    chosen.require(
-        "used by other programs", chosen.portable, "export a run of another method"
-    )
+    chosen.require("used by other programs", chosen.portable, "export a run of another method")
     return head.merged()
 
 

@@ -63,7 +63,8 @@ class AnswerFile:
     ) -> None:
         """Begin or continue the file; `stamps` are those of the videos asked for, by their path.
 
-        `names` are those of the classes, with which an error says how the classes differ. Afterwards `done` holds the videos that need not be predicted again. Rows of videos that
+        `names` are those of the classes, with which an error says how the classes differ.
+        Afterwards `done` holds the videos that need not be predicted again. Rows of videos that
         changed or failed to be found leave the file, rows of videos not asked for stay. Raises
         UserError if the file was begun with other settings, WorkError if another process writes it.
         """

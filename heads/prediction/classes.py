@@ -101,9 +101,7 @@ def _from_file(path: Path) -> NamedClasses:
         if not line.startswith("#")
     ]
     if len(names) == 1 and "," in names[0]:
-        raise UserError(
-            f"{path} has the one line {quoted(names[0], 60)}: write one class a line"
-        )
+        raise UserError(f"{path} has the one line {quoted(names[0], 60)}: write one class a line")
     return NamedClasses(_some_names(path, names))
 
 

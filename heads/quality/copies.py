@@ -1,11 +1,13 @@
 """Copies among the videos of stores, what shows that they are copies, and the files about them."""
 
 from __future__ import annotations
+
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
 from featstore.errors import UserError, counted, counted_of, one_line, safe_text
 from featstore.files.documents import LISTS_LIMIT, read_document
 from featstore.files.durable import write_bytes, write_json
@@ -31,6 +33,8 @@ COLUMNS: Final = (
     *("group", KEY, DATASET, "store", "class_name", "splits", "seconds"),
     *("copy_of", "similarity", "kind", "detail", EXCLUDE),
 )
+
+
 @dataclass(frozen=True, slots=True)
 class Video:
     """One video of a part."""

@@ -4,26 +4,48 @@ n = videos of the first part, m = videos of the second.
 """
 
 from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from featstore.errors import UserError
 from featstore.files.key_lists import superfluous
 from featstore.progress import ProgressSink, no_progress
 from heads.quality.alignment import Trimming, compare, resampled, screen, trimmings
+from heads.quality.copies import (
+    ALIKE,
+    IDENTICAL,
+    REENCODED,
+    SAME,
+    TRIMMED,
+    Copies,
+    CopyGroup,
+    Pair,
+    Video,
+)
 from heads.quality.null import LARGEST, NEIGHBOURS, largest_ratio, usual_distances
 from heads.quality.part import Part
 from heads.quality.pictures import VideoFiles
-from heads.quality.pixels import LOOKED_AT, PICTURE_DIMENSIONS, Way, compare_pictures, small_pictures, ways
+from heads.quality.pixels import (
+    LOOKED_AT,
+    PICTURE_DIMENSIONS,
+    Way,
+    compare_pictures,
+    small_pictures,
+    ways,
+)
 from heads.quality.sequences import Space
-from heads.quality.copies import ALIKE, Copies, CopyGroup, IDENTICAL, Pair, REENCODED, SAME, TRIMMED, Video
 
 EXACT: Final = 0.999  # similarity of the same pixels, encoded in other batches or numbers
 DIFFERENT: Final = {ALIKE: 0.35, TRIMMED: 0.6}
 """The ratio of the pictures from which on embeddings alone prove nothing, by the kind of copy."""
 ALMOST_EQUAL: Final = 1.0  # grey levels between pictures of one file, encoded again
+
+
 def find_duplicates(part: Part, progress: ProgressSink = no_progress) -> Copies:
     """Find the videos of `part` that are copies of each other.
 

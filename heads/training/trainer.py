@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from featstore.batches.loader import FeatureLoader
-from featstore.errors import UserError, WorkError, one_line, counted
+from featstore.errors import UserError, WorkError, counted, one_line
 from featstore.files.durable import write_json
 from featstore.progress import ProgressSink, no_progress
 from heads.arithmetic import autocast, resolve_precision, scaler

@@ -273,9 +273,7 @@ def warn_of_classes_without_videos(names: Sequence[str], labels: RowArray) -> No
     if absent:
         none = f"{len(absent)} of {counted(len(names), 'class', 'classes')}"
         none += " has" if len(absent) == 1 else " have"
-        log.warning(
-            "%s no training videos: %s", none, shown(absent)
-        )
+        log.warning("%s no training videos: %s", none, shown(absent))
 
 
 def start_from(head: Head, initial: Head) -> None:

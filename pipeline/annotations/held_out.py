@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
-from featstore.errors import UserError, counted, counted_of
+from featstore.errors import UserError, counted_of
 from pipeline.annotations.listing import Listing, VideoRecord
 
 HELD_OUT: Final = "test"

@@ -278,7 +278,9 @@ def _add_notes(
     empty = [name for name in listing.class_names if name not in used]
     if empty:
         names = ", ".join(repr(name) for name in empty[:5]) + (", ..." if len(empty) > 5 else "")
-        none = counted(len(empty), "class has no videos and stays", "classes have no videos and stay")
+        none = counted(
+            len(empty), "class has no videos and stays", "classes have no videos and stay"
+        )
         listing.notes.append(f"{none} in the list: {names}")
     unlisted = len(folder.files) - sum(not is_url(video.path) for video in listing.records)
     if annotated and unlisted > 0:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from featstore.errors import UserError, one_line, quoted
+from featstore.errors import UserError, one_line
 from featstore.files import documents
 from featstore.files.documents import LISTS_LIMIT
 
@@ -79,11 +79,6 @@ def read_json(path: Path) -> Any:
 def is_number(text: str) -> bool:
     """Whether a cell is a label's number or a count: ASCII digits, and no more than 18."""
     return text.isascii() and text.isdecimal() and len(text) <= 18
-
-
-def quoted(text: str) -> str:
-    """A line of a file as an error shows it: in quotes, its beginning if it is long."""
-    return quoted(text, 80)
 
 
 def list_files(folder: Path) -> list[Path]:

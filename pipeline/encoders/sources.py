@@ -7,6 +7,7 @@ the cache.
 """
 
 from __future__ import annotations
+
 import re
 import urllib.error
 import urllib.request
@@ -18,11 +19,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
 import huggingface_hub
 import open_clip
 import torch
 from huggingface_hub import constants as hub_constants
 from safetensors.torch import save as safetensors_bytes
+
 from featstore.commands import command
 from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import read_object
@@ -42,6 +45,8 @@ _OPENAI_ELSEWHERE = {
     "openai/clip-vit-large-patch14-336": "ViT-L-14-336/openai",
     "vit-l/14@336px": "ViT-L-14-336/openai",
 }
+
+
 @dataclass
 class LoadedClip:
     """An fp32 open_clip model in evaluation mode, with its name and its configs."""

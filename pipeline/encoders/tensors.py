@@ -1,17 +1,22 @@
 """Tensors in weight files, held against those that a model has before they are read."""
 
 from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
 import torch
 from safetensors import SafetensorError, safe_open
+
 from featstore.errors import UserError, one_line, quoted
 
 # Entries of an OpenAI archive that describe the model and are not weights.
 OPENAI_DESCRIPTION = ("input_resolution", "context_length", "vocab_size")
 LISTED_TENSORS = 3  # how many tensors an error names before it counts the rest
+
+
 def shapes_in_safetensors(path: Path) -> dict[str, tuple[int, ...]]:
     """Read the shapes of the tensors of `path`, and none of their numbers."""
     with _opened(path) as file:

@@ -6,6 +6,7 @@ written into `.packing/`. A later run keeps every tar that has a record. `failur
 """
 
 from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
 from featstore.commands import remember_packing
 from featstore.errors import UserError, WorkError, counted_of
 from featstore.files.durable import durable_file, sweep_partials
@@ -32,16 +34,50 @@ from pipeline.annotations.held_out import held_out
 from pipeline.annotations.known_sets import read_listing, videos_folder
 from pipeline.annotations.listing import Listing
 from pipeline.annotations.video_folder import extension
-from pipeline.tars.dataset import DATASET_FILE, FAILURE_COLUMNS, FAILURES_FILE, NO_LABEL, TARS_FOLDER, Dataset, FailedVideo, Tar, class_words, load_dataset, write_failures
+from pipeline.tars.dataset import (
+    DATASET_FILE,
+    FAILURE_COLUMNS,
+    FAILURES_FILE,
+    NO_LABEL,
+    TARS_FOLDER,
+    Dataset,
+    FailedVideo,
+    Tar,
+    class_words,
+    load_dataset,
+    write_failures,
+)
 from pipeline.tars.fetching import VideoFetcher
-from pipeline.tars.finished import RECORDS_FOLDER, HashingStream, TarRecord, VideoOutcome, excluded_before, read_record, remember_excluded
+from pipeline.tars.finished import (
+    RECORDS_FOLDER,
+    HashingStream,
+    TarRecord,
+    VideoOutcome,
+    excluded_before,
+    read_record,
+    remember_excluded,
+)
 from pipeline.tars.identical import HashedVideo, identical_videos
-from pipeline.tars.plan import PLAN_FILE, PlannedTar, PlannedVideo, TarPlan, continued, differences, make_plan, packed_classes, packed_splits, read_plan, with_earlier_keys
+from pipeline.tars.plan import (
+    PLAN_FILE,
+    PlannedTar,
+    PlannedVideo,
+    TarPlan,
+    continued,
+    differences,
+    make_plan,
+    packed_classes,
+    packed_splits,
+    read_plan,
+    with_earlier_keys,
+)
 from pipeline.tars.probing import in_order, probe
 from pipeline.tars.summary import PackSummary
 
 logger = logging.getLogger(__name__)
 _Sample = dict[str, str | bytes]
+
+
 def pack(
     videos_dir: Path | None,
     name: str,

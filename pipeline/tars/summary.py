@@ -1,16 +1,20 @@
 """What packing made, and what people should know of it."""
 
 from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
 from featstore.files.key_lists import Excluded
 from pipeline.annotations.left_out import LeftOut
 from pipeline.tars.dataset import Dataset
 from pipeline.tars.identical import IDENTICAL_FILE, Identical
 
 SHOWN_FAILURES = 5
+
+
 @dataclass(frozen=True, slots=True)
 class PackSummary:
     """What one run of `pack` did, and what the data set holds now.

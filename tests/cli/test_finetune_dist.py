@@ -191,7 +191,10 @@ def untouched(root: Path) -> set[str]:
         (("--train", "tower"), "--train tower is not possible"),
         (("--class-weights", "balanced"), "DiST cannot be trained with class weights"),
         (("--recipe", "paper-vit-b16", "--frames", "4"), "--train tower is not possible"),
-        (("--method", "linear"), "features with `mote-cli train-head --dataset clips --head linear"),
+        (
+            ("--method", "linear"),
+            "features with `mote-cli train-head --dataset clips --head linear",
+        ),
         (("--method", "dits"), "head kind 'dits' is unknown: did you mean dist?"),
         (("--method", "mote", "--frames", "2"), "cannot be set for MoTE"),
     ],

@@ -68,9 +68,11 @@ def test_lines_in_a_file_fit_80_columns(
             clock[0] += 20.0
             progress(step, 1000000, **told, loss=0.25, name="\x1b" * 30)
     first, second = written.getvalue().splitlines()
-    assert first == "finetune: 1/1000000 steps, memory 12345 MB of 16384 MB, epoch 7 of 30, loss 0.25"
+    assert (
+        first == "finetune: 1/1000000 steps, memory 12345 MB of 16384 MB, epoch 7 of 30, loss 0.25"
+    )
     assert second == (
-        "finetune: 2/1000000 steps, 20.0 s each, 5555h33m left, epoch 7 of 30, loss 0.25"
+        "finetune: 2/1000000 steps, 20.0 s each, 5555h32m left, epoch 7 of 30, loss 0.25"
     )
     assert max(len(first), len(second)) <= 80
 

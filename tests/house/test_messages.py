@@ -13,7 +13,9 @@ from featstore.errors import counted, counted_of, quoted
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(
-    path for room in ("featstore", "pipeline", "heads", "cli") for path in (ROOT / room).rglob("*.py")
+    path
+    for room in ("featstore", "pipeline", "heads", "cli")
+    for path in (ROOT / room).rglob("*.py")
 )
 # A count, then its noun, then a verb that is right for every number but 1.
 PLURAL = re.compile(r"(?:<len\([^>]*>|%d)(?: of)?(?: [a-z]+){0,4} (?:are|were|have|do)\b")
@@ -28,11 +30,15 @@ MORE_THAN_ONE = {
 
 def sentences(tree: ast.AST) -> Iterator[str]:
     """All texts of a module, in f-strings the code of a value between < and >."""
-    inside = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    inside = {
+        part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield "".join(
-                str(part.value) if isinstance(part, ast.Constant) else f"<{ast.unparse(part.value)}>"
+                str(part.value)
+                if isinstance(part, ast.Constant)
+                else f"<{ast.unparse(part.value)}>"
                 for part in node.values
                 if isinstance(part, ast.Constant | ast.FormattedValue)
             )
@@ -68,6 +74,9 @@ def test_names_in_quotes(name: str, written: str) -> None:
 
 def test_counts_in_words() -> None:
     assert [counted(n, "view") for n in (0, 1, 2)] == ["0 views", "1 view", "2 views"]
-    assert [counted(n, "class has", "classes have") for n in (1, 3)] == ["1 class has", "3 classes have"]
+    assert [counted(n, "class has", "classes have") for n in (1, 3)] == [
+        "1 class has",
+        "3 classes have",
+    ]
     assert counted_of(1, 1, "tar", "does", "do") == "1 of 1 tar does"
     assert counted_of(2, 5, "video") == "2 of 5 videos are"

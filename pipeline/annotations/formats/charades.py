@@ -9,14 +9,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, quoted
 from pipeline.annotations.formats.multi_label import note_reversed, seconds
 from pipeline.annotations.listing import ClassSpan, Listing, ListingBuilder, split_from_file_name
 from pipeline.annotations.text_files import (
     header,
     list_files,
     opening,
-    quoted,
     read_lines,
     read_table,
 )

@@ -78,7 +78,8 @@ def read_class_folders(folder: VideoFolder, kept: Collection[str] = ()) -> Listi
         )
     if outside:
         builder.note(
-            f"left out: {counted(len(outside), 'video')} outside class folders (first: {outside[0]})"
+            f"left out: {counted(len(outside), 'video')} outside class folders (first: "
+            f"{outside[0]})"
         )
         folder.left_out.unclassed = len(outside)
     if deep:

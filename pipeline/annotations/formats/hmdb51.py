@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, quoted
 from pipeline.annotations.listing import Listing, ListingBuilder
-from pipeline.annotations.text_files import quoted, read_lines
+from pipeline.annotations.text_files import read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 _SPLIT_FILE = re.compile(r"(.+)_test_split(\d+)\.txt")

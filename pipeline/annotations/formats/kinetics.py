@@ -107,7 +107,9 @@ def read_kinetics(files: Sequence[Path], folder: VideoFolder) -> Listing:
             path=path_found,
         )
     if replaced:
-        builder.note(f"{counted(replaced, 'video is', 'videos are')} taken from the folder of replacements")
+        builder.note(
+            f"{counted(replaced, 'video is', 'videos are')} taken from the folder of replacements"
+        )
     if several:
         builder.note(
             f"{counted(several, 'video is', 'videos are')} in the folder more than once; one copy "

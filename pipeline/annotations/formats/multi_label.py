@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from featstore.errors import UserError, one_of
+from featstore.errors import UserError, one_of, quoted
 from pipeline.annotations.class_names import LabelMap
 from pipeline.annotations.formats.path_label_lists import ListRow, label_names
 from pipeline.annotations.label_names import is_name_file
@@ -23,7 +23,7 @@ from pipeline.annotations.listing import (
     split_from_word,
 )
 from pipeline.annotations.tables import TABLES
-from pipeline.annotations.text_files import opening, quoted, read_table
+from pipeline.annotations.text_files import opening, read_table
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 ROWS: Final = "rows"

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, quoted
 from pipeline.annotations.formats.multi_label import note_reversed
 from pipeline.annotations.listing import ClassSpan, Listing, ListingBuilder
-from pipeline.annotations.text_files import list_files, opening, quoted, read_lines
+from pipeline.annotations.text_files import list_files, opening, read_lines
 from pipeline.annotations.video_folder import VideoFolder
 
 _LINE = re.compile(r"(video_(validation|test)_\d{7})\s+(\d+(?:\.\d+)?)\s+(\d+(?:\.\d+)?)")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from featstore.errors import UserError, counted
+from featstore.errors import UserError, counted, quoted
 from featstore.remote.urls import is_url
 from pipeline.annotations.class_names import (
     LabelMap,
@@ -40,7 +40,6 @@ from pipeline.annotations.tables import TABLES
 from pipeline.annotations.text_files import (
     first_and_rest,
     is_number,
-    quoted,
     read_json,
     read_lines,
     read_table,
@@ -166,8 +165,8 @@ def _told_apart(
     if otherwise:
         first, *_ = otherwise.items()
         spelt = " for ".join(spellings_shown(first))
-        names = counted(len(otherwise), "listed name is", "listed names are")
-        note(f"{names} spelt otherwise in the folder (first: {spelt})")
+        many = counted(len(otherwise), "listed name is", "listed names are")
+        note(f"{many} spelt otherwise in the folder (first: {spelt})")
     return told
 
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from featstore.errors import UserError
+from featstore.errors import UserError, quoted
 from pipeline.annotations.listing import Listing, ListingBuilder
-from pipeline.annotations.text_files import is_number, quoted, read_lines
+from pipeline.annotations.text_files import is_number, read_lines
 from pipeline.annotations.video_folder import VideoFolder, path_stem
 
 CLASS_FILE = "classind.txt"

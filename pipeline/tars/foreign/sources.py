@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from featstore.errors import UserError, counted, counted_of, one_line
+from featstore.errors import UserError, counted_of, one_line
 from featstore.remote.urls import is_url, parsed_file
 from pipeline.annotations.class_names import natural_order
 from pipeline.annotations.listing import split_from_word

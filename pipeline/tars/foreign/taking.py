@@ -27,8 +27,8 @@ from pipeline.tars.foreign.scanning import FoundTar, scanned
 from pipeline.tars.foreign.sources import NamedTar, named_tars
 from pipeline.tars.identical import identical_videos
 from pipeline.tars.packing import check_arguments
-from pipeline.tars.summary import PackSummary
 from pipeline.tars.plan import PLAN_FILE, class_difference
+from pipeline.tars.summary import PackSummary
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,8 @@ def _continued(before: Dataset, named: list[NamedTar], append: bool) -> list[Nam
         _refuse(before, [f"{gone} not named any more (e.g. {removed[0]})"])
     if added and not append:
         raise UserError(
-            f"--tars names {counted(len(added), 'tar')} that data set {before.name!r} does not have (e.g. "
-            f"{added[0].source}): add --append to take them, too, or use another --dataset name"
+            f"--tars names {counted(len(added), 'tar')} that data set {before.name!r} does not "
+            f"have (e.g. {added[0].source}): add --append to take them, too, or use another --dataset name"
         )
     return [by_source[source] for source in known] + [
         tar for tar in named if tar.source not in set(known)

@@ -61,7 +61,10 @@ def test_who_waited_for_a_lock_that_is_removed_holds_the_one_of_this_name(tmp_pa
             assert waits.event.wait(60)
         assert holds.wait(60)
         assert holder(lock) is not None
-        with pytest.raises(WorkError, match="is making x: wait for it"), exclusive(lock, "making x"):
+        with (
+            pytest.raises(WorkError, match="is making x: wait for it"),
+            exclusive(lock, "making x"),
+        ):
             pass
     finally:
         done.set()

@@ -16,8 +16,8 @@ from webdataset import TarWriter
 from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.tars.foreign.classes import ClassChoice
 from pipeline.tars.foreign.taking import pack_tars
-from pipeline.tars.summary import PackSummary
 from pipeline.tars.reading import open_packed
+from pipeline.tars.summary import PackSummary
 from tests.support.worlds.media import make_video
 
 CLASSES = ("class 10", "class 2", "wave_hand")
