@@ -56,7 +56,7 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
 
 
 def quoted(text: str, limit: int = 80) -> str:
-    """`one_line` of a name or a line of a file in quotes, where `repr` would write its escapes a second time."""
+    """`one_line` of a name or a line in quotes; `repr` of it would escape its escapes."""
     line = one_line(text, limit)
     mark = '"' if "'" in line and '"' not in line else "'"
     return f"{mark}{line}{mark}"

@@ -88,8 +88,8 @@ def export(
         rows, failed = chosen[ok], at[~ok]
         if not len(rows):
             raise UserError(
-                f"{path} has no row to export: {counted(len(failed), 'was', 'were')} asked for and failed; "
-                f"`{command('inspect', path)}` lists the reasons"
+                f"{path} has no row to export: {counted(len(failed), 'was', 'were')} asked for and "
+                f"failed; `{command('inspect', path)}` lists the reasons"
             )
         step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
         count = -(-len(rows) // step)

@@ -87,7 +87,7 @@ class EvaluationRequest:
     video_paths: Callable[[str], Mapping[str, str]] = lambda dataset: {}
     """Finds the paths of a data set's videos by key, for the tables beside a result."""
     content_marks: ContentMarks = lambda dataset: {}
-    """Finds what tells the content of a data set's videos by key, and so copies under other keys."""
+    """Finds what tells the content of a data set's videos by key, so that copies are known."""
     precision: Precision = "auto"
     device: str = "auto"
 

@@ -172,8 +172,8 @@ class ShotPlan:
         elsewhere = int((~np.isin(rows, self._training)).sum())
         if elsewhere:
             log.warning(
-                "%d of the %d videos of %s are not in split %s",
-                *(elsewhere, len(rows), listed.name, self.train_split),
+                "not in split %s: %d of the %d videos of %s",
+                *(self.train_split, elsewhere, len(rows), listed.name),
             )
         full, words = self._training, f"the {len(rows)} videos of list {listed.name}"
         if classes is not None:

@@ -157,7 +157,8 @@ def _continued(before: Dataset, named: list[NamedTar], append: bool) -> list[Nam
     if added and not append:
         raise UserError(
             f"--tars names {counted(len(added), 'tar')} that data set {before.name!r} does not "
-            f"have (e.g. {added[0].source}): add --append to take them, too, or use another --dataset name"
+            f"have (e.g. {added[0].source}): add --append to take them, too, or use another "
+            "--dataset name"
         )
     return [by_source[source] for source in known] + [
         tar for tar in named if tar.source not in set(known)

@@ -259,7 +259,7 @@ def test_fewer_stored_frames_than_asked_for_are_all_used(
     tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(store, tmp_path / "run", training=replace(RECIPE, frames=16, epochs=1))
-    assert "training on 8" in caplog.text
+    assert "the store has 8: training on those" in caplog.text
     head = load_head(tmp_path / "run")
     assert head.origin is not None
     assert head.origin.frames == 8

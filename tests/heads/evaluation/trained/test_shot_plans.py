@@ -48,7 +48,7 @@ def test_plans(tmp_path: Path, store: Store) -> None:
     assert novel.classes.tolist() == [1, 3, 5, 6, 7]
     assert run.train.classes is not None
     assert run.train.classes.tolist() == [0, 2, 4]
-    with pytest.raises(UserError, match="videos are trained on and tested"):
+    with pytest.raises(UserError, match="1 video is trained on and tested"):
         plan.fewshot([2], 1, {2: GivenList("l.txt", ("clip001",))})
     everything = GivenList("all", tuple(store.keys))
     with pytest.raises(UserError, match="so that no class is novel"):
