@@ -244,6 +244,7 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     if shares is None:
         found = _measure(request, head, run_dir, *_store(request, head), stages)
         return Evaluation(request, found, [])
+    sweeps.require_tuned(run_dir)
     if request.store is not None:
         raise UserError("--sweep blend chooses the store of every tower itself: leave --store out")
     measured: list[tuple[EvalResult, Path]] = []

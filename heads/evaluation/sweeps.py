@@ -104,12 +104,7 @@ def blended_runs(
     `making` is the extraction that the tower of `run_dir` itself would need. UserError when the run
     in `run_dir` has no tuned tower of its own.
     """
-    own = _tuned(run_dir)
-    if own is None:
-        raise UserError(
-            f"{run_dir.name} has no tuned tower to blend with CLIP's: use --sweep blend with a "
-            "head that import-checkpoint or finetune made"
-        )
+    own = require_tuned(run_dir)
     others = {run: _tuned(run) for run in (run_dir, *place.trained_runs())}
     found = []
     for share in shares:
@@ -145,6 +140,17 @@ class _Tuned:
     """Name of the checkpoint that the tower was imported from; None if it was tuned here."""
     options: dict[str, Any] = field(compare=False)
     """The options that import-checkpoint needs for the tower, besides the share."""
+
+
+def require_tuned(run_dir: Path) -> _Tuned:
+    """Return the tuned tower of a run; UserError if it has none of its own."""
+    own = _tuned(run_dir)
+    if own is None:
+        raise UserError(
+            f"{run_dir.name} has no tuned tower to blend with CLIP's: use --sweep blend with a "
+            "head that import-checkpoint or finetune made with one"
+        )
+    return own
 
 
 def _tuned(run_dir: Path) -> _Tuned | None:

@@ -15,6 +15,7 @@ from featstore.workspace import Workspace
 from heads.evaluation.protocols.protocol import Protocol
 from heads.evaluation.protocols.serving import sampling_for
 from heads.files.head_cards import newest_card, read_card
+from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ def choose_training_store(
     """
     newest = newest_card(workspace)
     begun = None if initial is None else read_card(initial)
+    if begun is not None:
+        chosen = method(begun.config.kind)
+        remedy = "begin with a run of another method"
+        chosen.require("trained from a store", chosen.from_store, remedy)
     dataset = workspace.choose_dataset(dataset, "" if newest is None else newest.origin.dataset)
     stores = workspace.opened(dataset)
     split = split or stores.default_split(("train",))

@@ -193,7 +193,7 @@ def clip_of_state(
         ).float()
     except KeyError as error:
         raise UserError(f"{path} lacks the tensor {error}: it is not a whole CLIP") from None
-    except (RuntimeError, AssertionError, IndexError, ZeroDivisionError) as error:
+    except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a whole CLIP: {one_line(error, 200)}") from None
     require_finite(model, path)
     return LoadedClip(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
 from featstore.errors import UserError
-from pipeline.encoders.sources import LoadedClip, load_clip
+from pipeline.encoders.fingerprint import fingerprint
+from pipeline.encoders.sources import LoadedClip, clip_of_state, load_clip
 
 logger = logging.getLogger(__name__)
 
@@ -92,3 +93,23 @@ def tuned_clip(
         },
         tokenizer_source=original.tokenizer_source,
     )
+
+
+def require_openai_function(
+    model: torch.nn.Module, model_config: Mapping[str, Any], name: str
+) -> None:
+    """Raise UserError unless the tensors of a CLIP alone tell what it computes.
+
+    OpenAI's format has no place for the number of attention heads or the activation: they are
+    those of OpenAI's models, so that another CLIP would come back as a different one.
+    """
+    try:
+        plain = clip_of_state(model.state_dict(), name)
+        same = fingerprint(plain.model, plain.model_config) == fingerprint(model, model_config)
+    except UserError:
+        same = False
+    if not same:
+        raise UserError(
+            f"{name} is not built as OpenAI's CLIPs are (attention heads 64 wide, QuickGELU), "
+            "which the official format takes for granted: export safetensors or onnx"
+        )

@@ -189,7 +189,8 @@ def untouched(root: Path) -> set[str]:
         (("--frames", "2"), "a DiST head needs at least 4 frames, not 2"),
         (("--layers", "1"), "layers is no setting of DiST: leave it out"),
         (("--train", "tower"), "--train tower is not possible"),
-        (("--class-weights", "balanced"), "DiST cannot be trained with class weights"),
+        (("--class-weights", "balanced"), "DiST cannot be trained with class weights: leave --cl"),
+        (("--blend", "0.5"), "--blend mixes a tuned tower with the one it began with"),
         (("--recipe", "paper-vit-b16", "--frames", "4"), "--train tower is not possible"),
         (
             ("--method", "linear"),
@@ -252,6 +253,28 @@ def test_runs_of_another_method_and_other_classes(
     )
     assert "the head was trained on 6 classes that are not the 2 of other" in said
     assert not (root / "heads/x").exists()
+
+
+def test_what_a_finished_run_cannot_be_used_for(trained: Path, tmp_path: Path) -> None:
+    before, place = untouched(trained), ("--root", trained)
+    for words, said in (
+        (
+            ("train-head", "--dataset", "clips", "--from-head", "d", "--name", "x"),
+            "DiST cannot be trained from a store: begin with a run of another method",
+        ),
+        (
+            ("eval", "--closeset", "clips", "--head", "d", "--sweep", "blend=0.5,1"),
+            "d has no tuned tower to blend with CLIP's",
+        ),
+        # Its tower has narrower attention heads than the format's readers would build.
+        (
+            ("export", "d", "--format", "official", "--out", tmp_path / "d.pyth"),
+            "is not built as OpenAI's CLIPs are",
+        ),
+    ):
+        assert said in refused(2, *words, *place)
+    assert {path for path in untouched(trained) if "features" not in path} <= before
+    assert not (tmp_path / "d.pyth").exists()
 
 
 def test_sentences_of_ones_own(root: Path, recipe: Path, tmp_path: Path) -> None:

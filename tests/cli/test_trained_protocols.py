@@ -427,7 +427,7 @@ def test_wrong_input_of_few_shot(packed: dict[str, tuple[Tree, Path]], tmp_path:
     path.write_text(path.read_text() + "gone.avi 0\n")
     seen = mote(*given, "--name", "other", "--json")
     assert "1 of 6 videos of train_few_shot_2.txt are not in the data set" in seen.err
-    assert "1 of the 5 videos of train_few_shot_2.txt are not in split train1" in seen.err
+    assert "not in split train1: 1 of the 5 videos of train_few_shot_2.txt" in seen.err
     assert seen.json["runs"][0]["n_trained"] == 5
     path.write_text("gone.avi 0\n")
     assert "none of the 1 videos" in refused(2, *given)

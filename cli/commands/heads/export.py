@@ -63,7 +63,7 @@ def export(
     from heads.methods.registry import method
     from heads.prediction.pixel_encoder import encoder_of_head
     from pipeline.encoders.fingerprint import fingerprint
-    from pipeline.encoders.tuned import original_clip, tower_of
+    from pipeline.encoders.tuned import original_clip, require_openai_function, tower_of
 
     head, run_dir = choose_head(workspace, run)
     if head is None:
@@ -91,6 +91,7 @@ def export(
         if format == "onnx":
             save_onnx(head, out, own.image_tower)
         else:
+            require_openai_function(own.model, own.model_config, str(spec))
             official.write(out, head, own.model.state_dict())
     elif format == "onnx":
         save_onnx(head, out)

@@ -209,6 +209,11 @@ def finetune(
                     first = workspace.run_dir(run) if own else workspace.choose_run(from_head)
                 begun = None if first is None or recipe is not None else kind_of(first)
                 settings = finetune_recipe(recipe, method or begun)
+                if blend is not None and settings.beside_tower:
+                    raise UserError(
+                        "--blend mixes a tuned tower with the one it began with, and here the "
+                        "tower stays as it is: leave it out"
+                    )
                 request = FinetuneRequest(
                     dataset_dir=workspace.dataset_dir(dataset),
                     run_dir=workspace.run_dir(run),
