@@ -251,6 +251,7 @@ def test_classes_with_equal_texts_are_named() -> None:
     units[3] = near  # another text, however near
     assert equal_texts(list("abcdef"), units) == [["'b'", "'e'", "'f'"]]
     assert equal_texts([], units[:0]) == []
+    assert equal_texts(["a\x1b", "it's"], units[[1, 4]]) == [["'a\\x1b'", '"it\'s"']]  # once
 
 
 def test_extraction_names_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
