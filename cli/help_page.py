@@ -32,7 +32,7 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
         *("--annotations", "--class-names", "--label-map", "--class-names-as", "--classes"),
         *("--list", "--tier", "--crops", "--window", "--append", "--samples-per-shard"),
         *("--label-field", "--multi-label", "--unlabelled", "--more-tars", "--exclude"),
-        "--hold-out",
+        *("--hold-out", "--guides"),
     ),
     "Training": (
         *(
