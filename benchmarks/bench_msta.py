@@ -34,7 +34,7 @@ def model_of(quick: bool, checkpointing: bool) -> AdapterModel:
     folder = common.tiny_clip_folder() if quick else common.vit_b16_folder()
     encoder = load_encoder(str(folder), "fp32")
     recipe = load_recipe("msta-few-shot")
-    layers = {"first": 2, "last": 2} if quick else {}
+    layers = {"first": 1, "last": 1} if quick else {}
     wanted = recipe.head_config(encoder.dim, **layers)
     config = adapter_head_config(wanted, recipe.finetune_config(), encoder)
     classes = torch.zeros(CLASSES, encoder.dim)

@@ -48,6 +48,13 @@ class AdaptedEncoder(Encoder):
         clips = pixels if pixels.ndim == 5 else pixels[:, None]
         return self.towers.video_features(clips.to(self.device)).float()
 
+    def run_image_tower(self, pixels: Tensor) -> None:
+        """Raise UserError: what is inside the tower is of frames, and not of clips."""
+        raise UserError(
+            f"{self.name} with adapters gives embeddings of clips only: leave --tier out, or take "
+            "the tokens of the encoder itself, with --encoder"
+        )
+
     @torch.no_grad()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Encode token ids int64 [n,L] -> float32 [n,D], as `Encoder.encode_tokens`."""

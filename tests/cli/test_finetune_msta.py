@@ -341,6 +341,9 @@ def test_only_such_heads_bring_an_encoder(trained: Path) -> None:
     assert "brings its own encoder, without --encoder" in refused(2, *both)
     said = refused(2, "extract", "--dataset", "clips", "--head", "x", "--root", trained)
     assert "x" in said
+    inner = ("--tier", "tokens:0", "--root", trained)
+    said = refused(2, "extract", "--dataset", "clips", "--head", "m", *inner)
+    assert "gives embeddings of clips only: leave --tier out" in said
     odd = ("--sampling", "uniform:6", "--root", trained)
     said = refused(2, "extract", "--dataset", "clips", "--head", "m", *odd)
     assert "6 frames are no whole clips" in said

@@ -133,7 +133,7 @@ class MstaConfig(MethodConfig):
             if self.last > blocks:
                 raise UserError(
                     f"there is no block {self.last} for an adapter: the {tower} tower has {blocks} "
-                    f"blocks, 1 to {blocks}, and both towers share adapters; choose first and last "
-                    f"up to {min(visual_blocks, text_blocks)}"
+                    f"blocks, 1 to {blocks}, and both towers share adapters; set first and last in "
+                    f"[head] of a recipe, up to {min(visual_blocks, text_blocks)}"
                 )
         return replace(self, **found)
