@@ -20,6 +20,8 @@ STORE_SUFFIX: Final = ".zarr"
 DEFAULT_ENCODER: Final = "ViT-B-16/openai"
 DEFAULT_ROOT: Final = Path("mote-data")
 ROOT_VARIABLE: Final = "MOTE_ROOT"
+ADAPTED_BY: Final = "head:"
+"""What the name of an encoder begins with that is a CLIP whose towers the head of a run adapts."""
 
 PACKING_FOLDER: Final = ".packing"
 """The folder in a data set's folder with the records of its packing."""
@@ -74,10 +76,12 @@ class Extraction:
             views = f"{(self.sampling or '').partition('x')[2] or 1}x{self.crops}"
             said = {"zeroshot": self.dataset, "head": self.head, "views": views}
             return command("eval", **said, crop_style=self.style, root=root)
+        adapted = (self.encoder or "").startswith(ADAPTED_BY)
         return command(
             "extract",
             dataset=self.dataset,
-            encoder=self.encoder,
+            encoder=None if adapted else self.encoder,
+            head=(self.encoder or "").removeprefix(ADAPTED_BY) if adapted else None,
             sampling=self.sampling,
             crops=self.crops if self.crops > 1 else None,
             tier=self.tier,

@@ -328,7 +328,9 @@ def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
         {
             phrase.split()[0]
             for other in ranks.gathered(plan.settings)
-            for phrase in setting_differences(other, plan.settings, ("data.encoder",))
+            for phrase in setting_differences(
+                other, plan.settings, ("data.encoder", "data.adapted_encoder")
+            )
         }
     )
     if unlike:
@@ -392,7 +394,7 @@ def _summary(
         blend=config.blend,
         encoder_fingerprint=origin.encoder_fingerprint,
         path=str(run_dir),
-        encoder_path=str(request.encoder_dir),
+        encoder_path="" if plan.origin.adapted_encoder else str(request.encoder_dir),
         failures=failures[:LISTED_FAILURES],
         class_balance={} if plan.balance is None else plan.balance.to_json(),
     )
@@ -425,6 +427,8 @@ def _trained_words(plan: Plan, config: FinetuneConfig) -> str:
     chosen = method(plan.model.head.config.kind)
     if chosen.pixels:
         return f"{chosen.title} beside the frozen tower"
+    if chosen.adapts:
+        return f"{chosen.title} on both frozen towers"
     return TRAINED.get(config.train, f"{config.train} and head")
 
 

@@ -15,11 +15,13 @@ from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
 from heads.arithmetic import resolve_device
 from heads.end_to_end.import_dist import PROMPTS, clip_of, dist_head
+from heads.end_to_end.import_msta import adapted_head, described
 from heads.files.head_file import save_head, save_tensors
 from heads.files.imported_run import require_class_names
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE
 from heads.methods.dist.official import DistCheckpoint
 from heads.methods.mote.official import BLEND, import_official_checkpoint
+from heads.methods.msta.official import MstaCheckpoint
 from heads.methods.registry import read_checkpoint, require_run_name
 from heads.methods.settings import HeadOrigin
 from heads.prediction.pixel_encoder import DistEncoder
@@ -70,12 +72,18 @@ def import_checkpoint(
     names = None if class_names_file is None else tuple(read_names(class_names_file).values())
     chosen, checkpoint = read_checkpoint(file)
     others: dict[str, object] = {"selected_layers": selected_layers}
+    if chosen.adapts:
+        others |= {"blend": blend, "attention_heads": attention_heads}
     if chosen.pixels:
         others = {"blend": blend, "attention_heads": attention_heads, "frames": frames}
     if strange := [f"--{key.replace('_', '-')}" for key, v in others.items() if v is not None]:
         raise UserError(
             f"{', '.join(strange)} means nothing for {file}, a checkpoint of {chosen.title}: leave "
             "it out"
+        )
+    if isinstance(checkpoint, MstaCheckpoint):
+        return _import_adapters(
+            *(workspace, file, name, checkpoint, clip, names, frames, device, progress),
         )
     if isinstance(checkpoint, DistCheckpoint):
         if selected_layers is not None:
@@ -185,6 +193,46 @@ def _import_dist(
         "tower": "as it is" if clip is None else f"the CLIP {clip}",
         "parts": f"DiST, {config.slow_frames}+{frames} frames, {len(config.selected_layers)} "
         f"layers, {config.pooling_layers} pooling blocks",
+    }
+
+
+def _import_adapters(
+    workspace: Workspace,
+    file: Path,
+    name: str,
+    checkpoint: MstaCheckpoint,
+    clip: str | None,
+    names: tuple[str, ...] | None,
+    frames: int | None,
+    device: str,
+    progress: ProgressSink,
+) -> dict[str, Any]:
+    """As `import_checkpoint`, for a file of adapters: their CLIP stays where it is."""
+    where = resolve_device(device).type
+    head = adapted_head(checkpoint, workspace, name, clip, names, frames, where, progress)
+    assert head.origin is not None
+    facts = {"file": file.name, "sha256": _digest(file), "clip": head.origin.adapted_encoder}
+    config = {
+        "head": head.config.to_json(),
+        "data": head.origin.to_json(),
+        "imported": {**facts, "epoch": None, "logit_scale": float(head.logit_scale.exp())},
+    }
+    run_dir = workspace.run_dir(name)
+    with new_folders(workspace.root / f".importing-{name}", run_dir) as (folder,):
+        save_head(head.eval(), folder / HEAD_FILE)
+        write_json(folder / CONFIG_FILE, config)
+    return {
+        "name": name,
+        "encoder": head.origin.encoder,
+        "head": str(run_dir),
+        "encoder_fingerprint": head.origin.encoder_fingerprint,
+        **config["imported"],
+        "dim": head.config.dim,
+        "n_classes": len(names or ()),
+        "class_names_known": names is not None,
+        "frames": head.config.frames,
+        "tower": f"{head.origin.adapted_encoder}, with adapters on both towers",
+        **described(head, checkpoint),
     }
 
 

@@ -99,6 +99,14 @@ class EndToEndModel(nn.Module):
             features = image_embeddings(self.image_tower, images)
         return rearrange(features, "(b t) d -> b t d", t=frames.shape[1])
 
+    def class_embeddings(self, fixed: Tensor) -> Tensor:
+        """Return the embeddings [C,D] of the training classes as they are now, with gradients.
+
+        They are `fixed` [C,D] unless the texts train. Training, evaluation and `publish` ask here,
+        so that a model with texts of its own overrides only this. All processes have the same.
+        """
+        return fixed
+
     def training_loss(
         self,
         frames: Tensor,

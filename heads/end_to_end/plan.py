@@ -23,6 +23,11 @@ from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
+from heads.end_to_end.adapter_model import (
+    adapter_head_config,
+    guided_model,
+    require_adapter_training,
+)
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.pixel_model import (
@@ -35,13 +40,13 @@ from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.sharding import sharded
 from heads.end_to_end.trained_parts import trained_blocks
 from heads.end_to_end.validate import validation_split
-from heads.files.head_file import head_fingerprint, load_head
+from heads.files.head_file import head_fingerprint, joint_fingerprint, load_head
 from heads.files.imported_run import require_class_names
 from heads.methods.head import Head, build_head
 from heads.methods.registry import Method, method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.methods.text_classifier import class_cosines, video_embeddings
-from heads.prediction.pixel_encoder import FloatPreprocessing, joint_fingerprint
+from heads.prediction.pixel_encoder import FloatPreprocessing
 from heads.training.class_weights import class_weights, require_possible
 from heads.training.logit_bias import starting_bias
 from heads.training.ranks import Ranks
@@ -88,6 +93,9 @@ class FinetuneRequest:
     """Evaluation split; None means "val", else "test", else no evaluation."""
     prompt_set: str | PromptSet | None = None
     """Name, or file of templates or descriptions; None means that of `from_head`, else "mote28"."""
+    guides: Path | None = None
+    """File of spatial and temporal descriptions of the classes, for a method that adapts both
+    towers; None means sentences made from the names of the classes."""
     exclude: Path | None = None
     """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
     method: str | None = None
@@ -140,13 +148,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if spec is None:
         if begun is None or begun.origin is None:
             raise UserError("name the CLIP to begin with: --encoder SPEC")
-        spec = begun.origin.encoder
+        spec = begun.origin.adapted_encoder or begun.origin.encoder
     spec = lasting_spec(spec, request.encoders_dir)
     encoder = load_encoder(spec, "fp32", str(ranks.device), request.encoders_dir)
-    if encoder.clip_frames > 1:
-        raise UserError(
-            f"{spec} encodes clips, and finetune trains towers of single frames: name a CLIP"
-        )
     wanted = request.head(encoder.dim) if begun is None else begun.config
     chosen = method(wanted.kind)
     if request.method is not None and request.method != chosen.name:
@@ -163,6 +167,13 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         chosen.end_to_end,
         f"train another method, or this one on stored features with `{on_features}`",
     )
+    if encoder.clip_frames > 1 and not chosen.adapts:
+        raise UserError(
+            f"{spec} encodes clips, and {chosen.title} trains with towers of single frames: name a "
+            "CLIP, or use --method msta"
+        )
+    if request.guides is not None and not chosen.adapts:
+        raise UserError(f"--guides are for --method msta, not for {chosen.title}: leave them out")
     prompt_set = _prompt_set(request, begun, chosen.prompts or DEFAULT_PROMPTS)
     if chosen.pixels and not prompt_set.templates:
         raise UserError(
@@ -174,6 +185,8 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if begun is None:
         if chosen.pixels:
             wanted = pixel_head_config(wanted, config, encoder.image_tower)
+        if chosen.adapts:
+            wanted = adapter_head_config(wanted, config, encoder)
         head = build_head(
             wanted,
             classes,
@@ -186,11 +199,15 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     require_possible(chosen, config, dataset.multi_label)
     head.require_frames(config.frames)
     precision = resolve_training_precision(config.precision, ranks.device)
+    frozen = chosen.pixels or chosen.adapts
     if chosen.pixels:
         require_pixel_training(head, config)
-        precision = tower_precision(config, encoder.dim, ranks.device)
     else:
         _refuse_mixing(config, chosen)
+    if chosen.adapts:
+        require_adapter_training(head, config, encoder)
+    if frozen:
+        precision = tower_precision(config, encoder.dim, ranks.device)
     shared: dict[str, Any] = {
         "frames": config.frames,
         "preprocessing": encoder.preprocessing,
@@ -236,13 +253,14 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         preprocessing=(FloatPreprocessing.of(made) if chosen.pixels else made).to_json(),
         prompt_set=prompt_set.name,
         class_names=dataset.class_names,
-        frames=config.frames,
+        frames=1 if chosen.adapts else config.frames,  # a view has one embedding of all frames
         prompt_templates=prompt_set.templates,
         initial_head="" if begun is None else head_fingerprint(begun),
         label_map=dataset.label_map,
+        adapted_encoder=spec if chosen.adapts else "",
         trained_on="" if excluded is None else (split or "all videos") + excluded.of_training,
     )
-    settings = {
+    settings: dict[str, Any] = {
         "format": RUN_FORMAT,
         "mode": MODE,
         "head": head.config.to_json(),
@@ -273,6 +291,12 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     parts = encoder.image_tower, head, logit_scale
     if chosen.pixels:
         model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
+    elif chosen.adapts:
+        texts = dataset.class_names, prompt_set
+        model, said = guided_model(
+            encoder, head, logit_scale, *texts, request.guides, precision=precision, **joined
+        )
+        settings["data"] |= said
     else:
         model = EndToEndModel(*parts, **joined)
     model = model.to(ranks.device)
@@ -281,7 +305,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         head.take_several_classes(
             _bias(model, EvaluationClips(dataset, split=split, **alone), clips.labels)
         )
-    shard = not chosen.pixels and sharded(ranks, config.shard, encoder.image_tower)
+    shard = not frozen and sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError if the tower has no blocks
     require_trainable(head, config, clips.steps_per_epoch)
@@ -406,8 +430,9 @@ def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, class
             f"{encoder.dim}: begin with the encoder the head was trained on"
         )
     if begun.origin is not None:
-        pixels = method(begun.config.kind).pixels
-        tower = joint_fingerprint(encoder.fingerprint, begun) if pixels else encoder.fingerprint
+        kind = method(begun.config.kind)
+        joint = kind.pixels or kind.adapts
+        tower = joint_fingerprint(encoder.fingerprint, begun) if joint else encoder.fingerprint
         check_encoder(begun.origin, spec, tower)
     names = None if begun.origin is None else begun.origin.class_names
     if names is None and not len(begun.training_class_embeddings):

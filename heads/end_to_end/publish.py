@@ -3,7 +3,8 @@
 `encoders/RUN` holds the blended tower with the original text tower, `heads/RUN/tower.safetensors`
 the unblended tuned tower, and `heads/RUN/head.safetensors` the head for the published encoder. A
 head that looks at pixels leaves the tower alone: then `encoders/RUN` is the CLIP as it was, and
-there is no file of a tuned tower.
+there is no file of a tuned tower. A head that adapts both towers is a file alone, and there is no
+`encoders/RUN`: its encoder is named "head:RUN".
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor
 
+from featstore.commands import ADAPTED_BY
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
 from heads.end_to_end.model import EndToEndModel
-from heads.files.head_file import save_head, save_tensors
+from heads.files.head_file import joint_fingerprint, save_head, save_tensors
 from heads.files.run_files import HEAD_FILE, TOWER_FILE
 from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
 from heads.methods.weight_files import blended
-from heads.prediction.pixel_encoder import joint_fingerprint
 from heads.training.ranks import Ranks
 from heads.training.state import whole_tensors
 from pipeline.encoders.fingerprint import fingerprint
@@ -53,9 +55,14 @@ def publish(
     not at all; if the process is killed between the two, the same call completes them. Raises
     WorkError if the CLIP has changed since, or if another encoder of that name was made.
     """
-    pixels = method(model.head.config.kind).pixels
+    chosen = method(model.head.config.kind)
+    pixels, adapts = chosen.pixels, chosen.adapts
+    with torch.no_grad():
+        known = model.head.training_class_embeddings
+        if (now := model.class_embeddings(known)) is not known:
+            known.copy_(now)
     tower_state = {f"visual.{name}": v for name, v in model.image_tower.state_dict().items()}
-    trained = {} if pixels else {**tower_state, "logit_scale": model.logit_scale}
+    trained = {} if pixels or adapts else {**tower_state, "logit_scale": model.logit_scale}
     tower = whole_tensors(trained.items(), ranks)
     head_state = whole_tensors(model.head.state_dict().items(), ranks)
 
@@ -66,7 +73,7 @@ def publish(
                 f"encoder {origin.encoder} is no longer the one that the run began with: put it "
                 "back, then run the same command with --resume"
             )
-        if pixels:
+        if pixels or adapts:
             tuned = replace(original, name=encoder_dir.name)
             scale = cast(Tensor, original.model.logit_scale).detach().float()
         else:
@@ -79,8 +86,12 @@ def publish(
             head.take_several_classes()
         head.load_state_dict(head_state)
         head.logit_scale.copy_(scale)
-        seen = joint_fingerprint(published, head) if pixels else published
-        head.origin = replace(origin, encoder=encoder_dir.name, encoder_fingerprint=seen)
+        seen = joint_fingerprint(published, head) if pixels or adapts else published
+        own = f"{ADAPTED_BY}{run_dir.name}" if adapts else encoder_dir.name
+        head.origin = replace(origin, encoder=own, encoder_fingerprint=seen)
+        if adapts:  # what it needs besides is the CLIP where it lies
+            save_head(head.eval(), run_dir / HEAD_FILE)
+            return seen
         if not pixels:
             facts = {"epoch": epoch - 1, "blend": blend, "epoch_choice": epoch_choice}
             save_tensors(run_dir / TOWER_FILE, tower, facts)

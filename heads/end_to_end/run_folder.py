@@ -43,7 +43,7 @@ _STAGE_FOLDERS: Final = ("eval", LAST_EPOCH)
 _INFORMATIVE: Final = frozenset(
     {
         *("data.encoder", "data.prompt_templates", "from_head.run", "batch.processes"),
-        *("training.batch_size", "training.shard"),
+        *("training.batch_size", "training.shard", "data.adapted_encoder"),
     }
 )
 

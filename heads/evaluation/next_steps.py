@@ -13,7 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from featstore.commands import DEFAULT_ENCODER, Extraction, command, workspace_of
+from featstore.commands import (
+    ADAPTED_BY,
+    DEFAULT_ENCODER,
+    Extraction,
+    command,
+    workspace_of,
+)
 from featstore.errors import UserError, WorkError
 from featstore.files.documents import LISTS_LIMIT, found_object
 from featstore.format.metadata import StoreMetadata, read_metadata
@@ -441,6 +447,8 @@ def _is_zeroshot_set(dataset: str) -> bool:
 
 def _is_there(workspace: Workspace, encoder: str) -> bool:
     """Return whether an encoder is still where it was; a name of open_clip's always is."""
+    if encoder.startswith(ADAPTED_BY):
+        return read_card(workspace.run_dir(encoder.removeprefix(ADAPTED_BY))) is not None
     if os.path.isabs(encoder):
         return Path(encoder).exists()
     return "/" in encoder or (workspace.root / "encoders" / encoder).is_dir()

@@ -5,6 +5,7 @@ No torch is loaded, because messages of finished work are written without it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ def extraction_for(
     """
     asked = views or (protocol.views[0] if protocol is not None and protocol.views else None)
     frames = USUAL_FRAMES if origin is None else origin.frames
+    if origin is not None and origin.adapted_encoder:  # one embedding of so many frames
+        frames = int(re.sub(r"\D.*", "", origin.sampling.partition(":")[2]) or USUAL_FRAMES)
     chosen, crops = f"uniform:{frames}", 1
     if origin is not None and origin.sampling:
         chosen, crops = origin.sampling, origin.crops

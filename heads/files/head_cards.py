@@ -81,6 +81,17 @@ def read_card(run_dir: Path) -> HeadCard | None:
         return None
 
 
+def adapting_card(workspace: Workspace, run: str) -> HeadCard:
+    """Return the card of a head that adapts both towers of an encoder; UserError for another."""
+    card = read_card(workspace.choose_run(run))
+    if card is None or not method(card.config.kind).adapts:
+        took = "" if card is None else f", which takes what {card.origin.encoder} makes"
+        raise UserError(
+            f"{run} is no head that adapts the towers of its encoder{took}: leave --head out"
+        )
+    return card
+
+
 def kind_of(run_dir: Path) -> str | None:
     """Return the method of the head in a run folder, or of its first stage; None without a head."""
     card = read_card(run_dir) or read_card(run_dir / FIRST_STAGE)

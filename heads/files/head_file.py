@@ -99,6 +99,11 @@ def head_fingerprint(head: Head) -> str:
     return digest.hexdigest()[:16]
 
 
+def joint_fingerprint(encoder_fingerprint: str, head: Head) -> str:
+    """Return the fingerprint of a CLIP together with a head that is made for it."""
+    return hashlib.sha256(f"{encoder_fingerprint} {head_fingerprint(head)}".encode()).hexdigest()
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
     """Write tensors and a JSON `card` as one safetensors file, complete or not at all."""
     text = json.dumps(card, ensure_ascii=False, allow_nan=False)

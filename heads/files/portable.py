@@ -73,6 +73,11 @@ def save_onnx(head: Head, path: Path, image_tower: nn.Module | None = None) -> N
             f"ONNX export needs {' and '.join(absent)}: install them with "
             "`pip install 'mote-video[export]'`"
         )
+    if method(head.config.kind).adapts:
+        raise UserError(
+            f"{method(head.config.kind).title} changes both towers of its CLIP, and only its "
+            "adapters can be exported: use --format safetensors or official"
+        )
     merged = merged_head(head.cpu() if head.logit_scale.is_cuda else head)
     pixels = method(merged.config.kind).pixels
     graph = _pixel_graph(merged, image_tower) if pixels else _feature_graph(merged)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from featstore.commands import PACKING_FOLDER, command, pack_command, packing_begun
+from featstore.commands import ADAPTED_BY, PACKING_FOLDER, command, pack_command, packing_begun
 from featstore.files.locks import holder
 from featstore.reading.repair import repair_command
-from featstore.workspace import DATASET_FILE, Workspace
+from featstore.workspace import DATASET_FILE, HEAD_FILE, Workspace
 from heads.evaluation.next_steps import (
     after_extraction,
     after_packing,
@@ -91,6 +91,8 @@ def _lost_source(contents: Contents, store: HeldStore) -> str:
         return f"; data set {made.dataset} is not here"
     place = local_encoder(made.encoder, contents.workspace.root / "encoders")
     published = place is None and "/" in made.encoder and not os.path.isabs(made.encoder)
+    if made.encoder.startswith(ADAPTED_BY):
+        place = contents.workspace.run_dir(made.encoder.removeprefix(ADAPTED_BY)) / HEAD_FILE
     here = published or (place is not None and place.exists())
     return "" if here else f"; encoder {made.encoder} is not here"
 

@@ -55,6 +55,9 @@ class Method:
     """Whether it can be trained together with the image tower."""
     pixels: bool = False
     """Whether the head looks at pixels beside the encoder: its features are made with the head."""
+    adapts: bool = False
+    """Whether the head changes both towers of the encoder: features and class texts are made with
+    it, by an encoder of its own."""
     scaled: bool = False
     """Whether its published tests fuse views by the softmax of logits, where others leave the
     multiplier of cosines out."""
@@ -76,8 +79,8 @@ class Method:
     entries of a file have the names of such a checkpoint, `lacks(content)` says in words what is
     missing, and `EXAMPLE` is the name of such a file; `read(path)` returns the checkpoint with
     every tensor checked; `write(path, head, tower_state, epoch)` writes one, for a head that looks
-    at pixels `write(path, head, clip_state)`. They raise UserError for content that does not
-    fit."""
+    at pixels `write(path, head, clip_state)`, for one that adapts `write(path, head)`. They
+    raise UserError for content that does not fit."""
 
     @property
     def in_epochs(self) -> bool:
@@ -98,7 +101,7 @@ class Method:
             raise UserError(f"{self.title} cannot be {what}: {remedy}")
 
 
-_BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist")
+_BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist", "msta")
 _registered: dict[str, Method | None] = dict.fromkeys(_BUILT_IN)
 
 

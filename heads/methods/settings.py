@@ -167,3 +167,5 @@ class HeadOrigin(Settings):
     """Fingerprint of the head whose weights training started from; empty for a new head."""
     label_map: str = field(default="", metadata={"later": True})
     """As `featstore.Provenance.label_map`."""
+    adapted_encoder: str = field(default="", metadata={"later": True})
+    """The encoder whose towers the head adapts; `encoder` is then the head's own, "head:RUN"."""

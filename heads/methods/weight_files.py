@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from featstore.errors import UserError
+from featstore.files.documents import parse_json
+
+CARD: Final = "mote"
+"""The metadata entry of our safetensors files, and its name in what `load_weight_file` returns."""
 
 _CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what a pickle wants to call
 
@@ -19,12 +24,15 @@ _CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what a pickle wants to ca
 def load_weight_file(path: Path, example: str) -> Mapping[str, Any]:
     """Load a dictionary written by `torch.save`; UserError if it is damaged, holds code or is none.
 
+    A file that ends in .safetensors gives its tensors and, under `CARD`, what mote wrote of them.
     Tensors are memory-mapped: unused ones, such as the optimiser's state, cost nothing. `example`
     is the name of a right file, for messages.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}: name a checkpoint file, such as {example}")
+    if path.suffix == ".safetensors":
+        return _safetensors(path)
     is_zip = zipfile.is_zipfile(path)
     try:
         if is_zip:
@@ -42,6 +50,16 @@ def load_weight_file(path: Path, example: str) -> Mapping[str, Any]:
             f"released code, such as {example}"
         )
     return content
+
+
+def _safetensors(path: Path) -> Mapping[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            card = (file.metadata() or {}).get(CARD)
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return found if card is None else {**found, CARD: parse_json(card)}
+    except Exception as error:  # damaged bytes make readers fail in any way
+        raise _unreadable(path, error) from None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -9,7 +9,6 @@ the videos.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from featstore.errors import UserError
 from heads.arithmetic import resolve_device
-from heads.files.head_file import head_fingerprint
+from heads.files.head_file import joint_fingerprint
 from heads.methods.head import Head
 from heads.methods.registry import method
 from pipeline.clip_encoder import Encoder, load_encoder
@@ -97,11 +96,6 @@ class DistEncoder(Encoder):
         return rearrange(torch.cat(parts).float(), "c t d -> (c t) d")
 
 
-def joint_fingerprint(encoder_fingerprint: str, head: Head) -> str:
-    """Return the fingerprint of a CLIP together with a head that sees its tokens."""
-    return hashlib.sha256(f"{encoder_fingerprint} {head_fingerprint(head)}".encode()).hexdigest()
-
-
 def encoder_of_head(
     head: Head | None,
     spec: str,
@@ -112,8 +106,14 @@ def encoder_of_head(
 ) -> Encoder:
     """Load the encoder `spec`; for a head that looks at pixels, with the head's branch in it.
 
-    `style` is how such a head cuts out of frames. Errors as `load_encoder`.
+    `style` is how such a head cuts out of frames. For a head that adapts the towers, `spec` is the
+    head's own encoder, "head:RUN", or the one that it adapts. Errors as `load_encoder`.
     """
+    if head is not None and method(head.config.kind).adapts:
+        from heads.prediction.adapted_encoder import AdaptedEncoder, base_encoder
+
+        base = load_clip(base_encoder(head, spec), encoders_dir)
+        return AdaptedEncoder(base, head, precision, resolve_device(device).type)
     if head is None or not method(head.config.kind).pixels:
         return load_encoder(spec, precision, device, encoders_dir=encoders_dir)
     on = resolve_device(device).type

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from featstore.commands import Extraction
+from featstore.commands import ADAPTED_BY, Extraction
 from featstore.errors import UserError, WorkError, one_of
 from featstore.format.metadata import read_metadata
 from featstore.format.provenance import USUAL_STYLE, Provenance
@@ -125,14 +125,15 @@ def encoder_of_store(
 ) -> Encoder:
     """Load the encoder that a store was made with, or the one that `spec` names.
 
-    For a store of whole views it is that of the head which made them, of the workspace with
-    `encoders_dir`. Raises UserError if there is no such head, and as `load_encoder`.
+    For a store of whole views, and for one whose encoder a head adapts, it is that of the head
+    which made them, of the workspace with `encoders_dir`. Raises UserError if there is no such
+    head, and as `load_encoder`.
     """
     from heads.files.head_file import load_head  # these load torch
     from heads.prediction.pixel_encoder import encoder_of_head
 
     chosen, on = spec or made.encoder, (precision, device, encoders_dir)
-    if not made.of_views:
+    if not made.of_views and not made.encoder.startswith(ADAPTED_BY):
         return encoder_of_head(None, chosen, *on)
     heads = [] if encoders_dir is None else Workspace(encoders_dir.parent).trained_runs()
     for run_dir in heads:

@@ -53,9 +53,12 @@ class TrainConfig(Settings):
     keep_best: bool = field(default=False, metadata={"later": True})
     """Whether a head trained from a store is that of the best epoch on its validation videos."""
 
-    schedule: Literal["", "whole-wave"] = field(default="", metadata={"later": True})
+    schedule: Literal["", "whole-wave", "floored-wave"] = field(
+        default="", metadata={"later": True}
+    )
     """The course of the learning rate after the warm-up: half a cosine wave that begins then (the
-    empty word), or the rest of one that spans the whole run (DiST)."""
+    empty word), the rest of one that spans the whole run (DiST), or the rest of one that spans the
+    whole run and ends at a hundredth of the rate, where the warm-up ends at the rate (MSTA)."""
     warmup_start: float = field(default=0.0, metadata={"later": True})
     """Rate at which the warm-up of "whole-wave" begins."""
 
@@ -70,7 +73,7 @@ class TrainConfig(Settings):
             raise UserError(
                 f"class_sampling {self.class_sampling!r} is unknown: give balanced, or leave it out"
             )
-        if self.warmup_start and not self.schedule:
+        if self.warmup_start and self.schedule != "whole-wave":
             raise UserError("warmup_start belongs to the schedule whole-wave: leave it out")
         if not isinstance(self.class_weights, str):
             raise UserError(f"class_weights {self.class_weights!r}: give balanced, sqrt or a file")

@@ -8,7 +8,7 @@ Source: MoTE (Zhu et al., NeurIPS 2024) and its released code and configurations
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from heads.methods.head import Head
 from heads.training.config import TrainConfig
 
+FLOOR: Final = 0.01
+"""Share of the rate at which the schedule "floored-wave" ends (MSTA, Chen et al., CVPR 2025)."""
+
 
 def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.float64]:
     """Return the rates at every optimiser step, float64 [epochs, optimiser steps, 2].
@@ -26,7 +29,8 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.
     (batches); with `accumulation` A every A-th of them is an optimiser step. The rate is
     base * t / warm-up, then base * (1 + cos(pi * (t - warm-up) / (epochs - warm-up))) / 2, with t
     in epochs, refreshed at iteration 0 of an epoch and every `lr_refresh`-th one. With the schedule
-    "whole-wave" it is that of `heads.methods.dist.training.RateSchedule`.
+    "whole-wave" it is that of `heads.methods.dist.training.RateSchedule`. With "floored-wave" it
+    is, after the warm-up, base * (FLOOR + (1 - FLOOR) * (1 + cos(pi * t / epochs)) / 2).
     """
     iteration = np.arange(steps_per_epoch)
     period = config.lr_refresh
@@ -43,6 +47,9 @@ def learning_rates(config: TrainConfig, steps_per_epoch: int) -> npt.NDArray[np.
         start = config.warmup_start / config.lr if config.lr else 0.0
         course = RateSchedule(1.0, config.epochs, config.warmup, start)
         factor = np.vectorize(course.rate)(t)
+    if config.schedule == "floored-wave":
+        wave = FLOOR + (1 - FLOOR) * 0.5 * (1.0 + np.cos(np.pi * t / config.epochs))
+        factor = np.where(t < config.warmup, t / max(config.warmup, 1e-9), wave)
     factor = factor[:, config.accumulation - 1 :: config.accumulation]
     bases = np.array([config.lr * config.logit_scale_lr_ratio, config.lr])
     rates: npt.NDArray[np.float64] = factor[..., None] * bases

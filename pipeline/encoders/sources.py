@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import constants as hub_constants
 from safetensors.torch import save as safetensors_bytes
 
-from featstore.commands import command
+from featstore.commands import ADAPTED_BY, command
 from featstore.errors import UserError, WorkError, meant, one_line
 from featstore.files.documents import read_object
 from featstore.files.durable import write_bytes, write_json
@@ -63,6 +63,12 @@ def load_clip(spec: str, encoders_dir: Path | None = None) -> LoadedClip:
 
     Raises UserError for an unknown name or unusable files, WorkError if weights cannot be fetched.
     """
+    if spec.startswith(ADAPTED_BY):
+        run = spec.removeprefix(ADAPTED_BY)
+        raise UserError(
+            f"{spec} is a CLIP with the adapters of head {run}, which `mote-cli extract --head "
+            f"{safe_name(run)}`, eval and predict use: name another encoder here"
+        )
     place = local_encoder(spec, encoders_dir)
     if place is not None and spec.startswith(VICLIP):
         from pipeline.encoders.viclip_file import load_viclip  # which reads with this module

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from featstore.files.disk import SPARE_BYTES, free_bytes, in_bytes
 from featstore.progress import Outcome, ProgressSink, no_progress
+from pipeline.clip_encoder import Encoder
 from pipeline.extraction.cpu_pool import VideoPool
 from pipeline.extraction.job import ExtractionJob
 from pipeline.extraction.plan import ExtractionPlan, no_room
@@ -82,16 +83,17 @@ class Estimate(Outcome):
 def estimate(
     request: ExtractionRequest,
     *,
+    encoder: Encoder | None = None,
     seconds: float = SAMPLE_SECONDS,
     progress: ProgressSink = no_progress,
 ) -> Estimate:
     """Encode videos of the pending tars for `seconds`, keep nothing, and extrapolate.
 
-    Records are shuffled before packing, so the first videos are like the others. Raises what
-    `extract` raises if it cannot do the work.
+    `encoder` replaces the one that the request names. Records are shuffled before packing, so the
+    first videos are like the others. Raises what `extract` raises if it cannot do the work.
     """
     plan = ExtractionPlan(request)
-    job = ExtractionJob(plan)
+    job = ExtractionJob(plan, encoder)
     with closing(job), closing(plan.tar_source()) as source:
         sample = _sample(plan, job.pool, source, seconds, progress)
     pending, schema, provenance = plan.pending, job.schema, job.provenance

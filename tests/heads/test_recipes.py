@@ -31,7 +31,8 @@ from tests.support.stores.action_store import action_store
 
 PAPERS = [f"dist-{data}-vit-{arch}" for data in ("k400", "ssv2") for arch in ("b16", "l14")]
 PAPERS += ["paper-vit-b16", "paper-vit-l14"]
-NAMES = sorted(["auto", "demo", "demo-dist", "dist", "end-to-end", "frozen-store", *PAPERS])
+PAPERS += ["msta-base-to-novel", "msta-few-shot", "msta-zero-shot"]
+NAMES = sorted(["auto", "demo", "demo-dist", "dist", "end-to-end", "frozen-store", "msta", *PAPERS])
 
 
 def write(path: Path, text: str) -> Path:
@@ -272,7 +273,7 @@ def test_what_is_left_to_the_data_needs_the_data(tmp_path: Path) -> None:
 
 def test_help_names_every_recipe() -> None:
     of_stores = ("auto", "frozen-store")
-    beside = [name for name in NAMES if "dist" in name]
+    beside = [name for name in NAMES if "dist" in name or "msta" in name]
     for command in ("train-head", "finetune"):
         result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         text = re.sub(r"[│\s]+", " ", result.output)

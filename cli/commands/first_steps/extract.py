@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
-from featstore.commands import command
+from featstore.commands import ADAPTED_BY, command
 from featstore.errors import UserError, one_of
 from featstore.remote.urls import is_url
 
@@ -29,21 +30,31 @@ def extract(
         typer.Option(metavar="NAME", help="Take only this split's tars (needs disjoint splits)."),
     ] = None,
     encoder: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="SPEC",
             help="`ARCH/TAG` of open_clip, a folder in open_clip's format, an OpenAI-format `.pt` "
             "file, a name under encoders/ of the workspace (`./NAME` is a folder here), or "
             "`viclip:FILE`.",
+            show_default=options.DEFAULT_ENCODER,
         ),
-    ] = options.DEFAULT_ENCODER,
+    ] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Encode with the CLIP whose towers the head of this run adapts (msta), with the "
+            "head's own frames and sentences unless others are named.",
+        ),
+    ] = None,
     sampling: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="uniform:F|clips:TxV",
             help="Take F frames over the whole video, or V clips of T frames each.",
+            show_default="uniform:16",
         ),
-    ] = "uniform:16",
+    ] = None,
     tier: Annotated[
         str,
         typer.Option(
@@ -166,10 +177,11 @@ def extract(
     from featstore.format.class_texts import DEFAULT_PROMPTS
     from featstore.format.tiers import Tier
     from heads.evaluation.protocols.serving import protocols_served
+    from heads.files.head_cards import adapting_card
     from pipeline.encoders.specs import encoder_label
     from pipeline.extraction.request import ExtractionRequest, Share
     from pipeline.extraction.run import extract as run
-    from pipeline.prompts import prompt_sets_from
+    from pipeline.prompts import prompt_sets_from, trained_prompt_set
     from pipeline.sampling import parse_sampling
 
     wanted = Tier.parse(tier)
@@ -180,6 +192,18 @@ def extract(
     remote = is_url(root)
     workspace = options.workspace(Path() if remote else Path(root))
     encoders = (options.DEFAULT_ROOT if remote else workspace.root) / "encoders"
+    own = None
+    if encoder is not None and encoder.startswith(ADAPTED_BY) and head is None:
+        head, encoder = encoder.removeprefix(ADAPTED_BY), None
+    heads_at = options.workspace(encoders.parent)
+    if head is not None:
+        if encoder is not None or cluster is not None:
+            other = "--encoder" if encoder is not None else "--engine ray"
+            raise UserError(f"--head {head} brings its own encoder, without {other}: leave it out")
+        card = adapting_card(heads_at, head)
+        encoder, sampling = f"{ADAPTED_BY}{head}", sampling or card.origin.sampling
+        own = card.origin
+    encoder, sampling = encoder or options.DEFAULT_ENCODER, sampling or "uniform:16"
     chosen = parse_sampling(sampling)
     store_path = workspace.store_path(
         dataset,
@@ -206,7 +230,7 @@ def extract(
         decoder=decoder,
         strict="auto" if strict_decode is None else "always" if strict_decode else "never",
         prompt_sets=prompt_sets_from(
-            prompts or ([] if descriptions else [DEFAULT_PROMPTS]),
+            prompts or ([] if descriptions or own else [DEFAULT_PROMPTS]),
             descriptions or [],
             prompt_set_name,
         ),
@@ -216,17 +240,25 @@ def extract(
         retry_failed=retry_failed,
         tier=wanted,
     )
+    if own is not None and not prompts and not descriptions:
+        named = trained_prompt_set(own.prompt_set, own.prompt_templates)
+        request = replace(request, prompt_sets=(named,))
     packed = None if remote else list(workspace.packed_splits(dataset) or ())
     serving = None
     if wanted.pooled and (remote or not workspace.unlabelled(dataset)):
         views, splits = f"{chosen.clips}x{crops}", [split] if split else packed
         serving = protocols_served(dataset, views, frames=chosen.frames, splits=splits)
+    adapted = None
+    if head is not None:
+        from heads.prediction.adapted_encoder import encoder_of_run
+
+        adapted = encoder_of_run(heads_at, head, precision, request.device)
     served = {} if serving is None else {"protocols": serving.to_json()}
     if dry_run:
         from pipeline.extraction.estimate import estimate
 
         with progress_of("sample", "videos") as progress:
-            plan = estimate(request, progress=progress)
+            plan = estimate(request, encoder=adapted, progress=progress)
         facts = plan.facts() | ({} if serving is None else serving.facts())
         report(json, plan.to_json() | served, facts)
         plan.require_room()
@@ -235,7 +267,7 @@ def extract(
         for name, words in serving.facts().items():
             logger.info("%s: %s", name, words)
     with progress_of("extract", "videos") as progress:
-        summary = run(request, cluster=cluster, progress=progress)
+        summary = run(request, encoder=adapted, cluster=cluster, progress=progress)
     following = _following(summary, wanted) if summary.rows_ok else {}
     report(json, summary.to_json() | served | following, _facts(summary) | following)
     options.require_few_failures(

@@ -84,6 +84,8 @@ def export(
         raise UserError(f"{chosen.title}: there is nothing to export in the official format")
     if format == "safetensors":
         save_head(merged_head(head), out)
+    elif chosen.adapts and format == "official":
+        official.write(out, head)
     elif chosen.pixels:
         own = loaded(lambda name: encoder_of_head(head, name, "fp32", "cpu", encoders))
         if origin is not None:

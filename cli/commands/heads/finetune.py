@@ -42,8 +42,8 @@ def finetune(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The head: mote (the default), transformer, or dist, which looks at the pixels "
-            "beside a tower that stays as it is.",
+            help="The head: mote (the default), transformer, dist, which looks at the pixels "
+            "beside a tower that stays as it is, or msta, which adapts both towers.",
         ),
     ] = None,
     recipe: Annotated[
@@ -52,7 +52,8 @@ def finetune(
             metavar="NAME|FILE",
             help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo; "
             "for dist: dist, the default, dist-k400-vit-b16, dist-k400-vit-l14, dist-ssv2-vit-b16, "
-            "dist-ssv2-vit-l14, demo-dist) or from a TOML file; options on the command line "
+            "dist-ssv2-vit-l14, demo-dist; for msta: msta, the default, msta-base-to-novel, "
+            "msta-few-shot, msta-zero-shot) or from a TOML file; options on the command line "
             "override them.",
         ),
     ] = None,
@@ -81,6 +82,14 @@ def finetune(
         typer.Option(metavar="EPOCHS", min=0, help="Epochs between evaluations; 0: none."),
     ] = None,
     prompts: options.PromptSet = None,
+    guides: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Descriptions that msta holds the class texts near: {class: {spatial: [...], "
+            "temporal: [...]}}; default: made from the names.",
+        ),
+    ] = None,
     epochs: options.Epochs = None,
     warmup_epochs: options.WarmupEpochs = None,
     batch_size: Annotated[
@@ -175,7 +184,8 @@ def finetune(
     """Train the image tower together with the head, from packed videos and without a store.
 
     The tuned tower becomes encoders/RUN and the head heads/RUN, for extract, eval, predict and
-    export. With `--method dist` the tower stays as it is, and the branch beside it is trained. On
+    export. With `--method dist` the tower stays as it is, and the branch beside it is trained; with
+    `--method msta` both towers stay, and small adapters inside them are. On
     several GPUs: `torchrun --nproc-per-node N -m cli.main finetune ...`. --resume continues an
     interrupted run (docs/finetuning.md).
 
@@ -247,6 +257,7 @@ def finetune(
                     split=split,
                     eval_split=eval_split,
                     prompt_set=prompts,
+                    guides=guides,
                     exclude=exclude,
                     method=method or settings.beside_tower,
                     resume=resume,
@@ -304,9 +315,12 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
     tower = f"{summary.blend:g} of the tower after epoch {summary.published_epoch}, the rest "
     if method(summary.head).pixels:
         tower = f"the head after epoch {summary.published_epoch} looks at its tokens; as it was in "
+    encoder = f"{summary.encoder_path} ({tower}{summary.encoder})"
+    if method(summary.head).adapts:
+        encoder = f"{summary.encoder}, with the adapters of epoch {summary.published_epoch}"
     return {
         "run": f"{summary.run} in {summary.path}",
-        "encoder": f"{summary.encoder_path} ({tower}{summary.encoder})",
+        "encoder": encoder,
         "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
         f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
         f"{summary.batch_size})",

@@ -14,7 +14,10 @@ from featstore.errors import UserError
 
 def import_checkpoint(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Checkpoint of MoTE's or DiST's released code.")
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Checkpoint of MoTE's or DiST's released code, or MSTA's adapters."
+        ),
     ],
     name: Annotated[str, typer.Option(metavar="NAME", help="Name of the new encoder and head.")],
     clip: Annotated[
@@ -74,9 +77,9 @@ def import_checkpoint(
     """Turn a checkpoint of a method's authors into encoders/NAME and heads/NAME.
 
     `extract --encoder NAME` then encodes with the fine-tuned tower, and `eval` and `predict` take
-    `--head NAME`. The method (MoTE or DiST) is known by the names in FILE. For DiST, eval makes the
-    features itself, from the packed videos. No code in FILE is run. Either both are made or
-    neither.
+    `--head NAME`. The method is known by the names in FILE. For DiST, eval makes the features
+    itself, from the packed videos; adapters of MSTA become heads/NAME alone. No code in FILE is
+    run. Either both are made or neither.
 
     Example: `mote-cli import-checkpoint mote.pt --name b16 --class-names k400.csv`
     """

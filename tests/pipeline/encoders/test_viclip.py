@@ -194,7 +194,7 @@ def test_a_store_of_clip_embeddings_serves_every_command(tmp_path: Path) -> None
     said = done("predict", tmp_path / "new.mp4", "--head", "h", *place)
     assert len(said["videos"][0]["predictions"]) == 2
     line = refused(2, "finetune", "--dataset", "clips", "--encoder", spec, *place)
-    assert "encodes clips, and finetune trains towers of single frames" in line
+    assert "encodes clips, and MoTE trains with towers of single frames" in line
     line = refused(2, *ask, "--tier", "tokens:0")
     assert "tokens are taken from open_clip's vision transformers only" in line
     line = refused(2, *ask, "--decoder", "dali")

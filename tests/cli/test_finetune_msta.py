@@ -1,0 +1,359 @@
+"""`mote-cli finetune --method msta`: a run and what takes it, killed, by two processes, refused."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from featstore import open_store
+from heads import load_head
+from heads.methods.msta.official import read
+from heads.prediction.pixel_encoder import encoder_of_head
+from pipeline.clip_encoder import load_encoder
+from tests.support.processes.command_line import done, mote, refused
+from tests.support.processes.processes import Commands, command_starter
+from tests.support.worlds.tiny_world import WORDS, make_viclip
+from tests.support.worlds.tuning import TIMES, difference, start_ranks, tuning_workspace
+
+RECIPE = """[head]
+kind = "msta"
+first = 1
+last = 1
+width = 8
+scale = 0.1
+
+[training]
+epochs = 2
+warmup_epochs = 0.5
+schedule = "floored-wave"
+lr = 1e-2
+weight_decay = 1e-3
+frames = 4
+seed = 0
+
+[finetune]
+train = "head"
+"""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuning_workspace(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("recipe") / "small.toml"
+    file.write_text(RECIPE)
+    return file
+
+
+@pytest.fixture(scope="module")
+def guides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two spatial and two temporal descriptions of every class."""
+    file = tmp_path_factory.mktemp("guides") / "guides.json"
+    sentences = {
+        "spatial": ["A person seen while doing {}.", "A room for {}."],
+        "temporal": ["First stand, then {}.", "Begin to {}, then stop."],
+    }
+    of_classes = {
+        name: {kind: [s.format(name) for s in lines] for kind, lines in sentences.items()}
+        for name in WORDS
+    }
+    file.write_text(json.dumps(of_classes))
+    return file
+
+
+def train(
+    root: Path, recipe: Path, name: str, *more: str | Path, batch_size: int = 4
+) -> tuple[str, ...]:
+    """The command; `more` comes last and wins."""
+    command = ("finetune", "--dataset", "clips", "--encoder", "tiny", "--method", "msta")
+    shape = ("--recipe", str(recipe), "--name", name, "--batch-size", str(batch_size))
+    return (*command, *shape, "--root", str(root), "--json", *map(str, more))
+
+
+@pytest.fixture(scope="module")
+def trained(
+    packed: Path, recipe: Path, guides: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A workspace with a finished run "m"."""
+    root = tmp_path_factory.mktemp("trained") / "root"
+    shutil.copytree(packed, root)
+    summary = done(*train(root, recipe, "m", "--guides", guides))
+    (root / "summary.json").write_text(json.dumps(summary))
+    return root
+
+
+@pytest.fixture
+def root(packed: Path, tmp_path: Path) -> Path:
+    shutil.copytree(packed, tmp_path / "root")
+    return tmp_path / "root"
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    with command_starter(tmp_path_factory.mktemp("output")) as commands:
+        yield commands
+
+
+def left(root: Path, name: str) -> dict[str, Any]:
+    """What a run leaves, times left out."""
+    run = root / "heads" / name
+    return {
+        "head": load_file(run / "head.safetensors"),
+        "state": load_file(run / "state/last.safetensors"),
+        "best": load_file(run / "state/best.safetensors"),
+        "metrics": [
+            {key: value for key, value in json.loads(line).items() if key not in TIMES}
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+        ],
+    }
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    files = ("head", "state", "best")
+    return a["metrics"] == b["metrics"] and all(
+        a[file].keys() == b[file].keys()
+        and all(torch.equal(value, b[file][name]) for name, value in a[file].items())
+        for file in files
+    )
+
+
+def run_printed(words: str) -> dict[str, Any]:
+    return done(*shlex.split(words)[1:])
+
+
+def test_the_run_is_extracted_evaluated_and_predicts(trained: Path, packed: Path) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    assert (summary["head"], summary["epochs"], summary["frames"]) == ("msta", 2, 4)
+    assert not (trained / "encoders/m").exists()
+    metrics = left(trained, "m")["metrics"]
+    assert {"classification_loss", "consistency_loss"} <= metrics[0].keys()
+    assert summary["next"].startswith("mote-cli extract --dataset clips --head m")
+    made = run_printed(summary["next"])
+    store = open_store(made["store"])
+    assert store.provenance.clip_frames == 4
+    assert store.provenance.encoder == "head:m"
+    assert store.schema.frames == 1
+    result = run_printed(summary["then"])
+    assert (result["n_evaluated"], result["n_failed"]) == (6, 0)
+    # What training measured: the same frames, pixels and weights.
+    assert result["top1"] == pytest.approx(summary["top1"], abs=1e-6)
+    new = done(
+        *("eval", "--zeroshot", "clips", "--head", "m", "--allow-overlap", "--root", trained),
+    )
+    assert new["n_evaluated"] > 0
+    video = next((packed.parent / "videos/val/run").iterdir())
+    answer = done("predict", video, "--head", "m", "--classes", "run,sit,jump", "--root", trained)
+    assert len(answer["videos"][0]["predictions"]) == 3
+    inspected = done("inspect", trained / "heads/m")
+    assert (inspected["mode"], inspected["finished"]) == ("finetune", True)
+    assert done("verify", made["store"], "--root", trained)["damaged"] == []
+    again = run_printed(summary["next"])
+    assert again["partitions_done"] == 0
+
+
+def test_texts_and_clips_are_those_of_the_adapted_towers(trained: Path, packed: Path) -> None:
+    head = load_head(trained / "heads/m")
+    origin = head.origin
+    assert origin is not None
+    assert (origin.encoder, origin.adapted_encoder, origin.frames) == ("head:m", "tiny", 1)
+    assert (origin.sampling, origin.prompt_set) == ("uniform:4", "video")
+    encoders = trained / "encoders"
+    encoder = encoder_of_head(head, "head:m", "fp32", "cpu", encoders)
+    assert encoder.fingerprint == origin.encoder_fingerprint
+    texts = encoder.class_embeddings(WORDS, "video")
+    order = [WORDS.index(name) for name in origin.class_names or ()]
+    assert torch.allclose(texts[order], head.training_class_embeddings, atol=1e-6)
+    plain = load_encoder("tiny", "fp32", encoders_dir=encoders)
+    assert not torch.allclose(plain.class_embeddings(WORDS, "video"), texts, atol=1e-3)
+    frames = torch.randn(2, 4, 3, 32, 32)
+    mean = plain.encode_pixels(frames.flatten(0, 1)).unflatten(0, (2, 4)).mean(1)
+    assert not torch.allclose(encoder.encode_clips(frames), mean, atol=1e-3)
+    size = (trained / "heads/m/head.safetensors").stat().st_size
+    held = sum(4 * value.numel() for value in head.state_dict().values())
+    assert size < held + 8000
+    assert size < (encoders / "tiny/open_clip_model.safetensors").stat().st_size / 50
+
+
+def test_a_second_run_begins_with_the_first(trained: Path, guides: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(trained, root)
+    more = ("finetune", "--dataset", "clips", "--name", "e", "--from-head", "m", "--frames", "4")
+    more += ("--epochs", "1", "--batch-size", "4", "--lr", "0", "--guides", str(guides))
+    summary = done(*more, "--root", root)  # the usual recipe of the head's method
+    assert (summary["head"], summary["encoder"]) == ("msta", "tiny")
+    a, b = (load_file(root / "heads" / name / "head.safetensors") for name in "me")
+    assert difference(a, b) < 1e-6  # at rate 0
+    wrong = refused(2, *more, "--name", "f", "--frames", "8", "--root", root)
+    assert "8 frames do not fit the head to begin with, which takes 4: use --frames 4" in wrong
+
+
+def test_kill_9_changes_no_bit(
+    commands: Commands, trained: Path, root: Path, recipe: Path, guides: Path
+) -> None:
+    more = ("--guides", guides, "--checkpoint-every", "1", "--resume")
+    command = train(root, recipe, "m", *more)
+    state = root / "heads/m/state/last.safetensors"
+    running = commands.start(*command)
+    running.until(lambda: state.exists() or not running.alive)
+    assert running.kill() == -signal.SIGKILL
+    again = commands.start(*command)
+    assert again.end() == 0, again.words
+    assert 0 < again.json["resumed_from"] < 6
+    assert same(left(root, "m"), left(trained, "m"))
+
+
+def test_two_processes_are_one_with_twice_the_batch(
+    commands: Commands, root: Path, recipe: Path
+) -> None:
+    done(*train(root, recipe, "one", batch_size=6))
+    running = start_ranks(commands, 2, *train(root, recipe, "two", batch_size=3))
+    assert [process.end() for process in running] == [0, 0], running[0].words
+    one, two = left(root, "one"), left(root, "two")
+    for mine, other in zip(one["metrics"], two["metrics"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    assert difference(one["head"], two["head"]) < 1e-3
+
+
+def test_descriptions_change_what_is_learnt(
+    trained: Path, root: Path, recipe: Path, tmp_path: Path
+) -> None:
+    result = mote(*train(root, recipe, "m"))
+    assert result.code == 0, result.err
+    assert "no descriptions are given" in result.err
+    assert difference(left(trained, "m")["head"], left(root, "m")["head"]) > 1e-6
+
+
+@pytest.mark.slow
+def test_a_viclip_is_adapted_too(root: Path, recipe: Path, tmp_path: Path) -> None:
+    spec = f"viclip:{make_viclip(tmp_path / 'v.safetensors')}"
+    summary = done(*train(root, recipe, "v", "--encoder", spec))
+    made = run_printed(summary["next"])
+    assert open_store(made["store"]).provenance.clip_frames == 4
+    result = run_printed(summary["then"])
+    assert result["top1"] == pytest.approx(summary["top1"], abs=1e-6)
+    said = refused(2, *train(root, recipe, "w", "--encoder", spec, "--frames", "8"))
+    assert "clips of 8 frames do not fit v, which looks at 4 together: use --frames 4" in said
+
+
+def test_adapters_go_out_and_come_in(trained: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(trained, root)
+    out = tmp_path / "adapters.safetensors"
+    done("export", "m", "--format", "official", "--out", out, "--root", root)
+    head = load_head(root / "heads/m")
+    checkpoint = read(out)
+    assert checkpoint.told
+    assert checkpoint.config == head.config
+    names = tmp_path / "names.csv"
+    classes = head.origin.class_names if head.origin else ()
+    names.write_text("id,name\n" + "".join(f"{i},{n}\n" for i, n in enumerate(classes or ())))
+    made = done(
+        *("import-checkpoint", out, "--name", "back", "--clip", "tiny"),
+        *("--class-names", names, "--root", root),
+    )
+    assert (made["encoder"], made["scale"]) == ("head:back", 0.1)
+    a, b = (load_file(root / "heads" / name / "head.safetensors") for name in ("m", "back"))
+    assert difference(a, b) < 1e-6
+    # As MMA's own code writes it: a dictionary of torch, in it a prefix and two more buffers.
+    state = {f"module.{k}": v for k, v in checkpoint.state.items() if "temporal" not in k}
+    state |= {"token_prefix": torch.zeros(6, 1, 32), "token_suffix": torch.zeros(6, 60, 32)}
+    torch.save({"state_dict": state, "epoch": 5}, tmp_path / "model.pth.tar-5")
+    made = done(
+        *("import-checkpoint", tmp_path / "model.pth.tar-5", "--name", "mma", "--clip", "tiny"),
+        *("--root", root),
+    )
+    assert "temporal form none, lambda 0.005 (assumed" in made["parts"]
+    said = refused(2, "import-checkpoint", out, "--name", "x", "--root", root)
+    assert "holds adapters alone: name the CLIP" in said
+    more = ("--clip", "tiny", "--blend", "0.5", "--root", root)
+    assert "--blend means nothing" in refused(2, "import-checkpoint", out, "--name", "x", *more)
+    said = refused(2, "export", "m", "--format", "onnx", "--out", tmp_path / "x", "--root", root)
+    assert "only its adapters can be exported" in said
+
+
+def untouched(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--layers", "1"), "layers is no setting of MSTA: leave it out"),
+        (("--train", "tower"), "--train tower is not possible"),
+        (("--class-weights", "balanced"), "MSTA cannot be trained with class weights"),
+        (("--shard", "fsdp"), "--shard fsdp spreads a trained tower"),
+        (("--recipe", "msta"), "there is no block 12 for an adapter: the image tower has 2 blocks"),
+        (("--method", "mote", "--train", "head", "--guides", "x.json"), "leave them out"),
+        (("--guides", "x.json"), "x.json"),
+    ],
+)
+def test_what_cannot_be_trained_is_one_line_and_leaves_nothing(
+    root: Path, recipe: Path, more: tuple[str, ...], words: str
+) -> None:
+    before = untouched(root)
+    assert words in refused(2, *train(root, recipe, "m", *more)).replace(" --json", "")
+    assert untouched(root) == before
+
+
+GOOD = {name: {"spatial": ["a {}"], "temporal": ["b {}"]} for name in WORDS}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], "holds no object with class names"),
+        (GOOD | {"run": ["x"]}, "class 'run': it must have spatial and temporal sentences"),
+        (GOOD | {"run": {"spatial": [], "temporal": ["x"]}}, "spatial must be a list of sentences"),
+        (GOOD | {"run": {"spatial": ["x", " "], "temporal": ["x"]}}, "none of them empty"),
+        (GOOD | {"run": {"spatial": ["x", "y"], "temporal": ["x"]}}, "classes have 1 to 2 spatial"),
+        (GOOD | {"fly": GOOD["run"]}, "it has 'fly', which are no classes of the data set"),
+        ({k: v for k, v in GOOD.items() if k != "run"}, "it lacks 'run', 1 of 6 classes"),
+        (
+            GOOD | {"run": {"spatial": ["word " * 90], "temporal": ["x"]}},
+            "has 90 tokens, the encoder",
+        ),
+    ],
+)
+def test_descriptions_that_do_not_fit_are_refused(
+    root: Path, recipe: Path, tmp_path: Path, content: Any, words: str
+) -> None:
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    before = untouched(root)
+    assert words in refused(2, *train(root, recipe, "m", "--guides", tmp_path / "own.json"))
+    assert untouched(root) == before
+
+
+def test_only_such_heads_bring_an_encoder(trained: Path) -> None:
+    both = ("extract", "--dataset", "clips", "--head", "m", "--encoder", "tiny", "--root", trained)
+    assert "brings its own encoder, without --encoder" in refused(2, *both)
+    said = refused(2, "extract", "--dataset", "clips", "--head", "x", "--root", trained)
+    assert "x" in said
+    inner = ("--tier", "tokens:0", "--root", trained)
+    said = refused(2, "extract", "--dataset", "clips", "--head", "m", *inner)
+    assert "gives embeddings of clips only: leave --tier out" in said
+    odd = ("--sampling", "uniform:6", "--root", trained)
+    said = refused(2, "extract", "--dataset", "clips", "--head", "m", *odd)
+    assert "6 frames are no whole clips" in said
+
+
+def test_the_rates_are_those_of_the_authors_logs() -> None:
+    from heads.recipes import load_recipe
+    from heads.training.schedule import learning_rates
+
+    rates = learning_rates(load_recipe("msta-few-shot").finetune_config(), 1)[:, 0, 1]
+    logged = {0: 0.0, 1: 2e-4, 5: 9.7577e-4, 6: 9.6524e-4, 10: 9.0546e-4}
+    assert {epoch: round(float(rates[epoch]), 8) for epoch in logged} == pytest.approx(logged)
+    assert np.all(rates[5:] > 1e-5)
