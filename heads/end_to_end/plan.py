@@ -22,7 +22,7 @@ from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
-from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.pixel_model import (
     PixelHeadModel,
@@ -33,6 +33,7 @@ from heads.end_to_end.pixel_model import (
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.sharding import sharded
 from heads.end_to_end.trained_parts import trained_blocks
+from heads.end_to_end.trained_texts import TrainedTexts
 from heads.end_to_end.validate import validation_split
 from heads.files.head_file import head_fingerprint, load_head
 from heads.files.imported_run import require_class_names
@@ -263,6 +264,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "device": ranks.device.type,
     }
     joined: dict[str, Any] = {"train": config.train, "checkpointing": config.checkpointing}
+    if config.train == BOTH_TOWERS:
+        sentences = encoder.class_tokens(dataset.class_names, prompt_set)
+        joined["texts"] = TrainedTexts(encoder.model, *sentences)
     parts = encoder.image_tower, head, logit_scale
     if chosen.pixels:
         model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
@@ -274,7 +278,8 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         head.take_several_classes(
             _bias(model, EvaluationClips(dataset, split=split, **alone), clips.labels)
         )
-    shard = not chosen.pixels and sharded(ranks, config.shard, encoder.image_tower)
+    whole = chosen.pixels or model.texts is not None
+    shard = not whole and sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError if the tower has no blocks
     require_trainable(head, config, clips.steps_per_epoch)
@@ -427,6 +432,11 @@ def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, class
 
 
 def _cores_of_this_process() -> int:
-    """Return the machine's cores divided by the processes that the launcher started on it."""
+    """Return the machine's cores divided by the processes on it."""
+    return max(1, usable_cores() // processes_here())
+
+
+def processes_here() -> int:
+    """Return how many processes the launcher started on this machine."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, usable_cores() // max(1, int(local) if local.isdigit() else 1))
+    return max(1, int(local) if local.isdigit() else 1)

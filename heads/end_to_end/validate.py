@@ -80,11 +80,16 @@ def validate(
     """Return the accuracy of `model` on `clips` and the failures (key, reason) of this rank.
 
     The accuracy is None if no clip can be decoded. `class_embeddings` [C,D] are on the model's
-    device, in the order of labels. With `in_step`, every process runs the model equally often, on a
-    black clip of `shape` when it has no videos left.
+    device, in the order of labels; where the texts train, the embeddings of this moment stand for
+    them. With `in_step`, every process runs the model equally often, on a black clip of `shape`
+    when it has no videos left.
     """
     training = model.training
     model.eval()
+    now = model.class_embeddings(class_embeddings)
+    if now is not class_embeddings:
+        class_embeddings = now
+        model.head.training_class_embeddings.copy_(now)  # modulation compares with them
     counts = torch.zeros(3, dtype=torch.int64)  # evaluated, right, right among five
     failed: list[tuple[str, str]] = []
     passes = 0
