@@ -62,7 +62,7 @@ def sentences() -> tuple[Tensor, list[int]]:
     for number, row in enumerate(tokens):
         words = 1 + 3 * number % 5
         row[0], row[1 + words] = 62, 63
-        row[1 : 1 + words] = torch.randint(62, (words,), generator=generator)
+        row[1 : 1 + words] = torch.randint(1, 62, (words,), generator=generator)
     return tokens, counts
 
 
