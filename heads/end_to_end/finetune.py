@@ -170,6 +170,7 @@ def _run(
         return ranks.only_first(lambda: _summary(request, plan, ranks, steps))
     model = plan.model
     _describe(plan, config, ranks)
+    ranks.only_first(lambda: _keep_texts(plan))
     trainer = end_to_end_trainer(
         model,
         config,
@@ -420,6 +421,12 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
         log.info("class texts: %s", model.texts.words)
     if ranks.device.type == "cpu" and ranks.first:
         _warn_of_memory(plan, config)
+
+
+def _keep_texts(plan: Plan) -> None:
+    """Keep the class texts that training begins with, for a run that continues."""
+    if plan.new_texts is not None:
+        plan.new_texts.write(plan.model.head.training_class_embeddings)
 
 
 def _memory_left(plan: Plan, device: torch.device) -> int:

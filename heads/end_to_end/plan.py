@@ -37,6 +37,7 @@ from heads.end_to_end.trained_texts import TrainedTexts
 from heads.end_to_end.validate import validation_split
 from heads.files.head_file import head_fingerprint, load_head
 from heads.files.imported_run import require_class_names
+from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head, build_head
 from heads.methods.registry import Method, method
 from heads.methods.settings import HeadOrigin, MethodConfig
@@ -118,6 +119,8 @@ class Plan:
     eval_split: str | None
     excluded: Excluded | None
     settings: dict[str, Any]
+    new_texts: KeptTexts | None
+    """Where to keep the class texts that training begins with; None if they were read there."""
     precision: str
     shard: bool
 
@@ -164,7 +167,10 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             f"evaluations of {chosen.title} cannot take: use --prompts name or a template file"
         )
     # The text tower is the same on all processes, but its output may differ in the last bit.
-    classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()
+    names, sentences_hash = dataset.class_names, prompt_set.hash(dataset.class_names)
+    texts = KeptTexts(request.run_dir, encoder.fingerprint, sentences_hash)
+    kept = texts.read(len(names), encoder.dim)
+    classes = encoder.class_embeddings(names, prompt_set).cpu() if kept is None else kept
     if begun is None:
         if chosen.pixels:
             wanted = pixel_head_config(wanted, config, encoder.image_tower)
@@ -247,7 +253,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             "eval_split": eval_split,
             "n_listed": clips.n_listed,
             "order": clips.digest,
-            "prompts_hash": prompt_set.hash(dataset.class_names),
+            "prompts_hash": sentences_hash,
             "decoder": clips.decoder_name,
             **({"multi_label": True} if dataset.multi_label else {}),
             **({} if weights is None else {"class_weights": list(map(str, weights.tolist()))}),
@@ -265,8 +271,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     }
     joined: dict[str, Any] = {"train": config.train, "checkpointing": config.checkpointing}
     if config.train == BOTH_TOWERS:
-        sentences = encoder.class_tokens(dataset.class_names, prompt_set)
-        joined["texts"] = TrainedTexts(encoder.model, *sentences)
+        joined["texts"] = TrainedTexts(encoder.model, *encoder.class_tokens(names, prompt_set))
     parts = encoder.image_tower, head, logit_scale
     if chosen.pixels:
         model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
@@ -294,6 +299,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         eval_split=eval_split,
         excluded=excluded,
         settings=settings,
+        new_texts=None if kept is not None else texts,
         precision=precision,
         shard=shard,
     )

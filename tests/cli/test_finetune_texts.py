@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from heads import load_head
-from pipeline.clip_encoder import load_encoder
+from pipeline.clip_encoder import Encoder, load_encoder
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.worlds.tiny_world import WORDS
 from tests.support.worlds.tuning import difference, files_of, finetune, same_bits, tuning_workspace
@@ -95,6 +96,23 @@ def test_a_finished_run_is_the_same_bit_for_bit_and_begins_another(root: Path) -
     assert any(name.startswith("exp_avg.texts.") for name in a["state"])
     done(*finetune(root, "c", *BOTH, "--from-head", "a", "--encoder", "a"))
     assert difference(files_of(root, "c")["tower"], a["tower"]) > 1e-4
+
+
+def test_texts_of_the_start_are_encoded_once(root: Path) -> None:
+    """A run that continues reads them from its folder, and notices if they are damaged."""
+    done(*finetune(root, "r", "--prompts", "mote28"))
+    (kept,) = (root / "heads/r/state").glob("texts-*.safetensors")
+    assert torch.equal(
+        load_file(kept)["embeddings"],
+        load_encoder(root / "encoders/tiny").class_embeddings(WORDS, "mote28"),
+    )
+    again = finetune(root, "r", "--prompts", "mote28", "--resume")
+    with mock.patch.object(Encoder, "class_embeddings", side_effect=AssertionError):
+        done(*again)
+    kept.write_bytes(kept.read_bytes()[:-40])
+    result = mote(*again)
+    assert result.code == 0, result.err
+    assert "the class texts are encoded again" in result.err
 
 
 def test_what_cannot_be_done_with_it(root: Path, tmp_path: Path) -> None:
