@@ -1,9 +1,10 @@
 """Publish trained weights as an encoder, a head and the bare tower, which other commands take.
 
 `encoders/RUN` holds the blended towers (the text tower is the original one unless it was trained),
-`heads/RUN/tower.safetensors` the unblended tuned ones, and `heads/RUN/head.safetensors` the head for
-the published encoder, with the class texts of its text tower. A head that looks at pixels leaves the tower alone: then `encoders/RUN` is the CLIP as it was, and
-there is no file of a tuned tower.
+`heads/RUN/tower.safetensors` the unblended tuned ones, and `heads/RUN/head.safetensors` the head
+for the published encoder, with the class texts of its text tower. A head that looks at pixels
+leaves the tower alone: then `encoders/RUN` is the CLIP as it was, and there is no file of a tuned
+tower.
 """
 
 from __future__ import annotations

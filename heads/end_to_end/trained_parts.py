@@ -43,8 +43,8 @@ def freeze_all_but(image_tower: nn.Module, train: str) -> None:
     """Set `requires_grad` of every parameter of `image_tower` by `train`.
 
     "tower" and "both-towers": all of it. "head": nothing of it, the released code's `fix_video`.
-    "tower-last-N": the last N blocks and what follows them: the last norm, the projection, and the pooling of towers
-    that have one (CoCa). Raises UserError as `trained_blocks` does.
+    "tower-last-N": the last N blocks and what follows them: the last norm, the projection, and the
+    pooling of towers that have one (CoCa). Raises UserError as `trained_blocks` does.
     """
     last = last_blocks(train)
     image_tower.requires_grad_(train in ("tower", BOTH_TOWERS))

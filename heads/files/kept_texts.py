@@ -32,7 +32,9 @@ class KeptTexts:
     @property
     def key(self) -> str:
         """The sha256 that encoder and sentences have together."""
-        return hashlib.sha256(f"{self.encoder_fingerprint} {self.sentences_hash}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{self.encoder_fingerprint} {self.sentences_hash}".encode()
+        ).hexdigest()
 
     @property
     def file(self) -> Path:

@@ -77,7 +77,9 @@ def model(kind: str = "mote", train: str = "tower", **more: Any) -> EndToEndMode
     head = build_head(config, classes, generator=torch.Generator().manual_seed(5))
     texts = None
     if train == "both-towers":
-        tokens = torch.tensor([[49406, 320 + n, 1000 * n, 49407, *[0] * 73] for n in range(CLASSES)])
+        tokens = torch.tensor(
+            [[49406, 320 + n, 1000 * n, 49407, *[0] * 73] for n in range(CLASSES)]
+        )
         texts = TrainedTexts(clip, tokens, [1] * CLASSES)
     return EndToEndModel(clip.visual, head, 14.0, train=train, texts=texts)
 
