@@ -120,7 +120,7 @@ def test_what_cannot_be_done_with_it(root: Path, tmp_path: Path) -> None:
     beside = ("finetune", "--dataset", "clips", "--encoder", "tiny", "--name", "r", "--root", root)
     assert "keeps the tower as it is" in refused(2, *beside, "--method", "dist", *BOTH)
     meant = refused(2, *finetune(root, "r", "--train", "both-tower"))
-    assert "did you mean both-towers?" in meant
+    assert "did you mean both-towers" in meant
     done(*finetune(root, "r", *BOTH))
     place = ("--root", root)
     out = tmp_path / "r.pt"
