@@ -82,7 +82,7 @@ class TrainedTexts(nn.Module):
         """Return the embeddings that the text tower of another `model` of this kind gives."""
         where = next(model.parameters()).device
         parts = []
-        for number, chunk in enumerate(self.tokens.to(where).split(self._chunk)):
+        for number, chunk in enumerate(torch.split(self.tokens.to(where), self._chunk)):
             if number < self._kept or not torch.is_grad_enabled():
                 parts.append(text_embeddings(model, chunk))
             else:  # nothing in it is random, so that no generator needs to be set back

@@ -50,9 +50,9 @@ def reads_only_back(model: nn.Module) -> bool:
 
 def text_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module | nn.Parameter]]:
     """Yield the modules and the parameters of their own of a model's text tower, by their names."""
-    for name, part in [*model.named_children(), *model.named_parameters(recurse=False)]:
-        if name not in _OTHER_PARTS:
-            yield name, part
+    parts: dict[str, nn.Module | nn.Parameter] = dict(model.named_children())
+    parts |= model.named_parameters(recurse=False)
+    yield from ((name, part) for name, part in parts.items() if name not in _OTHER_PARTS)
 
 
 def mean_of_sentences(embeddings: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
