@@ -22,6 +22,7 @@ from featstore.files.machine import cpu_has_bf16
 from featstore.progress import ProgressSink, no_progress
 from pipeline.encoders.fingerprint import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip
+from pipeline.encoders.text_tower import mean_of_sentences, text_embeddings
 from pipeline.preprocessing import FrameInput, Preprocessing
 from pipeline.prompts import PromptSet, as_prompt_set
 
@@ -182,7 +183,7 @@ class Encoder:
             return torch.zeros(0, self.dim, device=self.device)
         return torch.cat(
             [
-                self._encode_tokens(part)
+                text_embeddings(self.model, part)
                 for part in torch.split(tokens.to(self.device), SENTENCES_PER_BATCH)
             ]
         )
@@ -203,25 +204,20 @@ class Encoder:
                     f"{vocabulary}"
                 )
 
-    def _encode_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        model = cast(Any, self.model)
-        usual = type(model) is open_clip.CLIP and model.text_pool_type == "argmax"
-        if not usual or model.attn_mask is None:
-            return _at_least_float32(cast(torch.Tensor, model.encode_text(tokens)))
-        # Attention only looks back, and the embedding is read at the end-of-text token (the
-        # largest id). Places after the last such token in the batch change nothing, so most of
-        # the 77 places need no computation.
-        ends = tokens.argmax(dim=-1)
-        used = int(ends.max()) + 1
-        hidden = model.token_embedding(tokens[:, :used]) + model.positional_embedding[:used]
-        hidden = model.transformer(hidden, attn_mask=model.attn_mask[:used, :used])
-        hidden = model.ln_final(hidden[torch.arange(len(tokens), device=self.device), ends])
-        projection = model.text_projection
-        if isinstance(projection, torch.nn.Linear):
-            hidden = projection(hidden)
-        elif projection is not None:
-            hidden = hidden @ projection
-        return _at_least_float32(cast(torch.Tensor, hidden))
+    def class_tokens(
+        self, class_names: Sequence[str], prompt_set: str | PromptSet
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Return the token ids int64 [n,L] of all sentences, class after class, and their numbers.
+
+        The second value counts the sentences of each class. Raises UserError as `as_prompt_set` and
+        `tokenize` do.
+        """
+        prompts = as_prompt_set(prompt_set)
+        per_class = [prompts.sentences(name) for name in class_names]
+        texts = [text for lines in per_class for text in lines]
+        if not texts:
+            return torch.zeros(0, self.context_length, dtype=torch.int64), []
+        return self.tokenize(texts), [len(lines) for lines in per_class]
 
     @torch.no_grad()
     def class_embeddings(
@@ -237,30 +233,24 @@ class Encoder:
         A warning names classes with `equal_texts`.
         Raises UserError as `as_prompt_set` and `tokenize` do.
         """
-        prompts = as_prompt_set(prompt_set)
-        per_class = [prompts.sentences(name) for name in class_names]
-        texts = [text for lines in per_class for text in lines]
-        if not texts:
+        tokens, counts = self.class_tokens(class_names, prompt_set)
+        if not len(tokens):
             return torch.zeros(0, self.dim, device=self.device)
-        tokens = self.tokenize(texts)
         # Sentences of similar length share a batch, so that short ones cost little.
         order = (tokens != 0).sum(dim=1).argsort(stable=True).tolist()
-        embeddings = torch.empty(len(texts), self.dim, device=self.device)
+        embeddings = torch.empty(len(tokens), self.dim, device=self.device)
         for start in range(0, len(order), SENTENCES_PER_BATCH):
             chosen = order[start : start + SENTENCES_PER_BATCH]
             embeddings[chosen] = self.encode_tokens(tokens[chosen])
             progress(start + len(chosen), len(order))
-        unit, counts = F.normalize(embeddings, dim=-1), [len(lines) for lines in per_class]
-        per_class_units = torch.split(unit, counts)
-        of_classes = F.normalize(
-            torch.stack([lines.mean(dim=0) for lines in per_class_units]), dim=-1
-        )
+        of_classes = mean_of_sentences(embeddings, counts)
         if same := equal_texts(class_names, of_classes):
             more = f"; and {len(same) - NAMED} more" if len(same) > NAMED else ""
             logger.warning(
                 "no score can tell these classes apart, because prompt set %s gives them the same "
                 "text embedding: %s%s; give each its own words, for example with --descriptions",
-                *(prompts.name, "; ".join(map(" and ".join, same[:NAMED])), more),
+                as_prompt_set(prompt_set).name,
+                *("; ".join(map(" and ".join, same[:NAMED])), more),
             )
         return of_classes
 
@@ -315,10 +305,6 @@ class Encoder:
             end = time.perf_counter() if on_gpu else time.process_time()
             seconds.append(max(end - start, 1e-9))
         return min(seconds), output
-
-
-def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def image_embeddings(image_tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:

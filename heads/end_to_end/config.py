@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 from featstore.errors import UserError, meant
 from heads.methods.settings import within
 from heads.training.config import TrainConfig
+
+BOTH_TOWERS: Final = "both-towers"
+"""The value of `train` with which the text tower trains too."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,9 @@ class FinetuneConfig(TrainConfig):
     """fp16 is possible too, with a gradient scaler."""
 
     train: str = "tower"
-    """What is trained: "tower" (with the head), "head" (tower frozen, logit scale trained), or
-    "tower-last-N" (the last N blocks of the tower and what follows them, with the head)."""
+    """What is trained: "tower" (with the head), "head" (tower frozen, logit scale trained),
+    "tower-last-N" (the last N blocks of the tower and what follows them, with the head), or
+    "both-towers" (image and text tower with the head)."""
     checkpointing: bool = False
     """Recompute the tower's activations in the backward pass: less memory, same values."""
     draws: Literal["shared", "per-rank"] = "shared"
@@ -66,16 +70,22 @@ class FinetuneConfig(TrainConfig):
         last_blocks(self.train)
         if self.save == "best" and not self.evaluate_every:
             raise UserError("save best needs evaluations: evaluate_every is 0")
+        if self.train == BOTH_TOWERS and self.shard == "fsdp":
+            raise UserError(
+                "--shard fsdp spreads the image tower alone, and --train both-towers trains the "
+                "text tower too: use --shard ddp, where every process holds whole copies"
+            )
 
 
 def last_blocks(train: object) -> int | None:
-    """N of "tower-last-N", None for "tower" and "head"; UserError for any other `train`."""
-    if train in ("tower", "head"):
+    """N of "tower-last-N", None for the other values of `train`; UserError for an unknown one."""
+    known = ("tower", "head", BOTH_TOWERS)
+    if train in known:
         return None
     match = re.fullmatch(r"tower-last-([1-9][0-9]{0,5})", train) if isinstance(train, str) else None
     if match is None:
         raise UserError(
-            f"train {train!r} is unknown: {meant(train, ('tower', 'head', 'tower-last-N'))}choose "
-            "tower, head or tower-last-N (N from 1 up)"
+            f"train {train!r} is unknown: {meant(train, (*known, 'tower-last-N'))}choose "
+            "tower, head, both-towers or tower-last-N (N from 1 up)"
         )
     return int(match[1])

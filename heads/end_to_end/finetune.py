@@ -21,9 +21,9 @@ from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
 from featstore.files.machine import available_memory, peak_rss_mb, return_large_blocks
 from featstore.progress import Outcome, ProgressSink, no_progress
-from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
 from heads.end_to_end.model import EndToEndModel, TrainingStep
-from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan
+from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan, processes_here
 from heads.end_to_end.publish import publish
 from heads.end_to_end.run_folder import (
     open_run,
@@ -120,7 +120,7 @@ class FinetuneSummary(Outcome):
 
 
 LISTED_FAILURES: Final = 5
-TRAINED: Final = {"head": "head and logit scale"}
+TRAINED: Final = {"head": "head and logit scale", BOTH_TOWERS: "both towers and head"}
 """Words for values of `--train`; every other value is named together with the head."""
 
 
@@ -172,6 +172,7 @@ def _run(
         return ranks.only_first(lambda: _summary(request, plan, ranks, steps))
     model = plan.model
     _describe(plan, config, ranks)
+    ranks.only_first(lambda: _keep_texts(plan))
     trainer = end_to_end_trainer(
         model,
         config,
@@ -419,8 +420,32 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
         *(plan.precision, ranks.device.type),
     )
+    if model.texts is not None:
+        if not config.checkpointing:
+            model.texts.keep_within(_memory_left(plan, ranks.device))
+        log.info("class texts: %s", model.texts.words)
     if ranks.device.type == "cpu" and ranks.first:
         _warn_of_memory(plan, config)
+
+
+def _keep_texts(plan: Plan) -> None:
+    """Keep the class texts that training begins with, for a run that continues."""
+    if plan.new_texts is not None:
+        plan.new_texts.write(plan.model.head.training_class_embeddings)
+
+
+def _memory_left(plan: Plan, device: torch.device) -> int:
+    """Return the free bytes of this process, beside what its optimiser will take."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = available_memory() // processes_here()
+    return max(0, free - _optimiser_bytes(plan.model))
+
+
+def _optimiser_bytes(model: EndToEndModel) -> int:
+    """Return the bytes of gradients and both moments of AdamW, which are still to come."""
+    return 3 * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _trained_words(plan: Plan, config: FinetuneConfig) -> str:
@@ -435,9 +460,8 @@ def _trained_words(plan: Plan, config: FinetuneConfig) -> str:
 def _warn_of_memory(plan: Plan, config: FinetuneConfig) -> None:
     """Warn before the CPU's memory runs out: the system then ends the process without an error."""
     videos = min(config.batch_size, plan.clips.n_listed)
-    needed = plan.model.kept_bytes() * config.frames * videos
-    # Gradients and both moments of AdamW, which are still to come.
-    needed += 3 * sum(4 * p.numel() for p in plan.model.parameters() if p.requires_grad)
+    needed = plan.model.kept_bytes() * config.frames * videos + _optimiser_bytes(plan.model)
+    needed += 0 if plan.model.texts is None else plan.model.texts.kept_bytes
     free = available_memory()
     if needed > free:
         log.warning(

@@ -1,4 +1,4 @@
-"""Image tower, temporal head and logit scale as one trainable model: pixels in, cosines out.
+"""Towers, temporal head and logit scale as one trainable model: pixels in, cosines out.
 
 B = batch (views), T = frames, s = input size of the tower, D = embedding width, C = classes.
 
@@ -17,8 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from featstore.errors import UserError
-from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
 from heads.end_to_end.trained_parts import checkpoint_gradients, freeze_all_but
+from heads.end_to_end.trained_texts import TrainedTexts, bytes_kept
 from heads.methods.head import Head
 from heads.training.config import TrainConfig
 from pipeline.clip_encoder import image_embeddings
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class EndToEndModel(nn.Module):
-    """An image tower of open_clip and a head, trained together against fixed class texts.
+    """An image tower of open_clip and a head, trained together against the texts of the classes.
 
     `image_tower` is used itself, not copied: it is converted to float32 and its parameters are
     frozen or trained as `train` says, so its `Encoder` can afterwards only encode texts. Load the
@@ -38,15 +39,16 @@ class EndToEndModel(nn.Module):
     statistics would depend on how a batch is shared out over processes.
 
     `logit_scale` is CLIP's multiplier as a number, or its natural logarithm as a tensor. `train` is
-    "tower" (everything), "head" (tower frozen; head and logit scale trained) or "tower-last-N"
-    (`heads.end_to_end.trained_parts`). `checkpointing` trades time for memory in the tower.
+    "tower" (everything), "head" (tower frozen; head and logit scale trained), "tower-last-N"
+    (`heads.end_to_end.trained_parts`), or "both-towers", for which `texts` has the text tower; else
+    the class texts are fixed. `checkpointing` trades time for memory in the towers.
 
     Raises UserError if tower and head have different widths, and if the tower does not support
     `train` or `checkpointing`.
 
-    Attributes: `image_tower`, `head`, `logit_scale` (parameter, natural logarithm), `trained` (the
-    value of `train`), `uses_all` (every trained parameter gets a gradient in every step). Build an
-    optimiser with `build_optimizer(model.head, model.tower_parameters(), config)`.
+    Attributes: `image_tower`, `texts`, `head`, `logit_scale` (parameter, natural logarithm),
+    `trained` (the value of `train`), `uses_all` (every trained parameter gets a gradient in every
+    step). Build an optimiser with `build_optimizer(model.head, model.tower_parameters(), config)`.
     """
 
     uses_all = True
@@ -61,11 +63,17 @@ class EndToEndModel(nn.Module):
         *,
         train: str = "tower",
         checkpointing: bool = False,
+        texts: TrainedTexts | None = None,
     ) -> None:
         super().__init__()
         freeze_all_but(image_tower, train)
+        if (texts is not None) != (train == BOTH_TOWERS):
+            raise ValueError(f"train {train} needs {'no ' if texts else ''}texts that train")
         self.trained = train
         self.image_tower = _in_float32(image_tower)
+        self.texts = texts
+        if texts is not None:
+            self.uses_all = texts.uses_all
         self.head = head.requires_grad_(True)
         self.logit_scale = nn.Parameter(_log_scale(logit_scale))
         self._tower_trains = any(p.requires_grad for p in image_tower.parameters())
@@ -79,10 +87,12 @@ class EndToEndModel(nn.Module):
                 )
         if checkpointing and self._tower_trains:
             checkpoint_gradients(image_tower)
+            if texts is not None:
+                texts.keep_within(0)
         self.train(head.training)
 
     def train(self, mode: bool = True) -> EndToEndModel:
-        """Switch the head's mode; the tower stays in evaluation mode."""
+        """Switch the head's mode; the towers stay in evaluation mode."""
         super().train(mode)
         self.image_tower.eval()
         return self
@@ -105,7 +115,10 @@ class EndToEndModel(nn.Module):
         They are `fixed` [C,D] unless the texts train. Training, evaluation and `publish` ask here,
         so that a model with texts of its own overrides only this. All processes have the same.
         """
-        return fixed
+        if self.texts is None:
+            return fixed
+        trained: Tensor = self.texts()
+        return trained
 
     def training_loss(
         self,
@@ -120,13 +133,15 @@ class EndToEndModel(nn.Module):
 
         `frames` floating [B,T,3,s,s], preprocessed; `labels` int64 [B] (or zeros and ones [B,C]
         where a video may show several classes), best on the CPU, where checking them does not wait
-        for a GPU; `class_embeddings` [C,D]; `draw`, `subsets` and `weights` (missing ones: the
-        recipe's defaults) as `Head.training_loss` takes them. Tower and head run under the caller's
-        autocast, the losses outside it. The features are not detached. Raises ValueError for wrong
-        shapes or labels, UserError for more frames than positions.
+        for a GPU; `class_embeddings` [C,D], for which `self.class_embeddings` may have newer ones;
+        `draw`, `subsets` and `weights` (missing ones: the recipe's defaults) as
+        `Head.training_loss` takes them. Towers and head run under the caller's autocast, the losses
+        outside it. The features are not detached. Raises ValueError for wrong shapes or labels,
+        UserError for more frames than positions.
         """
         self._check_frames(frames)
         check_labels(labels, len(frames), class_embeddings.shape[0])
+        class_embeddings = self.class_embeddings(class_embeddings)
         features = self.encode(frames)
         scale = self.logit_scale.reshape(())
         terms = self.head.training_loss(
@@ -170,22 +185,14 @@ class EndToEndModel(nn.Module):
 
     def _kept(self, clip: Tensor) -> int:
         """Return the bytes that encoding a clip keeps for the backward pass."""
-        own = {p.untyped_storage().data_ptr() for p in self.parameters()}
-        kept: dict[int, int] = {}
-
-        def keep(value: Tensor) -> Tensor:
-            storage = value.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return value
-
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            self.encode(clip)
-        return sum(kept.values())
+        return bytes_kept(lambda: self.encode(clip), self.parameters())
 
     def tower_parameters(self) -> list[nn.Parameter]:
         """Return group 0 of `build_optimizer`: trained tower parameters and the logit scale."""
-        return [*(p for p in self.image_tower.parameters() if p.requires_grad), self.logit_scale]
+        towers = [*self.image_tower.parameters()]
+        if self.texts is not None:
+            towers += self.texts.parameters()
+        return [*(p for p in towers if p.requires_grad), self.logit_scale]
 
     def _check_frames(self, frames: Tensor) -> None:
         size = "s,s" if self._size is None else f"{self._size[0]},{self._size[1]}"

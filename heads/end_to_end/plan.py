@@ -28,7 +28,7 @@ from heads.end_to_end.adapter_model import (
     guided_model,
     require_adapter_training,
 )
-from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.pixel_model import (
     PixelHeadModel,
@@ -39,9 +39,11 @@ from heads.end_to_end.pixel_model import (
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.sharding import sharded
 from heads.end_to_end.trained_parts import trained_blocks
+from heads.end_to_end.trained_texts import TrainedTexts
 from heads.end_to_end.validate import validation_split
 from heads.files.head_file import head_fingerprint, joint_fingerprint, load_head
 from heads.files.imported_run import require_class_names
+from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head, build_head
 from heads.methods.registry import Method, method
 from heads.methods.settings import HeadOrigin, MethodConfig
@@ -126,6 +128,8 @@ class Plan:
     eval_split: str | None
     excluded: Excluded | None
     settings: dict[str, Any]
+    new_texts: KeptTexts | None
+    """Where to keep the class texts that training begins with; None if they were read there."""
     precision: str
     shard: bool
 
@@ -181,7 +185,10 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             f"evaluations of {chosen.title} cannot take: use --prompts name or a template file"
         )
     # The text tower is the same on all processes, but its output may differ in the last bit.
-    classes = encoder.class_embeddings(dataset.class_names, prompt_set).cpu()
+    names, sentences_hash = dataset.class_names, prompt_set.hash(dataset.class_names)
+    texts = KeptTexts(request.run_dir, encoder.fingerprint, sentences_hash)
+    kept = texts.read(len(names), encoder.dim)
+    classes = encoder.class_embeddings(names, prompt_set).cpu() if kept is None else kept
     if begun is None:
         if chosen.pixels:
             wanted = pixel_head_config(wanted, config, encoder.image_tower)
@@ -271,7 +278,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             "eval_split": eval_split,
             "n_listed": clips.n_listed,
             "order": clips.digest,
-            "prompts_hash": prompt_set.hash(dataset.class_names),
+            "prompts_hash": sentences_hash,
             "decoder": clips.decoder_name,
             **({"multi_label": True} if dataset.multi_label else {}),
             **({} if weights is None else {"class_weights": list(map(str, weights.tolist()))}),
@@ -288,13 +295,16 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "device": ranks.device.type,
     }
     joined: dict[str, Any] = {"train": config.train, "checkpointing": config.checkpointing}
+    if config.train == BOTH_TOWERS:
+        joined["texts"] = TrainedTexts(encoder.model, *encoder.class_tokens(names, prompt_set))
     parts = encoder.image_tower, head, logit_scale
     if chosen.pixels:
         model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
     elif chosen.adapts:
-        texts = dataset.class_names, prompt_set
         model, said = guided_model(
-            encoder, head, logit_scale, *texts, request.guides, precision=precision, **joined
+            *(encoder, head, logit_scale, names, prompt_set, request.guides),
+            precision=precision,
+            **joined,
         )
         settings["data"] |= said
     else:
@@ -305,7 +315,8 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         head.take_several_classes(
             _bias(model, EvaluationClips(dataset, split=split, **alone), clips.labels)
         )
-    shard = not frozen and sharded(ranks, config.shard, encoder.image_tower)
+    whole = frozen or model.texts is not None
+    shard = not whole and sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError if the tower has no blocks
     require_trainable(head, config, clips.steps_per_epoch)
@@ -320,6 +331,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         eval_split=eval_split,
         excluded=excluded,
         settings=settings,
+        new_texts=None if kept is not None else texts,
         precision=precision,
         shard=shard,
     )
@@ -459,6 +471,11 @@ def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, class
 
 
 def _cores_of_this_process() -> int:
-    """Return the machine's cores divided by the processes that the launcher started on it."""
+    """Return the machine's cores divided by the processes on it."""
+    return max(1, usable_cores() // processes_here())
+
+
+def processes_here() -> int:
+    """Return how many processes the launcher started on this machine."""
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, usable_cores() // max(1, int(local) if local.isdigit() else 1))
+    return max(1, int(local) if local.isdigit() else 1)

@@ -1,10 +1,11 @@
 """Publish trained weights as an encoder, a head and the bare tower, which other commands take.
 
-`encoders/RUN` holds the blended tower with the original text tower, `heads/RUN/tower.safetensors`
-the unblended tuned tower, and `heads/RUN/head.safetensors` the head for the published encoder. A
-head that looks at pixels leaves the tower alone: then `encoders/RUN` is the CLIP as it was, and
-there is no file of a tuned tower. A head that adapts both towers is a file alone, and there is no
-`encoders/RUN`: its encoder is named "head:RUN".
+`encoders/RUN` holds the blended towers (the text tower is the original one unless it was trained),
+`heads/RUN/tower.safetensors` the unblended tuned ones, and `heads/RUN/head.safetensors` the head
+for the published encoder, with the class texts of its text tower. A head that looks at pixels
+leaves the tower alone: then `encoders/RUN` is the CLIP as it was, and there is no file of a tuned
+tower. A head that adapts both towers is a file alone, and there is no `encoders/RUN`: its encoder
+is named "head:RUN".
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from heads.training.ranks import Ranks
 from heads.training.state import whole_tensors
 from pipeline.encoders.fingerprint import fingerprint
 from pipeline.encoders.sources import LoadedClip, load_clip, save_open_clip_folder
-from pipeline.encoders.tuned import tower_of, tuned_clip
+from pipeline.encoders.tuned import tuned_clip
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +58,20 @@ def publish(
     """
     chosen = method(model.head.config.kind)
     pixels, adapts = chosen.pixels, chosen.adapts
-    with torch.no_grad():
-        known = model.head.training_class_embeddings
-        if (now := model.class_embeddings(known)) is not known:
-            known.copy_(now)
     tower_state = {f"visual.{name}": v for name, v in model.image_tower.state_dict().items()}
-    trained = {} if pixels or adapts else {**tower_state, "logit_scale": model.logit_scale}
+    text_state = {} if model.texts is None else model.texts.state_dict()
+    trained = (
+        {} if pixels or adapts else {**tower_state, **text_state, "logit_scale": model.logit_scale}
+    )
     tower = whole_tensors(trained.items(), ranks)
     head_state = whole_tensors(model.head.state_dict().items(), ranks)
+
+    @torch.no_grad()
+    def classes_of(tuned: LoadedClip) -> Tensor:
+        if model.texts is not None:
+            return model.texts.embeddings_by(tuned.model)
+        fixed = model.head.training_class_embeddings
+        return model.class_embeddings(fixed).cpu()
 
     def write() -> str:
         original = load_clip(origin.encoder, encoders_dir)
@@ -77,14 +84,14 @@ def publish(
             tuned = replace(original, name=encoder_dir.name)
             scale = cast(Tensor, original.model.logit_scale).detach().float()
         else:
-            parts = blended(tower, tower_of(original), blend)
+            parts = blended(tower, original.model.state_dict(), blend)
             tuned, scale = tuned_clip(original, parts, encoder_dir.name), parts["logit_scale"]
         published = fingerprint(tuned.model, tuned.model_config)
         shape = model.head.config
         head = method(shape.kind).head(shape, head_state["training_class_embeddings"].shape[0])
         if "logit_bias" in head_state:
             head.take_several_classes()
-        head.load_state_dict(head_state)
+        head.load_state_dict(head_state | {"training_class_embeddings": classes_of(tuned)})
         head.logit_scale.copy_(scale)
         seen = joint_fingerprint(published, head) if pixels or adapts else published
         own = f"{ADAPTED_BY}{run_dir.name}" if adapts else encoder_dir.name
@@ -94,6 +101,7 @@ def publish(
             return seen
         if not pixels:
             facts = {"epoch": epoch - 1, "blend": blend, "epoch_choice": epoch_choice}
+            facts |= {"text_tower": True} if text_state else {}
             save_tensors(run_dir / TOWER_FILE, tower, facts)
         with durable_path(run_dir / HEAD_FILE) as head_file:
             save_head(head.eval(), head_file)

@@ -1,4 +1,4 @@
-"""Which part of the model is trained: everything, the head alone, or the tower's last blocks.
+"""Which part of the image tower is trained: all of it, nothing, or its last blocks.
 
 The head and the logit scale are always trained. Frozen parameters have no gradient, and so no
 weight decay and no optimiser state (`heads.training.schedule.build_optimizer` leaves them out).
@@ -14,7 +14,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from featstore.errors import UserError
-from heads.end_to_end.config import last_blocks
+from heads.end_to_end.config import BOTH_TOWERS, last_blocks
 
 
 def trained_blocks(image_tower: nn.Module, last: int | None = None) -> list[nn.Module]:
@@ -42,12 +42,12 @@ def trained_blocks(image_tower: nn.Module, last: int | None = None) -> list[nn.M
 def freeze_all_but(image_tower: nn.Module, train: str) -> None:
     """Set `requires_grad` of every parameter of `image_tower` by `train`.
 
-    "tower": all of it. "head": nothing of it, the released code's `fix_video`. "tower-last-N": the
-    last N blocks and what follows them: the last norm, the projection, and the pooling of towers
-    that have one (CoCa). Raises UserError as `trained_blocks` does.
+    "tower" and "both-towers": all of it. "head": nothing of it, the released code's `fix_video`.
+    "tower-last-N": the last N blocks and what follows them: the last norm, the projection, and the
+    pooling of towers that have one (CoCa). Raises UserError as `trained_blocks` does.
     """
     last = last_blocks(train)
-    image_tower.requires_grad_(train == "tower")
+    image_tower.requires_grad_(train in ("tower", BOTH_TOWERS))
     if last is None:
         return
     for block in trained_blocks(image_tower, last):

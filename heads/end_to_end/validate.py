@@ -80,9 +80,9 @@ def validate(
     """Return the accuracy of `model` on `clips` and the failures (key, reason) of this rank.
 
     The accuracy is None if no clip can be decoded. `class_embeddings` [C,D] are on the model's
-    device, in the order of labels; where the texts train, they are taken as they are now. With
-    `in_step`, every process runs the model equally often, on a black clip of `shape` when it has no
-    videos left.
+    device, in the order of labels; where the texts train, the embeddings of this moment stand for
+    them. With `in_step`, every process runs the model equally often, on a black clip of `shape`
+    when it has no videos left.
     """
     training = model.training
     model.eval()

@@ -14,8 +14,7 @@ from featstore.errors import UserError, counted, counted_of
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
 from heads.evaluation.protocols.protocol import TestSet
-from heads.files.run_files import read_config, read_training_keys, rows_hash
-from heads.methods.registry import untrained
+from heads.files.run_files import learned_nothing, read_config, read_training_keys, rows_hash
 from heads.training.training_set import shown
 from pipeline.annotations.formats.kinetics import official_clip
 
@@ -39,7 +38,7 @@ def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | No
     run recorded no keys but was trained on this store, its rows are compared.
     """
     settings = read_config(run_dir) or {}
-    if untrained(settings.get("head", {}).get("kind")):
+    if learned_nothing(settings):
         return np.zeros(0, np.int64)
     known = read_training_keys(run_dir)
     if known is None:
@@ -135,7 +134,7 @@ def copies_tested(
     """
     settings = read_config(run_dir) or {}
     known = read_training_keys(run_dir)
-    if known is None or untrained(settings.get("head", {}).get("kind")):
+    if known is None or learned_nothing(settings):
         return 0
     rows = np.unique(np.concatenate([np.asarray(test.rows, np.int64) for test in tests]))
     by_key = trained_videos(store, rows, run_dir)

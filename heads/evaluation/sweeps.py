@@ -148,7 +148,7 @@ def require_tuned(run_dir: Path) -> _Tuned:
     if own is None:
         raise UserError(
             f"{run_dir.name} has no tuned tower to blend with CLIP's: use --sweep blend with a "
-            "head that import-checkpoint or finetune made with one"
+            "head that import-checkpoint made, or finetune without --train both-towers"
         )
     return own
 
@@ -171,7 +171,7 @@ def _tuned(run_dir: Path) -> _Tuned | None:
     elif facts:
         options = {"clip": value["data"]["encoder"], "frames": value["data"]["frames"]}
         options["attention_heads"] = value["head"]["attention_heads"]
-    if facts.get("blend") is None:
+    if facts.get("blend") is None or facts.get("text_tower"):
         return None
     tower = tower_hash(run_dir) or str(facts.get("sha256") or run_dir.name)
     return _Tuned(tower, float(facts["blend"]), file, options)

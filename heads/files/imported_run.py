@@ -1,4 +1,4 @@
-"""The unblended tower that an imported or fine-tuned run keeps beside its head."""
+"""The unblended towers that an imported or fine-tuned run keeps beside its head."""
 
 from __future__ import annotations
 
@@ -26,9 +26,24 @@ def imported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
     return tensors, int(card["epoch"])
 
 
+def exported_tower(run_dir: Path) -> tuple[dict[str, Tensor], int] | None:
+    """Load what `imported_tower` does, for a file of the authors' format.
+
+    Raises UserError if the run trained its text tower too, for which that format has no place.
+    """
+    if (tower_facts(run_dir) or {}).get("text_tower"):
+        raise UserError(
+            f"run {run_dir.name} trained its text tower too, which the official format cannot "
+            "hold: its encoder is a folder in open_clip's format already; export the head with "
+            "--format safetensors"
+        )
+    return imported_tower(run_dir)
+
+
 def tower_facts(run_dir: Path) -> dict[str, Any] | None:
     """Read the facts stored with a run's unblended tower: `epoch`, counted from 0, and after a
-    fine-tuning also `blend` and `epoch_choice`; None for a run without a tower of its own."""
+    fine-tuning also `blend`, `epoch_choice` and, if the text tower was trained too, `text_tower`;
+    None for a run without a tower of its own."""
     file = run_dir / TOWER_FILE
     if not file.is_file():
         return None

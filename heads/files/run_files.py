@@ -37,6 +37,7 @@ from featstore.format.schema import RowArray
 from featstore.workspace import CONFIG_FILE as CONFIG_FILE
 from featstore.workspace import FIRST_STAGE
 from featstore.workspace import HEAD_FILE as HEAD_FILE
+from heads.methods.registry import untrained
 
 KEYS_FILE: Final = "training-keys.json"
 """In a run folder: {data set: [keys]}, with every video that its parameters were trained on."""
@@ -107,6 +108,14 @@ def write_metrics(run_dir: Path, metrics: list[dict[str, Any]]) -> None:
     """Write the records of a run's epochs, one per line."""
     lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
     write_bytes(run_dir / METRICS_FILE, lines.encode())
+
+
+def learned_nothing(settings: Mapping[str, Any]) -> bool:
+    """Return whether the run of these settings has a head without parameters and its tower's own.
+
+    Fine-tuning, which they name as their mode, trains the tower of such a head.
+    """
+    return untrained(settings.get("head", {}).get("kind")) and "mode" not in settings
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

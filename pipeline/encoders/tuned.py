@@ -76,9 +76,10 @@ def tower_of(clip: LoadedClip) -> dict[str, torch.Tensor]:
 def tuned_clip(
     original: LoadedClip, tower_state: Mapping[str, torch.Tensor], name: str
 ) -> LoadedClip:
-    """Put the tower and scale of `tower_state` into `original`; return the result as `name`.
+    """Put the tensors of `tower_state` into `original`; return the result as `name`.
 
-    The model of `original` is changed. `tower_state` must have the names of `tower_of(original)`.
+    The model of `original` is changed. `tower_state` has names of its tensors, at least those of
+    `tower_of(original)`.
     """
     state = original.model.state_dict()
     for key, value in tower_state.items():

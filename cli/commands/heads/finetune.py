@@ -67,9 +67,9 @@ def finetune(
     train: Annotated[
         str | None,
         typer.Option(
-            metavar="tower|head|tower-last-N",
-            help="What to train: everything, all but the tower, or the tower's last N blocks and "
-            "the head.",
+            metavar="tower|head|tower-last-N|both-towers",
+            help="What to train: image tower and head, the head alone, the tower's last N blocks "
+            "and the head, or both towers (image and text) and the head.",
         ),
     ] = None,
     split: options.Split = None,

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from featstore.errors import UserError, WorkError
 from heads.evaluation.comparing.compare import SavedResult
-from heads.files.run_files import read_config
+from heads.files.run_files import learned_nothing, read_config
 from heads.methods.registry import untrained
 from heads.training.run_settings import flat_settings
 
@@ -48,16 +48,16 @@ class TrainingDifference:
 def training_settings(result: SavedResult) -> dict[str, Any] | None:
     """Return the flat settings of the run that `result` lies in; None if they are not known.
 
-    Empty for a head without parameters.
+    Empty where nothing was trained: a head without parameters on a tower as it was.
     """
-    if untrained(result.values.get("kind")):
-        return {}
     try:
         settings = read_config(result.path.parent.parent)
     except (UserError, WorkError) as error:
         log.warning("training unknown: %s", error)
         return None
-    return None if settings is None else flat_settings(settings)
+    if settings is None:
+        return {} if untrained(result.values.get("kind")) else None
+    return {} if learned_nothing(settings) else flat_settings(settings)
 
 
 def training_differences(results: Sequence[SavedResult]) -> tuple[TrainingDifference, ...]:

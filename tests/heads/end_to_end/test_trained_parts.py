@@ -85,7 +85,7 @@ def test_a_frozen_tower_runs_without_gradients() -> None:
     ("kind", "train", "message"),
     [
         ("vit", "tower-last-4", "has 3 blocks; choose tower-last-1 to tower-last-3"),
-        ("vit", "tower-last-0", "unknown: .*choose tower, head or tower-last-N"),
+        ("vit", "tower-last-0", "unknown: .*choose tower, head, both-towers or tower-last-N"),
         ("vit", "tower-last-", "unknown"),
         ("vit", "tower-last--1", "unknown"),
         ("vit", "all", "unknown"),

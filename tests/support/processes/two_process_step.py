@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.nn.parallel import DistributedDataParallel
 
 from heads.end_to_end import EndToEndModel, TrainingStep
+from heads.end_to_end.sharding import spread
 from heads.end_to_end.trained_parts import trained_blocks
+from heads.training.ranks import Ranks
 from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model
 
 WORLD = 2
@@ -26,6 +27,9 @@ CASES: dict[str, tuple[int, dict[str, object]]] = {
     "ddp-2-1": (2, {}),
     "ddp-3-0": (3, {}),
     "ddp-0-3-checkpointing": (0, {"checkpointing": True}),
+    "ddp-2-1-both": (2, {"train": "both-towers"}),
+    "ddp-0-3-both-checkpointing": (0, {"train": "both-towers", "checkpointing": True}),
+    "ddp-2-1-both-custom": (2, {"train": "both-towers", "kind": "custom"}),
     "ddp-3-0-last": (3, {"train": "tower-last-1"}),
     "fsdp-2-1": (2, {}),
     "fsdp-3-0-checkpointing": (3, {"checkpointing": True}),
@@ -61,7 +65,7 @@ def run(rank: int, folder: Path) -> None:
     for name, (first, options) in CASES.items():
         model = tiny_model(**options)
         step = (
-            DistributedDataParallel(TrainingStep(model))
+            spread(TrainingStep(model), Ranks(rank, WORLD), False)
             if name.startswith("ddp")
             else sharded(model)
         )
