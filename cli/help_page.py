@@ -18,7 +18,7 @@ OTHER = "Options"
 
 STAGES: Final[Mapping[str, Sequence[str]]] = {
     "First steps": ("demo", "doctor", "status", "pack", "extract"),
-    "Heads": ("train-head", "finetune", "import-checkpoint", "export"),
+    "Heads": ("descriptions", "train-head", "finetune", "import-checkpoint", "export"),
     "Answers": ("eval", "protocols", "compare", "tradeoff", "predict"),
     "What is there": ("inspect", "verify", "store", "rm"),
 }
