@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -22,6 +22,7 @@ from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
+from heads.end_to_end.chosen_videos import VideoChoice, choose_videos
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.pixel_model import (
@@ -89,6 +90,8 @@ class FinetuneRequest:
     """Name, or file of templates or descriptions; None means that of `from_head`, else "mote28"."""
     exclude: Path | None = None
     """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
+    choice: VideoChoice = field(default_factory=VideoChoice)
+    """The shots and the half of the classes to train on, by default everything."""
     method: str | None = None
     """Name of the method that must be trained; None: any."""
     resume: bool = False
@@ -132,6 +135,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     excluded = None
     if request.exclude is not None:
         excluded = _excluded(dataset, request.exclude, split, eval_split)
+    unwanted = frozenset(() if excluded is None else excluded.keys)
+    part = choose_videos(dataset, split, request.choice, unwanted)
+    packed, dataset = dataset, part.dataset  # tars are read with all classes
     begun = None
     if request.from_head is not None:
         begun = load_head(starting_head(request.run_dir, request.from_head))
@@ -193,9 +199,11 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "workers": request.workers or _cores_of_this_process(),
         "rank": ranks.rank,
         "world_size": ranks.world_size,
-        "excluded": frozenset(() if excluded is None else excluded.keys),
+        "excluded": unwanted,
+        "classes": part.classes,
     }
-    drawn: dict[str, Any] = {
+    drawn: dict[str, Any] = shared | {
+        "excluded": unwanted | part.left_out,
         "split": split,
         "seed": config.seed,
         "augment": config.augment,
@@ -203,9 +211,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     }
     if chosen.pixels:
         mirrors = mirrored(config.mirror, dataset.class_names)
-        clips: ClipStream = FloatClipStream(dataset, **mirrors, **drawn, **shared)
+        clips: ClipStream = FloatClipStream(packed, **mirrors, **drawn)
     else:
-        clips = ClipStream(dataset, **drawn, **shared)
+        clips = ClipStream(packed, **drawn)
     balance, weights = None, None
     if len(clips.labels):  # else no video can be decoded, which training says
         counted = check_balance if dataset.multi_label else say_balance
@@ -215,7 +223,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     evaluation = None
     if eval_split is not None and config.evaluate_every:
         evaluation = (FloatEvaluationClips if chosen.pixels else EvaluationClips)(
-            dataset, split=eval_split, **shared
+            packed, split=eval_split, **shared
         )
     made = encoder.preprocessing
     origin = HeadOrigin(
@@ -233,7 +241,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         prompt_templates=prompt_set.templates,
         initial_head="" if begun is None else head_fingerprint(begun),
         label_map=dataset.label_map,
-        trained_on="" if excluded is None else (split or "all videos") + excluded.of_training,
+        trained_on=_words(split, part.words, excluded),
     )
     settings = {
         "format": RUN_FORMAT,
@@ -249,6 +257,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             "prompts_hash": prompt_set.hash(dataset.class_names),
             "decoder": clips.decoder_name,
             **({"multi_label": True} if dataset.multi_label else {}),
+            **request.choice.to_json(),
             **({} if weights is None else {"class_weights": list(map(str, weights.tolist()))}),
         },
         "batch": {
@@ -272,7 +281,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if dataset.multi_label and head.logit_bias is None:
         alone = shared | {"rank": 0, "world_size": 1}
         head.take_several_classes(
-            _bias(model, EvaluationClips(dataset, split=split, **alone), clips.labels)
+            _bias(model, EvaluationClips(packed, split=split, **alone), clips.labels)
         )
     shard = not chosen.pixels and sharded(ranks, config.shard, encoder.image_tower)
     if shard:
@@ -294,10 +303,20 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     )
 
 
-def training_videos(dataset_dir: Path, split: str | None) -> int:
+def _words(split: str | None, chosen: str, excluded: Excluded | None) -> str:
+    """Return what a head says of its training videos; nothing if it is a whole split."""
+    if not chosen and excluded is None:
+        return ""
+    return (chosen or split or "all videos") + ("" if excluded is None else excluded.of_training)
+
+
+def training_videos(dataset_dir: Path, split: str | None, choice: VideoChoice) -> int:
     """Return how many videos of a data set are listed for training; errors as `make_plan`."""
     dataset = load_dataset(dataset_dir)
     chosen = _training_split(dataset, split)
+    if not choice.whole:
+        listed = len(listed_clips(dataset, chosen))
+        return listed - len(choose_videos(dataset, chosen, choice).left_out)
     if chosen is None:
         return sum(tar.rows for tar in dataset.tars)
     return len(dataset.keys_by_split.get(chosen, ()))  # a split that is not there is told later
