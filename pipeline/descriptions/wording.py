@@ -36,19 +36,20 @@ USUAL_PER_CLASS: Final = 2
 """Sentences of each kind for a class; two were best for MSTA (Chen et al., CVPR 2025)."""
 
 REQUEST: Final = """\
-Below is a JSON list of names of actions. Describe each action for a program that
-recognises actions in videos. For every action write exactly {count} "spatial" and
-exactly {count} "temporal" sentences.
+Below is a JSON list of names of actions. Describe each action for a
+program that recognises actions in videos. For every action write exactly
+{count} "spatial" and exactly {count} "temporal" sentences.
 
-- A spatial sentence says what one still picture of the action shows: people, parts
-  of the body, objects and places. It says nothing about time.
-- A temporal sentence says how the action proceeds: what moves, in which order, and
-  how it begins and ends. It contains the name of the action.
-- Each sentence is in English, has at most {words} words, and stands for itself. Say
-  what tells this action apart from the others in the list. Do not repeat a sentence.
+- A spatial sentence says what one still picture of the action shows:
+  people, parts of the body, objects and places. It says nothing of time.
+- A temporal sentence says how the action proceeds: what moves, in which
+  order, and how it begins and ends. It contains the name of the action.
+- Each sentence is in English, has at most {words} words, and stands for
+  itself. Say what tells this action apart from the others in the list. Do
+  not repeat a sentence.
 
-Answer with one JSON object and nothing else. Its keys are the names exactly as they
-are written below, each once, in the same order:
+Answer with one JSON object and nothing else. Its keys are the names
+exactly as they are written below, each once, in the same order:
 
 {"NAME": {"spatial": [{count} sentences], "temporal": [{count} sentences]}, ...}
 
