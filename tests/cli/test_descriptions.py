@@ -25,7 +25,9 @@ def test_from_a_template_over_an_answer_to_a_check(world: World, tmp_path: Path)
     assert checked["sentences"] == 4 * len(WORDS)
     printed = mote(*words, width=80)
     assert printed.code == 0
-    assert max(map(len, printed.out.splitlines()[-30:])) <= 80
+    request = printed.out[printed.out.index("Below is") :]  # before it stand paths
+    assert max(map(len, request.splitlines())) <= 80
+    assert len(request.splitlines()) == len(value["prompt"].splitlines())  # no line is broken
     assert '"climb stairs"' in printed.out
 
 
