@@ -46,6 +46,11 @@ COMMANDS: Final = {
         "cli.commands.first_steps.extract:extract",
         "Decode, preprocess and encode every video once, and write the features to a Zarr store.",
     ),
+    "descriptions": (
+        "cli.commands.heads.descriptions:app",
+        "Write, take over and check sentences about each class, which guide the training of class "
+        "texts.",
+    ),
     "train-head": (
         "cli.commands.heads.train_head:train_head",
         "Train a head on stored features; the encoder is not run again.",
@@ -135,7 +140,7 @@ def load_command(name: str) -> Any:
     module, _, attribute = COMMANDS[name][0].partition(":")
     found = getattr(import_module(module), attribute)
     holder = typer.Typer(add_completion=False, **SETTINGS)
-    if isinstance(found, typer.Typer):  # `store` and `protocols` have commands of their own
+    if isinstance(found, typer.Typer):  # `store`, `protocols`, ... have commands of their own
         for command in found.registered_commands:
             command.cls = Command
         holder.add_typer(found, name=name, cls=CommandGroup)

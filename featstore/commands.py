@@ -122,7 +122,7 @@ def remake_command(store: Path) -> str:
     if (head := head_in_name(store)) is not None:
         return command("eval", zeroshot=told.dataset, head=head, root=root)
     for part in parts:
-        if sampling := re.fullmatch(r"(uniform|clips|dense|dist)-(\d+(?:x\d+)?)", part):
+        if sampling := re.fullmatch(r"(uniform|middle|clips|dense|dist)-(\d+(?:x\d+)?)", part):
             told = replace(told, sampling=f"{sampling[1]}:{sampling[2]}")
         elif crops := re.fullmatch(r"crops(\d)", part):
             told = replace(told, crops=int(crops[1]))

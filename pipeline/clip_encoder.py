@@ -139,12 +139,21 @@ class Encoder:
     def _encode_batch(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return image_embeddings(self.image_tower, pixels.to(self.device, dtype)).float()
 
+    @property
+    def token_room(self) -> int | None:
+        """The most tokens of a sentence; None where the tokeniser cuts and cannot count."""
+        simple = isinstance(self._tokenizer, open_clip.SimpleTokenizer)
+        return self.context_length - 2 if simple else None  # start and end take one place each
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """Return the tokens of each sentence, without start and end; only with a `token_room`."""
+        return [len(self._tokenizer.encode(text)) for text in texts]
+
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """Return token ids int64 [n,L]. Raises UserError for a sentence the model cannot take."""
-        if isinstance(self._tokenizer, open_clip.SimpleTokenizer):
-            room = self.context_length - 2  # start and end take one place each
-            for text in texts:
-                length = len(self._tokenizer.encode(text))
+        room = self.token_room
+        if room is not None:
+            for text, length in zip(texts, self.token_counts(texts), strict=True):
                 if length > room:
                     raise UserError(
                         f"the sentence {quoted(text, 80)} has {length} tokens, the encoder "

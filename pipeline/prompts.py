@@ -38,10 +38,33 @@ _FORMS = (
     "a {medium} of a person practicing {{}}.",
 )
 
+# Those of ViCLIP's zero-shot evaluation (Wang et al., ICLR 2024), as `caption_words` leaves them.
+_CLEANED: Final = "viclip16"
+_VICLIP = (
+    "a photo of action {}",
+    "a picture of action {}",
+    "human action of {}",
+    "{} an action",
+    "{} this is an action",
+    "{} a video of action",
+    "playing action of {}",
+    "{}",
+    "playing a kind of action {}",
+    "doing a kind of action {}",
+    "look the human is {}",
+    "can you recognize the action of {}",
+    "video classification of {}",
+    "a video of {}",
+    "the man is {}",
+    "the woman is {}",
+)
+_MARKS: Final = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
+
 _TEMPLATES: Final = (
     tuple(form.format(medium=medium) for medium in _MEDIA for form in _FORMS),
     ("{}",),
     ("a video of {}",),
+    _VICLIP,
 )
 PROMPT_SETS: Final = dict(zip(PROMPT_SET_NAMES, _TEMPLATES, strict=True))
 
@@ -68,6 +91,15 @@ def bare_sentence(class_name: str, prefix: str = "") -> str:
     return f"{first} {name}" if first else name
 
 
+def caption_words(text: str) -> str:
+    """Return a text as ViCLIP's training cleaned captions: lower case, without marks.
+
+    Hyphens and slashes become blanks, and runs of blanks one blank.
+    """
+    cleaned = text.lower().replace("<person>", "person").translate(_MARKS)
+    return " ".join(cleaned.split())
+
+
 @dataclass(frozen=True)
 class PromptSet:
     """A named set of the sentences that stand for a class.
@@ -85,11 +117,15 @@ class PromptSet:
     def sentences(self, class_name: str) -> list[str]:
         """The sentences of one class, with `class_name` put into templates verbatim.
 
+        In "viclip16" it is put there as `caption_words` leaves it, or verbatim if that is nothing.
+
         Raises UserError for an empty class name or one that has no descriptions.
         """
         if not class_name.strip():
             raise UserError("a class name is empty: give every class a name")
         if self.descriptions is None:
+            if self.name == _CLEANED:
+                class_name = caption_words(class_name) or class_name
             return [template.replace("{}", class_name) for template in self.templates]
         key = self._key_of(class_name)
         if key is None:

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from featstore.errors import UserError, meant
 from featstore.segments import IntArray, segment_positions, segment_ranges
 
-Kind = Literal["uniform", "clips", "dense", "dist"]
+Kind = Literal["uniform", "clips", "dense", "dist", "middle"]
+_ONE_CLIP = ("uniform", "middle")
 FloatArray = npt.NDArray[np.float32]
 
 DENSE_SPAN = 128  # frames that one clip of dense sampling covers
@@ -27,8 +28,9 @@ MAX_FRAMES = 4096  # of one video in a store; far above any published protocol
 
 SYNTAX = (
     "uniform:F (F frames over the whole video), clips:TxV (V clips of T frames each over the "
-    "whole video), dense:TxV (V windows of 128 frames, T frames of each) or dist:TxV (V clips of "
-    "one frame from each of T segments, as DiST tests)"
+    "whole video), dense:TxV (V windows of 128 frames, T frames of each), dist:TxV (V clips of "
+    "one frame from each of T segments, as DiST tests) or middle:F (the middle frames of F "
+    "segments, as ViCLIP is evaluated)"
 )
 
 
@@ -120,6 +122,20 @@ def dist_test_indices(n: int, segments: int, clips: int) -> IntArray:
     return _nearest(edges[:-1] + np.diff(edges) * steps / np.float32(clips), n)
 
 
+def middle_indices(n: int, segments: int) -> IntArray:
+    """The middle frame of each of `segments` segments: int64 [segments].
+
+    Edges are whole numbers, and a segment of even length gives the earlier of its two middles. Of
+    a video with fewer frames than segments the last frame is repeated. Source: the evaluation of
+    ViCLIP (Wang et al., ICLR 2024) in its training repository.
+    """
+    if n <= 0 or segments <= 0:
+        raise ValueError(f"frames and segments must be positive, not {n} and {segments}")
+    edges = np.linspace(0, n, min(n, segments) + 1).astype(np.int64)
+    middles: IntArray = (edges[:-1] + edges[1:] - 1) // 2
+    return np.pad(middles, (0, segments - len(middles)), mode="edge")
+
+
 def _nearest(places: npt.NDArray[np.floating], n: int) -> IntArray:
     nearest: IntArray = np.rint(np.clip(places, 0, n - 1)).astype(np.int64)
     return nearest
@@ -136,14 +152,16 @@ class Sampling:
     @property
     def text(self) -> str:
         """The canonical spelling, which `parse_sampling` reads back."""
-        if self.kind == "uniform":
-            return f"uniform:{self.frames}"
+        if self.kind in _ONE_CLIP:
+            return f"{self.kind}:{self.frames}"
         return f"{self.kind}:{self.frames}x{self.clips}"
 
     def indices(self, num_frames: int) -> IntArray:
         """Frame indices of a video: int64 [clips, frames], each in [0, num_frames)."""
         if self.kind == "uniform":
             return validation_indices(num_frames, self.frames)[None]
+        if self.kind == "middle":
+            return middle_indices(num_frames, self.frames)[None]
         if self.kind == "dist":
             return dist_test_indices(num_frames, self.frames, self.clips)
         return test_indices(num_frames, self.frames, self.clips, dense=self.kind == "dense")
@@ -182,9 +200,9 @@ def window_bounds(num_frames: int, fps: float, seconds: float) -> tuple[int, ...
 def parse_sampling(text: str) -> Sampling:
     """Read `uniform:16`, `clips:8x4` or `dense:8x4`. Raises UserError that shows the syntax."""
     match = re.fullmatch(
-        r"(uniform|clips|dense|dist):([0-9]{1,18})(?:x([0-9]{1,18}))?", text.strip()
+        r"(uniform|middle|clips|dense|dist):([0-9]{1,18})(?:x([0-9]{1,18}))?", text.strip()
     )
-    if match is None or (match[1] == "uniform") != (match[3] is None):
+    if match is None or (match[1] in _ONE_CLIP) != (match[3] is None):
         near = meant(text.partition(":")[0], get_args(Kind))
         raise UserError(f"sampling {text!r} is not understood: {near}write {SYNTAX}")
     kind = cast(Kind, match[1])

@@ -18,7 +18,7 @@ from featstore.format.checksums import crc32c, read_checked
 from featstore.format.metadata import (
     ARRAY_METADATA_LIMIT,
     check_array,
-    check_prompt_set,
+    check_text_name,
     inside,
     is_texts,
     json_checksum,
@@ -29,7 +29,7 @@ from featstore.format.schema import CLASS_TEXT_GROUP, CRC_BYTES, FloatArray, cla
 
 DEFAULT_PROMPTS: Final = "mote28"
 """The prompt set that is made and used if none is named."""
-PROMPT_SET_NAMES: Final = (DEFAULT_PROMPTS, "name", "video")
+PROMPT_SET_NAMES: Final = (DEFAULT_PROMPTS, "name", "video", "viclip16")
 """The prompt sets whose sentences come with the program (`pipeline.prompts`)."""
 
 _CHECKED_ATTRIBUTES: Final = (
@@ -93,7 +93,7 @@ def read_class_text(
     Raises UserError for metadata that does not fit the format and for texts of another encoder,
     WorkError for a damaged chunk and for other class names.
     """
-    key = f"{CLASS_TEXT_GROUP}/{check_prompt_set(prompt_set)}"
+    key = f"{CLASS_TEXT_GROUP}/{check_text_name(prompt_set)}"
     attributes = read_node(store, f"{key}/zarr.json", ARRAY_METADATA_LIMIT).get("attributes")
     attributes = attributes if isinstance(attributes, dict) else {}
     names, digest = attributes.get("class_names"), attributes.get("sentences_hash")
@@ -138,6 +138,15 @@ def read_class_text(
         raise WorkError(
             f"class texts {prompt_set!r} of {store}: chunk {error}; " + _remake(store, prompt_set)
         ) from error
+
+
+def guiding_name(kind: str, sentences_hash: str, *, normalise_first: bool = True) -> str:
+    """Return the name under which a store keeps the texts of spatial or temporal descriptions.
+
+    It is no prompt set's name: such texts are kept so that they need not be encoded again, no
+    command compares videos with them, and a store that is rewritten leaves them out.
+    """
+    return f"_{kind}{'' if normalise_first else '-sum'}-{sentences_hash[:16]}"
 
 
 def texts_command(store: Path, prompt_set: str) -> str:

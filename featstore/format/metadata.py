@@ -41,6 +41,7 @@ _CHECKED_ATTRIBUTES: Final = (
     *("tars", "class_names", "raw_class_names", "split_names"),
 )
 
+_GUIDING = re.compile("_(spatial|temporal)(-sum)?-[0-9a-f]{16}")
 _PROMPT_SET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -141,6 +142,14 @@ def check_prompt_set(name: str) -> str:
             f"{name!r} is no name for a prompt set: use letters, digits, '.', '_' and '-'"
         )
     return name
+
+
+def check_text_name(name: str) -> str:
+    """Return `name` if class texts can be kept under it; UserError otherwise.
+
+    Besides names of prompt sets, those are taken that `class_texts.guiding_name` gives.
+    """
+    return name if _GUIDING.fullmatch(name) else check_prompt_set(name)
 
 
 def read_metadata(store: Path) -> StoreMetadata:

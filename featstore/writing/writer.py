@@ -34,7 +34,7 @@ from featstore.format.metadata import (
     GROUP_METADATA_LIMIT,
     StoreMetadata,
     array_nodes,
-    check_prompt_set,
+    check_text_name,
     prompt_set_names,
     read_metadata,
 )
@@ -335,7 +335,7 @@ def write_skeleton(
 
 def require_fitting(prompt_set: str, text: ClassText, metadata: StoreMetadata) -> None:
     """Raise UserError unless the class texts fit the classes and the size of a store."""
-    check_prompt_set(prompt_set)
+    check_text_name(prompt_set)
     names, dim = metadata.class_names, metadata.schema.dim
     if text.names != names or text.embeddings.shape[1] != dim:
         raise UserError(

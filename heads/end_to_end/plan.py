@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -28,6 +28,7 @@ from heads.end_to_end.adapter_model import (
     guided_model,
     require_adapter_training,
 )
+from heads.end_to_end.chosen_videos import VideoChoice, choose_videos
 from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.pixel_model import (
@@ -100,6 +101,8 @@ class FinetuneRequest:
     towers; None means sentences made from the names of the classes."""
     exclude: Path | None = None
     """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
+    choice: VideoChoice = field(default_factory=VideoChoice)
+    """The shots and the half of the classes to train on, by default everything."""
     method: str | None = None
     """Name of the method that must be trained; None: any."""
     resume: bool = False
@@ -145,6 +148,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     excluded = None
     if request.exclude is not None:
         excluded = _excluded(dataset, request.exclude, split, eval_split)
+    unwanted = frozenset(() if excluded is None else excluded.keys)
+    part = choose_videos(dataset, split, request.choice, unwanted)
+    packed, dataset = dataset, part.dataset  # tars are read with all classes
     begun = None
     if request.from_head is not None:
         begun = load_head(starting_head(request.run_dir, request.from_head))
@@ -224,9 +230,11 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "workers": request.workers or _cores_of_this_process(),
         "rank": ranks.rank,
         "world_size": ranks.world_size,
-        "excluded": frozenset(() if excluded is None else excluded.keys),
+        "excluded": unwanted,
+        "classes": part.classes,
     }
-    drawn: dict[str, Any] = {
+    drawn: dict[str, Any] = shared | {
+        "excluded": unwanted | part.left_out,
         "split": split,
         "seed": config.seed,
         "augment": config.augment,
@@ -234,9 +242,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     }
     if chosen.pixels:
         mirrors = mirrored(config.mirror, dataset.class_names)
-        clips: ClipStream = FloatClipStream(dataset, **mirrors, **drawn, **shared)
+        clips: ClipStream = FloatClipStream(packed, **mirrors, **drawn)
     else:
-        clips = ClipStream(dataset, **drawn, **shared)
+        clips = ClipStream(packed, **drawn)
     balance, weights = None, None
     if len(clips.labels):  # else no video can be decoded, which training says
         evenly = bool(config.class_sampling)
@@ -246,7 +254,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     evaluation = None
     if eval_split is not None and config.evaluate_every:
         evaluation = (FloatEvaluationClips if chosen.pixels else EvaluationClips)(
-            dataset, split=eval_split, **shared
+            packed, split=eval_split, **shared
         )
     made = encoder.preprocessing
     origin = HeadOrigin(
@@ -265,7 +273,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         initial_head="" if begun is None else head_fingerprint(begun),
         label_map=dataset.label_map,
         adapted_encoder=spec if chosen.adapts else "",
-        trained_on="" if excluded is None else (split or "all videos") + excluded.of_training,
+        trained_on=_words(split, part.words, excluded),
     )
     settings: dict[str, Any] = {
         "format": RUN_FORMAT,
@@ -281,6 +289,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             "prompts_hash": sentences_hash,
             "decoder": clips.decoder_name,
             **({"multi_label": True} if dataset.multi_label else {}),
+            **request.choice.to_json(),
             **({} if weights is None else {"class_weights": list(map(str, weights.tolist()))}),
         },
         "batch": {
@@ -313,7 +322,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if dataset.multi_label and head.logit_bias is None:
         alone = shared | {"rank": 0, "world_size": 1}
         head.take_several_classes(
-            _bias(model, EvaluationClips(dataset, split=split, **alone), clips.labels)
+            _bias(model, EvaluationClips(packed, split=split, **alone), clips.labels)
         )
     whole = frozen or model.texts is not None
     shard = not whole and sharded(ranks, config.shard, encoder.image_tower)
@@ -337,10 +346,20 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     )
 
 
-def training_videos(dataset_dir: Path, split: str | None) -> int:
+def _words(split: str | None, chosen: str, excluded: Excluded | None) -> str:
+    """Return what a head says of its training videos; nothing if it is a whole split."""
+    if not chosen and excluded is None:
+        return ""
+    return (chosen or split or "all videos") + ("" if excluded is None else excluded.of_training)
+
+
+def training_videos(dataset_dir: Path, split: str | None, choice: VideoChoice) -> int:
     """Return how many videos of a data set are listed for training; errors as `make_plan`."""
     dataset = load_dataset(dataset_dir)
     chosen = _training_split(dataset, split)
+    if not choice.whole:
+        listed = len(listed_clips(dataset, chosen))
+        return listed - len(choose_videos(dataset, chosen, choice).left_out)
     if chosen is None:
         return sum(tar.rows for tar in dataset.tars)
     return len(dataset.keys_by_split.get(chosen, ()))  # a split that is not there is told later

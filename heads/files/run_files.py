@@ -35,9 +35,9 @@ from featstore.files.durable import write_bytes, write_json
 from featstore.files.tables import csv_rows
 from featstore.format.schema import RowArray
 from featstore.workspace import CONFIG_FILE as CONFIG_FILE
-from featstore.workspace import FIRST_STAGE
+from featstore.workspace import FIRST_STAGE, Workspace
 from featstore.workspace import HEAD_FILE as HEAD_FILE
-from heads.methods.registry import untrained
+from heads.methods.registry import MEAN_OF_FRAMES, untrained
 
 KEYS_FILE: Final = "training-keys.json"
 """In a run folder: {data set: [keys]}, with every video that its parameters were trained on."""
@@ -72,6 +72,28 @@ def keeps_best(run_dir: Path) -> bool:
 def rows_hash(rows: RowArray) -> str:
     """Return the hash of array rows, 16 hex digits, as stored in config.json of a run."""
     return hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest()[:16]
+
+
+def tuned_runs(workspace: Workspace, names: str | None) -> list[str]:
+    """Return the runs in "RUN,RUN" if `finetune` trained them on shots or half of the classes.
+
+    Empty for one head that was trained in another way, for the mean of frames and for None. Raises
+    UserError for a run that does not exist, and for several if one is not of this kind.
+    """
+    asked = [] if names in (None, MEAN_OF_FRAMES) else str(names).split(",")
+    found = [name for name in asked if _on_choice(workspace.choose_run(name))]
+    if len(asked) > 1 and len(found) < len(asked):
+        other = next(name for name in asked if name not in found)
+        raise UserError(
+            f"several runs in --head must be of `finetune --shots`, and {other} is not: name one "
+            "head, or only such runs"
+        )
+    return found
+
+
+def _on_choice(run_dir: Path) -> bool:
+    settings = read_config(run_dir) or {}
+    return settings.get("mode") == "finetune" and "half" in settings.get("data", {})
 
 
 def write_training_keys(

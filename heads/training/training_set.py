@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,35 @@ log = logging.getLogger(__name__)
 _SHOWN = 5  # names that a message lists before it counts the rest
 
 
+class LabelledRows(Protocol):
+    """What shots and halves are chosen from: a `Store`, or the packed videos of a split."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The key at each position."""
+
+    @property
+    def labels(self) -> npt.NDArray[Any]:
+        """The label at each position, [n]."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """The names by label."""
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a video may show several classes."""
+
+    def positions(self, rows: npt.ArrayLike) -> RowArray:
+        """Return the positions of rows in `keys` and `labels`, int64 [n]."""
+
+    def require_one_label(self, what: str) -> None:
+        """Raise UserError, which says `what` needs it, if a video may show several classes."""
+
+    def shown(self, rows: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Return which classes the videos of rows show, bool [n,C]."""
+
+
 @dataclass(frozen=True)
 class ShotDraw:
     """The array rows drawn, ascending, and the classes with fewer videos than requested."""
@@ -46,7 +75,7 @@ class ShotDraw:
 
 
 def draw_shots(
-    store: Store,
+    store: LabelledRows,
     rows: npt.ArrayLike,
     shots: int,
     seed: int,
@@ -101,7 +130,7 @@ class TrainingSet:
 
 
 def choose_training_set(
-    store: Store,
+    store: LabelledRows,
     rows: npt.ArrayLike,
     *,
     split: str | None,
@@ -136,9 +165,14 @@ def choose_training_set(
     repeats = repeats_of(repeat, len(full), len(chosen))
     if repeats > 1:
         words.append(f"repeated {repeats} times")
-    suffix = "" if half == "all" else f"-{half}"
-    suffix += "" if shots is None else f"-k{shots}-s{draw_seed}"
+    suffix = suffix_of(half, shots, draw_seed)
     return TrainingSet(chosen, classes, ", ".join(words), suffix, repeats)
+
+
+def suffix_of(half: str, shots: int | None, draw_seed: int) -> str:
+    """Return the end of the name of a run that is trained on so much: "-base-k16-s1"."""
+    of_half = "" if half == "all" else f"-{half}"
+    return of_half + ("" if shots is None else f"-k{shots}-s{draw_seed}")
 
 
 def frequency_halves(
@@ -159,7 +193,7 @@ def frequency_halves(
     return np.sort(np.array(order[:base], np.int64)), np.sort(np.array(order[base:], np.int64))
 
 
-def rows_of_classes(store: Store, rows: npt.ArrayLike, classes: npt.ArrayLike) -> RowArray:
+def rows_of_classes(store: LabelledRows, rows: npt.ArrayLike, classes: npt.ArrayLike) -> RowArray:
     """Return the array rows whose label is in `classes`, or that show one of them."""
     listed = np.unique(np.asarray(rows, np.int64))
     if store.multi_label:

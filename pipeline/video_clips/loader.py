@@ -37,7 +37,7 @@ from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import Preprocessing
 from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, damage_of, read_video
-from pipeline.video_clips.order import ListedClip, listed_clips
+from pipeline.video_clips.order import ListedClip, listed_clips, of_classes
 
 BATCHES_AHEAD = 2
 AHEAD_BYTES = 2 << 30  # of those batches; at least one is always prepared ahead
@@ -84,10 +84,12 @@ class ClipLoader:
         rank: int = 0,
         world_size: int = 1,
         excluded: Collection[str] = (),
+        classes: Sequence[int] | None = None,
     ) -> None:
         """T = `frames`; `batch_size` is this rank's part of a global batch.
 
-        The videos whose keys are `excluded` do not belong to the split here.
+        The videos whose keys are `excluded` do not belong to the split here, nor do those of
+        other classes than `classes`, whose labels are then numbers in this list.
 
         Frames are resized to the short side of `resized`, by default that of the tower's input.
         `workers` threads decode: ranks on one machine must divide its cores among them. Raises
@@ -95,6 +97,8 @@ class ClipLoader:
         """
         self._dataset = dataset
         self._clips = listed_clips(dataset, split, excluded)
+        if classes is not None:
+            self._clips = of_classes(self._clips, classes)
         self.n_listed = len(self._clips)
         self._classes = len(dataset.class_names) if dataset.multi_label else 0
         self._frames, self._preprocessing = frames, preprocessing

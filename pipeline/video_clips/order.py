@@ -118,6 +118,16 @@ def listed_clips(
     return [replace(clip, position=position) for position, clip in enumerate(left)]
 
 
+def of_classes(clips: Sequence[ListedClip], classes: Sequence[int]) -> list[ListedClip]:
+    """Return the clips of some classes, whose new labels are their numbers in `classes`.
+
+    Clips of unknown class, in a damaged tar, stay: they are counted as failed.
+    """
+    number = {label: new for new, label in enumerate(classes)} | {-1: -1}
+    kept = [replace(c, label=number[c.label]) for c in clips if c.label in number]
+    return [replace(clip, position=position) for position, clip in enumerate(kept)]
+
+
 def list_digest(clips: Sequence[ListedClip]) -> str:
     """Return a hash of what the order depends on; it must be equal on all ranks."""
     text = "\n".join(f"{clip.key} {clip.tar}" for clip in clips)

@@ -10,7 +10,7 @@ import open_clip
 import pytest
 
 from featstore.errors import UserError
-from pipeline.prompts import PROMPT_SETS, as_prompt_set
+from pipeline.prompts import PROMPT_SETS, as_prompt_set, caption_words
 
 
 def test_the_28_sentences_of_the_method() -> None:
@@ -46,6 +46,24 @@ def test_small_sets_and_braces_in_names() -> None:
     assert as_prompt_set("name").sentences("a {} b") == ["a {} b"]
     assert as_prompt_set("video").sentences("surfing") == ["a video of surfing"]
     assert all(len(set(templates)) == len(templates) for templates in PROMPT_SETS.values())
+
+
+# The sentences as they are published, before the cleaning that ViCLIP's captions went through.
+VICLIP = (
+    *("a photo of action {}", "a picture of action {}", "Human action of {}", "{}, an action"),
+    *("{} this is an action", "{}, a video of action", "Playing action of {}", "{}"),
+    *("Playing a kind of action, {}", "Doing a kind of action, {}", "Look, the human is {}"),
+    *("Can you recognize the action of {}?", "Video classification of {}", "A video of {}"),
+    *("The man is {}", "The woman is {}"),
+)
+
+
+@pytest.mark.parametrize("name", ["tai-chi/karate", "Throwing (a) Ball!", 'he\'s "up"', "wave"])
+def test_the_16_sentences_of_viclip_are_cleaned_with_the_name(name: str) -> None:
+    found = as_prompt_set("viclip16").sentences(name)
+    assert found == [caption_words(sentence.replace("{}", name)) for sentence in VICLIP]
+    assert as_prompt_set("video").sentences(name) == [f"a video of {name}"]
+    assert as_prompt_set("viclip16").sentences("?!")[7] == "?!"  # never an empty sentence
 
 
 def test_wrong_names_are_refused() -> None:

@@ -25,6 +25,8 @@ from pipeline.sampling import (
     window_bounds,
 )
 
+ONE_CLIP = ("uniform", "middle")
+
 
 @pytest.fixture(scope="module")
 def cases(golden: Path) -> dict[str, list[dict[str, Any]]]:
@@ -89,6 +91,7 @@ def test_a_video_without_frames_is_an_error(n: int) -> None:
     ("text", "expected"),
     [
         ("uniform:16", Sampling("uniform", 16, 1)),
+        ("middle:8", Sampling("middle", 8, 1)),
         (" clips:8x4 ", Sampling("clips", 8, 4)),
         ("clips:8x1", Sampling("clips", 8, 1)),
         ("dense:16x3", Sampling("dense", 16, 3)),
@@ -100,7 +103,8 @@ def test_option_syntax_is_read_and_written_back(text: str, expected: Sampling) -
 
 
 @pytest.mark.parametrize(
-    "text", ["", "uniform", "uniform:x", "clips:8", "uniform:8x3", "all", "uniform:-1"]
+    "text",
+    ["", "uniform", "uniform:x", "clips:8", "uniform:8x3", "middle:8x3", "all", "uniform:-1"],
 )
 def test_a_wrong_option_names_the_syntax(text: str) -> None:
     with pytest.raises(UserError, match=r"write uniform:F .*clips:TxV.*dense:TxV"):
@@ -120,11 +124,11 @@ def test_an_option_out_of_range_says_so(text: str) -> None:
     n=st.integers(1, 100_000),
     frames=st.integers(1, 64),
     clips=st.integers(2, 8),
-    kind=st.sampled_from(["uniform", "clips", "dense"]),
+    kind=st.sampled_from(["uniform", "middle", "clips", "dense"]),
 )
 def test_indices_always_name_existing_frames(n: int, frames: int, clips: int, kind: Any) -> None:
-    chosen = Sampling(kind, frames, 1 if kind == "uniform" else clips).indices(n)
-    assert chosen.shape == (1 if kind == "uniform" else clips, frames)
+    chosen = Sampling(kind, frames, 1 if kind in ONE_CLIP else clips).indices(n)
+    assert chosen.shape == (1 if kind in ONE_CLIP else clips, frames)
     assert chosen.min() >= 0
     assert chosen.max() < n
 

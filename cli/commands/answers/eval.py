@@ -232,6 +232,7 @@ def evaluate(
     from heads.evaluation.comparing.published import published_beside
     from heads.evaluation.protocols.choose import count_views, protocol_named
     from heads.evaluation.protocols.unseen import UnseenChoice
+    from heads.files.run_files import tuned_runs
     from heads.prediction.views import prepare_views
 
     named = None if protocol is None else protocol_named(protocol)
@@ -303,9 +304,12 @@ def evaluate(
         precision=precision,  # type: ignore[arg-type]  # it is checked there
         device=options.known_device(device),
     )
-    if not trains:
+    tuned = tuned_runs(workspace, head) if trains else []
+    made_for: dict[str, str] = {}
+    tested: list[str | None] = [*tuned] if trains else [head]
+    for run in tested:
         made = prepare_views(
-            *(workspace, dataset, head),
+            *(workspace, dataset, run),
             views=views,
             sampling=sampling,
             style=crop_style,
@@ -313,10 +317,14 @@ def evaluate(
             device=request.device,
             stages=progress_of,
         )
-        request = request if made is None else replace(request, store=made.stem)
+        if made is not None:
+            made_for[str(run)] = made.stem
+    if not trains:
+        request = replace(request, store=made_for.get(str(head), store_name))
         request.require_held()
     # Until here nothing imports torch, so that what is named wrong is said at once.
     from heads.evaluation.trained import request as trained
+    from heads.evaluation.trained.tuned import evaluate_tuned
     from heads.training.ranks import together
 
     request = replace(request, device=options.device(device))
@@ -330,7 +338,10 @@ def evaluate(
         return published_beside(result, options.architecture(workspace, result))
 
     if trains:
-        runs = trained.evaluate_trained(request, how, progress_of)
+        if tuned:
+            runs = evaluate_tuned(request, how, tuned, made_for, progress_of)
+        else:
+            runs = trained.evaluate_trained(request, how, progress_of)
         value = runs.to_json()
         if kind == "fewshot":
             beside = [published(outcome.last.to_json()) for outcome in runs.outcomes]

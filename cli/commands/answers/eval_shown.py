@@ -175,7 +175,7 @@ def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> 
         ["shots", "trained on", "top-1 % (last epoch)", "top-5 %", "top-1 % (best epoch on test)"],
         [
             [
-                *(of.run.shots, f"{of.training.n_trained} videos"),
+                *(of.run.shots, f"{of.n_trained} videos"),
                 *(percent(of.last.top1), percent(of.last.top5)),
                 "-" if of.best is None else f"{percent(of.best.top1)} (epoch {of.best.epoch})",
             ]
@@ -183,6 +183,7 @@ def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> 
         ],
     )
     yield f"kept under {Path(value['files'][0]).parents[2]}"
+    yield from _in_training(value["runs"])
     for outcome, found in zip(outcomes, value["runs"], strict=True):
         if found["published"] or found["nearest"]:
             yield f"{outcome.run.shots} shots:"
@@ -212,4 +213,15 @@ def base_to_novel_shown(value: Mapping[str, Any]) -> Iterator[Shown]:
         f"HM of the means; the mean of the draws' HMs is {value['mean_of_harmonic_means']:.2f}. "
         f"Kept as {value['file']}"
     )
+    yield from _in_training(value["runs"])
     yield from published_shown(value)
+
+
+def _in_training(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what the best epoch of each fine-tuning measured; it is no result of the protocol."""
+    for run in runs:
+        if best := run.get("best_in_training"):
+            yield (
+                f"{run['run']}: best in training {percent(best['top1'])} % (epoch {best['epoch']}, "
+                f"{best['epoch_choice']}, one view)"
+            )

@@ -105,6 +105,18 @@ def finetune(
     frames: options.TrainedFrames = None,
     layers: options.Layers = None,
     experts: options.Experts = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(metavar="K", min=1, help="Train on K videos of each class, drawn by key."),
+    ] = None,
+    draw_seed: Annotated[int, typer.Option(metavar="S", min=0, help="Seed of --shots.")] = 1,
+    classes: Annotated[
+        str,
+        typer.Option(
+            metavar="all|base|novel",
+            help="Train on all classes, or on the half with more (base) or fewer training videos.",
+        ),
+    ] = "all",
     class_sampling: options.ClassSampling = None,
     class_weights: options.ClassWeights = None,
     seed: options.TrainingSeed = None,
@@ -196,6 +208,7 @@ def finetune(
         from pipeline.tars.dataset import load_dataset  # says what is missing, and needs no torch
 
         load_dataset(folder)
+    from heads.end_to_end.chosen_videos import VideoChoice
     from heads.end_to_end.finetune import finetune as run_finetune
     from heads.end_to_end.plan import FinetuneRequest, training_videos
     from heads.evaluation.next_steps import after_finetuning
@@ -211,7 +224,8 @@ def finetune(
         with contact(ranks):
             with ranks.agreeing():
                 workspace = options.workspace(root)
-                run = name or f"{dataset}-finetuned"
+                choice = VideoChoice(shots, draw_seed, classes)
+                run = name or f"{dataset}-finetuned{choice.suffix}"
                 require_run_name(run)
                 first = None
                 if from_head is not None:  # the run's own head may be in frozen/ already
@@ -230,7 +244,9 @@ def finetune(
                     encoder_dir=workspace.encoder_dir(run),
                     encoders_dir=workspace.root / "encoders",
                     config=settings.finetune_config(
-                        videos=lambda: training_videos(workspace.dataset_dir(dataset), split),
+                        videos=lambda: training_videos(
+                            workspace.dataset_dir(dataset), split, choice
+                        ),
                         epochs=epochs,
                         warmup_epochs=warmup_epochs,
                         batch_size=batch_size,
@@ -259,6 +275,7 @@ def finetune(
                     prompt_set=prompts,
                     guides=guides,
                     exclude=exclude,
+                    choice=choice,
                     method=method or settings.beside_tower,
                     resume=resume,
                     decoder=decoder,

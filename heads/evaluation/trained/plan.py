@@ -121,14 +121,7 @@ class ShotPlan:
         else:
             sets = [self._drawn(shots, draw, "base") for draw in draws]
         base = np.asarray(sets[0].classes)
-        tested = self.test.split(self.test_split)
-        tests = tuple(
-            TestSet(name, rows_of_classes(self.test, tested, classes), classes)
-            for name, classes in (
-                ("base", base),
-                ("novel", np.setdiff1d(np.arange(len(names)), base)),
-            )
-        )
+        tests = halves_tested(self.test, self.test.split(self.test_split), base)
         return [
             self._run(train, tests, shots, draw) for train, draw in zip(sets, draws, strict=True)
         ]
@@ -183,3 +176,13 @@ class ShotPlan:
         if repeats > 1:
             words += f", repeated {repeats} times"
         return TrainingSet(rows, classes, words, suffix, repeats)
+
+
+def halves_tested(store: Store, tested: RowArray, base: RowArray) -> tuple[TestSet, TestSet]:
+    """Return the test sets of the base classes (label ids) and of all others, from array rows."""
+    novel = np.setdiff1d(np.arange(len(store.class_names)), base)
+    first, second = (
+        TestSet(name, rows_of_classes(store, tested, classes), classes)
+        for name, classes in (("base", base), ("novel", novel))
+    )
+    return first, second

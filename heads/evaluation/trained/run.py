@@ -26,7 +26,7 @@ from heads.methods.head import Head
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
 from heads.training.config import TrainConfig
-from heads.training.train_head import TrainSummary, train_head
+from heads.training.train_head import train_head
 from heads.training.training_set import TrainingSet
 from pipeline.annotations.known_sets import known_dataset
 
@@ -72,12 +72,17 @@ class ShotRun:
 
 @dataclass(frozen=True)
 class ShotOutcome:
-    """The results of a run; `best` is None if the best epoch was not wanted or is not known."""
+    """The results of a run; `best` is None if the best epoch was not wanted or is not known.
+
+    `in_training` is the best epoch by the evaluations of a fine-tuning, with its epoch, split and
+    measure; None for other runs and without such evaluations.
+    """
 
     run: ShotRun
-    training: TrainSummary
+    n_trained: int
     last: EvalResult
     best: EvalResult | None
+    in_training: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as strict JSON values."""
@@ -86,9 +91,10 @@ class ShotOutcome:
             "shots": self.run.shots,
             "draw": self.run.draw,
             "trained_on": self.run.train.words,
-            "n_trained": self.training.n_trained,
+            "n_trained": self.n_trained,
             "last": self.last.to_json(),
             "best": None if self.best is None else self.best.to_json(),
+            **({} if self.in_training is None else {"best_in_training": dict(self.in_training)}),
         }
 
 
@@ -137,7 +143,7 @@ def train_and_test(
             facts = run_facts(run.run_dir, epoch=found, epoch_choice=BEST)
             with _no_warnings():
                 best = evaluate(chosen, run.tests, facts, name)
-    return ShotOutcome(run, summary, last, best)
+    return ShotOutcome(run, summary.n_trained, last, best)
 
 
 @contextmanager

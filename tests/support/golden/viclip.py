@@ -25,6 +25,8 @@ from pipeline.encoders.viclip import (
     viclip_config,
 )
 from pipeline.preprocessing import Preprocessing
+from pipeline.prompts import caption_words
+from pipeline.sampling import parse_sampling
 from tests.support.golden.checks import DTYPES, Check, tensor, worst
 
 LIMITS = {"f32": 2e-5, "f64": 1e-12}
@@ -179,6 +181,15 @@ def check_tokens(file: Path) -> Iterator[Check]:
     yield Check("tokens", worst(got, [case["context32"] for case in whole]), 0.0)
     reads = got.argmax(-1)
     yield Check("read-out", worst(reads, [case["readout32"] for case in whole]), 0.0)
+    pairs = json.loads(file.read_text())["pre_text"]
+    wrong = sum(caption_words(raw) != cleaned for raw, cleaned in pairs)
+    yield Check("cleaned captions", float(wrong), 0.0)
+
+
+def check_frame_indices(file: Path) -> Iterator[Check]:
+    for case in json.loads(file.read_text())["middle"]:
+        got = parse_sampling(f"middle:{case['num']}").indices(case["n"])[0]
+        yield Check(f"middle of {case['n']}", worst(got, case["frames"]), 0.0)
 
 
 def check_preprocess(file: Path) -> Iterator[Check]:
@@ -210,6 +221,7 @@ VICLIP_KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
     "text_*.npz": check_text,
     "ckpt_*_io.npz": check_ckpt,
     "tokens.json": check_tokens,
+    "frame_indices.json": check_frame_indices,
     "preprocess.npz": check_preprocess,
     "published_shapes.json": check_shapes,
 }
