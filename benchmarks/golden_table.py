@@ -2,9 +2,8 @@
 
     python benchmarks/golden_table.py [FOLDER] [--json FILE]
 
-FOLDER holds golden files (by default tests/data/golden and golden_dist; others of the same kinds,
-with other seeds and shapes, work as well). Exit code 1 when an error is above its tolerance, 2
-without files.
+FOLDER holds golden files (by default those of tests/data; others of the same kinds, with other
+seeds and shapes, work as well). Exit code 1 when an error is above its tolerance, 2 without files.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ sys.path.insert(0, str(TESTS.parent))
 # They lie with the tests that use them.
 from tests.support.golden.checks import KINDS, check_folder  # noqa: E402
 from tests.support.golden.dist import DIST_KINDS  # noqa: E402
+from tests.support.golden.taco import TACO_KINDS  # noqa: E402
 from tests.support.golden.viclip import VICLIP_KINDS  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     folders = [chosen.folder] if chosen.folder else sorted((TESTS / "data").glob("golden*"))
-    kinds = {**KINDS, **DIST_KINDS, **VICLIP_KINDS}
+    kinds = {**KINDS, **DIST_KINDS, **VICLIP_KINDS, **TACO_KINDS}
     found = [(file.name, check) for f in folders for file, check in check_folder(f, kinds)]
     if not found:
         print(f"no golden files in {chosen.folder or TESTS / 'data'}", file=sys.stderr)
