@@ -66,8 +66,9 @@ Descriptions = Annotated[
     list[Path] | None,
     typer.Option(
         "--descriptions",
-        metavar="FILE.json",
-        help='File with sentences for each class, {"class name": ["...", ...]} (docs/text.md).',
+        metavar="FILE.json|FILE.csv",
+        help='Sentences for each class, {"class name": ["...", ...]}, or CSV id,name of rephrased '
+        'names, "class name: one sentence" (docs/text.md).',
     ),
 ]
 PromptSetName = Annotated[

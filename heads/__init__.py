@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from heads.methods.mote.official import save_official_checkpoint as save_official_checkpoint
     from heads.methods.mote.routing import RoutingDraw as RoutingDraw
     from heads.methods.settings import HeadOrigin as HeadOrigin
+    from heads.methods.taco.official import ImportedTaco as ImportedTaco
+    from heads.methods.taco.official import import_taco_checkpoint as import_taco_checkpoint
     from heads.scoring.scores import Scoring as Scoring
     from heads.scoring.scores import predict_scores as predict_scores
     from heads.training.config import TrainConfig as TrainConfig
@@ -59,6 +61,7 @@ _HOMES = {
     ),
     "heads.methods.mote.routing": ("RoutingDraw",),
     "heads.methods.settings": ("HeadOrigin",),
+    "heads.methods.taco.official": ("ImportedTaco", "import_taco_checkpoint"),
     "heads.scoring.scores": ("Scoring", "predict_scores"),
     "heads.training.config": ("TrainConfig",),
     "heads.training.train_head": ("TrainSummary", "train_head"),

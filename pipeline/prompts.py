@@ -2,7 +2,8 @@
 
 A file of templates has one sentence per line with "{}" for the class name. A file of descriptions,
 for example a language model's, is JSON: `{"class name": ["a sentence", ...], ...}`, one or more
-sentences per class.
+sentences per class. A file of rephrased names is CSV `id,name`, or JSON `{"id": "name"}`, with
+names "class name: one sentence".
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from featstore.errors import UserError, meant, one_line, quoted
 from featstore.files.documents import read_document, read_json
-from featstore.format.class_texts import PROMPT_SET_NAMES
+from featstore.format.class_texts import DEFAULT_PROMPTS, PROMPT_SET_NAMES
 from featstore.format.metadata import check_prompt_set
 from pipeline.annotations.class_names import comparable
+from pipeline.annotations.rephrased_names import rephrased_names
 
 if TYPE_CHECKING:
     from featstore.reading.store import Store
@@ -65,6 +67,7 @@ _TEMPLATES: Final = (
     ("{}",),
     ("a video of {}",),
     _VICLIP,
+    ("This is a video about {}",),  # of TACO's training (Zhu et al., NeurIPS 2026)
 )
 PROMPT_SETS: Final = dict(zip(PROMPT_SET_NAMES, _TEMPLATES, strict=True))
 
@@ -74,6 +77,7 @@ MAX_SENTENCE: Final = 1000
 MAX_TEMPLATES: Final = 1000
 TEMPLATES_LIMIT: Final = 2**17  # bytes; the store keeps templates in 1 MiB of JSON
 DESCRIPTIONS_SUFFIX: Final = ".json"
+REPHRASED_SUFFIX: Final = ".csv"
 # 700 classes with 16 sentences of 200 bytes are 2 MB.
 DESCRIPTIONS_LIMIT: Final = 16 * 2**20
 MAX_SENTENCES: Final = 1000
@@ -106,13 +110,15 @@ class PromptSet:
 
     It has either `templates`, the same for every class with "{}" for its name, or `descriptions`,
     the sentences of each class by its name. The other one is empty. `source` is the file that the
-    sentences came from, for messages.
+    sentences came from, for messages. `rephrased` says that the descriptions are templates filled
+    with rephrased class names.
     """
 
     name: str
     templates: tuple[str, ...] = ()
     descriptions: Mapping[str, tuple[str, ...]] | None = None
     source: str = ""
+    rephrased: bool = False
 
     def sentences(self, class_name: str) -> list[str]:
         """The sentences of one class, with `class_name` put into templates verbatim.
@@ -305,17 +311,35 @@ def read_templates(path: Path, name: str | None = None) -> PromptSet:
 
 
 def read_descriptions(path: Path, name: str | None = None) -> PromptSet:
-    """Read the prompt set of a file of descriptions.
+    """Read the prompt set of a file of descriptions, or of rephrased names (`read_rephrased`).
 
     `name` is the name of the set, by default the file's name without its suffix. Raises UserError,
     which names the class, for a file that is too large, is not a JSON object, names a class twice,
     has a value that is no list of sentences, an empty list or sentence, or an over-long sentence.
     """
+    if path.suffix.lower() == REPHRASED_SUFFIX:
+        return read_rephrased(path, name)
     value = read_json(path, f"write {_SHAPE}, every class once", limit=DESCRIPTIONS_LIMIT)
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} holds no object with class names: write {_SHAPE}")
+    if all(key.isdecimal() and isinstance(text, str) for key, text in value.items()):
+        return read_rephrased(path, name)
     descriptions = {key: _sentences(path, key, lines) for key, lines in value.items()}
     return PromptSet(_set_name(path, name), (), descriptions, str(path))
+
+
+def read_rephrased(path: Path, name: str | None = None) -> PromptSet:
+    """Read the prompt set of a file of rephrased class names (`rephrased_names`).
+
+    All of such a name takes the place of the class name in the sentences of "mote28", as in TACO's
+    tests (Zhu et al., NeurIPS 2026). `name` as for `read_descriptions`. Raises UserError as
+    `rephrased_names`, and for a name that is too long.
+    """
+    found = {}
+    for key, text in rephrased_names(path).items():
+        _require_length(text, f"{path}, class {one_line(key, 60)!r}")
+        found[key] = tuple(line.replace("{}", text) for line in PROMPT_SETS[DEFAULT_PROMPTS])
+    return PromptSet(_set_name(path, name), (), found, str(path), rephrased=True)
 
 
 def prompt_sets_from(
@@ -339,8 +363,8 @@ def prompt_sets_from(
 
 
 def is_descriptions_file(text: str) -> bool:
-    """Whether `text` names a file of descriptions rather than a prompt set."""
-    return text.lower().endswith(DESCRIPTIONS_SUFFIX)
+    """Whether `text` names a file of descriptions or rephrased names rather than a prompt set."""
+    return text.lower().endswith((DESCRIPTIONS_SUFFIX, REPHRASED_SUFFIX))
 
 
 def held_prompt_set(store: Store, text: str) -> str:

@@ -29,11 +29,12 @@ from featstore.format.schema import CLASS_TEXT_GROUP, CRC_BYTES, FloatArray, cla
 
 DEFAULT_PROMPTS: Final = "mote28"
 """The prompt set that is made and used if none is named."""
-PROMPT_SET_NAMES: Final = (DEFAULT_PROMPTS, "name", "video", "viclip16")
+PROMPT_SET_NAMES: Final = (DEFAULT_PROMPTS, "name", "video", "viclip16", "taco")
 """The prompt sets whose sentences come with the program (`pipeline.prompts`)."""
 
 _CHECKED_ATTRIBUTES: Final = (
     *("class_names", "sentences_hash", "templates", "encoder_fingerprint", "embeddings_checksum"),
+    "rephrased",
 )
 
 
@@ -48,6 +49,7 @@ class ClassText:
     `embeddings` is float32 [C, D], with rows of length 1 in the order of `names`. `sentences_hash`
     identifies the sentences that they were computed from. `templates` are the sentences with "{}"
     for the class name, empty if every class has its own sentences or they were not recorded.
+    `rephrased` says that the sentences were made of rephrased class names.
     `encoder_fingerprint` belongs to the encoder whose text tower made them, "" if it was not
     recorded. Raises ValueError if the shapes or lengths are wrong.
     """
@@ -57,6 +59,7 @@ class ClassText:
     sentences_hash: str
     templates: tuple[str, ...] = ()
     encoder_fingerprint: str = ""
+    rephrased: bool = False
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 2 or self.embeddings.dtype != np.float32:
@@ -80,6 +83,8 @@ class ClassText:
             attributes["templates"] = list(self.templates)
         if self.encoder_fingerprint:
             attributes["encoder_fingerprint"] = self.encoder_fingerprint
+        if self.rephrased:
+            attributes["rephrased"] = True
         numbers = np.ascontiguousarray(self.embeddings, "<f4")
         attributes["embeddings_checksum"] = crc32c(numbers)
         return attributes | {"checksum": class_text_checksum(attributes)}
@@ -133,7 +138,8 @@ def read_class_text(
         if recorded not in (None, crc):
             raise ValueError("is not the one that was written, but of other texts")
         embeddings = np.frombuffer(body, spec.numpy_dtype).astype(np.float32).reshape(spec.shape)
-        return ClassText(tuple(names), embeddings, digest, tuple(templates), encoder)
+        rephrased = attributes.get("rephrased") is True
+        return ClassText(tuple(names), embeddings, digest, tuple(templates), encoder, rephrased)
     except ValueError as error:
         raise WorkError(
             f"class texts {prompt_set!r} of {store}: chunk {error}; " + _remake(store, prompt_set)

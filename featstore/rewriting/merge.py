@@ -258,6 +258,7 @@ def _joined(prompt_set: str, texts: Sequence[ClassText], classes: tuple[str, ...
         templates=templates.pop() if len(templates) == 1 else (),
         # The stores have the same encoder, and reading refused texts of any other.
         encoder_fingerprint=min(text.encoder_fingerprint for text in texts),
+        rephrased=any(text.rephrased for text in texts),
     )
 
 

@@ -249,6 +249,7 @@ def _record(
         "class_names_source": facts.class_names_source or f"data set {provenance.dataset}",
         "label_map": facts.label_map or provenance.label_map or None,
         "prompts_hash": text.sentences_hash,
+        "class_names_as": "rephrased" if text.rephrased else None,
         "store": store.path.name,
         "encoder_precision": provenance.precision,
         "class_names": text.names,

@@ -197,6 +197,8 @@ class EvalResult:
     """"mAP" where videos may show several classes; None: top-1."""
     mean_ap: float | None = None
     """The mean average precision in percent, the mean over the test sets."""
+    class_names_as: str | None = field(default=None, metadata=_how(decisive=True))
+    """"rephrased" where class texts were made of names with a sentence each; None: plain names."""
     tower_frames: int | None = None
     """How many of `frames` the image tower looks at; None: all. Published figures count these."""
     details: tuple[SplitDetail | LabelsDetail, ...] = field(default=(), repr=False, compare=False)
@@ -208,7 +210,7 @@ class EvalResult:
         """Return the fields as strict JSON values, without `details` and `class_names`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _BESIDE}
         plain["per_split"] = [split.to_json() for split in self.per_split]
-        return _without_unused(plain, ("measure", "mean_ap", "tower_frames"))
+        return _without_unused(plain, ("measure", "mean_ap", "tower_frames", "class_names_as"))
 
     @property
     def words(self) -> str:

@@ -112,3 +112,22 @@ def text_shapes(text: Mapping[str, Tensor], dim: int) -> Shapes:
             output_dim=dim,
         )
     return {name: tuple(value.shape) for name, value in tower.state_dict().items()}
+
+
+def clip_shapes(
+    clip: Mapping[str, Tensor], dim: int, where: str, *, text: bool | None = None
+) -> Shapes:
+    """Return the shape that every tensor of a CLIP must have: image tower, scale and text tower.
+
+    `dim` is D. `text` says whether there must be a text tower; None: where any of it is there.
+    Raises UserError as `vision_tower`.
+    """
+    shapes = vision_shapes(vision_tower(clip, dim, where))
+    own = {name: value for name, value in clip.items() if is_text(name)}
+    return shapes | (text_shapes(own, dim) if own or text else {})
+
+
+def width_of(clip: Mapping[str, Tensor], default: int) -> int:
+    """Return D of a CLIP, the width of its image tower's projection, or `default` without one."""
+    projection = clip.get("visual.proj")
+    return default if projection is None or projection.ndim != 2 else projection.shape[1]

@@ -101,7 +101,7 @@ class Method:
             raise UserError(f"{self.title} cannot be {what}: {remedy}")
 
 
-_BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist", "msta")
+_BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist", "msta", "taco")
 _registered: dict[str, Method | None] = dict.fromkeys(_BUILT_IN)
 
 
@@ -162,7 +162,9 @@ def read_checkpoint(file: Path) -> tuple[Method, Any]:
             known.append(found)
     examples = " or ".join(found.checkpoint.EXAMPLE for found in known)
     content = load_weight_file(file, examples)
-    chosen = next((found for found in known if found.checkpoint.is_of(content)), None)
+    # A later method's format may be an earlier one's with more in it: TACO's is MoTE's with texts.
+    fitting = (found for found in reversed(known) if found.checkpoint.is_of(content))
+    chosen = next(fitting, None)
     if chosen is None:
         absent = [
             f"for {found.title} it lacks {found.checkpoint.lacks(content)}" for found in known

@@ -183,11 +183,16 @@ def _load_openai_file(path: Path) -> LoadedClip:
 
 
 def clip_of_state(
-    state: Mapping[str, torch.Tensor], name: str, where: str | None = None
+    state: Mapping[str, torch.Tensor],
+    name: str,
+    where: str | None = None,
+    *,
+    tuned: bool = False,
 ) -> LoadedClip:
     """Build the CLIP of a state dict in OpenAI's names; UserError, naming `where`, if it is none.
 
-    The tensors are copied into float32.
+    The tensors are copied into float32. On the way matrices are rounded to float16, which OpenAI's
+    own are, unless the CLIP was `tuned`.
     """
     path = where or name
     positions = state.get("positional_embedding")
@@ -201,6 +206,8 @@ def clip_of_state(
         raise UserError(f"{path} lacks the tensor {error}: it is not a whole CLIP") from None
     except (RuntimeError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{path} is not a whole CLIP: {one_line(error, 200)}") from None
+    if tuned:
+        model.load_state_dict(state)
     require_finite(model, path)
     return LoadedClip(
         name=safe_name(name),

@@ -182,6 +182,7 @@ def class_text(encoder: Encoder, names: tuple[str, ...], prompts: PromptSet) -> 
         prompts.hash(names),
         templates=prompts.templates,
         encoder_fingerprint=encoder.fingerprint,
+        rephrased=prompts.rephrased,
     )
 
 

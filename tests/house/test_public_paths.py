@@ -16,6 +16,8 @@ PATHS = [
     "heads.training.learning_rates",
     "heads.end_to_end.EndToEndModel",
     "heads.end_to_end.predict.predict",
+    "heads.methods.taco.Projection",
+    "heads.methods.taco.relative_structure_loss",
     "pipeline.sampling.parse_sampling",
     "pipeline.sampling.Sampling",
     "pipeline.sampling.test_indices",
@@ -29,6 +31,7 @@ PATHS = [
 ]
 HEADS = [
     *("EvalResult", "HeadConfig", "HeadOrigin", "ImportedCheckpoint", "LossTerms", "PROTOCOLS"),
+    *("ImportedTaco", "import_taco_checkpoint"),
     *("Protocol", "RoutingDraw", "RunFacts", "Scoring", "TemporalHead", "TestSet", "TrainConfig"),
     *("TrainSummary", "TrainingPass", "build_head", "build_test_sets", "evaluate_many"),
     *("evaluate_store", "import_official_checkpoint", "load_head", "mote_loss"),

@@ -16,7 +16,7 @@ def import_checkpoint(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="Checkpoint of MoTE's or DiST's released code, or MSTA's adapters."
+            metavar="FILE", help="Checkpoint of MoTE's, DiST's or TACO's code, or MSTA's adapters."
         ),
     ],
     name: Annotated[str, typer.Option(metavar="NAME", help="Name of the new encoder and head.")],
@@ -32,8 +32,8 @@ def import_checkpoint(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="CSV `id,name` of the training classes; the checkpoint holds only the features of "
-            "the names, and the names are checked against these.",
+            help="CSV `id,name` of the training classes, which FILE lacks. MoTE's holds the "
+            "features of the names, and the names are checked against these.",
         ),
     ] = None,
     blend: Annotated[
@@ -59,7 +59,7 @@ def import_checkpoint(
         typer.Option(
             metavar="T",
             min=1,
-            help="Frames per view in MoTE's training, which FILE lacks. Default: 8.",
+            help="Frames per view in MoTE's or TACO's training, which FILE lacks. Default: 8.",
         ),
     ] = None,
     selected_layers: Annotated[
@@ -78,8 +78,8 @@ def import_checkpoint(
 
     `extract --encoder NAME` then encodes with the fine-tuned tower, and `eval` and `predict` take
     `--head NAME`. The method is known by the names in FILE. For DiST, eval makes the features
-    itself, from the packed videos; adapters of MSTA become heads/NAME alone. No code in FILE is
-    run. Either both are made or neither.
+    itself, from the packed videos; adapters of MSTA become heads/NAME alone. For new classes leave
+    TACO's head out, with `--head mean`. No code in FILE is run. Either both are made or neither.
 
     Example: `mote-cli import-checkpoint mote.pt --name b16 --class-names k400.csv`
     """
@@ -102,7 +102,10 @@ def import_checkpoint(
             device=device,
             progress=progress,
         )
-    names = "checked" if made["class_names_known"] else "unknown (give them with --class-names)"
+    names = "unknown (give them with --class-names)"
+    if made["class_names_known"]:
+        # Only MoTE's files, whose tower is blended, have what they can be checked against.
+        names = "checked" if "blend" in made else "as given"
     following: dict[str, Any] = {"next": after_import(workspace, name)}
     report(
         json,

@@ -91,6 +91,8 @@ class SavedResult:
             return True, None
         if name == "measure":  # results of one class a video do not say that it is top-1
             return True, self.measure
+        if name == "class_names_as":  # nor that their names are plain
+            return True, self.values.get(name, "plain")
         value = self.values.get(name)
         return value is not None or name in self.values.keys() & _NONE_IS_KNOWN, value
 

@@ -31,12 +31,11 @@ from featstore.files.durable import write_bytes
 from heads.methods.clip_tensors import (
     VISION_BLOCKS,
     Shapes,
-    is_text,
-    text_shapes,
+    clip_shapes,
     usual,
     usual_count,
-    vision_shapes,
     vision_tower,
+    width_of,
 )
 from heads.methods.dist.branch import DistBranch
 from heads.methods.dist.config import DistConfig, ratio_of
@@ -163,7 +162,7 @@ class DistCheckpoint:
         return ImportedDist(model, config, self.epoch, clip)
 
     def _tower(self, clip: Mapping[str, Tensor]) -> VisionTransformer:
-        return vision_tower(clip, _width_of(clip, self.config.dim), self.name)
+        return vision_tower(clip, width_of(clip, self.config.dim), self.name)
 
 
 @dataclass(frozen=True)
@@ -256,17 +255,9 @@ def _require(wanted: Shapes, found: Mapping[str, Tensor], where: str) -> None:
 
 def _require_clip(clip: Mapping[str, Tensor], dim: int, where: str) -> Shapes:
     """Raise UserError unless `clip` is an image tower, a scale and all or nothing of the text."""
-    shapes = vision_shapes(vision_tower(clip, _width_of(clip, dim), where))
-    if text := {name: value for name, value in clip.items() if is_text(name)}:
-        shapes |= text_shapes(text, _width_of(clip, dim))
+    shapes = clip_shapes(clip, width_of(clip, dim), where)
     _require(shapes, clip, where)
     return shapes
-
-
-def _width_of(clip: Mapping[str, Tensor], dim: int) -> int:
-    """Return the embedding width of a CLIP: that of its projection, else `dim`."""
-    projection = clip.get("visual.proj")
-    return dim if projection is None or projection.ndim != 2 else projection.shape[1]
 
 
 def _told_layers(text: object) -> list[int] | None:

@@ -142,10 +142,10 @@ def test_a_step_of_a_new_method_changes_its_weights() -> None:
 
 def test_the_registry_names_its_choices() -> None:
     assert registry.names() == [
-        *("mote", "transformer", "mean", "linear", "knn", "dist", "msta", "toy"),
+        *("mote", "transformer", "mean", "linear", "knn", "dist", "msta", "taco", "toy"),
     ]
     with pytest.raises(
-        UserError, match="choose one of mote, transformer, mean, linear, knn, dist, msta, toy"
+        UserError, match="choose one of mote, transformer, mean, linear, knn, dist, msta, taco, toy"
     ):
         registry.method("lstm")
     with pytest.raises(UserError, match="layers is no setting of Toy"):

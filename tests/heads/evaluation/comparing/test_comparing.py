@@ -77,6 +77,7 @@ def test_fields_come_in_groups_and_some_forbid_the_comparison(tmp_path: Path) ->
         ({"resize": "short side to 256, bicubic"}, True),
         ({"fusion": "features"}, True),
         ({"prompts_hash": "0"}, True),
+        ({"class_names_as": "rephrased"}, True),
         ({"label_map": "as-published"}, True),
         ({"label_map": None}, True),
         ({"epoch_choice": "best on the test set"}, True),
