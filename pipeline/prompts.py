@@ -337,7 +337,7 @@ def read_rephrased(path: Path, name: str | None = None) -> PromptSet:
     """
     found = {}
     for key, text in rephrased_names(path).items():
-        _require_length(text, f"{path}, class {one_line(key, 60)!r}")
+        _require_length(text, f"{path}, class {quoted(key, 60)}")
         found[key] = tuple(line.replace("{}", text) for line in PROMPT_SETS[DEFAULT_PROMPTS])
     return PromptSet(_set_name(path, name), (), found, str(path), rephrased=True)
 

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Final
 
-from featstore.errors import UserError, one_line
+from featstore.errors import UserError, counted_of, quoted
 from pipeline.annotations.class_names import comparable
 from pipeline.annotations.label_names import read_names
 
@@ -31,18 +31,18 @@ def rephrased_names(path: Path) -> dict[str, str]:
         key, _, sentence = (part.strip() for part in text.partition(":"))
         if not key:
             raise UserError(
-                f"{path}: name {number}, {one_line(text, 60)!r}, names no class: write its name "
+                f"{path}: name {number}, {quoted(text, 60)}, names no class: write its name "
                 "before the colon"
             )
         first = forms.setdefault(comparable(key), number)
         if first != number:
             raise UserError(
-                f"{path}: names {first} and {number} are both for class {one_line(key, 60)!r}: "
+                f"{path}: names {first} and {number} are both for class {quoted(key, 60)}: "
                 "leave one out"
             )
         found[key] = text
         if not sentence:
-            bare.append(repr(one_line(key, 60)))
+            bare.append(quoted(key, 60))
     if len(bare) == len(found):
         raise UserError(
             f"{path} has plain class names: rephrased ones are written 'class name: one "
@@ -51,7 +51,7 @@ def rephrased_names(path: Path) -> dict[str, str]:
     if bare:
         named = ", ".join(bare[:_SHOWN]) + (", ..." if len(bare) > _SHOWN else "")
         log.warning(
-            "%s: %d of %d names have no sentence and stay as they are: %s",
-            *(path, len(bare), len(found), named),
+            "%s: %s no sentence, which changes nothing: %s",
+            *(path, counted_of(len(bare), len(found), "name", "has", "have"), named),
         )
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from featstore.commands import command
-from featstore.errors import UserError, counted, meant, one_line
+from featstore.errors import UserError, counted, meant, one_line, quoted
 from pipeline.annotations.class_names import comparable
 from pipeline.descriptions.class_descriptions import (
     KINDS,
@@ -39,7 +39,7 @@ class Finding:
     reason: str
 
     def __str__(self) -> str:
-        return f"class {one_line(self.class_name, _SHOWN)!r}: {self.reason}"
+        return f"class {quoted(self.class_name, _SHOWN)}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _spellings(
     for first, *others in twice.values():
         for other in others:
             findings.wrong.append(
-                Finding(other, f"{one_line(first, _SHOWN)!r} reads the same: keep one of the two")
+                Finding(other, f"{quoted(first, _SHOWN)} reads the same: keep one of the two")
             )
     spelt = as_spelt(class_names, list(value))
     used = {*spelt.values(), *(key for keys in twice.values() for key in keys[1:])}
@@ -192,7 +192,7 @@ def _lists(name: str, held: Any, findings: _Findings) -> Iterator[tuple[Kind, tu
         findings.wrong.append(Finding(name, reason))
         return
     for key in held.keys() - set(KINDS):
-        said = f"{one_line(key, _SHOWN)!r} is neither spatial nor temporal"
+        said = f"{quoted(key, _SHOWN)} is neither spatial nor temporal"
         findings.wrong.append(Finding(name, f"{said}: {meant(key, KINDS)}remove it"))
     for kind in KINDS:
         lines = held.get(kind)
@@ -239,7 +239,7 @@ def _find_doubles(lists: _Lists, findings: _Findings) -> None:
             here = f"{kind} sentence {number}"
             before = first.setdefault((name, comparable(line)), here)
             if before != here:
-                said = f"{here} is {before} again ({one_line(line, _SHOWN)!r})"
+                said = f"{here} is {before} again ({quoted(line, _SHOWN)})"
                 findings.doubtful.append(Finding(name, said))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, counted, one_line
+from featstore.errors import UserError, counted, quoted
 from featstore.files.durable import write_json
 from pipeline.annotations.class_names import comparable, comparable_words
 from pipeline.annotations.label_names import PUBLISHED_EXCHANGES, read_names
@@ -113,7 +113,7 @@ def _numbered(path: Path, names: Mapping[int, str], class_list: Path) -> _Lines:
     found: _Lines = {}
     for key, lines in read_object(path, _SHAPE).items():
         if not is_number(key):
-            raise UserError(f"{path}: key {one_line(key, 60)!r} is no number; {_SHAPE}")
+            raise UserError(f"{path}: key {quoted(key, 60)} is no number; {_SHAPE}")
         if int(key) in found:
             raise UserError(f"{path} has number {int(key)} twice: keep one of the two")
         found[int(key)] = lines

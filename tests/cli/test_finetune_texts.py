@@ -81,7 +81,7 @@ def test_a_tuned_mean_of_frames_knows_what_it_saw(root: Path) -> None:
         )
         done("eval", "--closeset", "clips", "--head", name, *place)
     everything = ("eval", "--zeroshot", "clips", "--head", "r", *place)
-    assert "12 of 18 tested videos are training videos of r" in refused(2, *everything)
+    assert "12 of 18 tested videos are in the training of r" in refused(2, *everything)
     compared = done("compare", "r", "s", *place)
     assert "training.train" in json.dumps(compared)
 

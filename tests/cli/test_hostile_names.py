@@ -69,6 +69,11 @@ GIVEN: dict[str, tuple[str, ...]] = {
     ),
     "import-checkpoint": ("--name=n -- {}", "--name={} -- ROOT/x"),
     "export": ("--out=ROOT/x -- {}",),
+    "descriptions": (
+        *("check --dataset={} -- ROOT/x", "check --dataset=clips -- {}"),
+        *("template --dataset={} -o x", "template --classes={} -o x"),
+        *("check --dataset=clips --encoder={} -- ROOT/x", "import --classes={} -o x -- a b"),
+    ),
     "verify": ("-- {}",),
     "protocols": ("show -- {}", "-- {}"),
     "store": (

@@ -123,7 +123,7 @@ def test_what_the_demo_left_is_no_example_for_own_videos(
     assert first_extraction(workspace, "own") == tiny
     origin = SimpleNamespace(
         dataset="demo-known-0", encoder="demo-clip", sampling="uniform:16", crops=1, frames=8,
-        prompt_set="name", class_names=None,
+        prompt_set="name", class_names=None, adapted_encoder="",
     )  # fmt: skip
     card = SimpleNamespace(origin=origin, config=SimpleNamespace(kind="mote"))
     monkeypatch.setattr(next_steps, "cards", lambda _: [card])

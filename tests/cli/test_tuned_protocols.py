@@ -53,7 +53,7 @@ def test_runs_learn_from_the_chosen_videos_and_classes_only(root: Path) -> None:
     origin = load_head(root / "heads/base-1").origin
     assert origin is not None
     assert len(origin.class_names or ()) == 3
-    assert origin.trained_on == "train, 1 videos per class (draw 1), the 3 base classes"
+    assert origin.trained_on == "train, 1 video per class (draw 1), the 3 base classes"
     data = settings(root, "base-2")["data"]
     assert (data["shots"], data["draw_seed"], data["half"]) == (1, 2, "base")
     assert "half" not in settings(root, "full")["data"]

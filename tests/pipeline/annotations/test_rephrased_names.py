@@ -58,7 +58,7 @@ def test_names_without_a_sentence_are_counted(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         assert rephrased_names(listed(tmp_path, CLIMB, "wave"))["wave"] == "wave"
-    assert "1 of 2 names have no sentence and stay as they are: 'wave'" in caplog.text
+    assert "1 of 2 names has no sentence, which changes nothing: 'wave'" in caplog.text
 
 
 @pytest.mark.parametrize(
