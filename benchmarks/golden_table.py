@@ -21,11 +21,8 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path.insert(0, str(TESTS.parent))
 
 # They lie with the tests that use them.
-from tests.support.golden.checks import KINDS, check_folder  # noqa: E402
-from tests.support.golden.dist.kinds import DIST_KINDS  # noqa: E402
-from tests.support.golden.msta import MSTA_KINDS  # noqa: E402
-from tests.support.golden.taco import TACO_KINDS  # noqa: E402
-from tests.support.golden.viclip import VICLIP_KINDS  # noqa: E402
+from tests.support.golden.checks import check_folder  # noqa: E402
+from tests.support.golden.methods import kinds_of  # noqa: E402
 
 
 def main() -> None:
@@ -36,8 +33,12 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     folders = [chosen.folder] if chosen.folder else sorted((TESTS / "data").glob("golden*"))
-    kinds = {**KINDS, **DIST_KINDS, **VICLIP_KINDS, **MSTA_KINDS, **TACO_KINDS}
-    found = [(file.name, check) for f in folders for file, check in check_folder(f, kinds)]
+    found = [
+        (file.name, check)
+        for folder in folders
+        for kinds in kinds_of(folder)
+        for file, check in check_folder(folder, kinds)
+    ]
     if not found:
         print(f"no golden files in {chosen.folder or TESTS / 'data'}", file=sys.stderr)
         sys.exit(2)

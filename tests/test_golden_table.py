@@ -13,6 +13,11 @@ import pytest
 import torch
 
 from tests.support.golden.checks import KINDS, Check, check_folder, worst
+from tests.support.golden.dist.kinds import DIST_KINDS
+from tests.support.golden.methods import kinds_of
+from tests.support.golden.msta import MSTA_KINDS
+from tests.support.golden.taco import TACO_KINDS
+from tests.support.golden.viclip import VICLIP_KINDS
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "benchmarks" / "golden_table.py"
@@ -30,6 +35,25 @@ def test_every_golden_file_is_checked_and_every_number_holds(golden: Path) -> No
     missing = [p for p in KINDS if not any(Path(name).match(p) for name in checked)]
     # not kept in the repository; checked where the whole set is at hand
     assert missing == ["tokens_*.npz"]
+
+
+def test_a_folder_has_the_kinds_of_its_own_methods() -> None:
+    """Files of several methods have the same names: videos end to end, frames, tokens."""
+    found = {folder.name: kinds_of(folder) for folder in (ROOT / "tests/data").glob("golden*")}
+    assert found == {
+        "golden": [KINDS],
+        "golden_dist": [DIST_KINDS],
+        "golden_msta": [MSTA_KINDS],
+        "golden_taco": [TACO_KINDS],
+        "golden_viclip": [VICLIP_KINDS],
+    }
+
+
+@pytest.mark.slow
+def test_the_command_without_a_folder_holds_every_number_of_every_method() -> None:
+    result = table()
+    assert result.returncode == 0, result.stderr
+    assert ", 0 above their tolerance" in result.stdout
 
 
 def test_an_error_that_is_no_number_does_not_hold() -> None:

@@ -553,7 +553,8 @@ def check_halfclass(file: Path) -> Iterator[Check]:
     yield Check("accuracies, per cent", error, 1e-4)
 
 
-KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
+Kinds = Mapping[str, Callable[[Path], Iterator[Check]]]
+KINDS: Kinds = {
     "ffn_*.npz": check_ffn,
     "head_*.npz": check_head,
     "trainstep_*.npz": check_trainstep,
@@ -570,9 +571,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
 """Check of every kind of file, by the pattern of its name."""
 
 
-def check_folder(
-    folder: Path, kinds: Mapping[str, Callable[[Path], Iterator[Check]]] = KINDS
-) -> Iterator[tuple[Path, Check]]:
+def check_folder(folder: Path, kinds: Kinds = KINDS) -> Iterator[tuple[Path, Check]]:
     """All checks of all golden files in `folder`, in the order of `kinds`."""
     for pattern, check in kinds.items():
         for file in sorted(folder.glob(pattern)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from heads.methods.msta.adapter import Adapters
 from heads.methods.msta.config import MstaConfig
 from heads.methods.msta.towers import AdaptedTowers
 from heads.methods.text_classifier import class_cosines
-from tests.support.golden.checks import DTYPES, Check, tensor, worst
+from tests.support.golden.checks import DTYPES, Check, Kinds, tensor, worst
 from tests.support.golden.dist.model import below, encoder_of
 
 LIMITS = {"f32": 2e-5, "f64": 1e-10}
@@ -106,5 +106,5 @@ def _first_weights(config: MstaConfig, spreads: Mapping[str, Any]) -> Iterator[C
         yield Check(f"first {name}, spread", error, 5 / math.sqrt(value.numel()))
 
 
-MSTA_KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {"mma_adapter_*.npz": check_adapter}
+MSTA_KINDS: Kinds = {"mma_adapter_*.npz": check_adapter}
 """Check of every kind of file, by the pattern of its name."""

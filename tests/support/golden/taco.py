@@ -41,7 +41,7 @@ from pipeline.clip_encoder import Encoder
 from pipeline.encoders.sources import clip_of_state
 from pipeline.prompts import PROMPT_SETS
 from pipeline.sampling import parse_sampling
-from tests.support.golden.checks import DTYPES, Check, tensor, worst
+from tests.support.golden.checks import DTYPES, Check, Kinds, tensor, worst
 from tests.support.golden.dist.model import below
 
 HEAD = "vision_proj."
@@ -559,7 +559,7 @@ def _check_run(
             yield Check(f"{run}: top-{top} {name}", error, 1e-4)
 
 
-TACO_KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
+TACO_KINDS: Kinds = {
     "taco_anchors_*.npz": check_anchors,
     "taco_projection_*.npz": check_projection,
     "taco_loss_*.npz": check_loss,

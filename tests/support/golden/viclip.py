@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from pipeline.encoders.viclip import (
 from pipeline.preprocessing import Preprocessing
 from pipeline.prompts import caption_words
 from pipeline.sampling import parse_sampling
-from tests.support.golden.checks import DTYPES, Check, tensor, worst
+from tests.support.golden.checks import DTYPES, Check, Kinds, tensor, worst
 
 LIMITS = {"f32": 2e-5, "f64": 1e-12}
 
@@ -216,7 +216,7 @@ def check_shapes(file: Path) -> Iterator[Check]:
         yield Check(f"{size} parameters", float(count - of["parameters"]), 0.0)
 
 
-VICLIP_KINDS: dict[str, Callable[[Path], Iterator[Check]]] = {
+VICLIP_KINDS: Kinds = {
     "video_*.npz": check_video,
     "text_*.npz": check_text,
     "ckpt_*_io.npz": check_ckpt,

@@ -5,6 +5,7 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -68,7 +69,14 @@ def e2e_state(folder: Path) -> dict[str, Any]:
 
 
 def check_e2e(file: Path) -> Iterator[Check]:
-    """`e2e/run_*.npz`: frames, crops, model, ensemble and fusion, from the videos' pixels."""
+    """`e2e/branch_state.npz`: what it makes of the videos' pixels, in every `run_*.npz` beside it."""
+    for run in sorted(file.parent.glob("run_*.npz")):
+        for check in _check_run(run):
+            yield replace(check, quantity=f"{run.stem}: {check.quantity}")
+
+
+def _check_run(file: Path) -> Iterator[Check]:
+    """Frames, crops, model, ensemble and fusion."""
     meta = json.loads((file.parent / "meta.json").read_text())
     run = meta["runs"][file.stem.removeprefix("run_")]
     expected, clip = np.load(file), e2e_clip(file.parent)
