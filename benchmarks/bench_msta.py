@@ -40,9 +40,10 @@ def model_of(quick: bool, checkpointing: bool) -> AdapterModel:
     classes = torch.zeros(CLASSES, encoder.dim)
     head = build_head(config, classes, generator=torch.Generator().manual_seed(0))
     scale = torch.tensor(encoder.logit_scale).log()
-    named = NAMES, as_prompt_set("video"), None
-    model, _ = guided_model(encoder, head, scale, *named, checkpointing=checkpointing)
-    return model.train()  # type: ignore[return-value]
+    named = NAMES, as_prompt_set("video")
+    model = guided_model(encoder, head, scale, *named, checkpointing=checkpointing).model
+    model.train()
+    return model
 
 
 def seconds_of(kind: str, batch: int, quick: bool, steps: int) -> list[float]:

@@ -6,31 +6,44 @@ embedding width, C = classes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
+from featstore.format.class_texts import guiding_name
+from featstore.format.metadata import read_metadata
+from featstore.workspace import Workspace
 from heads.end_to_end.config import FinetuneConfig
-from heads.end_to_end.guides import class_guides, guides_hash
 from heads.end_to_end.model import EndToEndModel, check_labels
+from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head
 from heads.methods.msta.config import MstaConfig
 from heads.methods.msta.head import MstaHead
-from heads.methods.msta.losses import MstaLosses, description_embeddings, msta_losses
+from heads.methods.msta.losses import MstaLosses, msta_losses
 from heads.methods.msta.towers import AdaptedTowers, for_clip
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
 from heads.methods.text_classifier import class_cosines
 from pipeline.clip_encoder import PRECISIONS, Encoder
+from pipeline.descriptions.check import read_class_descriptions
+from pipeline.descriptions.class_descriptions import KINDS, SHAPE, ClassDescriptions, read_object
+from pipeline.descriptions.wording import (
+    SPATIAL_TEMPLATES,
+    TEMPORAL_TEMPLATES,
+    template_descriptions,
+)
+from pipeline.extraction.description_texts import descriptions_embeddings
 from pipeline.prompts import PromptSet
+
+log = logging.getLogger(__name__)
 
 SENTENCES_KEPT: Final = 128
 """Sentences whose activations are kept for the backward pass, about 0.3 GB in five blocks of a
@@ -192,60 +205,100 @@ def require_adapter_training(head: Head, config: FinetuneConfig, encoder: Encode
         )
 
 
+class GuidedModel(NamedTuple):
+    """A model, and what belongs to its descriptions."""
+
+    model: AdapterModel
+    recorded: dict[str, str]
+    """What a run records of them."""
+    new_texts: tuple[tuple[KeptTexts, Tensor], ...]
+    """Their embeddings [C,D], with the place in the run's folder where they are to be kept."""
+
+
 def guided_model(
     encoder: Encoder,
     head: Head,
     logit_scale: Tensor,
     class_names: Sequence[str],
     prompt_set: PromptSet,
-    guides: Path | None,
+    descriptions: ClassDescriptions | None = None,
+    *,
+    store: Path | None = None,
+    run_dir: Path | None = None,
     **more: Any,
-) -> tuple[AdapterModel, dict[str, str]]:
-    """Return the model of an encoder and a head, and what a run records of its descriptions.
+) -> GuidedModel:
+    """Return the model of an encoder and a head, guided by descriptions of the classes.
 
-    `guides` is the file of descriptions, as for `class_guides`; `more` are further arguments of the
-    model. Errors as `class_guides` and `embedded_descriptions`.
+    Without `descriptions` they are made of templates, which is logged. Their embeddings are read
+    from `run_dir` if a run has kept them there, else from `store`, which keeps new ones
+    (`descriptions_embeddings`). `more` are further arguments of the model. Raises UserError for a
+    class without descriptions and for a sentence that the tower does not take.
     """
-    described, said = None, {}
-    if head.config.alpha:
-        sets = class_guides(guides, class_names)
-        described = embedded_descriptions(
-            encoder, class_names, sets, head.config.normalise_descriptions
-        )
-        said["guides"] = guides_hash(sets, class_names)
+    guides: Descriptions | None = None
+    recorded: dict[str, str] = {}
+    new_texts: list[tuple[KeptTexts, Tensor]] = []
+    if not head.config.alpha:
+        if descriptions is not None:
+            log.warning("%s is not used: alpha is 0 in the recipe", descriptions.source)
+    else:
+        if descriptions is None:
+            descriptions = template_descriptions(class_names)
+            log.warning(
+                "no descriptions are given (--guides FILE): class texts are held near templates, "
+                "such as %r and %r",
+                *(SPATIAL_TEMPLATES[0], TEMPORAL_TEMPLATES[0]),
+            )
+        first = head.config.normalise_descriptions
+        held = descriptions.of(class_names)
+        recorded["guides"] = held.hash
+        names = [
+            guiding_name(kind, held.prompt_set(kind, kind).hash(class_names), normalise_first=first)
+            for kind in KINDS
+        ]
+        places = [KeptTexts(run_dir or Path(), encoder.fingerprint, name) for name in names]
+        size = len(class_names), encoder.dim
+        kept = [None if run_dir is None else place.read(*size) for place in places]
+        if kept[0] is not None and kept[1] is not None:
+            guides = kept[0], kept[1]
+        else:
+            guides = descriptions_embeddings(
+                encoder, descriptions, class_names, store=store, normalise_first=first
+            )
+            new_texts = [] if run_dir is None else list(zip(places, guides, strict=True))
     lines = [prompt_set.sentences(name) for name in class_names]
     sentences = encoder.tokenize([text for of_class in lines for text in of_class])
     model = AdapterModel(
         *(encoder.model, head, logit_scale),
         sentences=sentences.to(encoder.device),
         counts=[len(of_class) for of_class in lines],
-        descriptions=described,
+        descriptions=guides,
         **more,
     )
-    return model, said
+    return GuidedModel(model, recorded, tuple(new_texts))
 
 
-def embedded_descriptions(
-    encoder: Encoder, class_names: Sequence[str], sets: tuple[PromptSet, PromptSet], normalise: bool
-) -> Descriptions:
-    """Return the embeddings of descriptions by the towers as they are, [C,D] float32 on the CPU.
+def read_guides(
+    path: Path, class_names: Sequence[str], all_names: Sequence[str], encoder: Encoder
+) -> ClassDescriptions:
+    """Read the descriptions of the classes that are trained, which may be half of `all_names`.
 
-    `sets` are the spatial and the temporal sentences of the classes; every class must have as many
-    as the others. `normalise` as in `description_embeddings`. Raises UserError for classes without
-    sentences, for different numbers, and for sentences that are too long for the encoder.
+    The file describes either these or all classes of the data set. Errors as
+    `read_class_descriptions`.
     """
-    found = []
-    for prompts in sets:
-        per_class = [prompts.sentences(name) for name in class_names]
-        counts = sorted({len(lines) for lines in per_class})
-        if len(counts) > 1:
-            fewest = class_names[min(range(len(per_class)), key=lambda at: len(per_class[at]))]
-            raise UserError(
-                f"{prompts.source or prompts.name}: classes have {counts[0]} to {counts[-1]} "
-                f"{prompts.name} descriptions (the fewest: {fewest!r}): give every class as many "
-                "as the others"
-            )
-        rows = encoder.encode_text([text for lines in per_class for text in lines])
-        rows = rearrange(rows, "(c n) d -> c n d", n=counts[0])
-        found.append(description_embeddings(rows, normalise).cpu())
-    return found[0], found[1]
+    half = len(class_names) < len(all_names)
+    described = len(read_object(path, f"write {SHAPE}, every class once")) if half else 0
+    names = all_names if described > len(class_names) else class_names
+    return read_class_descriptions(path, names, encoder)
+
+
+def store_of_texts(workspace: Workspace, dataset: str, encoder: Encoder) -> Path | None:
+    """Return a store of a data set that keeps texts of this encoder; None if there is none."""
+    for path in workspace.stores(dataset):
+        try:
+            metadata = read_metadata(path)
+        except (UserError, WorkError):
+            continue
+        made = metadata.provenance.encoder_fingerprint
+        if metadata.schema.pooled and made == encoder.fingerprint:
+            return path
+    return None

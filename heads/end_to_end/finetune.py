@@ -429,9 +429,9 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
 
 
 def _keep_texts(plan: Plan) -> None:
-    """Keep the class texts that training begins with, for a run that continues."""
-    if plan.new_texts is not None:
-        plan.new_texts.write(plan.model.head.training_class_embeddings)
+    """Keep the texts that training begins with, for a run that continues."""
+    for place, embeddings in plan.new_texts:
+        place.write(embeddings)
 
 
 def _memory_left(plan: Plan, device: torch.device) -> int:

@@ -21,12 +21,15 @@ from featstore.files.key_lists import Excluded
 from featstore.files.machine import usable_cores
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
+from featstore.workspace import Workspace
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
 from heads.end_to_end.adapter_model import (
     adapter_head_config,
     guided_model,
+    read_guides,
     require_adapter_training,
+    store_of_texts,
 )
 from heads.end_to_end.chosen_videos import VideoChoice, choose_videos
 from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
@@ -97,8 +100,8 @@ class FinetuneRequest:
     prompt_set: str | PromptSet | None = None
     """Name, or file of templates or descriptions; None means that of `from_head`, else "mote28"."""
     guides: Path | None = None
-    """File of spatial and temporal descriptions of the classes, for a method that adapts both
-    towers; None means sentences made from the names of the classes."""
+    """File of class descriptions (`pipeline.descriptions`), for a method that adapts both towers;
+    None means templates."""
     exclude: Path | None = None
     """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
     choice: VideoChoice = field(default_factory=VideoChoice)
@@ -131,8 +134,8 @@ class Plan:
     eval_split: str | None
     excluded: Excluded | None
     settings: dict[str, Any]
-    new_texts: KeptTexts | None
-    """Where to keep the class texts that training begins with; None if they were read there."""
+    new_texts: tuple[tuple[KeptTexts, Tensor], ...]
+    """Texts that training begins with, [C,D] each, and where to keep those not read there."""
     precision: str
     shard: bool
 
@@ -195,6 +198,9 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     texts = KeptTexts(request.run_dir, encoder.fingerprint, sentences_hash)
     kept = texts.read(len(names), encoder.dim)
     classes = encoder.class_embeddings(names, prompt_set).cpu() if kept is None else kept
+    new_texts: tuple[tuple[KeptTexts, Tensor], ...] = (
+        () if kept is not None else ((texts, classes),)
+    )
     if begun is None:
         if chosen.pixels:
             wanted = pixel_head_config(wanted, config, encoder.image_tower)
@@ -310,12 +316,17 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if chosen.pixels:
         model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
     elif chosen.adapts:
-        model, said = guided_model(
-            *(encoder, head, logit_scale, names, prompt_set, request.guides),
+        guides, workspace = request.guides, Workspace(request.encoders_dir.parent)
+        model, said, more_texts = guided_model(
+            *(encoder, head, logit_scale, names, prompt_set),
+            None if guides is None else read_guides(guides, names, packed.class_names, encoder),
+            store=store_of_texts(workspace, dataset.name, encoder) if ranks.first else None,
+            run_dir=request.run_dir,
             precision=precision,
             **joined,
         )
         settings["data"] |= said
+        new_texts += more_texts
     else:
         model = EndToEndModel(*parts, **joined)
     model = model.to(ranks.device)
@@ -340,7 +351,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         eval_split=eval_split,
         excluded=excluded,
         settings=settings,
-        new_texts=None if kept is not None else texts,
+        new_texts=new_texts,
         precision=precision,
         shard=shard,
     )

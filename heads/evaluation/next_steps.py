@@ -31,7 +31,9 @@ from featstore.workspace import DATASET_FILE, FIRST_STAGE, Workspace, training_s
 from heads.evaluation.protocols.choose import PROTOCOLS, usual_protocol
 from heads.evaluation.wanted_store import extraction_for
 from heads.files.head_cards import HeadCard, cards, newest_card, read_card
+from heads.files.run_files import read_config
 from heads.methods.registry import MEAN_OF_FRAMES, method
+from heads.methods.registry import names as method_names
 from pipeline.annotations.known_sets import known_dataset
 
 _DEMO: Final = re.compile(r"demo-(clip|(known|new|finetuned)-[0-9-]+)")
@@ -161,8 +163,9 @@ def after_finetuning(
 ) -> dict[str, str]:
     """Return the commands after `finetune`, by name: `next` extracts with the tuned tower.
 
-    `then`, if a split was evaluated, tests head and tower on the store of `next`. For a head that
-    looks at pixels, `next` is the evaluation, which makes the features itself. `sentences` is the
+    `then`, if a split was evaluated, tests head and tower on the store of `next`, as the protocol
+    does that its training videos belong to (few-shot, base to novel). For a head that looks at
+    pixels, `next` is the evaluation, which makes the features itself. `sentences` is the
     prompt set or the file that the training was given.
     """
     workspace, card = Workspace(run_dir.parent.parent), read_card(run_dir)
@@ -178,10 +181,45 @@ def after_finetuning(
     described = {"descriptions": sentences} if own_words else {}
     steps = {"next": making.command(workspace.root, **described)}
     if eval_split is not None:
-        usual = eval_split == _default_test(_packed(workspace, dataset)[0])
-        split = None if usual else eval_split
-        steps["then"] = _eval_command(workspace, dataset, card, "closeset", split)
+        splits, names = _packed(workspace, dataset)
+        kind, compared = _protocol_of(run_dir, card, len(names))
+        usual = _default_test(splits)
+        if kind in ("fewshot", "base-to-novel") and "test1" in splits:
+            usual = "test1"
+        split = None if eval_split == usual and kind != "zeroshot" else eval_split
+        steps["then"] = _eval_command(workspace, dataset, card, kind, split, None, compared)
     return steps
+
+
+def _protocol_of(run_dir: Path, card: HeadCard, n_classes: int) -> tuple[str, int]:
+    """Return the protocol that a fine-tuned run belongs to, and the fewest classes it compares.
+
+    `n_classes` are those of the whole data set.
+    """
+    settings = read_config(run_dir) or {}
+    data = settings.get("data", {})
+    half, drawn = data.get("half", "all"), data.get("shots") is not None
+    drawn = drawn and settings.get("training", {}).get("save") != "best"  # reports the last epoch
+    novel = max(n_classes - card.n_classes, 0)
+    if half == "all":
+        return "fewshot" if drawn else "closeset", card.n_classes
+    if half == "base" and drawn:
+        return "base-to-novel", min(card.n_classes, novel)
+    return "zeroshot", n_classes
+
+
+def after_descriptions(
+    root: Path, dataset: str | None, file: Path, encoder: str | None = None
+) -> dict[str, str]:
+    """Return `next`, the training with a file of class descriptions of a data set, if it is known.
+
+    `encoder` is the CLIP whose text tower the file was checked with.
+    """
+    if dataset is None:
+        return {}
+    guided = next(name for name in method_names() if method(name).adapts)
+    named = {"dataset": dataset, "encoder": encoder, "method": guided}
+    return {"next": command("finetune", **named, guides=file, root=root)}
 
 
 def after_import(workspace: Workspace, run: str) -> str:

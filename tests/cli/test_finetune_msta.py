@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from heads import load_head
 from heads.methods.msta.official import read
 from heads.prediction.pixel_encoder import encoder_of_head
 from pipeline.clip_encoder import load_encoder
+from pipeline.extraction import description_texts
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, command_starter
 from tests.support.worlds.tiny_world import WORDS, make_viclip
@@ -215,6 +217,37 @@ def test_kill_9_changes_no_bit(
     assert same(left(root, "m"), left(trained, "m"))
 
 
+def descriptions_encoded(run: Any) -> int:
+    """How often the frozen text tower is asked for descriptions while `run` runs."""
+    asked = mock.Mock(wraps=description_texts._encoded)
+    with mock.patch.object(description_texts, "_encoded", asked):
+        run()
+    return asked.call_count
+
+
+def test_descriptions_are_encoded_once(
+    root: Path, recipe: Path, guides: Path, tmp_path: Path
+) -> None:
+    more = ("--guides", guides)
+    assert descriptions_encoded(lambda: done(*train(root, recipe, "m", *more))) == 2
+    for name in ("head.safetensors", "metrics.jsonl"):  # as if it had been stopped early
+        (root / "heads/m" / name).unlink()
+    resumed = train(root, recipe, "m", *more, "--resume")
+    assert descriptions_encoded(lambda: done(*resumed)) == 0
+    extract = ("extract", "--dataset", "clips", "--encoder", "tiny", "--sampling", "uniform:2")
+    store = Path(done(*extract, "--precision", "fp32", "--root", root)["store"])
+    assert descriptions_encoded(lambda: done(*train(root, recipe, "s", *more))) == 2
+    kept = {path.name for path in (store / "class_text").iterdir()}
+    assert {name.partition("-")[0] for name in kept} >= {"_spatial", "_temporal"}
+    assert descriptions_encoded(lambda: done(*train(root, recipe, "t", *more))) == 0
+    assert same(left(root, "s"), left(root, "t"))
+    assert same(left(root, "s"), left(root, "m"))
+    assert done("verify", store, "--root", root)["damaged"] == []
+    # The store has the sentences of all classes, of which half are trained.
+    half = train(root, recipe, "half", *more, "--classes", "base")
+    assert descriptions_encoded(lambda: done(*half)) == 0
+
+
 def test_two_processes_are_one_with_twice_the_batch(
     commands: Commands, root: Path, recipe: Path
 ) -> None:
@@ -233,7 +266,53 @@ def test_descriptions_change_what_is_learnt(
     result = mote(*train(root, recipe, "m"))
     assert result.code == 0, result.err
     assert "no descriptions are given" in result.err
+    made = tmp_path / "templates.json"
+    done("descriptions", "template", "--dataset", "clips", "-o", made, "--root", root)
+    done(*train(root, recipe, "t", "--guides", made))
+    assert same(left(root, "t"), left(root, "m"))
     assert difference(left(trained, "m")["head"], left(root, "m")["head"]) > 1e-6
+
+
+def test_few_shot_and_base_to_novel_report_the_last_epoch(
+    packed: Path, recipe: Path, guides: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(packed, root)
+    of_base = tmp_path / "base.json"
+    for name, more in {
+        "few": ("--shots", "1", "--guides", guides),
+        "base": ("--shots", "1", "--classes", "base", "--guides", guides),
+        "half": ("--shots", "1", "--classes", "base", "--guides", of_base),
+        "whole-half": ("--classes", "base"),
+    }.items():
+        summary = done(*train(root, recipe, name, *more))
+        if name == "half":  # a file of these classes is as good as one of all
+            assert same(left(root, "half"), left(root, "base"))
+            continue
+        run_printed(summary["next"])
+        value = run_printed(summary["then"])
+        if name == "whole-half":  # belongs to no protocol with a number of shots
+            assert " --zeroshot clips " in summary["then"]
+            assert value["n_evaluated"] == 6
+            continue
+        wanted = "--fewshot" if name == "few" else "--base-to-novel"
+        assert f" {wanted} clips " in summary["then"]
+        (run,) = value["runs"]
+        metrics = left(root, name)["metrics"]
+        found = [record["evaluation"]["top1"] for record in metrics]
+        assert (run["run"], run["shots"], run["best"]) == (name, 1, None)
+        assert (run["last"]["epoch"], run["last"]["epoch_choice"]) == (2, "last")
+        assert run["best_in_training"]["top1"] == max(found)
+        assert run["best_in_training"]["epoch_choice"] == "best on val"
+        if name == "few":
+            assert run["last"]["top1"] == pytest.approx(found[-1], abs=1e-6)
+        else:
+            assert [part["split"] for part in run["last"]["per_split"]] == ["base", "novel"]
+            assert [part["n_classes"] for part in run["last"]["per_split"]] == [3, 3]
+        if name == "base":
+            classes = load_head(root / "heads/base").origin.class_names  # type: ignore[union-attr]
+            every = json.loads(guides.read_text())
+            of_base.write_text(json.dumps({each: every[each] for each in classes or ()}))
 
 
 @pytest.mark.slow
@@ -314,16 +393,16 @@ GOOD = {name: {"spatial": ["a {}"], "temporal": ["b {}"]} for name in WORDS}
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([], "holds no object with class names"),
-        (GOOD | {"run": ["x"]}, "class 'run': it must have spatial and temporal sentences"),
-        (GOOD | {"run": {"spatial": [], "temporal": ["x"]}}, "spatial must be a list of sentences"),
-        (GOOD | {"run": {"spatial": ["x", " "], "temporal": ["x"]}}, "none of them empty"),
-        (GOOD | {"run": {"spatial": ["x", "y"], "temporal": ["x"]}}, "classes have 1 to 2 spatial"),
-        (GOOD | {"fly": GOOD["run"]}, "it has 'fly', which are no classes of the data set"),
-        ({k: v for k, v in GOOD.items() if k != "run"}, "it lacks 'run', 1 of 6 classes"),
+        ([], "holds no object with classes"),
+        (GOOD | {"run": ["x"]}, "class 'run': its value is of type list"),
+        (GOOD | {"run": {"spatial": [], "temporal": ["x"]}}, "spatial has 0 sentences"),
+        (GOOD | {"run": {"spatial": [" "], "temporal": ["x"]}}, "spatial sentence 1 is ' '"),
+        (GOOD | {"run": {"spatial": ["x", "y"], "temporal": ["x"]}}, "spatial has 2 sentences"),
+        (GOOD | {"fly": GOOD["run"]}, "class 'fly': it is no class of these"),
+        ({k: v for k, v in GOOD.items() if k != "run"}, "class 'run': it has no sentences"),
         (
             GOOD | {"run": {"spatial": ["word " * 90], "temporal": ["x"]}},
-            "has 90 tokens, the encoder",
+            "spatial sentence 1 has 90 tokens, tiny takes 75",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from heads import load_head
+from heads.evaluation.next_steps import after_finetuning
 from tests.support.processes.command_line import done, refused
 from tests.support.worlds.tuning import finetune, tuning_workspace
 
@@ -92,6 +94,22 @@ def test_base_to_novel_is_the_mean_of_the_runs(root: Path) -> None:
     bases = [run["last"]["per_split"][0]["top1"] for run in value["runs"]]
     assert value["base"] == statistics.fmean(bases)
     assert value["best"] is None
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("few", "--fewshot clips --head few"),
+        ("base-1", "--base-to-novel clips --head base-1"),
+        ("full", "--closeset clips --head full"),
+        ("best", "--closeset clips --head best"),  # few-shot reports the last epoch
+    ],
+)
+def test_the_printed_command_names_the_protocol(root: Path, run: str, words: str) -> None:
+    printed = after_finetuning(root / "heads" / run, "clips", "val", "name")["then"]
+    assert words in printed
+    value = done(*shlex.split(printed)[1:])
+    assert "runs" in value if run in ("few", "base-1") else value["n_evaluated"] == 6
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def check(
 
     Example: `mote-cli descriptions check mine.json --dataset my-clips`
     """
+    from heads.evaluation.next_steps import after_descriptions
     from pipeline.descriptions.check import check_descriptions
 
     names = _class_names(dataset, classes, root)
@@ -75,7 +76,8 @@ def check(
         folder = options.workspace(root).root / "encoders"
         tower = load_encoder(encoder, "fp32", encoders_dir=folder)
     checked = check_descriptions(file, names, tower)
-    report(json, checked.to_json(), _shown(checked))
+    use = {} if checked.wrong else after_descriptions(root, dataset, file, encoder)
+    report(json, checked.to_json() | use, [*_shown(checked), use])
     raise typer.Exit(int(bool(checked.wrong)))
 
 
@@ -107,6 +109,7 @@ def template(
     Example: `mote-cli descriptions template --dataset my-clips -o mine.json`
     """
     from featstore.files.durable import write_bytes
+    from heads.evaluation.next_steps import after_descriptions
     from pipeline.descriptions.wording import request_text, template_descriptions
 
     names = _class_names(dataset, classes, root)
@@ -119,9 +122,11 @@ def template(
         write_bytes(prompt, text.encode())
     asked = "ANSWER.json" if prompt is None else prompt.with_suffix(".json")
     follow = command(*("descriptions", "check", asked), dataset=dataset, classes=classes, root=root)
+    use = after_descriptions(root, dataset, out)
     facts = {
         "descriptions": f"{out}, {len(names)} classes with {made.per_class} spatial and "
         f"{made.per_class} temporal sentences each, from templates",
+        **use,
         "request": "below; save the answer and check it" if prompt is None else prompt,
         "then": follow,
     }
@@ -133,6 +138,7 @@ def template(
         "prompt": text,
         "prompt_file": None if prompt is None else str(prompt),
         "then": follow,
+        **use,
     }
     report(json, value, [facts, *([] if prompt is not None else text.rstrip().split("\n"))])
 

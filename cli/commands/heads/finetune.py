@@ -86,8 +86,8 @@ def finetune(
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help="Descriptions that msta holds the class texts near: {class: {spatial: [...], "
-            "temporal: [...]}}; default: made from the names.",
+            help="Descriptions that msta holds the class texts near, as `descriptions template` "
+            "and `descriptions check` have them; default: templates.",
         ),
     ] = None,
     epochs: options.Epochs = None,

@@ -16,16 +16,13 @@ if TYPE_CHECKING:
     from heads.methods.msta.head import MstaHead
     from heads.methods.msta.losses import MstaLosses as MstaLosses
     from heads.methods.msta.losses import consistency_loss as consistency_loss
-    from heads.methods.msta.losses import description_embeddings as description_embeddings
     from heads.methods.msta.losses import msta_losses as msta_losses
     from heads.methods.msta.towers import AdaptedTowers as AdaptedTowers
 
 _HOMES = {
     "Adapters": "adapter",
     "AdaptedTowers": "towers",
-    **dict.fromkeys(
-        ("MstaLosses", "consistency_loss", "description_embeddings", "msta_losses"), "losses"
-    ),
+    **dict.fromkeys(("MstaLosses", "consistency_loss", "msta_losses"), "losses"),
 }
 
 

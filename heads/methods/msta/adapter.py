@@ -74,10 +74,11 @@ class Adapters(nn.Module):
         `first` [B,T,1,d] are the class tokens, [B,1,1,d] where a clip has one; `patches`
         [B,T,P,d]. Both are as `text` takes them, and both have their shapes again.
         """
-        return (
-            self._in_video(block, first, self.config.conv_class_token),
-            self._in_video(block, patches, True),
-        )
+        return self.class_tokens(block, first), self._in_video(block, patches, True)
+
+    def class_tokens(self, block: int, first: Tensor) -> Tensor:
+        """Return what is added to the class tokens alone, as `video` does."""
+        return self._in_video(block, first, self.config.conv_class_token)
 
     def _in_video(self, block: int, tokens: Tensor, in_time: bool) -> Tensor:
         config = self.config

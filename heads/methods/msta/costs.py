@@ -27,7 +27,7 @@ class MstaCosts:
     adapters: int
     """Multiplications of the adapters."""
     block: int
-    """Multiplications of one block of the image tower."""
+    """Multiplications of the first block with an adapter."""
 
     @property
     def forward(self) -> int:
@@ -55,8 +55,13 @@ def msta_costs(config: MstaConfig, blocks: int, patch: int, image_size: int = 22
     patches = (image_size // patch) ** 2
     tokens = patches + 1
     block = frames * tokens * (12 * d * d + 2 * tokens * d)
+    # Of the last block the class token alone: the others give it their keys and values.
+    last = frames * (10 * d * d + tokens * (2 * d * d + 2 * d))
     below = frames * patches * 3 * patch**2 * d + (config.first - 1) * block
-    above = (blocks - config.first + 1) * block + frames * d * config.dim
-    one = frames * tokens * (2 * d * r + r * r)
-    one += 0 if config.form == "none" else frames * patches * KERNEL * d
-    return MstaCosts(config.parameters, below, above, len(config.layers) * one, block)
+    above = (blocks - config.first) * block + last + frames * d * config.dim
+    spatial, conv = frames * (2 * d * r + r * r), frames * patches * KERNEL * d
+    whole = len(config.layers) - (config.last == blocks)
+    adapters = whole * (tokens * spatial + (0 if config.form == "none" else conv))
+    adapters += spatial if config.last == blocks else 0
+    begun = last if config.first == blocks else block
+    return MstaCosts(config.parameters, below, above, adapters, begun)

@@ -1,6 +1,6 @@
 """The losses of MSTA: classification, and class texts that stay near descriptions.
 
-B = clips, C = classes, N = descriptions of a class, D = embedding width.
+B = clips, C = classes, D = embedding width.
 """
 
 from __future__ import annotations
@@ -32,16 +32,6 @@ def consistency_loss(class_embeddings: Tensor, spatial: Tensor, temporal: Tensor
     near = functional.cosine_similarity(class_embeddings, spatial, dim=-1)
     near = near + functional.cosine_similarity(class_embeddings, temporal, dim=-1)
     return (2 - near).mean()
-
-
-def description_embeddings(sentences: Tensor, normalise: bool = True) -> Tensor:
-    """Return the unit mean [C,D] of the embeddings of descriptions [C,N,D].
-
-    `normalise` scales every description to length 1 first.
-    """
-    if normalise:
-        sentences = functional.normalize(sentences, dim=-1)
-    return functional.normalize(sentences.mean(1), dim=-1)
 
 
 def msta_losses(

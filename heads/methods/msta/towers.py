@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from einops import rearrange
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from featstore.errors import UserError
@@ -99,6 +99,9 @@ class AdaptedTowers(nn.Module):
             self._dtype
         )
         for number, block in enumerate(self._blocks[self.config.first - 1 :], self.config.first):
+            if number == len(self._blocks) and self._reads_class_tokens_only(block):
+                tokens = self._class_tokens_after(number, tokens, clips)
+                break
             output = block(tokens)
             if number in self.adapters:
                 read = block.ln_1(tokens) if self.config.norm else tokens
@@ -108,6 +111,32 @@ class AdaptedTowers(nn.Module):
             return cast(Tensor, self._visual.ln_post(tokens[:, 0]) @ self._visual.proj)
         pooled = self._visual._pool(tokens)[0] @ self._visual.proj
         return cast(Tensor, rearrange(pooled, "(b t) d -> b t d", b=clips).mean(1))
+
+    def _reads_class_tokens_only(self, last: nn.Module) -> bool:
+        """Return whether the tower's embedding comes from the class tokens of its last block."""
+        pools = self.joint or self._visual.pool_type == "tok"
+        return pools and type(last) is ResidualAttentionBlock
+
+    def _class_tokens_after(self, number: int, tokens: Tensor, clips: int) -> Tensor:
+        """Return the class tokens [N,1,d] that block `number` and its adapter make of [N,M,d].
+
+        The other tokens are only looked at: what they would become is not computed.
+        """
+        block, config = cast(Any, self._blocks[number - 1]), self.config
+        read = block.ln_1(tokens)
+        output = tokens[:, :1] + block.ls_1(block.attention(read[:, :1], read, read))
+        output = output + block.ls_2(block.mlp(block.ln_2(output)))
+        if number not in self.adapters:
+            return cast(Tensor, output)
+        taken = (read if config.norm else tokens)[:, :1]
+        taken = rearrange(taken, "(b t) m d -> b t m d", b=clips)
+        added = rearrange(self.adapters.class_tokens(number, taken), "b t m d -> (b t) m d")
+        if torch.is_grad_enabled() and config.form != "none" and not config.conv_class_token:
+            # Its convolution changes patches only. Optimisers and processes that train together
+            # expect a gradient of every parameter, which here is 0.
+            unread = self.adapters.temporal_adapter[str(number)].parameters()
+            added = added + 0.0 * sum(p.sum() for p in unread)
+        return cast(Tensor, output + added)
 
     def _added(self, number: int, read: Tensor, clips: int, frames: int) -> Tensor:
         """Return what the adapter of a block adds to its tokens, in their layout."""

@@ -34,10 +34,11 @@ def model_of(
     config = adapter_head_config(MstaConfig(dim=32, **given), FinetuneConfig(frames=4), encoder)
     classes = torch.zeros(len(WORDS), 32)
     head = build_head(config, classes, generator=torch.Generator().manual_seed(0))
-    named = WORDS, as_prompt_set(prompts), None
+    named = WORDS, as_prompt_set(prompts)
     scale = torch.tensor(4.6)
-    model, _ = guided_model(encoder, head, scale, *named, checkpointing=checkpointing)
-    return model.train(), encoder  # type: ignore[return-value]
+    model = guided_model(encoder, head, scale, *named, checkpointing=checkpointing).model
+    model.train()
+    return model, encoder
 
 
 def step(model: AdapterModel) -> tuple[list[float], dict[str, torch.Tensor]]:
