@@ -24,14 +24,14 @@ _CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what a pickle wants to ca
 def load_weight_file(path: Path, example: str) -> Mapping[str, Any]:
     """Load a dictionary written by `torch.save`; UserError if it is damaged, holds code or is none.
 
-    A file that ends in .safetensors gives its tensors and, under `CARD`, what mote wrote of them.
-    Tensors are memory-mapped: unused ones, such as the optimiser's state, cost nothing. `example`
-    is the name of a right file, for messages.
+    A file in the format of safetensors, whatever its name, gives its tensors and, under `CARD`, what
+    mote wrote of them. Tensors are memory-mapped: unused ones, such as the optimiser's state, cost
+    nothing. `example` is the name of a right file, for messages.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {what}: name a checkpoint file, such as {example}")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _begins_as_safetensors(path):
         return _safetensors(path)
     is_zip = zipfile.is_zipfile(path)
     try:
@@ -50,6 +50,13 @@ def load_weight_file(path: Path, example: str) -> Mapping[str, Any]:
             f"released code, such as {example}"
         )
     return content
+
+
+def _begins_as_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a header that fits into it, and its first brace."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size
 
 
 def _safetensors(path: Path) -> Mapping[str, Any]:

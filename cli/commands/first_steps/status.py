@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cli import options
 from cli.output import percent, report
+from featstore.errors import counted
 from featstore.files.disk import in_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _store_facts(store: HeldStore) -> tuple[str | None, ...]:
         f"{store.dataset}/{store.name}, {done}, {in_bytes(store.bytes)}",
         ", ".join(filter(None, (made.encoder, made.sampling, made.split, tier, stored))),
         f"{store.rows_ok + store.rows_failed} rows, {store.rows_failed} failed; "
-        f"{schema.views} views of {schema.frames} frames",
+        f"{counted(schema.views, 'view')} of {counted(schema.frames, 'frame')}",
         store.busy and f"in use by {store.busy}",
     )
 

@@ -31,10 +31,11 @@ class MstaConfig(MethodConfig):
     dim: int = field(metadata={"range": (1, 65536)})
     """D, the embedding width of the encoder."""
     kind: str = "msta"
-    first: int = within(8, 1, 1024)
-    """The first block of both towers with an adapter, counted from 1."""
-    last: int = within(12, 1, 1024)
-    """The last one."""
+    first: int = within(8, 0, 1024)
+    """The first block of both towers with an adapter, counted from 1; 0: four before the last, or
+    as many as there are."""
+    last: int = within(12, 0, 1024)
+    """The last one; 0: the last that both towers have."""
     width: int = within(128, 1, 65536)
     """r, the width inside an adapter."""
     scale: float = within(0.005, 0, 1000)
@@ -75,7 +76,7 @@ class MstaConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.last < self.first:
+        if self.last and self.last < self.first:
             raise UserError(
                 f"adapters from block {self.first} to {self.last} are none: last must not be "
                 "before first"
@@ -116,7 +117,7 @@ class MstaConfig(MethodConfig):
     def for_towers(
         self, visual_width: int, text_width: int, dim: int, visual_blocks: int, text_blocks: int
     ) -> MstaConfig:
-        """Return this configuration for two towers, with their widths set.
+        """Return this configuration for two towers, with their widths and its blocks set.
 
         Raises UserError if the towers have other sizes than are set, or lack a block that is to get
         an adapter.
@@ -136,4 +137,6 @@ class MstaConfig(MethodConfig):
                     f"blocks, 1 to {blocks}, and both towers share adapters; set first and last in "
                     f"[head] of a recipe, up to {min(visual_blocks, text_blocks)}"
                 )
-        return replace(self, **found)
+        last = self.last or min(visual_blocks, text_blocks)
+        first = self.first or max(1, last - 4)
+        return replace(self, first=first, last=last, **found)

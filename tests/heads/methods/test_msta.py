@@ -66,6 +66,18 @@ def frames_for(clips: int = 2, seed: int = 0) -> Tensor:
     return torch.randn(clips, 4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize(
+    ("given", "blocks", "found"),
+    [((0, 0), (12, 12), (8, 12)), ((0, 0), (24, 12), (8, 12)), ((0, 0), (3, 2), (1, 2)),
+     ((0, 4), (12, 12), (1, 4)), ((7, 0), (12, 12), (7, 12)), ((2, 3), (12, 12), (2, 3))],
+)  # fmt: skip
+def test_blocks_that_nobody_names_are_the_last_five_of_both_towers(
+    given: tuple[int, int], blocks: tuple[int, int], found: tuple[int, int]
+) -> None:
+    made = MstaConfig(dim=32, first=given[0], last=given[1]).for_towers(64, 32, 32, *blocks)
+    assert (made.first, made.last) == found
+
+
 @pytest.mark.parametrize("form", ["a", "b"])
 @pytest.mark.parametrize(("first", "width", "count"), [(8, 128, 1_744_000), (1, 256, 8_712_192)])
 def test_the_parameters_are_those_that_are_published(
