@@ -19,7 +19,6 @@ import torch
 from featstore.files.machine import peak_rss_mb, return_large_blocks
 from heads import build_head
 from heads.end_to_end.adapter_model import AdapterModel, adapter_head_config, guided_model
-from heads.methods.msta import msta_losses
 from heads.recipes import load_recipe
 from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import load_encoder
@@ -51,20 +50,13 @@ def seconds_of(kind: str, batch: int, quick: bool, steps: int) -> list[float]:
     if kind == "memory":
         batch = 2 * batch if quick else BATCH
     frames = torch.randn(batch, 8, 3, *model.towers.image_size)
-    tokens = model.towers.tokens_before(frames) if kind == "tokens" else None
+    given = model.towers.tokens_before(frames) if kind == "tokens" else frames
     labels, classes = torch.arange(batch) % CLASSES, model.head.training_class_embeddings
     optimizer = build_optimizer(model.head, [], load_recipe("msta-few-shot").finetune_config())
     times = []
     for _ in range(steps + 1):
         began = time.perf_counter()
-        if tokens is None:
-            loss = model.training_loss(frames, labels, classes, None).total
-        else:
-            video = model.towers.video_features_from(tokens)
-            described = model.get_buffer("_spatial"), model.get_buffer("_temporal")
-            texts, scale = model.class_embeddings(classes), model.logit_scale.exp()
-            losses = msta_losses(model.towers.config, video, labels, texts, described, scale)
-            loss = losses.total
+        loss = model.training_loss(given, labels, classes, None).total
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,7 @@
 """Adapters on both towers of a frozen CLIP or ViCLIP, trained on their own: MSTA.
 
-B = clips, T = frames, s = input size of the tower, n = sentences, L = tokens of a sentence, D =
-embedding width, C = classes.
+B = clips, T = frames, s = input size of the tower, M = tokens of a frame, d = width of the image
+tower, n = sentences, L = tokens of a sentence, D = embedding width, C = classes.
 """
 
 from __future__ import annotations
@@ -112,12 +112,16 @@ class AdapterModel(EndToEndModel):
         return functional.normalize(torch.stack(means), dim=-1)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Return the clips' embeddings [B,1,D] of frames [B,T,3,s,s], not normalised."""
+        """Return the clips' embeddings [B,1,D] of frames [B,T,3,s,s], not normalised.
+
+        Instead of frames everywhere the tokens [B,T,M,d] may stand that the block below the first
+        adapter makes of them (`AdaptedTowers.tokens_before`).
+        """
         self._check_frames(frames)
         again, embed = self._recomputes and torch.is_grad_enabled(), self.towers.video_features_from
         found = []
         for clips in torch.split(frames, CLIPS_AT_ONCE):
-            tokens = self.towers.tokens_before(clips)
+            tokens = clips if frames.ndim == 4 else self.towers.tokens_before(clips)
             found.append(checkpoint(embed, tokens, use_reentrant=False) if again else embed(tokens))
         return torch.cat(found)[:, None]
 
@@ -163,6 +167,15 @@ class AdapterModel(EndToEndModel):
         config, device = self.towers.config, self.logit_scale.device
         clip = torch.zeros(1, config.frames, 3, *self.towers.image_size, device=device)
         return self._kept(clip) // config.frames
+
+    def _check_frames(self, frames: Tensor) -> None:
+        if frames.ndim != 4:
+            super()._check_frames(frames)
+            return
+        fits = not self.towers.joint and frames.shape[3] == self.towers.config.visual_width
+        if not fits or 0 in frames.shape or not frames.is_floating_point():
+            raise ValueError(f"{frames.dtype} {list(frames.shape)} are no tokens of this tower")
+        self.head.require_frames(frames.shape[1])
 
     def tower_parameters(self) -> list[nn.Parameter]:
         """Return nothing: towers and logit scale stay as they are."""

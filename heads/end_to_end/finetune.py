@@ -112,6 +112,8 @@ class FinetuneSummary(Outcome):
     """What `top1` and `best_top1` are: "top1", or "mAP" where a video may show several classes."""
     excluded: Excluded | None
     """The videos that a list left out."""
+    tokens: str
+    """Name of the store of tokens that stood for the training videos, "" for the videos."""
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -376,6 +378,7 @@ def _summary(
         loss=metrics[-1]["loss"],
         published_epoch=published,
         excluded=plan.excluded,
+        tokens="" if plan.tokens is None else plan.tokens.path.name,
         measure="mAP" if plan.dataset.multi_label else "top1",
         top1=measured.get(published),
         best_epoch=best,
@@ -420,6 +423,8 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
         *(plan.precision, ranks.device.type),
     )
+    if plan.tokens is not None:
+        log.info("clips are read from %s: no video is decoded", plan.tokens.path.name)
     if model.texts is not None:
         if not config.checkpointing:
             model.texts.keep_within(_memory_left(plan, ranks.device))

@@ -21,6 +21,7 @@ from featstore.files.key_lists import Excluded
 from featstore.files.machine import usable_cores
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
+from featstore.reading.store import Store
 from featstore.workspace import Workspace
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
@@ -33,6 +34,7 @@ from heads.end_to_end.adapter_model import (
 )
 from heads.end_to_end.chosen_videos import VideoChoice, choose_videos
 from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
+from heads.end_to_end.kept_tokens import kept_tokens
 from heads.end_to_end.model import EndToEndModel
 from heads.end_to_end.pixel_model import (
     PixelHeadModel,
@@ -49,6 +51,7 @@ from heads.files.head_file import head_fingerprint, joint_fingerprint, load_head
 from heads.files.imported_run import require_class_names
 from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head, build_head
+from heads.methods.msta.config import MstaConfig
 from heads.methods.registry import Method, method
 from heads.methods.settings import HeadOrigin, MethodConfig
 from heads.methods.text_classifier import class_cosines, video_embeddings
@@ -71,6 +74,7 @@ from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.video_clips.float_clips import FloatClipStream, FloatEvaluationClips, mirrored
 from pipeline.video_clips.order import listed_clips
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
+from pipeline.video_clips.token_clips import TokenEvaluationClips, TokenStream
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +106,8 @@ class FinetuneRequest:
     guides: Path | None = None
     """File of class descriptions (`pipeline.descriptions`), for a method that adapts both towers;
     None means templates."""
+    tokens: bool = False
+    """Whether what lies below the adapters of such a method is read from a store of tokens."""
     exclude: Path | None = None
     """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
     choice: VideoChoice = field(default_factory=VideoChoice)
@@ -130,6 +136,8 @@ class Plan:
     clips: ClipStream
     balance: Balance | None
     """None if no training video can be decoded."""
+    tokens: Store | None
+    """The store of tokens that clips are read from; None for videos."""
     evaluation: EvaluationClips | None
     eval_split: str | None
     excluded: Excluded | None
@@ -142,7 +150,7 @@ class Plan:
 
 def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     """Load and check everything; an error may occur on some processes only."""
-    config = request.config
+    config, workspace = request.config, Workspace(request.encoders_dir.parent)
     dataset = load_dataset(request.dataset_dir)
     if not dataset.class_names:
         raise no_labels(dataset.name)
@@ -174,7 +182,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             f"{asked}, or without one"
         )
     named = {"dataset": dataset.name, "head": chosen.name}
-    on_features = command("train-head", **named, root=request.encoders_dir.parent)
+    on_features = command("train-head", **named, root=workspace.root)
     chosen.require(
         "trained end to end",
         chosen.end_to_end,
@@ -187,6 +195,8 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         )
     if request.guides is not None and not chosen.adapts:
         raise UserError(f"--guides are for --method msta, not for {chosen.title}: leave them out")
+    if request.tokens and not chosen.adapts:
+        raise UserError(f"--tokens is for --method msta, not for {chosen.title}: leave it out")
     prompt_set = _prompt_set(request, begun, chosen.prompts or DEFAULT_PROMPTS)
     if chosen.pixels and not prompt_set.templates:
         raise UserError(
@@ -246,9 +256,15 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "augment": config.augment,
         "balanced": bool(config.class_sampling),
     }
+    tokens = None
+    if request.tokens:
+        adapters = cast(MstaConfig, head.config)
+        tokens = kept_tokens(workspace, packed, spec, encoder, adapters, config, split)
     if chosen.pixels:
         mirrors = mirrored(config.mirror, dataset.class_names)
         clips: ClipStream = FloatClipStream(packed, **mirrors, **drawn)
+    elif tokens is not None:
+        clips = TokenStream(packed, store=tokens, **drawn)
     else:
         clips = ClipStream(packed, **drawn)
     balance, weights = None, None
@@ -257,11 +273,13 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         balance = check_balance(dataset.class_names, clips.labels, balanced=evenly)
         weights = class_weights(config.class_weights, clips.labels, dataset.class_names)
     head.class_weights = weights
-    evaluation = None
+    evaluation: EvaluationClips | None = None
     if eval_split is not None and config.evaluate_every:
-        evaluation = (FloatEvaluationClips if chosen.pixels else EvaluationClips)(
-            packed, split=eval_split, **shared
-        )
+        kind = FloatEvaluationClips if chosen.pixels else EvaluationClips
+        if tokens is not None and tokens.provenance.split in ("", eval_split):
+            evaluation = TokenEvaluationClips(packed, store=tokens, split=eval_split, **shared)
+        else:
+            evaluation = kind(packed, split=eval_split, **shared)
     made = encoder.preprocessing
     origin = HeadOrigin(
         dataset=dataset.name,
@@ -295,6 +313,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
             "prompts_hash": sentences_hash,
             "decoder": clips.decoder_name,
             **({"multi_label": True} if dataset.multi_label else {}),
+            **({} if tokens is None else {"tokens": _made_as(tokens)}),
             **request.choice.to_json(),
             **({} if weights is None else {"class_weights": list(map(str, weights.tolist()))}),
         },
@@ -316,7 +335,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if chosen.pixels:
         model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
     elif chosen.adapts:
-        guides, workspace = request.guides, Workspace(request.encoders_dir.parent)
+        guides = request.guides
         model, said, more_texts = guided_model(
             *(encoder, head, logit_scale, names, prompt_set),
             None if guides is None else read_guides(guides, names, packed.class_names, encoder),
@@ -346,6 +365,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         origin=origin,
         clip_shape=(config.frames, 3, *encoder.preprocessing.size),
         clips=clips,
+        tokens=tokens,
         balance=balance,
         evaluation=evaluation,
         eval_split=eval_split,
@@ -355,6 +375,11 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         precision=precision,
         shard=shard,
     )
+
+
+def _made_as(tokens: Store) -> str:
+    """Return what a run records of the tokens that it reads."""
+    return f"{tokens.tier} in {tokens.provenance.precision}"
 
 
 def _words(split: str | None, chosen: str, excluded: Excluded | None) -> str:

@@ -116,7 +116,7 @@ class ClipLoader:
             workers = max(workers, 2 * decoder.batch_videos)
         self._decoder, self._workers = decoder, workers
         self.decoder_name = decoder.name
-        self._shape = (frames, 3, *preprocessing.size)
+        self._shape: tuple[int, ...] = (frames, 3, *preprocessing.size)
         bytes_of_batch = batch_size * 4 * math.prod(self._shape)
         self._ahead = min(BATCHES_AHEAD, max(1, AHEAD_BYTES // bytes_of_batch))
 

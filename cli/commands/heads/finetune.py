@@ -90,6 +90,14 @@ def finetune(
             "and `descriptions check` have them; default: templates.",
         ),
     ] = None,
+    tokens: Annotated[
+        bool,
+        typer.Option(
+            "--tokens",
+            help="Read what lies below the adapters of msta from a store (extract --tier tokens:K) "
+            "instead of videos; needs --no-augment.",
+        ),
+    ] = False,
     epochs: options.Epochs = None,
     warmup_epochs: options.WarmupEpochs = None,
     batch_size: Annotated[
@@ -274,6 +282,7 @@ def finetune(
                     eval_split=eval_split,
                     prompt_set=prompts,
                     guides=guides,
+                    tokens=tokens,
                     exclude=exclude,
                     choice=choice,
                     method=method or settings.beside_tower,
@@ -341,6 +350,7 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
         "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
         f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
         f"{summary.batch_size})",
+        **({"tokens": f"from {summary.tokens}"} if summary.tokens else {}),
         **({} if summary.excluded is None else {"excluded": summary.excluded.words}),
         **({"classes": Balance(**found).words} if (found := summary.class_balance) else {}),
         "loss": f"{summary.loss:.4f} after {summary.epochs} epochs",

@@ -15,7 +15,7 @@ from heads.end_to_end.config import FinetuneConfig
 from heads.methods.msta.config import MstaConfig
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.prompts import as_prompt_set
-from tests.support.worlds.tiny_world import WORDS, make_encoder
+from tests.support.worlds.tiny_world import CLIP, WORDS, make_encoder
 
 FRAMES = torch.randn(5, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 5, 1, 3])
@@ -104,3 +104,19 @@ def test_steps_lower_the_loss_and_draw_texts_near_descriptions(folder: Path) -> 
         found.append(losses)
     assert found[-1][0] < found[0][0]
     assert found[-1][2] < found[0][2]
+
+
+def test_a_step_from_tokens_is_the_step_from_pixels(tmp_path: Path) -> None:
+    folder = make_encoder(tmp_path / "clip", text_cfg={**CLIP["text_cfg"], "layers": 2})
+    model, _ = model_of(folder, first=2, last=2)
+    pixels, gradients = step(model)
+    model.zero_grad()
+    kept = model.towers.tokens_before(FRAMES)
+    losses = model.training_loss(kept, LABELS, torch.zeros(len(WORDS), 32), None)
+    losses.total.backward()
+    assert [float(value.detach()) for value in losses] == pixels
+    for name, value in gradients.items():
+        assert torch.equal(value, model.get_parameter(name).grad), name  # type: ignore[arg-type]
+    for wrong in (kept[..., :16], kept[:0], kept.long(), kept[:, :, 0, :, None, None]):
+        with pytest.raises(ValueError, match=r"tokens|frames"):
+            model.encode(wrong)
