@@ -24,9 +24,9 @@ _CODE = re.compile(r"GLOBAL (\S+)")  # how torch names what a pickle wants to ca
 def load_weight_file(path: Path, example: str) -> Mapping[str, Any]:
     """Load a dictionary written by `torch.save`; UserError if it is damaged, holds code or is none.
 
-    A file in the format of safetensors, whatever its name, gives its tensors and, under `CARD`, what
-    mote wrote of them. Tensors are memory-mapped: unused ones, such as the optimiser's state, cost
-    nothing. `example` is the name of a right file, for messages.
+    A file in the format of safetensors, whatever its name, gives its tensors and, under `CARD`,
+    what mote wrote of them. Tensors are memory-mapped: unused ones, such as the optimiser's state,
+    cost nothing. `example` is the name of a right file, for messages.
     """
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
