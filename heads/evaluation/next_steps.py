@@ -213,10 +213,13 @@ def after_descriptions(
 ) -> dict[str, str]:
     """Return `next`, the training with a file of class descriptions of a data set, if it is known.
 
-    `encoder` is the CLIP whose text tower the file was checked with.
+    `encoder` is the CLIP whose text tower the file was checked with; None: the one that the
+    workspace begins with.
     """
     if dataset is None:
         return {}
+    likely = encoder or first_extraction(Workspace(root), dataset).encoder or DEFAULT_ENCODER
+    encoder = None if likely.startswith((DEFAULT_ENCODER, ADAPTED_BY)) else likely
     guided = next(name for name in method_names() if method(name).adapts)
     named = {"dataset": dataset, "encoder": encoder, "method": guided}
     return {"next": command("finetune", **named, guides=file, root=root)}
