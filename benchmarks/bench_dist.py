@@ -19,7 +19,7 @@ import torch
 from featstore.files.machine import peak_rss_mb, return_large_blocks
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
 from heads.end_to_end import EndToEndModel
-from heads.end_to_end.pixel_model import PixelHeadModel, pixel_head_config, tower_precision
+from heads.end_to_end.models.pixel_model import PixelHeadModel, pixel_head_config, tower_precision
 from heads.methods.dist import DistModel
 from heads.methods.dist.config import DistConfig
 from heads.recipes import load_recipe

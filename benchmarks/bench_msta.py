@@ -18,7 +18,7 @@ import torch
 
 from featstore.files.machine import peak_rss_mb, return_large_blocks
 from heads import build_head
-from heads.end_to_end.adapter_model import AdapterModel, adapter_head_config, guided_model
+from heads.end_to_end.models.adapter_model import AdapterModel, adapter_head_config, guided_model
 from heads.recipes import load_recipe
 from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import load_encoder

@@ -22,7 +22,7 @@ from featstore.files.machine import peak_rss_mb, return_large_blocks
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
 from heads.end_to_end import EndToEndModel, trained_texts
 from heads.end_to_end.config import BOTH_TOWERS
-from heads.end_to_end.trained_texts import TrainedTexts
+from heads.end_to_end.models.trained_texts import TrainedTexts
 from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import Encoder, load_encoder
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from heads.end_to_end.model import EndToEndModel, TrainingStep
+    from heads.end_to_end.models.end_to_end_model import EndToEndModel, TrainingStep
 
 __all__ = ["EndToEndModel", "TrainingStep"]
 
@@ -17,6 +17,6 @@ __all__ = ["EndToEndModel", "TrainingStep"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from heads.end_to_end import model  # torch, which the recipes do without
+    from heads.end_to_end.models import end_to_end_model  # torch, which the recipes do without
 
-    return getattr(model, name)
+    return getattr(end_to_end_model, name)

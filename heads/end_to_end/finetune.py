@@ -22,7 +22,7 @@ from featstore.files.locks import exclusive
 from featstore.files.machine import available_memory, peak_rss_mb, return_large_blocks
 from featstore.progress import Outcome, ProgressSink, no_progress
 from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
-from heads.end_to_end.model import EndToEndModel, TrainingStep
+from heads.end_to_end.models.end_to_end_model import EndToEndModel, TrainingStep
 from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan, processes_here
 from heads.end_to_end.publish import publish
 from heads.end_to_end.run_folder import (

@@ -25,27 +25,27 @@ from featstore.reading.store import Store
 from featstore.workspace import Workspace
 from heads.arithmetic import resolve_training_precision
 from heads.compatibility import check_encoder
-from heads.end_to_end.adapter_model import (
+from heads.end_to_end.chosen_videos import VideoChoice, choose_videos
+from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
+from heads.end_to_end.kept_tokens import kept_tokens
+from heads.end_to_end.models.adapter_model import (
     adapter_head_config,
     guided_model,
     read_guides,
     require_adapter_training,
     store_of_texts,
 )
-from heads.end_to_end.chosen_videos import VideoChoice, choose_videos
-from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
-from heads.end_to_end.kept_tokens import kept_tokens
-from heads.end_to_end.model import EndToEndModel
-from heads.end_to_end.pixel_model import (
+from heads.end_to_end.models.end_to_end_model import EndToEndModel
+from heads.end_to_end.models.pixel_model import (
     PixelHeadModel,
     pixel_head_config,
     require_pixel_training,
     tower_precision,
 )
+from heads.end_to_end.models.trained_parts import trained_blocks
+from heads.end_to_end.models.trained_texts import TrainedTexts
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.sharding import sharded
-from heads.end_to_end.trained_parts import trained_blocks
-from heads.end_to_end.trained_texts import TrainedTexts
 from heads.end_to_end.validate import validation_split
 from heads.files.head_file import head_fingerprint, joint_fingerprint, load_head
 from heads.files.imported_run import require_class_names

@@ -21,7 +21,7 @@ from torch import Tensor
 from featstore.commands import ADAPTED_BY
 from featstore.errors import UserError, WorkError
 from featstore.files.durable import durable_path, new_folders
-from heads.end_to_end.model import EndToEndModel
+from heads.end_to_end.models.end_to_end_model import EndToEndModel
 from heads.files.head_file import joint_fingerprint, save_head, save_tensors
 from heads.files.run_files import HEAD_FILE, TOWER_FILE
 from heads.methods.registry import method

@@ -9,8 +9,8 @@ from typing import Final
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from heads.end_to_end.model import TrainingStep
-from heads.end_to_end.trained_parts import trained_blocks
+from heads.end_to_end.models.end_to_end_model import TrainingStep
+from heads.end_to_end.models.trained_parts import trained_blocks
 from heads.training.ranks import Ranks
 
 SHARDED_FROM: Final = 200_000_000

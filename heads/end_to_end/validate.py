@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heads.end_to_end.model import EndToEndModel
+from heads.end_to_end.models.end_to_end_model import EndToEndModel
 from heads.scoring import TOP_K
 from heads.scoring.average_precision import mean_average_precision
 from heads.scoring.scores import fuse_views

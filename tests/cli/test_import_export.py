@@ -330,7 +330,7 @@ def test_an_import_that_is_cut_short_leaves_nothing(
         raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr("heads.end_to_end.import_checkpoint.save_head", fail)
+        patched.setattr("heads.checkpoints.import_checkpoint.save_head", fail)
         result = mote(*arguments, "--root", root)
     assert result.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
     assert folders(root) == set()

@@ -83,7 +83,7 @@ def import_checkpoint(
 
     Example: `mote-cli import-checkpoint mote.pt --name b16 --class-names k400.csv`
     """
-    from heads.end_to_end.import_checkpoint import import_checkpoint as run
+    from heads.checkpoints.import_checkpoint import import_checkpoint as run
     from heads.evaluation.next_steps import after_import
 
     workspace = options.workspace(root)

@@ -16,8 +16,8 @@ from featstore.errors import UserError, WorkError
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.finetune import end_to_end_trainer
+from heads.end_to_end.models.trained_texts import TrainedTexts
 from heads.end_to_end.sharding import sharded
-from heads.end_to_end.trained_texts import TrainedTexts
 from heads.files.run_files import BEST_FILE
 from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig

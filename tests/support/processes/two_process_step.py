@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from heads.end_to_end import EndToEndModel, TrainingStep
+from heads.end_to_end.models.trained_parts import trained_blocks
 from heads.end_to_end.sharding import spread
-from heads.end_to_end.trained_parts import trained_blocks
 from heads.training.ranks import Ranks
 from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model
 

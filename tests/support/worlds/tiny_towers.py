@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import BOTH_TOWERS
-from heads.end_to_end.trained_texts import TrainedTexts
+from heads.end_to_end.models.trained_texts import TrainedTexts
 from heads.methods.head import build_head
 from heads.methods.mote.config import HeadConfig
 from heads.methods.mote.routing import RoutingDraw

@@ -16,7 +16,7 @@ from torch.nn import functional
 from featstore.errors import UserError
 from heads.arithmetic import resolve_precision
 from heads.end_to_end.config import FinetuneConfig
-from heads.end_to_end.model import EndToEndModel, check_labels
+from heads.end_to_end.models.end_to_end_model import EndToEndModel, check_labels
 from heads.methods.dist.config import DistConfig
 from heads.methods.dist.head import DistHead
 from heads.methods.dist.model import DistModel, for_tower

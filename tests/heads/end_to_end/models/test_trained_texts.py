@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heads.end_to_end import EndToEndModel
-from heads.end_to_end.trained_texts import TrainedTexts, bytes_kept
+from heads.end_to_end.models.trained_texts import TrainedTexts, bytes_kept
 from heads.end_to_end.validate import validate
 from heads.training.config import TrainConfig
 from heads.training.ranks import Ranks

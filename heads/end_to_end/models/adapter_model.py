@@ -22,7 +22,7 @@ from featstore.format.class_texts import guiding_name
 from featstore.format.metadata import read_metadata
 from featstore.workspace import Workspace
 from heads.end_to_end.config import FinetuneConfig
-from heads.end_to_end.model import EndToEndModel, check_labels
+from heads.end_to_end.models.end_to_end_model import EndToEndModel, check_labels
 from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head
 from heads.methods.msta.config import MstaConfig

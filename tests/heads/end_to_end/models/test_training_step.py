@@ -14,7 +14,7 @@ from heads.end_to_end import TrainingStep
 from tests.support.processes.two_process_step import CASES
 from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def test_every_term_is_weighted() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from featstore.errors import UserError
 from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
-from heads.end_to_end.trained_parts import checkpoint_gradients, freeze_all_but
-from heads.end_to_end.trained_texts import TrainedTexts, bytes_kept
+from heads.end_to_end.models.trained_parts import checkpoint_gradients, freeze_all_but
+from heads.end_to_end.models.trained_texts import TrainedTexts, bytes_kept
 from heads.methods.head import Head
 from heads.training.config import TrainConfig
 from pipeline.clip_encoder import image_embeddings
@@ -40,7 +40,7 @@ class EndToEndModel(nn.Module):
 
     `logit_scale` is CLIP's multiplier as a number, or its natural logarithm as a tensor. `train` is
     "tower" (everything), "head" (tower frozen; head and logit scale trained), "tower-last-N"
-    (`heads.end_to_end.trained_parts`), or "both-towers", for which `texts` has the text tower; else
+    (`trained_parts` in this folder), or "both-towers", for which `texts` has the text tower; else
     the class texts are fixed. `checkpointing` trades time for memory in the towers.
 
     Raises UserError if tower and head have different widths, and if the tower does not support

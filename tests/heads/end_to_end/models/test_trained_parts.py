@@ -11,7 +11,7 @@ from torch import Tensor
 from featstore.errors import UserError
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
-from heads.end_to_end.trained_parts import trained_blocks
+from heads.end_to_end.models.trained_parts import trained_blocks
 from heads.training.config import TrainConfig
 from heads.training.schedule import build_optimizer
 from tests.support.worlds.tiny_towers import DRAW, class_embeddings, clips, tiny_model, tiny_tower

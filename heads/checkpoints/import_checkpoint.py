@@ -16,8 +16,8 @@ from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.progress import ProgressSink, no_progress
 from featstore.workspace import Workspace
 from heads.arithmetic import resolve_device
-from heads.end_to_end.import_dist import PROMPTS, clip_of, dist_head
-from heads.end_to_end.import_msta import adapted_head, described
+from heads.checkpoints.import_dist import PROMPTS, clip_of, dist_head
+from heads.checkpoints.import_msta import adapted_head, described
 from heads.files.head_file import save_head, save_tensors
 from heads.files.imported_run import require_class_names
 from heads.files.run_files import CONFIG_FILE, HEAD_FILE, TOWER_FILE

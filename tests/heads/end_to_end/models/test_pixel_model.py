@@ -15,7 +15,7 @@ from torch import Tensor
 from featstore.errors import UserError
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.finetune import end_to_end_trainer
-from heads.end_to_end.pixel_model import (
+from heads.end_to_end.models.pixel_model import (
     PixelHeadModel,
     pixel_head_config,
     require_pixel_training,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from heads import build_head
-from heads.end_to_end import adapter_model
-from heads.end_to_end.adapter_model import AdapterModel, adapter_head_config, guided_model
 from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.models import adapter_model
+from heads.end_to_end.models.adapter_model import AdapterModel, adapter_head_config, guided_model
 from heads.methods.msta.config import MstaConfig
 from pipeline.clip_encoder import Encoder, load_encoder
 from pipeline.prompts import as_prompt_set
