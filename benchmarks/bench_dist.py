@@ -9,7 +9,6 @@ two kinds take turns, so that a machine that slows down does so for both.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 
@@ -120,14 +119,6 @@ KINDS = {
 }
 
 
-def measured(kind: str, batch: int, quick: bool, steps: int) -> dict[str, float]:
-    """Seconds (the middle of the steps) and peak MB of one kind, in a process of its own."""
-    words = [sys.executable, __file__, "--of", kind, str(batch), str(int(quick)), str(steps)]
-    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(found.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--of"]:
         kind, (batch, quick, steps) = sys.argv[2], map(int, sys.argv[3:6])
@@ -141,35 +132,17 @@ def main() -> None:
         chosen.steps, chosen.batch, chosen.repetitions = 1, 2, 1
     where = common.machine()
     sizes = chosen.batch, chosen.quick, chosen.steps
-    runs = [{kind: measured(kind, *sizes) for kind in KINDS} for _ in range(chosen.repetitions)]
+    runs = [
+        {kind: common.own_process(kind, *sizes) for kind in KINDS}
+        for _ in range(chosen.repetitions)
+    ]
 
-    def ratio(a: str, b: str, what: str) -> float:
-        return common.middle([run[a][what] / run[b][what] for run in runs])
-
-    def value(kind: str, what: str) -> float:
-        return common.middle([run[kind][what] for run in runs])
-
-    asked = [
+    asked: list[common.Asked] = [
         ("training step", "dist", "tower", "seconds", "s", f"<= {MAX_TIME}"),
         ("peak memory of training", "dist", "tower", "mb", "MB", f"<= {MAX_MEMORY}"),
         ("forward, fp32 against auto", "fp32", "auto", "seconds", "s", f">= {MIN_FORWARD}"),
     ]
-    rows = [
-        common.Row(
-            f"DiST, {name}, batch {chosen.batch}",
-            f"{value(a, what):.2f} {unit}",
-            f"{value(b, what):.2f} {unit}",
-            ratio(a, b, what),
-            limit,
-        )
-        for name, a, b, what, unit, limit in asked
-    ]
-    print(where["name"])
-    common.table(
-        ["measure", "value", "baseline", "ratio", "limit"],
-        [[n, value(a, w), value(b, w), ratio(a, b, w), limit] for n, a, b, w, _, limit in asked],
-    )
-    common.save("dist", where, rows, {"runs": runs})
+    common.compare_kinds("dist", where, f"DiST, {{}}, batch {chosen.batch}", runs, asked)
 
 
 if __name__ == "__main__":

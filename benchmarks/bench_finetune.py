@@ -28,7 +28,7 @@ from heads.arithmetic import autocast, resolve_device
 from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.finetune import finetune
-from heads.end_to_end.plan import FinetuneRequest
+from heads.end_to_end.request import FinetuneRequest
 from heads.training.ranks import Ranks
 from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import load_encoder

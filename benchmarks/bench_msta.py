@@ -9,7 +9,6 @@ which says its seconds and its peak of memory.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 
@@ -64,14 +63,6 @@ def seconds_of(kind: str, batch: int, quick: bool, steps: int) -> list[float]:
     return times[1:]  # the first one sets things up
 
 
-def measured(kind: str, batch: int, quick: bool, steps: int) -> dict[str, float]:
-    """Seconds (the middle of the steps) and peak MB of one kind, in a process of its own."""
-    words = [sys.executable, __file__, "--of", kind, str(batch), str(int(quick)), str(steps)]
-    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(found.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--of"]:
         kind, (batch, quick, steps) = sys.argv[2], map(int, sys.argv[3:6])
@@ -84,10 +75,10 @@ def main() -> None:
         chosen.steps, chosen.batch, chosen.repetitions = 1, 2, 1
     where, sizes = common.machine(), (chosen.batch, chosen.quick, chosen.steps)
     runs = [
-        {kind: measured(kind, *sizes) for kind in ("pixels", "tokens")}
+        {kind: common.own_process(kind, *sizes) for kind in ("pixels", "tokens")}
         for _ in range(chosen.repetitions)
     ]
-    memory = measured("memory", chosen.batch, chosen.quick, 1)["mb"]
+    memory = common.own_process("memory", chosen.batch, chosen.quick, 1)["mb"]
     step = common.middle([run["tokens"]["seconds"] / run["pixels"]["seconds"] for run in runs])
     shown = [common.middle([run[kind]["seconds"] for run in runs]) for kind in ("tokens", "pixels")]
     rows = [

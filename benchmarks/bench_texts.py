@@ -10,7 +10,6 @@ and its peak of memory; the kinds take turns, so that a machine that slows down 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,8 +19,9 @@ import torch
 
 from featstore.files.machine import peak_rss_mb, return_large_blocks
 from heads import HeadConfig, RoutingDraw, TrainConfig, build_head
-from heads.end_to_end import EndToEndModel, trained_texts
+from heads.end_to_end import EndToEndModel
 from heads.end_to_end.config import BOTH_TOWERS
+from heads.end_to_end.models import trained_texts
 from heads.end_to_end.models.trained_texts import TrainedTexts
 from heads.training.schedule import build_optimizer
 from pipeline.clip_encoder import Encoder, load_encoder
@@ -92,14 +92,6 @@ def run(kind: str, quick: bool, batch: int, classes: int, steps: int) -> dict[st
     return {"seconds": seconds, "mb": peak_rss_mb(), "grown_mb": peak_rss_mb() - before}
 
 
-def measured(kind: str, *sizes: int) -> dict[str, float]:
-    """What `run` returns, from a process of its own."""
-    words = [sys.executable, __file__, "--of", kind, *map(str, sizes)]
-    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    result: dict[str, float] = json.loads(found.splitlines()[-1])
-    return result
-
-
 def main() -> None:
     if sys.argv[1:2] == ["--of"]:
         quick, batch, classes, steps = map(int, sys.argv[3:7])
@@ -110,37 +102,25 @@ def main() -> None:
         chosen.steps, chosen.batch, chosen.classes, chosen.repetitions = 1, 2, 40, 1
     where = common.machine()
     sizes = int(chosen.quick), chosen.batch, chosen.classes, chosen.steps
-    runs = [{kind: measured(kind, *sizes) for kind in KINDS} for _ in range(chosen.repetitions)]
+    runs = [
+        {kind: common.own_process(kind, *sizes) for kind in KINDS}
+        for _ in range(chosen.repetitions)
+    ]
 
-    def value(kind: str, what: str) -> float:
-        return common.middle([run[kind][what] for run in runs])
-
-    def ratio(a: str, b: str, what: str) -> float:
-        return common.middle([run[a][what] / max(run[b][what], 1e-9) for run in runs])
-
-    asked = [
+    asked: list[common.Asked] = [
         ("training step, texts that train against fixed", "both", "fixed", "seconds", "s", "none"),
         ("peak memory of training, against fixed", "both", "fixed", "mb", "MB", "none"),
         ("texts, 77 places against the longest", "whole", "kept", "seconds", "s", MIN_SHORT),
         ("texts, computed twice against kept", "twice", "kept", "seconds", "s", "none"),
         ("memory of texts, twice against kept", "twice", "kept", "grown_mb", "MB", MAX_MEMORY),
     ]
-    rows = [
-        common.Row(
-            f"both towers, {name}, {chosen.classes} classes, batch {chosen.batch}",
-            f"{value(a, what):.2f} {unit}",
-            f"{value(b, what):.2f} {unit}",
-            ratio(a, b, what),
-            limit,
-        )
-        for name, a, b, what, unit, limit in asked
-    ]
-    print(where["name"])
-    common.table(
-        ["measure", "value", "baseline", "ratio", "limit"],
-        [[n, value(a, w), value(b, w), ratio(a, b, w), limit] for n, a, b, w, _, limit in asked],
+    common.compare_kinds(
+        "texts",
+        where,
+        f"both towers, {{}}, {chosen.classes} classes, batch {chosen.batch}",
+        runs,
+        asked,
     )
-    common.save("texts", where, rows, {"runs": runs})
 
 
 if __name__ == "__main__":

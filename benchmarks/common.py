@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,6 +114,50 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     for line in (list(header), *cells):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     sys.stdout.flush()
+
+
+def own_process(kind: str, *sizes: int) -> dict[str, float]:
+    """What the running script prints for `--of kind sizes...`, in a process of its own."""
+    words = [sys.executable, sys.argv[0], "--of", kind, *(str(int(size)) for size in sizes)]
+    found = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    result: dict[str, float] = json.loads(found.splitlines()[-1])
+    return result
+
+
+Asked = tuple[str, str, str, str, str, str]
+"""A claim; the kind measured and the kind of its baseline; what of a run; its unit; the limit."""
+
+
+def compare_kinds(
+    name: str,
+    where: dict[str, Any],
+    whole: str,
+    runs: Sequence[dict[str, Any]],
+    asked: Sequence[Asked],
+) -> None:
+    """Print and keep the ratios of kinds that were measured in turns, in the middle of all runs.
+
+    `whole` is the claim of a row, with {} for the short one that the table shows.
+    """
+
+    def value(kind: str, what: str) -> float:
+        return middle([run[kind][what] for run in runs])
+
+    found = [
+        (claim, value(a, what), value(b, what), unit, limit,
+         middle([run[a][what] / max(run[b][what], 1e-9) for run in runs]))
+        for claim, a, b, what, unit, limit in asked
+    ]  # fmt: skip
+    rows = [
+        Row(whole.format(claim), f"{of_a:.2f} {unit}", f"{of_b:.2f} {unit}", ratio, limit)
+        for claim, of_a, of_b, unit, limit, ratio in found
+    ]
+    print(where["name"])
+    table(
+        ["measure", "value", "baseline", "ratio", "limit"],
+        [[claim, a, b, ratio, limit] for claim, a, b, _, limit, ratio in found],
+    )
+    save(name, where, rows, {"runs": list(runs)})
 
 
 def middle(values: Sequence[float]) -> float:

@@ -12,7 +12,7 @@ from featstore.errors import UserError, one_of
 from featstore.progress import Stages, no_stages
 from featstore.workspace import Workspace
 from heads.end_to_end.finetune import finetune
-from heads.end_to_end.plan import FinetuneRequest
+from heads.end_to_end.request import FinetuneRequest
 from heads.evaluation.evaluate import evaluate_store
 from heads.evaluation.protocols.choose import PROTOCOLS, build_test_sets
 from heads.files.head_file import load_head

@@ -1,4 +1,4 @@
-"""Which videos of a packed data set a fine-tuning learns from: shots, and half of the classes.
+"""Which videos a fine-tuning learns from and is evaluated on: splits, shots, half of the classes.
 
 The draw and the halves are those of `heads.training.training_set`, so that a fine-tuning and a head
 of the same protocol, seed and number of shots learn from the same videos.
@@ -6,18 +6,27 @@ of the same protocol, seed and number of shots learn from the same videos.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import UserError
+from featstore.files.key_lists import Excluded
 from featstore.format.schema import RowArray
+from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.validate import validation_split
 from heads.training.training_set import choose_training_set, suffix_of
-from pipeline.tars.dataset import Dataset
+from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.video_clips.order import listed_clips
+
+log = logging.getLogger(__name__)
+
+TRAIN_SPLIT: Final = "train"
 
 
 @dataclass(frozen=True)
@@ -127,3 +136,75 @@ class _Listed:
                 f"the videos of {self.dataset.name} may show several classes, and {what} needs one "
                 "class of each: leave it out"
             )
+
+
+def training_split(dataset: Dataset, asked: str | None) -> str | None:
+    """Return the split to train on, by default "train"; None, all videos, without splits.
+
+    Raises UserError for a data set with other splits, none of them asked for.
+    """
+    if asked is not None or not dataset.split_names:
+        return asked
+    if TRAIN_SPLIT in dataset.split_names:
+        return TRAIN_SPLIT
+    raise UserError(
+        f"data set {dataset.name} has no split {TRAIN_SPLIT!r} (it has "
+        f"{', '.join(dataset.split_names)}): name the one to train on with --split"
+    )
+
+
+def evaluation_split(
+    dataset: Dataset, asked: str | None, config: FinetuneConfig, split: str | None
+) -> str | None:
+    """Return the split that `config` has evaluated, by default "val" or "test"; None for none.
+
+    Raises UserError if it is `split`, which is trained on, or is needed and missing.
+    """
+    chosen = asked or validation_split(dataset)
+    if chosen is not None and chosen == split:
+        raise UserError(
+            f"split {chosen} cannot be both trained and evaluated on: choose --split and "
+            "--eval-split"
+        )
+    if chosen is None and config.save == "best":
+        raise UserError(
+            f"--save best needs an evaluation, and data set {dataset.name} has no split val or "
+            "test: name one with --eval-split, or use --save last"
+        )
+    if chosen is None and config.evaluate_every:
+        log.info("data set %s has no split val or test: nothing is evaluated", dataset.name)
+    return chosen
+
+
+def excluded_videos(
+    dataset: Dataset, path: Path, split: str | None, eval_split: str | None
+) -> Excluded:
+    """Read a list of videos to leave out; UserError if it leaves none to train or evaluate on."""
+    trained = [clip.key for clip in listed_clips(dataset, split)]
+    known = {*trained, *(key for keys in dataset.keys_by_split.values() for key in keys)}
+    where = "the data set" if split is None else "the splits of the data set"
+    excluded = Excluded.of(path, known, where)
+    excluded.require_some_of(trained, "training videos")
+    if eval_split is not None:
+        evaluated = dataset.keys_by_split[eval_split]
+        excluded.require_some_of(evaluated, f"videos of split {eval_split}, to evaluate on")
+    return excluded
+
+
+def trained_on(split: str | None, chosen: str, excluded: Excluded | None) -> str:
+    """Return what a head says of its training videos; nothing if it is a whole split."""
+    if not chosen and excluded is None:
+        return ""
+    return (chosen or split or "all videos") + ("" if excluded is None else excluded.of_training)
+
+
+def training_videos(dataset_dir: Path, split: str | None, choice: VideoChoice) -> int:
+    """Return how many videos of a data set are listed for training; errors as `make_plan`."""
+    dataset = load_dataset(dataset_dir)
+    chosen = training_split(dataset, split)
+    if not choice.whole:
+        listed = len(listed_clips(dataset, chosen))
+        return listed - len(choose_videos(dataset, chosen, choice).left_out)
+    if chosen is None:
+        return sum(tar.rows for tar in dataset.tars)
+    return len(dataset.keys_by_split.get(chosen, ()))  # a split that is not there is told later

@@ -8,40 +8,35 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
 from featstore.errors import UserError, WorkError, counted
-from featstore.files.key_lists import Excluded
 from featstore.files.locks import exclusive
-from featstore.files.machine import available_memory, peak_rss_mb, return_large_blocks
-from featstore.progress import Outcome, ProgressSink, no_progress
+from featstore.files.machine import peak_rss_mb, return_large_blocks
+from featstore.progress import ProgressSink, no_progress
 from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
+from heads.end_to_end.memory import gpu_mb, memory_left, memory_words, warn_of_memory
 from heads.end_to_end.models.end_to_end_model import EndToEndModel, TrainingStep
-from heads.end_to_end.plan import FinetuneRequest, Plan, make_plan, processes_here
+from heads.end_to_end.plan import Plan, make_plan
 from heads.end_to_end.publish import publish
+from heads.end_to_end.request import FinetuneRequest
 from heads.end_to_end.run_folder import (
     open_run,
     starting_head,
     write_failed_clips,
 )
 from heads.end_to_end.sharding import spread
+from heads.end_to_end.summary import FinetuneSummary, read_summary
 from heads.end_to_end.validate import validate
-from heads.files.head_file import load_head
 from heads.files.run_files import (
     BEST_FILE,
     CONFIG_FILE,
     HEAD_FILE,
     LOCK_FILE,
-    best_epoch,
-    measure_of,
-    read_failed_clips,
-    read_metrics,
     write_training_keys,
 )
 from heads.methods.registry import method
@@ -55,73 +50,6 @@ from pipeline.video_clips.stream import ClipStream
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class FinetuneSummary(Outcome):
-    """The summary of a finished run; counts and times include all its processes and calls."""
-
-    run: str
-    dataset: str
-    head: str
-    encoder: str
-    """The CLIP that the run began with."""
-    trained: str
-    epochs: int
-    frames: int
-    """Frames per clip, in training and evaluation."""
-    eval_split: str | None
-    """None without an evaluation."""
-    n_listed: int
-    n_failed: int
-    """Training videos that could not be decoded."""
-    n_evaluated: int
-    """Videos listed for evaluation; 0 without one."""
-    n_evaluated_failed: int
-    loss: float
-    """Mean training loss of the last epoch."""
-    published_epoch: int
-    """Epoch whose weights were published, from 1."""
-    top1: float | None
-    """Accuracy of the published weights, before blending; None without an evaluation."""
-    best_epoch: int | None
-    best_top1: float | None
-    batch_size: int
-    """Videos per step of one process."""
-    videos_per_step: int
-    processes: int
-    sharded: bool
-    precision: str
-    device: str
-    seconds: float
-    clips_per_second: float
-    waiting: float
-    """Share of the training time spent waiting for data."""
-    peak_rss_mb: float
-    peak_gpu_mb: float | None
-    resumed_from: int
-    """Steps already done before this call."""
-    blend: float
-    encoder_fingerprint: str
-    """Fingerprint of the published encoder."""
-    path: str
-    encoder_path: str
-    failures: list[dict[str, Any]]
-    """The first few failed videos, with reasons; failures.csv lists all."""
-    class_balance: dict[str, Any]
-    """The numbers of training videos of the classes (`Balance.to_json`)."""
-    measure: str
-    """What `top1` and `best_top1` are: "top1", or "mAP" where a video may show several classes."""
-    excluded: Excluded | None
-    """The videos that a list left out."""
-    tokens: str
-    """Name of the store of tokens that stood for the training videos, "" for the videos."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        excluded = None if self.excluded is None else self.excluded.to_json()
-        return {**super().to_json(), "excluded": excluded}
-
-
-LISTED_FAILURES: Final = 5
 TRAINED: Final = {"head": "head and logit scale", BOTH_TOWERS: "both towers and head"}
 """Words for values of `--train`; every other value is named together with the head."""
 
@@ -171,7 +99,7 @@ def _run(
     if ranks.only_first(lambda: (run_dir / HEAD_FILE).is_file()):
         log.info("run %s is finished already: nothing to train", run_dir.name)
         steps = config.epochs * plan.clips.steps_per_epoch
-        return ranks.only_first(lambda: _summary(request, plan, ranks, steps))
+        return ranks.only_first(lambda: read_summary(request, plan, ranks, steps))
     model = plan.model
     _describe(plan, config, ranks)
     ranks.only_first(lambda: _keep_texts(plan))
@@ -216,7 +144,7 @@ def _run(
         epoch_choice="last" if config.save == "last" else f"best on {plan.eval_split}",
         ranks=ranks,
     )
-    return ranks.only_first(lambda: _summary(request, plan, ranks, resumed_from))
+    return ranks.only_first(lambda: read_summary(request, plan, ranks, resumed_from))
 
 
 def end_to_end_trainer(
@@ -244,7 +172,7 @@ def end_to_end_trainer(
         return {
             "clips_per_second": round(position.samples / seconds, 2),
             "waiting": f"{position.waited / seconds:.0%}",
-            "memory": _memory_words(ranks.device),
+            "memory": memory_words(ranks.device),
             **({"failed": position.failed} if position.failed else {}),
         }
 
@@ -306,20 +234,10 @@ def _close_epoch(
         "clips_per_second": position.samples / seconds,
         "waiting": ranks.largest(position.waited / seconds),
         "peak_rss_mb": round(ranks.largest(peak_rss_mb()), 1),
-        "peak_gpu_mb": round(ranks.largest(_gpu_mb(ranks.device)), 1) if on_gpu else None,
+        "peak_gpu_mb": round(ranks.largest(gpu_mb(ranks.device)), 1) if on_gpu else None,
         "seconds_left": round((config.epochs - epoch) * whole, 1),
         "evaluation": evaluation,
     }
-
-
-def _memory_words(device: torch.device) -> str:
-    """Describe the most memory that this process has held so far."""
-    words = f"{peak_rss_mb() / 1000:.1f} GB"
-    return words if device.type != "cuda" else f"{words}, GPU {_gpu_mb(device) / 1000:.1f} GB"
-
-
-def _gpu_mb(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 1e6
 
 
 def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
@@ -346,64 +264,6 @@ def _require_same_plan(plan: Plan, ranks: Ranks) -> None:
         )
 
 
-def _summary(
-    request: FinetuneRequest, plan: Plan, ranks: Ranks, resumed_from: int
-) -> FinetuneSummary:
-    """Read the summary of a finished run from its files."""
-    run_dir, config = request.run_dir, request.config
-    metrics = read_metrics(run_dir)
-    failures = read_failed_clips(run_dir)
-    failed = Counter(failure["split"] for failure in failures)
-    origin = load_head(run_dir).origin
-    assert origin is not None
-    measured = {r["epoch"]: measure_of(r["evaluation"]) for r in metrics if r["evaluation"]}
-    best = best_epoch(metrics)
-    published = len(metrics) if config.save == "last" or best is None else best
-    seconds = sum(record["seconds"] for record in metrics)
-    waited = sum(record["seconds"] * record["waiting"] for record in metrics)
-    gpu = [record["peak_gpu_mb"] for record in metrics if record["peak_gpu_mb"] is not None]
-    return FinetuneSummary(
-        run=run_dir.name,
-        dataset=plan.dataset.name,
-        head=plan.model.head.config.kind,
-        encoder=plan.origin.encoder,
-        trained=config.train,
-        epochs=len(metrics),
-        frames=config.frames,
-        eval_split=None if plan.evaluation is None else plan.eval_split,
-        n_listed=plan.clips.n_listed,
-        n_failed=failed["train"],
-        n_evaluated=0 if plan.evaluation is None else plan.evaluation.n_listed,
-        n_evaluated_failed=failed["evaluation"],
-        loss=metrics[-1]["loss"],
-        published_epoch=published,
-        excluded=plan.excluded,
-        tokens="" if plan.tokens is None else plan.tokens.path.name,
-        measure="mAP" if plan.dataset.multi_label else "top1",
-        top1=measured.get(published),
-        best_epoch=best,
-        best_top1=None if best is None else measured[best],
-        batch_size=config.batch_size,
-        videos_per_step=config.batch_size * ranks.world_size,
-        processes=ranks.world_size,
-        sharded=plan.shard,
-        precision=plan.precision,
-        device=ranks.device.type,
-        seconds=seconds,
-        clips_per_second=sum(record["samples"] for record in metrics) / max(seconds, 1e-9),
-        waiting=waited / max(seconds, 1e-9),
-        peak_rss_mb=max(record["peak_rss_mb"] for record in metrics),
-        peak_gpu_mb=max(gpu, default=None),
-        resumed_from=resumed_from,
-        blend=config.blend,
-        encoder_fingerprint=origin.encoder_fingerprint,
-        path=str(run_dir),
-        encoder_path="" if plan.origin.adapted_encoder else str(request.encoder_dir),
-        failures=failures[:LISTED_FAILURES],
-        class_balance={} if plan.balance is None else plan.balance.to_json(),
-    )
-
-
 def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
     """Log once what will be trained."""
     clips, model = plan.clips, plan.model
@@ -427,30 +287,16 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
         log.info("clips are read from %s: no video is decoded", plan.tokens.path.name)
     if model.texts is not None:
         if not config.checkpointing:
-            model.texts.keep_within(_memory_left(plan, ranks.device))
+            model.texts.keep_within(memory_left(plan.model, ranks.device))
         log.info("class texts: %s", model.texts.words)
     if ranks.device.type == "cpu" and ranks.first:
-        _warn_of_memory(plan, config)
+        warn_of_memory(model, plan.clips.n_listed, config)
 
 
 def _keep_texts(plan: Plan) -> None:
     """Keep the texts that training begins with, for a run that continues."""
     for place, embeddings in plan.new_texts:
         place.write(embeddings)
-
-
-def _memory_left(plan: Plan, device: torch.device) -> int:
-    """Return the free bytes of this process, beside what its optimiser will take."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = available_memory() // processes_here()
-    return max(0, free - _optimiser_bytes(plan.model))
-
-
-def _optimiser_bytes(model: EndToEndModel) -> int:
-    """Return the bytes of gradients and both moments of AdamW, which are still to come."""
-    return 3 * sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _trained_words(plan: Plan, config: FinetuneConfig) -> str:
@@ -460,17 +306,3 @@ def _trained_words(plan: Plan, config: FinetuneConfig) -> str:
     if chosen.adapts:
         return f"{chosen.title} on both frozen towers"
     return TRAINED.get(config.train, f"{config.train} and head")
-
-
-def _warn_of_memory(plan: Plan, config: FinetuneConfig) -> None:
-    """Warn before the CPU's memory runs out: the system then ends the process without an error."""
-    videos = min(config.batch_size, plan.clips.n_listed)
-    needed = plan.model.kept_bytes() * config.frames * videos + _optimiser_bytes(plan.model)
-    needed += 0 if plan.model.texts is None else plan.model.texts.kept_bytes
-    free = available_memory()
-    if needed > free:
-        log.warning(
-            "a step of %d videos takes about %.0f GB of memory, %.0f GB are free: lower "
-            "--batch-size (and raise --accumulation), or add --checkpointing",
-            *(videos, needed / 1e9, free / 1e9),
-        )

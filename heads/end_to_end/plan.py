@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, cast
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,16 +14,22 @@ from featstore.balance import Balance
 from featstore.commands import command
 from featstore.errors import UserError
 from featstore.files.key_lists import Excluded
-from featstore.files.machine import usable_cores
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
 from featstore.reading.store import Store
 from featstore.workspace import Workspace
 from heads.arithmetic import resolve_training_precision
-from heads.compatibility import check_encoder
-from heads.end_to_end.chosen_videos import VideoChoice, choose_videos
+from heads.end_to_end.begun_head import continued_head, first_bias
+from heads.end_to_end.chosen_videos import (
+    choose_videos,
+    evaluation_split,
+    excluded_videos,
+    trained_on,
+    training_split,
+)
 from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
 from heads.end_to_end.kept_tokens import kept_tokens
+from heads.end_to_end.memory import cores_here
 from heads.end_to_end.models.adapter_model import (
     adapter_head_config,
     guided_model,
@@ -44,24 +46,21 @@ from heads.end_to_end.models.pixel_model import (
 )
 from heads.end_to_end.models.trained_parts import trained_blocks
 from heads.end_to_end.models.trained_texts import TrainedTexts
+from heads.end_to_end.request import FinetuneRequest
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
 from heads.end_to_end.sharding import sharded
-from heads.end_to_end.validate import validation_split
-from heads.files.head_file import head_fingerprint, joint_fingerprint, load_head
-from heads.files.imported_run import require_class_names
+from heads.files.head_file import head_fingerprint, load_head
 from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head, build_head
 from heads.methods.msta.config import MstaConfig
 from heads.methods.registry import Method, method
-from heads.methods.settings import HeadOrigin, MethodConfig
-from heads.methods.text_classifier import class_cosines, video_embeddings
+from heads.methods.settings import HeadOrigin
 from heads.prediction.pixel_encoder import FloatPreprocessing
 from heads.training.class_weights import class_weights, require_possible
-from heads.training.logit_bias import starting_bias
 from heads.training.ranks import Ranks
 from heads.training.trainer import require_trainable
 from heads.training.validation import check_balance
-from pipeline.clip_encoder import Encoder, load_encoder
+from pipeline.clip_encoder import load_encoder
 from pipeline.encoders.specs import lasting_spec
 from pipeline.prompts import (
     PromptSet,
@@ -72,54 +71,10 @@ from pipeline.prompts import (
 )
 from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.video_clips.float_clips import FloatClipStream, FloatEvaluationClips, mirrored
-from pipeline.video_clips.order import listed_clips
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 from pipeline.video_clips.token_clips import TokenEvaluationClips, TokenStream
 
 log = logging.getLogger(__name__)
-
-TRAIN_SPLIT: Final = "train"
-
-
-@dataclass(frozen=True)
-class FinetuneRequest:
-    """The encoder and head to fine-tune, the data, and the folders of the results."""
-
-    dataset_dir: Path
-    run_dir: Path
-    encoder_dir: Path
-    """Folder in which the tuned encoder is published; it has the name of the run."""
-    encoders_dir: Path
-    config: FinetuneConfig
-    head: Callable[[int], MethodConfig]
-    """A function from the embedding width to the new head; not called with `from_head`."""
-    encoder: str | None = None
-    """Spec of the CLIP to begin with; None means the one that `from_head` was trained on."""
-    from_head: Path | None = None
-    """Folder of the run whose head to begin with; `run_dir` itself for a second stage in it."""
-    split: str | None = None
-    """Training split; None means "train", or all videos of a data set without splits."""
-    eval_split: str | None = None
-    """Evaluation split; None means "val", else "test", else no evaluation."""
-    prompt_set: str | PromptSet | None = None
-    """Name, or file of templates or descriptions; None means that of `from_head`, else "mote28"."""
-    guides: Path | None = None
-    """File of class descriptions (`pipeline.descriptions`), for a method that adapts both towers;
-    None means templates."""
-    tokens: bool = False
-    """Whether what lies below the adapters of such a method is read from a store of tokens."""
-    exclude: Path | None = None
-    """List of videos to leave out of training and evaluation (`featstore.files.key_lists`)."""
-    choice: VideoChoice = field(default_factory=VideoChoice)
-    """The shots and the half of the classes to train on, by default everything."""
-    method: str | None = None
-    """Name of the method that must be trained; None: any."""
-    resume: bool = False
-    decoder: str = "auto"
-    workers: int | None = None
-    """Decode threads of this process; None means its share of the machine's cores."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints inside an epoch; None means every ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -154,11 +109,11 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     dataset = load_dataset(request.dataset_dir)
     if not dataset.class_names:
         raise no_labels(dataset.name)
-    split = _training_split(dataset, request.split)
-    eval_split = _evaluation_split(dataset, request, split)
+    split = training_split(dataset, request.split)
+    eval_split = evaluation_split(dataset, request.eval_split, config, split)
     excluded = None
     if request.exclude is not None:
-        excluded = _excluded(dataset, request.exclude, split, eval_split)
+        excluded = excluded_videos(dataset, request.exclude, split, eval_split)
     unwanted = frozenset(() if excluded is None else excluded.keys)
     part = choose_videos(dataset, split, request.choice, unwanted)
     packed, dataset = dataset, part.dataset  # tars are read with all classes
@@ -223,7 +178,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         )
         logit_scale = cast(Tensor, encoder.model.logit_scale).detach().float().cpu()
     else:
-        head = _continued(begun, encoder, spec, dataset, classes)
+        head = continued_head(begun, encoder, spec, dataset, classes)
         logit_scale = begun.logit_scale.clone()
     require_possible(chosen, config, dataset.multi_label)
     head.require_frames(config.frames)
@@ -243,7 +198,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "batch_size": config.batch_size,
         "decoder": request.decoder,
         "device": ranks.device,
-        "workers": request.workers or _cores_of_this_process(),
+        "workers": request.workers or cores_here(),
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "excluded": unwanted,
@@ -297,7 +252,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         initial_head="" if begun is None else head_fingerprint(begun),
         label_map=dataset.label_map,
         adapted_encoder=spec if chosen.adapts else "",
-        trained_on=_words(split, part.words, excluded),
+        trained_on=trained_on(split, part.words, excluded),
     )
     settings: dict[str, Any] = {
         "format": RUN_FORMAT,
@@ -352,7 +307,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if dataset.multi_label and head.logit_bias is None:
         alone = shared | {"rank": 0, "world_size": 1}
         head.take_several_classes(
-            _bias(model, EvaluationClips(packed, split=split, **alone), clips.labels)
+            first_bias(model, EvaluationClips(packed, split=split, **alone), clips.labels)
         )
     whole = frozen or model.texts is not None
     shard = not whole and sharded(ranks, config.shard, encoder.image_tower)
@@ -382,48 +337,6 @@ def _made_as(tokens: Store) -> str:
     return f"{tokens.tier} in {tokens.provenance.precision}"
 
 
-def _words(split: str | None, chosen: str, excluded: Excluded | None) -> str:
-    """Return what a head says of its training videos; nothing if it is a whole split."""
-    if not chosen and excluded is None:
-        return ""
-    return (chosen or split or "all videos") + ("" if excluded is None else excluded.of_training)
-
-
-def training_videos(dataset_dir: Path, split: str | None, choice: VideoChoice) -> int:
-    """Return how many videos of a data set are listed for training; errors as `make_plan`."""
-    dataset = load_dataset(dataset_dir)
-    chosen = _training_split(dataset, split)
-    if not choice.whole:
-        listed = len(listed_clips(dataset, chosen))
-        return listed - len(choose_videos(dataset, chosen, choice).left_out)
-    if chosen is None:
-        return sum(tar.rows for tar in dataset.tars)
-    return len(dataset.keys_by_split.get(chosen, ()))  # a split that is not there is told later
-
-
-def _bias(model: EndToEndModel, seen: EvaluationClips, labels: npt.NDArray[Any]) -> float:
-    """Return the bias of a new head for several classes a video, from the first training videos.
-
-    Every process decodes the same ones.
-    """
-    classes = model.head.training_class_embeddings
-    found: list[Tensor] = []
-    with torch.no_grad(), closing(seen.batches()) as batches:
-        for batch in batches:
-            if sum(map(len, found)) >= SEEN_FIRST:
-                break
-            if len(batch.keys):
-                frames = model.encode(batch.frames.to(classes.device))
-                found.append(class_cosines(video_embeddings(frames), classes).cpu())
-    if not found:
-        return 0.0  # training says that no video can be decoded
-    return starting_bias(torch.cat(found), labels, float(model.logit_scale.detach().exp()))
-
-
-SEEN_FIRST: Final = 64
-"""Training videos that the first bias of a head for several classes a video is fitted to."""
-
-
 def _refuse_mixing(config: FinetuneConfig, chosen: Method) -> None:
     """Raise UserError for settings of mixed clips, which only heads that look at pixels take."""
     given = [name for name, value in config.mixing.items() if value]
@@ -443,94 +356,3 @@ def _prompt_set(request: FinetuneRequest, begun: Head | None, usual: str) -> Pro
     if begun is None or begun.origin is None:
         return as_prompt_set(usual)
     return trained_prompt_set(begun.origin.prompt_set, begun.origin.prompt_templates)
-
-
-def _training_split(dataset: Dataset, asked: str | None) -> str | None:
-    if asked is not None or not dataset.split_names:
-        return asked
-    if TRAIN_SPLIT in dataset.split_names:
-        return TRAIN_SPLIT
-    raise UserError(
-        f"data set {dataset.name} has no split {TRAIN_SPLIT!r} (it has "
-        f"{', '.join(dataset.split_names)}): name the one to train on with --split"
-    )
-
-
-def _evaluation_split(dataset: Dataset, request: FinetuneRequest, split: str | None) -> str | None:
-    chosen = request.eval_split or validation_split(dataset)
-    if chosen is not None and chosen == split:
-        raise UserError(
-            f"split {chosen} cannot be both trained and evaluated on: choose --split and "
-            "--eval-split"
-        )
-    if chosen is None and request.config.save == "best":
-        raise UserError(
-            f"--save best needs an evaluation, and data set {dataset.name} has no split val or "
-            "test: name one with --eval-split, or use --save last"
-        )
-    if chosen is None and request.config.evaluate_every:
-        log.info("data set %s has no split val or test: nothing is evaluated", dataset.name)
-    return chosen
-
-
-def _excluded(dataset: Dataset, path: Path, split: str | None, eval_split: str | None) -> Excluded:
-    """Read a list of videos to leave out; UserError if it leaves none to train or evaluate on."""
-    trained = [clip.key for clip in listed_clips(dataset, split)]
-    known = {*trained, *(key for keys in dataset.keys_by_split.values() for key in keys)}
-    where = "the data set" if split is None else "the splits of the data set"
-    excluded = Excluded.of(path, known, where)
-    excluded.require_some_of(trained, "training videos")
-    if eval_split is not None:
-        evaluated = dataset.keys_by_split[eval_split]
-        excluded.require_some_of(evaluated, f"videos of split {eval_split}, to evaluate on")
-    return excluded
-
-
-def _continued(begun: Head, encoder: Encoder, spec: str, dataset: Dataset, classes: Tensor) -> Head:
-    """Return a copy of `begun` with its classes in the data set's order; UserError if it misfits.
-
-    `classes` [C,D] are the class embeddings of the data set.
-    """
-    if begun.config.dim != encoder.dim:
-        raise UserError(
-            f"the head takes embeddings of width {begun.config.dim}, the encoder {spec} gives "
-            f"{encoder.dim}: begin with the encoder the head was trained on"
-        )
-    if begun.origin is not None:
-        kind = method(begun.config.kind)
-        joint = kind.pixels or kind.adapts
-        tower = joint_fingerprint(encoder.fingerprint, begun) if joint else encoder.fingerprint
-        check_encoder(begun.origin, spec, tower)
-    names = None if begun.origin is None else begun.origin.class_names
-    if names is None and not len(begun.training_class_embeddings):
-        pass  # imported without class names: it is bound to none
-    elif names is None:
-        require_class_names(begun, dataset.class_names, classes)
-    elif set(names) != set(dataset.class_names):
-        raise UserError(
-            f"the head was trained on {len(names)} classes that are not the "
-            f"{len(dataset.class_names)} of {dataset.name}: begin with a head of this data set, or "
-            "without one"
-        )
-    if begun.logit_bias is not None and not dataset.multi_label:
-        raise UserError(
-            "the head to begin with gives a video several classes, and the videos of "
-            f"{dataset.name} have one each: begin with another head"
-        )
-    head = method(begun.config.kind).head(begun.config, len(dataset.class_names))
-    if begun.logit_bias is not None:
-        head.take_several_classes()
-    state = begun.state_dict() | {"training_class_embeddings": classes}
-    head.load_state_dict({name: value.clone() for name, value in state.items()})
-    return head
-
-
-def _cores_of_this_process() -> int:
-    """Return the machine's cores divided by the processes on it."""
-    return max(1, usable_cores() // processes_here())
-
-
-def processes_here() -> int:
-    """Return how many processes the launcher started on this machine."""
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(local) if local.isdigit() else 1)

@@ -147,7 +147,7 @@ def test_what_comes_next_is_said_whole(root: Path) -> None:
 
 
 def test_a_batch_that_memory_does_not_hold(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("heads.end_to_end.finetune.available_memory", lambda: 1000)
+    monkeypatch.setattr("heads.end_to_end.memory.available_memory", lambda: 1000)
     result = mote(*finetune(root, "r", batch_size=10**6))
     assert result.code == 0, result.err
     # The batch is no larger than the data.

@@ -9,7 +9,6 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,14 @@ from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, command_starter
 from tests.support.worlds.dist_training import small_recipe, train_dist
 from tests.support.worlds.tiny_world import WORDS, make_encoder
-from tests.support.worlds.tuning import TIMES, difference, finetune, start_ranks, tuning_workspace
+from tests.support.worlds.tuning import (
+    difference,
+    files_of,
+    finetune,
+    same_bits,
+    start_ranks,
+    tuning_workspace,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +59,6 @@ def root(packed: Path, tmp_path: Path) -> Path:
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     with command_starter(tmp_path_factory.mktemp("output")) as commands:
         yield commands
-
-
-def left(root: Path, name: str) -> dict[str, Any]:
-    """What a run leaves, times left out."""
-    run = root / "heads" / name
-    return {
-        "head": load_file(run / "head.safetensors"),
-        "state": load_file(run / "state/last.safetensors"),
-        "best": load_file(run / "state/best.safetensors"),
-        "metrics": [
-            {key: value for key, value in json.loads(line).items() if key not in TIMES}
-            for line in (run / "metrics.jsonl").read_text().splitlines()
-        ],
-    }
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    files = ("head", "state", "best")
-    return a["metrics"] == b["metrics"] and all(
-        a[file].keys() == b[file].keys()
-        and all(torch.equal(value, b[file][name]) for name, value in a[file].items())
-        for file in files
-    )
 
 
 def test_the_run_is_evaluated_and_predicts(trained: Path, packed: Path) -> None:
@@ -147,7 +130,7 @@ def test_kill_9_changes_no_bit(commands: Commands, trained: Path, root: Path, re
     again = commands.start(*command)
     assert again.end() == 0, again.words
     assert 0 < again.json["resumed_from"] < 6
-    assert same(left(root, "d"), left(trained, "d"))
+    assert same_bits(files_of(root, "d"), files_of(trained, "d"))
 
 
 def test_two_processes_are_one_with_twice_the_batch(
@@ -158,7 +141,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     done(*train_dist(root, recipe, "one", batch_size=6))
     running = start_ranks(commands, 2, *train_dist(root, recipe, "two", batch_size=3))
     assert [process.end() for process in running] == [0, 0], running[0].words
-    one, two = left(root, "one"), left(root, "two")
+    one, two = files_of(root, "one"), files_of(root, "two")
     assert difference(one["head"], two["head"]) < 2e-5
     for mine, other in zip(one["metrics"], two["metrics"], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)

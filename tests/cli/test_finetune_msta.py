@@ -24,28 +24,15 @@ from pipeline.clip_encoder import load_encoder
 from pipeline.extraction import description_texts
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, command_starter
+from tests.support.worlds.msta_training import small_recipe
 from tests.support.worlds.tiny_world import WORDS, make_viclip
-from tests.support.worlds.tuning import TIMES, difference, start_ranks, tuning_workspace
-
-RECIPE = """[head]
-kind = "msta"
-first = 1
-last = 1
-width = 8
-scale = 0.1
-
-[training]
-epochs = 2
-warmup_epochs = 0.5
-schedule = "floored-wave"
-lr = 1e-2
-weight_decay = 1e-3
-frames = 4
-seed = 0
-
-[finetune]
-train = "head"
-"""
+from tests.support.worlds.tuning import (
+    difference,
+    files_of,
+    same_bits,
+    start_ranks,
+    tuning_workspace,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +42,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("recipe") / "small.toml"
-    file.write_text(RECIPE)
-    return file
+    return small_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 @pytest.fixture(scope="module")
@@ -109,29 +94,6 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
         yield commands
 
 
-def left(root: Path, name: str) -> dict[str, Any]:
-    """What a run leaves, times left out."""
-    run = root / "heads" / name
-    return {
-        "head": load_file(run / "head.safetensors"),
-        "state": load_file(run / "state/last.safetensors"),
-        "best": load_file(run / "state/best.safetensors"),
-        "metrics": [
-            {key: value for key, value in json.loads(line).items() if key not in TIMES}
-            for line in (run / "metrics.jsonl").read_text().splitlines()
-        ],
-    }
-
-
-def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    files = ("head", "state", "best")
-    return a["metrics"] == b["metrics"] and all(
-        a[file].keys() == b[file].keys()
-        and all(torch.equal(value, b[file][name]) for name, value in a[file].items())
-        for file in files
-    )
-
-
 def run_printed(words: str) -> dict[str, Any]:
     return done(*shlex.split(words)[1:])
 
@@ -140,7 +102,7 @@ def test_the_run_is_extracted_evaluated_and_predicts(trained: Path, packed: Path
     summary = json.loads((trained / "summary.json").read_text())
     assert (summary["head"], summary["epochs"], summary["frames"]) == ("msta", 2, 4)
     assert not (trained / "encoders/m").exists()
-    metrics = left(trained, "m")["metrics"]
+    metrics = files_of(trained, "m")["metrics"]
     assert {"classification_loss", "consistency_loss"} <= metrics[0].keys()
     assert summary["next"].startswith("mote-cli extract --dataset clips --head m")
     made = run_printed(summary["next"])
@@ -214,7 +176,7 @@ def test_kill_9_changes_no_bit(
     again = commands.start(*command)
     assert again.end() == 0, again.words
     assert 0 < again.json["resumed_from"] < 6
-    assert same(left(root, "m"), left(trained, "m"))
+    assert same_bits(files_of(root, "m"), files_of(trained, "m"))
 
 
 def descriptions_encoded(run: Any) -> int:
@@ -240,8 +202,8 @@ def test_descriptions_are_encoded_once(
     kept = {path.name for path in (store / "class_text").iterdir()}
     assert {name.partition("-")[0] for name in kept} >= {"_spatial", "_temporal"}
     assert descriptions_encoded(lambda: done(*train(root, recipe, "t", *more))) == 0
-    assert same(left(root, "s"), left(root, "t"))
-    assert same(left(root, "s"), left(root, "m"))
+    assert same_bits(files_of(root, "s"), files_of(root, "t"))
+    assert same_bits(files_of(root, "s"), files_of(root, "m"))
     assert done("verify", store, "--root", root)["damaged"] == []
     # The store has the sentences of all classes, of which half are trained.
     half = train(root, recipe, "half", *more, "--classes", "base")
@@ -254,7 +216,7 @@ def test_two_processes_are_one_with_twice_the_batch(
     done(*train(root, recipe, "one", batch_size=6))
     running = start_ranks(commands, 2, *train(root, recipe, "two", batch_size=3))
     assert [process.end() for process in running] == [0, 0], running[0].words
-    one, two = left(root, "one"), left(root, "two")
+    one, two = files_of(root, "one"), files_of(root, "two")
     for mine, other in zip(one["metrics"], two["metrics"], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-4)
     assert difference(one["head"], two["head"]) < 1e-3
@@ -269,8 +231,8 @@ def test_descriptions_change_what_is_learnt(
     made = tmp_path / "templates.json"
     done("descriptions", "template", "--dataset", "clips", "-o", made, "--root", root)
     done(*train(root, recipe, "t", "--guides", made))
-    assert same(left(root, "t"), left(root, "m"))
-    assert difference(left(trained, "m")["head"], left(root, "m")["head"]) > 1e-6
+    assert same_bits(files_of(root, "t"), files_of(root, "m"))
+    assert difference(files_of(trained, "m")["head"], files_of(root, "m")["head"]) > 1e-6
 
 
 def test_few_shot_and_base_to_novel_report_the_last_epoch(
@@ -287,7 +249,7 @@ def test_few_shot_and_base_to_novel_report_the_last_epoch(
     }.items():
         summary = done(*train(root, recipe, name, *more))
         if name == "half":  # a file of these classes is as good as one of all
-            assert same(left(root, "half"), left(root, "base"))
+            assert same_bits(files_of(root, "half"), files_of(root, "base"))
             continue
         run_printed(summary["next"])
         value = run_printed(summary["then"])
@@ -298,7 +260,7 @@ def test_few_shot_and_base_to_novel_report_the_last_epoch(
         wanted = "--fewshot" if name == "few" else "--base-to-novel"
         assert f" {wanted} clips " in summary["then"]
         (run,) = value["runs"]
-        metrics = left(root, name)["metrics"]
+        metrics = files_of(root, name)["metrics"]
         found = [record["evaluation"]["top1"] for record in metrics]
         assert (run["run"], run["shots"], run["best"]) == (name, 1, None)
         assert (run["last"]["epoch"], run["last"]["epoch_choice"]) == (2, "last")

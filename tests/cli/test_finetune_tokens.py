@@ -23,29 +23,11 @@ from pipeline.video_clips.loader import ClipLoader
 from pipeline.video_clips.stream import EvaluationClips
 from pipeline.video_clips.token_clips import TokenEvaluationClips
 from tests.support.processes.command_line import done, mote, refused
+from tests.support.worlds.msta_training import SMALL_ADAPTERS, small_recipe
 from tests.support.worlds.tiny_world import CLASSES, CLIP, make_clip, make_encoder, make_viclip
 from tests.support.worlds.tuning import difference
 
 FRAMES = 4  # of every video to train on, so that none can be chosen otherwise
-RECIPE = """[head]
-kind = "msta"
-first = 2
-last = 2
-width = 8
-scale = 0.1
-
-[training]
-epochs = 2
-warmup_epochs = 0.5
-schedule = "floored-wave"
-lr = 1e-2
-weight_decay = 1e-3
-frames = 4
-seed = 0
-
-[finetune]
-train = "head"
-"""
 EXTRACT = ("extract", "--dataset", "clips", "--encoder", "two", "--precision", "fp32")
 
 
@@ -61,7 +43,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             number += 1
     done("pack", "--dataset", "clips", "--videos", folder / "videos", "--root", root)
     make_encoder(root / "encoders/two", text_cfg={**CLIP["text_cfg"], "layers": 2})
-    (folder / "small.toml").write_text(RECIPE)
+    small_recipe(folder, block=2)
     return root
 
 
@@ -182,10 +164,10 @@ def test_what_lies_below_must_be_in_a_store(packed: Path, trained: Path, tmp_pat
     assert "tokens:0 of uniform:4 (block 1 of the image tower, which --tier counts from 0)" in said
     assert "--sampling uniform:4 --tier tokens:0" in made
     early = tmp_path / "early.toml"
-    early.write_text(RECIPE.replace("first = 2", "first = 1"))
+    early.write_text(SMALL_ADAPTERS.format(block=2).replace("first = 2", "first = 1"))
     said = refused(2, *train(trained, packed, "x", "--tokens", "--recipe", str(early)))
     assert "below which there are only pixels" in said
-    early.write_text(RECIPE.replace("first = 2", "first = 1").replace("last = 2", "last = 1"))
+    early.write_text(SMALL_ADAPTERS.format(block=1))
     spec = f"viclip:{make_viclip(tmp_path / 'v.safetensors')}"
     more = ("--tokens", "--recipe", str(early), "--encoder", spec)
     assert "looks at all frames of a clip together" in refused(

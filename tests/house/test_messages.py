@@ -22,7 +22,7 @@ PLURAL = re.compile(r"(?:<len\([^>]*>|%d)(?: of)?(?: [a-z]+){0,4} (?:are|were|ha
 MORE_THAN_ONE = {
     ("listing.py", "<len(ordered)> splits are"),  # more than MAX_SPLITS
     ("removal.py", "<len(found)> stores have"),
-    ("plan.py", "<len(names)> classes that are"),  # "is not" would say less
+    ("begun_head.py", "<len(names)> classes that are"),  # "is not" would say less
     ("plan.py", "<len(old)> classes and are"),
     ("prompts.py", "<len(files)> are"),
 }

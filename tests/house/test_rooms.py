@@ -21,13 +21,14 @@ NEIGHBOURS = {
     "heads": {"featstore"},
     "cli": {"featstore", "pipeline", "heads"},
 }
-# The demo runs every stage, the inventory lists what each has made, training from pixels and
-# prediction decode videos themselves, and so does the search for copies; protocols read lists of
-# classes (pure text).
+# The demo runs every stage, the inventory lists what each has made, imported checkpoints become
+# encoders, training from pixels and prediction decode videos themselves, and so does the search
+# for copies; protocols read lists of classes (pure text).
 MORE = {
     "heads.demo": {"pipeline"},
     "heads.inventory": {"pipeline.tars", "pipeline.encoders"},
     "heads.end_to_end": {"pipeline"},
+    "heads.checkpoints": {"pipeline.annotations", "pipeline.clip_encoder", "pipeline.encoders"},
     "heads.prediction": {"pipeline"},
     "heads.evaluation": {"pipeline.annotations"},
     "heads.quality": {"pipeline.decoding", "pipeline.tars"},

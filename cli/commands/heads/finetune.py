@@ -16,7 +16,7 @@ from featstore.errors import UserError, WorkError
 from featstore.workspace import DATASET_FILE
 
 if TYPE_CHECKING:
-    from heads.end_to_end.finetune import FinetuneSummary
+    from heads.end_to_end.summary import FinetuneSummary
     from heads.training.ranks import Ranks
 
 
@@ -216,9 +216,9 @@ def finetune(
         from pipeline.tars.dataset import load_dataset  # says what is missing, and needs no torch
 
         load_dataset(folder)
-    from heads.end_to_end.chosen_videos import VideoChoice
+    from heads.end_to_end.chosen_videos import VideoChoice, training_videos
     from heads.end_to_end.finetune import finetune as run_finetune
-    from heads.end_to_end.plan import FinetuneRequest, training_videos
+    from heads.end_to_end.request import FinetuneRequest
     from heads.evaluation.next_steps import after_finetuning
     from heads.files.head_cards import kind_of
     from heads.methods.registry import require_run_name

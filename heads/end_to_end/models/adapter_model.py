@@ -23,6 +23,7 @@ from featstore.format.metadata import read_metadata
 from featstore.workspace import Workspace
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.models.end_to_end_model import EndToEndModel, check_labels
+from heads.end_to_end.models.trained_parts import require_frozen
 from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head
 from heads.methods.msta.config import MstaConfig
@@ -40,6 +41,7 @@ from pipeline.descriptions.wording import (
     TEMPORAL_TEMPLATES,
     template_descriptions,
 )
+from pipeline.encoders.text_tower import mean_of_sentences
 from pipeline.extraction.description_texts import descriptions_embeddings
 from pipeline.prompts import PromptSet
 
@@ -107,9 +109,7 @@ class AdapterModel(EndToEndModel):
             checkpoint(embed, *part, use_reentrant=False) if again else embed(*part)
             for part in parts
         ]
-        units = functional.normalize(torch.cat(found), dim=-1)
-        means = [lines.mean(dim=0) for lines in torch.split(units, self._counts)]
-        return functional.normalize(torch.stack(means), dim=-1)
+        return mean_of_sentences(torch.cat(found), self._counts)
 
     def encode(self, frames: Tensor) -> Tensor:
         """Return the clips' embeddings [B,1,D] of frames [B,T,3,s,s], not normalised.
@@ -196,21 +196,7 @@ def adapter_head_config(
 def require_adapter_training(head: Head, config: FinetuneConfig, encoder: Encoder) -> None:
     """Raise UserError for settings of training that adapters on frozen towers cannot follow."""
     title, frames = method(head.config.kind).title, head.config.frames
-    if config.train != "head":
-        raise UserError(
-            f"{title} keeps both towers as they are, so --train {config.train} is not possible: "
-            'leave it out, or write train = "head" in the recipe'
-        )
-    if config.shard == "fsdp":
-        raise UserError(
-            f"--shard fsdp spreads a trained tower, and {title} keeps the towers as they are: "
-            "leave it out"
-        )
-    if config.frames != frames:
-        raise UserError(
-            f"{config.frames} frames do not fit the head to begin with, which takes {frames}: use "
-            f"--frames {frames}"
-        )
+    require_frozen(title, "both towers as they are", config, frames)
     if encoder.clip_frames not in (1, frames):
         raise UserError(
             f"clips of {frames} frames do not fit {encoder.name}, which looks at "

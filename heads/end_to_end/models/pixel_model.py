@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featstore.errors import UserError
 from heads.arithmetic import resolve_precision
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.models.end_to_end_model import EndToEndModel, check_labels
+from heads.end_to_end.models.trained_parts import require_frozen
 from heads.methods.dist.config import DistConfig
 from heads.methods.dist.head import DistHead
 from heads.methods.dist.model import DistModel, for_tower
@@ -140,18 +140,4 @@ def pixel_head_config(
 def require_pixel_training(head: Head, config: FinetuneConfig) -> None:
     """Raise UserError for settings of training that a head beside a frozen tower cannot follow."""
     title, frames = method(head.config.kind).title, head.config.dense_frames
-    if config.train != "head":
-        raise UserError(
-            f"{title} keeps the tower as it is, so --train {config.train} is not possible: leave "
-            'it out, or write train = "head" in the recipe'
-        )
-    if config.shard == "fsdp":
-        raise UserError(
-            f"--shard fsdp spreads a trained tower, and {title} keeps the tower as it is: leave "
-            "it out"
-        )
-    if config.frames != frames:
-        raise UserError(
-            f"{config.frames} frames do not fit the head to begin with, which takes {frames}: use "
-            f"--frames {frames}"
-        )
+    require_frozen(title, "the tower as it is", config, frames)

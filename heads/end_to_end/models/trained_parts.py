@@ -14,7 +14,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from featstore.errors import UserError
-from heads.end_to_end.config import BOTH_TOWERS, last_blocks
+from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig, last_blocks
 
 
 def trained_blocks(image_tower: nn.Module, last: int | None = None) -> list[nn.Module]:
@@ -80,3 +80,24 @@ def checkpoint_gradients(image_tower: nn.Module) -> None:
             "gradients: leave checkpointing off and lower the batch size instead"
         )
     image_tower.set_grad_checkpointing(True)
+
+
+def require_frozen(title: str, kept: str, config: FinetuneConfig, frames: int) -> None:
+    """Raise UserError for settings that a method cannot follow whose towers stay as they are.
+
+    `kept` says what stays, as in "the tower as it is"; `frames` are those that the head takes.
+    """
+    if config.train != "head":
+        raise UserError(
+            f"{title} keeps {kept}, so --train {config.train} is not possible: leave it out, or "
+            'write train = "head" in the recipe'
+        )
+    if config.shard == "fsdp":
+        raise UserError(
+            f"--shard fsdp spreads a trained tower, and {title} keeps {kept}: leave it out"
+        )
+    if config.frames != frames:
+        raise UserError(
+            f"{config.frames} frames do not fit the head to begin with, which takes {frames}: use "
+            f"--frames {frames}"
+        )

@@ -5,9 +5,9 @@ The names below are for training loops of your own; they are imported when they 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from heads.methods.lazy_names import lazy_names
 from heads.methods.registry import Method
 from heads.methods.taco.config import TacoConfig
 
@@ -60,7 +60,4 @@ METHOD = Method(
 )
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

@@ -67,14 +67,20 @@ def start_lines(commands: Commands, lines: Sequence[Sequence[str | Path]]) -> li
 
 
 def files_of(root: Path, name: str) -> dict[str, Any]:
-    """What a finished run leaves, times left out: tensors, records, failures."""
+    """What a finished run leaves, times left out: tensors, records, failures.
+
+    Methods that leave the towers alone have no file of a tuned tower or no encoder of their own.
+    """
     run, encoder = root / "heads" / name, root / "encoders" / name
+    own = {
+        "tower": run / "tower.safetensors",
+        "encoder": encoder / "open_clip_model.safetensors",
+    }
     return {
         "head": load_file(run / "head.safetensors"),
-        "tower": load_file(run / "tower.safetensors"),
         "state": load_file(run / "state/last.safetensors"),
         "best": load_file(run / "state/best.safetensors"),
-        "encoder": load_file(encoder / "open_clip_model.safetensors"),
+        **{part: load_file(file) for part, file in own.items() if file.exists()},
         "metrics": [
             {key: value for key, value in json.loads(line).items() if key not in TIMES}
             for line in (run / "metrics.jsonl").read_text().splitlines()
@@ -85,7 +91,7 @@ def files_of(root: Path, name: str) -> dict[str, Any]:
 
 def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two runs left the same, bit for bit."""
-    return all(
+    return a.keys() == b.keys() and all(
         a[part] == b[part]
         if part in ("metrics", "failures")
         else a[part].keys() == b[part].keys()
