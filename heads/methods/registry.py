@@ -58,6 +58,9 @@ class Method:
     adapts: bool = False
     """Whether the head changes both towers of the encoder: features and class texts are made with
     it, by an encoder of its own."""
+    taught: bool = False
+    """Whether a teacher, an average of its own towers, holds it in training: then a run also keeps
+    the teacher and the mean of its weights."""
     scaled: bool = False
     """Whether its published tests fuse views by the softmax of logits, where others leave the
     multiplier of cosines out."""
@@ -81,6 +84,11 @@ class Method:
     every tensor checked; `write(path, head, tower_state, epoch)` writes one, for a head that looks
     at pixels `write(path, head, clip_state)`, for one that adapts `write(path, head)`. They
     raise UserError for content that does not fit."""
+
+    @property
+    def keeps_towers(self) -> bool:
+        """Whether end-to-end training leaves both towers as they are."""
+        return self.pixels or self.adapts
 
     @property
     def in_epochs(self) -> bool:
