@@ -278,7 +278,7 @@ def test_the_best_weights_are_those_of_their_epoch(tmp_path: Path) -> None:
         other.logit_scale.zero_()
     restore_weights(file, dict(other.named_parameters()), 2)
     assert equal(weights(tuned), {n: p.detach() for n, p in other.named_parameters()})
-    with pytest.raises(WorkError, match="holds epoch 2, but the best was 3"):
+    with pytest.raises(WorkError, match="holds epoch 2, but epoch 3 is wanted"):
         restore_weights(file, dict(other.named_parameters()), 3)
 
 

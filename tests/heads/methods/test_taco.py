@@ -208,11 +208,9 @@ def test_only_b_moves_in_the_first_step() -> None:
     assert projection.linear_B.weight.grad.any()  # type: ignore[union-attr]
 
 
-def test_training_says_what_it_cannot_do_yet() -> None:
+def test_a_store_cannot_train_it() -> None:
     with pytest.raises(UserError, match="TACO cannot be trained from a store"):
         method("taco").require("trained from a store", method("taco").from_store, "x")
-    with pytest.raises(UserError, match="TACO cannot be trained end to end"):
-        method("taco").require("trained end to end", method("taco").end_to_end, "x")
 
 
 @pytest.fixture(scope="module")
