@@ -204,12 +204,17 @@ class Shown:
     rows: Rows = _ONE
 
 
-_On = DemoWorld
 KINDS: Final = (
-    Shown(lambda m: m.from_store, "demo", _On.train_on_store, _On.frozen_features, _MODULATED),
-    Shown(lambda m: m.pixels, "demo-dist", _On.train_on_videos, _On.views, _ENSEMBLE),
-    Shown(lambda m: m.adapts, "demo-msta", _On.train_on_videos, _On.adapted_features),
-    Shown(lambda m: m.end_to_end, "demo", _On.train_on_videos, _On.tuned_features),
+    Shown(
+        lambda m: m.from_store,
+        "demo",
+        DemoWorld.train_on_store,
+        DemoWorld.frozen_features,
+        _MODULATED,
+    ),
+    Shown(lambda m: m.pixels, "demo-dist", DemoWorld.train_on_videos, DemoWorld.views, _ENSEMBLE),
+    Shown(lambda m: m.adapts, "demo-msta", DemoWorld.train_on_videos, DemoWorld.adapted_features),
+    Shown(lambda m: m.end_to_end, "demo", DemoWorld.train_on_videos, DemoWorld.tuned_features),
 )
 """The kinds of methods; the first that fits counts. The last one's towers are tuned themselves."""
 
@@ -223,7 +228,7 @@ def _kind(head: str) -> Shown | None:
 
 def demo_rows(finetuned: bool, methods: Sequence[str] = TRAINED) -> list[DemoRow]:
     """Return the lines of the table; those of the fine-tuned head come last."""
-    shown = [(MEAN_OF_FRAMES, _ONE)]
+    shown: list[tuple[str, Rows]] = [(MEAN_OF_FRAMES, _ONE)]
     shown += [(name, kind.rows) for name in methods if (kind := _kind(name)) is not None]
     shown += [(f"{TRAINED[-1]}-finetuned", _MODULATED)] if finetuned else []
     return [DemoRow(head, *row) for head, rows in shown for row in rows]
