@@ -5,13 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from featstore import Store, open_store
 from featstore.commands import ADAPTED_BY
 from featstore.errors import UserError, one_of
-from featstore.files.durable import write_json
 from featstore.progress import Stages, no_stages
 from featstore.workspace import Workspace
 from heads.end_to_end.finetune import finetune
@@ -79,27 +77,21 @@ class DemoWorld:
 
     @classmethod
     def make(cls, workspace: Workspace, seed: int, stages: Stages = no_stages) -> DemoWorld:
-        """Make the videos of a world, pack them, and write the small CLIP and descriptions."""
-        made, drawn = cls(workspace, seed, stages), world.draw_world(seed)
+        """Make the videos of a world, pack them, and unpack the small CLIP."""
+        made = cls(workspace, seed, stages)
         make_encoder_folder(workspace.encoder_dir(ENCODER_NAME))
         with stages(f"make videos (seed {seed})", "videos") as progress:
             folder = workspace.root / "demo" / f"videos-{seed}"
-            folders = world.write_world(drawn, folder, progress=progress)
+            folders = world.write_world(world.draw_world(seed), folder, progress=progress)
         for kind in DATASETS:
             name = made.dataset(kind)
             with stages(f"pack {kind}", "videos") as progress:
                 pack(getattr(folders, kind), name, workspace.dataset_dir(name), progress=progress)
-        write_json(made.guides, world.descriptions(drawn.known))
         return made
 
     def dataset(self, kind: str) -> str:
         """Return the name of the data set of "known" or "new" classes."""
         return f"demo-{kind}-{self.seed}"
-
-    @property
-    def guides(self) -> Path:
-        """The file of descriptions of the known classes."""
-        return self.workspace.root / "demo" / f"descriptions-{self.seed}.json"
 
     def run(self, head: str) -> str:
         """Return the name of the run that trains a head."""
@@ -125,7 +117,7 @@ class DemoWorld:
         self, head: str, run: str, recipe: Recipe, epochs: int | None = None, begun: bool = False
     ) -> None:
         """Train a head end to end; one that has `begun` continues the head trained on a store."""
-        run_dir, chosen = self.workspace.run_dir(run), method(head)
+        run_dir = self.workspace.run_dir(run)
         request = FinetuneRequest(
             dataset_dir=self.workspace.dataset_dir(self.dataset("known")),
             run_dir=run_dir,
@@ -136,7 +128,6 @@ class DemoWorld:
             encoder=None if begun else ENCODER_NAME,
             from_head=self.workspace.run_dir(self.run(head)) if begun else None,
             prompt_set=None if begun else PROMPTS,
-            guides=self.guides if chosen.adapts else None,
             method=head,
             resume=run_dir.exists(),
         )

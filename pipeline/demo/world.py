@@ -11,7 +11,6 @@ Letters: T frames, S side of the square picture in pixels.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,20 +119,6 @@ def draw_world(seed: int, known_classes: int = 40, new_classes: int = 40) -> Wor
     known = rng.choice(len(seen), known_classes, replace=False)
     new = rng.choice(len(unseen), new_classes, replace=False)
     return World(seed, tuple(sorted(seen[i] for i in known)), tuple(sorted(unseen[i] for i in new)))
-
-
-def descriptions(classes: Sequence[SpriteClass]) -> dict[str, dict[str, list[str]]]:
-    """Describe each class in words that the small CLIP has learned, as `--guides` takes them.
-
-    The spatial sentence says what a frame shows, the temporal one how it moves.
-    """
-    return {
-        each.name: {
-            "spatial": [f"a {each.colour} {each.shape}"],
-            "temporal": [f"a photo of a {each.shape} {each.motion}"],
-        }
-        for each in classes
-    }
 
 
 def render_clip(sprite_class: SpriteClass, rng: np.random.Generator, moments: Floats) -> Frames:
