@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import heads.demo
 import pipeline.demo.world
 from tests.support.processes.command_line import done, mote, refused
-from tests.support.worlds.dist_training import small_recipe
+from tests.support.worlds import dist_training, msta_training
 
 
 @pytest.fixture
@@ -25,7 +26,13 @@ def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     short = tmp_path / "short.toml"
     short.write_text('[training]\nepochs = 2\nprecision = "fp32"\n')
-    monkeypatch.setattr(heads.demo, "RECIPE", str(short))
+    recipes = {
+        "demo": short,
+        "demo-dist": dist_training.small_recipe(tmp_path),
+        "demo-msta": msta_training.small_recipe(tmp_path),
+    }
+    kinds = [replace(kind, recipe=str(recipes[kind.recipe])) for kind in heads.demo.KINDS]
+    monkeypatch.setattr(heads.demo, "KINDS", kinds)
 
 
 def test_the_demo_runs_every_stage_and_reports_it(small_world: None, tmp_path: Path) -> None:
@@ -114,15 +121,14 @@ def test_the_world_shows_what_the_method_is_for(tmp_path: Path) -> None:
     assert expert["closeset_top1"] >= mean["closeset_top1"] + 20
 
 
-def test_a_head_that_looks_at_pixels_has_rows_beside_the_others(
-    small_world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_methods_that_train_on_videos_have_rows_beside_the_others(
+    small_world: None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(heads.demo, "PIXEL_RECIPE", str(small_recipe(tmp_path)))
-    place = ("demo", "--methods", "mote,dist", "--root", tmp_path / "w")
+    place = ("demo", "--methods", "mote,dist,msta", "--root", tmp_path / "w")
     report = done(*place, "--seeds", "2")
     assert [(row["head"], row["modulated"], row.get("ensemble")) for row in report["rows"]] == [
         *(("mean", False, None), ("mote", False, None), ("mote", True, None)),
-        *(("dist", False, None), ("dist", False, 0.5)),
+        *(("dist", False, None), ("dist", False, 0.5), ("msta", False, None)),
     ]
     for row in report["rows"]:
         one, two = row["zeroshot_top1_per_seed"]
@@ -135,6 +141,12 @@ def test_a_head_that_looks_at_pixels_has_rows_beside_the_others(
     assert made == {path: path.stat().st_mtime_ns for path in made}
     table = json.loads((tmp_path / "w" / "demo" / "demo.json").read_text())
     assert table["rows"] == report["rows"]
+    # The rows of adapters are what the commands measure on the features that their head makes.
+    root = ("--root", tmp_path / "w")
+    said = done("eval", "--closeset", "demo-known-0", "--head", "demo-msta-0", *root)
+    assert said["top1"] == report["rows"][-1]["closeset_top1_per_seed"][0]
+    settings = json.loads((tmp_path / "w/heads/demo-msta-0/config.json").read_text())
+    assert settings["data"]["adapted_encoder"] == "demo-clip"
 
 
 @pytest.mark.parametrize(
