@@ -97,10 +97,12 @@ class DemoWorld:
         """Return the name of the run that trains a head."""
         return f"demo-{head}-{self.seed}"
 
-    def train_on_store(self, head: str, run: str, recipe: Recipe) -> None:
-        """Train a head on the features of the frozen CLIP."""
-        store, run_dir = self.extract(ENCODER_NAME)["known"], self.workspace.run_dir(run)
-        with self.stages(f"train {head}", "steps") as progress:
+    def train_on_store(
+        self, head: str, run: str, recipe: Recipe, encoder: str = ENCODER_NAME
+    ) -> None:
+        """Train a head on the features of an encoder, by default of the frozen CLIP."""
+        store, run_dir = self.extract(encoder)["known"], self.workspace.run_dir(run)
+        with self.stages(f"train {run}", "steps") as progress:
             train_head(
                 store,
                 run_dir,
@@ -114,16 +116,19 @@ class DemoWorld:
             )
 
     def train_on_videos(
-        self, head: str, run: str, recipe: Recipe, epochs: int | None = None, begun: bool = False
+        self, head: str, run: str, recipe: Recipe, begun: bool = False, **training: Any
     ) -> None:
-        """Train a head end to end; one that has `begun` continues the head trained on a store."""
+        """Train a head end to end; one that has `begun` continues the head trained on a store.
+
+        `training` are settings that count instead of the recipe's.
+        """
         run_dir = self.workspace.run_dir(run)
         request = FinetuneRequest(
             dataset_dir=self.workspace.dataset_dir(self.dataset("known")),
             run_dir=run_dir,
             encoder_dir=self.workspace.encoder_dir(run),
             encoders_dir=self.workspace.root / "encoders",
-            config=recipe.finetune_config(seed=self.seed, epochs=epochs),
+            config=recipe.finetune_config(seed=self.seed, **training),
             head=recipe.head_config,
             encoder=None if begun else ENCODER_NAME,
             from_head=self.workspace.run_dir(self.run(head)) if begun else None,
@@ -131,7 +136,7 @@ class DemoWorld:
             method=head,
             resume=run_dir.exists(),
         )
-        with self.stages(f"finetune {run}" if begun else f"train {head}", "steps") as progress:
+        with self.stages(f"finetune {run}" if begun else f"train {run}", "steps") as progress:
             finetune(request, Ranks(), progress)
 
     def frozen_features(self, run: str) -> dict[str, Store]:
@@ -205,6 +210,7 @@ KINDS: Final = (
     ),
     Shown(lambda m: m.pixels, "demo-dist", DemoWorld.train_on_videos, DemoWorld.views, _ENSEMBLE),
     Shown(lambda m: m.adapts, "demo-msta", DemoWorld.train_on_videos, DemoWorld.adapted_features),
+    Shown(lambda m: m.taught, "demo-taco", DemoWorld.train_on_videos, DemoWorld.tuned_features),
     Shown(lambda m: m.end_to_end, "demo", DemoWorld.train_on_videos, DemoWorld.tuned_features),
 )
 """The kinds of methods; the first that fits counts. The last one's towers are tuned themselves."""
@@ -217,10 +223,32 @@ def _kind(head: str) -> Shown | None:
     return next((kind for kind in KINDS if kind.fits(found)), None)
 
 
+def _taught(methods: Sequence[str]) -> str | None:
+    """Return the first of `methods` that a teacher holds in training."""
+    return next((name for name in methods if method(name).taught), None)
+
+
+def _beside_taught(methods: Sequence[str]) -> list[tuple[str, str, Rows]]:
+    """Return what is compared with a method that a teacher holds: (line, method, lines of it).
+
+    They are the same training of both towers without teacher and head, and the heads that are
+    trained on a store, on the features of the towers that the teacher held.
+    """
+    held = _taught(methods)
+    if held is None:
+        return []
+    on_store = [name for name in methods if method(name).from_store]
+    return [
+        (f"{MEAN_OF_FRAMES}-finetuned", MEAN_OF_FRAMES, _ONE),
+        *((f"{name}-on-{held}", name, _MODULATED) for name in on_store),
+    ]
+
+
 def demo_rows(finetuned: bool, methods: Sequence[str] = TRAINED) -> list[DemoRow]:
     """Return the lines of the table; those of the fine-tuned head come last."""
     shown: list[tuple[str, Rows]] = [(MEAN_OF_FRAMES, _ONE)]
     shown += [(name, kind.rows) for name in methods if (kind := _kind(name)) is not None]
+    shown += [(line, rows) for line, _, rows in _beside_taught(methods)]
     shown += [(f"{TRAINED[-1]}-finetuned", _MODULATED)] if finetuned else []
     return [DemoRow(head, *row) for head, rows in shown for row in rows]
 
@@ -258,10 +286,28 @@ def run_world(
         assert kind is not None, "require_methods"
         kind.train(made, name, run, finetune_recipe(kind.recipe, name))
         looked_at[name] = kind.features(made, run), load_head(workspace.run_dir(run))
+    for line, name, _ in _beside_taught(methods):
+        held, run = _taught(methods), made.run(line)
+        assert held is not None
+        if name == MEAN_OF_FRAMES:
+            kind = _kind(held)
+            assert kind is not None, "require_methods"
+            plain = finetune_recipe(kind.recipe, name)
+            made.train_on_videos(name, run, plain, save="last")
+            features = made.tuned_features(run)
+        else:
+            tower = made.run(held)
+            made.train_on_store(name, run, finetune_recipe(KINDS[0].recipe, name), tower)
+            features = made.tuned_features(tower)
+        looked_at[line] = features, load_head(workspace.run_dir(run))
     if finetune_epochs:
         name, run = TRAINED[-1], f"demo-finetuned-{seed}-{finetune_epochs}"
         made.train_on_videos(
-            name, run, finetune_recipe(KINDS[-1].recipe, name), finetune_epochs, begun=True
+            name,
+            run,
+            finetune_recipe(KINDS[-1].recipe, name),
+            begun=True,
+            epochs=finetune_epochs,
         )
         tuned = made.tuned_features(run), load_head(workspace.run_dir(run))
         looked_at[f"{name}-finetuned"] = tuned
@@ -291,11 +337,15 @@ def demo_table(
 
 
 def _measured(stores: dict[str, Store], head: Head | None, row: DemoRow) -> dict[str, float]:
-    """Measure close-set accuracy on the known classes and zero-shot accuracy on the new ones."""
+    """Measure close-set accuracy on the known classes and zero-shot accuracy on the new ones.
+
+    A method that a teacher holds leaves its head out for new classes, as published.
+    """
+    known_only = head is not None and method(head.config.kind).taught
     top1 = [
         evaluate_store(
             store,
-            head,
+            None if known_only and protocol == "zeroshot" else head,
             protocol=protocol,
             dataset=store.provenance.dataset,
             tests=build_test_sets(PROTOCOLS[protocol], store),
