@@ -32,7 +32,8 @@ from tests.support.stores.action_store import action_store
 PAPERS = [f"dist-{data}-vit-{arch}" for data in ("k400", "ssv2") for arch in ("b16", "l14")]
 PAPERS += ["paper-vit-b16", "paper-vit-l14"]
 PAPERS += ["msta-base-to-novel", "msta-few-shot", "msta-zero-shot"]
-OWN = ["auto", "demo", "demo-dist", "demo-msta", "dist", "end-to-end", "frozen-store", "msta"]
+OWN = ["auto", "demo", "demo-dist", "demo-msta", "demo-taco"]
+OWN += ["dist", "end-to-end", "frozen-store", "msta", "taco"]
 NAMES = sorted([*OWN, *PAPERS])
 
 
