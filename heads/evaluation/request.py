@@ -49,6 +49,8 @@ class ScoreSettings:
     modulation_temperature: float | None = None
     ensemble: float | None = None
     fusion: str | None = None
+    projection: bool | None = None
+    """Whether the head's projection is used; None: for the classes of its training alone."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def _measure(
 ) -> list[tuple[EvalResult, Path]]:
     """Choose the protocol and its test sets, and measure every setting of the score on them."""
     from heads.compatibility import mean_head_of  # these load torch
-    from heads.evaluation.evaluate import evaluate_many, usual_fusion
+    from heads.evaluation.evaluate import evaluate_many, usual_fusion, usual_projection
 
     protocol = request.protocol or usual_protocol(
         request.kind,
@@ -325,7 +327,8 @@ def _measure(
             model,
             sweeps.settings(
                 *(model.config, vars(request.score), request.swept),
-                usual_fusion(store, protocol),
+                fusion=usual_fusion(store, protocol),
+                projection=usual_projection(model.config, protocol),
             ),
             protocol=protocol,
             dataset=request.dataset,

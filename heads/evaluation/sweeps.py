@@ -23,8 +23,9 @@ NEIGHBOURS: Final = "modulation-neighbours"
 TEMPERATURE: Final = "modulation-temperature"
 ENSEMBLE: Final = "ensemble"
 FUSION: Final = "fusion"
+PROJECTION: Final = "projection"
 BLEND: Final = "blend"
-NAMES: Final = (TEMPERATURE, NEIGHBOURS, ENSEMBLE, FUSION, BLEND)
+NAMES: Final = (TEMPERATURE, NEIGHBOURS, ENSEMBLE, FUSION, PROJECTION, BLEND)
 
 Values = dict[str, list[Any]]
 
@@ -61,9 +62,10 @@ def parse_sweeps(given: Sequence[str]) -> Values:
 
 
 def settings(
-    config: MethodConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
+    config: MethodConfig, fixed: Mapping[str, Any], swept: Values, **usual: Any
 ) -> list[Scoring]:
-    """Return the score settings for every combination of swept values; `fixed` holds the others.
+    """Return the score settings for every combination of swept values; `fixed` holds the others,
+    and `usual` those that are taken where `fixed` has None.
 
     Combinations with the same effect (modulation off, with any neighbours) are returned once.
     UserError when a swept setting is fixed as well or has no effect on this head.
@@ -82,7 +84,8 @@ def settings(
     found: dict[Scoring, Scoring] = {}
     for values in itertools.product(*(swept[name] for name in names)):
         chosen = {**fixed, **dict(zip(fields, values, strict=True))}
-        scoring = Scoring.of_head(config, **{**chosen, "fusion": chosen["fusion"] or usual_fusion})
+        chosen |= {name: value for name, value in usual.items() if chosen.get(name) is None}
+        scoring = Scoring.of_head(config, **chosen)
         same = replace(scoring, modulation_neighbours=1, modulation_temperature=1)
         found.setdefault(scoring if scoring.modulate else same, scoring)
     return list(found.values())
@@ -185,6 +188,11 @@ def _values(name: str, word: str) -> Sequence[Any]:
         if word not in known:
             raise UserError(f"fusion {word!r} is unknown: {one_of(word, known)} or all")
         return [word]
+    if name == PROJECTION:
+        known = ("on", "off")
+        if word not in known:
+            raise UserError(f"projection {word!r} is unknown: {one_of(word, known)}")
+        return [word == "on"]
     if word in ("none", "off") and name in (TEMPERATURE, NEIGHBOURS):
         return [0]
     try:

@@ -74,6 +74,9 @@ class Method:
     """The recipe of `finetune` where none is named."""
     prompts: str | None = None
     """The prompt set of its class texts in fine-tuning; None: the usual one."""
+    weights: tuple[str, ...] = ()
+    """The weights that a training keeps, by the names that `eval --weights` takes, the published
+    ones first; none where it keeps one kind."""
     official: str | None = None
     """Module for the format in which the authors publish weights. `is_of(content)` says whether the
     entries of a file have the names of such a checkpoint, `lacks(content)` says in words what is
@@ -147,6 +150,11 @@ def untrained(kind: object) -> bool:
 def knows_only_its_classes(kind: object) -> bool:
     """Return whether `kind`, from a record of any version, is a method without new classes."""
     return isinstance(kind, str) and kind in _registered and not method(kind).open_vocabulary
+
+
+def keeps_several_weights(kind: object) -> bool:
+    """Return whether `kind`, from a record of any version, is a method with `Method.weights`."""
+    return isinstance(kind, str) and kind in _registered and bool(method(kind).weights)
 
 
 def read_checkpoint(file: Path) -> tuple[Method, Any]:

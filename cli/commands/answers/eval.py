@@ -100,6 +100,7 @@ def evaluate(
             help="Add CLIP's own cosines per frame with this weight; DiST has 0.5 in zero-shot.",
         ),
     ] = None,
+    projection: options.Projection = "auto",
     clip_store: Annotated[
         str | None,
         typer.Option(
@@ -122,8 +123,8 @@ def evaluate(
             "--sweep",
             metavar="NAME=V,V,...",
             help="Measure many settings in one pass: modulation-temperature, "
-            "modulation-neighbours, ensemble, fusion; or blend, over imported towers. May be "
-            "repeated.",
+            "modulation-neighbours, ensemble, fusion, projection; or blend, over imported towers. "
+            "May be repeated.",
         ),
     ] = None,
     allow_overlap: Annotated[
@@ -292,6 +293,7 @@ def evaluate(
             swept_values.value_of(swept_values.TEMPERATURE, modulation_temperature),
             ensemble,
             fused,
+            options.projection(projection),
         ),
         swept=swept,
         clip_store=clip_store,

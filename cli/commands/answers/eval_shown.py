@@ -55,6 +55,8 @@ def report_evaluation(
         f"{result.protocol_name} on {result.dataset}, head {result.head}"
         f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
         f"{result.n_classes} classes, prompts {result.prompt_set}"
+        f"{'' if result.weights is None else f', {result.weights} weights'}"
+        f"{'' if result.projection is None or is_sweep else f', projection {result.projection}'}"
     )
     if is_sweep:
         shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
@@ -147,6 +149,7 @@ def _sweep(title: str, measured: list[EvalResult]) -> Table:
         "temperature": [r.modulation_temperature for r in measured],
         "ensemble": [r.ensemble for r in measured],
         "fusion": [r.fusion for r in measured],
+        "projection": [r.projection for r in measured],
     }
     varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
     rows = [

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from heads.methods.taco.training import relations as relations
     from heads.methods.taco.training import relative_structure_loss as relative_structure_loss
     from heads.methods.taco.training import step_anchors as step_anchors
+    from heads.methods.taco.training import teacher_momentum as teacher_momentum
     from heads.methods.taco.training import training_step_parts as training_step_parts
     from heads.methods.taco.training import update_teacher as update_teacher
 
@@ -31,7 +32,7 @@ _HOMES = {
         (
             *("StepParts", "WeightMean", "class_features", "draw_anchors", "few_shot_positions"),
             *("relations", "relative_structure_loss", "step_anchors", "training_step_parts"),
-            "update_teacher",
+            *("teacher_momentum", "update_teacher"),
         ),
         "training",
     ),
@@ -56,6 +57,7 @@ METHOD = Method(
     modulated=False,
     from_elsewhere=("modulation_neighbours", "modulation_temperature"),  # it has none
     prompts="taco",
+    weights=("mean", "last", "best", "teacher"),
     official="heads.methods.taco.official",
 )
 
