@@ -30,6 +30,8 @@ FIRST_STAGE: Final = "frozen"
 """The folder in a fine-tuning's run that keeps the head it began with, if both have one name."""
 LAST_EPOCH: Final = "last"
 """The folder in a run that keeps the head of its last epoch beside that of its best one."""
+WEIGHTS: Final = ("mean", LAST_EPOCH, "best", "teacher")
+"""The weights that a run with a teacher keeps, and the folders in it of heads that have them."""
 PROTOCOL_FIELD: Final = "protocol"
 """The field in a run's config.json that names the evaluation protocol that trained the run."""
 
@@ -53,12 +55,13 @@ class Workspace:
         return self.root / "heads" / _checked(name, "run")
 
     def head_dir(self, name: str) -> Path:
-        """Return the folder of head `RUN`, `RUN/frozen` (before a fine-tuning) or `RUN/last`.
+        """Return the folder of head `RUN`, `RUN/frozen` (before a fine-tuning) or, as `RUN/last`,
+        of other `WEIGHTS`.
 
         UserError as `dataset_dir`.
         """
         run, _, stage = name.partition("/")
-        held = stage in (FIRST_STAGE, LAST_EPOCH)
+        held = stage in (FIRST_STAGE, *WEIGHTS)
         return self.run_dir(run) / stage if held else self.run_dir(name)
 
     def head_name(self, folder: Path) -> str:

@@ -40,8 +40,9 @@ def continued_head(
         )
     if begun.origin is not None:
         kind = method(begun.config.kind)
-        joint = kind.pixels or kind.adapts
-        tower = joint_fingerprint(encoder.fingerprint, begun) if joint else encoder.fingerprint
+        tower = encoder.fingerprint
+        if kind.keeps_towers:
+            tower = joint_fingerprint(tower, begun)
         check_encoder(begun.origin, spec, tower)
     names = None if begun.origin is None else begun.origin.class_names
     if names is None and not len(begun.training_class_embeddings):

@@ -12,6 +12,8 @@ from heads.training.config import TrainConfig
 
 BOTH_TOWERS: Final = "both-towers"
 """The value of `train` with which the text tower trains too."""
+AVERAGES: Final = ("mean", "teacher")
+"""Values of `save` that only trainings with a teacher have."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ class FinetuneConfig(TrainConfig):
     makes its own ("per-rank": the released code, seed + rank)."""
     evaluate_every: int = 1
     """Epochs between evaluations on the val (else test) split; 0 turns them off."""
-    save: Literal["last", "best"] = "last"
-    """Which weights the run publishes: those of the last epoch, or of the epoch with the best
-    top-1 in evaluation."""
+    save: Literal["last", "best", "mean", "teacher"] = "last"
+    """Which weights the run publishes: those of the last epoch, of the epoch with the best top-1 in
+    evaluation, or of methods with a teacher the mean of all epochs, or the teacher's."""
     blend: float = within(0.99, 0, 1)
     """Share of the tuned tower in the published encoder; the rest is the original tower. It is 0.99
     in the released test code; 1 means the tuned tower alone."""

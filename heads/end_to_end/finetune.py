@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -18,7 +18,8 @@ from featstore.errors import UserError, WorkError, counted
 from featstore.files.locks import exclusive
 from featstore.files.machine import peak_rss_mb, return_large_blocks
 from featstore.progress import ProgressSink, no_progress
-from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
+from heads.end_to_end.config import FinetuneConfig
+from heads.end_to_end.kept_weights import TEACHER, keep_mean
 from heads.end_to_end.memory import gpu_mb, memory_left, memory_words, warn_of_memory
 from heads.end_to_end.models.end_to_end_model import EndToEndModel, TrainingStep
 from heads.end_to_end.plan import Plan, make_plan
@@ -37,21 +38,17 @@ from heads.files.run_files import (
     CONFIG_FILE,
     HEAD_FILE,
     LOCK_FILE,
+    MEAN_FILE,
     write_training_keys,
 )
-from heads.methods.registry import method
 from heads.scoring.scores import can_modulate
 from heads.training.ranks import Ranks, agreed, contact
 from heads.training.run_settings import setting_differences
-from heads.training.state import Position, restore_best, save_best
+from heads.training.state import Position, restore_weights, save_weights
 from heads.training.trainer import Trainer, TrainingBatch
 from pipeline.video_clips.stream import ClipStream
 
 log = logging.getLogger(__name__)
-
-
-TRAINED: Final = {"head": "head and logit scale", BOTH_TOWERS: "both towers and head"}
-"""Words for values of `--train`; every other value is named together with the head."""
 
 
 def finetune(
@@ -117,6 +114,8 @@ def _run(
     resumed_from = 0
     if trainer.resume():
         resumed_from = trainer.position.epoch * trainer.steps_per_epoch + trainer.position.step
+    if plan.taught:
+        ranks.only_first(lambda: keep_mean(run_dir, trainer.parameters, 0))
     ranks.only_first(
         lambda: write_training_keys(
             run_dir,
@@ -126,13 +125,8 @@ def _run(
         )
     )
     trainer.train(lambda epoch: _close_epoch(request, plan, trainer, epoch))
-    position = trainer.position
-    epoch = config.epochs
-    if config.save == "best" and position.best is not None:
-        epoch = position.best["epoch"]
-        if epoch != config.epochs:
-            with ranks.agreeing():
-                restore_best(run_dir / BEST_FILE, trainer.parameters, epoch)
+    with ranks.agreeing():
+        epoch, choice = _take_published(plan, trainer, config)
     publish(
         model.eval(),
         run_dir,
@@ -141,10 +135,28 @@ def _run(
         encoders_dir=request.encoders_dir,
         blend=config.blend,
         epoch=epoch,
-        epoch_choice="last" if config.save == "last" else f"best on {plan.eval_split}",
+        epoch_choice=choice,
         ranks=ranks,
     )
     return ranks.only_first(lambda: read_summary(request, plan, ranks, resumed_from))
+
+
+def _take_published(plan: Plan, trainer: Trainer, config: FinetuneConfig) -> tuple[int, str]:
+    """Put the weights to be published into the model; return their epoch and what they are."""
+    epochs, best = config.epochs, trainer.position.best
+    if config.save == "mean":
+        restore_weights(trainer.run_dir / MEAN_FILE, trainer.parameters, epochs)
+        return epochs, "mean of the start and all epochs"
+    if config.save == "teacher":
+        for name, value in trainer.further.items():
+            trainer.parameters[name.removeprefix(TEACHER)].data.copy_(value)
+        return epochs, "teacher"
+    if config.save == "last" or best is None:
+        return epochs, "last"
+    epoch: int = best["epoch"]
+    if epoch != epochs:
+        restore_weights(trainer.run_dir / BEST_FILE, trainer.parameters, epoch)
+    return epoch, f"best on {plan.eval_split}"
 
 
 def end_to_end_trainer(
@@ -188,6 +200,7 @@ def end_to_end_trainer(
         ranks=ranks,
         batches=batches,
         n_listed=clips.n_listed,
+        further=model.further_state(),
         draw_seed=config.seed + (ranks.rank if config.draws == "per-rank" else 0),
         details=details,
         **more,
@@ -218,11 +231,13 @@ def _close_epoch(
             evaluation = found.to_json()
             if position.best is None or found.quality > position.best["top1"]:
                 position.best = {"epoch": epoch, "top1": found.quality}
-                save_best(request.run_dir / BEST_FILE, trainer.parameters, epoch, ranks)
+                save_weights(request.run_dir / BEST_FILE, trainer.parameters, epoch, ranks)
             measure = "top-1" if found.mean_ap is None else "mAP"
             log.info("epoch %d: %s %.1f %% on %s", epoch, measure, found.quality, found.split)
         else:
             log.warning("none of the videos of %s could be decoded", plan.eval_split)
+    if plan.taught:
+        ranks.only_first(lambda: keep_mean(trainer.run_dir, trainer.parameters, epoch))
     failures = trainer.merged_failures()
     ranks.only_first(lambda: write_failed_clips(request.run_dir, failures))
     seconds = max(position.seconds, 1e-9)
@@ -274,11 +289,12 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
             counted(clips.n_listed, "training video"),
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    whole = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(TEACHER))
     log.info(
         "training %s: %.1f of %.1f million parameters, %d videos in %d steps of %d "
         "(%d x %d)%s, %s on %s",
-        *(_trained_words(plan, config), trained / 1e6),
-        *(sum(p.numel() for p in model.parameters()) / 1e6,),
+        *(plan.trained, trained / 1e6),
+        *(whole / 1e6,),
         *(clips.n_listed, clips.steps_per_epoch, config.batch_size * ranks.world_size),
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
         *(plan.precision, ranks.device.type),
@@ -297,12 +313,3 @@ def _keep_texts(plan: Plan) -> None:
     """Keep the texts that training begins with, for a run that continues."""
     for place, embeddings in plan.new_texts:
         place.write(embeddings)
-
-
-def _trained_words(plan: Plan, config: FinetuneConfig) -> str:
-    chosen = method(plan.model.head.config.kind)
-    if chosen.pixels:
-        return f"{chosen.title} beside the frozen tower"
-    if chosen.adapts:
-        return f"{chosen.title} on both frozen towers"
-    return TRAINED.get(config.train, f"{config.train} and head")

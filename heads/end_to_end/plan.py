@@ -18,7 +18,6 @@ from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.opened_stores import no_labels
 from featstore.reading.store import Store
 from featstore.workspace import Workspace
-from heads.arithmetic import resolve_training_precision
 from heads.end_to_end.begun_head import continued_head, first_bias
 from heads.end_to_end.chosen_videos import (
     choose_videos,
@@ -27,35 +26,20 @@ from heads.end_to_end.chosen_videos import (
     trained_on,
     training_split,
 )
-from heads.end_to_end.config import BOTH_TOWERS, FinetuneConfig
 from heads.end_to_end.kept_tokens import kept_tokens
 from heads.end_to_end.memory import cores_here
-from heads.end_to_end.models.adapter_model import (
-    adapter_head_config,
-    guided_model,
-    read_guides,
-    require_adapter_training,
-    store_of_texts,
-)
 from heads.end_to_end.models.end_to_end_model import EndToEndModel
-from heads.end_to_end.models.pixel_model import (
-    PixelHeadModel,
-    pixel_head_config,
-    require_pixel_training,
-    tower_precision,
-)
 from heads.end_to_end.models.trained_parts import trained_blocks
-from heads.end_to_end.models.trained_texts import TrainedTexts
 from heads.end_to_end.request import FinetuneRequest
 from heads.end_to_end.run_folder import MODE, RUN_FORMAT, starting_head
+from heads.end_to_end.setups import NewTexts, Parts, setup_of
 from heads.end_to_end.sharding import sharded
 from heads.files.head_file import head_fingerprint, load_head
 from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head, build_head
 from heads.methods.msta.config import MstaConfig
-from heads.methods.registry import Method, method
+from heads.methods.registry import method
 from heads.methods.settings import HeadOrigin
-from heads.prediction.pixel_encoder import FloatPreprocessing
 from heads.training.class_weights import class_weights, require_possible
 from heads.training.ranks import Ranks
 from heads.training.trainer import require_trainable
@@ -70,7 +54,6 @@ from pipeline.prompts import (
     trained_prompt_set,
 )
 from pipeline.tars.dataset import Dataset, load_dataset
-from pipeline.video_clips.float_clips import FloatClipStream, FloatEvaluationClips, mirrored
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 from pipeline.video_clips.token_clips import TokenEvaluationClips, TokenStream
 
@@ -97,10 +80,14 @@ class Plan:
     eval_split: str | None
     excluded: Excluded | None
     settings: dict[str, Any]
-    new_texts: tuple[tuple[KeptTexts, Tensor], ...]
+    new_texts: NewTexts
     """Texts that training begins with, [C,D] each, and where to keep those not read there."""
     precision: str
     shard: bool
+    trained: str
+    """What is trained, for people."""
+    taught: bool
+    """Whether a teacher holds it, and the mean of its weights is kept."""
 
 
 def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
@@ -143,36 +130,18 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         chosen.end_to_end,
         f"train another method, or this one on stored features with `{on_features}`",
     )
-    if encoder.clip_frames > 1 and not chosen.adapts:
-        raise UserError(
-            f"{spec} encodes clips, and {chosen.title} trains with towers of single frames: name a "
-            "CLIP, or use --method msta"
-        )
-    if request.guides is not None and not chosen.adapts:
-        raise UserError(f"--guides are for --method msta, not for {chosen.title}: leave them out")
-    if request.tokens and not chosen.adapts:
-        raise UserError(f"--tokens is for --method msta, not for {chosen.title}: leave it out")
     prompt_set = _prompt_set(request, begun, chosen.prompts or DEFAULT_PROMPTS)
-    if chosen.pixels and not prompt_set.templates:
-        raise UserError(
-            f"prompt set {prompt_set.name} has sentences of its own for every class, which "
-            f"evaluations of {chosen.title} cannot take: use --prompts name or a template file"
-        )
+    setup = setup_of(chosen)
+    setup.require_options(request, encoder, prompt_set)
     # The text tower is the same on all processes, but its output may differ in the last bit.
     names, sentences_hash = dataset.class_names, prompt_set.hash(dataset.class_names)
     texts = KeptTexts(request.run_dir, encoder.fingerprint, sentences_hash)
     kept = texts.read(len(names), encoder.dim)
     classes = encoder.class_embeddings(names, prompt_set).cpu() if kept is None else kept
-    new_texts: tuple[tuple[KeptTexts, Tensor], ...] = (
-        () if kept is not None else ((texts, classes),)
-    )
+    new_texts: NewTexts = () if kept is not None else ((texts, classes),)
     if begun is None:
-        if chosen.pixels:
-            wanted = pixel_head_config(wanted, config, encoder.image_tower)
-        if chosen.adapts:
-            wanted = adapter_head_config(wanted, config, encoder)
         head = build_head(
-            wanted,
+            setup.head_config(wanted, config, encoder),
             classes,
             generator=torch.Generator().manual_seed(config.seed),
         )
@@ -182,16 +151,8 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         logit_scale = begun.logit_scale.clone()
     require_possible(chosen, config, dataset.multi_label)
     head.require_frames(config.frames)
-    precision = resolve_training_precision(config.precision, ranks.device)
-    frozen = chosen.pixels or chosen.adapts
-    if chosen.pixels:
-        require_pixel_training(head, config)
-    else:
-        _refuse_mixing(config, chosen)
-    if chosen.adapts:
-        require_adapter_training(head, config, encoder)
-    if frozen:
-        precision = tower_precision(config, encoder.dim, ranks.device)
+    setup.require(head, config, encoder)
+    precision = setup.precision(config, encoder, ranks.device)
     shared: dict[str, Any] = {
         "frames": config.frames,
         "preprocessing": encoder.preprocessing,
@@ -215,13 +176,11 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     if request.tokens:
         adapters = cast(MstaConfig, head.config)
         tokens = kept_tokens(workspace, packed, spec, encoder, adapters, config, split)
-    if chosen.pixels:
-        mirrors = mirrored(config.mirror, dataset.class_names)
-        clips: ClipStream = FloatClipStream(packed, **mirrors, **drawn)
-    elif tokens is not None:
-        clips = TokenStream(packed, store=tokens, **drawn)
+    if tokens is None:
+        clips = setup.clips(config, dataset.class_names, packed, **drawn)
     else:
-        clips = ClipStream(packed, **drawn)
+        clips = TokenStream(packed, store=tokens, **drawn)
+    setup.fit(head, clips.steps_per_epoch, config.epochs)
     balance, weights = None, None
     if len(clips.labels):  # else no video can be decoded, which training says
         evenly = bool(config.class_sampling)
@@ -230,29 +189,24 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
     head.class_weights = weights
     evaluation: EvaluationClips | None = None
     if eval_split is not None and config.evaluate_every:
-        kind = FloatEvaluationClips if chosen.pixels else EvaluationClips
         if tokens is not None and tokens.provenance.split in ("", eval_split):
             evaluation = TokenEvaluationClips(packed, store=tokens, split=eval_split, **shared)
         else:
-            evaluation = kind(packed, split=eval_split, **shared)
-    made = encoder.preprocessing
+            evaluation = setup.evaluation_clips(packed, split=eval_split, **shared)
     origin = HeadOrigin(
         dataset=dataset.name,
         dataset_fingerprint=dataset.fingerprint,
         encoder=spec,
         encoder_fingerprint=encoder.fingerprint,
         encoder_precision=precision,
-        sampling=f"dist:{config.frames}x1" if chosen.pixels else f"uniform:{config.frames}",
         crops=1,
-        preprocessing=(FloatPreprocessing.of(made) if chosen.pixels else made).to_json(),
         prompt_set=prompt_set.name,
         class_names=dataset.class_names,
-        frames=1 if chosen.adapts else config.frames,  # a view has one embedding of all frames
         prompt_templates=prompt_set.templates,
         initial_head="" if begun is None else head_fingerprint(begun),
         label_map=dataset.label_map,
-        adapted_encoder=spec if chosen.adapts else "",
         trained_on=trained_on(split, part.words, excluded),
+        **setup.origin(config, spec, encoder.preprocessing),
     )
     settings: dict[str, Any] = {
         "format": RUN_FORMAT,
@@ -283,33 +237,26 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         "precision": precision,
         "device": ranks.device.type,
     }
-    joined: dict[str, Any] = {"train": config.train, "checkpointing": config.checkpointing}
-    if config.train == BOTH_TOWERS:
-        joined["texts"] = TrainedTexts(encoder.model, *encoder.class_tokens(names, prompt_set))
-    parts = encoder.image_tower, head, logit_scale
-    if chosen.pixels:
-        model: EndToEndModel = PixelHeadModel(*parts, precision=precision, **joined)
-    elif chosen.adapts:
-        guides = request.guides
-        model, said, more_texts = guided_model(
-            *(encoder, head, logit_scale, names, prompt_set),
-            None if guides is None else read_guides(guides, names, packed.class_names, encoder),
-            store=store_of_texts(workspace, dataset.name, encoder) if ranks.first else None,
-            run_dir=request.run_dir,
-            precision=precision,
-            **joined,
-        )
-        settings["data"] |= said
-        new_texts += more_texts
-    else:
-        model = EndToEndModel(*parts, **joined)
+    parts = Parts(
+        encoder=encoder,
+        head=head,
+        logit_scale=logit_scale,
+        class_names=names,
+        all_names=packed.class_names,
+        prompt_set=prompt_set,
+        precision=precision,
+        texts_from=dataset.name,
+        first=ranks.first,
+    )
+    model, said, more_texts = setup.model(parts, request, workspace)
+    settings["data"] |= said
     model = model.to(ranks.device)
     if dataset.multi_label and head.logit_bias is None:
         alone = shared | {"rank": 0, "world_size": 1}
         head.take_several_classes(
             first_bias(model, EvaluationClips(packed, split=split, **alone), clips.labels)
         )
-    whole = frozen or model.texts is not None
+    whole = setup.frozen or model.texts is not None
     shard = not whole and sharded(ranks, config.shard, encoder.image_tower)
     if shard:
         trained_blocks(encoder.image_tower)  # UserError if the tower has no blocks
@@ -326,26 +273,17 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         eval_split=eval_split,
         excluded=excluded,
         settings=settings,
-        new_texts=new_texts,
+        new_texts=(*new_texts, *more_texts),
         precision=precision,
         shard=shard,
+        trained=setup.words(config),
+        taught=chosen.taught,
     )
 
 
 def _made_as(tokens: Store) -> str:
     """Return what a run records of the tokens that it reads."""
     return f"{tokens.tier} in {tokens.provenance.precision}"
-
-
-def _refuse_mixing(config: FinetuneConfig, chosen: Method) -> None:
-    """Raise UserError for settings of mixed clips, which only heads that look at pixels take."""
-    given = [name for name, value in config.mixing.items() if value]
-    given += ["mirror"] if config.mirror else []
-    if given:
-        raise UserError(
-            f"{' and '.join(given)} cannot be set for {chosen.title}, which trains on whole clips "
-            "and plain labels: leave it out of the recipe"
-        )
 
 
 def _prompt_set(request: FinetuneRequest, begun: Head | None, usual: str) -> PromptSet:

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from featstore.files.key_lists import Excluded
 from featstore.progress import Outcome
+from heads.end_to_end.config import AVERAGES
 from heads.end_to_end.plan import Plan
 from heads.end_to_end.request import FinetuneRequest
 from heads.files.head_file import load_head
@@ -43,7 +44,7 @@ class FinetuneSummary(Outcome):
     published_epoch: int
     """Epoch whose weights were published, from 1."""
     top1: float | None
-    """Accuracy of the published weights, before blending; None without an evaluation."""
+    """Accuracy of the published weights, before blending; None without an evaluation of them."""
     best_epoch: int | None
     best_top1: float | None
     batch_size: int
@@ -95,7 +96,7 @@ def read_summary(
     assert origin is not None
     measured = {r["epoch"]: measure_of(r["evaluation"]) for r in metrics if r["evaluation"]}
     best = best_epoch(metrics)
-    published = len(metrics) if config.save == "last" or best is None else best
+    published = best if config.save == "best" and best is not None else len(metrics)
     seconds = sum(record["seconds"] for record in metrics)
     waited = sum(record["seconds"] * record["waiting"] for record in metrics)
     gpu = [record["peak_gpu_mb"] for record in metrics if record["peak_gpu_mb"] is not None]
@@ -117,7 +118,7 @@ def read_summary(
         excluded=plan.excluded,
         tokens="" if plan.tokens is None else plan.tokens.path.name,
         measure="mAP" if plan.dataset.multi_label else "top1",
-        top1=measured.get(published),
+        top1=None if config.save in AVERAGES else measured.get(published),
         best_epoch=best,
         best_top1=None if best is None else measured[best],
         batch_size=config.batch_size,

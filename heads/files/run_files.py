@@ -8,7 +8,8 @@
 | `failures.csv` | videos that could not be decoded, end to end only |
 | `state/` | the state that training continues from, the best weights, the lock |
 | `validation.json` | what training gained on its validation videos, if it had any |
-| `last/` | the head of the last epoch, where `head.safetensors` is that of the best one |
+| `last/` | the head of the last epoch, where `head.safetensors` has other weights |
+| `best/`, `mean/`, `teacher/` | heads with other weights of a run with a teacher, once made |
 | `tower.safetensors` | the tower as trained, for imported and fine-tuned heads |
 | `head.safetensors` | the head; written last: a run with it is finished |
 """
@@ -45,6 +46,7 @@ METRICS_FILE: Final = "metrics.jsonl"
 FAILURES_FILE: Final = "failures.csv"
 STATE_FILE: Final = "state/last.safetensors"
 BEST_FILE: Final = "state/best.safetensors"
+MEAN_FILE: Final = "state/mean.safetensors"
 PART_FILE: Final = "state/part-{}.safetensors"
 """How each epoch did on one part of a cross-validation."""
 VALIDATION_FILE: Final = "validation.json"

@@ -58,6 +58,9 @@ class Method:
     adapts: bool = False
     """Whether the head changes both towers of the encoder: features and class texts are made with
     it, by an encoder of its own."""
+    taught: bool = False
+    """Whether a teacher, an average of its own towers, holds it in training: then a run also keeps
+    the teacher and the mean of its weights."""
     scaled: bool = False
     """Whether its published tests fuse views by the softmax of logits, where others leave the
     multiplier of cosines out."""
@@ -74,9 +77,6 @@ class Method:
     """The recipe of `finetune` where none is named."""
     prompts: str | None = None
     """The prompt set of its class texts in fine-tuning; None: the usual one."""
-    weights: tuple[str, ...] = ()
-    """The weights that a training keeps, by the names that `eval --weights` takes, the published
-    ones first; none where it keeps one kind."""
     official: str | None = None
     """Module for the format in which the authors publish weights. `is_of(content)` says whether the
     entries of a file have the names of such a checkpoint, `lacks(content)` says in words what is
@@ -84,6 +84,11 @@ class Method:
     every tensor checked; `write(path, head, tower_state, epoch)` writes one, for a head that looks
     at pixels `write(path, head, clip_state)`, for one that adapts `write(path, head)`. They
     raise UserError for content that does not fit."""
+
+    @property
+    def keeps_towers(self) -> bool:
+        """Whether end-to-end training leaves both towers as they are."""
+        return self.pixels or self.adapts
 
     @property
     def in_epochs(self) -> bool:
@@ -153,8 +158,8 @@ def knows_only_its_classes(kind: object) -> bool:
 
 
 def keeps_several_weights(kind: object) -> bool:
-    """Return whether `kind`, from a record of any version, is a method with `Method.weights`."""
-    return isinstance(kind, str) and kind in _registered and bool(method(kind).weights)
+    """Return whether `kind`, from a record of any version, is a method whose runs keep several."""
+    return isinstance(kind, str) and kind in _registered and method(kind).taught
 
 
 def read_checkpoint(file: Path) -> tuple[Method, Any]:

@@ -63,7 +63,7 @@ class Recipe:
     def beside_tower(self) -> str | None:
         """The recipe's method, if it is one beside a frozen tower; else it may be another one."""
         chosen = _method_of(self.head)
-        return chosen.name if chosen.pixels or chosen.adapts else None
+        return chosen.name if chosen.keeps_towers else None
 
     @property
     def from_data(self) -> list[str]:

@@ -42,7 +42,7 @@ from heads.methods.registry import method
 from heads.training.baselines import baseline_accuracies
 from heads.training.config import TrainConfig
 from heads.training.judged import Judgement
-from heads.training.state import Position, restore_best, save_best
+from heads.training.state import Position, restore_weights, save_weights
 from heads.training.trainer import Trainer, batches_of
 from heads.training.training_set import renumbered
 from heads.training.validation import (
@@ -114,7 +114,7 @@ class Selection:
             more, error = won(found, self.start)
             position.best = {"epoch": epoch, found.measure: found.quality, "loss": found.loss}
             position.best |= {"won": more, "error": error}
-            save_best(self.run_dir / BEST_FILE, trainer.parameters, epoch, trainer.ranks)
+            save_weights(self.run_dir / BEST_FILE, trainer.parameters, epoch, trainer.ranks)
         log.info(
             "epoch %d of %d: loss %.3f, validation %.1f %% (no head %.1f %%)",
             *(epoch, self.training.epochs, position.sums[0] / max(position.samples, 1)),
@@ -154,7 +154,7 @@ class Selection:
             if epoch == 0:
                 kept, found = self.untrained, self.start
             elif epoch == best["epoch"]:
-                restore_best(self.run_dir / BEST_FILE, trainer.parameters, epoch)
+                restore_weights(self.run_dir / BEST_FILE, trainer.parameters, epoch)
                 model.logit_scale.copy_(trainer.logit_scale.detach().reshape(()))
                 kept, found = shrunk(model, share), self.judge(epoch, model.eval())
         baselines = self.baselines()

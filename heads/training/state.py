@@ -1,9 +1,11 @@
 """The saved state of a run: one file with everything the next step depends on.
 
 `state/last.safetensors` holds the trained parameters, the optimiser's state of each, gradients of
-an incomplete group of batches, and (as its card) the position in the data, the scaler, partial sums
-and the records so far. Tensors are stored whole, however many processes share the model, so that
-the number of processes may change. `state/best.safetensors` holds the parameters alone.
+an incomplete group of batches, what else the model says its next step depends on, and (as its card)
+the position in the data, the scaler, partial sums and the records so far. Tensors are stored whole,
+however many processes share the model, so that the number of processes may change.
+`state/best.safetensors` holds the parameters alone, as does `state/mean.safetensors`, the mean of
+those at the start and after every epoch (`heads.end_to_end.kept_weights`).
 
 Random draws need no state: they depend on seed, epoch, step and position only.
 """
@@ -79,14 +81,19 @@ def save_state(
     scaler: torch.amp.GradScaler,
     position: Position,
     ranks: Ranks,
+    further: Mapping[str, Tensor],
 ) -> None:
-    """Write the state, complete or not at all. Every process must call this; the first writes."""
+    """Write the state, complete or not at all. Every process must call this; the first writes.
+
+    `further` is what the next step depends on besides, the same on all processes.
+    """
     parts: list[tuple[str, Tensor]] = []
     for name, parameter in parameters.items():
         parts.append((f"parameter.{name}", parameter))
         parts += [(f"{part}.{name}", v) for part, v in optimizer.state.get(parameter, {}).items()]
         if parameter.grad is not None:  # of batches that are not a whole optimiser step yet
             parts.append((f"gradient.{name}", parameter.grad))
+    parts += further.items()
     tensors = whole_tensors(parts, ranks)
     card = {
         "format": STATE_FORMAT,
@@ -101,6 +108,7 @@ def restore_state(
     parameters: Parameters,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    further: Mapping[str, Tensor],
 ) -> Position:
     """Load what `save_state` wrote; raises WorkError if the file does not fit the model."""
     with open_tensors(path) as (names, read, card):
@@ -117,6 +125,8 @@ def restore_state(
                         "exp_avg": like(read(f"exp_avg.{name}"), parameter),
                         "exp_avg_sq": like(read(f"exp_avg_sq.{name}"), parameter),
                     }
+            for name, value in further.items():
+                _copy(value, read(name))
             if "epoch" in known:  # format 1 of a head trained from a store
                 kept = any(parameter.grad is not None for parameter in parameters.values())
                 return Position(int(read("epoch")), pending=int(kept), metrics=card["metrics"])
@@ -131,20 +141,20 @@ def restore_state(
     return position
 
 
-def save_best(path: Path, parameters: Parameters, epoch: int, ranks: Ranks) -> None:
-    """Write the trained parameters after `epoch` epochs; every process must call this."""
+def save_weights(path: Path, parameters: Mapping[str, Tensor], epoch: int, ranks: Ranks) -> None:
+    """Write trained parameters of `epoch` epochs; every process must call this."""
     tensors = whole_tensors(((f"parameter.{n}", p) for n, p in parameters.items()), ranks)
     card = {"format": STATE_FORMAT, "epoch": epoch}
     ranks.only_first(lambda: save_tensors(path, tensors, card))
 
 
-def restore_best(path: Path, parameters: Parameters, epoch: int) -> None:
-    """Load the parameters that `save_best` wrote after `epoch`; WorkError for another epoch."""
+def restore_weights(path: Path, parameters: Parameters, epoch: int) -> None:
+    """Load what `save_weights` wrote of `epoch` epochs; WorkError for another number."""
     with open_tensors(path) as (_, read, card):
         _require_format(path, card)
         if card.get("epoch") != epoch:
             raise WorkError(
-                f"{path} holds epoch {card.get('epoch')}, but the best was {epoch}: train again"
+                f"{path} holds epoch {card.get('epoch')}, but epoch {epoch} is wanted: train again"
             )
         for name, parameter in parameters.items():
             _copy(parameter, read(f"parameter.{name}"))
@@ -187,7 +197,7 @@ def like(full: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(moved, shares.device_mesh, shares.placements, src_data_rank=None)
 
 
-def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+def _copy(parameter: Tensor, value: Tensor) -> None:
     if parameter.shape != value.shape:
         raise RuntimeError(f"{list(value.shape)} for {list(parameter.shape)}")
     with torch.no_grad():

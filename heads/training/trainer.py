@@ -139,6 +139,8 @@ class Trainer:
     """A function that says, after an epoch, whether training stops early."""
     details: Callable[[Position], Mapping[str, Any]] = lambda position: {}
     """A function that gives what progress reports besides epoch and loss."""
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the next step depends on besides the trained parameters, by its name in the state."""
     position: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -224,7 +226,7 @@ class Trainer:
             return False
         with self.ranks.agreeing():
             self.position = restore_state(
-                self.state_file, self.parameters, self.optimizer, self.scaler
+                self.state_file, self.parameters, self.optimizer, self.scaler, self.further
             )
         self.position.sums = self.position.sums or [0.0] * (1 + len(self.loss_names))
         self.head.logit_scale.copy_(self.logit_scale.detach().reshape(()))
@@ -404,7 +406,7 @@ class Trainer:
         if self.kept:
             save_state(
                 *(self.state_file, self.parameters, self.optimizer, self.scaler),
-                *(self.position, self.ranks),
+                *(self.position, self.ranks, self.further),
             )
         self._saved = (self.position.step, time.monotonic())
         self._changed = False

@@ -167,7 +167,11 @@ def finetune(
     ] = None,
     save: Annotated[
         str | None,
-        typer.Option(metavar="last|best", help="Which weights become the encoder and the head."),
+        typer.Option(
+            metavar="last|best|mean|teacher",
+            help="Which weights become the encoder and the head; the last two are for --method "
+            "taco.",
+        ),
     ] = None,
     blend: Annotated[
         float | None,
@@ -334,10 +338,10 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
     )
     accuracy = "not evaluated"
     if summary.best_top1 is not None:
-        accuracy = (
-            f"{percent(summary.top1)} % (the best was {percent(summary.best_top1)} after epoch "
-            f"{summary.best_epoch})"
-        )
+        best = f"{percent(summary.best_top1)} % after epoch {summary.best_epoch}"
+        accuracy = f"{percent(summary.top1)} % (the best was {best})"
+        if summary.top1 is None:
+            accuracy = f"of the published weights not measured (an epoch's best was {best})"
     tower = f"{summary.blend:g} of the tower after epoch {summary.published_epoch}, the rest "
     if method(summary.head).pixels:
         tower = f"the head after epoch {summary.published_epoch} looks at its tokens; as it was in "

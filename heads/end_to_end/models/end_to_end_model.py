@@ -173,6 +173,10 @@ class EndToEndModel(nn.Module):
         """Return the `weights` of `training_loss` in a recipe."""
         return config.loss_weights
 
+    def further_state(self) -> dict[str, Tensor]:
+        """Return what the next step depends on besides trained parameters, by name, to be saved."""
+        return {}
+
     def kept_bytes(self) -> int:
         """Return the bytes of activations that the tower keeps of one frame for the backward pass.
 

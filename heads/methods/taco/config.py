@@ -6,7 +6,7 @@ C = embedding width of the CLIP, N = anchors.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final
 
 from featstore.errors import UserError
 from heads.methods.settings import MethodConfig, within
@@ -33,8 +33,6 @@ class TacoConfig(MethodConfig):
     anchor_ratio: float = within(200 / 512, 0, 1024)
     """N / C. Through N random unit vectors a cosine shrinks to N / C of itself on average, so the
     ratio is the temperature of the distillation. The released code has 200 anchors at any width."""
-    anchor_draw: Literal["per-rank", "shared"] = "per-rank"
-    """Whether each process draws anchors of its own, as published, or all have the same."""
     distillation_weight: float = 0.4
     """What the divergence from the teacher counts beside the cross-entropy."""
     teacher_momentum: float = within(0.9998, 0, 1)

@@ -1,6 +1,6 @@
 """TACO's head: a linear projection of the mean of frames, added in training and for known classes.
 
-B = videos, T = frames, C = embedding width.
+B = videos, T = frames, C = embedding width, N = anchors.
 
 Names in the state dict beside those of every head (`projection.*` only where there is one):
 
@@ -18,9 +18,18 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from heads.methods.head import Head
 from heads.methods.taco.config import TacoConfig
+
+
+def draw_anchors(count: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw `count` random directions, float32 [count,dim] with unit rows, on the CPU.
+
+    Without a `generator` (CPU) they come from torch's own, as in the released code.
+    """
+    return functional.normalize(torch.randn(count, dim, generator=generator), dim=-1)
 
 
 class Projection(nn.Module):
@@ -72,6 +81,10 @@ class TacoHead(Head):
         if self.projection is None:
             return None
         return self.projection.added(features.mean(1, keepdim=True)).expand_as(features)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """See `Head.draw`: the anchors [N,C] of a step, float32 with unit rows."""
+        return draw_anchors(self.config.anchors, self.config.dim, generator)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the first weights of the projection."""

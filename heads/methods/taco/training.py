@@ -17,13 +17,11 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from featstore.errors import UserError
-from heads.methods.taco.config import TacoConfig
 from heads.methods.taco.head import TacoHead
 from heads.methods.text_classifier import class_cosines
 
@@ -34,27 +32,6 @@ def class_features(embeddings: Tensor) -> Tensor:
     It is the mean of the embeddings as they are, where MoTE scales each to length 1 first.
     """
     return functional.normalize(embeddings.mean(0), dim=-1)
-
-
-def draw_anchors(count: int, dim: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw `count` random directions, float32 [count,dim] with unit rows, on the CPU.
-
-    Without a `generator` (CPU) they come from torch's own, as in the released code.
-    """
-    return functional.normalize(torch.randn(count, dim, generator=generator), dim=-1)
-
-
-def step_anchors(config: TacoConfig, seed: int, step: int, rank: int = 0) -> Tensor:
-    """Draw the anchors [N,C] of one iteration, float32 on the CPU.
-
-    They depend on the numbers given and nothing else, so that a training that continues has those
-    of one that was never interrupted. `step` counts all iterations; `rank` has no effect on anchors
-    that are shared.
-    """
-    own = 0 if config.anchor_draw == "shared" else rank
-    word = np.random.SeedSequence([seed, step, own]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(word >> np.uint64(1)))
-    return draw_anchors(config.anchors, config.dim, generator)
 
 
 def relations(video: Tensor, text: Tensor, anchors: Tensor) -> Tensor:
@@ -213,9 +190,9 @@ class WeightMean:
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> WeightMean:
-        """Invert `state`."""
-        found = cls(state["weights"])
-        found.points = int(state["points"])
+        """Invert `state`, without a copy of the weights."""
+        found = cls({})
+        found.weights, found.points = dict(state["weights"]), int(state["points"])
         return found
 
 

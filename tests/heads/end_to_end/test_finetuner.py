@@ -24,7 +24,7 @@ from heads.methods.mote.config import HeadConfig
 from heads.methods.mote.routing import RoutingDraw
 from heads.training.ranks import Ranks, contact, joined
 from heads.training.schedule import build_optimizer, draw_generator, learning_rates
-from heads.training.state import restore_best, save_best
+from heads.training.state import restore_weights, save_weights
 from heads.training.trainer import Trainer
 from pipeline.encoders.sources import build_model
 from pipeline.video_clips.loader import ClipBatch
@@ -272,14 +272,14 @@ def test_progress_says_speed_waiting_and_memory(tmp_path: Path) -> None:
 def test_the_best_weights_are_those_of_their_epoch(tmp_path: Path) -> None:
     tuned = finetuner(tmp_path, Clips([batch(0, 4)]))
     file = tmp_path / BEST_FILE
-    save_best(file, tuned.parameters, 2, Ranks())
+    save_weights(file, tuned.parameters, 2, Ranks())
     other = model()
     with torch.no_grad():
         other.logit_scale.zero_()
-    restore_best(file, dict(other.named_parameters()), 2)
+    restore_weights(file, dict(other.named_parameters()), 2)
     assert equal(weights(tuned), {n: p.detach() for n, p in other.named_parameters()})
-    with pytest.raises(WorkError, match="holds epoch 2, but the best was 3"):
-        restore_best(file, dict(other.named_parameters()), 3)
+    with pytest.raises(WorkError, match="holds epoch 2, but epoch 3 is wanted"):
+        restore_weights(file, dict(other.named_parameters()), 3)
 
 
 def test_a_state_of_another_model_or_damaged(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from heads.methods.taco import (
     few_shot_positions,
     relations,
     relative_structure_loss,
-    step_anchors,
     teacher_momentum,
     training_step_parts,
     update_teacher,
@@ -158,25 +157,22 @@ def test_one_class_is_too_few_and_a_label_must_be_a_class() -> None:
         )
 
 
-def test_anchors_are_of_a_step_a_rank_and_the_width() -> None:
+def test_anchors_are_of_a_draw_and_the_width() -> None:
     config = TacoConfig(dim=64)
     assert (config.anchors, TacoConfig(dim=512).anchors) == (25, 200)
     assert TacoConfig(dim=768, anchor_ratio=200 / 768).anchors == 200
-    first = step_anchors(config, 7, 3, 1)
+    head, seed = TacoHead(config, 3), torch.Generator().manual_seed
+    first = head.draw(seed(7))
     assert first.shape == (25, 64)
     torch.testing.assert_close(first.norm(dim=1), torch.ones(25))
-    assert first.equal(step_anchors(config, 7, 3, 1))
-    for other in ((8, 3, 1), (7, 4, 1), (7, 3, 0)):
-        assert not first.equal(step_anchors(config, *other))
-    shared = TacoConfig(dim=64, anchor_draw="shared")
-    assert step_anchors(shared, 7, 3, 1).equal(step_anchors(shared, 7, 3, 0))
+    assert first.equal(head.draw(seed(7)))
+    assert not first.equal(head.draw(seed(8)))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"anchor_ratio": 0.001}, "gives 0 anchors at width 64"),
-        ({"anchor_draw": "often"}, "anchor_draw 'often' is unknown"),
         ({"teacher_momentum": 1.5}, "must be a number from 0 to 1"),
         ({"projection": 2}, "must be true or false"),
     ],
@@ -224,11 +220,9 @@ def test_only_b_moves_in_the_first_step() -> None:
     assert projection.linear_B.weight.grad.any()  # type: ignore[union-attr]
 
 
-def test_training_says_what_it_cannot_do_yet() -> None:
+def test_a_store_cannot_train_it() -> None:
     with pytest.raises(UserError, match="TACO cannot be trained from a store"):
         method("taco").require("trained from a store", method("taco").from_store, "x")
-    with pytest.raises(UserError, match="TACO cannot be trained end to end"):
-        method("taco").require("trained end to end", method("taco").end_to_end, "x")
 
 
 @pytest.fixture(scope="module")
