@@ -55,7 +55,7 @@ ELSEWHERE: Final[Mapping[str, tuple[str, Sequence[str]]]] = {
             *("--label-map", "--k600-source", "--class-lists", "--k400-names", "--draw-seeds"),
             *("--lists-from", "--train-store", "--recipe", "--epochs", "--batch-size", "--lr"),
             *("--repeat", "--name", "--best-epoch", "--fusion", "--crop-style"),
-            "--projection",
+            *("--projection", "--weights"),
         ),
     ),
 }

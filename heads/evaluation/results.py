@@ -23,8 +23,8 @@ from heads.evaluation.answers import save_answers
 from heads.evaluation.details import SplitDetail
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.several_classes import LabelsDetail, save_details
-from heads.files.run_files import best_epoch, read_config, read_metrics
-from heads.methods.registry import untrained
+from heads.files.run_files import CONFIG_FILE, best_epoch, read_config, read_metrics
+from heads.methods.registry import keeps_several_weights, untrained
 
 RESULT_FORMAT: Final = 2
 NAMED_SPLITS: Final = 3  # how many splits a file name lists; its hash covers all of them
@@ -309,11 +309,12 @@ def save_result(result: EvalResult, run_dir: Path, paths: Mapping[str, str] | No
     return file
 
 
-def run_facts(run_dir: Path, **known: Any) -> RunFacts:
+def run_facts(run_dir: Path, weights: str | None = None, **known: Any) -> RunFacts:
     """Return the facts about a run's weights from its config.json; `known` ones override them.
 
     A run trained here has the weights of its last epoch; the file of an imported or fine-tuned run
-    names the epoch. WorkError when the file is not JSON; without a file only `known` counts.
+    names the epoch. `weights` names some of a run that keeps several, None the published ones.
+    WorkError when the file is not JSON; without a file only `known` counts.
     """
     from heads.files.imported_run import tower_facts  # it loads torch, reading results does not
 
@@ -331,4 +332,17 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
         said = {"epoch": training.get("epochs"), "epoch_choice": "last"}
         if training.get("save") == "best" and (best := best_epoch(read_metrics(run_dir))):
             said = {"epoch": best, "epoch_choice": f"best on {split}"}
+    several = keeps_several_weights(settings.get("head", {}).get("kind"))
+    if several and "imported" not in settings:
+        of_run = (run_dir.parent / CONFIG_FILE).is_file()  # `RUN/teacher` and the like
+        weights = weights or (run_dir.name if of_run else str(settings["training"]["save"]))
+        said |= _weights_facts(settings, run_dir, weights)
     return RunFacts(**(said | known))
+
+
+def _weights_facts(settings: Mapping[str, Any], run_dir: Path, which: str) -> dict[str, Any]:
+    """Return the facts about some weights of a run that keeps several."""
+    epoch, choice = settings.get("training", {}).get("epochs"), "last"
+    if which == "best" and (best := best_epoch(read_metrics(run_dir))):
+        epoch, choice = best, f"best on {settings.get('data', {}).get('eval_split')}"
+    return {"weights": which, "epoch": epoch, "epoch_choice": choice}

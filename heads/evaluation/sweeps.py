@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from featstore.commands import Extraction, command
 from featstore.errors import UserError, WorkError, meant, one_of
-from featstore.workspace import Workspace
+from featstore.workspace import WEIGHTS, Workspace
 from heads.files.run_files import read_config
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
@@ -59,6 +59,20 @@ def parse_sweeps(given: Sequence[str]) -> Values:
             raise UserError(f"--sweep {name} is given twice: write its values once, with commas")
         values[name] = list(dict.fromkeys(v for word in words for v in _values(name, word)))
     return values
+
+
+def parse_weights(text: str | None) -> tuple[str, ...]:
+    """Parse "mean,teacher" or "all" into names of weights; none given: no names.
+
+    UserError for a name that no weights have.
+    """
+    if text is None:
+        return ()
+    words = WEIGHTS if text == "all" else tuple(dict.fromkeys(map(str.strip, text.split(","))))
+    for word in words:
+        if word not in WEIGHTS:
+            raise UserError(f"--weights {word!r} is unknown: {one_of(word, (*WEIGHTS, 'all'))}")
+    return words
 
 
 def settings(

@@ -101,6 +101,14 @@ def evaluate(
         ),
     ] = None,
     projection: options.Projection = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mean|last|best|teacher|all",
+            help="Which weights of a run that keeps several (TACO), several with commas; default: "
+            "those that it published.",
+        ),
+    ] = None,
     clip_store: Annotated[
         str | None,
         typer.Option(
@@ -266,6 +274,7 @@ def evaluate(
             raise UserError("--fusion all and --sweep fusion contradict each other: give one")
         swept[swept_values.FUSION] = fused
         fused = None
+    which = swept_values.parse_weights(weights)
     kind = named.kind if named is not None else KINDS[chosen[0]]
     trains = kind in TRAINING_KINDS
     if trains and swept:
@@ -296,6 +305,7 @@ def evaluate(
             options.projection(projection),
         ),
         swept=swept,
+        weights=which,
         clip_store=clip_store,
         allow_overlap=allow_overlap,
         label_map=label_map,
@@ -307,6 +317,11 @@ def evaluate(
         device=options.known_device(device),
     )
     tuned = tuned_runs(workspace, head) if trains else []
+    if which and trains and (not tuned or len(which) > 1):
+        raise UserError(
+            f"--weights {weights} cannot be tested with {kind}: name one kind of weights, and with "
+            "--head a run of finetune that keeps them"
+        )
     made_for: dict[str, str] = {}
     tested: list[str | None] = [*tuned] if trains else [head]
     for run in tested:
@@ -364,7 +379,7 @@ def evaluate(
         if ranks.first:
             files, unwritten = evaluation.save_if_possible()
             figures = published(evaluation.measured[0][0].to_json())
-            report_evaluation(json, evaluation, files, figures, bool(swept))
+            report_evaluation(json, evaluation, files, figures, bool(swept) or len(which) > 1)
             options.require_kept(
                 unwritten,
                 "the result is measured and",
