@@ -26,7 +26,10 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
         *("--seed", "--shots", "--draw-seed", "--class-sampling", "--class-weights"),
         *("--shrinkage", "--augment", "--save", "--blend", "--repeat", "--resume"),
     ),
-    "Scores": ("--modulate", "--ensemble", "--fusion", "--sweep", "--allow-overlap", "--top"),
+    "Scores": (
+        *("--modulate", "--projection", "--ensemble", "--fusion", "--sweep", "--allow-overlap"),
+        "--top",
+    ),
     OTHER: (),  # of a command with few options
     "Ray cluster": (
         *("--engine", "--address", "--ray-workers", "--cpus-per-worker", "--gpus-per-worker"),
@@ -52,6 +55,7 @@ ELSEWHERE: Final[Mapping[str, tuple[str, Sequence[str]]]] = {
             *("--label-map", "--k600-source", "--class-lists", "--k400-names", "--draw-seeds"),
             *("--lists-from", "--train-store", "--recipe", "--epochs", "--batch-size", "--lr"),
             *("--repeat", "--name", "--best-epoch", "--fusion", "--crop-style"),
+            *("--projection", "--weights"),
         ),
     ),
 }

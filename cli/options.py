@@ -13,7 +13,7 @@ import typer
 from cli.output import fail, warn
 from featstore.commands import DEFAULT_ROOT as DEFAULT_ROOT
 from featstore.commands import ROOT_VARIABLE
-from featstore.errors import UserError, WorkError, meant, one_line
+from featstore.errors import UserError, WorkError, meant, one_line, one_of
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
@@ -126,6 +126,15 @@ Modulate = Annotated[
         "it was trained on.",
     ),
 ]
+Projection = Annotated[
+    str,
+    typer.Option(
+        "--projection",
+        metavar="auto|on|off",
+        help="Whether a head's projection is used; auto: for the classes it was trained on, and "
+        "not for others.",
+    ),
+]
 
 # Settings of `train-head` and `finetune`; those that are not given come from the recipe.
 Epochs = Annotated[
@@ -173,6 +182,14 @@ Resume = Annotated[
 ]
 
 DEFAULT_MAX_FAILURES = 0.05
+
+
+def projection(text: str) -> bool | None:
+    """Return whether a projection is asked for; None for "auto". UserError for another word."""
+    known = {"auto": None, "on": True, "off": False}
+    if text not in known:
+        raise UserError(f"--projection {text!r} is unknown: {one_of(text, tuple(known))}")
+    return known[text]
 
 
 def words_given(

@@ -14,7 +14,7 @@ evenly in its logarithm as in torchvision's RandomResizedCrop.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -110,20 +110,25 @@ def augmented_pixels(resized: torch.Tensor, size: int, draw: AugmentationDraw) -
     return _grey(part) if draw.grey else part
 
 
-def training_pixels(frames: FrameInput, size: int, rng: np.random.Generator) -> torch.Tensor:
+def training_pixels(
+    frames: FrameInput, size: int, rng: np.random.Generator, flip: bool | None = None
+) -> torch.Tensor:
     """Augment uint8 frames [T,H,W,3] of a clip to uint8 [T,3,size,size], not normalised.
 
+    `flip` says whether they are mirrored; None: it is drawn. Other draws are the same in any case.
     Frames of several sizes are augmented one by one, with the same draws.
     """
     if is_mixed(frames):
         state, pixels = rng.bit_generator.state, []
         for frame in frames:
             rng.bit_generator.state = state
-            pixels.append(training_pixels(frame[None], size, rng))
+            pixels.append(training_pixels(frame[None], size, rng, flip))
         return torch.cat(pixels)
     resized = resized_clip(frames, size)
     height, width = resized.shape[-2:]
     draw = AugmentationDraw.sample(width, height, size, rng)
+    if flip is not None:
+        draw = replace(draw, flip=flip)
     return augmented_pixels(resized, size, draw)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
+import open_clip
 import pytest
 import torch
 
@@ -93,11 +95,74 @@ def test_the_accuracies_of_known_classes_are_the_authors(root: Path) -> None:
         assert result["top1"] == pytest.approx(float(wanted["top1_with"]), abs=1e-4)
         assert result["top5"] == pytest.approx(float(wanted["top5_with"]), abs=1e-4)
         assert (result["prompt_set"], result["epoch"]) == ("taco", 3)
+        assert (result["weights"], result["projection"]) == ("last", "on")
         # without the projection it is CLIP's mean of frames on the same features
+        off = done("eval", *place, "--head", "tiny", "--projection", "off")
         plain = done("eval", *place, "--head", "mean")
         scores = fuse_views(torch.from_numpy(wanted["cosines_without"]))
         right = percent(ranks(scores, torch.from_numpy(wanted["labels"])) < 1)
-        assert plain["top1"] == pytest.approx(right, abs=1e-4)
+        for found in (off, plain):
+            assert found["top1"] == pytest.approx(right, abs=1e-4)
+        assert (off["projection"], plain.get("projection")) == ("off", None)
+        swept = done("eval", *place, "--head", "tiny", "--sweep", "projection=on,off")
+        rows = {row["projection"]: (row["top1"], row["file"]) for row in swept["rows"]}
+        of = {r["projection"]: (r["top1"], r["file"]) for r in (result, off)}
+        assert rows == of
+        compared = done("compare", result["file"], off["file"])
+        assert compared["incomparable"] == ["projection"]
+        # beside another kind of head it forbids nothing
+        assert "projection" not in done("compare", result["file"], plain["file"])["incomparable"]
+
+
+def test_for_new_classes_the_projection_is_left_out_unless_it_is_asked_for(root: Path) -> None:
+    made = extracted(root, "taco-zs", "clips:4x2", "--prompts", "mote28")
+    place = ("--zeroshot", "taco-zs", "--store", Path(made["store"]).name, "--root", root)
+    tests = ("--prompts", "mote28", "--head")
+    usual, on, mean = (
+        done("eval", *place, *tests, head, *more)
+        for head, *more in (("tiny",), ("tiny", "--projection", "on"), ("mean",))
+    )
+    assert (usual["projection"], on["projection"]) == ("off", "on")
+    assert usual["top1"] == mean["top1"]
+    shown = mote("eval", *place, *tests, "tiny", width=80).out
+    assert "last weights" in " ".join(shown.split())
+    assert "projection off" in " ".join(shown.split())
+
+
+def test_prediction_takes_the_projection_for_the_classes_of_the_training(root: Path) -> None:
+    video = next((root.parent / "videos").iterdir())
+    known = META["train_classes"]
+    asked = ("predict", video, "--head", "tiny", "--root", root, "--top", len(known))
+
+    def scores(*more: str) -> dict[str, float]:
+        (found,) = done(*asked, *more)["videos"]
+        return {entry["class_name"]: entry["score"] for entry in found["predictions"]}
+
+    usual, off = scores(), scores("--projection", "off")
+    assert usual == scores("--projection", "on")
+    assert usual != off
+    new = ("--classes", ",".join([*known[1:], "something else"]), "--prompts", "taco")
+    assert scores(*new) == scores(*new, "--projection", "off")
+    assert scores(*new) != scores(*new, "--projection", "on")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--head", "tiny", "--projection", "yes"), "choose one of auto, on, off"),
+        (("--head", "mean", "--projection", "off"), "which has no projection: leave it out"),
+    ],
+)
+def test_a_projection_that_cannot_be_is_refused(
+    root: Path, options: tuple[str, ...], said: str
+) -> None:
+    extracted(root, "taco-train", "uniform:4", "--prompts", "taco")
+    video = next((root.parent / "videos").iterdir())
+    for asked in (
+        ("eval", "--closeset", "taco-train", "--sampling", "uniform:4"),
+        ("predict", video, "--classes", "a,b", "--encoder", "tiny"),
+    ):
+        assert said in refused(2, *asked, *options, "--root", root)
 
 
 def test_rephrased_names_are_other_texts_and_never_compared_as_equals(root: Path) -> None:
@@ -146,6 +211,30 @@ def test_the_export_is_the_file_that_was_imported(root: Path) -> None:
     for part in ("model_state_dict", "fusion_model_state_dict"):
         assert ours[part].keys() == theirs[part].keys()
         assert all(ours[part][name].equal(value) for name, value in theirs[part].items())
+
+
+def test_for_new_classes_other_programs_take_the_encoders_folder(root: Path) -> None:
+    """It is an ordinary CLIP, which open_clip loads, with the bits that were imported."""
+    imported = import_taco_checkpoint(root.parent / "last_model.pt")
+    state = open_clip.create_model(f"local-dir:{root / 'encoders' / 'tiny'}").state_dict()
+    assert all(state[name].equal(value) for name, value in imported.encoder_state.items())
+
+
+def test_for_known_classes_the_exported_head_gives_what_eval_gives(root: Path) -> None:
+    made = extracted(root, "taco-train", "uniform:4", "--prompts", "taco")
+    result = done("eval", "--closeset", "taco-train", "--sampling", "uniform:4", "--root", root)
+    assert result["projection"] == "on"
+    store, file = open_store(made["store"]), root.parent / "tiny.onnx"
+    done("export", "tiny", "--format", "onnx", "--out", file, "--root", root)
+    session = onnxruntime.InferenceSession(file)
+    inputs = {
+        "features": store.features(store.rows)[:, 0].astype(np.float32),
+        "class_embeddings": store.class_text("taco").embeddings,
+        "modulate": np.array(True),
+    }
+    (cosines,) = session.run(None, inputs)
+    right = percent(ranks(torch.from_numpy(cosines), torch.tensor(store.labels).long()) < 1)
+    assert result["top1"] == pytest.approx(right)
 
 
 @pytest.mark.parametrize("option", ["--blend", "--clip", "--attention-heads"])

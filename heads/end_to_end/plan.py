@@ -180,6 +180,7 @@ def make_plan(request: FinetuneRequest, ranks: Ranks) -> Plan:
         clips = setup.clips(config, dataset.class_names, packed, **drawn)
     else:
         clips = TokenStream(packed, store=tokens, **drawn)
+    setup.fit(head, clips.steps_per_epoch, config.epochs)
     balance, weights = None, None
     if len(clips.labels):  # else no video can be decoded, which training says
         evenly = bool(config.class_sampling)

@@ -40,11 +40,13 @@ from heads.methods.head import Head
 from heads.methods.registry import Method
 from heads.methods.settings import MethodConfig
 from heads.methods.taco.head import TacoHead
+from heads.methods.taco.training import teacher_momentum
 from heads.prediction.pixel_encoder import FloatPreprocessing
 from pipeline.clip_encoder import Encoder
 from pipeline.preprocessing import Preprocessing
 from pipeline.prompts import PromptSet
 from pipeline.video_clips.float_clips import FloatClipStream, FloatEvaluationClips, mirrored
+from pipeline.video_clips.mirroring import label_swaps
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 
 TRAINED: Final = {"head": "head and logit scale", BOTH_TOWERS: "both towers and head"}
@@ -126,6 +128,9 @@ class Setup:
         """Return the training clips of a data set; `drawn` are the further arguments."""
         return ClipStream(dataset, **drawn)
 
+    def fit(self, head: Head, steps: int, epochs: int) -> None:
+        """Set what is left to the length of the training, `epochs` epochs of `steps` batches."""
+
     @property
     def evaluation_clips(self) -> type[EvaluationClips]:
         """The kind of clips that an evaluation in training looks at."""
@@ -172,7 +177,18 @@ class TaughtTowers(Setup):
                 f"{self.method.title} needs at least 2 classes, not "
                 f"{len(head.training_class_embeddings)}: it learns how classes lie to each other"
             )
-        super().require(head, replace(config, save="last"), encoder)
+        super().require(head, replace(config, save="last", mirror=""), encoder)
+
+    def fit(self, head: Head, steps: int, epochs: int) -> None:
+        """See `Setup.fit`: the teacher's momentum."""
+        if not head.config.teacher_momentum:
+            head.config = replace(head.config, teacher_momentum=teacher_momentum(steps, epochs))
+
+    def clips(
+        self, config: FinetuneConfig, class_names: Sequence[str], dataset: Any, **drawn: Any
+    ) -> ClipStream:
+        """See `Setup.clips`."""
+        return ClipStream(dataset, mirrored=label_swaps(config.mirror, class_names), **drawn)
 
     def model(
         self, parts: Parts, request: FinetuneRequest, workspace: Workspace

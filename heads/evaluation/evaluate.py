@@ -31,6 +31,7 @@ from heads.evaluation.several_classes import MEASURE, LabelsDetail
 from heads.files.head_file import head_fingerprint
 from heads.methods.head import Head
 from heads.methods.registry import MEAN_OF_FRAMES
+from heads.methods.settings import MethodConfig
 from heads.scoring import TOP_K
 from heads.scoring.average_precision import mean_average_precision
 from heads.scoring.scores import Fusion, Scoring
@@ -52,13 +53,15 @@ def evaluate_store(
     modulation_neighbours: int | None = None,
     modulation_temperature: float | None = None,
     ensemble: float | None = None,
+    projection: bool | None = None,
     **options: Any,
 ) -> EvalResult:
     """Measure the accuracy of `head` (None: CLIP's mean of frames) on test sets of `store`.
 
     `protocol` is a protocol of `heads.evaluation.protocols.choose` or its name, and `tests` are its
     test sets (`build_test_sets`). `Scoring.of_head` explains the score settings; `fusion` defaults
-    to the protocol's. `options` are passed on to `evaluate_many`, which also lists the errors.
+    to the protocol's, `projection` to `usual_projection`. `options` are passed on to
+    `evaluate_many`, which also lists the errors.
     """
     model = head or mean_head_of(store)
     named = protocol_named(protocol) if isinstance(protocol, str) else protocol
@@ -69,6 +72,7 @@ def evaluate_store(
         modulation_neighbours=modulation_neighbours,
         modulation_temperature=modulation_temperature,
         ensemble=ensemble,
+        projection=usual_projection(model.config, named) if projection is None else projection,
     )
     options = {"confident": True, **options}
     (result,) = evaluate_many(
@@ -81,6 +85,15 @@ def usual_fusion(store: Store, protocol: Protocol) -> Fusion:
     """Return how views are fused if nothing else is asked for: the mean of cosines where a video
     may show several classes, for a softmax would set them against each other."""
     return "cosine" if store.multi_label else protocol.fusion
+
+
+def usual_projection(config: MethodConfig, protocol: Protocol) -> bool | None:
+    """Return whether a head's projection is used if nothing else is asked for; None without one.
+
+    It is used where all tested classes are those of the training. For other classes the encoder is
+    tested as a CLIP, as TACO (Zhu et al., NeurIPS 2026) leaves its projection out.
+    """
+    return protocol.kind in ("closeset", "fewshot") if config.projects else None
 
 
 def evaluate_many(
@@ -232,6 +245,7 @@ def _record(
         "sampler": provenance.sampling.partition(":")[0],
         "prompt_templates": list(templates) if templates else None,
         "kind": head.config.kind,
+        "projection": head.config.projects,  # `_result` says whether it is used
         "tower_frames": getattr(head.config, "slow_frames", None),
         "n_classes": n_classes,
         "n_classes_trained": None if trained is None else len(trained & names),
@@ -289,6 +303,7 @@ def _result(
         "std": float(np.std(top1)),
         "mean_top5": mean_top5,
         "std_top5": float(np.std(top5)) if top5 else None,
+        "projection": ("off", "on")[scoring.projection] if record["projection"] else None,
         "modulation_neighbours": scoring.modulation_neighbours if scoring.modulate else None,
         "modulation_temperature": scoring.modulation_temperature if scoring.modulate else None,
         "clip_store": clip.store.path.name if clip and scoring.ensemble is not None else None,

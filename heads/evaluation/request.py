@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,8 @@ class ScoreSettings:
     modulation_temperature: float | None = None
     ensemble: float | None = None
     fusion: str | None = None
+    projection: bool | None = None
+    """Whether the head's projection is used; None: for the classes of its training alone."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class EvaluationRequest:
     score: ScoreSettings = field(default_factory=ScoreSettings)
     swept: sweeps.Values = field(default_factory=dict)
     """Values to sweep, by name, as `heads.evaluation.sweeps.parse_sweeps` returns them."""
+    weights: tuple[str, ...] = ()
+    """Which weights of a run that keeps several (`featstore.workspace.WEIGHTS`); none: those that
+    it published."""
     clip_store: str | None = None
     """Store with CLIP's own features, for an ensemble with a head whose tower was tuned."""
     allow_overlap: bool = False
@@ -193,7 +198,8 @@ class Evaluation:
     request: EvaluationRequest
     measured: list[tuple[EvalResult, Path]]
     missing: list[dict[str, Any]]
-    """One entry per blend of a sweep that could not be measured: blend, reason and remedy."""
+    """One entry per blend of a sweep, or of several weights, that could not be measured: blend or
+    weights, reason and remedy."""
 
     def save(self) -> list[Path]:
         """Save every result in the folder of its run; return the files in order of `measured`."""
@@ -241,6 +247,10 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
 
     head, run_dir = choose_head(request.workspace, request.head)
     shares = request.swept.get(sweeps.BLEND)
+    if request.weights:
+        if head is None:
+            raise UserError("--weights is for a run, which --head names: leave it out")
+        return _of_weights(request, run_dir, stages)
     if shares is None:
         found = _measure(request, head, run_dir, *_store(request, head), stages)
         return Evaluation(request, found, [])
@@ -273,6 +283,51 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     return Evaluation(request, measured, missing)
 
 
+def head_of_weights(request: EvaluationRequest, run_dir: Path, which: str) -> Head:
+    """Return the head with the `which` weights of a run; it is made if it is not there yet.
+
+    UserError if the run keeps no such weights.
+    """
+    from heads.end_to_end.publish import publish_weights
+    from heads.files.head_file import load_head
+    from heads.training.ranks import Ranks
+
+    if run_facts(run_dir).weights == which:  # published, or imported
+        return load_head(run_dir)
+    make = partial(publish_weights, request.workspace, run_dir, which)
+    return load_head(Ranks.joined_before().only_first(make))
+
+
+def _of_weights(request: EvaluationRequest, run_dir: Path, stages: Stages) -> Evaluation:
+    """Measure some weights of a run, each with the features of its own towers.
+
+    Where several are asked for, those that cannot be measured are missing; one alone raises.
+    """
+    if sweeps.BLEND in request.swept:
+        raise UserError("--sweep blend and --weights each choose the towers: give one")
+    several = len(request.weights) > 1
+    if several and request.store is not None:
+        raise UserError("several --weights have a store each: leave --store out")
+    measured: list[tuple[EvalResult, Path]] = []
+    missing: list[dict[str, Any]] = []
+    for which in request.weights:
+        try:
+            head = head_of_weights(request, run_dir, which)
+            store, split = _store(request, head)
+        except UserError as error:
+            if not several:
+                raise
+            missing.append({"weights": which, "reason": str(error), "remedy": ""})
+        else:
+            measured += _measure(request, head, run_dir, store, split, stages, which)
+    if not measured:
+        raise UserError(
+            f"none of the weights of {run_dir.name} can be measured on {request.dataset}: "
+            f"{missing[0]['reason']}"
+        )
+    return Evaluation(request, measured, missing)
+
+
 def _store(request: EvaluationRequest, head: Head | HeadCard | None) -> tuple[Store, str | None]:
     """Return the store to test, and the split that it was chosen for."""
     split = request.split
@@ -294,10 +349,11 @@ def _measure(
     store: Store,
     split: str | None,
     stages: Stages,
+    weights: str | None = None,
 ) -> list[tuple[EvalResult, Path]]:
     """Choose the protocol and its test sets, and measure every setting of the score on them."""
     from heads.compatibility import mean_head_of  # these load torch
-    from heads.evaluation.evaluate import evaluate_many, usual_fusion
+    from heads.evaluation.evaluate import evaluate_many, usual_fusion, usual_projection
 
     protocol = request.protocol or usual_protocol(
         request.kind,
@@ -325,7 +381,8 @@ def _measure(
             model,
             sweeps.settings(
                 *(model.config, vars(request.score), request.swept),
-                usual_fusion(store, protocol),
+                fusion=usual_fusion(store, protocol),
+                projection=usual_projection(model.config, protocol),
             ),
             protocol=protocol,
             dataset=request.dataset,
@@ -336,7 +393,11 @@ def _measure(
             prompt_set=request.prompt_set(store),
             clip_store=request.chosen_clip_store(),
             facts=run_facts(
-                run_dir, n_trained_on=overlap, n_copied=copied, class_names_source=names_from
+                run_dir,
+                weights,
+                n_trained_on=overlap,
+                n_copied=copied,
+                class_names_source=names_from,
             ),
             confident=not request.swept,
             device=request.device,

@@ -23,8 +23,8 @@ from heads.evaluation.answers import save_answers
 from heads.evaluation.details import SplitDetail
 from heads.evaluation.outcomes import write_outcomes
 from heads.evaluation.several_classes import LabelsDetail, save_details
-from heads.files.run_files import best_epoch, read_config, read_metrics
-from heads.methods.registry import untrained
+from heads.files.run_files import CONFIG_FILE, best_epoch, read_config, read_metrics
+from heads.methods.registry import keeps_several_weights, untrained
 
 RESULT_FORMAT: Final = 2
 NAMED_SPLITS: Final = 3  # how many splits a file name lists; its hash covers all of them
@@ -77,6 +77,8 @@ class RunFacts:
     """Training videos per class, in few-shot and base-to-novel."""
     n_copied: int | None = None
     """How many tested videos are copies of training videos; `n_trained_on` counts them, too."""
+    weights: str | None = None
+    """Which weights of a training that keeps several these are: "mean", "last", ..."""
 
 
 Group = Literal["what was tested", "how", "with what", "arithmetic", "other"]
@@ -101,8 +103,10 @@ class EvalResult:
     Fields are declared here and nowhere else. The metadata of a field may have: `group`, the group
     it is compared in (numbers and remarks have none); `decisive`, if two results that differ in the
     field do not measure the same thing, whatever their heads are; `identity`, if the field is part
-    of the hash in the file's name; `none_known`, if None means "none" and not "unknown"; `of`, the
-    part of the evaluation that has an attribute of the same name (`taken_from`).
+    of the hash in the file's name; `none_known`, if None means "none" and not "unknown";
+    `optional`, if a field that is None is left out, so that results of versions without the field
+    keep their names; `of`, the part of the evaluation that has an attribute of the same name
+    (`taken_from`).
     """
 
     protocol: str = field(metadata=_tested(decisive=True))
@@ -193,14 +197,23 @@ class EvalResult:
     precision: str = field(metadata=_arithmetic(identity=True))
     """The arithmetic that the head ran in: "fp32" or "bf16"."""
     result_format: int = RESULT_FORMAT
-    measure: str | None = field(default=None, metadata=_tested(decisive=True))
+    measure: str | None = field(default=None, metadata=_tested(decisive=True, optional=True))
     """"mAP" where videos may show several classes; None: top-1."""
-    mean_ap: float | None = None
+    mean_ap: float | None = field(default=None, metadata={"optional": True})
     """The mean average precision in percent, the mean over the test sets."""
-    class_names_as: str | None = field(default=None, metadata=_how(decisive=True))
+    class_names_as: str | None = field(default=None, metadata=_how(decisive=True, optional=True))
     """"rephrased" where class texts were made of names with a sentence each; None: plain names."""
-    tower_frames: int | None = None
+    tower_frames: int | None = field(default=None, metadata={"optional": True})
     """How many of `frames` the image tower looks at; None: all. Published figures count these."""
+    weights: str | None = field(
+        default=None, metadata=_with(decisive=True, identity=True, optional=True, of="facts")
+    )
+    """Which weights of its training a model has: "mean", "last", "best" or "teacher"; None where a
+    training has one kind, or it is not known."""
+    projection: str | None = field(
+        default=None, metadata=_how(decisive=True, identity=True, optional=True)
+    )
+    """"on" or "off" for a head whose projection can be left out; None for others."""
     details: tuple[SplitDetail | LabelsDetail, ...] = field(default=(), repr=False, compare=False)
     """Every prediction. Not part of the JSON but written beside it, like the class names."""
     class_names: tuple[str, ...] = field(default=(), repr=False, compare=False)
@@ -210,7 +223,7 @@ class EvalResult:
         """Return the fields as strict JSON values, without `details` and `class_names`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _BESIDE}
         plain["per_split"] = [split.to_json() for split in self.per_split]
-        return _without_unused(plain, ("measure", "mean_ap", "tower_frames", "class_names_as"))
+        return _without_unused(plain, OPTIONAL)
 
     @property
     def words(self) -> str:
@@ -229,17 +242,24 @@ class EvalResult:
         parts += ["modulated" if self.modulate else "plain"]
         if self.ensemble is not None:
             parts.append(f"ensemble{self.ensemble:g}")
+        if self.weights is not None:
+            parts.append(f"{self.weights}-weights")
+        if self.projection is not None:
+            parts.append(f"projection-{self.projection}")
         return f"{'--'.join(parts)}--{self._identity()}"
 
     def _identity(self) -> str:
         """Return eight digits of a hash of everything that defines the measurement."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("identity")}
+        chosen = _without_unused(chosen, OPTIONAL)
         splits = [part.split for part in self.per_split]
         text = json.dumps([chosen, splits], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 _BESIDE: Final = ("details", "class_names")
+OPTIONAL: Final = tuple(f.name for f in fields(EvalResult) if f.metadata.get("optional"))
+"""The fields that a result lacks where they are None."""
 
 
 def _without_unused(values: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -289,11 +309,12 @@ def save_result(result: EvalResult, run_dir: Path, paths: Mapping[str, str] | No
     return file
 
 
-def run_facts(run_dir: Path, **known: Any) -> RunFacts:
+def run_facts(run_dir: Path, weights: str | None = None, **known: Any) -> RunFacts:
     """Return the facts about a run's weights from its config.json; `known` ones override them.
 
     A run trained here has the weights of its last epoch; the file of an imported or fine-tuned run
-    names the epoch. WorkError when the file is not JSON; without a file only `known` counts.
+    names the epoch. `weights` names some of a run that keeps several, None the published ones.
+    WorkError when the file is not JSON; without a file only `known` counts.
     """
     from heads.files.imported_run import tower_facts  # it loads torch, reading results does not
 
@@ -302,7 +323,7 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
     if settings is None:
         return RunFacts(**known)
     if isinstance(facts := settings.get("imported"), Mapping):
-        said = {name: facts.get(name) for name in ("blend", "epoch", "epoch_choice")}
+        said = {name: facts.get(name) for name in ("blend", "epoch", "epoch_choice", "weights")}
     elif (tuned := tower_facts(run_dir)) is not None:
         said = {"blend": tuned.get("blend"), "epoch_choice": tuned.get("epoch_choice")}
         said["epoch"] = int(tuned["epoch"]) + 1
@@ -311,4 +332,17 @@ def run_facts(run_dir: Path, **known: Any) -> RunFacts:
         said = {"epoch": training.get("epochs"), "epoch_choice": "last"}
         if training.get("save") == "best" and (best := best_epoch(read_metrics(run_dir))):
             said = {"epoch": best, "epoch_choice": f"best on {split}"}
+    several = keeps_several_weights(settings.get("head", {}).get("kind"))
+    if several and "imported" not in settings:
+        of_run = (run_dir.parent / CONFIG_FILE).is_file()  # `RUN/teacher` and the like
+        weights = weights or (run_dir.name if of_run else str(settings["training"]["save"]))
+        said |= _weights_facts(settings, run_dir, weights)
     return RunFacts(**(said | known))
+
+
+def _weights_facts(settings: Mapping[str, Any], run_dir: Path, which: str) -> dict[str, Any]:
+    """Return the facts about some weights of a run that keeps several."""
+    epoch, choice = settings.get("training", {}).get("epochs"), "last"
+    if which == "best" and (best := best_epoch(read_metrics(run_dir))):
+        epoch, choice = best, f"best on {settings.get('data', {}).get('eval_split')}"
+    return {"weights": which, "epoch": epoch, "epoch_choice": choice}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 from featstore.commands import Extraction, command
 from featstore.errors import UserError, WorkError, meant, one_of
-from featstore.workspace import Workspace
+from featstore.workspace import WEIGHTS, Workspace
 from heads.files.run_files import read_config
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
@@ -23,8 +23,9 @@ NEIGHBOURS: Final = "modulation-neighbours"
 TEMPERATURE: Final = "modulation-temperature"
 ENSEMBLE: Final = "ensemble"
 FUSION: Final = "fusion"
+PROJECTION: Final = "projection"
 BLEND: Final = "blend"
-NAMES: Final = (TEMPERATURE, NEIGHBOURS, ENSEMBLE, FUSION, BLEND)
+NAMES: Final = (TEMPERATURE, NEIGHBOURS, ENSEMBLE, FUSION, PROJECTION, BLEND)
 
 Values = dict[str, list[Any]]
 
@@ -60,10 +61,25 @@ def parse_sweeps(given: Sequence[str]) -> Values:
     return values
 
 
+def parse_weights(text: str | None) -> tuple[str, ...]:
+    """Parse "mean,teacher" or "all" into names of weights; none given: no names.
+
+    UserError for a name that no weights have.
+    """
+    if text is None:
+        return ()
+    words = WEIGHTS if text == "all" else tuple(dict.fromkeys(map(str.strip, text.split(","))))
+    for word in words:
+        if word not in WEIGHTS:
+            raise UserError(f"--weights {word!r} is unknown: {one_of(word, (*WEIGHTS, 'all'))}")
+    return words
+
+
 def settings(
-    config: MethodConfig, fixed: Mapping[str, Any], swept: Values, usual_fusion: str
+    config: MethodConfig, fixed: Mapping[str, Any], swept: Values, **usual: Any
 ) -> list[Scoring]:
-    """Return the score settings for every combination of swept values; `fixed` holds the others.
+    """Return the score settings for every combination of swept values; `fixed` holds the others,
+    and `usual` those that are taken where `fixed` has None.
 
     Combinations with the same effect (modulation off, with any neighbours) are returned once.
     UserError when a swept setting is fixed as well or has no effect on this head.
@@ -82,7 +98,8 @@ def settings(
     found: dict[Scoring, Scoring] = {}
     for values in itertools.product(*(swept[name] for name in names)):
         chosen = {**fixed, **dict(zip(fields, values, strict=True))}
-        scoring = Scoring.of_head(config, **{**chosen, "fusion": chosen["fusion"] or usual_fusion})
+        chosen |= {name: value for name, value in usual.items() if chosen.get(name) is None}
+        scoring = Scoring.of_head(config, **chosen)
         same = replace(scoring, modulation_neighbours=1, modulation_temperature=1)
         found.setdefault(scoring if scoring.modulate else same, scoring)
     return list(found.values())
@@ -185,6 +202,11 @@ def _values(name: str, word: str) -> Sequence[Any]:
         if word not in known:
             raise UserError(f"fusion {word!r} is unknown: {one_of(word, known)} or all")
         return [word]
+    if name == PROJECTION:
+        known = ("on", "off")
+        if word not in known:
+            raise UserError(f"projection {word!r} is unknown: {one_of(word, known)}")
+        return [word == "on"]
     if word in ("none", "off") and name in (TEMPERATURE, NEIGHBOURS):
         return [0]
     try:

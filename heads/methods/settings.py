@@ -131,6 +131,11 @@ class MethodConfig(Settings):
         """Whether temporal feature modulation can change this head's output."""
         return self.modulation_neighbours > 0
 
+    @property
+    def projects(self) -> bool:
+        """Whether the head adds a projection that is for the classes of its training alone."""
+        return False
+
 
 @dataclass(frozen=True)
 class HeadOrigin(Settings):

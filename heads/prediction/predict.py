@@ -32,7 +32,7 @@ from heads.prediction.classes import NamedClasses
 from heads.prediction.pixel_encoder import encoder_of_head, sampling_of
 from heads.prediction.request import PredictionRequest
 from heads.prediction.videos import NamedVideo, find_videos
-from heads.scoring.scores import can_modulate, view_probabilities
+from heads.scoring.scores import can_modulate, require_projection, view_probabilities
 from pipeline.clip_encoder import Encoder
 from pipeline.decoding.chosen_frames import decode_chosen
 from pipeline.decoding.contract import DecodeError, VideoInfo
@@ -94,7 +94,11 @@ class Predictor:
             precision = begun.get("precision", precision)
         self._clip = self._load(workspace, model, precision)
         self._texts = self._clip.class_embeddings(self._names, prompt_set).cpu()
+        named = "" if model is None else f" {head_fingerprint(model)}"
         self._head = model or mean_head(self._clip.dim, self._clip.logit_scale)
+        projects = self._projects(request, origin)
+        if projects is False:
+            self._head.shrink(1)
         self._modulate = request.modulate and can_modulate(self._head, len(self._names))
         trained = None if origin is None else origin.frames * self._clip.clip_frames
         self.frames = request.frames or trained or FRAMES_WITHOUT_HEAD
@@ -103,7 +107,7 @@ class Predictor:
         self.top = min(request.top, len(self._names))
         self._together = max(1, TOGETHER_WIDTH // self._clip.dim)
         self._long = 0
-        self._open_file(prompt_set, "" if model is None else f" {head_fingerprint(model)}")
+        self._open_file(prompt_set, named, projects)
 
     def answers(self, progress: ProgressSink = no_progress) -> Iterator[Answer]:
         """Yield the answer of every video that is not done yet, as soon as it is there.
@@ -171,7 +175,15 @@ class Predictor:
             check_encoder(origin, self.encoder, encoder.fingerprint)
         return encoder
 
-    def _open_file(self, prompt_set: PromptSet, head_hash: str) -> None:
+    def _projects(self, request: PredictionRequest, origin: HeadOrigin | None) -> bool | None:
+        """Return whether the head's projection is used; None if it has none."""
+        require_projection(self._head.config, request.projection)
+        if not self._head.config.projects or request.projection is not None:
+            return request.projection
+        known = () if origin is None else origin.class_names or ()
+        return set(self._names) <= set(known)
+
+    def _open_file(self, prompt_set: PromptSet, head_hash: str, projects: bool | None) -> None:
         request = self.request
         settings = {
             "head": f"{self.name}{head_hash}",
@@ -183,6 +195,7 @@ class Predictor:
             "sentences": prompt_set.hash(self._names)[:16],
             "top": str(self.top),
             "modulate": "yes" if self._modulate else "no",
+            **({} if projects is None else {"projection": "on" if projects else "off"}),
         }
         self._done: dict[str, bool] = {}
         self._stamps = {video.path: ("", "") for video in request.videos}

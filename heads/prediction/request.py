@@ -18,7 +18,8 @@ class PredictionRequest:
     """What is predicted, and how: all that the options of `mote-cli predict` say.
 
     What is None comes from the head. `window` are the seconds that each prediction of a longer
-    video looks at; None: one prediction of the whole video. `out` is a file that answers are added
+    video looks at; None: one prediction of the whole video. `projection` says whether that of
+    the head is used; None: if it was trained on all classes. `out` is a file that answers are added
     to, in the `form` "csv" or "jsonl", or as its name says. Raises UserError for another form or a
     window that is no length.
     """
@@ -32,6 +33,7 @@ class PredictionRequest:
     window: float | None = None
     prompts: str | None = None
     modulate: bool = True
+    projection: bool | None = None
     precision: str = "auto"
     device: str = "auto"
     workers: int | None = None

@@ -46,6 +46,9 @@ class Scoring:
     the head alone. DiST (Qing et al., ICCV 2023) tests zero-shot with 0.5."""
     scaled: bool = False
     """Whether the fusion "softmax" takes that of logits, as DiST publishes, not of cosines."""
+    projection: bool = True
+    """Whether the head's projection, if it has one (`MethodConfig.projects`), is added to the mean
+    of frames."""
 
     def __post_init__(self) -> None:
         if self.fusion not in get_args(Fusion):
@@ -68,8 +71,9 @@ class Scoring:
     def of_head(cls, config: MethodConfig, *, modulate: bool = True, **given: Any) -> Scoring:
         """Return a head's settings, but `given` ones that are not None; 0 turns modulation off.
 
-        Raises UserError for a setting of modulation that would have no effect.
+        Raises UserError for a setting of modulation or a projection that would have no effect.
         """
+        require_projection(config, given.get("projection"))
         names, has_it = _OF_MODULATION, method(config.kind).modulated
         for name in names:
             if given.get(name) and not (modulate and has_it):
@@ -83,6 +87,15 @@ class Scoring:
         on = modulate and has_it and all(chosen[name] for name in names)
         chosen.setdefault("scaled", method(config.kind).scaled)
         return cls(modulate=on, **chosen)
+
+
+def require_projection(config: MethodConfig, asked: bool | None) -> None:
+    """Raise UserError if it is `asked` whether to use a projection that the head lacks."""
+    if asked is not None and not config.projects:
+        raise UserError(
+            f"--projection {'on' if asked else 'off'} changes nothing for this head "
+            f"({method(config.kind).title}), which has no projection: leave it out"
+        )
 
 
 _OF_MODULATION: Final = ("modulation_neighbours", "modulation_temperature")
@@ -186,7 +199,7 @@ class BlockScores:
             features = features.double().mean(1) if mean else features
             return self._scorer(functional.normalize(features, dim=-1))
 
-        key: tuple[object, ...] = ("mean" if mean else "views",)
+        key: tuple[object, ...] = ("mean" if mean else "views", scoring.projection)
         if scoring.modulate and self.summaries.hidden is not None:
             key += (_list_key(tested), scoring.modulation_neighbours)
             key += (scoring.modulation_temperature,)
@@ -197,6 +210,8 @@ class BlockScores:
 
         Modulation looks for neighbours among the classes `tested` (None: all).
         """
+        if not scoring.projection:
+            return self.summaries.features
         scale = None
         if scoring.modulate and self.summaries.hidden is not None:
             key = ("near", _list_key(tested), scoring.modulation_neighbours)

@@ -1,4 +1,4 @@
-"""Clips as DiST trains on them: its sampling, floating pixels, and mirrored clips' labels.
+"""Clips as DiST trains on them: its sampling and floating pixels.
 
 C = classes, T = frames of a clip.
 
@@ -7,10 +7,8 @@ Source: DiST (Qing et al., ICCV 2023), its released code and configurations.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,45 +19,9 @@ from pipeline.float_frames import augmented_floats, draws_flip, evaluation_float
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import dist_test_indices
 from pipeline.tars.dataset import Dataset
+from pipeline.video_clips.mirroring import mirrored_classes
 from pipeline.video_clips.order import ListedClip, augmentation_rng, dist_training_frames
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
-
-NEVER: Final = -1
-_COUNTER: Final = ("counterclockwise", "anticlockwise", "counter-clockwise", "anti-clockwise")
-_MIRRORED: Final = {
-    "left": "right",
-    "right": "left",
-    "clockwise": _COUNTER[0],
-    **dict.fromkeys(_COUNTER, "clockwise"),
-}
-_SIDE: Final = re.compile(
-    rf"(?<![a-z])({'|'.join(sorted(_MIRRORED, key=len, reverse=True))})(?![a-z])"
-)
-
-
-def mirrored_classes(class_names: Sequence[str]) -> IntArray:
-    """Return which class a mirrored clip of each class shows, int64 [C], by the names.
-
-    A name with left or right in it, or with a sense of rotation, is another class in the mirror:
-    the one of the mirrored name, or `NEVER` (such a clip must not be mirrored) if there is none.
-    Every other class is its own.
-    """
-    plain = [name.casefold() for name in class_names]
-    place = {name: at for at, name in enumerate(plain)}
-    found = [
-        next((place[other] for other in _mirror_images(name) if other in place), NEVER)
-        for name in plain
-    ]
-    # Both must agree, or a clip would be mirrored into a class whose clips never are.
-    both = [at if at != NEVER and found[at] == own else NEVER for own, at in enumerate(found)]
-    return np.array(both, np.int64)
-
-
-def _mirror_images(name: str) -> Iterator[str]:
-    for counter in _COUNTER:
-        other = _MIRRORED | {"clockwise": counter}
-        parts = _SIDE.split(name)  # sides stand between the other parts
-        yield "".join(other.get(part, part) for part in parts)
 
 
 def mirrored(how: str, class_names: Sequence[str]) -> dict[str, Any]:
@@ -90,22 +52,14 @@ class FloatClipStream(ClipStream):
         flip_last: bool = False,
         **loading: Any,
     ) -> None:
-        super().__init__(dataset, preprocessing=preprocessing, **loading)
+        super().__init__(dataset, preprocessing=preprocessing, mirrored=mirrored, **loading)
         self._resized = preprocessing.size  # nothing is resized before it is cut
-        self._mirrored, self._flip_last = mirrored, flip_last
+        self._flip_last = flip_last
 
-    def _seen(self, epoch: int, clip: ListedClip) -> ListedClip:
-        flips = self._may_mirror(clip) and draws_flip(
+    def _flips(self, epoch: int, clip: ListedClip) -> bool | None:
+        return self._may_mirror(clip) and draws_flip(
             augmentation_rng(self._seed, epoch, clip.position)
         )
-        if self._mirrored is None or not flips:
-            return clip
-        return replace(clip, label=int(self._mirrored[clip.label]))
-
-    def _may_mirror(self, clip: ListedClip) -> bool:
-        if self._mirrored is None or not self._augment or clip.label < 0:
-            return False
-        return bool(self._mirrored[clip.label] != NEVER)
 
     def _choose(self, epoch: int, clip: ListedClip, num_frames: int) -> IntArray:
         return dist_training_frames(num_frames, self._frames, self._seed, epoch, clip.position)

@@ -17,6 +17,7 @@ from featstore.balance import balanced_order
 from featstore.errors import UserError, one_line
 from featstore.format.spans import Span
 from featstore.segments import IntArray, segment_ranges
+from pipeline.augmentation import FLIP
 from pipeline.sampling import dist_train_indices
 from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, open_packed
@@ -27,7 +28,7 @@ TARS_TOGETHER = 8
 
 # The first word of a seed says what its random numbers are for. Numpy pads seeds with zeros, so two
 # seeds must not differ only in words that may be zero.
-_ORDER, _FRAMES, _AUGMENTATION, _BALANCE = 1, 2, 3, 4
+_ORDER, _FRAMES, _AUGMENTATION, _BALANCE, _MIRROR = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +199,11 @@ def dist_training_frames(
     """Draw a frame from each segment of a clip as DiST does, int64 [segments]."""
     rng = np.random.default_rng([_FRAMES, seed, epoch, position])
     return dist_train_indices(num_frames, segments, rng.random(segments, np.float32))
+
+
+def mirror_draw(seed: int, epoch: int, position: int) -> bool:
+    """Draw whether a clip is mirrored in this epoch, where that is known before its pixels."""
+    return bool(np.random.default_rng([_MIRROR, seed, epoch, position]).random() < FLIP)
 
 
 def augmentation_rng(seed: int, epoch: int, position: int) -> np.random.Generator:

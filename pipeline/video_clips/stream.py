@@ -9,6 +9,7 @@ segments, and one augmentation for all frames of the clip.
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,12 +25,14 @@ from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import validation_indices
 from pipeline.tars.dataset import Dataset
 from pipeline.video_clips.loader import ClipBatch, ClipLoader, clip_labels
+from pipeline.video_clips.mirroring import NEVER
 from pipeline.video_clips.order import (
     ListedClip,
     augmentation_rng,
     balanced_draws,
     epoch_order,
     list_digest,
+    mirror_draw,
     rank_parts,
     steps_per_epoch,
     training_frames,
@@ -52,11 +55,16 @@ class ClipStream(ClipLoader):
         seed: int,
         augment: bool = True,
         balanced: bool = False,
+        mirrored: IntArray | None = None,
         **loading: Any,
     ) -> None:
         """`loading` holds the other arguments of `ClipLoader`, whose errors are raised.
 
         A `balanced` epoch has as many clips, but all classes equally often (`balanced_draws`).
+        `mirrored` int64 [C] says which class a mirrored clip of each class shows
+        (`pipeline.video_clips.mirroring`), which it is then labelled with; a clip without such a
+        class, or with several of its own, is not mirrored. With None every clip may be, and keeps
+        its label. A draw of its own decides, as the clip's label is needed before its pixels.
         Without `augment`, frames are still drawn at random, but cropped as in evaluation. Also
         raises UserError if frames are to be augmented and the tower's input is not square.
         """
@@ -68,7 +76,7 @@ class ClipStream(ClipLoader):
             )
         resized = resized_for_training(size[0]) if augment else size
         super().__init__(dataset, preprocessing=preprocessing, resized=resized, **loading)
-        self._seed, self._augment = seed, augment
+        self._seed, self._augment, self._mirrored = seed, augment, mirrored
         self._tars = np.array([clip.tar for clip in self._clips], np.int64)
         self.steps_per_epoch = steps_per_epoch(self.n_listed, self._batch_size, self._world_size)
         self.digest = list_digest(self._clips)
@@ -104,7 +112,20 @@ class ClipStream(ClipLoader):
         )
 
     def _seen(self, epoch: int, clip: ListedClip) -> ListedClip:
-        return clip
+        if self._mirrored is None or not self._flips(epoch, clip):
+            return clip
+        return replace(clip, label=int(self._mirrored[clip.label]))
+
+    def _may_mirror(self, clip: ListedClip) -> bool:
+        if self._mirrored is None or not self._augment or clip.label < 0:
+            return False
+        return bool(self._mirrored[clip.label] != NEVER)
+
+    def _flips(self, epoch: int, clip: ListedClip) -> bool | None:
+        """Return whether a clip is mirrored; None: its augmentation draws it among the rest."""
+        if self._mirrored is None:
+            return None
+        return self._may_mirror(clip) and mirror_draw(self._seed, epoch, clip.position)
 
     def _choose(self, epoch: int, clip: ListedClip, num_frames: int) -> IntArray:
         return training_frames(num_frames, self._frames, self._seed, epoch, clip.position)
@@ -113,7 +134,8 @@ class ClipStream(ClipLoader):
         if not self._augment:
             return self._preprocessing.crop_pixels(frames)[0]
         rng = augmentation_rng(self._seed, epoch, clip.position)
-        return training_pixels(frames, self._preprocessing.size[0], rng)
+        flip = self._flips(epoch, clip)
+        return training_pixels(frames, self._preprocessing.size[0], rng, flip)
 
 
 class EvaluationClips(ClipLoader):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 
 from featstore.errors import UserError
 from featstore.workspace import WEIGHTS, Workspace
-from heads import load_head
+from heads import import_taco_checkpoint, load_head
 from heads.end_to_end.kept_weights import read_weights
 from heads.end_to_end.publish import publish_weights
 from pipeline.clip_encoder import load_encoder
@@ -214,3 +216,76 @@ def test_one_class_is_too_few(root: Path, tmp_path: Path) -> None:
     said = refused(2, *taco(root, "r", "--dataset", "one"))
     assert "TACO needs at least 2 classes, not 1" in said
     assert not (root / "heads/r").exists()
+
+
+def test_eval_measures_any_of_the_weights(trained: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(trained, root)
+    place = ("eval", "--closeset", "clips", "--head", "r", "--allow-overlap", "--root", str(root))
+
+    def extracted(message: str) -> None:
+        (command,) = re.findall(r"`(mote-cli extract [^`]+)`", message)
+        done(*shlex.split(command)[1:], "--precision", "fp32", "--workers", "1")
+
+    for which in ("teacher", "mean"):
+        message = refused(2, *place, "--weights", which)
+        assert f"--encoder {'r' if which == 'mean' else 'r-teacher'} " in message
+        extracted(message)
+    results = {which: done(*place, "--weights", which) for which in ("teacher", "mean")}
+    for which, result in results.items():
+        assert (result["weights"], result["projection"]) == (which, "on")
+        assert (result["head"], result["epoch"], result["epoch_choice"]) == ("r", 2, "last")
+        assert Path(result["file"]).parent == root / "heads/r/eval"
+    assert done(*place)["file"] == results["mean"]["file"]
+    found = done("compare", *(result["file"] for result in results.values()))
+    assert found["incomparable"] == ["weights"]
+    every = mote(*place, "--weights", "all", "--json")
+    value = json.loads(every.out)
+    assert [row["weights"] for row in value["rows"]] == ["mean", "teacher"]
+    assert {row["weights"]: row["top1"] for row in value["rows"]} == {
+        which: result["top1"] for which, result in results.items()
+    }
+    assert [gap["weights"] for gap in value["missing"]] == ["last", "best"]
+    for gap in value["missing"]:
+        assert f"{gap['weights']} weights are not measured" in every.err
+        assert f"--encoder r-{gap['weights']} " in gap["reason"]
+    both = done(*place, "--weights", "mean,teacher", "--sweep", "projection=on,off")
+    assert [(row["weights"], row["projection"]) for row in both["rows"]] == [
+        *(("mean", "on"), ("mean", "off"), ("teacher", "on"), ("teacher", "off")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--head", "r", "--weights", "men"), "did you mean mean"),
+        (("--head", "mean", "--weights", "mean"), "--weights is for a run"),
+        (("--head", "r", "--weights", "all", "--store", "x"), "leave --store out"),
+    ],
+)
+def test_weights_that_cannot_be_measured(trained: Path, more: tuple[str, ...], words: str) -> None:
+    assert words in refused(2, "eval", "--closeset", "clips", "--root", trained, *more)
+
+
+def test_the_teacher_fits_the_steps_and_mirrored_labels_are_possible(root: Path) -> None:
+    recipe = RECIPE.replace("0.75", "0") + 'mirror = "names"\n'
+    (root / "taco.toml").write_text(recipe)
+    summary = done(*taco(root, "r", "--epochs", "1"))
+    run, steps = root / "heads/r", -(-summary["n_listed"] // 4)
+    assert steps > 3
+    config = json.loads((run / "config.json").read_text())
+    assert config["training"]["mirror"] == "names"
+    assert config["head"]["teacher_momentum"] == pytest.approx(max(0.0, 1 - 15 / 4 / steps))
+    assert load_head(run).config.teacher_momentum == config["head"]["teacher_momentum"]
+    assert done(*taco(root, "r", "--epochs", "1", "--resume"))
+
+
+def test_the_export_of_a_run_is_imported_with_the_same_bits(trained: Path, tmp_path: Path) -> None:
+    file = tmp_path / "we_model.pt"
+    done("export", "r", "--format", "official", "--out", file, "--root", trained)
+    imported = import_taco_checkpoint(file)
+    assert imported.which == "mean"
+    tower = load_file(trained / "heads/r/tower.safetensors")
+    assert all(torch.equal(imported.encoder_state[name], value) for name, value in tower.items())
+    head = load_head(trained / "heads/r").state_dict()
+    assert all(torch.equal(value, head[name]) for name, value in imported.head.named_parameters())

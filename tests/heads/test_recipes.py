@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from featstore import UserError
 from heads import HeadConfig, TrainConfig, load_head
+from heads.methods.taco.config import TacoConfig
 from heads.recipes import (
     DEFAULT_RECIPE,
     TRAIN_HEAD_RECIPE,
@@ -34,6 +35,7 @@ PAPERS += ["paper-vit-b16", "paper-vit-l14"]
 PAPERS += ["msta-base-to-novel", "msta-few-shot", "msta-zero-shot"]
 OWN = ["auto", "demo", "demo-dist", "demo-msta", "demo-taco"]
 OWN += ["dist", "end-to-end", "frozen-store", "msta", "taco"]
+PAPERS += [f"taco-k400-vit-{arch}" for arch in ("b16", "b32", "l14")]
 NAMES = sorted([*OWN, *PAPERS])
 
 
@@ -91,6 +93,29 @@ def test_the_papers_recipes() -> None:
     rates = learning_rates(training, 1250)
     assert (rates[0, :9] == 0).all()  # the quirk of refreshing every tenth iteration
     assert (rates[0, 9:18] > 0).all()
+
+
+def test_the_recipes_of_taco() -> None:
+    """Values of the released configurations (TACO, Zhu et al., NeurIPS 2026)."""
+    anchors, towers = {}, {}
+    for arch, dim in (("b16", 512), ("l14", 768), ("b32", 512)):
+        recipe = load_recipe(f"taco-k400-vit-{arch}")
+        head, config = recipe.head_config(dim), recipe.finetune_config()
+        assert isinstance(head, TacoConfig)
+        assert head.teacher_momentum == 0.9998
+        assert head.projection == (arch != "b32")
+        assert (config.train, config.draws, config.blend) == ("both-towers", "per-rank", 1.0)
+        assert (config.weight_decay, config.frames, config.accumulation) == (0.2, 8, 1)
+        assert (config.lr_refresh, config.warmup) == (10, 5)
+        assert config.epochs == {"b32": 30}.get(arch, 15)
+        assert config.seed == {"b32": 1022}.get(arch, 1024)
+        assert config.batch_size == {"l14": 32}.get(arch, 64)
+        anchors[arch], towers[arch] = head.anchors, config.lr * config.logit_scale_lr_ratio
+    assert set(anchors.values()) == {200}
+    assert towers == pytest.approx({"b16": 3.75e-6, "l14": 1.875e-6, "b32": 3.75e-6})
+    own = load_recipe("taco").head_config(64)
+    assert isinstance(own, TacoConfig)
+    assert (own.teacher_momentum, own.anchors) == (0, 25)  # it follows from the steps
 
 
 def test_a_file_of_the_user(tmp_path: Path) -> None:

@@ -100,6 +100,15 @@ def evaluate(
             help="Add CLIP's own cosines per frame with this weight; DiST has 0.5 in zero-shot.",
         ),
     ] = None,
+    projection: options.Projection = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mean|last|best|teacher|all",
+            help="Which weights of a run that keeps several (TACO), several with commas; default: "
+            "those that it published.",
+        ),
+    ] = None,
     clip_store: Annotated[
         str | None,
         typer.Option(
@@ -122,8 +131,8 @@ def evaluate(
             "--sweep",
             metavar="NAME=V,V,...",
             help="Measure many settings in one pass: modulation-temperature, "
-            "modulation-neighbours, ensemble, fusion; or blend, over imported towers. May be "
-            "repeated.",
+            "modulation-neighbours, ensemble, fusion, projection; or blend, over imported towers. "
+            "May be repeated.",
         ),
     ] = None,
     allow_overlap: Annotated[
@@ -265,6 +274,7 @@ def evaluate(
             raise UserError("--fusion all and --sweep fusion contradict each other: give one")
         swept[swept_values.FUSION] = fused
         fused = None
+    which = swept_values.parse_weights(weights)
     kind = named.kind if named is not None else KINDS[chosen[0]]
     trains = kind in TRAINING_KINDS
     if trains and swept:
@@ -292,8 +302,10 @@ def evaluate(
             swept_values.value_of(swept_values.TEMPERATURE, modulation_temperature),
             ensemble,
             fused,
+            options.projection(projection),
         ),
         swept=swept,
+        weights=which,
         clip_store=clip_store,
         allow_overlap=allow_overlap,
         label_map=label_map,
@@ -305,6 +317,11 @@ def evaluate(
         device=options.known_device(device),
     )
     tuned = tuned_runs(workspace, head) if trains else []
+    if which and trains and (not tuned or len(which) > 1):
+        raise UserError(
+            f"--weights {weights} cannot be tested with {kind}: name one kind of weights, and with "
+            "--head a run of finetune that keeps them"
+        )
     made_for: dict[str, str] = {}
     tested: list[str | None] = [*tuned] if trains else [head]
     for run in tested:
@@ -362,7 +379,7 @@ def evaluate(
         if ranks.first:
             files, unwritten = evaluation.save_if_possible()
             figures = published(evaluation.measured[0][0].to_json())
-            report_evaluation(json, evaluation, files, figures, bool(swept))
+            report_evaluation(json, evaluation, files, figures, bool(swept) or len(which) > 1)
             options.require_kept(
                 unwritten,
                 "the result is measured and",

@@ -44,7 +44,8 @@ def report_evaluation(
     measured = [result for result, _ in evaluation.measured]
     for gap in evaluation.missing:
         remedy = "" if gap["remedy"] in gap["reason"] else f"; {gap['remedy']}"
-        warn(f"blend {gap['blend']:g} is not measured: {gap['reason']}{remedy}")
+        what = f"blend {gap['blend']:g} is" if "blend" in gap else f"{gap['weights']} weights are"
+        warn(f"{what} not measured: {gap['reason']}{remedy}")
     result = measured[0]
     rows = [
         {**r.to_json(), "file": None if f is None else str(f)}
@@ -55,6 +56,8 @@ def report_evaluation(
         f"{result.protocol_name} on {result.dataset}, head {result.head}"
         f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
         f"{result.n_classes} classes, prompts {result.prompt_set}"
+        f"{'' if result.weights is None or is_sweep else f', {result.weights} weights'}"
+        f"{'' if result.projection is None or is_sweep else f', projection {result.projection}'}"
     )
     if is_sweep:
         shared = {"protocol_name": result.protocol_name, "dataset": result.dataset}
@@ -143,10 +146,12 @@ def _sweep(title: str, measured: list[EvalResult]) -> Table:
     """Make a table with one line per setting, without the columns in which none differ."""
     columns: dict[str, list[Any]] = {
         "blend": [r.blend for r in measured],
+        "weights": [r.weights for r in measured],
         "neighbours": [r.modulation_neighbours for r in measured],
         "temperature": [r.modulation_temperature for r in measured],
         "ensemble": [r.ensemble for r in measured],
         "fusion": [r.fusion for r in measured],
+        "projection": [r.projection for r in measured],
     }
     varied = {name: values for name, values in columns.items() if len(set(values)) > 1}
     rows = [

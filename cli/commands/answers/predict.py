@@ -77,6 +77,7 @@ def predict(
     ] = None,
     prompts: options.PromptSet = None,
     modulate: options.Modulate = True,
+    projection: options.Projection = "auto",
     precision: options.Precision = "auto",
     device: options.Device = "auto",
     workers: Annotated[
@@ -112,6 +113,7 @@ def predict(
         window=window,
         prompts=prompts,
         modulate=modulate,
+        projection=options.projection(projection),
         precision=precision,
         device=options.known_device(device),
         workers=workers,

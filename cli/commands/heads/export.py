@@ -57,7 +57,7 @@ def export(
     # Until here nothing imports torch, so that what is named wrong is said at once.
     from heads.compatibility import check_encoder
     from heads.files.head_file import choose_head, save_head
-    from heads.files.imported_run import exported_tower
+    from heads.files.imported_run import exported_tower, imported_tower
     from heads.files.portable import merged_head, require_one_class, save_onnx
     from heads.files.run_files import describe_run
     from heads.methods.registry import method
@@ -99,7 +99,7 @@ def export(
         save_onnx(head, out)
     else:
         require_one_class(head)
-        found = exported_tower(run_dir)
+        found = (imported_tower if chosen.taught else exported_tower)(run_dir)
         if found is None:
             clip = loaded(lambda name: original_clip(name, encoders))
             if origin is not None:

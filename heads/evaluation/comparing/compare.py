@@ -21,6 +21,7 @@ from heads.evaluation.next_steps import evaluation_of, newest_evaluation
 from heads.evaluation.outcomes import Paired, paired_outcomes
 from heads.evaluation.results import GROUPS, EvalResult, Group
 from heads.evaluation.several_classes import MEASURE
+from heads.methods.registry import keeps_several_weights
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ FIELDS: Final[dict[str, tuple[Group, bool]]] = {
     if "group" in declared
 }
 _NONE_IS_KNOWN: Final = {name for name, said in _DECLARED.items() if said.get("none_known")}
+# Choices that only some methods have: beside a method without them they forbid no comparison.
+_OWN_CHOICES: Final = ("weights", "projection")
 # Entries that are not compared, including entries of earlier versions and those `eval` prints.
 _NO_FIELDS: Final = frozenset(
     {"per_split", "file", "count_notes", "published", "nearest"} | _DECLARED.keys() - FIELDS.keys()
@@ -93,6 +96,11 @@ class SavedResult:
             return True, self.measure
         if name == "class_names_as":  # nor that their names are plain
             return True, self.values.get(name, "plain")
+        if name == "weights":  # of several kinds it may not be known which these are
+            value = self.values.get(name)
+            return value is not None or not keeps_several_weights(self.values.get("kind")), value
+        if name == "projection":
+            return True, self.values.get(name)
         value = self.values.get(name)
         return value is not None or name in self.values.keys() & _NONE_IS_KNOWN, value
 
@@ -263,7 +271,7 @@ def differences(a: SavedResult, b: SavedResult) -> list[Difference]:
                 group,
                 _text(one) if knows_a else "unknown",
                 _text(other) if knows_b else "unknown",
-                decisive,
+                decisive and not (known and name in _OWN_CHOICES and None in (one, other)),
                 not known,
             )
             for label, one, other in unequal

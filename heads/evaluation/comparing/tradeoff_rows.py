@@ -61,6 +61,12 @@ class Setting:
             changes.append(f"fusion {fusion}")
         if prompts is not None and result.values.get("prompt_set") not in (None, prompts):
             changes.append(f"prompts {result.values['prompt_set']}")
+        projection = result.values.get("projection")
+        if projection not in (None, "on" if result.role == "closeset" else "off"):
+            changes.append(f"projection {projection}")
+        weights = result.values.get("weights")
+        if weights not in (None, "mean"):
+            changes.append(f"weights {weights}")
         return cls(bool(result.values.get("modulate", False)), tuple(changes))
 
     @property

@@ -23,7 +23,12 @@ from heads.evaluation.label_maps import check_label_map, named_as
 from heads.evaluation.leaks import copies_tested, require_no_leak
 from heads.evaluation.protocols.choose import usual_protocol
 from heads.evaluation.protocols.protocol import TestSet
-from heads.evaluation.request import EvaluationRequest, known_paths, require_unused
+from heads.evaluation.request import (
+    EvaluationRequest,
+    head_of_weights,
+    known_paths,
+    require_unused,
+)
 from heads.evaluation.results import run_facts, save_result
 from heads.evaluation.trained.plan import halves_tested
 from heads.evaluation.trained.request import TrainedEvaluation, Training
@@ -65,6 +70,9 @@ def evaluate_tuned(
         own = replace(ask, head=name, store=stores.get(name, ask.store))
         head, run_dir = choose_head(ask.workspace, name)
         assert head is not None, "a run of finetune has a head"
+        weights = ask.weights[0] if ask.weights else None
+        if weights is not None:
+            head = head_of_weights(own, run_dir, weights)
         data = _data_of(run_dir, own)
         split = own.split or own.held_split(("test1", "val", "test"), head, protocol)
         store = own.fitting_store(split, head, protocol)
@@ -75,7 +83,8 @@ def evaluate_tuned(
         if overlap is not None:
             copied = copies_tested(store, tests, run_dir, ask.content_marks)
             overlap += copied
-        facts = run_facts(run_dir, n_trained_on=overlap, n_copied=copied, shots=data["shots"])
+        known = {"n_trained_on": overlap, "n_copied": copied, "shots": data["shots"]}
+        facts = run_facts(run_dir, weights, **known)
         with stages(f"eval {name}", "videos") as progress:
             result = evaluate_store(
                 store,

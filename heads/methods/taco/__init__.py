@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from heads.methods.taco.training import few_shot_positions as few_shot_positions
     from heads.methods.taco.training import relations as relations
     from heads.methods.taco.training import relative_structure_loss as relative_structure_loss
+    from heads.methods.taco.training import teacher_momentum as teacher_momentum
     from heads.methods.taco.training import training_step_parts as training_step_parts
     from heads.methods.taco.training import update_teacher as update_teacher
 
@@ -30,7 +31,7 @@ _HOMES = {
         (
             *("StepParts", "WeightMean", "class_features", "few_shot_positions"),
             *("relations", "relative_structure_loss", "training_step_parts"),
-            "update_teacher",
+            *("teacher_momentum", "update_teacher"),
         ),
         "training",
     ),

@@ -36,7 +36,8 @@ class TacoConfig(MethodConfig):
     distillation_weight: float = 0.4
     """What the divergence from the teacher counts beside the cross-entropy."""
     teacher_momentum: float = within(0.9998, 0, 1)
-    """The share that the teacher keeps of itself at every iteration."""
+    """The share that the teacher keeps of itself at every iteration; 0: it follows from the number
+    of iterations (`heads.methods.taco.training.teacher_momentum`)."""
     modulation_neighbours: int = field(default=0, metadata={"range": (0, 0)})
     modulation_temperature: float = 0.05
 
@@ -48,6 +49,11 @@ class TacoConfig(MethodConfig):
                 f"{self.dim}: choose a ratio that gives 1 to {MOST_ANCHORS}, such as 200/512 = "
                 "0.390625"
             )
+
+    @property
+    def projects(self) -> bool:
+        """See `MethodConfig.projects`."""
+        return self.projection
 
     @property
     def anchors(self) -> int:

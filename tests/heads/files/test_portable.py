@@ -18,6 +18,8 @@ from featstore import UserError
 from heads import HeadConfig, TemporalHead, build_head, load_head, save_head
 from heads.files.portable import merged_head, save_onnx
 from heads.methods.dist.head import DistHead
+from heads.methods.head import Head
+from heads.methods.taco.config import TacoConfig
 from tests.support.golden.dist.model import clips_of, model_of, stored
 from tests.support.golden.head import golden_head
 from tests.support.worlds.tiny_towers import tiny_tower
@@ -51,7 +53,7 @@ def lively(config: HeadConfig) -> TemporalHead:
     return head
 
 
-def cosines(head: TemporalHead, x: Tensor, classes: Tensor, modulate: bool) -> np.ndarray:
+def cosines(head: Head, x: Tensor, classes: Tensor, modulate: bool) -> np.ndarray:
     with torch.no_grad():
         return head(x, classes, modulate=modulate).numpy()
 
@@ -66,6 +68,34 @@ def test_a_merged_head_is_the_same_head(design: str, tmp_path: Path) -> None:
     for modulate in (True, False):
         difference = cosines(merged, x, classes, modulate) - cosines(head, x, classes, modulate)
         assert np.abs(difference).max() <= 1e-6
+
+
+@pytest.mark.parametrize("projection", [True, False])
+def test_tacos_head_is_one_linear_map_for_other_programs(projection: bool, tmp_path: Path) -> None:
+    """docs/methods.md: the named tensors of the file make one matrix and one vector."""
+    generator = torch.Generator().manual_seed(3)
+    head = build_head(TacoConfig(dim=24, projection=projection), unit(11, 24, 1))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    save_head(merged_head(head), tmp_path / "taco.safetensors")
+    with safe_open(tmp_path / "taco.safetensors", framework="pt") as file:
+        held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    matrix, vector = torch.eye(24), torch.zeros(24)
+    if projection:
+        b = held["projection.linear_B.weight"]
+        matrix = matrix + b @ held["projection.linear_A.weight"]
+        vector = b @ held["projection.linear_A.bias"] + held["projection.linear_B.bias"]
+    save_onnx(head, tmp_path / "taco.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "taco.onnx"), full_check=True)
+    session = onnxruntime.InferenceSession(tmp_path / "taco.onnx")
+    for batch, frames, count in ((1, 1, 2), (3, 19, 40)):
+        x, classes = torch.randn(batch, frames, 24, generator=generator), unit(count, 24, count)
+        by_hand = functional.normalize(x.mean(1) @ matrix.T + vector, dim=-1) @ classes.T
+        inputs = {"features": x.numpy(), "class_embeddings": classes.numpy()}
+        (graph,) = session.run(None, {**inputs, "modulate": np.array(False)})
+        for found in (by_hand.numpy(), graph):
+            assert np.abs(found - cosines(head, x, classes, False)).max() <= 2e-6
 
 
 def test_averaged_outputs_cannot_be_merged() -> None:

@@ -19,6 +19,7 @@ from heads.methods.taco import (
     few_shot_positions,
     relations,
     relative_structure_loss,
+    teacher_momentum,
     training_step_parts,
     update_teacher,
 )
@@ -39,6 +40,17 @@ def test_every_number_of_the_authors_code_holds(pattern: str) -> None:
     assert found
     wrong = [f"{file.name}: {check}" for file, check in found if not check.holds]
     assert not wrong
+
+
+def test_the_teacher_remembers_the_published_part_of_a_training() -> None:
+    assert teacher_momentum(1250, 15) == pytest.approx(0.9998, abs=1e-12)
+    assert teacher_momentum(10, 15) == pytest.approx(0.975)
+    assert teacher_momentum(1, 1) == 0.0
+    for steps, epochs in ((7, 9), (400, 30), (12_345, 2)):
+        memory = 1 / (1 - teacher_momentum(steps, epochs))
+        assert memory / (steps * epochs) == pytest.approx(4 / 15)
+    with pytest.raises(UserError, match="give at least one of each"):
+        teacher_momentum(0, 15)
 
 
 def test_every_golden_file_has_a_check() -> None:

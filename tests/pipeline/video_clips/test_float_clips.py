@@ -14,14 +14,9 @@ from pipeline.float_frames import augmented_floats, evaluation_floats
 from pipeline.preprocessing import Preprocessing
 from pipeline.sampling import dist_edges, dist_test_indices, dist_train_indices
 from pipeline.tars.dataset import Dataset
-from pipeline.video_clips.float_clips import (
-    NEVER,
-    FloatClipStream,
-    FloatEvaluationClips,
-    mirrored,
-    mirrored_classes,
-)
+from pipeline.video_clips.float_clips import FloatClipStream, FloatEvaluationClips, mirrored
 from pipeline.video_clips.loader import ClipBatch
+from pipeline.video_clips.mirroring import NEVER, mirrored_classes
 from pipeline.video_clips.order import augmentation_rng, dist_training_frames
 from tests.pipeline.video_clips.test_training_clips import Pictures, numbered
 

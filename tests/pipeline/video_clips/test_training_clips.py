@@ -19,13 +19,19 @@ import pytest
 import torch
 
 from featstore.errors import UserError
-from pipeline.augmentation import AugmentationDraw, augmented_pixels, resized_clip
+from pipeline.augmentation import (
+    AugmentationDraw,
+    augmented_pixels,
+    resized_clip,
+    resized_for_training,
+)
 from pipeline.decoding.contract import ChooseFrames, DecodeError, Frames, Source, VideoInfo
 from pipeline.decoding.pyav import PyAVDecoder
 from pipeline.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from pipeline.sampling import validation_indices
 from pipeline.tars.dataset import Dataset
 from pipeline.video_clips.loader import BATCHES_AHEAD, ClipBatch, _ByteBudget
+from pipeline.video_clips.mirroring import NEVER, label_swaps
 from pipeline.video_clips.order import augmentation_rng, epoch_order, training_frames
 from pipeline.video_clips.stream import ClipStream, EvaluationClips
 from tests.support.worlds.damage import Recipe, damaged, encoded
@@ -147,6 +153,48 @@ def test_a_clip_of_the_stream_is_decoder_and_draw_by_hand(tmp_path: Path) -> Non
                 torch.testing.assert_close(frames, (pixels / 255 - mean) / std)
                 seen += 1
     assert seen == 6
+
+
+def test_a_mirrored_clip_has_the_label_of_its_mirror_image(numbers: Dataset) -> None:
+    loading: dict[str, Any] = {"split": "train", "frames": 4, "preprocessing": SMALL, "seed": 3}
+    loading |= {"batch_size": 4, "workers": 2, "decoder": Pictures()}
+    classes = len(numbers.class_names)
+    names = ["to the left", "to the right", "turn left", *(f"jump {n}" for n in range(classes))]
+    swaps = label_swaps("names", names[: max(classes, 3)])
+    assert swaps is not None
+    assert label_swaps("plain", names) is None
+    assert label_swaps("", names) is None
+
+    def clips(epoch: int, **more: Any) -> dict[str, tuple[torch.Tensor, int, int]]:
+        found = {}
+        for batch in ClipStream(numbers, **loading, **more).epoch(epoch):
+            rows = zip(batch.labels.tolist(), batch.positions.tolist(), strict=True)
+            for key, pixels, (label, at) in zip(batch.keys, batch.frames, rows, strict=True):
+                found[key] = (pixels, label, at)
+        return found
+
+    mirrored = 0
+    for epoch in range(4):
+        usual, swapped = clips(epoch), clips(epoch, mirrored=swaps)
+        assert usual.keys() == swapped.keys()
+        for key, (pixels, label, at) in usual.items():
+            height = width = resized_for_training(32)[0]
+            rng = augmentation_rng(3, epoch, at)
+            flip = AugmentationDraw.sample(width, height, 32, rng).flip
+            plain = pixels.flip(-1) if flip else pixels
+            other, own = swapped[key], int(swaps[label])
+            if torch.equal(other[0], plain):  # all draws but the flip are the usual ones
+                assert other[1] == label
+            else:
+                mirrored += 1
+                assert own != NEVER
+                assert other[1] == own
+                assert torch.equal(other[0], plain.flip(-1))
+    assert 0 < mirrored < 4 * len(usual)
+    for key, (pixels, label, _) in clips(0, augment=False, mirrored=swaps).items():
+        bare = clips(0, augment=False)[key]
+        assert torch.equal(pixels, bare[0])
+        assert label == bare[1]
 
 
 def test_no_more_frames_are_asked_for_than_needed(numbers: Dataset) -> None:

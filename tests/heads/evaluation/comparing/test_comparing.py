@@ -82,6 +82,8 @@ def test_fields_come_in_groups_and_some_forbid_the_comparison(tmp_path: Path) ->
         ({"label_map": None}, True),
         ({"epoch_choice": "best on the test set"}, True),
         ({"trained_on": "k600"}, True),
+        ({"weights": "mean"}, False),  # beside a head that has one kind of weights
+        ({"projection": "off"}, False),  # beside a head without one
         ({"blend": 0.5}, False),
         ({"ensemble": 0.5}, False),
         ({"modulation_temperature": 0.1}, False),
@@ -96,6 +98,17 @@ def test_what_forbids_a_comparison(tmp_path: Path, changes: dict[str, Any], deci
     assert difference.name == next(iter(changes))
     assert (difference.decisive, difference.unknown) == (decisive, False)
     assert found.to_json()["comparable"] is (not decisive)
+
+
+def test_weights_and_projections_of_one_method_are_not_compared_as_equals(tmp_path: Path) -> None:
+    own = {"kind": "taco", "weights": "mean", "projection": "on"}
+    for name, value in (("weights", "teacher"), ("projection", "off")):
+        found = compared(tmp_path, own, {**own, name: value})
+        assert found.incomparable == (name,)
+        assert compared(tmp_path, own, own).to_json()["comparable"] is True
+    unnamed = {"kind": "taco", "projection": "on"}  # a file whose name does not say its weights
+    assert compared(tmp_path, own, unnamed).unsure == ("weights",)
+    assert compared(tmp_path, unnamed, unnamed).to_json()["comparable"] is None
 
 
 def test_entries_of_objects_are_named_alone(tmp_path: Path) -> None:

@@ -201,6 +201,40 @@ def test_other_protocols_are_not_mixed_silently(tmp_path: Path) -> None:
     assert collect(runs).unknown == ("on hmdb51, not every result says sampler",)
 
 
+def test_plain_and_rephrased_names_never_share_a_table_silently(tmp_path: Path) -> None:
+    runs = [whole(tmp_path / "a", 83.0, 83.4, 55.8, 70.2)]
+    runs += [whole(tmp_path / "b", 83.0, 83.4, 55.8, 70.2)]
+    zeroshot(runs[1], "hmdb51", 60.0, time=9, class_names_as="rephrased")
+    with pytest.raises(
+        UserError, match="on hmdb51, class_names_as is plain for a and rephrased for b"
+    ):
+        collect(runs)
+    assert collect(runs, allow_mixed=True).mixed
+
+
+def test_a_projection_and_weights_that_were_asked_for_are_rows(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    own = {"kind": "taco", "weights": "mean", "modulate": False}
+    closeset(run, 80.0, projection="on", **own)
+    closeset(run, 79.0, 1, projection="off", **own)
+    for name in ZEROSHOT:
+        zeroshot(run, name, 50.0, projection="off", **own)
+    (row,) = collect([run]).rows
+    assert (row.setting.text, row.top1) == ("off", [80.0, 50.0, 50.0, 50.0])
+    for name in ZEROSHOT:
+        zeroshot(run, name, 40.0, 1, projection="on", **own)
+    assert len(collect([run]).rows) == 1  # the other two are each of one column
+    teacher = {**own, "weights": "teacher", "head_fingerprint": "f2f2"}
+    closeset(run, 70.0, 2, projection="on", **teacher)
+    for name in ZEROSHOT:
+        zeroshot(run, name, 60.0, 2, projection="off", **teacher)
+    with pytest.raises(UserError, match="weights is mean for a and teacher for a"):
+        collect([run])
+    rows = collect([run], allow_mixed=True).rows
+    assert [row.setting.text for row in rows] == ["off", "off, weights teacher"]
+    assert rows[1].setting.options == " --no-modulate --weights teacher"
+
+
 def test_a_row_is_of_one_model(tmp_path: Path) -> None:
     run = whole(tmp_path / "a", 83.0, 83.4, 55.8, 70.2)
     zeroshot(run, "ucf101", 84.0, time=3, head_fingerprint="trained anew")
