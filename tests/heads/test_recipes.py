@@ -300,7 +300,7 @@ def test_what_is_left_to_the_data_needs_the_data(tmp_path: Path) -> None:
 
 def test_help_names_every_recipe() -> None:
     of_stores = ("auto", "frozen-store")
-    beside = [name for name in NAMES if "dist" in name or "msta" in name]
+    beside = [name for name in NAMES if any(m in name for m in ("dist", "msta", "taco"))]
     for command in ("train-head", "finetune"):
         result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         text = re.sub(r"[│\s]+", " ", result.output)
