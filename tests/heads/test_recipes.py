@@ -50,7 +50,8 @@ def test_the_recipes_that_come_with_mote() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_says_command_source_figure_and_what_was_run(name: str) -> None:
-    text = (files("heads.recipes") / f"{name}.toml").read_text()
+    folder = files("heads.recipes") / ("papers" if name in PAPERS else "")
+    text = (folder / f"{name}.toml").read_text()
     comment = "".join(line for line in text.splitlines(True) if line.startswith("#"))
     for heading in ("Command:", "Source:", "Published:", "Run here:"):
         assert heading in comment
