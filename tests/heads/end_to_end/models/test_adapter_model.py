@@ -107,7 +107,8 @@ def test_a_step_in_bfloat16_learns_what_one_in_float32_learns(
 
 def test_a_run_in_bfloat16_ends_where_one_in_float32_ends(tmp_path: Path) -> None:
     """Loss, and accuracy on other clips, after 40 steps on dark, grey and bright clips."""
-    folder, found = make_encoder(tmp_path / "clip", **TWO_BLOCKS), {}
+    folder = make_encoder(tmp_path / "clip", **TWO_BLOCKS)
+    found: dict[str, tuple[float, float]] = {}
     labels = torch.arange(36) % 3
     noise = torch.randn(36, 4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     clips = 0.5 * noise + 2.0 * (labels - 1)[:, None, None, None, None]
