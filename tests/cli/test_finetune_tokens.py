@@ -92,6 +92,18 @@ def test_a_run_from_tokens_is_the_run_from_videos(trained: Path) -> None:
     assert data["tokens"] == "tokens:0 in fp32"
 
 
+def test_in_bfloat16_tokens_and_videos_teach_the_same(trained: Path, packed: Path) -> None:
+    low = ("--precision", "bf16")
+    done(*train(trained, packed, "low-pixels", *low))
+    done(*train(trained, packed, "low-tokens", "--tokens", *low))
+    names = ("low-pixels", "low-tokens", "pixels")
+    for videos, kept, full in zip(*(metrics(trained, name) for name in names), strict=True):
+        assert kept["loss"] == pytest.approx(videos["loss"], rel=2**-6)
+        assert videos["loss"] == pytest.approx(full["loss"], rel=2**-5)
+        found = [line["evaluation"]["top1"] for line in (videos, kept, full)]
+        assert max(found) - min(found) <= 100 / 6 + 1e-6  # one of six videos
+
+
 def test_clips_from_tokens_are_those_of_videos(trained: Path) -> None:
     """Key by key, in videos of any length: the store has the frames of evaluation."""
     encoder = load_encoder("two", "fp32", encoders_dir=trained / "encoders")

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from featstore.errors import UserError, WorkError
+from featstore.files.machine import keep_freed_blocks
 from featstore.format.class_texts import guiding_name
 from featstore.format.metadata import read_metadata
 from featstore.workspace import Workspace
@@ -28,7 +29,7 @@ from heads.files.kept_texts import KeptTexts
 from heads.methods.head import Head
 from heads.methods.msta.config import MstaConfig
 from heads.methods.msta.head import MstaHead
-from heads.methods.msta.losses import MstaLosses, msta_losses
+from heads.methods.msta.losses import MstaLosses, msta_losses, with_descriptions
 from heads.methods.msta.towers import AdaptedTowers, for_clip
 from heads.methods.registry import method
 from heads.methods.settings import MethodConfig
@@ -52,8 +53,10 @@ SENTENCES_KEPT: Final = 128
 text tower 512 wide. Where there are more, they are computed again, so many at a time."""
 
 CLIPS_AT_ONCE: Final = 4
-"""Clips that go through the image tower together. Where activations are computed again, those of so
-many clips are held at a time: about 1.6 GB in blocks 8 to 12 of ViT-B/16 with 8 frames."""
+"""Clips that go through the image tower together; in bfloat16 on a CPU, whose products are so fast
+that what lies between them should stay in its caches, every clip goes alone. Where activations are
+computed again, or gradients are taken clip by clip, those of so many clips are held at a time:
+about 1.6 GB in blocks 8 to 12 of ViT-B/16 with 8 frames, and 0.2 GB of one clip in bfloat16."""
 
 Descriptions = tuple[Tensor, Tensor]
 """Embeddings of the spatial and of the temporal descriptions of every class, [C,D] each."""
@@ -66,8 +69,9 @@ class AdapterModel(EndToEndModel):
     texts come from the adapted text tower in every step: `sentences` are the token ids [n,L] of
     all classes' sentences, `counts` how many each class has. `descriptions` are what class texts
     are held near; None turns that loss off. `checkpointing` trades time for memory. What lies below
-    the first adapter runs without gradients, of the image tower in `precision`; everything else is
-    in float32.
+    the first adapter runs without gradients, of the image tower in `precision`. With "bf16" the
+    products of the other blocks and of the adapters are in bfloat16, too; parameters, norms, the
+    sums of blocks and losses are in float32, as everything is with another one.
     """
 
     uses_autocast = False
@@ -87,7 +91,11 @@ class AdapterModel(EndToEndModel):
     ) -> None:
         super().__init__(cast(nn.Module, clip.visual), head, logit_scale, train=train)
         self.logit_scale.requires_grad_(False)
-        self.towers = AdaptedTowers(clip, cast(MstaHead, head).adapters, PRECISIONS[precision])
+        adapters, dtype = cast(MstaHead, head).adapters, PRECISIONS[precision]
+        upper = "bf16" if precision == "bf16" else "fp32"  # fp16 would need a scaler of gradients
+        self.in_parts = upper == "bf16"
+        """Whether a step goes through clips part by part and keeps nothing of those before."""
+        self.towers = AdaptedTowers(clip, adapters, dtype, PRECISIONS[upper])
         self._counts, self._recomputes = list(counts), checkpointing
         self.register_buffer("_sentences", sentences, persistent=False)
         # Nothing below the first adapter is trained, so that it is computed once.
@@ -96,6 +104,11 @@ class AdapterModel(EndToEndModel):
             self.register_buffer(name, rows, persistent=False)
         self.train(head.training)
 
+    @property
+    def _at_once(self) -> int:
+        alone = self.in_parts and self.logit_scale.device.type == "cpu"
+        return 1 if alone else CLIPS_AT_ONCE
+
     def class_embeddings(self, fixed: Tensor) -> Tensor:
         """Return the unit embeddings [C,D] of the classes by the adapted text tower, as it is now.
 
@@ -103,7 +116,8 @@ class AdapterModel(EndToEndModel):
         """
         below, sentences = cast(Tensor, self._below), cast(Tensor, self._sentences)
         parts = zip(*(torch.split(x, SENTENCES_KEPT) for x in (below, sentences)), strict=True)
-        again = (self._recomputes or len(below) > SENTENCES_KEPT) and torch.is_grad_enabled()
+        many = len(below) > SENTENCES_KEPT
+        again = (many or (self._recomputes and not self.in_parts)) and torch.is_grad_enabled()
         embed = self.towers.text_features_from
         found = [
             checkpoint(embed, *part, use_reentrant=False) if again else embed(*part)
@@ -120,7 +134,7 @@ class AdapterModel(EndToEndModel):
         self._check_frames(frames)
         again, embed = self._recomputes and torch.is_grad_enabled(), self.towers.video_features_from
         found = []
-        for clips in torch.split(frames, CLIPS_AT_ONCE):
+        for clips in torch.split(frames, self._at_once):
             tokens = clips if frames.ndim == 4 else self.towers.tokens_before(clips)
             found.append(checkpoint(embed, tokens, use_reentrant=False) if again else embed(tokens))
         return torch.cat(found)[:, None]
@@ -141,17 +155,39 @@ class AdapterModel(EndToEndModel):
         """
         self._check_frames(frames)
         check_labels(labels, len(frames), len(class_embeddings))
+        labels = labels.to(self.logit_scale.device, non_blocking=True)
         spatial, temporal = (getattr(self, name) for name in ("_spatial", "_temporal"))
+        described = None if spatial is None else (spatial, temporal)
+        if self.in_parts and self.head.class_weights is None and torch.is_grad_enabled():
+            texts = self.class_embeddings(class_embeddings)
+            right = self._classification_in_parts(frames, labels, texts)
+            return with_descriptions(self.towers.config, right, labels, texts, described)
         video = self.encode(frames)[:, 0]
-        return msta_losses(
-            self.towers.config,
-            video,
-            labels.to(video.device, non_blocking=True),
-            self.class_embeddings(class_embeddings),
-            None if spatial is None else (spatial, temporal),
-            self.logit_scale.exp(),
-            self.head.class_weights,
-        )
+        texts = self.class_embeddings(class_embeddings)
+        rest = described, self.logit_scale.exp(), self.head.class_weights
+        return msta_losses(self.towers.config, video, labels, texts, *rest)
+
+    def _classification_in_parts(self, frames: Tensor, labels: Tensor, texts: Tensor) -> Tensor:
+        """Return the mean cross-entropy of a batch with class texts [C,D].
+
+        Every clip's is its own, so that its gradient is known as soon as its embedding is: what is
+        kept for the backward pass is that of a few clips, and nothing is computed twice.
+        """
+        named = self.towers.adapters.named_parameters()
+        beside = [value for name, value in named if not name.startswith("text_adapter.")]
+        asked = [*beside, texts.detach().requires_grad_()]
+        value, sums = torch.zeros((), device=texts.device), [torch.zeros_like(x) for x in asked]
+        config, scale = self.towers.config, self.logit_scale.exp()
+        parts = (torch.split(x, self._at_once) for x in (frames, labels))
+        for clips, right in zip(*parts, strict=True):
+            tokens = clips if frames.ndim == 4 else self.towers.tokens_before(clips)
+            video = self.towers.video_features_from(tokens)
+            loss = msta_losses(config, video, right, asked[-1], None, scale).total
+            loss = loss * (len(clips) / len(frames))
+            for total, part in zip(sums, torch.autograd.grad(loss, asked), strict=True):
+                total += part
+            value += loss.detach()
+        return cast(Tensor, _Known.apply(value, sums, *beside, texts))
 
     def forward(self, frames: Tensor, class_embeddings: Tensor, modulate: bool = True) -> Tensor:
         """Return cosines [B,C], as `EndToEndModel.forward`; `modulate` has no effect."""
@@ -163,7 +199,9 @@ class AdapterModel(EndToEndModel):
         return {}
 
     def kept_bytes(self) -> int:
-        """Return the bytes that a frame of a clip keeps for the backward pass."""
+        """Return the bytes that a frame of a clip keeps for the backward pass of a batch."""
+        if self.in_parts:
+            return 0
         config, device = self.towers.config, self.logit_scale.device
         clip = torch.zeros(1, config.frames, 3, *self.towers.image_size, device=device)
         return self._kept(clip) // config.frames
@@ -180,6 +218,19 @@ class AdapterModel(EndToEndModel):
     def tower_parameters(self) -> list[nn.Parameter]:
         """Return nothing: towers and logit scale stay as they are."""
         return []
+
+
+class _Known(torch.autograd.Function):
+    """A number whose gradients to the other inputs are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *_: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *given: Any) -> Any:
+        return None, None, *(given[0] * gradient for gradient in ctx.gradients)
 
 
 def adapter_head_config(
@@ -273,7 +324,24 @@ def guided_model(
         descriptions=guides,
         **more,
     )
+    _say_shares(model, encoder)
+    if model.in_parts and encoder.device.type == "cpu":
+        keep_freed_blocks()  # each clip takes the blocks that the one before has freed
     return GuidedModel(model, recorded, tuple(new_texts))
+
+
+def _say_shares(model: AdapterModel, encoder: Encoder) -> None:
+    """Log how small the adapters are beside what they adapt."""
+    trained = model.towers.config.parameters
+    sizes = [
+        sum(p.numel() for p in part.parameters()) for part in (model.image_tower, encoder.model)
+    ]
+    log.info(
+        "adapters of blocks %d to %d have %s parameters, %.1f %% of those of the image tower and "
+        "%.1f %% of those of both towers",
+        *(model.towers.config.first, model.towers.config.last, f"{trained:,}"),
+        *(100 * trained / size for size in sizes),
+    )
 
 
 def read_guides(

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from heads.methods.msta.config import KERNEL, MstaConfig
 
@@ -76,24 +77,42 @@ class Adapters(nn.Module):
         """
         return self.class_tokens(block, first), self._in_video(block, patches, True)
 
+    def frames(self, block: int, tokens: Tensor) -> Tensor:
+        """Return what `video` does for frames [B,T,1+P,d] whose class token is their first.
+
+        It makes fewer copies, and rounds otherwise.
+        """
+        return self._in_video(block, tokens, True, class_token=self.config.conv_class_token)
+
     def class_tokens(self, block: int, first: Tensor) -> Tensor:
         """Return what is added to the class tokens alone, as `video` does."""
         return self._in_video(block, first, self.config.conv_class_token)
 
-    def _in_video(self, block: int, tokens: Tensor, in_time: bool) -> Tensor:
+    def _in_video(
+        self, block: int, tokens: Tensor, in_time: bool, class_token: bool = True
+    ) -> Tensor:
+        """Return what is added to tokens [B,T,P,d]; `in_time`: with the convolution.
+
+        Without `class_token`, the first of every frame's tokens has no convolution.
+        """
         config = self.config
         hidden, added = self._spatial("visual", block, tokens)
         if in_time and config.form != "none":
             read = self._taken(tokens) if config.conv_reads == "input" else added
             if config.form == "b":
                 read = hidden.repeat_interleave(config.visual_width // config.width, dim=-1)
-            added = added + self.temporal_adapter[str(block)](read)
+            moved = self.temporal_adapter[str(block)](read)
+            if not class_token:
+                moved[:, :, :1] = 0
+            added = added + moved
         return self._given(added)
 
     def _spatial(self, tower: Tower, block: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         ends = cast(Any, getattr(self, f"{tower}_adapter")[str(block)])
-        hidden: Tensor = self.shared_adapter[str(block)](ends["down"](self._taken(tokens)))
-        return hidden, ends["up"](hidden)
+        shared = cast(Any, self.shared_adapter[str(block)])
+        hidden = _line(ends["down"][0], self._taken(tokens)).relu()
+        hidden = _line(shared[0], hidden).relu()
+        return hidden, _line(ends["up"], hidden)
 
     def _taken(self, tokens: Tensor) -> Tensor:
         if not self.config.gradient_trick:
@@ -119,7 +138,9 @@ class OverTime(nn.Module):
         self.repeats = padding == "repeat"
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B,T,P,d] -> [B,T,P,d]."""
+        """[B,T,P,d] -> [B,T,P,d], in the type of the tokens."""
+        if tokens.dtype != self.weight.dtype:
+            return self._in_low(tokens)
         before, here, after = self.weight[:, 0].unbind(-1)
         # Three products, because a library's convolution would want channels before frames.
         earlier, later = before * tokens[:, :-1], after * tokens[:, 1:]
@@ -129,6 +150,16 @@ class OverTime(nn.Module):
         found: Tensor = here * tokens + self.bias
         found = found + torch.cat([edges[0], earlier], dim=1)
         return found + torch.cat([later, edges[1]], dim=1)
+
+    def _in_low(self, tokens: Tensor) -> Tensor:
+        # A library's convolution of whole maps is faster where a type has one.
+        maps = tokens.permute(0, 3, 1, 2)  # channels lie side by side, as it likes them
+        if self.repeats:
+            maps = torch.cat([maps[:, :, :1], maps, maps[:, :, -1:]], dim=2)
+        weight, bias = (part.to(tokens.dtype) for part in (self.weight[..., None], self.bias))
+        padding = (0 if self.repeats else KERNEL // 2, 0)
+        found = functional.conv2d(maps, weight, bias, padding=padding, groups=len(bias))
+        return found.permute(0, 2, 3, 1)
 
 
 class _Damped(torch.autograd.Function):
@@ -154,6 +185,12 @@ class _Undamped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         return gradients[0], None
+
+
+def _line(linear: Any, values: Tensor) -> Tensor:
+    """Return what a linear layer makes of values, in their type."""
+    weight, bias = (part.to(values.dtype) for part in (linear.weight, linear.bias))
+    return functional.linear(values, weight, bias)
 
 
 def _ends(width: int, inside: int) -> nn.ModuleDict:

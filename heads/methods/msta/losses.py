@@ -50,6 +50,17 @@ def msta_losses(
     """
     cosines = class_cosines(functional.normalize(video, dim=-1), class_embeddings)
     right = classification_loss(cosines, labels, logit_scale, class_weights=class_weights)
+    return with_descriptions(config, right, labels, class_embeddings, descriptions)
+
+
+def with_descriptions(
+    config: MstaConfig,
+    right: Tensor,
+    labels: Tensor,
+    class_embeddings: Tensor,
+    descriptions: tuple[Tensor, Tensor] | None,
+) -> MstaLosses:
+    """Return the losses of a batch whose cross-entropy is `right`; the rest as `msta_losses`."""
     if descriptions is None:
         return MstaLosses(right, right, right.new_zeros(()))
     chosen = [class_embeddings, *descriptions]

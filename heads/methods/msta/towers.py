@@ -18,8 +18,9 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer, Visio
 from torch import Tensor, nn
 
 from featstore.errors import UserError
-from heads.methods.msta.adapter import Adapters
+from heads.methods.msta.adapter import Adapters, Tower
 from heads.methods.msta.config import MstaConfig
+from heads.methods.msta.frozen_block import FrozenBlock, summed
 
 
 class AdaptedTowers(nn.Module):
@@ -27,9 +28,10 @@ class AdaptedTowers(nn.Module):
 
     `clip` is used itself, not copied: an open_clip model or a ViCLIP, whose parameters are frozen;
     it stays in evaluation mode. What lies below the first adapter runs without gradients, in the
-    image tower in `lower_dtype`, to which its weights are converted; everything else is in the
-    adapters' type. Raises UserError for towers that cannot be adapted or that the adapters were not
-    made for.
+    image tower in `lower_dtype`, to which its weights are converted. The products of the other
+    blocks of both towers, and of adapters, are in `upper_dtype`, where a block is one that
+    `FrozenBlock` knows; everything else is in the adapters' type. Raises UserError for towers that
+    cannot be adapted or that the adapters were not made for.
 
     Attributes: `config`, `adapters`, `clip`, `joint` (whether frames are looked at together).
     """
@@ -39,6 +41,7 @@ class AdaptedTowers(nn.Module):
         clip: nn.Module,
         adapters: Adapters | MstaConfig,
         lower_dtype: torch.dtype = torch.float32,
+        upper_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         given = adapters.config if isinstance(adapters, Adapters) else adapters
@@ -51,6 +54,13 @@ class AdaptedTowers(nn.Module):
         below = [self._visual.conv1, self._visual.ln_pre, *self._blocks[: config.first - 1]]
         for part in below:
             part.to(lower_dtype)
+        self._in_upper = nn.ModuleDict()  # by tower and number
+        if upper_dtype != torch.float32:
+            both = {"visual": self._blocks, "text": self._text.transformer.resblocks}
+            for tower, blocks in both.items():
+                for number, block in enumerate(blocks[config.first - 1 :], config.first):
+                    if FrozenBlock.fits(block):
+                        self._in_upper[f"{tower}_{number}"] = FrozenBlock(block, upper_dtype)
         self.train(self.adapters.training)
 
     def train(self, mode: bool = True) -> AdaptedTowers:
@@ -102,15 +112,29 @@ class AdaptedTowers(nn.Module):
             if number == len(self._blocks) and self._reads_class_tokens_only(block):
                 tokens = self._class_tokens_after(number, tokens, clips)
                 break
-            output = block(tokens)
-            if number in self.adapters:
-                read = block.ln_1(tokens) if self.config.norm else tokens
-                output = output + self._added(number, read, clips, frames)
-            tokens = output
+            tokens, read = self._through("visual", number, block, tokens)
+            if read is not None:
+                tokens = _plus(tokens, self._added(number, read, clips, frames))
         if self.joint:
             return cast(Tensor, self._visual.ln_post(tokens[:, 0]) @ self._visual.proj)
         pooled = self._visual._pool(tokens)[0] @ self._visual.proj
         return cast(Tensor, rearrange(pooled, "(b t) d -> b t d", b=clips).mean(1))
+
+    def _through(
+        self, tower: Tower, number: int, block: Any, tokens: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what a block makes of tokens [N,M,d], and what its adapter, if any, reads."""
+        adapted = number in self.adapters
+        if (low := self._low(tower, number)) is None:
+            output = block(tokens, attn_mask=mask)
+            return output, (block.ln_1(tokens) if self.config.norm else tokens) if adapted else None
+        read = low.read(tokens)
+        output = low(tokens, read, mask)
+        return output, (read if self.config.norm else tokens.to(read.dtype)) if adapted else None
+
+    def _low(self, tower: Tower, number: int) -> FrozenBlock | None:
+        name = f"{tower}_{number}"
+        return cast(FrozenBlock, self._in_upper[name]) if name in self._in_upper else None
 
     def _reads_class_tokens_only(self, last: nn.Module) -> bool:
         """Return whether the tower's embedding comes from the class tokens of its last block."""
@@ -123,12 +147,16 @@ class AdaptedTowers(nn.Module):
         The other tokens are only looked at: what they would become is not computed.
         """
         block, config = cast(Any, self._blocks[number - 1]), self.config
-        read = block.ln_1(tokens)
-        output = tokens[:, :1] + block.ls_1(block.attention(read[:, :1], read, read))
-        output = output + block.ls_2(block.mlp(block.ln_2(output)))
+        if (low := self._low("visual", number)) is not None:
+            read = low.read(tokens)
+            output = low.class_tokens(tokens, read)
+        else:
+            read = block.ln_1(tokens)
+            output = tokens[:, :1] + block.ls_1(block.attention(read[:, :1], read, read))
+            output = output + block.ls_2(block.mlp(block.ln_2(output)))
         if number not in self.adapters:
             return cast(Tensor, output)
-        taken = (read if config.norm else tokens)[:, :1]
+        taken = (read if config.norm else tokens)[:, :1].to(read.dtype)
         taken = rearrange(taken, "(b t) m d -> b t m d", b=clips)
         added = rearrange(self.adapters.class_tokens(number, taken), "b t m d -> (b t) m d")
         if torch.is_grad_enabled() and config.form != "none" and not config.conv_class_token:
@@ -142,6 +170,9 @@ class AdaptedTowers(nn.Module):
         """Return what the adapter of a block adds to its tokens, in their layout."""
         if not self.joint:
             parts = rearrange(read, "(b t) m d -> b t m d", b=clips)
+            if read.dtype != self._dtype:
+                together = self.adapters.frames(number, parts)
+                return rearrange(together, "b t m d -> (b t) m d")
             both = self.adapters.video(number, parts[:, :, :1], parts[:, :, 1:])
             return rearrange(torch.cat(both, dim=2), "b t m d -> (b t) m d")
         patches = rearrange(read[:, 1:], "b (p t) d -> b t p d", t=frames)
@@ -174,11 +205,9 @@ class AdaptedTowers(nn.Module):
         tower = self._text
         above = tower.transformer.resblocks[self.config.first - 1 :]
         for number, block in enumerate(above, self.config.first):
-            output = block(hidden, attn_mask=self._mask(hidden))
-            if number in self.adapters:
-                read = block.ln_1(hidden) if self.config.norm else hidden
-                output = output + self.adapters.text(number, read)
-            hidden = output
+            hidden, read = self._through("text", number, block, hidden, self._mask(hidden))
+            if read is not None:
+                hidden = _plus(hidden, self.adapters.text(number, read))
         at = torch.arange(len(tokens), device=hidden.device), tokens.argmax(dim=-1)
         if isinstance(tower, TextTransformer):  # as it does it itself, to the bit
             found = tower.ln_final(hidden)[at]
@@ -221,8 +250,16 @@ class AdaptedTowers(nn.Module):
             )
 
 
+def _plus(tokens: Tensor, added: Tensor) -> Tensor:
+    """Return what a block makes of tokens and what its adapter adds, in the type of the tokens."""
+    return tokens + added if added.dtype == tokens.dtype else summed(tokens, added)
+
+
 def for_clip(config: MstaConfig, clip: nn.Module) -> MstaConfig:
-    """Return `config` with the widths of the towers of `clip`; UserError if they do not fit."""
+    """Return `config` with its widths and blocks set for the towers of `clip`.
+
+    Raises UserError if they do not fit (`MstaConfig.for_towers`), or cannot be adapted.
+    """
     visual = getattr(clip, "visual", None)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     projection = getattr(visual, "proj", None)
