@@ -13,14 +13,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from typing import Any, get_args
+from zlib import crc32
 
 import av
 import numpy as np
 import numpy.typing as npt
 from av.packet import Packet
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from pipeline.decoding.contract import (
@@ -107,6 +109,8 @@ class PyAVDecoder:
                 )
             if media.codec in UNSTEADY_CODECS and self.strict != "never":
                 _require_steady(media, survey, stack)
+                if self.strict == "auto":  # the others were not decoded twice
+                    info = replace(info, checked_packets=len(set(stack.indices.tolist())))
             seconds = stack.seconds if survey.timed else stack.indices / info.fps
             return info, stack.frames, seconds
 
@@ -192,12 +196,32 @@ def _decode_chosen(media: VideoFile, survey: Survey, stack: FrameStack) -> dict[
 
 
 def _require_steady(media: VideoFile, survey: Survey, stack: FrameStack) -> None:
-    """Raise `DecodeError` if the frames of `stack` are others when they are decoded again."""
+    """Raise `DecodeError` if the frames of `stack` are others when they are decoded again.
+
+    With strictness "always", every frame of the video is held against itself.
+    """
+    if media.strict == "always":
+        one, two = (_prints(media, survey, apart=apart) for apart in (False, True))
+        if one != two:
+            other = next(at for at, (a, b) in enumerate(zip_longest(one, two)) if a != b)
+            raise DecodeError(f"damaged: frame {other} is another one when it is decoded again")
+        return
     again = FrameStack(stack.indices)
     _decode_in_order(media, survey, again, apart=True)
     for index, one, other in zip(stack.indices, stack.frames, again.frames, strict=True):
         if not np.array_equal(one, other):
             raise DecodeError(f"damaged: frame {index} is another one when it is decoded again")
+
+
+def _prints(media: VideoFile, survey: Survey, *, apart: bool) -> list[int]:
+    """Return a checksum of every frame; `apart` as in `_decode_in_order`."""
+    held: deque[VideoFrame] = deque(maxlen=HELD_FRAMES if apart else 0)
+    found, reformatter = [], VideoReformatter()
+    for _, frame in FramesInOrder(media, survey, used_memory=apart):
+        held.append(frame)
+        rgb = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
+        found.append(crc32(np.ascontiguousarray(rgb)))
+    return found
 
 
 def _decode_in_order(

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import comparable, distinct_names
+from featstore.spelling import comparable
+from pipeline.annotations.class_names import Naming, distinct_names, natural_class_name
 from pipeline.annotations.known_sets import read_listing
 from pipeline.annotations.label_names import read_names
 from pipeline.annotations.listing import key_from_name
@@ -221,6 +222,11 @@ def test_lists_and_tars_say_what_they_merge(tmp_path: Path) -> None:
     summary, dataset = take(tmp_path / "out", tar, annotations=mapping)
     assert (summary.videos_packed, dataset.raw_class_names) == (2, ("Run fast",))
     assert any("'Run fast' (1 videos) and 'run_fast' (1 videos)" in n for n in summary.notes)
+
+
+def test_sentences_have_composed_names() -> None:
+    assert natural_class_name(NFD) == natural_class_name(NFC) == NFC
+    assert Naming(names_as="raw").names((NFD,)) == (NFD,)
 
 
 def test_keys_of_published_lists() -> None:
