@@ -91,13 +91,13 @@ def read_keys(path: Path) -> tuple[str, ...]:
     raw = read_document(path, remedy, limit=LISTS_LIMIT)
     try:
         lines = raw.decode("utf-8-sig").splitlines()
-        header = csv_rows(lines[0].encode())[0] if lines and lines[0].strip() else []
+        header = csv_rows(lines[0].encode(), KEY)[0] if lines and lines[0].strip() else []
         if KEY not in header:
             if EXCLUDE in header:
                 raise ValueError(f"its first line has a column {EXCLUDE} but no column {KEY}")
             found: Sequence[str] = [line.strip() for line in lines]
         else:
-            found = _of_table(header, csv_rows(raw)[1:])
+            found = _of_table(header, csv_rows(raw, KEY)[1:])
     except ValueError as error:
         raise UserError(f"{path} is no list of keys ({one_line(error, 120)}): {remedy}") from None
     return tuple(dict.fromkeys(key for key in found if key))

@@ -269,7 +269,7 @@ def _listed_copies(file: Path, quality: Path) -> list[list[str]]:
     Lists once had no data set for each video; the folder of `duplicates` names it. Raises UserError
     or ValueError for a list that does not say which videos it means.
     """
-    header, *rows = csv_rows(read_document(file, "make it again", limit=LISTS_LIMIT))
+    header, *rows = csv_rows(read_document(file, "make it again", limit=LISTS_LIMIT), KEY)
     wanted = ("group", KEY, DATASET, EXCLUDE)
     inside = file.relative_to(quality).parts
     if DATASET not in header and file.stem == LISTS[False] and len(inside) > 2:

@@ -199,8 +199,8 @@ def test_lists_without_data_sets_are_read_or_refused_in_a_sentence(
     (tmp_path / "quality/clips/a-store").mkdir(parents=True)
     text = "group,key,store,exclude\n1,a,a-store,no\n1,b,a-store,yes\n2,c,a-store,no\n"
     lists = [tmp_path / "quality/clips/a-store" / name for name in ("duplicates.csv", "leaks.csv")]
-    for listed in lists:
-        listed.write_text(text)
+    lists[0].write_text(text.replace(",", ";"))  # as a spreadsheet may have written it
+    lists[1].write_text(text)
     marks = content_marks(tmp_path / "quality", tmp_path / "datasets/clips")
     assert marks == {key: [f"{lists[0]}, group 1"] for key in "ab"}
     assert not content_marks(tmp_path / "quality", tmp_path / "datasets/others")

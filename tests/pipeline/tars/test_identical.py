@@ -145,6 +145,8 @@ def test_lists(tmp_path: Path) -> None:
         "a\nb, c\n\n a \n": ("a", "b, c"),
         "\ufeffkey,why\na,x\n": ("a",),
         "n,key,exclude\n1,a,no\n2,b,yes\n3,c,\n4,'=d,YES\n": ("b", "=d"),
+        "key;exclude\na;no\nb;yes\n": ("b",),
+        '"n"\t"key"\t"exclude"\n1\ta\tyes\n': ("a",),
         "": (),
     }.items():
         path.write_text(text)
