@@ -108,6 +108,28 @@ def test_a_verdict_that_depends_on_the_frames_says_what_was_looked_at(codec: str
     assert both or codec == "H.264 in ts", "no verdict depended on the frames: nothing was shown"
 
 
+@pytest.mark.parametrize("codec", ["MJPEG", "FFV1", "VP8"])
+def test_a_picture_that_holds_what_lay_in_memory_is_not_given(codec: str) -> None:
+    """The second half of a packet is junk or lost: half of the picture may stay as it was."""
+    recipe = Recipe(**CODECS[codec], noisy=False, width=128, height=96, frames=12)
+    data = encoded(recipe)
+    with av.open(io.BytesIO(data)) as opened:
+        packets = [bytes(packet) for packet in opened.demux(video=0) if packet.size]
+    chance = 0
+    for copy in range(16):
+        draw = random.Random(copy)
+        number = draw.randrange(len(packets))
+        lost = len(packets[number]) // 2
+        rest = (draw.randbytes(lost), b"", bytes(lost))[copy % 3]
+        broken = rewritten(data, recipe.container, {number: packets[number][:-lost] + rest})
+        for index in only_memory(broken):
+            chance += 1
+            for strict in ("auto", "always"):
+                with pytest.raises(DecodeError):
+                    frames_of(PyAVDecoder(strict), broken, [index])  # type: ignore[arg-type]
+    assert chance > 0, "no picture was left to chance: nothing was shown"
+
+
 def _some(draw: random.Random, count: int, frames: int) -> list[int]:
     return [draw.randrange(frames) for _ in range(count)]
 
