@@ -60,8 +60,8 @@ class VideoInfo:
     other_sizes: int = 0
     alpha_left_out: bool = False
 
-    def remarks(self) -> str:
-        """What a row should say of a video that was decoded, "" if there is nothing to say."""
+    def oddities(self) -> str:
+        """What is unusual about the video and was dealt with, "" if there is nothing to say."""
         found = {
             "leading pictures skipped": self.leading_pictures,
             "frames of another size than the first": self.other_sizes,
@@ -69,6 +69,11 @@ class VideoInfo:
         lines = [f"{what}: {count}" for what, count in found.items() if count]
         if self.alpha_left_out:
             lines.append("transparency left out")
+        return "; ".join(lines)
+
+    def remarks(self) -> str:
+        """What a row should say of a video that was decoded, "" if there is nothing to say."""
+        lines = [self.oddities()] if self.oddities() else []
         if self.checked_packets < self.num_frames:
             lines.append(f"{self.checked_packets} of {self.num_frames} frames looked at for damage")
         return "; ".join(lines)
