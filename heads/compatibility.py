@@ -15,6 +15,7 @@ from featstore.format.class_texts import DEFAULT_PROMPTS, ClassText
 from featstore.format.metadata import read_metadata
 from featstore.reading.repair import repair_command
 from featstore.reading.store import Store
+from featstore.spelling import comparable
 from heads.methods.head import Head, build_head
 from heads.methods.registry import MEAN_OF_FRAMES, method
 from heads.methods.settings import HeadOrigin
@@ -140,12 +141,12 @@ def check_class_text(head: Head, text: ClassText, prompt_set: str) -> None:
 def knows_classes(head: Head, text: ClassText) -> bool:
     """Return whether the tested classes are those the head was trained on, in any order.
 
-    Names are compared, or embeddings if the head has no class names.
+    Names are compared as a person reads them, or embeddings if the head has no class names.
     """
     if head.origin is None:
         return True
     if head.origin.class_names is not None:
-        return set(head.origin.class_names) == set(text.names)
+        return set(map(comparable, head.origin.class_names)) == set(map(comparable, text.names))
     trained = head.training_class_embeddings.cpu()
     if not len(trained):  # an imported head whose file says nothing of its classes
         return True

@@ -21,7 +21,7 @@ from featstore.errors import UserError, meant, one_line, quoted
 from featstore.files.documents import read_document, read_json
 from featstore.format.class_texts import DEFAULT_PROMPTS, PROMPT_SET_NAMES
 from featstore.format.metadata import check_prompt_set
-from pipeline.annotations.class_names import comparable
+from featstore.spelling import comparable
 from pipeline.annotations.rephrased_names import rephrased_names
 
 if TYPE_CHECKING:

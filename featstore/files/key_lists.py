@@ -6,7 +6,8 @@ A list is a text file with one key a line, or CSV with a column `key`. If the CS
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from typing import Any, Final
 from featstore.errors import UserError, counted, one_line, safe_text
 from featstore.files.documents import LISTS_LIMIT, read_document
 from featstore.files.tables import csv_rows
+from featstore.spelling import comparable, named_by
 
 KEY: Final = "key"
 EXCLUDE: Final = "exclude"
@@ -67,11 +69,17 @@ class Excluded:
 
     @classmethod
     def of(cls, path: Path, known: Collection[str], where: str = "the data set") -> Excluded:
-        """Read the list at `path` and look its keys up in `known`; errors as `read_keys`."""
+        """Read the list at `path` and look its keys up in `known`; errors as `read_keys`.
+
+        A key that is not there means the only one that reads the same, if there is one.
+        """
         keys = read_keys(path)
         there = frozenset(known)
-        found = tuple(key for key in keys if key in there)
-        return cls(str(path), found, tuple(key for key in keys if key not in there), where)
+        unknown = tuple(key for key in keys if key not in there)
+        alike = _only_ones(there) if unknown else {}
+        meant = {key: key if key in there else alike.get(_read(key), "") for key in keys}
+        found = tuple(dict.fromkeys(filter(None, meant.values())))
+        return cls(str(path), found, tuple(key for key in unknown if not meant[key]), where)
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
@@ -83,13 +91,13 @@ def read_keys(path: Path) -> tuple[str, ...]:
     raw = read_document(path, remedy, limit=LISTS_LIMIT)
     try:
         lines = raw.decode("utf-8-sig").splitlines()
-        header = csv_rows(lines[0].encode())[0] if lines and lines[0].strip() else []
+        header = csv_rows(lines[0].encode(), KEY)[0] if lines and lines[0].strip() else []
         if KEY not in header:
             if EXCLUDE in header:
                 raise ValueError(f"its first line has a column {EXCLUDE} but no column {KEY}")
             found: Sequence[str] = [line.strip() for line in lines]
         else:
-            found = _of_table(header, csv_rows(raw)[1:])
+            found = _of_table(header, csv_rows(raw, KEY)[1:])
     except ValueError as error:
         raise UserError(f"{path} is no list of keys ({one_line(error, 120)}): {remedy}") from None
     return tuple(dict.fromkeys(key for key in found if key))
@@ -105,6 +113,16 @@ def superfluous(copies: Iterable[tuple[str, Collection[str], object]]) -> tuple[
     found = sorted(copies, key=lambda copy: (_trained_on(copy[1]), copy[0]))
     agreed = len({copy[2] for copy in found}) < 2
     return tuple(key for key, *_ in found[agreed:])
+
+
+def _read(key: str) -> str:
+    return comparable(named_by(key))
+
+
+def _only_ones(keys: Collection[str]) -> Mapping[str, str]:
+    """Return the keys that no other reads the same as, by how they read."""
+    counts = Counter(map(_read, keys))
+    return {form: key for key in keys if counts[form := _read(key)] == 1}
 
 
 def _trained_on(splits: Collection[str]) -> bool:

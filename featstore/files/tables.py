@@ -11,6 +11,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Final
 
 from featstore.errors import safe_text
@@ -56,13 +57,19 @@ def csv_bytes(
     return text.getvalue().encode("utf-8-sig" if bom else "utf-8")
 
 
-def csv_rows(raw: bytes) -> list[list[str]]:
+def csv_rows(raw: bytes, column: str = "") -> list[list[str]]:
     """Read the rows of CSV that `csv_bytes` wrote, or that an earlier version wrote as it was.
 
-    Raises ValueError (UnicodeDecodeError among them) if the bytes are no CSV in UTF-8.
+    Where the first row has no `column` but has one with semicolons or tabs in place of commas, the
+    table has these: spreadsheets write them so in many countries. Raises ValueError
+    (UnicodeDecodeError among them) if the bytes are no CSV in UTF-8.
     """
     try:
-        rows = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), strict=True)
+        text = raw.decode("utf-8-sig")
+        first = text.splitlines()[:1]
+        found = (s for s in ",;\t" if column in chain(*csv.reader(first, delimiter=s)))
+        separator = next(found, ",") if column else ","
+        rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
         return [[*map(plain_cell, row)] for row in rows]
     except csv.Error as error:
         raise ValueError(f"no CSV: {error}") from error

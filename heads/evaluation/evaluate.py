@@ -20,6 +20,7 @@ from featstore.format.schema import STATUS_OK
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.store import Store
 from featstore.segments import segment_positions
+from featstore.spelling import comparable
 from heads.arithmetic import Precision, resolve_device, resolve_precision
 from heads.compatibility import knows_classes, mean_head_of, require_fits
 from heads.evaluation.details import SplitDetail
@@ -207,7 +208,8 @@ def _record(
     tested = [tuple(classes.tolist()) for classes in measured.candidates]
     names = {text.names[label] for labels in tested for label in labels}
     origin = head.origin
-    trained = None if origin is None or origin.class_names is None else set(origin.class_names)
+    known = None if origin is None else origin.class_names
+    trained = None if known is None else set(map(comparable, known))
     missing = sum(
         store.reasons[at].startswith("no such file")  # it was missing when the data set was packed
         for at in measured.positions[store.status[measured.positions] != STATUS_OK].tolist()
@@ -248,7 +250,9 @@ def _record(
         "projection": head.config.projects,  # `_result` says whether it is used
         "tower_frames": getattr(head.config, "slow_frames", None),
         "n_classes": n_classes,
-        "n_classes_trained": None if trained is None else len(trained & names),
+        "n_classes_trained": None
+        if trained is None
+        else sum(comparable(name) in trained for name in names),
         "head_fingerprint": head_fingerprint(head),
         "trained_on": origin.dataset or None if origin is not None else None,
         "training_videos": origin.trained_on or None if origin is not None else None,

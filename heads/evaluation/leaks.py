@@ -13,6 +13,7 @@ import numpy.typing as npt
 from featstore.errors import UserError, counted, counted_of
 from featstore.format.schema import STATUS_OK, RowArray
 from featstore.reading.store import Store
+from featstore.spelling import comparable, named_by
 from heads.evaluation.protocols.protocol import TestSet
 from heads.files.run_files import learned_nothing, read_config, read_training_keys, rows_hash
 from heads.training.training_set import shown
@@ -34,8 +35,9 @@ def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | No
     """Return those of `rows` (int64, array rows of `store`) that the run was trained on.
 
     Returns None if that is not known. Two videos are the same if they have the same data set and
-    key; clips of Kinetics are the same in all data sets if their YouTube id and start are. If the
-    run recorded no keys but was trained on this store, its rows are compared.
+    key, or keys that differ only in how a system composes letters; clips of Kinetics are the same
+    in all data sets if their YouTube id and start are. If the run recorded no keys but was trained
+    on this store, its rows are compared.
     """
     settings = read_config(run_dir) or {}
     if learned_nothing(settings):
@@ -43,12 +45,12 @@ def trained_videos(store: Store, rows: RowArray, run_dir: Path) -> RowArray | No
     known = read_training_keys(run_dir)
     if known is None:
         return _rows_by_hash(store, rows, settings.get("data", {}))
-    same = known.get(store.provenance.dataset, frozenset())
+    same = set(map(named_by, known.get(store.provenance.dataset, ())))
     clips = {clip for keys in known.values() for key in keys if (clip := _clip(key)) is not None}
     found = []
     for row, at in zip(rows.tolist(), store.positions(rows).tolist(), strict=True):
         key = store.keys[at]
-        if key in same or (clips and _clip(key) in clips):
+        if named_by(key) in same or (clips and _clip(key) in clips):
             found.append(row)
     return np.array(found, np.int64)
 
@@ -170,7 +172,8 @@ def warn_of_known_classes(head: Head, store: Store, novel: TestSet) -> None:
     if novel.classes is None or known is None:
         return
     names = [store.class_names[label] for label in novel.classes.tolist()]
-    seen = [name for name in names if name in known]
+    forms = set(map(comparable, known))
+    seen = [name for name in names if comparable(name) in forms]
     if seen:
         log.warning(
             "the training starts from a head that was trained on %d of the %d novel classes (%s): "

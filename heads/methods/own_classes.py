@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from featstore.errors import UserError
+from featstore.spelling import comparable
 from heads.methods.head import Head
 from heads.methods.registry import method, names
 from heads.methods.text_classifier import SAME_CLASS, class_cosines
@@ -35,15 +36,15 @@ class OwnClassesHead(Head):
     ) -> Callable[[Tensor], Tensor]:
         """Return the function that scores the named classes among the head's own.
 
-        Classes are found by name; a name that is not one of the head's own scores -inf (see
-        `require_classes`). If names are not given, or the head does not know its own, classes are
-        found by their embeddings, and UserError is raised for one that is not the head's own.
+        Classes are found by name, as a person reads it; a name that is not one of the head's own
+        scores -inf (see `require_classes`). If names are not given, or the head does not know its
+        own, classes are found by their embeddings, and UserError is raised for one that is not the
+        head's own.
         """
         own = None if self.origin is None else self.origin.class_names
         trained = self.training_class_embeddings
         if own is not None and class_names is not None:
-            place = {name: at for at, name in enumerate(own)}
-            columns = [place.get(name, len(own)) for name in class_names]
+            columns = [len(own) if at is None else at for at in _places(own, class_names)]
         else:
             if not len(trained):
                 raise UserError("this head has no classes yet: train it with train-head")
@@ -63,8 +64,8 @@ class OwnClassesHead(Head):
         """Raise UserError if a name is not one of the head's own classes."""
         own = None if self.origin is None else self.origin.class_names
         if own is not None:
-            known = set(own)
-            self._refuse([name for name in class_names if name not in known], len(own))
+            places = zip(class_names, _places(own, class_names), strict=True)
+            self._refuse([name for name, at in places if at is None], len(own))
 
     def _refuse(self, strange: Sequence[str], known: int) -> None:
         """Raise UserError if there are classes that the head does not know."""
@@ -75,3 +76,10 @@ class OwnClassesHead(Head):
                 f"on, and {strange[0]!r} is not one of them: for other classes take a head of kind "
                 f"{' or '.join(kinds)}, such as --head mean"
             )
+
+
+def _places(own: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
+    """Return the place of each class among the `own` ones, None for a class that is none."""
+    place = {comparable(name): at for at, name in enumerate(own)}
+    place |= {name: at for at, name in enumerate(own)}  # the exact name comes first
+    return [place.get(name, place.get(comparable(name))) for name in class_names]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -123,8 +123,6 @@ class Predictor:
                 if answer.error:
                     self.failed += 1
                     logger.warning("%s: %s", answer.path, answer.error)
-                if answer.note:
-                    self._warn_of_length(answer)
                 if self._file is not None:
                     self._file.add(answer)
                 finished += 1
@@ -306,7 +304,10 @@ class Predictor:
             if part.seconds is not None:
                 spans = zip(pairwise(part.seconds), rows, strict=True)
                 windows = [Window(*span, self._best(row)) for span, row in spans]
-            note = self._note(info) if windows is None else ""
+            long = self._said_of_length(part.path, info) if windows is None else ""
+            others = sum(part.info.other_sizes for part in encoded)
+            odd = replace(info, other_sizes=others).oddities()
+            note = "; ".join(filter(None, (long, odd)))
             best, stamp = self._best(rows.mean(0)), self._stamps[part.path]
             yield Answer(part.path, info.num_frames, best, "", note, windows, stamp)
 
@@ -333,20 +334,20 @@ class Predictor:
     def _failed(self, path: str, reason: str) -> Answer:
         return Answer(path, error=reason, stamp=self._stamps[path])
 
-    def _note(self, info: VideoInfo) -> str:
+    def _said_of_length(self, path: str, info: VideoInfo) -> str:
+        """Return what to note of a long video, and warn of the first ones; "" for a short one."""
         seconds = info.duration_s
         if seconds <= LONG_SECONDS:
             return ""
         length = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"
-        return (
+        said = (
             f"{self.frames} frames over {length}: --window {USUAL_WINDOW} predicts every "
             f"{USUAL_WINDOW} seconds of it"
         )
-
-    def _warn_of_length(self, answer: Answer) -> None:
         self._long += 1
         if self._long <= LONG_SHOWN:
-            logger.warning("%s is long, %s", answer.path, answer.note)
+            logger.warning("%s is long, %s", path, said)
+        return said
 
 
 def predict(

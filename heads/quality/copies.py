@@ -252,10 +252,8 @@ def content_marks(quality: Path, dataset_dir: Path) -> dict[str, list[str]]:
     marks = {key: [digest] for key, digest in content_hashes(dataset_dir).items()}
     for file in sorted(file for name in LISTS for file in quality.rglob(f"{name}.csv")):
         try:
-            header, *rows = csv_rows(read_document(file, "make it again", limit=LISTS_LIMIT))
-            at = [header.index(name) for name in ("group", KEY, DATASET, EXCLUDE)]
-            cells = [[row[place] for place in at] for row in rows if row]
-        except (UserError, ValueError, IndexError) as error:
+            cells = _listed_copies(file, quality)
+        except (UserError, ValueError) as error:
             log.warning("the copies listed in %s do not count: %s", file, one_line(error, 120))
             continue
         copies = {group for group, *_, said in cells if said.strip().lower() == YES}
@@ -263,3 +261,22 @@ def content_marks(quality: Path, dataset_dir: Path) -> dict[str, list[str]]:
             if dataset == dataset_dir.name and group in copies:
                 marks.setdefault(key, []).append(f"{file}, group {group}")
     return marks
+
+
+def _listed_copies(file: Path, quality: Path) -> list[list[str]]:
+    """Return group, key, data set and answer of each video of a list below `quality`.
+
+    Lists once had no data set for each video; the folder of `duplicates` names it. Raises UserError
+    or ValueError for a list that does not say which videos it means.
+    """
+    header, *rows = csv_rows(read_document(file, "make it again", limit=LISTS_LIMIT), KEY)
+    wanted = ("group", KEY, DATASET, EXCLUDE)
+    inside = file.relative_to(quality).parts
+    if DATASET not in header and file.stem == LISTS[False] and len(inside) > 2:
+        header, rows = [*header, DATASET], [[*row, inside[0]] for row in rows if row]
+    if lacking := [name for name in wanted if name not in header]:
+        raise ValueError(f"it has no column {', '.join(lacking)}; make it again")
+    at = [header.index(name) for name in wanted]
+    if short := [number for number, row in enumerate(rows, 2) if row and len(row) < len(header)]:
+        raise ValueError(f"row {short[0]} has fewer columns than the first; make it again")
+    return [[row[place] for place in at] for row in rows if row]

@@ -20,6 +20,7 @@ from featstore.errors import UserError, meant, one_line, quoted
 from featstore.files.documents import LISTS_LIMIT, read_document
 from featstore.files.tables import csv_rows
 from featstore.format.schema import RowArray
+from featstore.spelling import comparable
 from heads.methods.registry import Method
 from heads.training.config import TrainConfig
 
@@ -65,7 +66,7 @@ def _from_file(name: str, class_names: Sequence[str]) -> npt.NDArray[np.float64]
         )
     remedy = "give each class a line class,weight"
     try:
-        rows = csv_rows(read_document(path, remedy, limit=LISTS_LIMIT))
+        rows = csv_rows(read_document(path, remedy, limit=LISTS_LIMIT), "weight")
     except UserError:
         raise
     except ValueError as error:
@@ -74,27 +75,30 @@ def _from_file(name: str, class_names: Sequence[str]) -> npt.NDArray[np.float64]
     if rows and [cell.lower() for cell in rows[0]] == ["class", "weight"]:
         rows = rows[1:]
     found: dict[str, float] = {}
+    named: list[str] = []
     for row in rows:
         try:
             class_name, weight = row[0], float(row[1])
         except (IndexError, ValueError):
             weight, class_name = -1.0, row[0]
-        if len(row) != 2 or not 0 < weight < 1e6 or class_name in found:
+        if len(row) != 2 or not 0 < weight < 1e6 or comparable(class_name) in found:
             raise UserError(
                 f"{name!r}: the line {quoted(','.join(row), 60)} is not `class,weight` with a "
                 "new class and a weight above 0 and below 1,000,000: correct it"
             )
-        found[class_name] = weight
-    lacking = [known for known in class_names if known not in found]
-    strange = [known for known in found if known not in class_names]
+        found[comparable(class_name)] = weight
+        named.append(class_name)
+    known = [*map(comparable, class_names)]
+    lacking = [name for name, form in zip(class_names, known, strict=True) if form not in found]
+    strange = [name for name in named if comparable(name) not in known]
     if lacking or strange:
         what = f"lacks class {lacking[0]!r}" if lacking else f"has no class here: {strange[0]!r}"
         raise UserError(
             f"{name!r} {what}: give a weight for each of the {len(class_names)} classes, by the "
-            f"names that the data set has ({meant((lacking or strange)[0], [*found, *class_names])}"
+            f"names that the data set has ({meant((lacking or strange)[0], [*named, *class_names])}"
             "`mote-cli inspect` lists them)"
         )
-    return np.array([found[known] for known in class_names])
+    return np.array([found[form] for form in known])
 
 
 def require_possible(chosen: Method, training: TrainConfig, several: bool) -> None:

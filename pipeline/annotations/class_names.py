@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
 from featstore.errors import UserError, counted, one_line, one_of
+from featstore.spelling import HYPHEN, comparable
 
 LabelMap = Literal["corrected", "as-published"]
 """What to do with a file of class names that contradicts the videos."""
@@ -19,12 +20,6 @@ NamesAs = Literal["words", "raw"]
 _BRACKETS = re.compile(r"\[([^\[\]]*)\]")
 _CAMEL_CASE = re.compile(r"(?=.*[a-z])[A-Z][A-Za-z0-9]*")
 _HUMP = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-# Straight, typographic and angle quotes, accents and primes used as quotes.
-_QUOTES: Final = (0x22, 0x27, 0x60, 0xB4, *range(0x2018, 0x2020), 0x2032, 0x2033)
-_ANGLES: Final = (0xAB, 0xBB, 0x2039, 0x203A)
-_SPACES_AND_QUOTES: Final = {**dict.fromkeys((*_QUOTES, *_ANGLES)), ord("_"): " ", 0xFF3F: " "}
-_HYPHENS: Final = "[-\u2010-\u2015\u2212\ufe63\uff0d]"
-_HYPHEN: Final = re.compile(rf"(?<=\S){_HYPHENS}|{_HYPHENS}(?![0-9])")  # no minus: "-1"
 _SHOWN: Final = 5  # the most classes that a note names
 
 
@@ -56,10 +51,11 @@ def natural_class_name(raw: str) -> str:
 
     Only names with underscores or in CamelCase change, so that Kinetics names such as
     "passing American football (in game)" stay as they are. Capital letters are kept in names
-    with underscores unless every word has one. Square brackets of Something-Something V2
+    with underscores unless every word has one. Accents are composed (Unicode NFC), as most text
+    that encoders were trained on is. Square brackets of Something-Something V2
     templates are removed; the words in them stay.
     """
-    text = _BRACKETS.sub(r"\1", raw).strip()
+    text = unicodedata.normalize("NFC", _BRACKETS.sub(r"\1", raw).strip())
     words = text.replace("_", " ").split() if "_" in text else [text]
     lettered = [word for word in words if word[0:1].isalpha()]
     if all(word[0].isupper() for word in lettered):
@@ -75,23 +71,6 @@ def natural_order(text: str) -> tuple[list[tuple[int, int, str]], str]:
         (1, 0, part) if number is None else (0, len(number), number)
         for part, number in zip(parts, numbers, strict=True)
     ], text
-
-
-def same_letters(text: str) -> str:
-    """`text` as other systems may spell the same file name: composed (Unicode NFC), lower case."""
-    if text.isascii():
-        return text.lower()
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
-
-
-def comparable(name: str) -> str:
-    """The normal form of a name, in which two names are equal if a person reads them as the same.
-
-    That is `same_letters` without quotes, with one space for spaces, underscores and hyphens. The
-    minus of a number stays. A name of nothing else is its own form.
-    """
-    plain = same_letters(name).translate(_SPACES_AND_QUOTES)
-    return " ".join(_HYPHEN.sub(" ", plain).split()) or name
 
 
 def comparable_words(name: str) -> str:
@@ -121,7 +100,7 @@ def one_spelling(
         together.setdefault(spelling, []).append(label)
     merged = [
         " and ".join(
-            f"{shown} ({counts[label]} videos)"
+            f"{shown} ({counted(counts[label], 'video')})"
             for label, shown in zip(group, spellings_shown(group), strict=True)
         )
         + ("" if spelling in group else f" as {spelling!r}")
@@ -147,7 +126,7 @@ def spellings_shown(names: Sequence[str]) -> list[str]:
 def _unusual(name: str) -> tuple[bool, bool, bool, bool]:
     """Sort spellings of one name: those that other files are most likely to have come first."""
     composed = unicodedata.is_normalized("NFC", name)
-    return not composed, "_" in name, bool(_HYPHEN.search(name)), '"' in name
+    return not composed, "_" in name, bool(HYPHEN.search(name)), '"' in name
 
 
 def _humps(word: str) -> list[str]:

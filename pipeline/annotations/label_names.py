@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import LabelMap, comparable, comparable_words, spellings_shown
+from featstore.spelling import comparable
+from pipeline.annotations.class_names import LabelMap, comparable_words, spellings_shown
 from pipeline.annotations.listing import split_from_folder
 from pipeline.annotations.text_files import (
     first_and_rest,

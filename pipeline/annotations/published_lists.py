@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featstore.errors import UserError
-from pipeline.annotations.class_names import LabelMap, comparable, comparable_words, same_letters
+from featstore.spelling import comparable, same_letters
+from pipeline.annotations.class_names import LabelMap, comparable_words
 from pipeline.annotations.formats.kinetics import ClipIndex, id_and_start
 from pipeline.annotations.formats.path_label_lists import LIST_SUFFIXES, read_list
 from pipeline.annotations.known_sets import KNOWN_DATASETS

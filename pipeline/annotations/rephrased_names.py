@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from featstore.errors import UserError, counted_of, quoted
-from pipeline.annotations.class_names import comparable
+from featstore.spelling import comparable
 from pipeline.annotations.label_names import read_names
 
 log = logging.getLogger(__name__)

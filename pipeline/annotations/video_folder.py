@@ -11,7 +11,7 @@ from pathlib import Path
 
 from featstore.errors import UserError
 from featstore.remote.urls import is_url, parsed_file
-from pipeline.annotations.class_names import comparable, same_letters
+from featstore.spelling import comparable, same_letters
 from pipeline.annotations.file_signs import holds_video
 from pipeline.annotations.left_out import LeftOut
 from pipeline.annotations.listing import split_from_folder

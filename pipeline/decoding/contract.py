@@ -42,7 +42,8 @@ class VideoInfo:
     for damage, except with strictness "always"; `checked_packets` counts those that were.
     `leading_pictures` counts the pictures at the start of a stream that was cut inside a group of
     pictures: they lean on what is missing, so they are no frames. `other_sizes` counts the chosen
-    frames that have another size than the first of the video.
+    frames that have another size than the first of the video. `alpha_left_out`: how transparent the
+    pictures are lies in a second stream, which is not decoded (VP8 and VP9).
     """
 
     num_frames: int
@@ -57,14 +58,22 @@ class VideoInfo:
     checked_packets: int = 0
     leading_pictures: int = 0
     other_sizes: int = 0
+    alpha_left_out: bool = False
 
-    def remarks(self) -> str:
-        """What a row should say of a video that was decoded, "" if there is nothing to say."""
+    def oddities(self) -> str:
+        """What is unusual about the video and was dealt with, "" if there is nothing to say."""
         found = {
             "leading pictures skipped": self.leading_pictures,
             "frames of another size than the first": self.other_sizes,
         }
         lines = [f"{what}: {count}" for what, count in found.items() if count]
+        if self.alpha_left_out:
+            lines.append("transparency left out")
+        return "; ".join(lines)
+
+    def remarks(self) -> str:
+        """What a row should say of a video that was decoded, "" if there is nothing to say."""
+        lines = [self.oddities()] if self.oddities() else []
         if self.checked_packets < self.num_frames:
             lines.append(f"{self.checked_packets} of {self.num_frames} frames looked at for damage")
         return "; ".join(lines)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from featstore.commands import command
 from featstore.errors import UserError, counted, meant, one_line, quoted
-from pipeline.annotations.class_names import comparable
+from featstore.spelling import comparable
 from pipeline.descriptions.class_descriptions import (
     KINDS,
     SHAPE,

@@ -16,7 +16,8 @@ from typing import Any, Final, Literal
 from featstore.errors import UserError
 from featstore.files.documents import read_json
 from featstore.files.durable import write_json
-from pipeline.annotations.class_names import comparable, comparable_words
+from featstore.spelling import comparable
+from pipeline.annotations.class_names import comparable_words
 from pipeline.prompts import DESCRIPTIONS_LIMIT, PromptSet
 
 Kind = Literal["spatial", "temporal"]

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from featstore.errors import UserError, counted, quoted
 from featstore.files.durable import write_json
-from pipeline.annotations.class_names import comparable, comparable_words
+from featstore.spelling import comparable
+from pipeline.annotations.class_names import comparable_words
 from pipeline.annotations.label_names import PUBLISHED_EXCHANGES, read_names
 from pipeline.annotations.text_files import is_number
 from pipeline.descriptions.check import DescriptionsCheck, check_descriptions

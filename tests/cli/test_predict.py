@@ -21,6 +21,7 @@ from heads.prediction.videos import find_videos
 from pipeline.decoding.pyav import PyAVDecoder
 from tests.support.processes.command_line import done, mote, refused
 from tests.support.processes.processes import Commands, command_starter
+from tests.support.worlds.damage import Recipe, encoded, rewritten
 from tests.support.worlds.media import make_video, repeat_video
 from tests.support.worlds.tiny_world import WORDS, World
 
@@ -298,6 +299,20 @@ def test_a_long_video_is_warned_about(world: World, long_video: Path) -> None:
     assert result.json["videos"][0]["note"] == note
     short = next((world.videos / "val" / "sit").iterdir())
     assert "note" not in done("predict", short, "--root", world.root)["videos"][0]
+
+
+@pytest.mark.parametrize("window", [(), ("--window", "0.2")])
+def test_what_was_skipped_of_a_video_is_noted(
+    world: World, tmp_path: Path, window: tuple[str, ...]
+) -> None:
+    cut, sizes = tmp_path / "cut.ts", tmp_path / "sizes.ts"
+    cut.write_bytes(rewritten(encoded(Recipe("libx264", "mpegts")), "mpegts", {}, first=5))
+    small = make_video(frames=10, container="mpegts")
+    sizes.write_bytes(small + make_video(frames=10, width=64, container="mpegts"))
+    found = done("predict", cut, sizes, *window, "--root", world.root)["videos"]
+    notes = [video["note"] for video in found]
+    assert notes[0].startswith("leading pictures skipped: ")
+    assert notes[1].startswith("frames of another size than the first: ")
 
 
 def test_windows_of_a_long_video(

@@ -12,7 +12,7 @@ import typer
 from cli import options
 from cli.output import progress_of, report
 from featstore.commands import ADAPTED_BY, command
-from featstore.errors import UserError, one_of
+from featstore.errors import UserError, counted, one_of
 from featstore.remote.urls import is_url
 
 if TYPE_CHECKING:
@@ -314,18 +314,22 @@ def _cluster(
 
 def _facts(summary: ExtractionSummary) -> dict[str, Any]:
     notes = {
-        "damaged": (summary.rows_damaged, "videos had damaged packets that were skipped"),
-        "miscounted": (summary.rows_miscounted, "containers state another number of frames"),
-        "cut": (summary.videos_cut, "videos begin inside a group of pictures"),
-        "resized": (summary.videos_resized, "videos have frames of several sizes"),
-        "missing": (summary.partitions_missing, "tars are not done yet"),
+        "damaged": (summary.rows_damaged, "video", "had damaged packets that were skipped"),
+        "miscounted": (
+            summary.rows_miscounted,
+            "container",
+            "with another count of frames",
+        ),
+        "cut": (summary.videos_cut, "video", "that began inside a group of pictures"),
+        "resized": (summary.videos_resized, "video", "with frames of several sizes"),
+        "missing": (summary.partitions_missing, "tar", "not done yet"),
     }
     facts: dict[str, Any] = {
         "store": summary.store,
         "rows": f"{summary.rows_ok} ok, {summary.rows_failed} failed",
         "tars": f"{summary.partitions_done} done now, {summary.partitions_skipped} before"
         + (f" (partition {summary.partition})" if summary.partition else ""),
-        **{name: f"{count} {what}" for name, (count, what) in notes.items() if count},
+        **{name: f"{counted(n, what)} {why}" for name, (n, what, why) in notes.items() if n},
     }
     if summary.seconds:
         facts["speed"] = (

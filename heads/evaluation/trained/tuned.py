@@ -17,6 +17,7 @@ from featstore.commands import command
 from featstore.errors import UserError
 from featstore.progress import Stages, no_stages
 from featstore.reading.store import Store
+from featstore.spelling import comparable
 from heads.compatibility import training_prompt_set
 from heads.evaluation.evaluate import evaluate_store
 from heads.evaluation.label_maps import check_label_map, named_as
@@ -37,7 +38,6 @@ from heads.files.head_file import choose_head
 from heads.files.run_files import best_epoch, measure_of, read_config, read_metrics
 from heads.methods.head import Head
 from heads.training.training_set import TrainingSet
-from pipeline.annotations.class_names import comparable
 from pipeline.annotations.known_sets import known_dataset
 
 _HALVES: Final = {"fewshot": "all", "base-to-novel": "base"}

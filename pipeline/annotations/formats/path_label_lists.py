@@ -15,13 +15,8 @@ from pathlib import Path
 
 from featstore.errors import UserError, counted, quoted
 from featstore.remote.urls import is_url
-from pipeline.annotations.class_names import (
-    LabelMap,
-    comparable,
-    one_spelling,
-    same_letters,
-    spellings_shown,
-)
+from featstore.spelling import comparable, same_letters
+from pipeline.annotations.class_names import LabelMap, one_spelling, spellings_shown
 from pipeline.annotations.formats.class_folders import note_unlabelled
 from pipeline.annotations.label_names import (
     correct_names,

@@ -103,6 +103,7 @@ def survey_video(data: bytes, codecs: frozenset[str]) -> NvdecSurvey | str:
             "HEVC with open groups of pictures": codec == "hevc"
             and _has_leading(table.pts, table.keyframe),
             "packets that are not whole, or a missing picture": _has_damage(media, packets),
+            "parameters or sizes that change inside the file": _changes(media, codec, packets),
             "keyframes so close that a jump can miss": _has_close_keyframes(
                 packets, table.pts, table.keyframe
             ),
@@ -124,6 +125,53 @@ def _has_damage(media: VideoFile, packets: list[Packet[VideoStream]]) -> bool:
         or (gaps and (gaps.before(memoryview(packet)) or gaps.refused(memoryview(packet))))
         for packet in packets
     )
+
+
+def _changes(media: VideoFile, codec: str, packets: list[Packet[VideoStream]]) -> bool:
+    """Whether the pictures may change within the file, such as in size. DALI crops all alike."""
+    extradata = media.stream.codec_context.extradata or b""
+    if codec == "vp9":
+        return len({size for packet in packets if (size := _vp9_size(packet))}) > 1
+    units = length_size(media.codec, extradata)
+    first, *others = (_parameters(media.codec, packet, units) for packet in packets)
+    found = first.union(*others)
+    return len(found) > 1 or any(part not in extradata for part in found - first)
+
+
+def _parameters(codec: str, packet: Packet[VideoStream], length_bytes: int) -> set[bytes]:
+    """The parameters of a sequence of pictures that lie in a packet of H.264, HEVC or AV1."""
+    data, found = memoryview(packet), set[bytes]()
+    if codec in ("h264", "hevc"):
+        heads = unit_heads(packet, length_bytes) if length_bytes else []
+        for start, end in zip(heads, [*(h - length_bytes for h in heads[1:]), None], strict=False):
+            if (data[start] & 0x1F == 7) if codec == "h264" else (data[start] >> 1 == 33):
+                found.add(bytes(data[start:end]))
+        return found
+    at = 0
+    while at < len(data):  # units of AV1 (5.3.1): a head, its size in bytes of seven bits, content
+        head, size, at = data[at], 0, at + 1 + (data[at] >> 2 & 1)
+        for place, byte in enumerate(data[at : at + 8] if head & 2 else b""):
+            size, at = size | (byte & 0x7F) << 7 * place, at + 1
+            if byte < 0x80:
+                break
+        end = at + size if head & 2 else len(data)
+        if head >> 3 == 1:
+            found.add(bytes(data[at:end]))
+        at = end
+    return found
+
+
+def _vp9_size(packet: Packet[VideoStream]) -> tuple[int, int] | None:
+    """The size that a shown picture of VP9 states; None if it has that of another (VP9, 7.2)."""
+    bits = "".join(f"{byte:08b}" for byte in memoryview(packet)[:16]).ljust(128, "0")
+    if bits[5] == "0":  # a keyframe: its sign and colours come first
+        at = 36
+    else:
+        at = 28 if bits[7] == "1" else 30
+        if "1" in bits[at : at + 3]:
+            return None
+        at += 3
+    return int(bits[at : at + 16], 2) + 1, int(bits[at + 16 : at + 32], 2) + 1
 
 
 def _first_frame(media: VideoFile, packet: Packet[VideoStream]) -> VideoFrame | None:

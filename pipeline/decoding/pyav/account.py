@@ -86,6 +86,10 @@ class Account:
             self._state[number] = _SILENT
         return len(awaited)
 
+    def swallowed(self) -> int:
+        """How many packets gave neither frame nor error; asked when no frame is to come."""
+        return self._state.count(_SENT) if self.awaits_all else 0
+
     def broken(self, first: int, last: int) -> int | None:
         """The first packet from `first` to `last` (inclusive) that is bad or gave no frame."""
         states = (_BAD, _SENT) if self.awaits_all else (_BAD,)

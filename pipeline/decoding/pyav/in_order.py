@@ -106,7 +106,7 @@ class FramesInOrder:
     def seen(self) -> dict[str, Any]:
         """What `VideoInfo` says of the packets that were read so far."""
         return {
-            "damaged_packets": self._damaged,
+            "damaged_packets": self._damaged + (self._account.swallowed() if self._ended else 0),
             "checked_packets": self._account.sent,
             "leading_pictures": self._skipped,
         }

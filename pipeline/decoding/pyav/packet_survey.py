@@ -86,6 +86,7 @@ class Survey:
             container_frames=media.stream.frames,
             rotation=shown_rotation(frame),
             damaged_packets=self.damaged_when_read,
+            alpha_left_out=media.alpha_left_out,
         )
         return self.with_count(info, self.likely_frames)
 

@@ -33,7 +33,8 @@ class VideoFile:
 
     `fails_on_damage`: the video fails as soon as the decoder notices damage. `broken_off` is the
     reason why reading packets ended before the file's end, if it did;
-    `ends_early`: the file is shorter than its RIFF header (AVI) says.
+    `ends_early`: the file is shorter than its RIFF header (AVI) says. `alpha_left_out` as in
+    `VideoInfo`.
     """
 
     def __init__(self, source: Source, strict: Strictness) -> None:
@@ -81,6 +82,9 @@ class VideoFile:
         context = self.stream.codec_context
         frame_stack.refuse_large(context.width, context.height)
         self.codec = context.name
+        self.alpha_left_out = self.stream.metadata.get("alpha_mode") == "1"
+        if self.alpha_left_out and self.strict == "always":
+            raise DecodeError("its transparency lies in a second stream, which is not decoded")
         # One thread per video: many videos are decoded at once, and FFmpeg's own threads cost
         # 10 to 17 % more CPU time per frame.
         context.thread_count = 1

@@ -10,13 +10,8 @@ from pathlib import Path
 
 from featstore.errors import UserError, one_of, quoted
 from featstore.format.spans import Span
-from pipeline.annotations.class_names import (
-    USUAL_NAMING,
-    Naming,
-    comparable,
-    natural_order,
-    same_letters,
-)
+from featstore.spelling import comparable, same_letters
+from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_order
 from pipeline.annotations.formats.multi_label import CELLS, ROWS, Times, multi_label_rows
 from pipeline.annotations.formats.path_label_lists import ListRow, label_names, read_list
 from pipeline.annotations.listing import name_from_key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,19 @@ def test_classes_that_texts_do_not_tell_apart_are_learnt(kind: str) -> None:
     new, labels = videos(looks, 10, seed=4)
     assert accuracy(head.own_scores(new), labels) > 0.9
     assert accuracy(new @ head.training_class_embeddings.T, labels) < 0.5
+
+
+def test_own_classes_are_found_as_a_person_reads_them() -> None:
+    texts = units(3, DIM, seed=2)
+    head = fitted("linear", texts, *videos(texts, 4, seed=3))
+    own = ("brush hair", "caf\u00e9", "brush-hair 2")
+    head.origin = SimpleNamespace(class_names=own)
+    asked = ("Cafe\u0301", "brush_hair", "brush hair 2", "brush hair")
+    head.require_classes(asked)
+    scores = head.scorer(texts, asked)(texts)
+    torch.testing.assert_close(scores, head.own_scores(texts)[:, [1, 0, 2, 0]])
+    with pytest.raises(UserError, match="'sit' is not one of them"):
+        head.require_classes((*own, "sit"))
 
 
 @pytest.mark.parametrize("each", [1, 2, 3])

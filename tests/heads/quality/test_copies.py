@@ -17,7 +17,7 @@ from PIL import Image
 
 from featstore import open_store
 from heads.quality.alignment import Trimming, compare, points_between, screen, trimmings
-from heads.quality.copies import CopyGroup, Pair, Video
+from heads.quality.copies import CopyGroup, Pair, Video, content_marks
 from heads.quality.null import largest_ratio
 from heads.quality.part import Part
 from heads.quality.search import find_duplicates
@@ -190,6 +190,24 @@ def test_listed_copies_count_in_results_as_people_corrected_them(
     left = mote(*evaluate, "--json")
     assert left.json["n_copied"] == 1
     assert f"the copies listed in {listed} do not count" in left.err
+
+
+def test_lists_without_data_sets_are_read_or_refused_in_a_sentence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As they were written once; the folder of a list of one store says which data set it is of."""
+    (tmp_path / "quality/clips/a-store").mkdir(parents=True)
+    text = "group,key,store,exclude\n1,a,a-store,no\n1,b,a-store,yes\n2,c,a-store,no\n"
+    lists = [tmp_path / "quality/clips/a-store" / name for name in ("duplicates.csv", "leaks.csv")]
+    lists[0].write_text(text.replace(",", ";"))  # as a spreadsheet may have written it
+    lists[1].write_text(text)
+    marks = content_marks(tmp_path / "quality", tmp_path / "datasets/clips")
+    assert marks == {key: [f"{lists[0]}, group 1"] for key in "ab"}
+    assert not content_marks(tmp_path / "quality", tmp_path / "datasets/others")
+    assert f"{lists[1]} do not count: it has no column dataset; make it again" in caplog.text
+    lists[0].write_text("group,key,dataset,exclude\n1,a\n")
+    assert not content_marks(tmp_path / "quality", tmp_path / "datasets/clips")
+    assert "row 2 has fewer columns" in caplog.text
 
 
 def test_without_files_embeddings_decide(copied: Copied, tmp_path: Path) -> None:

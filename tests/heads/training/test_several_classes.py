@@ -257,7 +257,8 @@ def test_weights_from_a_file(uneven: Store, tmp_path: Path) -> None:
         return replace(RECIPE, epochs=1, class_weights=str(file))
 
     lines = "class,weight\n" + "".join(f"{name},{n + 1}\n" for n, name in enumerate(ACTIONS[:5]))
-    train(uneven, tmp_path / "run", given(lines))
+    other_spelling = lines.replace("sit", "Sit").replace(",", ";")  # of a person, a spreadsheet
+    train(uneven, tmp_path / "run", given(other_spelling))
     held = json.loads((tmp_path / "run/config.json").read_text())["data"]["class_weights"]
     weights = np.array(list(map(float, held)))
     assert weights / weights[0] == pytest.approx([1, 2, 3, 4, 5])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -203,6 +204,56 @@ def test_vp9_packets_of_other_than_one_new_picture(change: Callable[[int, bytes]
     changed = rewritten(plain, change)
     assert refusal(changed) == "VP9 with hidden or repeated pictures"
     assert len(frames_of(PyAVDecoder(), changed, [0, 29])) == 2
+
+
+@pytest.mark.parametrize(
+    ("codec", "container", "options"),
+    [
+        ("libx264", "matroska", {"x264-params": "repeat-headers=1:keyint=10:bframes=0"}),
+        (
+            *("libx265", "matroska"),
+            {"x265-params": "repeat-headers=1:log-level=none:open-gop=0:bframes=0"},
+        ),
+        ("libvpx-vp9", "webm", {"cpu-used": "8", "lag-in-frames": "0", "auto-alt-ref": "0"}),
+        ("libsvtav1", "matroska", {"preset": "12", "svtav1-params": "pred-struct=1"}),
+    ],
+)
+def test_what_changes_inside_a_file_goes_to_pyav(
+    codec: str, container: str, options: dict[str, str]
+) -> None:
+    how: dict[str, Any] = {"codec": codec, "container": container, "options": options}
+    same = make_video(**QUARTER, **how), make_video(**QUARTER, **how)
+    other = make_video(**{**QUARTER, "width": 256}, **how)
+    changed = joined(container, same[0], other)
+    info, frames, _ = PyAVDecoder().decode_with_info(changed, lambda _: [3, 40])
+    assert ([frame.shape[1] for frame in frames], info.num_frames) == ([320, 256], 60)
+    assert refusal(joined(container, *same), GA10X) is None
+    assert refusal(changed, GA10X) == "parameters or sizes that change inside the file"
+
+
+def joined(container: str, first: bytes, second: bytes) -> bytes:
+    """The packets of two videos, one after the other, as one stream of the first."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(first)) as source, av.open(file, "w", format=container) as target:
+        template = source.streams.video[0]
+        if template.codec_context.name == "libdav1d":  # FFmpeg has no muxer's codec of that name
+            stream = target.add_stream("libsvtav1", rate=25)
+            stream.width, stream.height = template.width, template.height
+            stream.codec_context.extradata = template.codec_context.extradata
+        else:
+            stream = target.add_stream_from_template(template)
+        with av.open(io.BytesIO(second)) as more:
+            number = 0
+            for old in (*source.demux(video=0), *more.demux(video=0)):
+                if not old.size:
+                    continue
+                packet = av.Packet(bytes(old))
+                packet.pts = packet.dts = number * 40
+                packet.time_base, packet.is_keyframe = Fraction(1, 1000), old.is_keyframe
+                packet.stream = stream
+                target.mux(packet)
+                number += 1
+    return file.getvalue()
 
 
 def test_a_truncated_file_is_an_error_as_it_is_for_pyav() -> None:

@@ -69,6 +69,67 @@ def test_frames_of_a_damaged_file_are_those_of_decoding_in_order(shape: str) -> 
     assert found["right"] + found["unnoticed"] > 0, "nothing was given: nothing was compared"
 
 
+JUDGED = {
+    **{codec: CODECS[codec] for codec in ("H.264", "HEVC", "VP9", "AV1", "MPEG-4", "FFV1")},
+    "VP8": {**CODECS["VP8"], "noisy": False},
+    "MPEG-2 in mkv": {**CODECS["MPEG-2"], "container": "matroska"},
+    "H.264 in ts": {**CODECS["H.264"], "container": "mpegts"},
+}
+CHOSEN: tuple[Callable[[int], list[int]], ...] = (
+    lambda count: [0],
+    lambda count: [count - 1],
+    lambda count: [count * (2 * at + 1) // 8 for at in range(4)],
+    lambda count: [count * (2 * at + 1) // 16 for at in range(8)],
+    lambda count: list(range(count)),
+)
+
+
+@pytest.mark.parametrize("codec", JUDGED)
+def test_a_verdict_that_depends_on_the_frames_says_what_was_looked_at(codec: str) -> None:
+    """Where other frames of a file fail, a row of it that passes says so or counts the damage."""
+    recipe = Recipe(**JUDGED[codec])
+    data = encoded(recipe)
+    both = 0
+    for copy in range(6):
+        broken = damaged(data, recipe.container, "junk", random.Random(f"{codec} {copy}"))
+        said: list[str | None] = []
+        for choose in CHOSEN:
+            try:
+                info, _, _ = PyAVDecoder().decode_with_info(broken, lambda i: choose(i.num_frames))  # noqa: B023
+            except DecodeError:
+                said.append(None)
+            else:
+                said.append(info.remarks() + f" {info.damaged_packets}" * info.damaged_packets)
+        if None in said:
+            assert "" not in said, said
+            both += any(said)
+            with pytest.raises(DecodeError):
+                frames_of(PyAVDecoder("always"), broken, [0])
+    assert both or codec == "H.264 in ts", "no verdict depended on the frames: nothing was shown"
+
+
+@pytest.mark.parametrize("codec", ["MJPEG", "FFV1", "VP8"])
+def test_a_picture_that_holds_what_lay_in_memory_is_not_given(codec: str) -> None:
+    """The second half of a packet is junk or lost: half of the picture may stay as it was."""
+    recipe = Recipe(**CODECS[codec], noisy=False, width=128, height=96, frames=12)
+    data = encoded(recipe)
+    with av.open(io.BytesIO(data)) as opened:
+        packets = [bytes(packet) for packet in opened.demux(video=0) if packet.size]
+    chance = 0
+    for copy in range(16):
+        draw = random.Random(copy)
+        number = draw.randrange(len(packets))
+        lost = len(packets[number]) // 2
+        rest = (draw.randbytes(lost), b"", bytes(lost))[copy % 3]
+        broken = rewritten(data, recipe.container, {number: packets[number][:-lost] + rest})
+        for index in only_memory(broken):
+            chance += 1
+            for strict in ("auto", "always"):
+                with pytest.raises(DecodeError):
+                    frames_of(PyAVDecoder(strict), broken, [index])  # type: ignore[arg-type]
+    assert chance > 0, "no picture was left to chance: nothing was shown"
+
+
 def _some(draw: random.Random, count: int, frames: int) -> list[int]:
     return [draw.randrange(frames) for _ in range(count)]
 

@@ -278,3 +278,14 @@ def test_what_is_transparent_lies_on_black() -> None:
     np.testing.assert_array_equal(frame[:, :8], picture[:, :8, :3])
     np.testing.assert_array_equal(frame[:8, 8:12], np.broadcast_to([100, 0, 0], (8, 4, 3)))
     assert not frame[:, 12:].any()
+
+
+def test_transparency_that_is_not_decoded_is_said_and_refused_by_option() -> None:
+    how: dict[str, Any] = {"container": "webm", "codec": "libvpx-vp9", "frames": 5}
+    plain, clear = (make_video(**how, pixel_format=f"yuv{a}420p") for a in ("", "a"))
+    for data, said in ((plain, ""), (clear, "transparency left out")):
+        info, frames, _ = PyAVDecoder().decode_with_info(data, lambda _: range(5))
+        assert (info.remarks(), len(frames)) == (said, 5)
+    assert len(frames_of(PyAVDecoder("always"), plain, [4])) == 1
+    with pytest.raises(DecodeError, match="transparency lies in a second stream"):
+        frames_of(PyAVDecoder("always"), clear, [4])

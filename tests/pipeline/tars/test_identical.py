@@ -12,7 +12,7 @@ import pytest
 
 from featstore.commands import pack_command
 from featstore.errors import UserError
-from featstore.files.key_lists import read_keys, superfluous
+from featstore.files.key_lists import Excluded, read_keys, superfluous
 from pipeline.tars.dataset import DATASET_FILE, load_dataset
 from pipeline.tars.identical import IDENTICAL_FILE, content_hashes
 from tests.support.processes.command_line import done, mote, refused
@@ -145,6 +145,8 @@ def test_lists(tmp_path: Path) -> None:
         "a\nb, c\n\n a \n": ("a", "b, c"),
         "\ufeffkey,why\na,x\n": ("a",),
         "n,key,exclude\n1,a,no\n2,b,yes\n3,c,\n4,'=d,YES\n": ("b", "=d"),
+        "key;exclude\na;no\nb;yes\n": ("b",),
+        '"n"\t"key"\t"exclude"\n1\ta\tyes\n': ("a",),
         "": (),
     }.items():
         path.write_text(text)
@@ -168,6 +170,16 @@ def test_lists_that_are_none(content: bytes, why: str, tmp_path: Path, videos: P
     pack = ("pack", "--dataset", "c", "--videos", videos, "--root", tmp_path / "r", "--exclude")
     assert "one key a line" in refused(2, *pack, path)
     assert "cannot be read" in refused(2, *pack, tmp_path / "missing")
+
+
+def test_listed_keys_mean_what_reads_the_same(tmp_path: Path) -> None:
+    """A list from another system, or typed by a person, names the same videos."""
+    path = tmp_path / "list"
+    known = ["run%2Fcaf%C3%A9", "sit%2Fa%20b", "x-1", "x_1", "y%2D1"]
+    path.write_text("run%2Fcafe%CC%81\nsit/A b\nx-1\nX 1\nsit%2Fa%20b\nnowhere\n")
+    excluded = Excluded.of(path, known)
+    assert excluded.keys == ("run%2Fcaf%C3%A9", "sit%2Fa%20b", "x-1")
+    assert excluded.unknown == ("X 1", "nowhere")  # the first could be either of two
 
 
 def test_not_everything_is_left_out(videos: Path, tmp_path: Path) -> None:
