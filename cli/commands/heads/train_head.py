@@ -148,6 +148,14 @@ def train_head(
     if initial_run is None:
         dim = store.provenance.dim
         shape = settings.head_config(dim, kind=head, layers=layers, experts=experts)
+        method(shape.kind).warn_of_epochs(
+            {
+                **{"--epochs": epochs, "--warmup-epochs": warmup_epochs, "--patience": patience},
+                **{"--lr": lr, "--weight-decay": weight_decay, "--batch-size": batch_size},
+                **{"--shrinkage": shrinkage, "--repeat": repeat, "--layers": layers},
+                "--experts": experts,
+            }
+        )
     # Until here nothing imports torch, so that what is named wrong is said at once.
     from featstore.balance import Balance
     from heads.compatibility import check_fits, training_prompt_set
