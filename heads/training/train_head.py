@@ -23,7 +23,7 @@ import torch
 from featstore.balance import Balance
 from featstore.batches.loader import FeatureLoader, Holding, choose_holding, load_features
 from featstore.commands import command, workspace_of
-from featstore.errors import UserError, counted_of
+from featstore.errors import UserError, counted, counted_of
 from featstore.files.locks import exclusive
 from featstore.format.schema import RowArray
 from featstore.progress import Outcome, ProgressSink, no_progress
@@ -179,7 +179,7 @@ def train_head(
     usable = usable_rows(store, listed)
     if len(usable) == 0:
         raise UserError(
-            f"none of the {len(listed)} training samples of {store.path} was extracted: "
+            f"none of {counted(len(listed), 'training sample')} of {store.path} was extracted: "
             f"see the reasons with `{command('inspect', store.path)}`"
         )
     if len(usable) < len(listed):

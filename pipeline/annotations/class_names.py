@@ -121,7 +121,7 @@ def one_spelling(
         together.setdefault(spelling, []).append(label)
     merged = [
         " and ".join(
-            f"{shown} ({counts[label]} videos)"
+            f"{shown} ({counted(counts[label], 'video')})"
             for label, shown in zip(group, spellings_shown(group), strict=True)
         )
         + ("" if spelling in group else f" as {spelling!r}")

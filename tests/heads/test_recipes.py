@@ -184,6 +184,22 @@ def test_the_command_takes_a_recipe_and_options_win(tmp_path: Path) -> None:
         run(tmp_path, "--recipe", "nothing")
 
 
+@pytest.mark.parametrize("head", ["linear", "knn", "mean", "transformer"])
+def test_options_without_effect_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: str
+) -> None:
+    store = tmp_path / "features" / "toy" / "tiny--uniform-8.zarr"
+    store.parent.mkdir(parents=True)
+    action_store(store)
+    run(tmp_path, "--head", head, "--epochs", "1", "--lr", "0.1", "--patience", "0")
+    said = "no effect of --epochs, --patience, --lr on"
+    assert (said in caplog.text) == (head != "transformer")
+    assert "or choose another --head" in caplog.text or head == "transformer"
+    caplog.clear()
+    run(tmp_path, "--head", head, "--name", "plain", *(["--epochs", "1"] * (head[0] == "t")))
+    assert "no effect of" not in caplog.text
+
+
 def begun(root: Path, run: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((root / "heads" / run / "config.json").read_text())
     return found

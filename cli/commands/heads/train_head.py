@@ -9,7 +9,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from heads.methods.registry import MEAN_OF_FRAMES, method, names, require_run_name
 
 if TYPE_CHECKING:
@@ -234,7 +234,8 @@ def train_head(
         )
     lines = {
         "run": f"{summary.run} in {summary.path}",
-        "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
+        "trained on": f"{summary.n_trained} of {counted(summary.n_listed, 'video')} of "
+        + summary.dataset
         + (f" ({summary.trained_on})" if summary.trained_on else ""),
         **({} if excluded is None else {"excluded": excluded.words}),
         "classes": Balance(**summary.class_balance).words,

@@ -84,8 +84,8 @@ def test_folders_that_read_the_same_are_one_class(tmp_path: Path) -> None:
     assert [r.class_name for r in found.records].count("brush hair") == 4
     assert len({r.key for r in found.records}) == 8
     (note,) = [note for note in found.notes if "read the same" in note]
-    assert "'brush hair' (2 videos) and 'Brush-Hair' (1 videos) and 'brush_hair' (1" in note
-    assert r"'caf\xe9' (1 videos) and 'cafe\u0301' (1 videos)" in note
+    assert "'brush hair' (2 videos) and 'Brush-Hair' (1 video) and 'brush_hair' (1" in note
+    assert r"'caf\xe9' (1 video) and 'cafe\u0301' (1 video)" in note
 
 
 def test_camel_case_that_reads_the_same_is_refused_with_both_spellings(tmp_path: Path) -> None:
@@ -213,14 +213,14 @@ def test_lists_and_tars_say_what_they_merge(tmp_path: Path) -> None:
     touch(tmp_path / "v", "1.mp4", "2.mp4", "3.mp4")
     found, notes = listed(tmp_path, "1.mp4,Run-Fast\n2.mp4,run fast\n3.mp4,sit\n")
     assert set(found.values()) == {"run fast", "sit"}
-    assert "'run fast' (1 videos) and 'Run-Fast' (1 videos)" in notes
+    assert "'run fast' (1 video) and 'Run-Fast' (1 video)" in notes
     samples = [{"__key__": f"{NFD} {n}", "mp4": clip(n), "txt": b"-"} for n in range(2)]
     tar = webdataset_tar(tmp_path / "x.tar", samples)
     mapping = tmp_path / "map.csv"
     mapping.write_text(f"key,class\n{NFC} 0,run_fast\n{NFC.upper()}_1.mp4,Run fast\n")
     summary, dataset = take(tmp_path / "out", tar, annotations=mapping)
     assert (summary.videos_packed, dataset.raw_class_names) == (2, ("Run fast",))
-    assert any("'Run fast' (1 videos) and 'run_fast' (1 videos)" in n for n in summary.notes)
+    assert any("'Run fast' (1 video) and 'run_fast' (1 video)" in n for n in summary.notes)
 
 
 def test_keys_of_published_lists() -> None:
