@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.commands import command
 from featstore.errors import UserError, WorkError
 from heads.evaluation.comparing.baseline import baselines
 from heads.evaluation.comparing.compare import SavedResult, differences, saved_results
@@ -85,7 +84,7 @@ def collect(
     if runs and not zero:
         raise UserError(
             f"nothing here has other classes than {close}: name a data set or a protocol of new "
-            f"classes with --zeroshot, or begin with `{command('pack', dataset='NAME')}`"
+            "classes with --zeroshot, or pack and extract one"
         )
     repeated = [name for name in zero if zero.count(name) > 1]
     if repeated:
