@@ -13,7 +13,7 @@ import typer
 from cli.output import fail, warn
 from featstore.commands import DEFAULT_ROOT as DEFAULT_ROOT
 from featstore.commands import ROOT_VARIABLE
-from featstore.errors import UserError, WorkError, meant, one_line, one_of
+from featstore.errors import UserError, WorkError, counted, meant, one_line, one_of
 from featstore.workspace import STORE_SUFFIX, Workspace
 from pipeline.encoders.specs import DEFAULT_ENCODER as DEFAULT_ENCODER
 
@@ -343,8 +343,8 @@ def require_few_failures(
     if listed and failed == listed:
         why = f" (the first: {first})" if first else ""
         all_failed = (
-            f"all {listed} videos failed{why}, so there is nothing to go on with: {reasons}; give "
-            "video files that a player can open"
+            f"all {counted(listed, 'video')} failed{why}, so there is nothing to go on with: "
+            f"{reasons}; give video files that a player can open"
         )
         if failed <= max_failures * listed:
             warn(all_failed)
@@ -353,7 +353,7 @@ def require_few_failures(
         raise typer.Exit(1)
     if failed > max_failures * listed:
         fail(
-            f"{failed} of {listed} videos failed, more than --max-failures {max_failures:g} "
-            f"allows: the other videos are done; {reasons}, or allow more"
+            f"{failed} of {counted(listed, 'video')} failed, more than --max-failures "
+            f"{max_failures:g} allows: the other videos are done; {reasons}, or allow more"
         )
         raise typer.Exit(1)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from featstore.errors import counted
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -68,7 +70,7 @@ class Balance:
         counts += f", ratio {self.ratio:.1f}"
         return (
             f"{self.classes} with "
-            + (counts if self.least < self.most else f"{self.least} videos each")
+            + (counts if self.least < self.most else f"{counted(self.least, 'video')} each")
             + (f"; {self.without_videos} without videos" if self.without_videos else "")
             + ("" if several is None else f"; {several:.1f} classes a video")
         )

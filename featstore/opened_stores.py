@@ -289,6 +289,6 @@ def _require_remote_embeddings(url: str) -> None:
 def _describe(store: Store) -> str:
     made = store.provenance
     return (
-        f"{store.path.name} (sampling {made.sampling}, {store.schema.views} views, "
+        f"{store.path.name} (sampling {made.sampling}, {counted(store.schema.views, 'view')}, "
         f"encoder {made.encoder})"
     )

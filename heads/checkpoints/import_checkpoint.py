@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.files.durable import new_folders, write_json
 from featstore.format.class_texts import DEFAULT_PROMPTS
 from featstore.progress import ProgressSink, no_progress
@@ -135,8 +135,15 @@ def import_checkpoint(
         "class_names_known": names is not None,
         "frames": frames,
         "tower": f"{blend:g} of {file.name}, the rest {spec}",
-        "parts": f"{head.config.layers} layers, {head.config.experts} experts, "
-        f"{head.config.attention_heads} attention heads, epoch {imported.epoch}",
+        "parts": ", ".join(
+            counted(*part)
+            for part in (
+                (head.config.layers, "layer"),
+                (head.config.experts, "expert"),
+                (head.config.attention_heads, "attention head"),
+            )
+        )
+        + f", epoch {imported.epoch}",
     }
 
 

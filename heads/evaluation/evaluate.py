@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.commands import command
-from featstore.errors import UserError, counted_of
+from featstore.errors import UserError, counted, counted_of
 from featstore.format.class_texts import ClassText
 from featstore.format.schema import STATUS_OK
 from featstore.progress import ProgressSink, no_progress
@@ -146,8 +146,8 @@ def evaluate_many(
     stored_views = views_of(store)
     if views is not None and views != stored_views:
         raise UserError(
-            f"{store.path.name} has {stored_views} views, but {views} were asked for: choose a "
-            f"store with {views} views, or extract one"
+            f"{store.path.name} has {counted(stored_views, 'view')}, but {views} were asked for: "
+            f"choose a store with {counted(views, 'view')}, or extract one"
         )
     if named.kind == "closeset" and not knows_classes(head, text):
         head.require_classes(text.names)  # a head without texts cannot do what follows either
@@ -221,10 +221,12 @@ def _record(
     pixels = pixels_text(provenance.preprocessing, provenance.crops)
     agreeing, notes = count_notes(protocol, listed)
     if protocol.views and views not in protocol.views:
-        notes.append(f"{views} views, published with {', '.join(protocol.views)}")
+        notes.append(f"{counted(views, 'view')}, published with {', '.join(protocol.views)}")
     n_classes = max(len(labels) for labels in tested)
     if protocol.n_classes not in (None, n_classes):
-        notes.append(f"{n_classes} classes, published with {protocol.n_classes}")
+        notes.append(
+            f"{counted(n_classes, 'class', 'classes')}, published with {protocol.n_classes}"
+        )
     in_splits = [store.split(name) for name in store.split_names]
     outside = np.flatnonzero(~np.isin(store.rows, np.concatenate([measured.listed, *in_splits])))
     if in_splits and len(outside):
@@ -326,7 +328,7 @@ def _split(
     if not done.any():
         store = measured.store.path
         raise UserError(
-            f"split {name} lists {len(places)} samples, but none of them was extracted: "
+            f"split {name} lists {counted(len(places), 'sample')}, but none was extracted: "
             f"choose another split, or see the reasons with `{command('inspect', store)}`"
         )
     best, sure = measured.predicted[number][t][done], measured.confidences

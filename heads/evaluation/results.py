@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from featstore.errors import counted
 from featstore.files.durable import write_bytes, write_json
 from heads.evaluation.answers import save_answers
 from heads.evaluation.details import SplitDetail
@@ -301,7 +302,7 @@ def save_result(result: EvalResult, run_dir: Path, paths: Mapping[str, str] | No
     write_json(file, result.to_json())
     # Last: whatever may happen to a picture, the numbers are kept.
     title = f"{result.head} on {result.dataset} ({result.protocol_name}): "
-    title += f"{result.words} of {result.n_evaluated} videos"
+    title += f"{result.words} of {counted(result.n_evaluated, 'video')}"
     if several:
         save_details(folder / base, several, result.class_names, paths or {}, title)
     if details:

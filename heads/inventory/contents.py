@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from featstore.errors import UserError, WorkError, one_line
+from featstore.errors import UserError, WorkError, counted, one_line
 from featstore.files.disk import folder_bytes
 from featstore.files.locks import holder
 from featstore.files.trash import TRASH_FOLDER
@@ -130,6 +130,12 @@ class HeldHead:
         training = self.settings.get("training")
         epochs = training.get("epochs") if isinstance(training, Mapping) else None
         return epochs if isinstance(epochs, int) else None
+
+    @property
+    def trained(self) -> str:
+        """The epochs done in words, such as "1 of 30 epochs"."""
+        of = "? epochs" if not self.epochs else counted(self.epochs, "epoch")
+        return f"{self.epochs_done} of {of}"
 
     @property
     def protocol(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featstore.commands import ADAPTED_BY, PACKING_FOLDER, command, pack_command, packing_begun
+from featstore.errors import counted
 from featstore.files.locks import holder
 from featstore.reading.repair import repair_command
 from featstore.workspace import DATASET_FILE, HEAD_FILE, Workspace
@@ -63,7 +64,7 @@ def _steps(contents: Contents) -> Iterator[Step]:
             yield Step(dataset.name, f"packed, not extracted{needs}", steps["next"])
     for store in contents.stores:
         if not store.complete and store.busy is None:
-            done = f"{store.tars_done} of {store.metadata.schema.tars} tars extracted"
+            done = f"{store.tars_done} of {counted(store.metadata.schema.tars, 'tar')} extracted"
             lost = _lost_source(contents, store)
             repair = repair_command(store.folder, store.metadata, workspace.root)
             name = f"{store.dataset}/{store.name}"
@@ -99,7 +100,7 @@ def _lost_source(contents: Contents, store: HeldStore) -> str:
 
 def _steps_of(workspace: Workspace, head: HeldHead) -> Iterator[Step]:
     if not head.finished:
-        done = f"{head.epochs_done} of {head.epochs or '?'} epochs trained"
+        done = f"{head.trained} trained"
         yield Step(head.name, f"{done}; the command that began it continues with --resume", None)
     elif not head.results:
         words, other = evaluation_of(head.folder), more_videos(workspace)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, WorkError, one_of
+from featstore.errors import UserError, WorkError, counted, one_of
 from featstore.files.disk import folder_bytes
 from featstore.files.locks import holder, unused
 from featstore.files.trash import empty_trash, remove_whole
@@ -175,14 +175,14 @@ def _removal(contents: Contents, kind: str, path: Path) -> Removal:
 def _holds(contents: Contents, kind: str, path: Path) -> str:
     if kind == "dataset":
         for dataset in (each for each in contents.datasets if each.folder == path):
-            return f"{dataset.videos - dataset.failed} videos"
+            return counted(dataset.videos - dataset.failed, "video")
     if kind == "store":
         for store in (each for each in contents.stores if each.folder == path):
-            return f"{store.rows_ok + store.rows_failed} rows"
+            return counted(store.rows_ok + store.rows_failed, "row")
     if kind == "head":
         for head in (each for each in contents.heads if each.folder == path):
             state = "" if head.finished else ", training not finished"
-            return f"{len(head.results)} results{state}"
+            return f"{counted(len(head.results), 'result')}{state}"
     return "all its files"
 
 

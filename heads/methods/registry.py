@@ -12,6 +12,7 @@ about modulation, `tradeoff` about new classes, `tradeoff` and `demo` for titles
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,6 +24,8 @@ from featstore.errors import UserError, one_of
 if TYPE_CHECKING:
     from heads.methods.head import Head
     from heads.methods.settings import MethodConfig
+
+log = logging.getLogger(__name__)
 
 DEFAULT_METHOD: Final = "mote"
 """The method of a configuration without `kind`."""
@@ -107,6 +110,16 @@ class Method:
         """
         if not possible:
             raise UserError(f"{self.title} cannot be {what}: {remedy}")
+
+    def warn_of_epochs(self, options: Mapping[str, Any]) -> None:
+        """Warn of options with a value, by name, that are for methods trained in epochs only."""
+        given = [name for name, value in options.items() if value is not None]
+        if given and not self.in_epochs:
+            log.warning(
+                "no effect of %s on %s, which is not trained in epochs: leave it out, or choose "
+                "another --head",
+                *(", ".join(given), self.title),
+            )
 
 
 _BUILT_IN: Final = ("mote", "transformer", "mean", "linear", "knn", "dist", "msta", "taco")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from featstore.errors import UserError, one_line, quoted
+from featstore.errors import UserError, counted, one_line, quoted
 from featstore.files.documents import parse_json
 from featstore.files.tables import plain_cell
 from pipeline.annotations.class_names import class_list, distinct_names
@@ -59,7 +59,11 @@ def read_classes(text: str) -> NamedClasses:
     path = Path(text)
     if _is_file(path):
         found = _from_file(path)
-        logger.info("--classes %s: %d classes read from this file", text, len(found.names))
+        logger.info(
+            "--classes %s: %s read from this file",
+            text,
+            counted(len(found.names), "class", "classes"),
+        )
         return found
     if text.strip().lower().endswith(FILE_SUFFIXES):
         raise UserError(

@@ -133,8 +133,8 @@ class Predictor:
         if len(self.request.videos) > 1 and left:
             seconds = time.perf_counter() - started
             logger.info(
-                "%d videos: %d done in %.1f s (%.2f/s), %d before, %d failed",
-                len(self.request.videos),
+                "%s: %d done in %.1f s (%.2f/s), %d before, %d failed",
+                counted(len(self.request.videos), "video"),
                 finished,
                 seconds,
                 finished / seconds,
@@ -207,11 +207,11 @@ class Predictor:
         self.done_before = len(self._done)
         self.failed = sum(self._done.values())
         logger.info(
-            "head %s, encoder %s, %d classes, %d frames a %s",
+            "head %s, encoder %s, %s, %s a %s",
             self.name,
             self.encoder,
-            len(self._names),
-            self.frames,
+            counted(len(self._names), "class", "classes"),
+            counted(self.frames, "frame"),
             "window" if request.window else "video",
         )
 

@@ -19,7 +19,9 @@ DERIVED: Final = (
 
 _EPOCHS: Final = 24  # looks at the validation videos; more cost time and find luck
 _LEAST_PASSES: Final = 10
+_FEW_OF_CLASS, _FEW = 4, 100  # videos of a class and in all, below which the rate is doubled
 _SHRUNK: Final = 6  # videos' worth
+_OF_SINGLES: Final = 0.6  # shrinkage where there are fewer than two videos a class
 _LEAST_SHRINKAGE: Final = 0.1
 
 
@@ -42,8 +44,10 @@ def derived(
     # A step sees a small part of the set, and a product of fewer than 16 videos saves no time.
     wanted = 2 ** round(math.log2(videos / 16))
     batch = settle("batch_size", lambda: min(max(wanted, 16), 128, videos)) or 192
-    # The wider the features, the more each step of a given rate changes the output.
-    settle("lr", lambda: round(2e-3 * (64 / dim) ** 0.75, 6))
+    # The wider the features, the more each step of a given rate changes the output. Where classes
+    # have one to three videos, longer steps gained; with five they did not.
+    longer = 2 if videos < min(_FEW_OF_CLASS * classes, _FEW) else 1
+    settle("lr", lambda: round(longer * 2e-3 * (64 / dim) ** 0.75, 6))
     settle("weight_decay", lambda: 0.2)
     passes = max(1200 * (videos / 1000) ** 0.4 * batch / videos, _LEAST_PASSES)
     if found.get("epochs") != AUTO:
@@ -52,8 +56,8 @@ def derived(
     epochs = settle("epochs", lambda: max(1, round(passes / repeats)))
     settle("warmup_epochs", lambda: round(epochs / 10, 2))
     settle("patience", lambda: max(5, math.ceil(epochs / 3)))
-    # What few videos teach is half chance; what one video of a class teaches made heads worse.
-    taken = 1.0 if videos < 2 * classes else min(round(_SHRUNK / videos, 2), 0.5)
+    # What few videos teach is half chance, and what one video of a class teaches still more.
+    taken = _OF_SINGLES if videos < 2 * classes else min(round(_SHRUNK / videos, 2), 0.5)
     settle("shrinkage", lambda: taken if taken >= _LEAST_SHRINKAGE else 0.0)
     return found, repeats
 

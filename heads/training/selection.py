@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featstore.balance import class_counts
 from featstore.batches.loader import FeatureLoader, resident
 from featstore.files.durable import write_bytes, write_json
 from featstore.format.schema import RowArray
@@ -59,6 +60,7 @@ log = logging.getLogger(__name__)
 MOST_IN_BASELINES: Final = 20_000
 """Training videos that the cheap baselines are fitted to at most; evenly chosen from more."""
 _TOO_BAD: Final = 2.0  # standard errors
+_ENOUGH: Final = 4  # videos of the usual class, from which a cross-validation may choose
 
 
 def won(head: Judgement, base: Judgement) -> tuple[float, float]:
@@ -103,6 +105,8 @@ class Selection:
     """Fits the cheap baselines; returns their accuracies in per cent."""
     parts: int = 0
     """Parts of a cross-validation."""
+    tells: bool = True
+    """Whether it can tell a better epoch from a worse one; then it chooses."""
 
     def measured(self, trainer: Trainer, epoch: int) -> dict[str, Any]:
         """Judge the head after `epoch` epochs and keep the best; return entries for the record."""
@@ -172,7 +176,14 @@ class Selection:
         }
         learnt = won(found, self.no_head)[0] > 0
         advice = "" if learnt or trainer is None else self._advice(metrics)
-        if advice:
+        if advice and not self.tells and epoch:
+            log.warning(
+                "whether anything was learnt is unknown: cross-validated heads lack half of such "
+                "small classes (%.1f %% of %d videos, no head %.1f %%); the head of all is kept; "
+                "to know more, %s",
+                *(found.quality, found.videos, self.no_head.quality, advice),
+            )
+        elif advice:
             log.warning(
                 "nothing was learnt: no head is as good (%.1f %% of %d videos)%s; %s",
                 *(self.no_head.quality, found.videos),
@@ -194,7 +205,10 @@ class Selection:
             return int(best["epoch"]) if best["won"] > 0 else 0
         # Each head of a cross-validation lacks videos of just the classes it is asked for. With two
         # or three videos a class it did worse than no head where training on all gave 6 points
-        # more, and its best epoch is often best by chance: only what is clear counts.
+        # more, so it has no say there, and its best epoch is often best by chance: only what is
+        # clear counts.
+        if not self.tells:
+            return epochs
         found = self.judge(best["epoch"], self.untrained)  # it looks at the epoch alone
         more, error = won(found, last)
         kept, seen = (best["epoch"], found) if more > error else (epochs, last)
@@ -215,11 +229,13 @@ class Selection:
         early, late = sum(losses[:half]), sum(losses[-half:])
         lr, epochs = self.training.lr, self.training.epochs
         if self.training.shrinkage == 1:
-            return "add a second video of each class, or keep what was learnt with --shrinkage 0"
+            return "keep what was learnt with --shrinkage 0"
         if not self.training.keep_best:
             return "--recipe auto fits rate, batch and epochs to these videos"
         if late > 0.8 * early:
             return f"the loss hardly fell: raise --lr (now {lr:.2g}) or --epochs (now {epochs})"
+        if not self.tells:
+            return "add videos of each class, or test on videos that no training saw"
         return "the training videos were learnt, others were not: add videos, or try --layers 1"
 
 
@@ -285,6 +301,8 @@ def begin_selection(validation: Validation, start: Beginning, progress: Progress
             of = start.labels[np.isin(start.rows, kept)]
             return start.baselines(known, of, judge)
 
+    counts = class_counts(start.labels, len(model.training_class_embeddings))
+    usual = float(np.median(counts[counts > 0]))  # videos of a class
     mean = mean_head(model.config.dim, float(model.logit_scale.exp()))
     untrained = copy.deepcopy(model) if method(model.config.kind).in_epochs else mean
     if model.logit_bias is not None:
@@ -294,6 +312,7 @@ def begin_selection(validation: Validation, start: Beginning, progress: Progress
     return Selection(
         *(validation, start.training, start.run_dir, untrained, judge(untrained), judge(mean)),
         *(judge_epoch, baselines, parts),
+        tells=not parts or start.continues or usual >= _ENOUGH,
     )
 
 

@@ -179,7 +179,7 @@ def train_head(
     usable = usable_rows(store, listed)
     if len(usable) == 0:
         raise UserError(
-            f"none of the {len(listed)} training samples of {store.path} was extracted: "
+            f"none of {counted(len(listed), 'training sample')} of {store.path} was extracted: "
             f"see the reasons with `{command('inspect', store.path)}`"
         )
     if len(usable) < len(listed):
@@ -196,11 +196,7 @@ def train_head(
     balance = check_balance(text.names, labels, balanced=bool(training.class_sampling))
     weights = class_weights(training.class_weights, labels, text.names)
     if training.shrinkage == 1 and chosen.in_epochs:
-        log.warning(
-            "%s of %s are too few to learn from: the head will answer as no head; add a second "
-            "video of each class, or keep what was learnt with --shrinkage 0",
-            *(counted(len(usable), "video"), counted(len(text.names), "class", "classes")),
-        )
+        log.warning("the head will answer as no head: --shrinkage 1 takes all it learns away")
     if head.modulates and len(text.names) < head.modulation_neighbours:
         log.warning(
             "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "

@@ -277,7 +277,7 @@ class Trainer:
             first = next(iter(reasons.values()), {"reason": "unknown"})["reason"]
             raise agreed(
                 WorkError(
-                    f"none of the {self.n_listed} training videos could be decoded "
+                    f"none of {counted(self.n_listed, 'training video')} could be decoded "
                     f"({one_line(first, 160)}): pack them again, or see the reasons in failures.csv"
                 ),
                 self.ranks.first,

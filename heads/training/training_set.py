@@ -106,9 +106,12 @@ def draw_shots(
         raise UserError(f"no video of the {len(names)} classes is in the split to draw from")
     if short:
         log.warning(
-            "%s fewer than %d training videos, all of which are taken: %s",
+            "%s fewer than %s, all of which are taken: %s",
             counted(len(short), "class has", "classes have"),
-            *(shots, shown([f"{name} ({count})" for name, count in short.items()])),
+            *(
+                counted(shots, "training video"),
+                shown([f"{name} ({count})" for name, count in short.items()]),
+            ),
         )
     fewer = f"; {counted(len(short), 'class has', 'classes have')} fewer" if short else ""
     words = f"{counted(shots, 'video')} per class (draw {seed}{fewer})"

@@ -86,9 +86,9 @@ class Validation:
         if self.source == CROSS:
             return f"{self.n_listed} training videos in {PARTS} parts"
         if self.source == HELD_OUT:
-            return f"{len(self.rows)} held-out training videos"
+            return counted(len(self.rows), "held-out training video")
         failed = f", {self.n_failed} failed" if self.n_failed else ""
-        return f"{len(self.rows)} videos of split {self.source}{failed}"
+        return f"{counted(len(self.rows), 'video')} of split {self.source}{failed}"
 
     @property
     def left_out(self) -> str:
@@ -184,7 +184,8 @@ def _of_split(
     known = {store.keys[at] for at in store.positions(trained).tolist()}
     fresh = [where.keys[at] not in known for at in where.positions(listed).tolist()]
     if not all(fresh):
-        log.warning("%d videos of split %s are trained on: left out", len(fresh) - sum(fresh), name)
+        twice = counted(len(fresh) - sum(fresh), "video is", "videos are")
+        log.warning("%s of split %s trained on: left out", twice, name)
         listed = listed[np.array(fresh, bool)]
     usable = usable_rows(where, listed)
     failed = len(listed) - len(usable)
@@ -275,8 +276,8 @@ def check_balance(names: tuple[str, ...], labels: RowArray, balanced: bool = Fal
     if labels.ndim == 2:
         if not len(present):
             raise UserError(
-                f"none of the {len(labels)} training videos shows a class: there is nothing to "
-                "learn; add videos"
+                f"none of {counted(len(labels), 'training video')} shows a class: there is nothing "
+                "to learn; add videos"
             )
         return say_balance(names, labels)
     if len(present) < 2:

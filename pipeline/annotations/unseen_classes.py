@@ -134,8 +134,9 @@ def _read_split(path: Path, names: Sequence[str], unseen: Sequence[int]) -> tupl
     seen = [names[label] for label in labels if label not in set(unseen)]
     if seen:
         raise UserError(
-            f"{str(path)!r} lists {len(seen)} classes that Kinetics-400 has (such as {seen[0]!r}): "
-            "zero-shot takes classes that were not trained on; correct the list"
+            f"{str(path)!r} lists {counted(len(seen), 'class', 'classes')} that Kinetics-400 "
+            f"has (such as {seen[0]!r}): zero-shot takes classes that were not trained on; "
+            "correct the list"
         )
     return tuple(sorted(labels))
 

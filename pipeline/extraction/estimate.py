@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from featstore.errors import counted
 from featstore.files.disk import SPARE_BYTES, free_bytes, in_bytes
 from featstore.progress import Outcome, ProgressSink, no_progress
 from pipeline.clip_encoder import Encoder
@@ -57,14 +58,14 @@ class Estimate(Outcome):
     def facts(self) -> dict[str, str]:
         """The same facts in words, by name."""
         sampled = (
-            f"{self.videos_per_second:.2f} videos/s in a sample of {self.videos_sampled} videos "
-            f"({self.sample_seconds:.0f} s)"
+            f"{self.videos_per_second:.2f} videos/s in a sample of "
+            f"{counted(self.videos_sampled, 'video')} ({self.sample_seconds:.0f} s)"
         )
         if self.sample_failures:
             sampled += f", {self.sample_failures} of them failed"
         return {
             "store": self.store + (" (begun)" if self.store_exists else " (new)"),
-            "videos": f"{self.videos} in {self.tars} tars ({self.tars_done} tars done)",
+            "videos": f"{self.videos} in {counted(self.tars, 'tar')} ({self.tars_done} done)",
             "frames": f"{self.frames} to encode",
             "disk": f"{in_bytes(self.bytes_needed)} needed ({self.tier}: "
             f"{in_bytes(self.bytes_per_row)} a video), {in_bytes(self.bytes_free)} free",

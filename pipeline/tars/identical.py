@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from featstore.errors import UserError, WorkError, safe_text
+from featstore.errors import UserError, WorkError, counted, safe_text
 from featstore.files.documents import LISTS_LIMIT, parse_json, read_document
 from featstore.files.durable import write_bytes
 from featstore.files.key_lists import EXCLUDE, KEY, YES, superfluous
@@ -83,7 +83,10 @@ class Identical:
         )
         said = ", ".join(f"{count} {kind}" for count, kind in kinds if count)
         videos = sum(len(group.videos) for group in self.groups)
-        return f"{videos} videos in {len(self.groups)} groups" + f", {said}" * bool(said)
+        return (
+            f"{counted(videos, 'video')} in {counted(len(self.groups), 'group')}"
+            + f", {said}" * bool(said)
+        )
 
     def write(self, folder: Path) -> Path:
         """Write `identical.csv` unless it is there as it should be; without groups, a header."""

@@ -212,6 +212,22 @@ def test_the_command_takes_a_recipe_and_options_win(tmp_path: Path) -> None:
         run(tmp_path, "--recipe", "nothing")
 
 
+@pytest.mark.parametrize("head", ["linear", "knn", "mean", "transformer"])
+def test_options_without_effect_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, head: str
+) -> None:
+    store = tmp_path / "features" / "toy" / "tiny--uniform-8.zarr"
+    store.parent.mkdir(parents=True)
+    action_store(store)
+    run(tmp_path, "--head", head, "--epochs", "1", "--lr", "0.1", "--patience", "0")
+    said = "no effect of --epochs, --patience, --lr on"
+    assert (said in caplog.text) == (head != "transformer")
+    assert "or choose another --head" in caplog.text or head == "transformer"
+    caplog.clear()
+    run(tmp_path, "--head", head, "--name", "plain", *(["--epochs", "1"] * (head[0] == "t")))
+    assert "no effect of" not in caplog.text
+
+
 def begun(root: Path, run: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((root / "heads" / run / "config.json").read_text())
     return found
@@ -276,11 +292,16 @@ def test_the_rules_fit_any_set() -> None:
         ]
         assert shares == sorted(shares)
         assert (shares[0] == 0) == (videos > 60)
-        assert shares[-1] == 1
+        assert shares[-1] == (0.6 if videos > 1 else shares[0])
     assert batches == sorted(batches)
     assert all(more > 1.5 * few for few, more in itertools.pairwise(steps[2:]))
     wide, narrow = (load_recipe("auto").fitted(videos=9, classes=2, dim=d)[0] for d in (512, 16))
     assert 0 < wide.lr < narrow.lr
+    rates = [
+        load_recipe("auto").fitted(videos=videos, classes=c, dim=64)[0].lr
+        for videos, c in ((5, 5), (20, 10), (20, 4), (40, 10), (100, 40), (1000, 400))
+    ]
+    assert rates == [0.004, 0.004, 0.002, 0.002, 0.002, 0.002]
 
 
 def test_what_is_left_to_the_data_needs_the_data(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.commands.answers.compare import published_shown
 from cli.output import Shown, percent, report, table, warn
-from featstore.errors import safe_text
+from featstore.errors import counted, safe_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +55,7 @@ def report_evaluation(
     title = (
         f"{result.protocol_name} on {result.dataset}, head {result.head}"
         f"{' with modulation' if result.modulate and not is_sweep else ''}, views {result.views}, "
-        f"{result.n_classes} classes, prompts {result.prompt_set}"
+        f"{counted(result.n_classes, 'class', 'classes')}, prompts {result.prompt_set}"
         f"{'' if result.weights is None or is_sweep else f', {result.weights} weights'}"
         f"{'' if result.projection is None or is_sweep else f', projection {result.projection}'}"
     )
@@ -176,11 +176,11 @@ def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> 
     """Yield a table with one line per number of shots, then the published figures of each."""
     yield table(
         f"few-shot on {value['dataset']}, tested on {outcomes[0].last.per_split[0].split} "
-        f"({outcomes[0].last.n_evaluated} videos)",
+        f"({counted(outcomes[0].last.n_evaluated, 'video')})",
         ["shots", "trained on", "top-1 % (last epoch)", "top-5 %", "top-1 % (best epoch on test)"],
         [
             [
-                *(of.run.shots, f"{of.n_trained} videos"),
+                *(of.run.shots, counted(of.n_trained, "video")),
                 *(percent(of.last.top1), percent(of.last.top5)),
                 "-" if of.best is None else f"{percent(of.best.top1)} (epoch {of.best.epoch})",
             ]
@@ -191,7 +191,7 @@ def fewshot_shown(value: Mapping[str, Any], outcomes: Sequence[ShotOutcome]) -> 
     yield from _in_training(value["runs"])
     for outcome, found in zip(outcomes, value["runs"], strict=True):
         if found["published"] or found["nearest"]:
-            yield f"{outcome.run.shots} shots:"
+            yield f"{counted(outcome.run.shots, 'shot')}:"
             yield from published_shown(found)
 
 

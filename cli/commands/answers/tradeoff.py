@@ -29,7 +29,8 @@ def tradeoff(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Data set or protocol of the known classes; default: k400, or the only one.",
+            help="Data set or protocol of the known classes; default: k400, or the only one with "
+            "results, else the one trained on.",
         ),
     ] = None,
     zeroshot: Annotated[
@@ -37,7 +38,7 @@ def tradeoff(
         typer.Option(
             metavar="NAME,...",
             help="Data sets or protocols of new classes; default: those of ucf101, hmdb51 and k600 "
-            "that have results, else all that have results.",
+            "that are here, else all that have results, else all that are here.",
         ),
     ] = None,
     allow_mixed: Annotated[
@@ -79,6 +80,7 @@ def tradeoff(
         else [run for run in known.values() if is_scored(run)],
         closeset=closeset,
         zeroshot=names,
+        held=[name for name in workspace.extracted_datasets() if not workspace.unlabelled(name)],
         allow_mixed=allow_mixed,
         baseline=workspace.run_dir(MEAN_OF_FRAMES),
         root_option=root_words(root),

@@ -66,21 +66,22 @@ def _dataset_facts(dataset: HeldDataset) -> tuple[str | None, ...]:
     splits = ", ".join(f"{name} {count}" for name, count in dataset.splits.items())
     return (
         f"{dataset.name}, {in_bytes(dataset.bytes)}",
-        f"{dataset.videos} videos, {dataset.failed} failed; {dataset.classes} classes",
+        f"{counted(dataset.videos, 'video')}, {dataset.failed} failed; "
+        f"{counted(dataset.classes, 'class', 'classes')}",
         splits and f"splits: {splits}",
     )
 
 
 def _store_facts(store: HeldStore) -> tuple[str | None, ...]:
     made, schema = store.metadata.provenance, store.metadata.schema
-    done = "complete" if store.complete else f"{store.tars_done} of {schema.tars} tars"
+    done = "complete" if store.complete else f"{store.tars_done} of {counted(schema.tars, 'tar')}"
     tier = "" if schema.pooled else schema.tier
     tier = "vectors of views" if made.of_views else tier
     stored = "" if schema.storage == "float16" else schema.storage
     return (
         f"{store.dataset}/{store.name}, {done}, {in_bytes(store.bytes)}",
         ", ".join(filter(None, (made.encoder, made.sampling, made.split, tier, stored))),
-        f"{store.rows_ok + store.rows_failed} rows, {store.rows_failed} failed; "
+        f"{counted(store.rows_ok + store.rows_failed, 'row')}, {store.rows_failed} failed; "
         f"{counted(schema.views, 'view')} of {counted(schema.frames, 'frame')}",
         store.busy and f"in use by {store.busy}",
     )
@@ -91,7 +92,7 @@ def _head_facts(head: HeldHead) -> tuple[str | None, ...]:
     if not head.settings:
         trained = "results without a head"
     elif not head.finished:
-        trained += f": {head.epochs_done} of {head.epochs or '?'} epochs"
+        trained += f": {head.trained}"
     if head.protocol:
         trained += f" by {head.protocol}"
     newest = head.to_json()["newest"]

@@ -12,7 +12,7 @@ import typer
 
 from cli import options
 from cli.output import leave_it_to_the_first, percent, progress_of, report
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.workspace import DATASET_FILE
 
 if TYPE_CHECKING:
@@ -353,13 +353,13 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
     return {
         "run": f"{summary.run} in {summary.path}",
         "encoder": encoder,
-        "trained on": f"{summary.n_listed - summary.n_failed} of {summary.n_listed} videos of "
-        f"{summary.dataset}, {summary.videos_per_step} per step ({summary.processes} x "
-        f"{summary.batch_size})",
+        "trained on": f"{summary.n_listed - summary.n_failed} of "
+        f"{counted(summary.n_listed, 'video')} of {summary.dataset}, {summary.videos_per_step} "
+        f"per step ({summary.processes} x {summary.batch_size})",
         **({"tokens": f"from {summary.tokens}"} if summary.tokens else {}),
         **({} if summary.excluded is None else {"excluded": summary.excluded.words}),
         **({"classes": Balance(**found).words} if (found := summary.class_balance) else {}),
-        "loss": f"{summary.loss:.4f} after {summary.epochs} epochs",
+        "loss": f"{summary.loss:.4f} after {counted(summary.epochs, 'epoch')}",
         "top-1" if summary.measure == "top1" else summary.measure: accuracy,
         "time": f"{summary.seconds:.0f} s, {summary.clips_per_second:.2f} clips/s, "
         f"{summary.waiting:.0%} waiting for data ({summary.precision} on {summary.device})",

@@ -9,7 +9,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from heads.methods.registry import MEAN_OF_FRAMES, method, names, require_run_name
 
 if TYPE_CHECKING:
@@ -148,6 +148,14 @@ def train_head(
     if initial_run is None:
         dim = store.provenance.dim
         shape = settings.head_config(dim, kind=head, layers=layers, experts=experts)
+        method(shape.kind).warn_of_epochs(
+            {
+                **{"--epochs": epochs, "--warmup-epochs": warmup_epochs, "--patience": patience},
+                **{"--lr": lr, "--weight-decay": weight_decay, "--batch-size": batch_size},
+                **{"--shrinkage": shrinkage, "--repeat": repeat, "--layers": layers},
+                "--experts": experts,
+            }
+        )
     # Until here nothing imports torch, so that what is named wrong is said at once.
     from featstore.balance import Balance
     from heads.compatibility import check_fits, training_prompt_set
@@ -226,7 +234,8 @@ def train_head(
         )
     lines = {
         "run": f"{summary.run} in {summary.path}",
-        "trained on": f"{summary.n_trained} of {summary.n_listed} videos of {summary.dataset}"
+        "trained on": f"{summary.n_trained} of {counted(summary.n_listed, 'video')} of "
+        + summary.dataset
         + (f" ({summary.trained_on})" if summary.trained_on else ""),
         **({} if excluded is None else {"excluded": excluded.words}),
         "classes": Balance(**summary.class_balance).words,

@@ -10,7 +10,7 @@ import typer
 from cli import options
 from cli.commands.workspace.store_quality import duplicates, leaks, suspects
 from cli.output import progress_of, report, table
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 
 app = typer.Typer(
     rich_markup_mode="markdown",
@@ -96,7 +96,9 @@ def add_tars(
             "tars": f"{grown.tars}, {grown.tars_added} of them new",
             "rows": f"{grown.rows}, {grown.rows_added} of them new",
             "new classes": grown.classes_added,
-            "next": f"{pending} (does {grown.pending} tars)" if pending else "nothing to extract",
+            "next": f"{pending} (does {counted(grown.pending, 'tar')})"
+            if pending
+            else "nothing to extract",
         },
     )
 

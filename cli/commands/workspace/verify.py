@@ -47,7 +47,7 @@ def verify(
     """
     from featstore.checking.verify import Damage, Report, note_partitions
     from featstore.checking.verify import verify as check
-    from featstore.errors import one_line
+    from featstore.errors import counted, one_line
     from featstore.format.metadata import DamagedMetadata, read_metadata
     from featstore.reading.repair import repair_command
 
@@ -94,8 +94,8 @@ def verify(
         else:
             least = min(row.cosine for row in again.rows)
             yield facts | {
-                "encoded again": f"{len(again.rows)} videos, {again.equal} equal bit for bit; "
-                f"least cosine {least:.6f}, at least {again.tolerance} is required"
+                "encoded again": f"{counted(len(again.rows), 'video')}, {again.equal} equal bit "
+                f"for bit; least cosine {least:.6f}, at least {again.tolerance} is required"
             }
             yield table(
                 "",

@@ -59,6 +59,7 @@ def collect(
     *,
     closeset: str | None = None,
     zeroshot: Sequence[str] = (),
+    held: Sequence[str] = (),
     allow_mixed: bool = False,
     baseline: Path | None = None,
     root_option: str = "",
@@ -66,7 +67,9 @@ def collect(
     """Collect the newest results under `eval/` of the run folders, one row per head and setting.
 
     `closeset` and `zeroshot` name data sets or protocols (docs/protocols.md); the defaults are the
-    data sets of the paper if there are results on them, else every data set with results.
+    data sets of the paper if there are results on them, else every data set with results. Where
+    there are none, they are the data set that the runs were trained on, and the others that the
+    workspace has, `held`.
     `baseline` is the folder of the results of CLIP's mean of frames, which get rows of their own
     beside the heads'. `root_option` is what commands need to find the workspace, " --root DIR".
     Raises UserError when a column would mix protocols and `allow_mixed` is off (the error names
@@ -74,10 +77,15 @@ def collect(
     """
     found = {run.name: _results_of_new_videos(run) for run in runs}
     prompts = {run.name: own_prompts(run, found[run.name]) for run in runs}
-    close = closeset or _default_closeset(_datasets(found, "closeset"))
+    trained = sorted({name for run in runs if (name := _of_training(run, "dataset")) is not None})
+    close = closeset or _default_closeset(_datasets(found, "closeset"), trained)
     known = _datasets(found, "zeroshot")
-    usual = PAPER_ZEROSHOT if set(PAPER_ZEROSHOT) & set(known) or not known else tuple(known)
-    zero = tuple(zeroshot) or usual
+    zero = tuple(zeroshot) or _usual_zeroshot(known, [name for name in held if name != close])
+    if runs and not zero:
+        raise UserError(
+            f"nothing here has other classes than {close}: name a data set or a protocol of new "
+            "classes with --zeroshot, or pack and extract one"
+        )
     repeated = [name for name in zero if zero.count(name) > 1]
     if repeated:
         raise UserError(f"zero-shot set {repeated[0]!r} is named twice: name each once")
@@ -155,23 +163,40 @@ def is_scored(run: Path) -> bool:
 
 def own_prompts(run: Path, results: Sequence[SavedResult]) -> str | None:
     """Return the prompt set a run was trained with; if unknown, the one that most results have."""
-    try:
-        own = (read_config(run) or {})["data"]["prompt_set"]
-    except (WorkError, OSError, KeyError, TypeError):
-        own = None
-    if isinstance(own, str):
+    own = _of_training(run, "prompt_set")
+    if own is not None:
         return own
     named = [str(r.values["prompt_set"]) for r in results if r.values.get("prompt_set")]
     return max(sorted(set(named)), key=named.count, default=None)
 
 
-def _default_closeset(names: Sequence[str]) -> str:
+def _of_training(run: Path, name: str) -> str | None:
+    """Return what a run's config.json says of its training data; None if it does not say it."""
+    try:
+        own = (read_config(run) or {})["data"][name]
+    except (WorkError, OSError, KeyError, TypeError):
+        return None
+    return own if isinstance(own, str) else None
+
+
+def _usual_zeroshot(known: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    """Return the zero-shot sets that are meant: the paper's, where any is among the sets at hand.
+
+    `known` have results; where none has, those that do count, which are `others`.
+    """
+    papers = tuple(name for name in PAPER_ZEROSHOT if name in {*known, *others})
+    at_hand = tuple(known or others)
+    return papers if set(papers) & set(at_hand) else at_hand
+
+
+def _default_closeset(tested: Sequence[str], trained: Sequence[str]) -> str:
+    """Return the close-set that is meant: of those with results, else of those trained on."""
+    names = tested or trained
     if PAPER_CLOSESET in names or not names:
         return PAPER_CLOSESET
     if len(names) > 1:
-        raise UserError(
-            f"there are close-set results on {', '.join(names)}: choose one with --closeset"
-        )
+        what = "there are close-set results on" if tested else "the heads were trained on"
+        raise UserError(f"{what} {', '.join(names)}: choose one with --closeset")
     return names[0]
 
 

@@ -142,6 +142,9 @@ def evaluate_trained(
     else:
         mean = ask.head == MEAN_OF_FRAMES
         shape = recipe.head_config(train.provenance.dim, kind=MEAN_OF_FRAMES if mean else None)
+    method(shape.kind).warn_of_epochs(
+        {"--epochs": how.epochs, "--batch-size": how.batch_size, "--lr": how.lr}
+    )
     Scoring.of_head(shape, **vars(ask.score))  # raises before anything is trained
     shots = numbers("--shots", how.shots, SHOTS[ask.kind])
     draws = numbers("--draw-seeds", how.draw_seeds, DRAW_SEEDS[ask.kind])

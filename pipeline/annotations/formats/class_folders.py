@@ -84,7 +84,8 @@ def read_class_folders(folder: VideoFolder, kept: Collection[str] = ()) -> Listi
         folder.left_out.unclassed = len(outside)
     if deep:
         builder.note(
-            f"{deep} videos lie in folders inside class folders; the outer one is the class"
+            f"{counted(deep, 'video lies', 'videos lie')} in folders inside class folders; the "
+            "outer one is the class"
         )
     classes = sorted(set(spelling.values()))
     _refuse_unclear_names(classes, kept)
@@ -109,7 +110,7 @@ def read_unlabelled(folder: VideoFolder) -> Listing:
 
 def note_unlabelled(builder: ListingBuilder, videos: int) -> None:
     """Say that videos have no labels."""
-    builder.note(f"no classes: {videos} videos without labels")
+    builder.note(f"no classes: {counted(videos, 'video')} without labels")
 
 
 def _split_folders(folder: VideoFolder) -> dict[str, str]:

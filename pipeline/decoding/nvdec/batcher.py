@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import one_line
+from featstore.errors import counted, one_line
 from featstore.segments import IntArray
 from pipeline.decoding.contract import DecodeError, VideoInfo
 from pipeline.decoding.nvdec.graphs import Clip
@@ -139,7 +139,10 @@ class NvdecBatcher(Generic[Item, Output]):
     def report(self) -> list[str]:
         """The number of videos for each decoder and reason, one line each."""
         with self.changed:
-            return [f"{count} videos decoded by {by}" for by, count in self._counts.most_common()]
+            return [
+                f"{counted(count, 'video')} decoded by {by}"
+                for by, count in self._counts.most_common()
+            ]
 
     def plan(self, data: bytes, choose: Callable[[VideoInfo], IntArray]) -> NvdecPlan | str:
         """The plan for NVDEC, or why PyAV must decode the video. Raises what `choose` raises."""

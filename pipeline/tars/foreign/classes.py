@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from featstore.errors import UserError, one_of, quoted
+from featstore.errors import UserError, counted, one_of, quoted
 from featstore.format.spans import Span
 from featstore.spelling import comparable, same_letters
 from pipeline.annotations.class_names import USUAL_NAMING, Naming, natural_order
@@ -237,15 +237,15 @@ def _mapped(
         )
     if unknown:
         notes.append(
-            f"{len(unknown)} rows of {str(path)!r} name no sample of the tars "
-            f"(first: {quoted(unknown[0], 80)})"
+            f"of {str(path)!r}, {counted(len(unknown), 'row names', 'rows name')} no sample of the "
+            f"tars (first: {quoted(unknown[0], 80)})"
         )
     why_not = {s.key: f"it is not in {path.name}" for s in samples if s.key not in rows}
     return rows, why_not, tuple(notes)
 
 
 def _without_classes(videos: int, choice: ClassChoice, fields: Mapping[str, int]) -> str:
-    said = f"no classes: {videos} videos without labels"
+    said = f"no classes: {counted(videos, 'video')} without labels"
     return said if choice.unlabelled else f"{said}; {_shown(fields)}"
 
 

@@ -278,6 +278,21 @@ def test_nothing_learnt_is_said_with_the_option_that_would_change_it(
     )
 
 
+@pytest.mark.parametrize("each", [2, 6])
+def test_a_cross_validation_of_tiny_classes_chooses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, each: int
+) -> None:
+    """Its heads lack half of two videos: that they lose says nothing of the head of all."""
+    few = action_store(tmp_path / "few.zarr", samples=10 * each, classes=5, noise=0.5, failed=())
+    summary = train(few, tmp_path / "run", "held-out", replace(RECIPE, lr=0.3, epochs=3))
+    assert summary.validation is not None
+    assert summary.validation["last_top1"] < summary.validation["no_head"]
+    assert summary.validation["kept_epoch"] == (3 if each == 2 else 0)
+    assert same(tmp_path / "run", tmp_path / "run/last") == (each == 2)
+    assert ("whether anything was learnt is unknown" in caplog.text) == (each == 2)
+    assert ("nothing was learnt" in caplog.text) == (each == 6)
+
+
 def test_training_from_a_head_falls_back_to_that_head(tmp_path: Path, store: Store) -> None:
     train(store, tmp_path / "first", "val")
     first = load_head(tmp_path / "first")

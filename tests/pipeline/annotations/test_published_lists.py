@@ -215,7 +215,7 @@ def test_class_lists_are_checked(tmp_path: Path) -> None:
         "class list few.txt has 2 classes; the published ones have 160",
     )
     for text, message in (
-        ("new 1\nshared 5\n", r"1 classes that Kinetics-400 has \(such as 'shared 5'\)"),
+        ("new 1\nshared 5\n", r"1 class that Kinetics-400 has \(such as 'shared 5'\)"),
         ("new 1\nnew 1000\n", "'new 1000', which is none of the 600 classes"),
         ("0\n600\n", "'600', which is none of the 600 classes"),
         ("new 1\nnew 1\n", "to two numbers"),

@@ -100,8 +100,8 @@ def test_frames_are_pyavs_whoever_decodes() -> None:
     report = using._batcher.report()
     assert report[0] == "7 videos decoded by NVDEC"
     assert set(report[1:]) == {
-        "1 videos decoded by pyav (turned or mirrored by its metadata)",
-        "1 videos decoded by pyav (container other than mp4, mkv or webm)",
+        "1 video decoded by pyav (turned or mirrored by its metadata)",
+        "1 video decoded by pyav (container other than mp4, mkv or webm)",
     }
     assert np.array_equal(frames_of(using, SMALL[0], [3]), frames_of(PyAVDecoder(), SMALL[0], [3]))
 
@@ -138,7 +138,7 @@ def test_a_bad_clip_in_a_batch_goes_to_pyav_alone() -> None:
         assert_pyavs(got, video)
     assert using._batcher.report() == [
         "5 videos decoded by NVDEC",
-        "1 videos decoded by pyav (NVDEC failed)",
+        "1 video decoded by pyav (NVDEC failed)",
     ]
 
 
@@ -214,7 +214,7 @@ def test_the_stream_is_the_same_with_either_decoder(
     assert sum(stage.batches) == 6
     assert nvdec._batcher.report() == [
         "6 videos decoded by NVDEC",
-        "1 videos decoded by pyav (cannot be surveyed)",
+        "1 video decoded by pyav (cannot be surveyed)",
     ]
 
 

@@ -73,9 +73,9 @@ def test_results_are_those_of_the_cpu_path(make_pool: PoolMaker, sampling: str, 
     report = pool._batcher.report()
     assert report[0] == "10 videos decoded by NVDEC"
     assert set(report[1:]) == {
-        "1 videos decoded by pyav (turned or mirrored by its metadata)",
-        "1 videos decoded by pyav (container other than mp4, mkv or webm)",
-        "1 videos decoded by pyav (another picture size shares its coded size)",
+        "1 video decoded by pyav (turned or mirrored by its metadata)",
+        "1 video decoded by pyav (container other than mp4, mkv or webm)",
+        "1 video decoded by pyav (another picture size shares its coded size)",
     }
 
 
@@ -87,7 +87,7 @@ def test_a_file_that_is_too_large_for_memory_is_streamed(
     (streamed,) = results([pool.submit(lambda: tmp_path / "large.mp4")])
     assert_same(streamed, on_cpu(SMALL[0]))
     pool.close()
-    assert "1 videos decoded by pyav (read as a stream)" in pool._batcher.report()
+    assert "1 video decoded by pyav (read as a stream)" in pool._batcher.report()
 
 
 @pytest.mark.parametrize("data", [b"", b"words " * 200, SMALL[0][: len(SMALL[0]) // 2]])
@@ -230,8 +230,8 @@ def test_too_large_a_clip_goes_to_pyav(
     for got, video in zip(results(submit(pool, SMALL[0], large)), [SMALL[0], large], strict=True):
         assert_same(got, on_cpu(video))
     assert set(pool._batcher.report()) == {
-        "1 videos decoded by NVDEC",
-        "1 videos decoded by pyav (too many or too large frames for the GPU's memory)",
+        "1 video decoded by NVDEC",
+        "1 video decoded by pyav (too many or too large frames for the GPU's memory)",
     }
 
 

@@ -116,7 +116,7 @@ def test_a_mapping_with_rows_or_cells_and_times(tmp_path: Path) -> None:
     assert dataset.splits_of("a") == ("train",)
     assert dataset.splits_of("b") == ("val",)
     assert "it is not in rows.csv" in failures(tmp_path / "out")["c"]
-    assert any("1 rows of" in note for note in summary.notes)
+    assert any("1 row names no" in note for note in summary.notes)
     cells = tmp_path / "cells.csv"
     cells.write_text("key,labels\na,run|jump\nb,\nc,sit\n")
     _, other = take(tmp_path / "cells", tar, annotations=cells, cells="|")

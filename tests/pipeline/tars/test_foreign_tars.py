@@ -154,7 +154,7 @@ def test_a_mapping_gives_classes_and_splits(tmp_path: Path) -> None:
     assert dataset.keys_by_split["train"] == ("x%2F0", "x%2F2")
     assert failures(tmp_path / "out") == {"x%2F4": "it has no class: it is not in map.csv"}
     assert (summary.videos_listed, summary.videos_failed) == (5, 1)
-    assert any("1 rows of" in note and "'z'" in note for note in summary.notes)
+    assert any("1 row names no" in note and "'z'" in note for note in summary.notes)
     table.write_text("key,class\nx/0,nod\nx/0,wave\n")
     with pytest.raises(UserError, match="two classes"):
         take(tmp_path / "two", tmp_path / "a.tar", annotations=table)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featstore.errors import UserError
+from featstore.files.durable import write_json
 from heads.evaluation.comparing.published import published_figures
 from heads.evaluation.comparing.tradeoff import collect, harmonic_mean
 from tests.support.stores.result_files import write_result
@@ -175,7 +176,8 @@ def test_what_is_missing_comes_with_its_command(tmp_path: Path) -> None:
         "part has no zeroshot result on k600: `mote-cli eval --zeroshot k600 --head part`",
     )
     with pytest.raises(UserError, match="no head has a result on every set: part has no zeroshot"):
-        collect([tmp_path / "part"])
+        collect([tmp_path / "part"], held=["hmdb51", "clips"])
+    assert collect([tmp_path / "part"]).zeroshot == ("ucf101",)  # nothing else is here
     with pytest.raises(UserError, match="no head has results"):
         collect([])
     with pytest.raises(UserError, match="--protocol hmdb51-halfclass-full --head b16"):
@@ -255,6 +257,28 @@ def test_which_sets_are_meant(tmp_path: Path) -> None:
         collect([run])
     with pytest.raises(UserError, match="'more' is named twice"):
         collect([run], closeset="clips", zeroshot=["more", "more"])
+
+
+def test_without_results_the_sets_of_the_workspace_are_meant(tmp_path: Path) -> None:
+    run = tmp_path / "a"
+    write_json(run / "config.json", {"data": {"dataset": "clips"}})
+    held = ["clips", "more", "other"]
+    with pytest.raises(UserError) as caught:
+        collect([run], held=held)
+    assert "a has no closeset result on clips: `mote-cli eval --closeset clips" in str(caught.value)
+    assert "`mote-cli eval --zeroshot more --head a" in str(caught.value)
+    assert "`mote-cli eval --zeroshot other --head a" in str(caught.value)
+    assert "hmdb51" not in str(caught.value)
+    with pytest.raises(UserError, match="--zeroshot hmdb51") as caught:
+        collect([run], held=[*held, "hmdb51"])  # one of the paper's is enough to mean those
+    assert "--zeroshot more" not in str(caught.value)
+    closeset(run, 80.0, dataset="clips", protocol_name="closeset")
+    with pytest.raises(UserError, match="nothing here has other classes than clips: name a data"):
+        collect([run], held=["clips"])
+    write_json(tmp_path / "b" / "config.json", {"data": {"dataset": "more"}})
+    write_json(tmp_path / "c" / "config.json", {"data": {"dataset": "clips"}})
+    with pytest.raises(UserError, match="heads were trained on clips, more: choose one with --cl"):
+        collect([tmp_path / "b", tmp_path / "c"], held=held)
 
 
 def clip_alone(run: Path, close: float, *zero: float, **changes: Any) -> Path:
