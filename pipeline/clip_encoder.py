@@ -234,12 +234,14 @@ class Encoder:
         class_names: Sequence[str],
         prompt_set: str | PromptSet,
         progress: ProgressSink = no_progress,
+        *,
+        scored: bool = True,
     ) -> torch.Tensor:
         """Return unit class features float32 [C,D], in the order of `class_names`.
 
         Every sentence is encoded and normalised; the mean over a class's sentences is normalised
         again (MoTE, Zhu et al., NeurIPS 2024). Classes may have different numbers of sentences.
-        A warning names classes with `equal_texts`.
+        If videos are `scored` by them, a warning names classes with `equal_texts`.
         Raises UserError as `as_prompt_set` and `tokenize` do.
         """
         tokens, counts = self.class_tokens(class_names, prompt_set)
@@ -253,7 +255,7 @@ class Encoder:
             embeddings[chosen] = self.encode_tokens(tokens[chosen])
             progress(start + len(chosen), len(order))
         of_classes = mean_of_sentences(embeddings, counts)
-        if same := equal_texts(class_names, of_classes):
+        if scored and (same := equal_texts(class_names, of_classes)):
             more = f"; and {len(same) - NAMED} more" if len(same) > NAMED else ""
             logger.warning(
                 "no score can tell these classes apart, because prompt set %s gives them the same "

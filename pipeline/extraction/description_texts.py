@@ -94,7 +94,7 @@ def _encoded(
     encoder: Encoder, names: Sequence[str], prompts: PromptSet, normalise_first: bool
 ) -> npt.NDArray[np.float32]:
     if normalise_first:
-        return encoder.class_embeddings(names, prompts).float().cpu().numpy()
+        return encoder.class_embeddings(names, prompts, scored=False).float().cpu().numpy()
     lines = [prompts.sentences(name) for name in names]
     embeddings = encoder.encode_text([line for some in lines for line in some]).float()
     means = embeddings.reshape(len(names), len(lines[0]), -1).mean(1)

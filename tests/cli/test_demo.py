@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 import heads.demo
 import pipeline.demo.world
 from tests.support.processes.command_line import done, mote, refused
-from tests.support.worlds.dist_training import small_recipe
+from tests.support.worlds import dist_training, msta_training
 
 
 @pytest.fixture
@@ -25,7 +27,17 @@ def small_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     short = tmp_path / "short.toml"
     short.write_text('[training]\nepochs = 2\nprecision = "fp32"\n')
-    monkeypatch.setattr(heads.demo, "RECIPE", str(short))
+    taco = tmp_path / "taco.toml"
+    text = (files("heads.recipes") / "demo-taco.toml").read_text()
+    taco.write_text(text.replace("epochs = 5", "epochs = 1").replace("= 2.0", "= 0.0"))
+    recipes = {
+        "demo": short,
+        "demo-dist": dist_training.small_recipe(tmp_path),
+        "demo-msta": msta_training.small_recipe(tmp_path),
+        "demo-taco": taco,
+    }
+    kinds = [replace(kind, recipe=str(recipes[kind.recipe])) for kind in heads.demo.KINDS]
+    monkeypatch.setattr(heads.demo, "KINDS", kinds)
 
 
 def test_the_demo_runs_every_stage_and_reports_it(small_world: None, tmp_path: Path) -> None:
@@ -114,15 +126,16 @@ def test_the_world_shows_what_the_method_is_for(tmp_path: Path) -> None:
     assert expert["closeset_top1"] >= mean["closeset_top1"] + 20
 
 
-def test_a_head_that_looks_at_pixels_has_rows_beside_the_others(
-    small_world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_methods_that_train_on_videos_have_rows_beside_the_others(
+    small_world: None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(heads.demo, "PIXEL_RECIPE", str(small_recipe(tmp_path)))
-    place = ("demo", "--methods", "mote,dist", "--root", tmp_path / "w")
+    place = ("demo", "--methods", "mote,dist,msta,taco", "--root", tmp_path / "w")
     report = done(*place, "--seeds", "2")
     assert [(row["head"], row["modulated"], row.get("ensemble")) for row in report["rows"]] == [
         *(("mean", False, None), ("mote", False, None), ("mote", True, None)),
-        *(("dist", False, None), ("dist", False, 0.5)),
+        *(("dist", False, None), ("dist", False, 0.5), ("msta", False, None)),
+        *(("taco", False, None), ("mean-finetuned", False, None)),
+        *(("mote-on-taco", False, None), ("mote-on-taco", True, None)),
     ]
     for row in report["rows"]:
         one, two = row["zeroshot_top1_per_seed"]
@@ -135,6 +148,18 @@ def test_a_head_that_looks_at_pixels_has_rows_beside_the_others(
     assert made == {path: path.stat().st_mtime_ns for path in made}
     table = json.loads((tmp_path / "w" / "demo" / "demo.json").read_text())
     assert table["rows"] == report["rows"]
+    # The rows of adapters are what the commands measure on the features that their head makes.
+    root = ("--root", tmp_path / "w")
+    said = done("eval", "--closeset", "demo-known-0", "--head", "demo-msta-0", *root)
+    measured = {row["head"]: row for row in report["rows"] if not row["modulated"]}
+    assert said["top1"] == measured["msta"]["closeset_top1_per_seed"][0]
+    # So are those of a head on towers that a teacher held: it was trained on their features.
+    said = done("eval", "--closeset", "demo-known-0", "--head", "demo-mote-on-taco-0", *root)
+    assert said["encoder"] == "demo-taco-0"
+    plain = json.loads((tmp_path / "w/heads/demo-mean-finetuned-0/config.json").read_text())
+    assert (plain["head"]["kind"], plain["training"]["train"]) == ("mean", "both-towers")
+    settings = json.loads((tmp_path / "w/heads/demo-msta-0/config.json").read_text())
+    assert settings["data"]["adapted_encoder"] == "demo-clip"
 
 
 @pytest.mark.parametrize(

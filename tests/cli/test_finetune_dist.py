@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 from heads import load_head
 from heads.recipes import load_recipe, recipe_names
 from tests.support.processes.command_line import done, mote, refused
-from tests.support.processes.processes import Commands, command_starter
+from tests.support.processes.processes import REPOSITORY, Commands, command_starter
 from tests.support.worlds.dist_training import small_recipe, train_dist
 from tests.support.worlds.tiny_world import WORDS, make_encoder
 from tests.support.worlds.tuning import (
@@ -131,6 +134,34 @@ def test_kill_9_changes_no_bit(commands: Commands, trained: Path, root: Path, re
     assert again.end() == 0, again.words
     assert 0 < again.json["resumed_from"] < 6
     assert same_bits(files_of(root, "d"), files_of(trained, "d"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_torchrun_itself_trains_one_head_with_two_processes(root: Path, tmp_path: Path) -> None:
+    """The documented command, over gloo: what one process with twice the batch trains."""
+    recipe = small_recipe(tmp_path, mixed=False)
+    done(*train_dist(root, recipe, "one", batch_size=6))
+    command = train_dist(root, recipe, "two", batch_size=3)
+    torchrun = (Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2", "-m")
+    ended = subprocess.run(
+        [*torchrun, "cli.main", *command],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    summary = json.loads(ended.stdout)  # of the first process alone
+    assert (summary["processes"], summary["videos_per_step"]) == (2, 6)
+    one, two = files_of(root, "one"), files_of(root, "two")
+    assert difference(one["head"], two["head"]) < 2e-5
+    assert [record["samples"] for record in two["metrics"]] == [12, 12]
+    of_both = {
+        done("eval", "--closeset", "clips", "--head", name, "--root", root)["top1"]
+        for name in ("one", "two")
+    }
+    assert len(of_both) == 1
 
 
 def test_two_processes_are_one_with_twice_the_batch(

@@ -34,7 +34,8 @@ PAPERS = [f"dist-{data}-vit-{arch}" for data in ("k400", "ssv2") for arch in ("b
 PAPERS += ["paper-vit-b16", "paper-vit-l14"]
 PAPERS += ["msta-base-to-novel", "msta-few-shot", "msta-zero-shot"]
 PAPERS += [f"taco-k400-vit-{arch}" for arch in ("b16", "b32", "l14")]
-OWN = ["auto", "demo", "demo-dist", "dist", "end-to-end", "frozen-store", "msta", "taco"]
+OWN = ["auto", "demo", "demo-dist", "demo-msta", "demo-taco"]
+OWN += ["dist", "end-to-end", "frozen-store", "msta", "taco"]
 NAMES = sorted([*OWN, *PAPERS])
 
 

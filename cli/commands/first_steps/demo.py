@@ -21,8 +21,8 @@ def demo(
         str | None,
         typer.Option(
             metavar="NAME,...",
-            help="Methods to train: transformer, mote, dist (which looks at the videos again, some "
-            "minutes a seed). Default: transformer,mote.",
+            help="Methods to train: transformer, mote, and dist, msta and taco (which look at the "
+            "videos again, some minutes a seed). Default: transformer,mote.",
         ),
     ] = None,
     finetune: Annotated[

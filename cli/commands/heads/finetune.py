@@ -53,8 +53,8 @@ def finetune(
             help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo; "
             "for dist: dist, the default, dist-k400-vit-b16, dist-k400-vit-l14, dist-ssv2-vit-b16, "
             "dist-ssv2-vit-l14, demo-dist; for msta: msta, the default, msta-base-to-novel, "
-            "msta-few-shot, msta-zero-shot) or from a TOML file; options on the command line "
-            "override them.",
+            "msta-few-shot, msta-zero-shot, demo-msta) or from a TOML file; options on the command "
+            "line override them.",
         ),
     ] = None,
     name: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,6 +52,18 @@ def test_the_mean_of_a_class_by_hand(encoder: Encoder, normalise_first: bool) ->
         for row, number in zip(embeddings, (2, 0), strict=True):
             expected = by_hand(encoder, lines[number], normalise_first)
             torch.testing.assert_close(row.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_classes_that_look_alike_are_no_reason_to_warn(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is scored by descriptions: only class texts that coincide are a warning."""
+    same = replace(template_descriptions(CLASS_NAMES), spatial=(("a field",),) * len(CLASS_NAMES))
+    spatial, _ = descriptions_embeddings(encoder, same, CLASS_NAMES)
+    assert torch.equal(spatial[0], spatial[1])
+    assert not caplog.messages
+    encoder.class_embeddings(CLASS_NAMES, same.prompt_set("spatial", "fields"))
+    assert "no score can tell these classes apart" in caplog.text
 
 
 @pytest.mark.parametrize("normalise_first", [True, False])
