@@ -221,6 +221,7 @@ def test_one_class_is_too_few(root: Path, tmp_path: Path) -> None:
 def test_eval_measures_any_of_the_weights(trained: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     shutil.copytree(trained, root)
+    shutil.rmtree(root / "features", ignore_errors=True)
     place = ("eval", "--closeset", "clips", "--head", "r", "--allow-overlap", "--root", str(root))
 
     def extracted(message: str) -> None:
