@@ -337,15 +337,11 @@ def demo_table(
 
 
 def _measured(stores: dict[str, Store], head: Head | None, row: DemoRow) -> dict[str, float]:
-    """Measure close-set accuracy on the known classes and zero-shot accuracy on the new ones.
-
-    A method that a teacher holds leaves its head out for new classes, as published.
-    """
-    known_only = head is not None and method(head.config.kind).taught
+    """Measure close-set accuracy on the known classes and zero-shot accuracy on the new ones."""
     top1 = [
         evaluate_store(
             store,
-            None if known_only and protocol == "zeroshot" else head,
+            head,
             protocol=protocol,
             dataset=store.provenance.dataset,
             tests=build_test_sets(PROTOCOLS[protocol], store),

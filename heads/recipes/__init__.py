@@ -118,8 +118,13 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with mote."""
-    found = (entry.name for entry in files(__name__).iterdir())
-    return sorted(name.removesuffix(_SUFFIX) for name in found if name.endswith(_SUFFIX))
+    return sorted(_files())
+
+
+def _files() -> dict[str, Path]:
+    """Return the files of the recipes that come with mote, by name; the authors' lie apart."""
+    here = Path(str(files(__name__)))
+    return {path.stem: path for folder in (here, here / "papers") for path in folder.glob("*.toml")}
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -136,7 +141,7 @@ def load_recipe(name: str | Path) -> Recipe:
             f"there is no recipe {str(name)!r}: {one_of(name, recipe_names())} or name a {_SUFFIX} "
             "file"
         )
-    source = path if own else Path(str(files(__name__) / f"{name}{_SUFFIX}"))
+    source = path if own else _files()[str(name)]
     tables = read_toml(source, "name a recipe of mote or a file like those")
     _refuse_unknown(str(name), set(tables) - {"head", *_TABLES}, ["head", *_TABLES], "tables")
     for table in ("head", *_TABLES):

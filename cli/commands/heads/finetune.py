@@ -43,7 +43,8 @@ def finetune(
         typer.Option(
             metavar="NAME",
             help="The head: mote (the default), transformer, dist, which looks at the pixels "
-            "beside a tower that stays as it is, or msta, which adapts both towers.",
+            "beside a tower that stays as it is, msta, which adapts both towers, or taco, which "
+            "tunes both.",
         ),
     ] = None,
     recipe: Annotated[
@@ -53,8 +54,9 @@ def finetune(
             help="Settings by name (end-to-end, the default; paper-vit-b16, paper-vit-l14, demo; "
             "for dist: dist, the default, dist-k400-vit-b16, dist-k400-vit-l14, dist-ssv2-vit-b16, "
             "dist-ssv2-vit-l14, demo-dist; for msta: msta, the default, msta-base-to-novel, "
-            "msta-few-shot, msta-zero-shot, demo-msta) or from a TOML file; options on the command "
-            "line override them.",
+            "msta-few-shot, msta-zero-shot, demo-msta; for taco: taco, the default, "
+            "taco-k400-vit-b16, taco-k400-vit-l14, taco-k400-vit-b32, demo-taco) or from a TOML "
+            "file; options on the command line override them.",
         ),
     ] = None,
     name: Annotated[
