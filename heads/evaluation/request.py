@@ -108,7 +108,7 @@ class EvaluationRequest:
         newest = self.head is None and stores and self.workspace.own_runs()
         if self.head != MEAN_OF_FRAMES and not newest:
             run_dir = self.workspace.choose_run(self.head)
-        if self.store is None and not stores:
+        if self.store is None and not stores and not self.weights:  # whose encoder is not made yet
             _store(self, None if run_dir is None else read_card(run_dir))
 
     def fitting_store(
