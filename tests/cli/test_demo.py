@@ -162,6 +162,20 @@ def test_methods_that_train_on_videos_have_rows_beside_the_others(
     assert settings["data"]["adapted_encoder"] == "demo-clip"
 
 
+def test_a_method_that_tunes_the_towers_is_looked_at_through_its_own_encoder(
+    small_world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heads.demo, "KINDS", heads.demo.KINDS[-1:])  # mote as if it could only that
+    report = done("demo", "--methods", "mote", "--root", tmp_path)
+    assert [(row["head"], row["modulated"]) for row in report["rows"]] == [
+        *(("mean", False), ("mote", False)),
+    ]
+    assert (tmp_path / "encoders" / "demo-mote-0" / "open_clip_config.json").is_file()
+    data = ("demo-known-0", "--head", "demo-mote-0", "--no-modulate", "--root", tmp_path)
+    said = done("eval", "--closeset", *data)
+    assert said["top1"] == report["rows"][1]["closeset_top1"]
+
+
 @pytest.mark.parametrize(
     ("methods", "words"),
     [
