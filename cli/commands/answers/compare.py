@@ -54,7 +54,7 @@ def compare(
     Example: `mote-cli compare first second third`
     """
     from heads.evaluation.comparing.compare import choose_result
-    from heads.evaluation.comparing.published import published_beside
+    from heads.evaluation.comparing.published import backbone_of, published_beside
     from heads.evaluation.comparing.several import compare_all
 
     if len(results) == 1 and not published:
@@ -70,9 +70,7 @@ def compare(
     comparisons = compare_all([first, *others]) if others else None
     found = None
     if published:
-        found = published_beside(
-            first.values, backbone or options.architecture(workspace, first.values)
-        )
+        found = published_beside(first.values, backbone or backbone_of(workspace, first.values))
     value = {"a": str(first.path)} | ({} if comparisons is None else comparisons.to_json())
     report(json, value | (found or {}), _shown(comparisons, found))
 

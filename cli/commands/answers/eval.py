@@ -229,7 +229,7 @@ def evaluate(
     """
     from heads.evaluation import request as asked
     from heads.evaluation import sweeps as swept_values
-    from heads.evaluation.comparing.published import published_beside
+    from heads.evaluation.comparing.published import backbone_of, published_beside
     from heads.evaluation.protocols.choose import count_views, protocol_named
     from heads.evaluation.protocols.unseen import UnseenChoice
     from heads.files.run_files import tuned_runs
@@ -335,7 +335,7 @@ def evaluate(
     )
 
     def published(result: Mapping[str, Any]) -> dict[str, Any]:
-        return published_beside(result, options.architecture(workspace, result))
+        return published_beside(result, backbone_of(workspace, result))
 
     if trains:
         if tuned:

@@ -12,7 +12,7 @@ import typer
 
 from cli import options
 from cli.output import leave_it_to_the_first, percent, progress_of, report
-from featstore.errors import UserError, WorkError
+from featstore.errors import UserError, WorkError, counted
 from featstore.workspace import DATASET_FILE
 
 if TYPE_CHECKING:
@@ -125,6 +125,13 @@ def finetune(
             help="Train on all classes, or on the half with more (base) or fewer training videos.",
         ),
     ] = "all",
+    lists_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Take the shots from a clone of a repository with published lists, as eval does.",
+        ),
+    ] = None,
     class_sampling: options.ClassSampling = None,
     class_weights: options.ClassWeights = None,
     seed: options.TrainingSeed = None,
@@ -232,7 +239,7 @@ def finetune(
         with contact(ranks):
             with ranks.agreeing():
                 workspace = options.workspace(root)
-                choice = VideoChoice(shots, draw_seed, classes)
+                choice = VideoChoice(shots, draw_seed, classes, lists_from)
                 run = name or f"{dataset}-finetuned{choice.suffix}"
                 require_run_name(run)
                 first = None
@@ -353,7 +360,7 @@ def _facts(summary: FinetuneSummary, steps: Mapping[str, str]) -> dict[str, Any]
         **({"tokens": f"from {summary.tokens}"} if summary.tokens else {}),
         **({} if summary.excluded is None else {"excluded": summary.excluded.words}),
         **({"classes": Balance(**found).words} if (found := summary.class_balance) else {}),
-        "loss": f"{summary.loss:.4f} after {summary.epochs} epochs",
+        "loss": f"{summary.loss:.4f} after {counted(summary.epochs, 'epoch')}",
         "top-1" if summary.measure == "top1" else summary.measure: accuracy,
         "time": f"{summary.seconds:.0f} s, {summary.clips_per_second:.2f} clips/s, "
         f"{summary.waiting:.0%} waiting for data ({summary.precision} on {summary.device})",

@@ -15,8 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.commands import ADAPTED_BY
+from featstore.workspace import Workspace
+from heads.files.head_cards import read_card
 from heads.methods.settings import AsJson
 from pipeline.annotations.known_sets import known_dataset
+from pipeline.encoders.specs import local_architecture
 
 PUBLISHED_FILE: Final = Path(__file__).with_name("published.toml")
 
@@ -27,6 +31,8 @@ COMPARED: Final = {
 }
 UNKNOWN: Final = "unknown"
 _VIT = re.compile(r"vit[-_]?(b|l|h|g)[-_/]?(14|16|32)(?!\d)")
+_VICLIP = re.compile(r"viclip[-_]?(b|l)(?![a-z])")
+_VICLIPS: Final = {"b": "ViCLIP-B/16", "l": "ViCLIP-L/14"}
 
 
 @dataclass(frozen=True)
@@ -155,9 +161,28 @@ def count_note(figure: Published, result: Mapping[str, Any]) -> str:
 
 
 def architecture(encoder: str) -> str | None:
-    """Find the architecture in an encoder's name: "ViT-B/16" in "ViT-B-16/openai"; None without."""
+    """Find the architecture in an encoder's name: "ViT-B/16" in "ViT-B-16/openai"; None without.
+
+    The name of a run that adapts an encoder says nothing of it.
+    """
+    if encoder.startswith(ADAPTED_BY):
+        return None
+    if video := _VICLIP.search(encoder.lower()):
+        return _VICLIPS[video[1]]
     match = _VIT.search(encoder.lower())
     return None if match is None else f"ViT-{match[1].upper()}/{match[2]}"
+
+
+def backbone_of(workspace: Workspace, result: Mapping[str, Any]) -> str | None:
+    """Return the architecture of a result's image tower, found by the tower's name or folder.
+
+    Where adapters of a run changed the tower, it is that of the tower they are in.
+    """
+    spec = str(result.get("encoder", ""))
+    if spec.startswith(ADAPTED_BY):
+        card = read_card(workspace.run_dir(spec.removeprefix(ADAPTED_BY)))
+        spec = card.origin.adapted_encoder if card is not None else ""
+    return local_architecture(spec, workspace.root / "encoders") or architecture(spec)
 
 
 def _ours(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
