@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli import options
+from cli.commands.answers.compare import backbone_of
 from cli.commands.answers.eval_shown import base_to_novel_shown, fewshot_shown, report_evaluation
 from cli.output import leave_it_to_the_first, progress_of, report
 from featstore.errors import UserError
@@ -229,7 +230,7 @@ def evaluate(
     """
     from heads.evaluation import request as asked
     from heads.evaluation import sweeps as swept_values
-    from heads.evaluation.comparing.published import backbone_of, published_beside
+    from heads.evaluation.comparing.published import published_beside
     from heads.evaluation.protocols.choose import count_views, protocol_named
     from heads.evaluation.protocols.unseen import UnseenChoice
     from heads.files.run_files import tuned_runs

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from featstore.commands import ADAPTED_BY
-from featstore.workspace import Workspace
-from heads.files.head_cards import read_card
 from heads.methods.settings import AsJson
 from pipeline.annotations.known_sets import known_dataset
-from pipeline.encoders.specs import local_architecture
 
 PUBLISHED_FILE: Final = Path(__file__).with_name("published.toml")
 
@@ -171,18 +168,6 @@ def architecture(encoder: str) -> str | None:
         return _VICLIPS[video[1]]
     match = _VIT.search(encoder.lower())
     return None if match is None else f"ViT-{match[1].upper()}/{match[2]}"
-
-
-def backbone_of(workspace: Workspace, result: Mapping[str, Any]) -> str | None:
-    """Return the architecture of a result's image tower, found by the tower's name or folder.
-
-    Where adapters of a run changed the tower, it is that of the tower they are in.
-    """
-    spec = str(result.get("encoder", ""))
-    if spec.startswith(ADAPTED_BY):
-        card = read_card(workspace.run_dir(spec.removeprefix(ADAPTED_BY)))
-        spec = card.origin.adapted_encoder if card is not None else ""
-    return local_architecture(spec, workspace.root / "encoders") or architecture(spec)
 
 
 def _ours(result: Mapping[str, Any], backbone: str | None) -> dict[str, Any]:
