@@ -23,8 +23,9 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
         *("--name", "--recipe", "--method", "--train", "--epochs", "--warmup-epochs"),
         *("--patience", "--draws", "--validation", "--eval-split", "--evaluate-every"),
         *("--batch-size", "--accumulation", "--lr", "--weight-decay", "--layers", "--experts"),
-        *("--seed", "--shots", "--draw-seed", "--class-sampling", "--class-weights"),
-        *("--shrinkage", "--augment", "--save", "--blend", "--repeat", "--resume"),
+        *("--seed", "--shots", "--draw-seed", "--lists-from", "--class-sampling"),
+        *("--class-weights", "--shrinkage", "--augment", "--save", "--blend", "--repeat"),
+        "--resume",
     ),
     "Scores": (
         *("--modulate", "--projection", "--ensemble", "--fusion", "--sweep", "--allow-overlap"),

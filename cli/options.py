@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -280,13 +280,6 @@ def prompt_set(store: Store, text: str | None) -> str | None:
     from pipeline.prompts import held_prompt_set
 
     return None if text is None else held_prompt_set(store, text)
-
-
-def architecture(workspace: Workspace, result: Mapping[str, Any]) -> str | None:
-    """Return the architecture of a result's image tower, found by the tower's name or folder."""
-    from pipeline.encoders.specs import local_architecture
-
-    return local_architecture(str(result.get("encoder", "")), workspace.root / "encoders")
 
 
 def packed_class_names(workspace: Workspace, dataset: str) -> Sequence[str] | None:

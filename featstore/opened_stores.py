@@ -179,6 +179,8 @@ class OpenedStores:
                 )
             if damaged:
                 raise damaged[0]
+            if name is not None and not remote and split is not None:
+                make = self._of_split(paths[0], split, encoder_fingerprint, make)
             if make.encoder is None:
                 make = replace(make, encoder=self._usual_encoder())
             usual = self._workspace.features_dir(dataset) / make.file_name
@@ -224,6 +226,23 @@ class OpenedStores:
             self._said.add(line)
             log.log(level, "%s", line)
 
+    def _of_split(
+        self, path: Path, split: str, encoder: str | None, make: Extraction
+    ) -> Extraction:
+        """Return what makes the store at `path` with the split that it lacks; else `make`.
+
+        `encoder` is the fingerprint of the one that is needed, None for any.
+        """
+        from featstore.reading.repair import extraction_of  # as in `choose`
+
+        named = self._opened.get(path)
+        if named is None or isinstance(named, Exception) or _rows_of(named, split):
+            return make
+        made = named.provenance
+        if encoder not in (None, made.encoder_fingerprint) or not named.schema.pooled:
+            return make
+        return replace(extraction_of(made), dataset=make.dataset, split=make.split)
+
     def _usual_encoder(self) -> str | None:
         """Return the encoder of the data set's first readable store."""
         opened = (store for store in self._opened.values() if not isinstance(store, Exception))
@@ -258,8 +277,9 @@ def _require_match(
     reason = ""
     if not store.schema.pooled:
         reason = f"holds {store.tier}, not the embeddings that heads work on"
-    elif split is not None and (split not in names or not store.split(split).size):
-        reason = f"has no rows of split {split!r} (it has {', '.join(names) or 'none'})"
+    elif split is not None and not _rows_of(store, split):
+        held = [name for name in names if _rows_of(store, name)]
+        reason = f"has no rows of split {split!r} (it has {', '.join(held) or 'none'})"
     elif views is not None and store.schema.views != views:
         reason = f"has {counted(store.schema.views, 'view')}, not {views}"
     elif crops not in (None, made.crops):
@@ -270,6 +290,11 @@ def _require_match(
         reason = f"has sampling {made.sampling}, not {sampling}"
     if reason:
         raise UserError(f"{store.path.name} {reason}")
+
+
+def _rows_of(store: Store, split: str) -> int:
+    """Return how many rows of a split a store has, 0 for a split that it does not know."""
+    return len(store.split(split)) if split in store.split_names else 0
 
 
 def _require_remote_embeddings(url: str) -> None:

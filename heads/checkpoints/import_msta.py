@@ -44,7 +44,7 @@ def adapted_head(
 
     `clip` is the spec of the CLIP or ViCLIP that the adapters are for; `names` are the head's
     classes, None if they are not known; `frames` are those of a clip, None: what the file says,
-    else 8. Raises UserError without a CLIP, and for one that does not fit.
+    else those of the ViCLIP, or 8. Raises UserError without a CLIP, and for one that does not fit.
     """
     if clip is None:
         raise UserError(
@@ -55,7 +55,14 @@ def adapted_head(
     spec = lasting_spec(clip, encoders)
     loaded = load_clip(spec, encoders)
     config = checkpoint.build(int(loaded.model_config["embed_dim"]))
-    config = for_clip(replace(config, frames=frames or config.frames), loaded.model)
+    own = int(getattr(loaded.model.visual, "frames", 1))
+    wanted = frames or (own if own > 1 and not checkpoint.told else config.frames)
+    config = for_clip(replace(config, frames=wanted), loaded.model)
+    if own not in (1, wanted):
+        raise UserError(
+            f"clips of {wanted} frames do not fit {loaded.name}, which looks at {own} together: "
+            f"use --frames {own}"
+        )
     head = build_head(config, torch.zeros(len(names or ()), config.dim))
     cast(MstaHead, head).adapters.load_state_dict(checkpoint.state)
     bare = fingerprint(loaded.model, loaded.model_config)

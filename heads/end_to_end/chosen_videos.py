@@ -1,7 +1,8 @@
 """Which videos a fine-tuning learns from and is evaluated on: splits, shots, half of the classes.
 
 The draw and the halves are those of `heads.training.training_set`, so that a fine-tuning and a head
-of the same protocol, seed and number of shots learn from the same videos.
+of the same protocol, seed and number of shots learn from the same videos. Published lists are found
+and read as `eval --lists-from` does it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from featstore.errors import UserError
+from featstore.errors import UserError, counted
 from featstore.files.key_lists import Excluded
 from featstore.format.schema import RowArray
 from heads.end_to_end.config import FinetuneConfig
 from heads.end_to_end.validate import validation_split
-from heads.training.training_set import choose_training_set, suffix_of
+from heads.training.training_set import choose_training_set, shown, suffix_of
+from pipeline.annotations.known_sets import known_dataset
+from pipeline.annotations.published_lists import KeyIndex, ListRepository, read_published_list
 from pipeline.tars.dataset import Dataset, load_dataset
 from pipeline.video_clips.order import listed_clips
 
@@ -31,11 +34,27 @@ TRAIN_SPLIT: Final = "train"
 
 @dataclass(frozen=True)
 class VideoChoice:
-    """What is asked for: `shots` videos of each class (None: all), of "all" or "base" classes."""
+    """What is asked for: `shots` videos of each class (None: all), of "all" or "base" classes.
+
+    With `lists_from`, the folder of a clone, they are those of a published list: of the few-shot
+    list of so many shots, or of the list of base classes with the number `draw_seed`. Raises
+    UserError where no such list can be meant.
+    """
 
     shots: int | None = None
     draw_seed: int = 1
     half: str = "all"
+    lists_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.lists_from is None:
+            return
+        if self.shots is None:
+            raise UserError("--lists-from holds lists of shots: add --shots K, such as --shots 16")
+        if self.half == "novel":
+            raise UserError(
+                "--lists-from holds no training lists of novel classes: use --classes base, or all"
+            )
 
     @property
     def whole(self) -> bool:
@@ -45,7 +64,9 @@ class VideoChoice:
     @property
     def suffix(self) -> str:
         """The end of the name of a run."""
-        return suffix_of(self.half, self.shots, self.draw_seed)
+        if self.lists_from is None:
+            return suffix_of(self.half, self.shots, self.draw_seed)
+        return f"-k{self.shots}-list" if self.half == "all" else f"-base-s{self.draw_seed}-list"
 
     def to_json(self) -> dict[str, Any]:
         """Return what the settings of a run say, nothing if everything is trained on."""
@@ -76,30 +97,34 @@ def choose_videos(
     """Choose from the videos of `split` (None: of all) that are not `excluded`.
 
     Failed videos take part, so that the choice does not depend on failures; the training leaves
-    them out and reports them. Raises UserError for a word that is no half, and where a video may
-    show several classes.
+    them out and reports them. Raises UserError for a word that is no half, where a video may show
+    several classes, and for a published list that is not there or has videos outside the split.
     """
     if choice.whole:
         return ChosenVideos(dataset, None, frozenset(), "")
     listed = _Listed.of(dataset, split, excluded)
-    found = choose_training_set(
-        *(listed, np.arange(len(listed.keys))),
-        split=split,
-        shots=choice.shots,
-        draw_seed=choice.draw_seed,
-        half=choice.half,
-    )
-    chosen = {listed.keys[row] for row in found.rows.tolist()}
+    if choice.lists_from is None:
+        found = choose_training_set(
+            *(listed, np.arange(len(listed.keys))),
+            split=split,
+            shots=choice.shots,
+            draw_seed=choice.draw_seed,
+            half=choice.half,
+        )
+        rows, among, words = found.rows, found.classes, found.words
+    else:
+        rows, among, words = _of_list(listed, split, choice, choice.lists_from, excluded)
+    chosen = {listed.keys[row] for row in rows.tolist()}
     left_out = frozenset(listed.keys) - chosen
-    if found.classes is None:
-        return ChosenVideos(dataset, None, left_out, found.words)
-    classes = tuple(found.classes.tolist())
+    if among is None:
+        return ChosenVideos(dataset, None, left_out, words)
+    classes = tuple(among.tolist())
     names, raw = (
         tuple(held[label] for label in classes)
         for held in (dataset.class_names, dataset.raw_class_names)
     )
     part = replace(dataset, class_names=names, raw_class_names=raw)
-    return ChosenVideos(part, classes, left_out, found.words)
+    return ChosenVideos(part, classes, left_out, words)
 
 
 @dataclass(frozen=True)
@@ -136,6 +161,48 @@ class _Listed:
                 f"the videos of {self.dataset.name} may show several classes, and {what} needs one "
                 "class of each: leave it out"
             )
+
+
+def _of_list(
+    listed: _Listed, split: str | None, choice: VideoChoice, folder: Path, excluded: Collection[str]
+) -> tuple[RowArray, RowArray | None, str]:
+    """Return the rows of a published list, the labels of its base classes (None: all), and words.
+
+    A class is that of the data set, whatever number the list gives it.
+    """
+    listed.require_one_label("--lists-from")
+    dataset, few = listed.dataset, choice.half == "all"
+    repository = ListRepository(folder, known_dataset(dataset.name))
+    path = repository.shots(choice.shots or 0) if few else repository.seed(choice.draw_seed)
+    every = {*listed.keys, *(k for keys in dataset.keys_by_split.values() for k in keys)}
+    taken = set(read_published_list(path, KeyIndex(every)).keys) - set(excluded)
+    elsewhere = sorted(taken - set(listed.keys))
+    name = path.relative_to(folder)
+    if elsewhere:
+        are = counted(len(elsewhere), f"video of {name} is", f"videos of {name} are")
+        where = f"split {split}" if split else "the videos with a class"
+        raise UserError(
+            f"{are} not in {where}: {shown(elsewhere)}; name the split of the list with --split"
+        )
+    rows = np.array([at for at, key in enumerate(listed.keys) if key in taken], np.int64)
+    counts = np.bincount(listed.labels[rows], minlength=len(listed.class_names))
+    words = f"the {len(rows)} videos of list {name}"
+    wanted = np.arange(len(counts)) if few else np.flatnonzero(counts)
+    other = [f"{listed.class_names[c]} ({counts[c]})" for c in wanted if counts[c] != choice.shots]
+    if other:
+        log.warning(
+            "%s not have exactly %s in %s: %s",
+            counted(len(other), "class does", "classes do"),
+            *(counted(choice.shots or 0, "video"), name, shown(other)),
+        )
+    if few:
+        return rows, None, words
+    if len(wanted) == len(counts):
+        raise UserError(
+            f"{name} trains on all {len(counts)} classes, so that no class is novel: name the "
+            "folder of a list of the base classes only"
+        )
+    return rows, wanted, f"{words}, the {len(wanted)} base classes"
 
 
 def training_split(dataset: Dataset, asked: str | None) -> str | None:

@@ -291,11 +291,11 @@ def _describe(plan: Plan, config: FinetuneConfig, ranks: Ranks) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(TEACHER))
     log.info(
-        "training %s: %.1f of %.1f million parameters, %d videos in %d steps of %d "
-        "(%d x %d)%s, %s on %s",
+        "training %s: %.1f of %.1f million parameters, %s in %s of %d (%d x %d)%s, %s on %s",
         *(plan.trained, trained / 1e6),
         *(whole / 1e6,),
-        *(clips.n_listed, clips.steps_per_epoch, config.batch_size * ranks.world_size),
+        *(counted(clips.n_listed, "video"), counted(clips.steps_per_epoch, "step")),
+        *(config.batch_size * ranks.world_size,),
         *(ranks.world_size, config.batch_size, ", sharded (FSDP2)" if plan.shard else ""),
         *(plan.precision, ranks.device.type),
     )

@@ -121,11 +121,11 @@ def evaluate_many(
     Every listed row counts once per test set, as evaluated or as failed in extraction. Rows that
     several test sets share are computed once. All views of the store are fused; `views` ("4x3")
     only checks that the store has them. `prompt_set` defaults to the head's, else to the store's
-    only one. `frames` defaults to the number that the head was trained with, else to all stored
-    frames; a smaller number is taken at even steps. `clip_store` holds raw CLIP features of the
-    same keys and views for CLIP's part of an ensemble (default: `store` itself). `facts` go into
-    the result. With `confident` the details of a result hold the five best classes of every video
-    and how sure the model is of each, which `save_result` writes down. The head runs in
+    only one. `frames` of the video defaults to the number that the head was trained with, else to
+    all stored frames; a smaller number is taken at even steps. `clip_store` holds raw CLIP features
+    of the same keys and views for CLIP's part of an ensemble (default: `store` itself). `facts` go
+    into the result. With `confident` the details of a result hold the five best classes of every
+    video and how sure the model is of each, which `save_result` writes down. The head runs in
     `precision`, by default in bfloat16 if that is much faster (wide heads on processors that
     multiply it); means over frames, cosines and scores are always float32.
 
@@ -158,10 +158,18 @@ def evaluate_many(
     check_candidates(tests, scorings, text, head)
     where = resolve_device(device)
     arithmetic = resolve_precision(precision, head.config.dim, where)
-    stored = store.schema.frames
-    wanted = frames or (head.origin.frames if head.origin is not None else stored)
+    stored, together = store.schema.frames, store.provenance.clip_frames
+    wanted = head.origin.frames if head.origin is not None else stored
+    if frames is not None:
+        if frames % together:
+            raise UserError(
+                f"{frames} frames are no whole clips: {store.path.name} has one embedding for "
+                f"every {together}; ask for {together} or a multiple of it"
+            )
+        wanted = frames // together
     if wanted > stored:
-        log.warning("asked for %d frames, but the store has %d: using those", wanted, stored)
+        more, held = wanted * together, stored * together
+        log.warning("asked for %d frames, but the store has %d: using those", more, held)
     used = min(wanted, stored)
     chosen = segment_positions(stored, used) if used < stored else None
     measured = Measurement(store, tests)
@@ -183,7 +191,7 @@ def evaluate_many(
     record |= {
         "dataset": dataset,
         "head": head_name,
-        "frames": used,
+        "frames": used * together,
         "prompt_set": prompt_set,
         "device": where.type,
         "precision": arithmetic,

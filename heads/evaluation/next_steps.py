@@ -112,7 +112,9 @@ def after_extraction(store: Path, *, complete: bool = True) -> str:
     fitting = [card for card in cards(workspace) if card.origin.encoder_fingerprint == tower]
     trainable = training_split(_held_splits(metadata))
     own = [card for card in fitting if card.origin.dataset in (dataset, made.dataset)]
-    for card in own or (fitting if trainable is None or _is_zeroshot_set(dataset) else []):
+    asked = [card for card in fitting if f"{ADAPTED_BY}{card.name}" == made.encoder]
+    free = trainable is None or _is_zeroshot_set(dataset)
+    for card in own or asked or (fitting if free else []):
         found = _evaluation(workspace, dataset, card, store)
         if found is not None:
             return found
@@ -393,7 +395,7 @@ def _evaluation(
     named = None
     if len(fitting) > 1:  # the store at hand, else one like that of the head, else any
         alike = [e for e in fitting if card is not None and card.is_like(e.metadata.provenance)]
-        at_hand = [each for each in fitting if each.path == store]
+        at_hand = [e for e in fitting if store and e.path.absolute() == store.absolute()]
         named = (at_hand or alike or fitting)[0].path.stem
     if kind == "closeset" and split == _default_test({n for each in every for n in each.splits}):
         split = None

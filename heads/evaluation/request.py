@@ -179,11 +179,16 @@ class EvaluationRequest:
             sampling=self.sampling,
         )
 
+    @property
+    def ensembles(self) -> bool:
+        """Whether CLIP's own cosines have a share in the scores, under one setting at least."""
+        return self.score.ensemble is not None or sweeps.ENSEMBLE in self.swept
+
     def chosen_clip_store(self) -> Store | None:
         """Return the store of CLIP's own features; UserError if no ensemble would use it."""
         if self.clip_store is None:
             return None
-        if self.score.ensemble is None and sweeps.ENSEMBLE not in self.swept:
+        if not self.ensembles:
             raise UserError(
                 "--clip-store works only with --ensemble WEIGHT or --sweep ensemble=...: "
                 "add one of them, or leave --clip-store out"
@@ -246,6 +251,12 @@ def evaluate(request: EvaluationRequest, stages: Stages = no_stages) -> Evaluati
     from heads.files.head_file import choose_head  # loads torch, which `require_held` does not
 
     head, run_dir = choose_head(request.workspace, request.head)
+    adapts = head is not None and method(head.config.kind).adapts
+    if adapts and request.ensembles and request.clip_store is None:
+        raise UserError(
+            f"{run_dir.name} adapts both towers, so that its store has nothing of CLIP's own: name "
+            "a store of CLIP's with --clip-store, or leave the ensemble out"
+        )
     shares = request.swept.get(sweeps.BLEND)
     if request.weights:
         if head is None:

@@ -133,7 +133,7 @@ class EvalResult:
     crop: str = field(metadata=_how(decisive=True, identity=True))
     """What was cut from a scaled frame: "224x224 3 along the long side"."""
     frames: int = field(metadata=_how(decisive=True, identity=True))
-    """T, the number of frames per view that the head was given."""
+    """The number of frames per view that the head was given, or that its encoder saw together."""
     prompt_set: str = field(metadata=_how(identity=True))
     prompt_templates: list[str] | None = field(metadata=_how(decisive=True))
     encoder: str = field(metadata=_with(of="provenance"))

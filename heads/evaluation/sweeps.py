@@ -164,8 +164,8 @@ def require_tuned(run_dir: Path) -> _Tuned:
     own = _tuned(run_dir)
     if own is None:
         raise UserError(
-            f"{run_dir.name} has no tuned tower to blend with CLIP's: use --sweep blend with a "
-            "head that import-checkpoint made, or finetune without --train both-towers"
+            f"{run_dir.name} has no tuned tower to blend with CLIP's: --sweep blend is for heads "
+            "whose image tower alone was trained, by finetune or before import-checkpoint"
         )
     return own
 

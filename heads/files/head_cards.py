@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from featstore.errors import UserError
+from featstore.errors import UserError, WorkError
 from featstore.files.documents import parse_json
 from featstore.format.provenance import Provenance
 from featstore.opened_stores import Likely
@@ -82,12 +82,21 @@ def read_card(run_dir: Path) -> HeadCard | None:
 
 
 def adapting_card(workspace: Workspace, run: str) -> HeadCard:
-    """Return the card of a head that adapts both towers of an encoder; UserError for another."""
-    card = read_card(workspace.choose_run(run))
-    if card is None or not method(card.config.kind).adapts:
-        took = "" if card is None else f", which takes what {card.origin.encoder} makes"
+    """Return the card of a head that adapts both towers of an encoder.
+
+    Raises UserError for another head, WorkError for one whose file cannot be read.
+    """
+    run_dir = workspace.choose_run(run)
+    card = read_card(run_dir)
+    if card is None:
+        raise WorkError(
+            f"{run_dir / HEAD_FILE} is damaged, or does not say what it was made for: copy it "
+            "again or train again"
+        )
+    if not method(card.config.kind).adapts:
         raise UserError(
-            f"{run} is no head that adapts the towers of its encoder{took}: leave --head out"
+            f"{run} is no head that adapts the towers of its encoder, which takes what "
+            f"{card.origin.encoder} makes: leave --head out"
         )
     return card
 

@@ -175,6 +175,11 @@ def keeps_several_weights(kind: object) -> bool:
     return isinstance(kind, str) and kind in _registered and method(kind).taught
 
 
+def adapts_its_features(kind: object) -> bool:
+    """Return whether `kind`, from a record of any version, is a method that makes its features."""
+    return isinstance(kind, str) and kind in _registered and method(kind).adapts
+
+
 def read_checkpoint(file: Path) -> tuple[Method, Any]:
     """Return the method whose authors' format `file` has, and the checkpoint with checked tensors.
 

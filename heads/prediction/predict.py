@@ -170,6 +170,12 @@ class Predictor:
                 f"head {self.name}: {error}; name its encoder with --encoder"
             ) from error
         if origin is not None:
+            if self.request.head is None and origin.encoder_fingerprint != encoder.fingerprint:
+                raise UserError(
+                    f"{self.name}, the newest head, belongs to {origin.encoder}, not to "
+                    f"{self.encoder}: add --head mean for that encoder alone, or leave --encoder "
+                    "out"
+                )
             check_encoder(origin, self.encoder, encoder.fingerprint)
         return encoder
 

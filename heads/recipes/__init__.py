@@ -171,7 +171,17 @@ def finetune_recipe(asked: str | Path | None, kind: str | None) -> Recipe:
     `kind` is the method's name, None: the usual one. The recipe is then one for this method.
     """
     recipe = load_recipe(asked or method(kind or DEFAULT_METHOD).recipe)
-    return recipe if kind is None else replace(recipe, head={**recipe.head, "kind": kind})
+    if kind is None:
+        return recipe
+    own, settings = _method_of(recipe.head), {**recipe.training, **recipe.finetune}
+    left = [name for name in DERIVED if settings.get(name) == AUTO]
+    if own.pixels and own.name != kind and left:
+        raise UserError(
+            f"recipe {recipe.name} derives {', '.join(left)} for {own.title}, and "
+            f"{method(kind).title} is to be trained: choose another one, such as "
+            f"{method(kind).recipe}"
+        )
+    return replace(recipe, head={**recipe.head, "kind": kind})
 
 
 def _method_of(head: Mapping[str, Any]) -> Method:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from featstore.errors import UserError
+from featstore.errors import UserError, quoted
 from featstore.spelling import comparable
 from pipeline.annotations.class_names import LabelMap, comparable_words, spellings_shown
 from pipeline.annotations.listing import split_from_folder
@@ -78,8 +78,8 @@ def read_names(path: Path) -> dict[int, str]:
     for number, name in pairs:
         if not is_number(number) or not name or int(number) in names:
             raise UserError(
-                f"{str(path)!r}: {number!r}, {name!r} must be a number that is not used yet and a "
-                "class name: correct the file of class names"
+                f"{str(path)!r}: {quoted(number, 40)}, {quoted(name, 40)} must be a number that is "
+                "not used yet and a class name: correct the file of class names"
             )
         names[int(number)] = name.strip()
     if not names:

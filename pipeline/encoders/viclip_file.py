@@ -34,10 +34,10 @@ def load_viclip(path: Path) -> LoadedClip:
     that are missing, extra or of another shape.
     """
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = f"{path} is a folder" if path.is_dir() else f"{path} does not exist"
         raise UserError(
-            f"{path} {what}: viclip:FILE takes a weight file of ViCLIP, such as "
-            "ViCLIP-B_InternVid-FLT-10M.pth or a model.safetensors"
+            f"{what if path.name else 'viclip: names no file'}: viclip:FILE takes a weight file of "
+            "ViCLIP, such as ViCLIP-B_InternVid-FLT-10M.pth or a model.safetensors"
         )
     state = None if path.suffix == ".safetensors" else _read_pth(path)
     if state is None:

@@ -350,8 +350,11 @@ def test_a_head_for_other_features(own: World, tmp_path: Path) -> None:
     other = make_encoder(tmp_path / "other", seed=1)
     clip = next((own.videos / "val" / "run").iterdir())
     for encoder in (narrow, other):
-        line = refused(2, "predict", clip, "--encoder", encoder, "--root", own.root)
-        assert "the head was trained on features of" in line
+        predict = ("predict", clip, "--encoder", encoder, "--root", own.root)
+        assert "the head was trained on features of" in refused(2, *predict, "--head", "clips-mote")
+        line = refused(2, *predict)
+        assert "clips-mote, the newest head, belongs to" in line
+        assert "add --head mean for that encoder alone" in line
     shutil.rmtree(own.store)
     for encoder in (narrow, other):
         done("extract", "--dataset", "clips", "--encoder", encoder, *FRAMES, "--root", own.root)

@@ -112,6 +112,7 @@ def test_the_run_is_extracted_evaluated_and_predicts(trained: Path, packed: Path
     assert store.schema.frames == 1
     result = run_printed(summary["then"])
     assert (result["n_evaluated"], result["n_failed"]) == (6, 0)
+    assert result["frames"] == 4  # as seen, not one for the one embedding that holds them
     # What training measured: the same frames, pixels and weights.
     assert result["top1"] == pytest.approx(summary["top1"], abs=1e-6)
     new = done(
@@ -126,6 +127,34 @@ def test_the_run_is_extracted_evaluated_and_predicts(trained: Path, packed: Path
     assert done("verify", made["store"], "--root", trained)["damaged"] == []
     again = run_printed(summary["next"])
     assert again["partitions_done"] == 0
+
+
+def test_messages_name_the_head_and_the_store_at_hand(
+    trained: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "root")
+    monkeypatch.chdir(tmp_path)
+    place = ("--root", "root")
+    extract = ("extract", "--head", "m", *place)
+    done(*extract, "--dataset", "clips", "--split", "val")
+    store = ("--store", "head-m--uniform-4--val")
+    said = refused(2, "train-head", "--dataset", "clips", *store, *place)
+    assert "has no rows of split 'train' (it has val)" in said
+    assert "`mote-cli extract --dataset clips --head m --sampling uniform:4 --split train" in said
+    made = done(*extract, "--dataset", "clips", "--sampling", "middle:4")
+    assert "--head m --store head-m--middle-4" in made["next"]
+    evaluate = ("eval", "--closeset", "clips", "--head", "m", *store, *place)
+    for more in (("--ensemble", "0.5"), ("--sweep", "ensemble=0,1")):
+        assert "nothing of CLIP's own: name a store" in refused(2, *evaluate, *more)
+    said = refused(2, *evaluate, "--frames", "3")
+    assert "3 frames are no whole clips: head-m--uniform-4--val.zarr has one embedding for" in said
+    assert done(*evaluate, "--frames", "4")["frames"] == 4
+    assert "whose image tower alone was trained" in refused(2, *evaluate, "--sweep", "blend=0,1")
+    # A head that is asked for is what comes next, though the other data set could train one.
+    done("pack", "--dataset", "other", "--videos", packed.parent / "videos", *place)
+    made = done(*extract, "--dataset", "other")
+    assert made["next"].startswith("mote-cli eval ")
+    assert "--head m" in made["next"]
 
 
 def test_texts_and_clips_are_those_of_the_adapted_towers(trained: Path, packed: Path) -> None:
@@ -298,6 +327,12 @@ def test_a_viclip_is_adapted_too(root: Path, recipe: Path, tmp_path: Path) -> No
     assert result["top1"] == pytest.approx(summary["top1"], abs=1e-6)
     said = refused(2, *train(root, recipe, "w", "--encoder", spec, "--frames", "8"))
     assert "clips of 8 frames do not fit v, which looks at 4 together: use --frames 4" in said
+    out = tmp_path / "v.st"
+    done("export", "v", "--format", "official", "--out", out, "--root", root)
+    back = ("import-checkpoint", out, "--clip", spec, "--name", "back", "--root", root)
+    assert "8 frames do not fit v, which looks at 4 together" in refused(2, *back, "--frames", "8")
+    assert not (root / "heads/back").exists()
+    assert done(*back)["encoder"] == "head:back"
 
 
 def test_adapters_go_out_and_come_in(trained: Path, tmp_path: Path) -> None:
@@ -391,7 +426,12 @@ def test_descriptions_that_do_not_fit_are_refused(
     assert untouched(root) == before
 
 
-def test_only_such_heads_bring_an_encoder(trained: Path) -> None:
+def test_only_such_heads_bring_an_encoder(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "heads/m", tmp_path / "heads/cut")
+    file = tmp_path / "heads/cut/head.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    said = refused(1, "extract", "--dataset", "clips", "--head", "cut", "--root", tmp_path)
+    assert "head.safetensors is damaged, or does not say what it was made for" in said
     both = ("extract", "--dataset", "clips", "--head", "m", "--encoder", "tiny", "--root", trained)
     assert "brings its own encoder, without --encoder" in refused(2, *both)
     said = refused(2, "extract", "--dataset", "clips", "--head", "x", "--root", trained)

@@ -345,5 +345,8 @@ def test_settings_of_a_branch_beside_a_frozen_tower_fit_the_videos() -> None:
     assert recipe.finetune_config(lambda: 1 // 0, **settled).epochs == 3  # nobody is asked
     with pytest.raises(UserError, match="recipe dist derives batch_size, epochs"):
         recipe.finetune_config()
+    said = "recipe dist derives .* for DiST, and MSTA is to be trained: choose .* such as msta"
+    with pytest.raises(UserError, match=said):
+        finetune_recipe("dist", "msta")
     assert finetune_recipe(None, None).name == finetune_recipe(None, "mote").name == "end-to-end"
     assert finetune_recipe("end-to-end", "transformer").head_config(64).kind == "transformer"

@@ -10,9 +10,11 @@ import typer
 
 from cli import options
 from cli.output import Shown, report, table
+from featstore.commands import ADAPTED_BY
 from featstore.errors import UserError
 
 if TYPE_CHECKING:
+    from featstore.workspace import Workspace
     from heads.evaluation.comparing.compare import Comparison
     from heads.evaluation.comparing.several import Comparisons
     from heads.evaluation.outcomes import Paired
@@ -70,9 +72,7 @@ def compare(
     comparisons = compare_all([first, *others]) if others else None
     found = None
     if published:
-        found = published_beside(
-            first.values, backbone or options.architecture(workspace, first.values)
-        )
+        found = published_beside(first.values, backbone or backbone_of(workspace, first.values))
     value = {"a": str(first.path)} | ({} if comparisons is None else comparisons.to_json())
     report(json, value | (found or {}), _shown(comparisons, found))
 
@@ -204,3 +204,19 @@ def _many(pairs: Sequence[Paired], letter: str) -> str:
         f"{span([pair.only_a for pair in pairs])} only A: p = {span([pair.p for pair in pairs])} "
         "(exact McNemar tests, one each; --json has them all)"
     )
+
+
+def backbone_of(workspace: Workspace, result: Mapping[str, Any]) -> str | None:
+    """Return the architecture of a result's image tower, found by the tower's name or folder.
+
+    Where adapters of a run changed the tower, it is that of the tower they are in.
+    """
+    from heads.evaluation.comparing.published import architecture
+    from heads.files.head_cards import read_card
+    from pipeline.encoders.specs import local_architecture
+
+    spec = str(result.get("encoder", ""))
+    if spec.startswith(ADAPTED_BY):
+        card = read_card(workspace.run_dir(spec.removeprefix(ADAPTED_BY)))
+        spec = card.origin.adapted_encoder if card is not None else ""
+    return local_architecture(spec, workspace.root / "encoders") or architecture(spec)

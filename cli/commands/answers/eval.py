@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from cli import options
+from cli.commands.answers.compare import backbone_of
 from cli.commands.answers.eval_shown import base_to_novel_shown, fewshot_shown, report_evaluation
 from cli.output import leave_it_to_the_first, progress_of, report
 from featstore.errors import UserError
@@ -352,7 +353,7 @@ def evaluate(
     )
 
     def published(result: Mapping[str, Any]) -> dict[str, Any]:
-        return published_beside(result, options.architecture(workspace, result))
+        return published_beside(result, backbone_of(workspace, result))
 
     if trains:
         if tuned:

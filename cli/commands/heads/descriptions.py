@@ -127,7 +127,7 @@ def template(
         "descriptions": f"{out}, {len(names)} classes with {made.per_class} spatial and "
         f"{made.per_class} temporal sentences each, from templates",
         **use,
-        "request": "below; save the answer and check it" if prompt is None else prompt,
+        "request": f"{prompt or 'below'}; save the answer as {asked} and check it",
         "then": follow,
     }
     value = {

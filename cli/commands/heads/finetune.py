@@ -127,6 +127,13 @@ def finetune(
             help="Train on all classes, or on the half with more (base) or fewer training videos.",
         ),
     ] = "all",
+    lists_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Take the shots from a clone of a repository with published lists, as eval does.",
+        ),
+    ] = None,
     class_sampling: options.ClassSampling = None,
     class_weights: options.ClassWeights = None,
     seed: options.TrainingSeed = None,
@@ -238,7 +245,7 @@ def finetune(
         with contact(ranks):
             with ranks.agreeing():
                 workspace = options.workspace(root)
-                choice = VideoChoice(shots, draw_seed, classes)
+                choice = VideoChoice(shots, draw_seed, classes, lists_from)
                 run = name or f"{dataset}-finetuned{choice.suffix}"
                 require_run_name(run)
                 first = None

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from heads.evaluation.comparing.compare import SavedResult, differences
 from heads.evaluation.comparing.tradeoff_rows import Role, Setting, TradeoffRow, eval_option, is_of
-from heads.methods.registry import MEAN_OF_FRAMES
+from heads.methods.registry import MEAN_OF_FRAMES, adapts_its_features
 
 _PLAIN: Final = Setting(False, ())
 _FRAMES: Final = ("store", "frames", "prompt_set")
@@ -23,11 +23,12 @@ def baselines(
 ) -> tuple[list[TradeoffRow], list[str]]:
     """Return the rows of CLIP's mean of the heads' frames, and a line per missing result.
 
-    There is one row, or one for each choice of stores and frames among the heads of `rows`.
+    There is one row, or one for each choice of stores and frames among the heads of `rows`. Heads
+    that adapt their encoder have none: the mean of their features is their own answer.
     `wanted` are the columns; `results` are those of CLIP's mean, newest first; `root_option` as for
     `collect`.
     """
-    heads = [row for row in rows if row.head != MEAN_OF_FRAMES]
+    heads = [row for row in rows if row.head != MEAN_OF_FRAMES and not _is_a_mean(row)]
     groups: dict[tuple[Any, ...], list[TradeoffRow]] = {}
     for row in [row for row in heads if not row.setting.changes] or heads:
         groups.setdefault(_frames_of(row), []).append(row)
@@ -54,6 +55,10 @@ def baselines(
         names = tuple(dict.fromkeys(row.head for row in group)) if len(whole) > 1 else ()
         made.append(TradeoffRow(MEAN_OF_FRAMES, _PLAIN, tuple(chosen), names))
     return made, missing
+
+
+def _is_a_mean(row: TradeoffRow) -> bool:
+    return any(adapts_its_features(result.values.get("kind")) for result in row.found)
 
 
 def _frames_of(row: TradeoffRow) -> tuple[Any, ...]:

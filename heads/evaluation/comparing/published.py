@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from featstore.commands import ADAPTED_BY
 from heads.methods.settings import AsJson
 from pipeline.annotations.known_sets import known_dataset
 
@@ -27,6 +28,8 @@ COMPARED: Final = {
 }
 UNKNOWN: Final = "unknown"
 _VIT = re.compile(r"vit[-_]?(b|l|h|g)[-_/]?(14|16|32)(?!\d)")
+_VICLIP = re.compile(r"viclip[-_]?(b|l)(?![a-z])")
+_VICLIPS: Final = {"b": "ViCLIP-B/16", "l": "ViCLIP-L/14"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,14 @@ def count_note(figure: Published, result: Mapping[str, Any]) -> str:
 
 
 def architecture(encoder: str) -> str | None:
-    """Find the architecture in an encoder's name: "ViT-B/16" in "ViT-B-16/openai"; None without."""
+    """Find the architecture in an encoder's name: "ViT-B/16" in "ViT-B-16/openai"; None without.
+
+    The name of a run that adapts an encoder says nothing of it.
+    """
+    if encoder.startswith(ADAPTED_BY):
+        return None
+    if video := _VICLIP.search(encoder.lower()):
+        return _VICLIPS[video[1]]
     match = _VIT.search(encoder.lower())
     return None if match is None else f"ViT-{match[1].upper()}/{match[2]}"
 

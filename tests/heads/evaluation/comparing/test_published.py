@@ -139,6 +139,10 @@ def test_an_architecture_that_is_named_wins() -> None:
     assert architecture("ViT-L-14-quickgelu/dfn2b") == "ViT-L/14"
     assert architecture("/some/where/vit_b_32") == "ViT-B/32"
     assert architecture("RN50/openai") is None
+    assert architecture("viclip:/w/ViCLIP-B_InternVid-FLT-10M.pth") == "ViCLIP-B/16"
+    assert architecture("viclip:ViCLIP-L-14-hf/model.safetensors") == "ViCLIP-L/14"
+    assert architecture("viclip:other.pth") is None
+    assert architecture("head:vit-b-16-adapted") is None
 
 
 def test_the_figures_of_a_protocol() -> None:

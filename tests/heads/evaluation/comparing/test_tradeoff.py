@@ -332,6 +332,13 @@ def test_heads_of_other_stores_have_their_own_baselines(tmp_path: Path) -> None:
     assert (first.top1[0], second.top1[0]) == (60.0, 61.0)
 
 
+def test_the_mean_of_adapted_features_is_no_baseline(tmp_path: Path) -> None:
+    own = whole(tmp_path / "fine", 83.0, 83.4, 55.8, 70.2, kind="msta", modulate=False)
+    table = collect([own], baseline=tmp_path / "mean")
+    assert ([row.head for row in table.rows], table.baselines) == (["fine"], ())
+    assert table.missing == ()
+
+
 def test_a_head_without_new_classes_has_a_closeset_number_alone(tmp_path: Path) -> None:
     mote = whole(tmp_path / "mote", 83.0, 83.4, 55.8, 70.2)
     linear = tmp_path / "linear"
