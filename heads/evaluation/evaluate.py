@@ -132,8 +132,8 @@ def evaluate_many(
     stored_views = views_of(store)
     if views is not None and views != stored_views:
         raise UserError(
-            f"{store.path.name} has {counted(stored_views, 'view')}, but {views} were asked for: "
-            f"choose a store with {counted(views, 'view')}, or extract one"
+            f"{store.path.name} has {stored_views} views, but {views} were asked for: choose a "
+            f"store with {views} views, or extract one"
         )
     if named.kind == "closeset" and not knows_classes(head, text):
         head.require_classes(text.names)  # a head without texts cannot do what follows either
@@ -206,7 +206,7 @@ def _record(
     pixels = pixels_text(provenance.preprocessing, provenance.crops)
     agreeing, notes = count_notes(protocol, listed)
     if protocol.views and views not in protocol.views:
-        notes.append(f"{counted(views, 'view')}, published with {', '.join(protocol.views)}")
+        notes.append(f"{views} views, published with {', '.join(protocol.views)}")
     n_classes = max(len(labels) for labels in tested)
     if protocol.n_classes not in (None, n_classes):
         notes.append(
