@@ -146,8 +146,8 @@ def evaluate_many(
     stored_views = views_of(store)
     if views is not None and views != stored_views:
         raise UserError(
-            f"{store.path.name} has {stored_views} views, but {views} were asked for: "
-            f"choose a store with {views} views, or extract one"
+            f"{store.path.name} has {stored_views} views, but {views} were asked for: choose a "
+            f"store with {views} views, or extract one"
         )
     if named.kind == "closeset" and not knows_classes(head, text):
         head.require_classes(text.names)  # a head without texts cannot do what follows either

@@ -10,7 +10,7 @@ import typer
 
 from cli import options
 from cli.output import progress_of, report, results, table
-from featstore.errors import UserError, counted, counted_of
+from featstore.errors import UserError, counted_of
 
 if TYPE_CHECKING:
     from heads.prediction.answers import Answer
@@ -176,7 +176,7 @@ def _print_table(answer: Answer, head: str) -> None:
     """Print a video as a table of its classes, or of its windows with the best class of each."""
     if answer.error:
         return  # a warning has said it
-    parts: list[Any] = [f"{answer.path} ({counted(answer.num_frames or 0, 'frame')}, head {head})"]
+    parts: list[Any] = [f"{answer.path} ({answer.num_frames} frames, head {head})"]
     if answer.windows is None:
         rows = [[name, f"{score:.3f}"] for name, score in answer.best]
         parts.append(table("", ["class", "score"], rows))
