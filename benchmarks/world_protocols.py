@@ -29,8 +29,8 @@ from tests.support.processes.command_line import done
 
 SHOTS: Final = (4, 16)
 BASE_SHOTS: Final = 16
-EPOCHS: Final[dict[Any, int]] = {4: 20, 16: 5, "base": 10}
-"""Of a training end to end, so that each has 100 steps of 32 clips; 20 classes are base."""
+EPOCHS: Final[dict[Any, int]] = {4: 20, 16: 10, "base": 20}
+"""Of a training end to end: 100, 200 and 200 steps of 32 clips; 20 classes are base."""
 FRAMES: Final = 8
 BOTH: Final = {"recipe": "demo", "method": "mean", "train": "both-towers", "blend": 1}
 MOTE: Final = {"recipe": "demo", "epochs": 30}
