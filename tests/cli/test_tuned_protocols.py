@@ -13,6 +13,7 @@ import pytest
 from heads import load_head
 from heads.evaluation.next_steps import after_finetuning
 from tests.support.processes.command_line import done, refused
+from tests.support.worlds.tiny_world import WORDS
 from tests.support.worlds.tuning import finetune, tuning_workspace
 
 
@@ -21,12 +22,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace with runs: few (1 shot), base-1 and base-2, full, and best, with their stores."""
     folder = tuning_workspace(tmp_path_factory.mktemp("tuned"))
     plain = ("--epochs", "2")
+    lists = folder / "lists"
+    lists.mkdir()
+    listed = [f"train1 {name}.mp4 {label}\n" for label, name in enumerate(WORDS)]
+    (lists / "train_few_shot_1.txt").write_text("".join(listed))
     for name, more in {
         "few": ("--shots", "1"),
         "base-1": ("--shots", "1", "--classes", "base"),
         "base-2": ("--shots", "1", "--classes", "base", "--draw-seed", "2"),
         "full": (),
         "best": ("--shots", "1", "--save", "best"),
+        "listed": ("--shots", "1", "--lists-from", str(lists)),
     }.items():
         done(*finetune(folder, name, *plain, *more))
         done(
@@ -77,6 +83,16 @@ def test_few_shot_reports_the_last_epoch_and_names_the_best_in_training(root: Pa
     assert run["best_in_training"]["epoch"] == 1 + metrics.index(max(metrics))
     assert run["best_in_training"]["epoch_choice"] == "best on val"
     assert Path(value["files"][0]).is_file()
+
+
+def test_a_run_on_a_published_list_is_tested(root: Path) -> None:
+    trained = json.loads((root / "heads/listed/training-keys.json").read_text())["clips"]
+    assert len(trained) == 6
+    assert all("train1" in key for key in trained)
+    value = done("eval", "--fewshot", "clips", "--head", "listed", "--no-modulate", "--root", root)
+    (run,) = value["runs"]
+    assert (run["run"], run["shots"], run["n_trained"]) == ("listed", 1, 6)
+    assert "list train_few_shot_1.txt" in run["trained_on"]
 
 
 def test_base_to_novel_is_the_mean_of_the_runs(root: Path) -> None:
