@@ -256,7 +256,9 @@ def _require_match(
     """Raise UserError, which says why, if the store does not fit the arguments."""
     names, made = store.split_names, store.provenance
     reason = ""
-    if not store.schema.pooled:
+    if store.sequences:
+        reason = "holds sequences, not the equally many frames of every video that heads work on"
+    elif not store.schema.pooled:
         reason = f"holds {store.tier}, not the embeddings that heads work on"
     elif split is not None and (split not in names or not store.split(split).size):
         reason = f"has no rows of split {split!r} (it has {', '.join(names) or 'none'})"
