@@ -275,7 +275,9 @@ def _require_match(
     """Raise UserError, which says why, if the store does not fit the arguments."""
     names, made = store.split_names, store.provenance
     reason = ""
-    if not store.schema.pooled:
+    if store.sequences:
+        reason = "holds sequences, not the equally many frames of every video that heads work on"
+    elif not store.schema.pooled:
         reason = f"holds {store.tier}, not the embeddings that heads work on"
     elif split is not None and not _rows_of(store, split):
         held = [name for name in names if _rows_of(store, name)]

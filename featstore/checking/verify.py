@@ -28,6 +28,7 @@ from featstore.progress import Outcome, ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit, DamagedPartition
 from featstore.reading.coded_shards import CodedFeatures
 from featstore.reading.damage_notes import DamageNote, note_damage, note_path
+from featstore.reading.features import FeatureFiles
 from featstore.reading.shards import ShardFile
 from featstore.reading.store import Store
 
@@ -154,11 +155,39 @@ def _check_bytes(
                 raise files.damaged(tar, f"a label lies outside 0..{classes - 1}")
     if ((status != STATUS_OK) & (status != STATUS_FAILED)).any():
         raise files.damaged(tar, "a listed sample is neither ok nor failed")
-    checksums = files.numbers("checksum", tar)[: commit.rows]
-    if crc32c(checksums) != commit.checksum_crc32c:
-        raise files.damaged(tar, "row checksums are not those of the commit entry")
+    checksums = files.checksums(tar, commit)
+    if files.schema.sequences:
+        _check_sequences(files, tar, commit)
+        return
     if wrong := _wrong_features(files, tar, commit, status, checksums):
         raise files.damaged(tar, wrong)
+
+
+def _check_sequences(files: ChunkFiles, tar: int, commit: Commit) -> None:
+    """Read all frames of a partition of sequences, block by block; WorkError as `_check_bytes`."""
+    edges = files.lengths(tar, commit)
+    files.gaps(tar, commit.rows)
+    size = files.shape.chunk_rows
+    for name, shape in files.schema.sharded.items():
+        # A new reader, so that every block is compared, in whole and with its recorded checksum.
+        reader = FeatureFiles(files, {tar: commit}, lambda row: "", mapped=False, array=name)
+        before = -np.inf
+        try:
+            with ShardFile(files.path(name, tar), shape, commit.lines) as shard:
+                for number in range(shape.chunks(commit.lines)):
+                    shard.chunk(number)
+                    block, first = reader.block(tar, number), number * size
+                    if name == "features" and not_finite(block).any():
+                        raise ValueError(f"features of block {number} are not finite")
+                    if name == "pts":
+                        steps = np.diff(block, prepend=before)
+                        begun = edges[:-1][np.diff(edges) > 0] - first
+                        steps[begun[(begun >= 0) & (begun < len(block))]] = 0
+                        if not np.isfinite(block).all() or (steps < 0).any():
+                            raise ValueError(f"the times of block {number} descend")
+                        before = block[-1]
+        except ValueError as error:
+            raise files.damaged(tar, str(error)) from error
 
 
 def _wrong_features(
@@ -182,7 +211,8 @@ def _wrong_features(
         with ExitStack() as stack:
             shard = None
             if schema.mappable:
-                shard = stack.enter_context(ShardFile(files.path("features", tar), schema, rows))
+                path = files.path("features", tar)
+                shard = stack.enter_context(ShardFile(path, files.shape, rows))
             for number, first in enumerate(range(0, rows, schema.chunk_rows)):
                 last, end = min(first + schema.chunk_rows, rows), first + schema.chunk_rows
                 checksum = 0
@@ -250,8 +280,9 @@ def reencode(
 ) -> Reencoding:
     """Encode `count` ok rows again, drawn without repeats by `seed`, and compare.
 
-    Raises UserError if the store has no ok row, and whatever `encode` raises.
+    Raises UserError if the store has no ok row or holds sequences, and whatever `encode` raises.
     """
+    store.require_fixed_rows()
     usable = np.flatnonzero(store.status == STATUS_OK)
     if not len(usable):
         raise UserError(f"{store.path} has no row that is ok: there is nothing to encode again")

@@ -50,15 +50,17 @@ def wrong_labels(labels: npt.NDArray[np.int32], classes: int, multi_label: bool 
 
 
 def not_finite(features: FeatureArray) -> npt.NDArray[np.bool_]:
-    """Return which rows of float16 [n, ...] hold a number that is not finite; bool [n].
+    """Return which rows of [n, ...] hold a number that is not finite; bool [n].
 
     Whole numbers are always finite. Infinities and NaN have all bits of the exponent set, so they
     are the largest bit patterns of their sign. Comparing bit patterns is ten times as fast as
-    numpy's test of float16 values, and needs no memory.
+    numpy's test of float16 values, and needs no memory; other types have numpy's test.
     """
     if features.dtype.kind != "f":
         return np.zeros(len(features), np.bool_)
     flat = features.reshape(len(features), -1)
+    if features.dtype != np.float16:
+        return np.array([not np.isfinite(row).all() for row in flat], np.bool_)
     signed, unsigned = flat.view(np.int16), flat.view(np.uint16)
     if signed.max() < _INFINITY and unsigned.max() < _NEGATIVE_INFINITY:
         return np.zeros(len(features), np.bool_)

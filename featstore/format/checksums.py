@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.files.bounded import read_bounded
-from featstore.format.schema import CRC_BYTES
+from featstore.format.array_spec import CRC_BYTES
 
 Checksums = npt.NDArray[np.uint32]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from featstore.commands import command, workspace_of
 from featstore.errors import UserError, WorkError
+from featstore.format.array_spec import CRC_BYTES
 from featstore.format.checksums import crc32c, read_checked
 from featstore.format.metadata import (
     ARRAY_METADATA_LIMIT,
@@ -25,7 +26,7 @@ from featstore.format.metadata import (
     read_node,
 )
 from featstore.format.provenance import Provenance
-from featstore.format.schema import CLASS_TEXT_GROUP, CRC_BYTES, FloatArray, class_text_spec
+from featstore.format.schema import CLASS_TEXT_GROUP, FloatArray, class_text_spec
 
 DEFAULT_PROMPTS: Final = "mote28"
 """The prompt set that is made and used if none is named."""

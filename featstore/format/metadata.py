@@ -19,6 +19,7 @@ from featstore.commands import remake_command
 from featstore.errors import UserError, one_line
 from featstore.files.bounded import read_bounded
 from featstore.files.documents import parse_json
+from featstore.format.array_spec import ArraySpec
 from featstore.format.checksums import crc32c
 from featstore.format.provenance import Provenance
 from featstore.format.schema import (
@@ -26,7 +27,6 @@ from featstore.format.schema import (
     FORMAT_NAME,
     FORMAT_VERSION,
     MAX_SPLITS,
-    ArraySpec,
     StoreSchema,
     array_attributes,
 )
@@ -100,7 +100,7 @@ class StoreMetadata:
         """The store's own `zarr.json` as a JSON-ready dict."""
         attributes = {
             "format": FORMAT_NAME,
-            "format_version": FORMAT_VERSION,
+            "format_version": self.schema.version,
             "schema": self.schema.to_json(),
             "provenance": self.provenance.to_json(),
             "logit_scale": self.provenance.logit_scale,
@@ -333,8 +333,11 @@ def _parse_group(store: Path, node: dict[str, Any]) -> StoreMetadata:
             f"`{remake_command(store)}`"
         )
     try:
+        schema = StoreSchema(**sizes)
+        if schema.version > version:
+            raise ValueError(f"format version {version} has no sequences")
         return StoreMetadata(
-            StoreSchema(**sizes),
+            schema,
             provenance,
             tuple(tar_entry(tar) for tar in tars),
             *(tuple(names or ()) for names in texts),

@@ -4,6 +4,10 @@ Dimension letters: N rows = tars x capacity, V views, F frames, D dim of the emb
 docstrings say [V, F, D] for features, a store of another tier has [V, F, *item]
 (`featstore.format.tiers`).
 
+A store of sequences has rows of their own length over one flat axis of frames, of which every tar
+has a part of `frame_capacity`. Its features, `pts` and `frame_index` are sharded along that axis in
+blocks of equally many frames; V is the number of crops.
+
 Row `tar * capacity + position` belongs to sample `position` of tar `tar`. Each tar has exactly one
 chunk (shard) file of every array, so that partitions never share a file. The metadata files are
 written from these specifications, and every store is checked against them before a chunk is read.
@@ -13,16 +17,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import UserError
+from featstore.format.array_spec import (
+    BYTES_CODEC,
+    CRC_CODEC,
+    SINGLE_BYTES_CODEC,
+    VLEN_CODEC,
+    ZSTD_CODEC,
+    ArraySpec,
+    ShardShape,
+)
 from featstore.format.tiers import EMBEDDINGS, Tier
 
 FORMAT_NAME: Final = "mote-features"
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""The newest version. A store of fixed rows is of version 1, which earlier readers read."""
 
 STATUS_EMPTY: Final = 0
 STATUS_OK: Final = 1
@@ -39,30 +54,39 @@ MAX_SPLITS: Final = 32
 # arrays that can be mapped. Of Blosc's filters, bitshuffle saves most on float16 features (they
 # take 86 % of their size with zstd, 88 % with lz4).
 CODECS: Final = ("none", "zstd", "lz4")
-_BLOSC_LEVEL: Final = {"zstd": 1, "lz4": 5}
-# The type of one stored number of the features: float16, int8 with a scale per dimension, or uint8
-# for pixels.
-FEATURE_TYPES: Final = ("float16", "int8", "uint8")
+BLOSC_LEVEL: Final = {"zstd": 1, "lz4": 5}
+# The type of one stored number of the features: float16, int8 with a scale per dimension, uint8 for
+# pixels, or float32 for motions.
+FEATURE_TYPES: Final = ("float16", "int8", "uint8", "float32")
 # This number stands for NaN, which int8 lacks; the quantised numbers are -127..127.
 INT8_MISSING: Final = -128
-# Blosc adds a header of 16 bytes to a chunk it cannot compress.
-BLOSC_HEADER_BYTES: Final = 16
-
-CRC_BYTES: Final = 4
-# The offset and the length of an inner chunk that a shard does not hold (Zarr v3 sharding).
-ABSENT: Final = 2**64 - 1
 
 # These limits are far beyond any data set and still need little memory: a reader keeps 13 bytes per
 # inner chunk, and one decoded chunk. Blosc cannot make larger chunks either.
 MAX_CHUNKS: Final = 2**24
 MAX_CHUNK_BYTES: Final = 2**31 - 1
+MAX_FRAMES: Final = 2**40  # of all sequences of a store
+# A part of the axis of frames that is not used costs 16 bytes a block, so there is room for 2.9
+# hours at 25 frames a second even where the videos of the first tars are short.
+LEAST_FRAME_CAPACITY: Final = 2**18
 FEATURE_SCALE: Final = "feature_scale"
 CLASS_TEXT_GROUP: Final = "class_text"
 
 COMMIT_ENTRIES: Final = ("rows", "checksum_crc32c", "features_bytes", "unix_time")
+_SEQUENCE_ENTRIES: Final = (*COMMIT_ENTRIES, "frames")
 
 SPANS: Final = "spans"
-"""The one array of a partition that only some stores have: those of several classes a video."""
+"""The array that only stores of several classes a video have."""
+GAPS: Final = "gaps"
+_SEQUENCE_ARRAYS: Final = (GAPS, "first_frame", "length")
+"""The small arrays that only stores of sequences have."""
+FRAME_ARRAYS: Final = ("features", "pts", "frame_index")
+"""The arrays along the flat axis of frames, in the order of the columns of `checksum`."""
+# For the two of them that are always there: data type, fill value, units.
+_FRAME_NUMBERS: Final[dict[str, tuple[str, int | str, str]]] = {
+    "pts": ("float64", "NaN", "seconds"),
+    "frame_index": ("int32", -1, "frames"),
+}
 
 _ROW: Final = ("row",)
 _FRAME: Final = ("row", "view", "frame")
@@ -73,101 +97,31 @@ _CHUNK_PER_TAR: Final[dict[str, tuple[str, int | str, tuple[str, ...], str]]] = 
     "reason": ("string", "", _ROW, ""),
     "label": ("int32", -1, _ROW, ""),
     SPANS: ("string", "", _ROW, ""),
+    GAPS: ("string", "", _ROW, ""),
     "num_frames": ("int32", 0, _ROW, "frames"),
     "fps": ("float32", "NaN", _ROW, "frames per second"),
     "status": ("uint8", STATUS_EMPTY, _ROW, ""),
     "splits": ("uint32", 0, _ROW, ""),
     "container_frames": ("int32", 0, _ROW, "frames"),
     "damaged_packets": ("int32", 0, _ROW, "packets"),
+    "first_frame": ("int64", 0, _ROW, "frames"),
+    "length": ("int64", 0, _ROW, "frames"),
     "frame_index": ("int32", -1, _FRAME, "frames"),
     "pts": ("float64", "NaN", _FRAME, "seconds"),
     "checksum": ("uint32", 0, _ROW, ""),
     "chunk_checksum": ("uint32", 0, ("tar", "small_array"), ""),
     "commit": ("uint64", 0, ("tar", "entry"), ""),
 }
-# The arrays with one file per partition that every store has.
-PARTITION_ARRAYS: Final = (*(name for name in _CHUNK_PER_TAR if name != SPANS), "features")
+SOME_HAVE: Final = (SPANS, *_SEQUENCE_ARRAYS)
+"""The arrays with one file per partition that only some stores have."""
+# Those that every store has.
+PARTITION_ARRAYS: Final = (*(name for name in _CHUNK_PER_TAR if name not in SOME_HAVE), "features")
 
-_BYTES: Final[dict[str, Any]] = {"name": "bytes", "configuration": {"endian": "little"}}
-_SINGLE_BYTES: Final[dict[str, Any]] = {"name": "bytes"}
-_CRC: Final[dict[str, Any]] = {"name": "crc32c"}
-_VLEN: Final[dict[str, Any]] = {"name": "vlen-utf8", "configuration": {}}
-_ZSTD: Final[dict[str, Any]] = {"name": "zstd", "configuration": {"level": 3, "checksum": False}}
 # The codecs of small arrays by data type; all other types use the codecs of multi-byte numbers.
-_CODECS: Final = {"string": (_VLEN, _ZSTD, _CRC), "uint8": (_SINGLE_BYTES, _CRC)}
-
-
-@dataclass(frozen=True)
-class ArraySpec:
-    """One array of the store, with everything that its `zarr.json` needs.
-
-    `chunks` is the shape that one file holds. If `shards` is given, a file holds that shape instead
-    and `chunks` is the shape of an inner chunk. `dtype` is the Zarr v3 data type name. `fill` is
-    the fill value in JSON, so NaN is the string "NaN".
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    chunks: tuple[int, ...]
-    shards: tuple[int, ...] | None
-    fill: int | str
-    codecs: tuple[dict[str, Any], ...]
-    dimension_names: tuple[str, ...]
-    units: str
-
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """The little-endian numpy type of a numeric array; ValueError for strings."""
-        if self.dtype == "string":
-            raise ValueError("a string array has no fixed-width numpy type")
-        return np.dtype(self.dtype).newbyteorder("<")
-
-    @property
-    def file_bytes(self) -> int:
-        """The size of a chunk file of a numeric array that is neither sharded nor compressed."""
-        return math.prod(self.chunks) * self.numpy_dtype.itemsize + CRC_BYTES
-
-    @property
-    def missing(self) -> float | str:
-        """The value of rows that were not written: the fill value as a number or a text."""
-        return float("nan") if self.fill == "NaN" else self.fill
-
-    def metadata(self, attributes: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return the array's `zarr.json` (Zarr v3 core specification) as a JSON-ready dict."""
-        codecs: list[dict[str, Any]] = [dict(codec) for codec in self.codecs]
-        if self.shards is not None:
-            codecs = [
-                {
-                    "name": "sharding_indexed",
-                    "configuration": {
-                        "chunk_shape": list(self.chunks),
-                        "codecs": codecs,
-                        "index_codecs": [_BYTES, _CRC],
-                        "index_location": "end",
-                    },
-                }
-            ]
-        units = {"units": self.units} if self.units else {}
-        return {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": list(self.shape),
-            "data_type": self.dtype,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": list(self.shards or self.chunks)},
-            },
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": self.fill,
-            "codecs": codecs,
-            "attributes": units | (attributes or {}),
-            "dimension_names": list(self.dimension_names),
-            "storage_transformers": [],
-        }
-
-    def chunk_key(self, tar: int) -> str:
-        """Return the key, relative to the array, of the one file that belongs to `tar`."""
-        return "/".join(["c", str(tar), *["0"] * (len(self.shape) - 1)])
+_CODECS: Final = {
+    "string": (VLEN_CODEC, ZSTD_CODEC, CRC_CODEC),
+    "uint8": (SINGLE_BYTES_CODEC, CRC_CODEC),
+}
 
 
 @dataclass(frozen=True)
@@ -179,8 +133,13 @@ class StoreSchema:
     width of the class texts. `codec` compresses the features, and `feature_type` is the type they
     are stored as; int8 is read as float16. `tier` says what an item is (`featstore.format.tiers`):
     by default an embedding [dim], for which `item` may be left out. With `multi_label` a video may
-    show several classes, which the array `spans` holds. Raises ValueError if a size is
-    not positive, `chunk_rows` is no divisor, codec, type or tier is unknown, or they do not fit.
+    show several classes, which the array `spans` holds.
+
+    With a `frame_capacity` the store holds sequences: a partition has room for so many frames, a
+    frame is [views, *item] (or [*item] with one view) and a line of the features, `frames` is 1,
+    and `chunk_rows`, a divisor of `frame_capacity`, counts frames.
+    Raises ValueError if a size is not positive, `chunk_rows` is no divisor, codec, type or tier is
+    unknown, or they do not fit.
     """
 
     tars: int
@@ -194,6 +153,7 @@ class StoreSchema:
     tier: str = EMBEDDINGS
     item: tuple[int, ...] = ()
     multi_label: bool = False
+    frame_capacity: int = 0
 
     def __post_init__(self) -> None:
         # JSON gives a list. An embedding is as wide as the class texts.
@@ -211,10 +171,14 @@ class StoreSchema:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}: it must be a positive whole number")
-        if self.capacity % self.chunk_rows:
-            raise ValueError(
-                f"chunk_rows {self.chunk_rows} does not divide the capacity {self.capacity}"
-            )
+        if type(self.frame_capacity) is not int or self.frame_capacity < 0:
+            raise ValueError(f"frame_capacity is {self.frame_capacity!r}: it must be a size")
+        if self.lines % self.chunk_rows:
+            raise ValueError(f"chunk_rows {self.chunk_rows} does not divide the {self.lines} lines")
+        if self.sequences and (self.frames != 1 or self.lines * self.tars > MAX_FRAMES):
+            raise ValueError("sequences have 1 frame a line, and at most 2**40 lines")
+        if tier.of_sequences and not self.sequences:
+            raise ValueError(f"{tier.text} is kept as sequences only")
         tier.check_item(self.item)
         if tier.pooled and self.item != (self.dim,):
             raise ValueError(f"embeddings are {list(self.item)}, class texts {self.dim} wide")
@@ -240,18 +204,29 @@ class StoreSchema:
         tier: str = EMBEDDINGS,
         item: tuple[int, ...] = (),
         multi_label: bool = False,
+        most_frames: int | None = None,
     ) -> StoreSchema:
-        """Make a schema whose inner chunks are as large as possible, up to about 1.5 MB."""
+        """Make a schema whose inner chunks are as large as possible, up to about 1.5 MB.
+
+        With `most_frames` it is of sequences, of which a partition must have room for so many
+        frames; `frames` is then 1.
+        """
         kind = Tier.parse(tier).feature_types[0]
         row_bytes = views * frames * math.prod(item or (dim,)) * np.dtype(kind).itemsize
-        wanted = max(1, min(capacity, TARGET_CHUNK_BYTES // max(1, row_bytes)))
-        chunk_rows = next((n for n in range(wanted, 0, -1) if capacity % n == 0), 1)
+        wanted = max(1, TARGET_CHUNK_BYTES // max(1, row_bytes))
+        if most_frames is None:
+            wanted, frame_capacity = min(capacity, wanted), 0
+            chunk_rows = next((n for n in range(wanted, 0, -1) if capacity % n == 0), 1)
+        else:
+            chunk_rows = wanted
+            frame_capacity = -(-max(LEAST_FRAME_CAPACITY, most_frames) // wanted) * wanted
         return cls(
             *(tars, capacity, views, frames, dim, chunk_rows),
             feature_type=kind,
             tier=tier,
             item=item,
             multi_label=multi_label,
+            frame_capacity=frame_capacity,
         )
 
     def to_json(self) -> dict[str, int | str | list[int]]:
@@ -268,7 +243,8 @@ class StoreSchema:
     @property
     def per_tar_arrays(self) -> tuple[str, ...]:
         """The arrays with one small chunk per tar, but for `commit`, in the order of writing."""
-        without = {"commit"} if self.multi_label else {"commit", SPANS}
+        without = {"commit", *(() if self.multi_label else (SPANS,))}
+        without |= {*(_FRAME_NUMBERS if self.sequences else _SEQUENCE_ARRAYS)}
         return tuple(name for name in _CHUNK_PER_TAR if name not in without)
 
     @property
@@ -282,7 +258,44 @@ class StoreSchema:
 
         The commit entry comes last, because it marks the partition as done.
         """
-        return (*self.per_tar_arrays, "features", "commit")
+        frame_numbers = tuple(_FRAME_NUMBERS) if self.sequences else ()
+        return (*self.per_tar_arrays, *frame_numbers, "features", "commit")
+
+    @property
+    def version(self) -> int:
+        """The version of the format that such a store has: the first that has what it needs."""
+        return 2 if self.sequences else 1
+
+    @property
+    def sequences(self) -> bool:
+        """Whether rows have their own length, over a flat axis of frames."""
+        return self.frame_capacity > 0
+
+    @property
+    def lines(self) -> int:
+        """The lines of features that a partition has room for: frames of sequences, else rows."""
+        return self.frame_capacity or self.capacity
+
+    @property
+    def commit_entries(self) -> tuple[str, ...]:
+        """The numbers of a commit entry."""
+        return _SEQUENCE_ENTRIES if self.sequences else COMMIT_ENTRIES
+
+    @cached_property
+    def sharded(self) -> dict[str, ShardShape]:
+        """The shapes of the shards of all arrays that are sharded."""
+        features = ShardShape(
+            *(self.tars, self.lines, self.chunk_rows, self.row_shape, self.feature_type),
+            codec=self.codec,
+            fill={"int8": INT8_MISSING, "uint8": 0}.get(self.feature_type, "NaN"),
+        )
+        if not self.sequences:
+            return {"features": features}
+        numbers = {
+            name: ShardShape(self.tars, self.lines, self.chunk_rows, (), dtype, "none", fill)
+            for name, (dtype, fill, _) in _FRAME_NUMBERS.items()
+        }
+        return {"features": features, **numbers}
 
     @property
     def rows(self) -> int:
@@ -291,12 +304,17 @@ class StoreSchema:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The shape (views, frames, *item) of one row of features."""
+        """The shape (views, frames, *item) of one row of features.
+
+        Of sequences, the shape of a frame: (views, *item), or *item if there is one view.
+        """
+        if self.sequences:
+            return (self.views, *self.item) if self.views > 1 else self.item
         return self.views, self.frames, *self.item
 
     @property
     def row_bytes(self) -> int:
-        """The size in bytes of one row of features in memory."""
+        """The size in bytes of one row of features (of sequences: of one frame) in memory."""
         return math.prod(self.row_shape) * self.dtype.itemsize
 
     @property
@@ -333,48 +351,29 @@ class StoreSchema:
     @property
     def chunk_bytes(self) -> int:
         """The size in bytes of one inner chunk of the features as stored, before compression."""
-        width = np.dtype(self.feature_type).itemsize
-        return self.chunk_rows * math.prod(self.row_shape) * width
+        return self.sharded["features"].chunk_bytes
 
     @property
     def chunks_per_shard(self) -> int:
         """The number of inner chunks in one shard of the features."""
-        return self.capacity // self.chunk_rows
-
-    @property
-    def index_bytes(self) -> int:
-        """The size of a shard's index: offset and length (u8) per inner chunk, then its crc32c."""
-        return 16 * self.chunks_per_shard + CRC_BYTES
+        return self.sharded["features"].chunks_per_shard
 
     def shard_bytes(self, rows: int) -> int:
-        """Return the size in bytes of the features file of a partition that lists `rows` samples.
+        """Return the size in bytes of the features file of so many rows (frames of sequences).
 
         Inner chunks that hold no listed row are absent from the shard. With a codec, the result is
         the largest size that the file can have.
         """
-        chunks = -(-rows // self.chunk_rows)
-        header = 0 if self.codec == "none" else BLOSC_HEADER_BYTES
-        return chunks * (self.chunk_bytes + header + CRC_BYTES) + self.index_bytes
-
-    def shard_can_have(self, size: int, rows: int) -> bool:
-        """Return whether the features file of `rows` samples can have this size in bytes."""
-        most = self.shard_bytes(rows)
-        return size == most if self.codec == "none" else self.index_bytes < size <= most
+        return self.sharded["features"].shard_bytes(rows)
 
     def arrays(self) -> dict[str, ArraySpec]:
         """Return every array of the store except the class texts (see `class_text_spec`)."""
-        arrays = {
-            "features": ArraySpec(
-                shape=(self.rows, *self.row_shape),
-                dtype=self.feature_type,
-                chunks=(self.chunk_rows, *self.row_shape),
-                shards=(self.capacity, *self.row_shape),
-                fill={"int8": INT8_MISSING, "uint8": 0}.get(self.feature_type, "NaN"),
-                codecs=self._feature_codecs(),
-                dimension_names=(*_FRAME, *Tier.parse(self.tier).dimension_names),
-                units="",
-            )
-        }
+        item = Tier.parse(self.tier).dimension_names
+        first = ("frame", *(("crop",) if self.views > 1 else ())) if self.sequences else _FRAME
+        arrays = {"features": self._sharded_spec("features", self._feature_codecs(), first + item)}
+        for name in self.sharded.keys() - arrays.keys():
+            units = _FRAME_NUMBERS[name][2]
+            arrays[name] = self._sharded_spec(name, (BYTES_CODEC, CRC_CODEC), ("frame",), units)
         # For each dimension: the size of the array and the size of a chunk.
         sizes = {
             "row": (self.rows, self.capacity),
@@ -382,42 +381,63 @@ class StoreSchema:
             "view": (self.views, self.views),
             "frame": (self.frames, self.frames),
             "small_array": (len(self.small_arrays), len(self.small_arrays)),
-            "entry": (len(COMMIT_ENTRIES), len(COMMIT_ENTRIES)),
+            "entry": (len(self.commit_entries), len(self.commit_entries)),
+            "block": (self.tars * self.chunks_per_shard, self.chunks_per_shard),
+            "frame_array": (len(FRAME_ARRAYS), len(FRAME_ARRAYS)),
         }
         for array in (*self.per_tar_arrays, "commit"):
             dtype, fill, names, units = _CHUNK_PER_TAR[array]
+            if self.sequences and array == "checksum":
+                names = ("block", "frame_array")
             shape, chunks = zip(*(sizes[name] for name in names), strict=True)
-            codecs = _CODECS.get(dtype, (_BYTES, _CRC))
+            codecs = _CODECS.get(dtype, (BYTES_CODEC, CRC_CODEC))
             arrays[array] = ArraySpec(shape, dtype, chunks, None, fill, codecs, names, units)
         if self.quantised:
             scale = (self.dim,)
             arrays[FEATURE_SCALE] = ArraySpec(
-                scale, "float32", scale, None, "NaN", (_BYTES, _CRC), ("dim",), ""
+                scale, "float32", scale, None, "NaN", (BYTES_CODEC, CRC_CODEC), ("dim",), ""
             )
         return arrays
 
+    def _sharded_spec(
+        self, name: str, codecs: tuple[dict[str, Any], ...], names: tuple[str, ...], units: str = ""
+    ) -> ArraySpec:
+        shape = self.sharded[name]
+        return ArraySpec(
+            shape=(self.tars * shape.lines, *shape.row_shape),
+            dtype=shape.stored,
+            chunks=(shape.chunk_rows, *shape.row_shape),
+            shards=(shape.lines, *shape.row_shape),
+            fill=shape.fill,
+            codecs=codecs,
+            dimension_names=names,
+            units=units,
+        )
+
     def _feature_codecs(self) -> tuple[dict[str, Any], ...]:
         width = np.dtype(self.feature_type).itemsize
-        plain = _SINGLE_BYTES if width == 1 else _BYTES
+        plain = SINGLE_BYTES_CODEC if width == 1 else BYTES_CODEC
         if self.codec == "none":
-            return plain, _CRC
+            return plain, CRC_CODEC
         blosc = {
             "name": "blosc",
             "configuration": {
                 "typesize": width,
                 "cname": self.codec,
-                "clevel": _BLOSC_LEVEL[self.codec],
+                "clevel": BLOSC_LEVEL[self.codec],
                 "shuffle": "bitshuffle",
                 "blocksize": 0,
             },
         }
-        return plain, blosc, _CRC
+        return plain, blosc, CRC_CODEC
 
 
 def class_text_spec(classes: int, dim: int) -> ArraySpec:
     """Describe `class_text/<prompt set>`: float32 [classes, dim], rows of length 1, one chunk."""
     shape = (classes, dim)
-    return ArraySpec(shape, "float32", shape, None, "NaN", (_BYTES, _CRC), ("class", "dim"), "")
+    return ArraySpec(
+        shape, "float32", shape, None, "NaN", (BYTES_CODEC, CRC_CODEC), ("class", "dim"), ""
+    )
 
 
 # These attributes tell readers that do not know this package what the numbers of some arrays mean.
@@ -429,12 +449,19 @@ _ATTRIBUTES: Final[dict[str, dict[str, Any]]] = {
     "splits": {"meaning": "bit i is set when the row belongs to split_names[i]"},
     SPANS: {"meaning": "JSON of [label] or [label, start, end], the times in seconds"},
 }
+_OF_SEQUENCES: Final[dict[str, dict[str, Any]]] = {
+    GAPS: {"meaning": "JSON of [start, end, reason], the times in seconds"},
+    "first_frame": {"meaning": "the row's first frame, counted from tar x frame_capacity"},
+    "commit": {"entries": list(_SEQUENCE_ENTRIES)},
+    "checksum": {"algorithm": "crc32c of a block's frames", "arrays": list(FRAME_ARRAYS)},
+}
 
 
 def array_attributes(schema: StoreSchema) -> dict[str, dict[str, Any]]:
     """Return the attributes of the arrays of a store by array; most arrays have none."""
     sums = {"arrays": list(schema.small_arrays), "algorithm": "crc32c of the chunk file"}
-    return {**_ATTRIBUTES, "chunk_checksum": sums}
+    later = _OF_SEQUENCES if schema.sequences else {}
+    return {**_ATTRIBUTES, **later, "chunk_checksum": sums}
 
 
 FloatArray = npt.NDArray[np.float32]

@@ -2,7 +2,8 @@
 
 Every tier is stored separately, with the same tars, rows and commits. Only the item, which a row
 of `features` holds for each frame, differs: [D] for `embeddings`, [h, w, 3] for `frames`, [L, W]
-for `tokens:K` (L tokens of width W from the image tower).
+for `tokens:K` (L tokens of width W from the image tower). `motion` is kept as sequences only: the
+numbers of a pose, as 263 of a human one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from featstore.errors import UserError, meant
 EMBEDDINGS: Final = "embeddings"
 FRAMES: Final = "frames"
 TOKENS: Final = "tokens"
+MOTION: Final = "motion"
 
 _BLOCK = re.compile(r"(0|[1-9]\d{0,3})")
 # For each kind: the types that its features may be stored as (the first is the default), and the
@@ -25,6 +27,7 @@ _KINDS: Final[dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     EMBEDDINGS: (("float16", "int8"), ("dim",)),
     FRAMES: (("uint8",), ("height", "width", "channel")),
     TOKENS: (("float16",), ("token", "width")),
+    MOTION: (("float32",), ("number",)),
 }
 # More than any tower or picture has. The limit keeps sizes that a store claims within 64 bits.
 _LARGEST: Final = 2**20
@@ -41,7 +44,7 @@ class Tier:
     def parse(cls, text: str) -> Tier:
         """Read a tier as `--tier` and a store's attributes spell it; UserError if it is unknown."""
         kind, colon, number = text.partition(":")
-        if kind in (EMBEDDINGS, FRAMES) and not colon:
+        if kind in (EMBEDDINGS, FRAMES, MOTION) and not colon:
             return cls(kind)
         if kind == TOKENS and _BLOCK.fullmatch(number):
             return cls(kind, int(number))
@@ -60,6 +63,11 @@ class Tier:
     def pooled(self) -> bool:
         """Whether these are the embeddings that heads are trained on."""
         return self.kind == EMBEDDINGS
+
+    @property
+    def of_sequences(self) -> bool:
+        """Whether this is kept as sequences only, and not made by `extract`."""
+        return self.kind == MOTION
 
     @property
     def feature_types(self) -> tuple[str, ...]:

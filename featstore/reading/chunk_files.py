@@ -19,9 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featstore.errors import WorkError
-from featstore.format.checksums import MissingFile, read_checked
+from featstore.format.array_spec import CRC_BYTES
+from featstore.format.checksums import Checksums, MissingFile, crc32c, read_checked
+from featstore.format.gaps import Gap, gaps_of_text
 from featstore.format.metadata import StoreMetadata, without_links
-from featstore.format.schema import CRC_BYTES, SPANS
+from featstore.format.schema import GAPS, SPANS, STATUS_OK
 from featstore.format.spans import MAX_SPANS_BYTES, Span, spans_of_text
 from featstore.reading.repair import repair_command
 
@@ -33,7 +35,7 @@ _MAX_TEXT_CHUNK: Final = 2**30
 
 def text_limit(array: str) -> int:
     """Return how many bytes a string of this array may have at most."""
-    return MAX_SPANS_BYTES if array == SPANS else MAX_TEXT_BYTES
+    return MAX_SPANS_BYTES if array in (SPANS, GAPS) else MAX_TEXT_BYTES
 
 
 def text_chunk_limit(capacity: int, array: str = "key") -> int:
@@ -58,15 +60,21 @@ class DamagedPartition(WorkError):
 class Commit(NamedTuple):
     """One entry of `commit`; a partition is done if it has one and its shard has the recorded size.
 
-    It holds the number of listed samples, the crc32c over the checksums of the rows, the size of
-    the features shard in bytes, and the time of writing in seconds since 1970. In the array it is
-    uint64 [1, 4].
+    It holds the number of listed samples, the crc32c over the checksums of the rows (of sequences:
+    of their blocks), the size of the features shard in bytes, the time of writing in seconds since
+    1970 and, of sequences, the number of frames. In the array it is uint64 [1, 4] or [1, 5].
     """
 
     rows: int
     checksum_crc32c: int
     features_bytes: int
     unix_time: int
+    frames: int | None = None
+
+    @property
+    def lines(self) -> int:
+        """The lines of features: frames of sequences, else rows."""
+        return self.rows if self.frames is None else self.frames
 
 
 class ChunkFiles:
@@ -77,6 +85,7 @@ class ChunkFiles:
         self._root = os.path.realpath(store)
         self.metadata = metadata
         self.schema = metadata.schema
+        self.shape = metadata.schema.sharded["features"]
         self.specs = metadata.schema.arrays()
         self._recorded: dict[int, dict[str, int]] = {}
         self._committed: dict[int, bytes] = {}  # the entries that `commit` returned, by partition
@@ -140,23 +149,31 @@ class ChunkFiles:
             raise self.damaged(
                 tar, f"commit entry lists {commit.rows} samples, but the tar has {expected_rows}"
             )
-        if not self.schema.shard_can_have(commit.features_bytes, commit.rows):
+        possible = commit.lines <= self.schema.lines
+        if not (possible and self.shape.shard_can_have(commit.features_bytes, commit.lines)):
             raise self.damaged(tar, "commit entry records a size that no shard can have")
         self._committed[tar] = values.tobytes()
         return commit
 
     def check_shard(self, tar: int, commit: Commit) -> Path:
-        """Return the path of a committed features shard; WorkError if its size is wrong."""
-        path = self.path("features", tar)
-        try:
-            size = _size_of_file(path)
-            if size == commit.features_bytes:
-                return path
-            problem = f"has {size} bytes, but {commit.features_bytes} were written"
-        except ValueError as error:
-            problem = str(error)
-        name = self.specs["features"].chunk_key(tar)
-        raise self.damaged(tar, f"features shard {name} {problem}")
+        """Return the path of a committed features shard.
+
+        Raises WorkError if its size is wrong, or that of another sharded array.
+        """
+        for name, shape in reversed(self.schema.sharded.items()):
+            path = self.path(name, tar)
+            written = shape.shard_bytes(commit.lines)
+            if name == "features":
+                written = commit.features_bytes
+            try:
+                size = _size_of_file(path)
+                problem = f"has {size} bytes, but {written} were written"
+            except ValueError as error:
+                size, problem = -1, str(error)
+            if size != written:
+                key = self.specs[name].chunk_key(tar)
+                raise self.damaged(tar, f"{name} shard {key} {problem}")
+        return path
 
     def numbers(self, array: str, tar: int) -> npt.NDArray[Any]:
         """Return the partition's chunk of a numeric array, read-only, in the shape of a chunk."""
@@ -166,6 +183,17 @@ class ChunkFiles:
         if size != spec.file_bytes:
             raise self.damaged(tar, f"{array} chunk has {size} bytes, not {spec.file_bytes}")
         return np.frombuffer(body, spec.numpy_dtype).reshape(spec.chunks)
+
+    def checksums(self, tar: int, commit: Commit) -> Checksums:
+        """Return the checksums of the listed rows uint32 [n], or of the blocks of frames [n, 3].
+
+        Raises WorkError if they are not those of the commit entry.
+        """
+        lines = self.shape.chunks(commit.lines) if self.schema.sequences else commit.rows
+        recorded: Checksums = self.numbers("checksum", tar)[:lines]
+        if crc32c(recorded) != commit.checksum_crc32c:
+            raise self.damaged(tar, "row checksums do not match the commit entry")
+        return recorded
 
     def texts(self, array: str, tar: int) -> list[str]:
         """Return the partition's chunk of a string array: `capacity` strings."""
@@ -195,6 +223,27 @@ class ChunkFiles:
             return [spans_of_text(text, classes) for text in self.texts(SPANS, tar)[:rows]]
         except ValueError as error:
             raise self.damaged(tar, f"spans chunk is no list of spans ({error})") from error
+
+    def gaps(self, tar: int, rows: int) -> list[tuple[Gap, ...]]:
+        """Return the gaps of the first `rows` samples of a partition of sequences."""
+        try:
+            return [gaps_of_text(text) for text in self.texts(GAPS, tar)[:rows]]
+        except ValueError as error:
+            raise self.damaged(tar, f"gaps chunk is no list of gaps ({error})") from error
+
+    def lengths(self, tar: int, commit: Commit) -> npt.NDArray[np.int64]:
+        """Return where the frames of every listed sample begin, and where the last ones end.
+
+        They are counted from the partition's first frame: int64 [rows + 1]. Raises WorkError if
+        the lengths do not follow one another, or are not those of the commit entry.
+        """
+        first, length = (self.numbers(n, tar)[: commit.rows] for n in ("first_frame", "length"))
+        edges: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+        missing = self.numbers("status", tar)[: commit.rows] != STATUS_OK
+        whole = (length >= 0).all() and (edges[:-1] == first).all() and edges[-1] == commit.frames
+        if not whole or ((length == 0) != missing).any():
+            raise self.damaged(tar, "the lengths of its rows do not fit together")
+        return edges
 
     def damaged(self, tar: int, what: str) -> DamagedPartition:
         """Return the error for a damaged committed partition, with its remedy.

@@ -72,7 +72,9 @@ class CodedFeatures:
     def _decoded(self, tar: int, commit: Commit, number: int) -> FeatureArray:
         """Decode an inner chunk, [chunk_rows, V, F, D]; errors as `read`."""
         schema = self._files.schema
-        with ShardFile(self._files.check_shard(tar, commit), schema, commit.rows) as file:
+        with ShardFile(
+            self._files.check_shard(tar, commit), self._files.shape, commit.lines
+        ) as file:
             data = file.chunk(number)
         if schema.codec != "none":
             announced = np.frombuffer(data[: _HEADER.itemsize], _HEADER)[0]

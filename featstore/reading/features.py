@@ -3,6 +3,9 @@
 Single rows and frames are gathered from memory-mapped shards, whose inner chunks are checked when
 they are first used; many rows at once are read from the files and checked while reading.
 
+Of sequences, each of the three arrays along the axis of frames is read so, and a row is a frame:
+then the store holds the checksums of inner chunks instead of rows, and chunks are read as a whole.
+
 Dimension letters: V views, F stored frames, D dim (in other tiers the item), n requested rows.
 """
 
@@ -15,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -22,7 +26,7 @@ import numpy.typing as npt
 
 from featstore.files.after_fork import settle_torch
 from featstore.format.checksums import Checksums, chunk_checksums, crc32c
-from featstore.format.schema import FeatureArray, RowArray
+from featstore.format.schema import FRAME_ARRAYS, FeatureArray, RowArray
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.coded_shards import CodedFeatures
@@ -39,7 +43,10 @@ _OPEN_AT_ONCE: Final = 32
 
 
 class FeatureFiles:
-    """The features of the partitions that were committed when the store was opened."""
+    """The features of the partitions that were committed when the store was opened.
+
+    Of sequences, it may also be another array along the axis of frames.
+    """
 
     def __init__(
         self,
@@ -47,19 +54,24 @@ class FeatureFiles:
         commits: Mapping[int, Commit],
         key_of: Callable[[int], str],
         mapped: bool,
+        array: str = "features",
     ) -> None:
         """`key_of` returns the key of an array row, for messages. For `mapped` see `open_store`."""
         self._files = files
         self._schema = files.schema
+        self._array = array
+        self._shape = files.schema.sharded[array]
         self._commits = commits
         self._key_of = key_of
-        self._map = self._reserved() if mapped and self._schema.mappable else None
+        self._plain = self._schema.mappable or array != "features"
+        self._map = self._reserved() if mapped and self._plain else None
         self._coded = CodedFeatures(files)
         self._lock = threading.Lock()
-        self._checksums: dict[int, Checksums] = {}  # checksums of the rows, by partition
+        # Checksums of the rows, or of the chunks of sequences, by partition.
+        self._checksums: dict[int, Checksums] = {}
         # The checksums of the inner chunks, counted over all shards, without what a chunk holds
         # beyond the listed rows. They are set only for the partitions in `_checksums`.
-        chunks = self._schema.tars * self._schema.chunks_per_shard
+        chunks = self._shape.tars * self._shape.chunks_per_shard
         self._chunk_checksums = np.zeros(chunks, np.uint32)
         self._checked = np.zeros(chunks, bool)  # which chunks of the map were checked
 
@@ -98,6 +110,24 @@ class FeatureFiles:
         picked = windows.index_select(0, torch.from_numpy(index.reshape(-1)))
         return picked.view(len(rows), *taken)
 
+    def block(self, tar: int, number: int) -> FeatureArray:
+        """Return the listed lines [n, ...] of one inner chunk of a partition; errors as `gather`.
+
+        It is a view of the file where that is mapped, so that it may not be written to.
+        """
+        chunk_rows = self._shape.chunk_rows
+        chunk = tar * self._shape.chunks_per_shard + number
+        lines = min(chunk_rows, self._commits[tar].lines - number * chunk_rows)
+        if self._map is not None:
+            if not self._checked[chunk]:
+                self._check_chunks(np.array([chunk]))
+            return self._map.chunk(chunk, lines)
+        dtype = self._schema.dtype if self._array == "features" else self._shape.dtype
+        out: FeatureArray = np.empty((lines, *self._shape.row_shape), dtype)
+        first = chunk * chunk_rows
+        self.read_into(np.arange(first, first + lines), out)
+        return out
+
     def read_into(
         self,
         rows: RowArray,
@@ -111,11 +141,11 @@ class FeatureFiles:
         together. `check` False skips the comparison with the checksums of the rows. `progress`
         counts rows. Errors as `Store.features`.
         """
-        schema = self._schema
+        shape = self._shape
         # Features that are not mapped are decoded chunk by chunk.
-        runs = list(_runs(rows, schema.chunk_rows if self._map is None else schema.capacity))
+        runs = list(_runs(rows, shape.chunk_rows if self._map is None else shape.lines))
         runs.sort(key=lambda run: int(rows[run[0]]))
-        tars = rows[[start for start, _ in runs]] // schema.capacity
+        tars = rows[[start for start, _ in runs]] // shape.lines
         if check:
             self._require_checksums(np.unique(tars))
         done = 0
@@ -131,7 +161,7 @@ class FeatureFiles:
                     for start, stop in runs_of_tar:
                         row, target = int(rows[start]), out[start:stop]
                         try:
-                            checksums = read(row - tar * schema.capacity, target)
+                            checksums = read(row - tar * shape.lines, target)
                         except ValueError as error:
                             raise self._files.damaged(tar, str(error)) from error
                         if check:
@@ -141,32 +171,32 @@ class FeatureFiles:
 
     def _row_starts(self, rows: RowArray) -> RowArray:
         """Map and check the chunks of `rows`; return where each row begins, counted in numbers."""
-        chunks = rows // self._schema.chunk_rows
+        chunks = rows // self._shape.chunk_rows
         fresh = ~self._checked[chunks]
         if fresh.any():
             self._check_chunks(np.unique(chunks[fresh]))
         assert self._map is not None
-        starts: RowArray = self._map.starts[chunks] + (rows - chunks * self._schema.chunk_rows) * (
-            self._schema.row_bytes // self._schema.dtype.itemsize
+        starts: RowArray = self._map.starts[chunks] + (rows - chunks * self._shape.chunk_rows) * (
+            self._shape.row_bytes // self._shape.dtype.itemsize
         )
         return starts
 
     def _check_chunks(self, chunks: RowArray) -> None:
         """Map the shards of these inner chunks and check the chunks against the rows' checksums."""
         assert self._map is not None
-        per_shard, chunk_rows = self._schema.chunks_per_shard, self._schema.chunk_rows
+        per_shard, chunk_rows = self._shape.chunks_per_shard, self._shape.chunk_rows
         self._require_checksums(np.unique(chunks // per_shard))
         for chunk in chunks.tolist():
             tar, number = divmod(chunk, per_shard)
             with self._lock:
                 if self._map.starts[chunk] < 0:
                     commit = self._commits[tar]
-                    path = self._files.check_shard(tar, commit)
+                    path = self._checked_path(tar, commit)
                     try:
-                        self._map.add(tar, path, commit.rows)
+                        self._map.add(tar, path, commit.lines)
                     except ValueError as error:
                         raise self._files.damaged(tar, str(error)) from error
-            rows = min(chunk_rows, self._commits[tar].rows - number * chunk_rows)
+            rows = min(chunk_rows, self._commits[tar].lines - number * chunk_rows)
             features = self._map.chunk(chunk, rows)
             self._compare(chunk * chunk_rows, features, [crc32c(features)])
             self._checked[chunk] = True
@@ -176,8 +206,8 @@ class FeatureFiles:
 
         `checksums` holds one checksum for each part of `features` that lies in one inner chunk.
         """
-        tar, position = divmod(first, self._schema.capacity)
-        chunk_rows, listed = self._schema.chunk_rows, self._commits[tar].rows
+        tar, position = divmod(first, self._shape.lines)
+        chunk_rows, listed = self._shape.chunk_rows, self._commits[tar].lines
         chunk = first // chunk_rows
         begin, end = position, position + len(features)
         for checksum, of_chunk in zip(
@@ -191,6 +221,9 @@ class FeatureFiles:
 
     def _compare_rows(self, tar: int, position: int, features: FeatureArray) -> None:
         """Compare row by row: for parts of chunks, and to find which row is damaged."""
+        if self._schema.sequences:
+            block = position // self._shape.chunk_rows
+            raise self._files.damaged(tar, f"{self._array} of block {block} fail their checksum")
         recorded = self._checksums[tar][position : position + len(features)].tolist()
         for i, expected in enumerate(recorded):
             if crc32c(features[i]) != expected:
@@ -203,11 +236,12 @@ class FeatureFiles:
         schema = self._schema
         for tar in fresh:
             commit = self._commits[tar]
-            recorded: Checksums = self._files.numbers("checksum", tar)[: commit.rows]
-            if crc32c(recorded) != commit.checksum_crc32c:
-                raise self._files.damaged(tar, "row checksums do not match the commit entry")
-            sums = chunk_checksums(recorded, schema.chunk_rows, schema.row_bytes)
-            first = tar * schema.chunks_per_shard
+            recorded = self._files.checksums(tar, commit)
+            if schema.sequences:
+                sums = recorded[:, FRAME_ARRAYS.index(self._array)]
+            else:
+                sums = chunk_checksums(recorded, schema.chunk_rows, schema.row_bytes)
+            first = tar * self._shape.chunks_per_shard
             self._chunk_checksums[first : first + len(sums)] = sums
             self._checksums[tar] = recorded
 
@@ -219,20 +253,24 @@ class FeatureFiles:
         decodes instead of reading from the file, all its rows must lie in one chunk.
         """
         commit = self._commits[tar]
-        path = self._files.check_shard(tar, commit)
-        if self._map is None:
+        path = self._checked_path(tar, commit)
+        if self._map is None and self._array == "features":
             yield partial(self._coded.read, tar, commit, check=check)
             return
         try:
-            file = ShardFile(path, self._schema, commit.rows)
+            file = ShardFile(path, self._shape, commit.lines)
         except ValueError as error:
             raise self._files.damaged(tar, str(error)) from error
         with file:
             yield partial(file.read, check=check)
 
+    def _checked_path(self, tar: int, commit: Commit) -> Path:
+        self._files.check_shard(tar, commit)
+        return self._files.path(self._array, tar)
+
     def _reserved(self) -> ShardMap | None:
         try:
-            return ShardMap(self._schema)
+            return ShardMap(self._shape)
         except (OSError, OverflowError) as error:
             log.warning(
                 "%s is read chunk by chunk, which is slower: its features cannot be mapped (%s)",

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from featstore.format.array_spec import ABSENT, BLOSC_HEADER_BYTES, CRC_BYTES, ShardShape
 from featstore.format.checksums import PIECE_BYTES, crc32c
-from featstore.format.schema import ABSENT, BLOSC_HEADER_BYTES, CRC_BYTES, FeatureArray, StoreSchema
+from featstore.format.schema import FeatureArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,24 +31,24 @@ _MAP_FIXED: Final = 0x10  # Linux and macOS; Python's mmap has no name for it
 
 
 class ShardFile:
-    """One features shard, opened for reading; a context manager that closes it."""
+    """One shard, opened for reading; a context manager that closes it. A row may be a frame."""
 
-    def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
+    def __init__(self, path: Path, shape: ShardShape, rows: int) -> None:
         """Open the shard of a partition that lists `rows` samples and check its index.
 
         Raises ValueError if it cannot be read, has the wrong size or a wrong index.
         """
-        self._chunk_rows = schema.chunk_rows
-        self._row_bytes = schema.row_bytes
+        self._chunk_rows = shape.chunk_rows
+        self._row_bytes = shape.row_bytes
         try:
             self.descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise ValueError(f"the features shard cannot be read ({error.strerror})") from error
         try:
             size = os.fstat(self.descriptor).st_size
-            if not schema.shard_can_have(size, rows):
+            if not shape.shard_can_have(size, rows):
                 raise ValueError(f"the features shard has {size} bytes: it was cut or replaced")
-            self._read_index(schema, rows, size - schema.index_bytes)
+            self._read_index(shape, rows, size - shape.index_bytes)
         except BaseException:
             self.close()
             raise
@@ -101,19 +102,19 @@ class ShardFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read_index(self, schema: StoreSchema, rows: int, start: int) -> None:
+    def _read_index(self, shape: ShardShape, rows: int, start: int) -> None:
         """Read offset and length of each inner chunk with listed rows from the index at `start`.
 
         Raises ValueError if the index fails its checksum, or a chunk has an impossible place or
         length.
         """
-        index: Bytes = np.empty(schema.index_bytes, np.uint8)
+        index: Bytes = np.empty(shape.index_bytes, np.uint8)
         self._fill(index, start)
         if crc32c(index[:-CRC_BYTES]) != int(index[-CRC_BYTES:].view("<u4")[0]):
             raise ValueError("the index of the shard fails its checksum")
-        entries = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: -(-rows // schema.chunk_rows)]
-        least = most = schema.chunk_bytes + CRC_BYTES
-        if schema.codec != "none":
+        entries = index[:-CRC_BYTES].view("<u8").reshape(-1, 2)[: -(-rows // shape.chunk_rows)]
+        least = most = shape.chunk_bytes + CRC_BYTES
+        if shape.codec != "none":
             least, most = BLOSC_HEADER_BYTES + CRC_BYTES, most + BLOSC_HEADER_BYTES
         self.offsets, self._lengths = entries.T.tolist()
         for number, (offset, length) in enumerate(entries.tolist()):
@@ -141,12 +142,12 @@ class ShardMap:
     more shards than a process may have open files.
     """
 
-    def __init__(self, schema: StoreSchema) -> None:
+    def __init__(self, shape: ShardShape) -> None:
         """Reserve the addresses; OSError if the process may not have that many."""
-        self._schema = schema
+        self._shape = shape
         page = mmap.ALLOCATIONGRANULARITY
-        self._span = -(-schema.shard_bytes(schema.capacity) // page) * page
-        size = self._span * schema.tars
+        self._span = -(-shape.shard_bytes(shape.lines) // page) * page
+        size = self._span * shape.tars
         # The range and the maps of all shards are freed with the last array that views it.
         self._range = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON, prot=0)
         self._address = np.frombuffer(self._range, np.uint8).ctypes.data
@@ -154,21 +155,21 @@ class ShardMap:
         # made from the address, it looks writeable. `owner` keeps the map alive.
         memory = (ctypes.c_uint8 * size).from_address(self._address)
         memory.owner = self._range  # type: ignore[attr-defined]
-        self._width = schema.dtype.itemsize
+        self._width = shape.dtype.itemsize
         self._numbers: FeatureArray = np.ctypeslib.as_array(memory)[
             : size // self._width * self._width
-        ].view(schema.dtype.newbyteorder("<"))
+        ].view(shape.dtype)
         self._windows: dict[int, Tensor] = {}
         # Where each inner chunk begins, counted in numbers from the range's start; -1: not mapped.
-        self.starts = np.full(schema.tars * schema.chunks_per_shard, -1, np.int64)
+        self.starts = np.full(shape.tars * shape.chunks_per_shard, -1, np.int64)
 
     def add(self, tar: int, path: Path, rows: int) -> None:
         """Map the shard of a partition that lists `rows` samples; errors as `ShardFile`."""
-        with ShardFile(path, self._schema, rows) as file:
+        with ShardFile(path, self._shape, rows) as file:
             start = tar * self._span
-            length = self._schema.shard_bytes(rows)
+            length = self._shape.shard_bytes(rows)
             _map_over(self._address + start, length, file.descriptor)
-        first = tar * self._schema.chunks_per_shard
+        first = tar * self._shape.chunks_per_shard
         offsets = np.array(file.offsets, np.int64)
         if np.any(offsets % self._width):
             raise ValueError("a chunk of the shard begins at an odd byte")
@@ -177,9 +178,9 @@ class ShardMap:
     def chunk(self, number: int, rows: int) -> FeatureArray:
         """Return a read-only view of the first rows of an inner chunk (counted over all shards)."""
         start = int(self.starts[number])
-        size = rows * self._schema.row_bytes // self._width
+        size = rows * self._shape.row_bytes // self._width
         view: FeatureArray = self._numbers[start : start + size].reshape(
-            rows, *self._schema.row_shape
+            rows, *self._shape.row_shape
         )
         view.flags.writeable = False
         return view

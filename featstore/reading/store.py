@@ -2,6 +2,9 @@
 
 Dimension letters: V views, F frames, D dim (in other tiers the item), n requested rows. "Row" is
 the array row `tar * capacity + position`; per-sample lists are in the order of `Store.rows`.
+
+In a store of sequences a row has frames of its own number: `sequence` reads it or a part of it, and
+what reads fixed rows is refused.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from featstore.format.spans import Span, shown_classes
 from featstore.progress import ProgressSink, no_progress
 from featstore.reading.chunk_files import ChunkFiles, Commit
 from featstore.reading.features import FeatureFiles
+from featstore.reading.sequences import SequenceRows, Sequences
 
 # The bytes kept per row must fit into memory, whatever a store claims. Kinetics-700: 650,000 rows.
 MAX_ROWS: Final = 2**30
@@ -43,7 +47,7 @@ def _per_sample(array: str, docstring: str) -> cached_property[npt.NDArray[Any]]
     return numbers
 
 
-class Store:
+class Store(SequenceRows):
     """A read-only feature store that reads on demand and is safe to share between threads.
 
     It shows the partitions that were committed when it was opened. Pickling keeps only the path,
@@ -67,6 +71,8 @@ class Store:
         # The number of listed rows of each partition.
         self._limits = np.array([c.rows if c else 0 for c in found.values()], np.int64)
         self._features = FeatureFiles(self._files, self._commits, self._key_of, mapped)
+        if self.schema.sequences:
+            self._of_sequences = Sequences(self._files, self._commits, self._features, self._key_of)
 
     def __reduce__(self) -> tuple[Callable[[Path], Store], tuple[Path]]:
         return partial(Store, mapped=self._mapped), (self.path,)
@@ -96,11 +102,14 @@ class Store:
         """Whether features are memory-mapped; otherwise they are decoded chunk by chunk."""
         return self._features.mapped
 
-    def require_embeddings(self, *, of_views: bool = False) -> None:
+    def require_embeddings(self, *, of_views: bool = False, sequences: bool = False) -> None:
         """Raise UserError unless the features are embeddings of frames, which heads work on.
 
-        With `of_views` the rows that a head made of whole views will do, too.
+        With `of_views` the rows that a head made of whole views will do, too, and with `sequences`
+        rows of any length.
         """
+        if not sequences:
+            self.require_fixed_rows()
         if not self.schema.pooled:
             raise UserError(
                 f"{self.path.name} holds {self.tier}, not the embeddings that heads work on: "
@@ -151,6 +160,7 @@ class Store:
 
         Only one partition at a time is in memory. Errors as `features`.
         """
+        self.require_fixed_rows()
         for tar in self.partitions():
             first = tar * self.schema.capacity
             rows = np.arange(first, first + self._commits[tar].rows, dtype=np.int64)
@@ -171,6 +181,7 @@ class Store:
             "views": self.schema.views,
             "frames": self.schema.frames,
             "dim": self.schema.dim,
+            **({"sequences": True, "frames": int(self.lengths.sum())} if self.sequences else {}),
             "tier": self.tier,
             "item": list(self.schema.item),
             "features": self.schema.storage,
@@ -311,10 +322,12 @@ class Store:
 
     def frame_index(self, rows: npt.ArrayLike) -> npt.NDArray[np.int32]:
         """Return which frames of the videos were encoded, int32 [n, V, F]; -1 for failed videos."""
+        self.require_fixed_rows()
         return self._frame_indices[self.positions(rows)]
 
     def pts(self, rows: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Return the presentation times of the encoded frames in seconds, float64 [n, V, F]."""
+        self.require_fixed_rows()
         return self._frame_times[self.positions(rows)]
 
     def features(self, rows: npt.ArrayLike, frames: npt.ArrayLike | None = None) -> FeatureArray:
@@ -330,6 +343,7 @@ class Store:
         of a mask give `rows[mask]`), IndexError for a frame that is not stored or a negative
         index, WorkError if a row fails its checksum.
         """
+        self.require_fixed_rows()
         wanted = self._listed(rows)
         chosen = None if frames is None else self._frame_choice(frames, len(wanted))
         if self._features.mapped:
@@ -351,6 +365,7 @@ class Store:
         `views` is [n] and `frames` is [n, F']. Errors as `features`; also IndexError for a view
         that is not stored.
         """
+        self.require_fixed_rows()
         wanted = self._listed(rows)
         chosen = self._frame_choice(frames, len(wanted))
         view = whole_numbers(views, "views")
@@ -377,6 +392,7 @@ class Store:
         This is the fast way to read many rows; `progress` counts rows. With `check` False no
         checksums are compared. Errors as `features`; after an error, `out` is undefined.
         """
+        self.require_fixed_rows()
         wanted = self._listed(rows)
         shape = (len(wanted), *self.schema.row_shape)
         if (out.shape, out.dtype) != (shape, self.schema.dtype) or not out.flags.carray:

@@ -9,13 +9,13 @@ from typing import Final
 
 from featstore.commands import command
 from featstore.errors import UserError
+from featstore.format.array_spec import CRC_BYTES
 from featstore.format.metadata import ARRAY_METADATA_LIMIT, GROUP_METADATA_LIMIT, StoreMetadata
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
-    CRC_BYTES,
     FEATURE_SCALE,
     PARTITION_ARRAYS,
-    SPANS,
+    SOME_HAVE,
     StoreSchema,
 )
 from featstore.remote.objects import ObjectFolder, RemoteObject
@@ -24,10 +24,13 @@ log = logging.getLogger(__name__)
 
 GROUP: Final = "zarr.json"
 ARRAY_NODES: Final = tuple(f"{name}/{GROUP}" for name in PARTITION_ARRAYS)
-# Only with int8 features, and only where a video may show several classes.
-OPTIONAL: Final = (f"{FEATURE_SCALE}/{GROUP}", f"{FEATURE_SCALE}/c/0", f"{SPANS}/{GROUP}")
+# Only with int8 features, where a video may show several classes, and of sequences.
+OPTIONAL: Final = (
+    *(f"{FEATURE_SCALE}/{GROUP}", f"{FEATURE_SCALE}/c/0"),
+    *(f"{name}/{GROUP}" for name in SOME_HAVE),
+)
 CLASS_TEXT = re.compile(CLASS_TEXT_GROUP + r"/(zarr\.json|[A-Za-z0-9][\w.-]*/(zarr\.json|c/0/0))")
-CHUNK = re.compile(rf"({'|'.join((*PARTITION_ARRAYS, SPANS))})/c/[0-9/]+")
+CHUNK = re.compile(rf"({'|'.join((*PARTITION_ARRAYS, *SOME_HAVE))})/c/[0-9/]+")
 
 
 class NoStore(UserError):
@@ -79,8 +82,10 @@ def is_done(metadata: StoreMetadata, listing: Mapping[str, RemoteObject], tar: i
         found, spec = listing.get(name), specs[array]
         if found is None:
             return False
-        if array == "features":
-            fits = schema.shard_can_have(found.size, metadata.tars[tar].rows)
+        if (shape := schema.sharded.get(array)) is not None and schema.sequences:
+            fits = shape.index_bytes <= found.size <= shape.shard_bytes(shape.lines)
+        elif shape is not None:
+            fits = shape.shard_can_have(found.size, metadata.tars[tar].rows)
         elif spec.dtype == "string":  # compressed
             fits = found.size > CRC_BYTES
         else:

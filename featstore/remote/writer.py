@@ -29,7 +29,7 @@ from featstore.remote.contents import (
     partition_names,
 )
 from featstore.remote.objects import ObjectFolder, RemoteObject
-from featstore.writing.partition import Partition
+from featstore.writing.partition import Partition, SequencePartition
 from featstore.writing.shard_rows import FeatureRows
 from featstore.writing.writer import PartitionWriter, StoreExists, StoreWriter
 
@@ -121,7 +121,7 @@ class RemoteStoreWriter(PartitionWriter):
         """Do the same as `StoreWriter.feature_rows`; needs scratch space for the partition."""
         return self._staging.feature_rows(tar)
 
-    def write_partition(self, tar: int, partition: Partition) -> None:
+    def write_partition(self, tar: int, partition: Partition | SequencePartition) -> None:
         """Write the partition of one tar; it replaces an earlier partition, done or not.
 
         The order is that of `StoreWriter.write_partition`: if the process is killed at any moment,

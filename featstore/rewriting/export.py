@@ -5,6 +5,10 @@ file by file, so that memory holds the rows of one file:
 
     key, label, class_name, splits, num_frames, fps, frame_index, pts, features
 
+A store of sequences gives, for every row or piece of a long row, `first` and `length` besides: the
+piece's frames come one after the other in `frame_index`, `pts` and `features`, piece after piece
+(in Parquet as a list for each piece).
+
 Beside these files lie `export.json` (provenance, names, rows left out, the files with their sha256)
 and, for each prompt set, `class_text-SET.npy`, float32 [classes, D].
 
@@ -16,10 +20,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -91,23 +95,21 @@ def export(
                 f"{path} has no row to export: {counted(len(failed), 'was', 'were')} asked for and "
                 f"failed; `{command('inspect', path)}` lists the reasons"
             )
-        step = rows_per_file or max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
-        count = -(-len(rows) // step)
+        parts = list(_parts(store, rows, rows_per_file))
         reasons = store.reasons if len(failed) else []
         with new_folder(out, store=False) as folder:
             make_folder(folder)
             files = []
-            for number in range(count):
-                part = rows[number * step : (number + 1) * step]
+            for number, part in enumerate(parts):
                 digests = {}
                 for name, data in WRITERS[format](_columns(store, part), store).items():
                     stem, ending = name.split(".")
-                    name = f"{stem}-{number:05d}-of-{count:05d}.{ending}"
+                    name = f"{stem}-{number:05d}-of-{len(parts):05d}.{ending}"
                     write_bytes(folder / name, data)
                     digests[name] = hashlib.sha256(data).hexdigest()
                     del data  # memory holds the rows of one file
                 files.append({"rows": len(part), "sha256": digests})
-                progress(number * step + len(part), len(rows))
+                progress(number + 1, len(parts))
             for prompt_set in store.prompt_sets:
                 text = _npy_bytes(store.class_text(prompt_set).embeddings)
                 write_bytes(folder / f"class_text-{prompt_set}.npy", text)
@@ -131,7 +133,38 @@ def export(
     return Exported(str(out), format, len(rows), len(failed), len(files), size)
 
 
-def _columns(store: Store, rows: RowArray) -> Columns:
+class _Piece(NamedTuple):
+    """A row, or the frames `first` to before `after` of a sequence."""
+
+    row: int
+    first: int
+    after: int
+
+
+def _parts(store: Store, rows: RowArray, rows_per_file: int | None) -> Iterator[list[_Piece]]:
+    """Yield what goes into each file: rows, or pieces of sequences that fit into memory."""
+    room = max(1, TARGET_FILE_BYTES // store.schema.row_bytes)
+    if not store.sequences:
+        step = rows_per_file or room
+        for at in range(0, len(rows), step):
+            yield [_Piece(row, 0, 0) for row in rows[at : at + step].tolist()]
+        return
+    part: list[_Piece] = []
+    left = room
+    lengths = store.lengths[store.positions(rows)].tolist()
+    for row, length in zip(rows.tolist(), lengths, strict=True):
+        first = 0
+        while first < length:
+            if not left or len(part) == rows_per_file:
+                yield part
+                part, left = [], room
+            part.append(_Piece(row, first, min(length, first + left)))
+            left -= part[-1].after - first
+            first = part[-1].after
+    yield part
+
+
+def _columns(store: Store, part: list[_Piece]) -> Columns:
     """Return all columns of array rows [n], which must be ok, by name.
 
     `label` int32 [n]; in a multi-label store, `spans` texts as the store holds them, and the names
@@ -140,6 +173,7 @@ def _columns(store: Store, rows: RowArray) -> Columns:
     V, F, D], or the items of another tier in its type; `key`, `class_name` and `splits` are lists
     of length n.
     """
+    rows = np.array([piece.row for piece in part], np.int64)
     at, names = store.positions(rows), store.class_names
     shown = [store.spans[i] for i in at]
     members = {name: np.isin(rows, store.split(name)) for name in store.split_names}
@@ -154,9 +188,27 @@ def _columns(store: Store, rows: RowArray) -> Columns:
         **({"spans": [spans_text(spans) for spans in shown]} if store.multi_label else {}),
         "num_frames": store.num_frames[at],
         "fps": store.fps[at],
+        **(_of_sequences(store, part) if store.sequences else _of_rows(store, rows)),
+    }
+
+
+def _of_rows(store: Store, rows: RowArray) -> Columns:
+    return {
         "frame_index": store.frame_index(rows),
         "pts": store.pts(rows),
         "features": store.features(rows),
+    }
+
+
+def _of_sequences(store: Store, part: list[_Piece]) -> Columns:
+    """Return `first`, `length` int64 [n] and the frames of all pieces, [sum of lengths, ...]."""
+    return {
+        "first": np.array([piece.first for piece in part], np.int64),
+        "length": np.array([piece.after - piece.first for piece in part], np.int64),
+        **{
+            name: np.concatenate([store.frames_of(name, *piece) for piece in part])
+            for name in ("frame_index", "pts", "features")
+        },
     }
 
 
@@ -191,7 +243,8 @@ def _nearest(name: str, store: Store) -> str:
 def _safetensors(columns: Columns, store: Store) -> Files:
     from safetensors.numpy import save
 
-    names = ("features", "label", "num_frames", "fps", "frame_index", "pts")
+    names: tuple[str, ...] = ("features", "label", "num_frames", "fps", "frame_index", "pts")
+    names += ("first", "length") if store.sequences else ()
     # The format's metadata holds texts only.
     texts = {
         **({"spans": columns["spans"]} if store.multi_label else {}),
@@ -221,10 +274,11 @@ def _npy(columns: Columns, store: Store) -> Files:
     arrays = ("features", "frame_index", "pts")
     files = {f"{name}.npy": _npy_bytes(columns[name]) for name in arrays}
     found = dict(columns)
-    found |= {name: columns[name].tolist() for name in ("label", "num_frames", "fps")}
+    numbers = ["label", "num_frames", "fps", *(("first", "length") * store.sequences)]
+    found |= {name: columns[name].tolist() for name in numbers}
     found["splits"] = [";".join(of) for of in columns["splits"]]
     names = ["key", "label", "class_name", "splits", "num_frames", "fps"]
-    names += ["spans"] * ("spans" in found)
+    names += ["spans"] * ("spans" in found) + ["first", "length"] * store.sequences
     rows = zip(*(found[name] for name in names), strict=True)
     return {**files, "rows.csv": csv_bytes(names, rows)}
 

@@ -78,7 +78,11 @@ def merge(
         prefixes = _prefixes(sources, prefix_keys)
         texts, left_out = _united_texts(sources, tuple(classes), out)
         # All tars get the sizes of the store whose partitions are largest.
-        schema = max((source.metadata.schema for source in sources), key=lambda s: s.capacity)
+        schemas = [source.metadata.schema for source in sources]
+        schema = replace(
+            max(schemas, key=lambda schema: schema.capacity),
+            frame_capacity=max(schema.frame_capacity for schema in schemas),
+        )
         tars = [
             replace(tar, file=f"{prefix}{tar.file}")
             for source, prefix in zip(sources, prefixes, strict=True)
@@ -99,6 +103,7 @@ def merge(
             labels = np.array([*(label_of[name] for name in made.class_names), -1], np.int32)
             bits = [splits.index(name) for name in made.split_names]
             same = replace(made.schema, tars=len(tars)) == metadata.schema
+            same = same and not schema.sequences  # which are written anew
             for tar in range(made.schema.tars):
                 partition = source.partition(tar)
                 partition = replace(
@@ -153,7 +158,11 @@ def _require_alike(first: SourceStore, other: SourceStore) -> None:
     ]
     one, two = first.metadata.schema, other.metadata.schema
     # Items of two tiers differ anyway.
-    for name in ("views", "frames", "dim", *(("item",) if one.tier == two.tier else ())):
+    names = ("views", "frames", "dim", "sequences")
+    # Blocks of sequences are equally large unless the frames differ.
+    names += (*(("item",) if one.tier == two.tier else ()),)
+    names += (*(("chunk_rows",) if one.sequences and two.sequences else ()),)
+    for name in names:
         if getattr(one, name) != getattr(two, name):
             differences.append(
                 f"{name}: the first has {getattr(one, name)}, the second has {getattr(two, name)}"

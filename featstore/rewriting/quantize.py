@@ -73,7 +73,7 @@ def quantize(path: Path, out: Path, *, progress: ProgressSink = no_progress) -> 
                 f"`{command('store', 'convert', path, codec='zstd', out=out)}` makes it smaller "
                 "without loss"
             )
-        source.store.require_embeddings()
+        source.store.require_embeddings(sequences=True)
         source.require_complete("quantise")
         tars = made.schema.tars
         steps = 3 * tars
@@ -101,8 +101,7 @@ def _scale(source: SourceStore, progress: ProgressSink, steps: int) -> FloatArra
     """Return the scale that the largest value of each dimension needs, float32 [D]."""
     largest = np.zeros(source.metadata.schema.dim)
     found = False
-    for tar, rows in _ok_rows(source):
-        features = source.store.features(rows)
+    for tar, _, features, _ in _ok_features(source.store):
         found = found or len(features) > 0
         axes = tuple(range(features.ndim - 1))
         largest = np.maximum(largest, np.abs(features).max(axes, initial=0).astype(np.float64))
@@ -120,17 +119,24 @@ def _cost(
     texts = source.texts()
     total, largest, frames, rows = 0.0, 0.0, 0, 0
     counts = {name: np.zeros(3) for name in texts}  # agree, right in float16, right in int8
-    for tar, ok in _ok_rows(source):
-        shown, each = source.store.shown(ok), np.arange(len(ok))
-        before, after = source.store.features(ok), rounded.features(ok)
+    sums: list[npt.NDArray[np.float64]] = [np.zeros(0), np.zeros(0)]
+    both = zip(_ok_features(source.store), _ok_features(rounded), strict=True)
+    for (tar, ok, before, ends), (_, _, after, _) in both:
         one, two = _unit(before), _unit(after)
         # An embedding that is zero, before and after, has not turned.
         error = np.where((one == two).all(-1), 0, 1 - (one * two).sum(-1))
         total, frames = total + float(error.sum()), frames + error.size
-        largest, rows = max(largest, float(error.max(initial=0))), rows + len(before)
+        largest = max(largest, float(error.max(initial=0)))
+        # The direction of the mean over views and frames; a sequence comes in several pieces.
+        axes = tuple(range(0 if source.store.sequences else 1, one.ndim - 1))
+        parts = [np.atleast_2d(unit.sum(axes)) for unit in (one, two)]
+        sums = [a + b if a.size else b for a, b in zip(sums, parts, strict=True)]
+        if not ends:
+            continue
+        means, sums = sums, [np.zeros(0), np.zeros(0)]
+        shown, each, rows = source.store.shown(ok), np.arange(len(ok)), rows + len(ok)
         for name, text in texts.items():
-            # Class of the mean over views and frames, int64 [n].
-            answers = [(u.mean((1, 2)) @ text.embeddings.T).argmax(-1) for u in (one, two)]
+            answers = [(mean @ text.embeddings.T).argmax(-1) for mean in means]  # int64 [n]
             counts[name] += [
                 np.count_nonzero(answers[0] == answers[1]),
                 *(np.count_nonzero(shown[each, answer]) for answer in answers),
@@ -142,13 +148,21 @@ def _cost(
     return (total / frames, largest), agreement
 
 
-def _ok_rows(source: SourceStore) -> Iterator[tuple[int, RowArray]]:
-    """Yield the ok rows of one chunk at a time: partition, array rows."""
-    store, schema = source.store, source.metadata.schema
+def _ok_features(store: Store) -> Iterator[tuple[int, RowArray, HalfArray, bool]]:
+    """Yield the features of ok rows, a chunk at a time: partition, array rows, features, whether
+    the rows end with them. Of sequences, features [n, ...] are a piece of one row."""
+    schema = store.schema
     rows = store.rows[store.status == STATUS_OK]
+    if schema.sequences:
+        lengths = store.lengths[store.status == STATUS_OK].tolist()
+        for row, length in zip(rows, lengths, strict=True):
+            for first, piece in store.blocks(int(row)):
+                ends = first + len(piece) == length
+                yield int(row) // schema.capacity, np.array([row]), piece, ends
+        return
     edges = np.flatnonzero(np.diff(rows // schema.chunk_rows)) + 1
     for block in np.split(rows, edges) if len(rows) else ():
-        yield int(block[0]) // schema.capacity, block
+        yield int(block[0]) // schema.capacity, block, store.features(block), True
 
 
 def _unit(features: HalfArray) -> npt.NDArray[np.float64]:

@@ -18,13 +18,13 @@ from featstore.files.exchange import recover, sweep
 from featstore.format.class_texts import ClassText
 from featstore.format.metadata import StoreMetadata, read_metadata
 from featstore.format.provenance import Provenance
-from featstore.format.schema import SPANS, FloatArray, StoreSchema
+from featstore.format.schema import GAPS, SPANS, FloatArray, StoreSchema
 from featstore.opening import open_store
 from featstore.progress import ProgressSink
 from featstore.reading.chunk_files import ChunkFiles
 from featstore.reading.repair import repair_command
 from featstore.reading.store import Store
-from featstore.writing.partition import Partition
+from featstore.writing.partition import Partition, SequencePartition, SomeFrames
 from featstore.writing.writer import StoreWriter
 
 
@@ -37,22 +37,36 @@ class SourceStore:
         self.metadata: StoreMetadata = read_metadata(path)
         self.files = ChunkFiles(path, self.metadata)
 
-    def partition(self, tar: int) -> Partition:
-        """Return a committed partition, all checksums compared; raises WorkError for damage."""
-        rows = self.metadata.tars[tar].rows
-        first = tar * self.metadata.schema.capacity
+    def partition(self, tar: int) -> Partition | SequencePartition:
+        """Return a committed partition, all checksums compared; raises WorkError for damage.
+
+        The frames of sequences are read, and compared, block by block while they are written.
+        """
+        schema, rows = self.metadata.schema, self.metadata.tars[tar].rows
+        first = tar * schema.capacity
         values: dict[str, Any] = {}
         for name in self.metadata.schema.small_arrays:
             spec = self.files.specs[name]
+            if name in ("checksum", "first_frame"):
+                continue
             if name == SPANS:
                 values[name] = self.files.spans(tar, rows)
+            elif name == GAPS:
+                values[name] = self.files.gaps(tar, rows)
             elif spec.dtype == "string":
                 values[name] = self.files.texts(name, tar)[:rows]
-            elif name != "checksum":
+            else:
                 chunk: npt.NDArray[Any] = self.files.numbers(name, tar)[:rows]
                 values[name] = chunk.astype(spec.numpy_dtype.newbyteorder("="))
+        if schema.sequences:
+            return SequencePartition(frames=partial(self._frames, first, rows), **values)
         features = self.store.features(np.arange(first, first + rows))
         return Partition(features=features, **values)
+
+    def _frames(self, first: int, rows: int) -> Iterator[SomeFrames]:
+        for row in range(first, first + rows):
+            for arrays in self.store.frame_blocks(row):
+                yield SomeFrames(*arrays)
 
     def shard(self, tar: int) -> Path:
         """Return the path of a partition's features file."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +24,9 @@ import numpy.typing as npt
 
 from featstore.files.durable import PARTIAL_SUFFIX, make_folder, sync_folder, write_bytes
 from featstore.format.array_checks import not_finite
+from featstore.format.array_spec import ABSENT, CRC_BYTES, ArraySpec, ShardShape
 from featstore.format.checksums import Checksums, chunk_checksums, crc32c
-from featstore.format.schema import ABSENT, CRC_BYTES, ArraySpec, FeatureArray, StoreSchema
+from featstore.format.schema import FeatureArray, StoreSchema
 
 
 def write_chunk(path: Path, spec: ArraySpec, values: Any) -> int:
@@ -50,6 +52,14 @@ def write_chunk(path: Path, spec: ArraySpec, values: Any) -> int:
     return checksum
 
 
+def shard_index(shape: ShardShape, starts: Sequence[int]) -> bytes:
+    """Return the index of a shard whose chunks begin at `starts`; the last one is their end."""
+    index = np.full((shape.chunks_per_shard, 2), ABSENT, "<u8")
+    index[: len(starts) - 1, 0] = starts[:-1]
+    index[: len(starts) - 1, 1] = np.diff(np.array(starts, np.uint64))
+    return index.tobytes() + crc32c(index).to_bytes(CRC_BYTES, "little")
+
+
 def compressed_shard(schema: StoreSchema, features: FeatureArray) -> bytes:
     """Return the bytes of a features file, encoded by zarr, for a store with a codec."""
     import zarr  # it takes longer than opening a store, and only codecs need it
@@ -72,24 +82,24 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
     kill -9, the next claim of the partition removes the file.
     """
 
-    def __init__(self, path: Path, schema: StoreSchema, rows: int) -> None:
+    def __init__(self, path: Path, shape: ShardShape, rows: int) -> None:
         """Begin a shard of `rows` samples, which `place` moves to `path`.
 
         Raises OSError if the file cannot be made, ValueError if the store's shards are not plain.
         """
-        if schema.codec != "none":
-            raise ValueError(f"features stored as {schema.storage} are written as a whole")
-        self.shape: tuple[int, ...] = (rows, *schema.row_shape)
-        self.dtype = np.dtype(schema.feature_type)
+        if shape.codec != "none":
+            raise ValueError(f"features with codec {shape.codec} are written as a whole")
+        self.shape: tuple[int, ...] = (rows, *shape.row_shape)
+        self.dtype = np.dtype(shape.stored)
         self.written = np.zeros(rows, np.bool_)
         self._checksums: Checksums = np.zeros(rows, np.uint32)
-        self._schema = schema
-        self._row_bytes = schema.chunk_bytes // schema.chunk_rows
+        self._shape = shape
+        self._row_bytes = shape.row_bytes
         self._path = path
         make_folder(path.parent)
         self._partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
         self._file = open(self._partial, "xb", buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._file.truncate(schema.shard_bytes(rows))
+        self._file.truncate(shape.shard_bytes(rows))
 
     def put(self, position: int, row: FeatureArray) -> None:
         """Write one row [V, F, *item]; raises ValueError if its shape, type or values are wrong."""
@@ -108,34 +118,29 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
     def put_all(self, rows: FeatureArray) -> None:
         """Write all rows [rows, V, F, *item] as they will be read, including the failed ones."""
         rows = np.ascontiguousarray(rows, self.dtype.newbyteorder("<"))
-        for first in range(0, len(rows), self._schema.chunk_rows):
-            self._write(rows[first : first + self._schema.chunk_rows], self._place(first))
+        for first in range(0, len(rows), self._shape.chunk_rows):
+            self._write(rows[first : first + self._shape.chunk_rows], self._place(first))
         self._checksums[:] = [crc32c(row) for row in rows]
         self.written[:] = True
 
     def finish(self) -> Checksums:
         """Fill rows that were not put, write checksums and index, sync; return checksums [rows]."""
-        schema, rows = self._schema, len(self.written)
-        chunks = -(-rows // schema.chunk_rows)
-        missing = schema.arrays()["features"].missing
-        empty = np.full(schema.row_shape, missing, self.dtype.newbyteorder("<"))
-        written = np.pad(self.written, (0, chunks * schema.chunk_rows - rows))
+        shape, rows = self._shape, len(self.written)
+        chunks = shape.chunks(rows)
+        empty = np.full(shape.row_shape, shape.missing, shape.dtype)
+        written = np.pad(self.written, (0, chunks * shape.chunk_rows - rows))
         padded = np.full(len(written), crc32c(empty), np.uint32)
         padded[written] = self._checksums[self.written]
         # Parts of the file that were never written read as zeros.
-        for position in np.flatnonzero(~written).tolist() if missing != 0 else ():
+        for position in np.flatnonzero(~written).tolist() if shape.missing != 0 else ():
             self._write(empty, self._place(position))
-        body = schema.chunk_bytes
+        body = shape.chunk_bytes
         for number, checksum in enumerate(
-            chunk_checksums(padded, schema.chunk_rows, self._row_bytes)
+            chunk_checksums(padded, shape.chunk_rows, self._row_bytes)
         ):
             self._write(np.array([checksum], "<u4"), number * (body + CRC_BYTES) + body)
-        index = np.full((schema.chunks_per_shard, 2), ABSENT, "<u8")
-        index[:chunks, 0] = np.arange(chunks) * (body + CRC_BYTES)
-        index[:chunks, 1] = body + CRC_BYTES
-        start = chunks * (body + CRC_BYTES)
-        self._write(index, start)
-        self._write(np.array([crc32c(index)], "<u4"), start + index.nbytes)
+        starts = [number * (body + CRC_BYTES) for number in range(chunks + 1)]
+        self._write(np.frombuffer(shard_index(shape, starts), np.uint8), starts[-1])
         os.fsync(self._file.fileno())
         return padded[:rows]
 
@@ -155,8 +160,8 @@ class FeatureRows(AbstractContextManager["FeatureRows"]):
         self.close()
 
     def _place(self, position: int) -> int:
-        chunk, row = divmod(position, self._schema.chunk_rows)
-        begin = chunk * (self._schema.chunk_bytes + CRC_BYTES)
+        chunk, row = divmod(position, self._shape.chunk_rows)
+        begin = chunk * (self._shape.chunk_bytes + CRC_BYTES)
         return begin + row * self._row_bytes
 
     def _write(self, data: npt.NDArray[Any], offset: int) -> None:

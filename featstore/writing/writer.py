@@ -7,7 +7,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ from featstore.format.metadata import (
 from featstore.format.schema import (
     CLASS_TEXT_GROUP,
     FEATURE_SCALE,
+    FRAME_ARRAYS,
+    GAPS,
     SPANS,
     FeatureArray,
     FloatArray,
@@ -49,7 +51,8 @@ from featstore.format.schema import (
 from featstore.reading.chunk_files import MAX_TEXT_BYTES, ChunkFiles, Commit, text_limit
 from featstore.reading.coded_shards import read_scale
 from featstore.reading.damage_notes import DamageNote
-from featstore.writing.partition import Partition
+from featstore.writing.frame_blocks import FrameBlocks
+from featstore.writing.partition import Partition, SequencePartition
 from featstore.writing.shard_rows import FeatureRows, compressed_shard, write_chunk
 
 log = logging.getLogger(__name__)
@@ -164,13 +167,17 @@ class StoreWriter(PartitionWriter):
                 f"{self.path} stores features as {self.schema.storage}, but {self.schema.tier} "
                 "are extracted uncompressed: finish the store it was made from, then convert that"
             )
-        return FeatureRows(self.file("features", tar), self.schema, self.metadata.tars[tar].rows)
+        shape = self.schema.sharded["features"]
+        return FeatureRows(self.file("features", tar), shape, self.metadata.tars[tar].rows)
 
-    def write_partition(self, tar: int, partition: Partition, shard: Path | None = None) -> None:
+    def write_partition(
+        self, tar: int, partition: Partition | SequencePartition, shard: Path | None = None
+    ) -> None:
         """Write the partition of one tar; an earlier one, done or not, is replaced.
 
         `shard` is a features file with exactly these features from a store of the same sizes,
-        codec and type. It is linked, or copied if it cannot be linked, instead of written anew.
+        codec and type. It is linked, or copied if it cannot be linked, instead of written anew;
+        sequences are always written anew, block by block.
 
         The order is: write the new shard beside its place, remove the commit entry and the old
         shard, write the small arrays, move the shard into its place, write the commit entry. Each
@@ -185,7 +192,7 @@ class StoreWriter(PartitionWriter):
         except WorkError:
             earlier = None  # no sound entry equals a damaged one
         # If the disk is full, the new shard fails and the earlier partition stays.
-        with self._shard(paths["features"], partition.features, shard) as (checksums, put_features):
+        with self._shards(paths, partition, shard) as (checksums, put_shards):
             for name in ("commit", "features"):
                 if paths[name].exists():
                     paths[name].unlink()
@@ -203,15 +210,55 @@ class StoreWriter(PartitionWriter):
                 self._files.specs["chunk_checksum"],
                 np.array([digests], np.uint32),
             )
-            put_features()
+            put_shards()
         commit = Commit(
             rows=len(partition.key),
             checksum_crc32c=crc32c(checksums),
             features_bytes=paths["features"].stat().st_size,
             # This makes the new entry differ from the one before it.
             unix_time=max(earlier.unix_time + 1 if earlier else 0, int(time.time())),
+            frames=int(partition.length.sum())
+            if isinstance(partition, SequencePartition)
+            else None,
         )
-        write_chunk(paths["commit"], self._files.specs["commit"], np.array([commit], np.uint64))
+        entry = [number for number in commit if number is not None]
+        write_chunk(paths["commit"], self._files.specs["commit"], np.array([entry], np.uint64))
+
+    @contextmanager
+    def _shards(
+        self, paths: Mapping[str, Path], partition: Partition | SequencePartition, same: Path | None
+    ) -> Iterator[tuple[Checksums, Callable[[], None]]]:
+        """Yield the checksums of what will be read, and a function that places the shards."""
+        if isinstance(partition, Partition):
+            with self._shard(paths["features"], partition.features, same) as made:
+                yield made
+            return
+        scale = read_scale(self._files)
+
+        def coded(frames: FeatureArray) -> tuple[FeatureArray, FeatureArray]:
+            assert scale is not None
+            stored = quantise(frames, scale)
+            return stored, dequantise(stored, scale)
+
+        with ExitStack() as stack:
+            files = []
+            for name in FRAME_ARRAYS:
+                coding = coded if name == "features" and scale is not None else None
+                blocks = FrameBlocks(paths[name], self.schema.sharded[name], coding)
+                files.append(stack.enter_context(blocks))
+            for some in partition.checked_frames():
+                for file, frames in zip(files, some, strict=True):
+                    file.append(frames)
+            for file in files:
+                file.finish()
+            # The commit entry says the size of the features, which are placed last.
+            columns = [file.checksums for file in files]
+
+            def place() -> None:
+                for file in reversed(files):
+                    file.place()
+
+            yield np.array(columns, np.uint32).T.copy(), place
 
     @contextmanager
     def _shard(
@@ -225,7 +272,7 @@ class StoreWriter(PartitionWriter):
         stored: FeatureArray = features if scale is None else quantise(features, scale)
         readable = features if scale is None else dequantise(stored, scale)
         if same is None and self.schema.codec == "none":
-            with FeatureRows(path, self.schema, len(stored)) as rows:
+            with FeatureRows(path, self.schema.sharded["features"], len(stored)) as rows:
                 rows.put_all(stored)
                 checksums = rows.finish()
                 yield checksums if scale is None else _row_checksums(readable), rows.place
@@ -263,21 +310,31 @@ class StoreWriter(PartitionWriter):
                 log.info("%s: removed %d files of interrupted writes", self.path, swept)
             yield
 
-    def _check_fits(self, tar: int, partition: Partition) -> None:
+    def _check_fits(self, tar: int, partition: Partition | SequencePartition) -> None:
         if not 0 <= tar < self.schema.tars:
             raise ValueError(f"no partition {tar}: the store has 0 to {self.schema.tars - 1}")
-        n, *row_shape = partition.features.shape
+        n = len(partition.key)
         if n != self.metadata.tars[tar].rows:
             raise ValueError(
                 f"partition {tar} has {n} samples, but its tar lists {self.metadata.tars[tar].rows}"
             )
-        if tuple(row_shape) != self.schema.row_shape:
-            raise ValueError(
-                f"partition {tar} has rows {row_shape}, the store has {list(self.schema.row_shape)}"
-            )
-        if partition.features.dtype != self.schema.dtype:
-            raise ValueError(
-                f"partition {tar} has {partition.features.dtype}, the store has {self.schema.dtype}"
+        if self.schema.sequences != isinstance(partition, SequencePartition):
+            raise ValueError(f"partition {tar} and the store differ in having sequences")
+        if isinstance(partition, Partition):
+            dtype, row_shape = partition.rows
+            if row_shape != self.schema.row_shape:
+                raise ValueError(
+                    f"partition {tar} has rows {list(row_shape)}, the store has "
+                    f"{list(self.schema.row_shape)}"
+                )
+            if dtype != self.schema.dtype:
+                raise ValueError(f"partition {tar} has {dtype}, the store has {self.schema.dtype}")
+        elif partition.length.sum() > self.schema.frame_capacity:
+            raise UserError(
+                f"the videos of {self.metadata.tars[tar].file} have {partition.length.sum()} "
+                f"frames, and a partition of {self.path} has room for "
+                f"{self.schema.frame_capacity}: pack fewer videos a tar (--samples-per-shard) or "
+                "extract the data set as a new store"
             )
         classes, splits = len(self.metadata.class_names), len(self.metadata.split_names)
         multi_label = self.schema.multi_label
@@ -300,6 +357,10 @@ class StoreWriter(PartitionWriter):
                     f"{one_line(ascii(text), 100)} cannot be stored: a key or a reason must be "
                     f"Unicode text of at most {MAX_TEXT_BYTES} bytes; rename the video"
                 )
+        if isinstance(partition, SequencePartition):
+            longest = max(map(len, partition.column(GAPS)))
+            if longest > text_limit(GAPS):
+                raise ValueError(f"the gaps of a video take {longest} characters")
         long = max(map(len, partition.column(SPANS) if multi_label else ("",)))
         if long > text_limit(SPANS):
             raise UserError(

@@ -89,6 +89,7 @@ class HeldStore:
             "crops": made.crops,
             "views": schema.views,
             "frames": schema.frames,
+            **({"sequences": True} if schema.sequences else {}),
             "tier": made.tier,
             "split": made.split,
             "features": schema.storage,

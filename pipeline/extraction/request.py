@@ -110,6 +110,13 @@ class ExtractionRequest:
     retry_failed: bool = False  # extract partitions with failed videos again
     tier: Tier = PER_FRAME_EMBEDDING  # what is kept of every frame
 
+    def __post_init__(self) -> None:
+        if self.tier.of_sequences:
+            raise UserError(
+                f"--tier {self.tier.text} is not made of videos: choose embeddings, frames or "
+                "tokens:K"
+            )
+
     @property
     def views(self) -> int:
         """How many views every video has; a view is one clip in one crop."""

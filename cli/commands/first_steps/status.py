@@ -78,11 +78,13 @@ def _store_facts(store: HeldStore) -> tuple[str | None, ...]:
     tier = "" if schema.pooled else schema.tier
     tier = "vectors of views" if made.of_views else tier
     stored = "" if schema.storage == "float16" else schema.storage
+    shape = f"{counted(schema.views, 'view')} of {counted(schema.frames, 'frame')}"
+    if schema.sequences:
+        shape = f"sequences of {counted(schema.views, 'crop')}"
     return (
         f"{store.dataset}/{store.name}, {done}, {in_bytes(store.bytes)}",
         ", ".join(filter(None, (made.encoder, made.sampling, made.split, tier, stored))),
-        f"{counted(store.rows_ok + store.rows_failed, 'row')}, {store.rows_failed} failed; "
-        f"{counted(schema.views, 'view')} of {counted(schema.frames, 'frame')}",
+        f"{counted(store.rows_ok + store.rows_failed, 'row')}, {store.rows_failed} failed; {shape}",
         store.busy and f"in use by {store.busy}",
     )
 

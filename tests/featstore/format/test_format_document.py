@@ -166,7 +166,69 @@ def compare(path: Path) -> None:
         assert document.class_text(prompt_set).tobytes() == held.tobytes()
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in STORES.glob("v*.zarr")))
+def frames_of(store: Path, array: str, tar: int, shape: list[int], dtype: str) -> Any:
+    """A sharded array of a store of sequences, by the page: its blocks, and the crc32c of each."""
+    schema = json.loads((store / "zarr.json").read_text())["attributes"]["schema"]
+    raw = store.joinpath(array, "c", str(tar), *["0"] * len(shape)).read_bytes()
+    count = schema["frame_capacity"] // schema["chunk_rows"]
+    index = np.frombuffer(unsealed(raw[-16 * count - 4 :]), "<u8").reshape(count, 2)
+    blocks = []
+    for offset, length in index[index[:, 0] < 2**64 - 1].tolist():
+        body = unsealed(raw[offset : offset + length])
+        if array == "features" and schema.get("codec", "none") != "none":
+            body = Blosc().decode(body)
+        blocks.append(np.frombuffer(body, dtype).reshape(schema["chunk_rows"], *shape))
+    return blocks
+
+
+@pytest.mark.parametrize("name", ["v2.zarr", "v2-int8-zstd.zarr"])
+def test_the_page_describes_sequences(name: str) -> None:
+    path, store = STORES / name, open_store(STORES / name)
+    document = DocumentReader(path)
+    shape = [document.schema["views"], *document.item]
+    for tar in range(document.schema["tars"]):
+        rows, crc, size, time, frames = np.frombuffer(
+            unsealed(document.file("commit", tar, 0)), "<u8"
+        ).tolist()
+        assert time > 0
+        assert size == path.joinpath("features", "c", str(tar), "0", "0").stat().st_size
+        first, length = (
+            np.frombuffer(unsealed(document.file(array, tar)), "<i8")[:rows]
+            for array in ("first_frame", "length")
+        )
+        assert (first == np.cumsum(length) - length).all()
+        assert length.sum() == frames
+        sums = np.frombuffer(unsealed(document.file("checksum", tar, 0)), "<u4").reshape(-1, 3)
+        int8 = "int8" in name
+        held = {
+            "features": frames_of(path, "features", tar, shape, "i1" if int8 else "<f2"),
+            "pts": frames_of(path, "pts", tar, [], "<f8"),
+            "frame_index": frames_of(path, "frame_index", tar, [], "<i4"),
+        }
+        if int8:
+            scale = np.frombuffer(unsealed(document.file("feature_scale", 0)), "<f4")
+            held["features"] = [
+                (block.astype(np.float32) * scale).astype(np.float16) for block in held["features"]
+            ]
+        block = document.schema["chunk_rows"]
+        assert google_crc32c.value(sums[: -(-frames // block)].tobytes()) == crc
+        for column, blocks in enumerate(held.values()):
+            for number, values in enumerate(blocks):
+                listed = values[: frames - number * block]
+                assert google_crc32c.value(listed.tobytes()) == sums[number, column]
+        joined = {array: np.concatenate(blocks)[:frames] for array, blocks in held.items()}
+        for position in range(rows):
+            row = tar * document.capacity + position
+            part = slice(first[position], first[position] + length[position])
+            assert joined["features"][part].tobytes() == store.sequence(row).tobytes()
+            assert joined["pts"][part].tobytes() == store.sequence_times(row).tobytes()
+            assert joined["frame_index"][part].tobytes() == store.sequence_frames(row).tobytes()
+        gaps = [json.loads(text) if text else [] for text in document.texts("gaps", tar)[:rows]]
+        at = store.positions(tar * document.capacity + np.arange(rows))
+        assert gaps == [[[*gap] for gap in store.gaps[i]] for i in at]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in STORES.glob("v1*.zarr")))
 def test_the_page_describes_the_stores_of_every_version(name: str) -> None:
     compare(STORES / name)
 

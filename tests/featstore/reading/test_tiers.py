@@ -257,7 +257,7 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
             0, replace(tokens, features=np.zeros((6, *TOKENS.row_shape), np.uint8))
         )
     with pytest.raises(ValueError, match="written as a whole"):
-        FeatureRows(tmp_path / "x", replace(TOKENS, codec="zstd"), 6)
+        FeatureRows(tmp_path / "x", replace(TOKENS, codec="zstd").sharded["features"], 6)
 
 
 @BOTH

@@ -123,7 +123,8 @@ def test_a_chunk_that_announces_a_gigabyte_is_refused(store: Path, tmp_path: Pat
     source = SourceStore(made)
     shard, schema = source.shard(0), source.metadata.schema
     raw = bytearray(shard.read_bytes())
-    offset, length = struct.unpack_from("<QQ", raw, len(raw) - schema.index_bytes)
+    at = len(raw) - schema.sharded["features"].index_bytes
+    offset, length = struct.unpack_from("<QQ", raw, at)
     raw[offset + 4 : offset + 8] = (2**30).to_bytes(4, "little")
     body = bytes(raw[offset : offset + length - 4])
     raw[offset + length - 4 : offset + length] = crc32c(body).to_bytes(4, "little")

@@ -2,7 +2,8 @@
 
 `crash_driver.py FOLDER stepwise FIRST STRIDE` kills one process just before each system call that
 matters, and in the middle of each file; `crash_driver.py FOLDER anytime ROUNDS` kills processes
-that write without pause whenever the signal happens to arrive.
+that write without pause whenever the signal happens to arrive. A last argument `sequences` does the
+same with a store of sequences.
 
 Each writer and each check is a fork of this process, which itself never starts zarr's threads.
 """
@@ -25,13 +26,21 @@ import featstore.files.durable
 import featstore.writing.shard_rows
 from featstore import Partition, StoreSchema, StoreWriter, open_store, verify
 from featstore.files.durable import durable_file
+from featstore.writing.partition import SequencePartition
 from tests.support.stores.sample_stores import init_store, make_partition
+from tests.support.stores.sequence_stores import make_rows, sequence_partition, sequence_schema
 
+SEQUENCES = sys.argv[-1] == "sequences"
 SCHEMA = StoreSchema(tars=2, capacity=6, views=1, frames=4, dim=16, chunk_rows=2)
 ROWS = (6, 5)
+LENGTHS = ((9, 0, 2, 8, 1, 1), (3, 0, 30, 1, 9))
+if SEQUENCES:
+    SCHEMA = sequence_schema(2, 6)
 
 
-def partition(tar: int, seed: int) -> Partition:
+def partition(tar: int, seed: int) -> Partition | SequencePartition:
+    if SEQUENCES:
+        return sequence_partition(tar, make_rows(SCHEMA, LENGTHS[tar], seed))
     return make_partition(SCHEMA, tar, ROWS[tar], seed=seed, failed=[1])
 
 
@@ -87,6 +96,13 @@ def check(path: Path, earlier: int | None) -> None:
         store = open_store(path)
         wanted = partition(tar, seed)
         at = store.positions(np.arange(ROWS[tar]) + tar * SCHEMA.capacity)
+        if isinstance(wanted, SequencePartition):
+            rows = make_rows(SCHEMA, LENGTHS[tar], seed)
+            return [store.keys[i] for i in at] == wanted.key and all(
+                store.sequence(store.rows[i]).tobytes() == row[0].tobytes()
+                and store.sequence_times(store.rows[i]).tobytes() == row[1].tobytes()
+                for i, row in zip(at, rows, strict=True)
+            )
         return (
             np.array_equal(store.features(store.rows[at]), wanted.features, equal_nan=True)
             and [store.keys[i] for i in at] == wanted.key

@@ -36,6 +36,16 @@ def test_killed_at_a_spread_of_steps(tmp_path: Path) -> None:
     assert min(kills.values()) >= 6
 
 
+def test_sequences_killed_at_a_spread_of_steps(tmp_path: Path) -> None:
+    kills = drive(tmp_path, "stepwise", "0", "13", "sequences")
+    assert min(kills.values()) >= 3
+
+
+@pytest.mark.slow
+def test_sequences_killed_whenever_the_signal_arrives(tmp_path: Path) -> None:
+    assert drive(tmp_path, "anytime", "6", "sequences") == {"rounds": 6}
+
+
 @pytest.mark.slow
 def test_killed_at_every_step(tmp_path: Path) -> None:
     kills = drive(tmp_path, "stepwise", "0", "1")

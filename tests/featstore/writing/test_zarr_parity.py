@@ -12,8 +12,9 @@ import pytest
 import zarr
 
 from featstore import StoreSchema, StoreWriter, open_store
+from featstore.format.array_spec import ArraySpec
 from featstore.format.int8 import quantise
-from featstore.format.schema import FEATURE_SCALE, ArraySpec, class_text_spec
+from featstore.format.schema import FEATURE_SCALE, class_text_spec
 from featstore.rewriting.convert import convert
 from featstore.rewriting.quantize import quantize
 from tests.support.stores.sample_stores import init_store, make_partition
