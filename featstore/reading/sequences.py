@@ -169,10 +169,16 @@ class SequenceRows:
     if TYPE_CHECKING:
 
         @property
-        def schema(self) -> StoreSchema: ...
+        def schema(self) -> StoreSchema:
+            """See `Store.schema`."""
+
         @cached_property
-        def rows(self) -> RowArray: ...
-        def partitions(self) -> Iterator[int]: ...
+        def rows(self) -> RowArray:
+            """See `Store.rows`."""
+
+        def partitions(self) -> Iterator[int]:
+            """See `Store.partitions`."""
+
         def __len__(self) -> int: ...
 
     def require_fixed_rows(self) -> None:
