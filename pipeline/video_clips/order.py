@@ -17,7 +17,6 @@ from featstore.balance import balanced_order
 from featstore.errors import UserError, one_line
 from featstore.format.spans import Span
 from featstore.segments import IntArray, segment_ranges
-from pipeline.augmentation import FLIP
 from pipeline.sampling import dist_train_indices
 from pipeline.tars.dataset import Dataset
 from pipeline.tars.reading import DamagedTar, open_packed
@@ -203,6 +202,8 @@ def dist_training_frames(
 
 def mirror_draw(seed: int, epoch: int, position: int) -> bool:
     """Draw whether a clip is mirrored in this epoch, where that is known before its pixels."""
+    from pipeline.augmentation import FLIP  # it loads torch, which the order does without
+
     return bool(np.random.default_rng([_MIRROR, seed, epoch, position]).random() < FLIP)
 
 

@@ -189,7 +189,7 @@ def test_all_videos_bad(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     )
     assert (extracted.code, extracted.json["rows_failed"]) == (1, 2)
     assert "all 2 videos failed (the first: not a readable video file" in extracted.error
-    assert "none of the 2 training samples" in refused(2, "train-head", "--dataset", "d", *place)
+    assert "none of 2 training samples" in refused(2, "train-head", "--dataset", "d", *place)
     line = refused(2, "eval", "--zeroshot", "d", "--head", "mean", *place)
     assert "none of them was extracted" in line
 
@@ -411,7 +411,7 @@ def three_classes(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFa
 def test_training_on_few_classes_warns(three_classes: World) -> None:
     warnings = [line for line in three_classes.printed["train"].splitlines() if "warning" in line]
     assert [("--no-modulate" in line) for line in warnings] == [True, False]
-    assert "whether anything was learnt is unknown" in warnings[1]
+    assert "nothing was learnt" in warnings[1]
 
 
 def test_evaluation_on_few_classes(three_classes: World) -> None:

@@ -268,7 +268,7 @@ def test_failed_videos_are_counted_and_named(root: Path) -> None:
 def test_nothing_to_train_on(root: Path) -> None:
     for shard in (root / "datasets/clips/shards").glob("*.tar"):
         shard.write_bytes(b"")
-    assert "none of the 12 training videos could be decoded" in refused(1, *finetune(root, "r"))
+    assert "none of 12 training videos could be decoded" in refused(1, *finetune(root, "r"))
 
 
 def test_mistakes(root: Path, tmp_path: Path) -> None:

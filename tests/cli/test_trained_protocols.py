@@ -384,7 +384,7 @@ def test_kinetics_600(packed: dict[str, tuple[Tree, Path]], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("abseiling\n", "classes that Kinetics-400 has"),
+        ("abseiling\n", "lists 1 class that Kinetics-400 has"),
         ("dancing on ice\n", "none of the 16 classes"),
         ("99\n", "none of the 16 classes"),
     ],

@@ -218,8 +218,8 @@ def test_v2_store_with_a_pickle_filter(tmp_path: Path) -> None:
 
 
 def test_newer_version_names_the_remedy(store: Path) -> None:
-    change(store / "zarr.json", lambda n: n["attributes"].update(format_version=2))
-    with pytest.raises(UserError, match=r"version 2, this mote reads up to 1: install a newer"):
+    change(store / "zarr.json", lambda n: n["attributes"].update(format_version=3))
+    with pytest.raises(UserError, match=r"version 3, this mote reads up to 2: install a newer"):
         open_store(store)
 
 

@@ -226,7 +226,7 @@ def test_head_and_store_must_fit(tmp_path: Path) -> None:
     assert evaluate(renamed, head).n_classes_trained == 7
     with pytest.raises(UserError, match="1x1 views, but 4x3 were asked for"):
         evaluate(store, head, views="4x3")
-    with pytest.raises(UserError, match="none of them was extracted"):
+    with pytest.raises(UserError, match="but none was extracted"):
         evaluate(store, head, tests=[TestSet("broken", np.array([3]))])
     with pytest.raises(UserError, match="prompt set 'video'"):
         evaluate(store, head, prompt_set="video")

@@ -245,7 +245,7 @@ def test_baselines_train_through_the_same_call(tmp_path: Path, store: Store, kin
 def test_wrong_input_is_refused(tmp_path: Path, store: Store) -> None:
     with pytest.raises(UserError, match="32 wide and the store's embeddings 16"):
         train(store, tmp_path / "a", head=HeadConfig(dim=32))
-    with pytest.raises(UserError, match="none of the 1 training samples"):
+    with pytest.raises(UserError, match="none of 1 training sample"):
         train(store, tmp_path / "b", rows=[4])
     with pytest.raises(UserError, match="none of the 0 training samples"):
         train(store, tmp_path / "c", rows=[])

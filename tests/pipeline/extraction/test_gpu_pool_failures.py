@@ -77,7 +77,8 @@ def test_a_failing_batch_is_taken_apart_and_then_goes_to_pyav(
     assert decode.calls == [4, 1, 1, 1, 1]
     pool.close()
     lines = [f"{4 - by_pyav} videos decoded by NVDEC"] if by_pyav < 4 else []
-    lines += [f"{by_pyav} videos decoded by pyav (NVDEC failed)"] if by_pyav else []
+    some = "1 video" if by_pyav == 1 else f"{by_pyav} videos"
+    lines += [f"{some} decoded by pyav (NVDEC failed)"] if by_pyav else []
     assert pool._batcher.report() == lines
 
 
