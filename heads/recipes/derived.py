@@ -21,7 +21,6 @@ _EPOCHS: Final = 24  # looks at the validation videos; more cost time and find l
 _LEAST_PASSES: Final = 10
 _FEW_OF_CLASS, _FEW = 4, 100  # videos of a class and in all, below which the rate is doubled
 _SHRUNK: Final = 6  # videos' worth
-_OF_SINGLES: Final = 0.6  # shrinkage where there are fewer than two videos a class
 _LEAST_SHRINKAGE: Final = 0.1
 
 
@@ -56,8 +55,8 @@ def derived(
     epochs = settle("epochs", lambda: max(1, round(passes / repeats)))
     settle("warmup_epochs", lambda: round(epochs / 10, 2))
     settle("patience", lambda: max(5, math.ceil(epochs / 3)))
-    # What few videos teach is half chance, and what one video of a class teaches still more.
-    taken = _OF_SINGLES if videos < 2 * classes else min(round(_SHRUNK / videos, 2), 0.5)
+    # What few videos teach is half chance; what one video of a class teaches made heads worse.
+    taken = 1.0 if videos < 2 * classes else min(round(_SHRUNK / videos, 2), 0.5)
     settle("shrinkage", lambda: taken if taken >= _LEAST_SHRINKAGE else 0.0)
     return found, repeats
 

@@ -229,7 +229,7 @@ class Selection:
         early, late = sum(losses[:half]), sum(losses[-half:])
         lr, epochs = self.training.lr, self.training.epochs
         if self.training.shrinkage == 1:
-            return "keep what was learnt with --shrinkage 0"
+            return "add a second video of each class, or keep what was learnt with --shrinkage 0"
         if not self.training.keep_best:
             return "--recipe auto fits rate, batch and epochs to these videos"
         if late > 0.8 * early:

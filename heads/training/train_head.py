@@ -196,7 +196,11 @@ def train_head(
     balance = check_balance(text.names, labels, balanced=bool(training.class_sampling))
     weights = class_weights(training.class_weights, labels, text.names)
     if training.shrinkage == 1 and chosen.in_epochs:
-        log.warning("the head will answer as no head: --shrinkage 1 takes all it learns away")
+        log.warning(
+            "%s of %s are too few to learn from: the head will answer as no head; add a second "
+            "video of each class, or keep what was learnt with --shrinkage 0",
+            *(counted(len(usable), "video"), counted(len(text.names), "class", "classes")),
+        )
     if head.modulates and len(text.names) < head.modulation_neighbours:
         log.warning(
             "modulation will be impossible: it compares the %d nearest classes, and %s has %d; "

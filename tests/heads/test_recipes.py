@@ -264,7 +264,7 @@ def test_the_rules_fit_any_set() -> None:
         ]
         assert shares == sorted(shares)
         assert (shares[0] == 0) == (videos > 60)
-        assert shares[-1] == (0.6 if videos > 1 else shares[0])
+        assert shares[-1] == 1
     assert batches == sorted(batches)
     assert all(more > 1.5 * few for few, more in itertools.pairwise(steps[2:]))
     wide, narrow = (load_recipe("auto").fitted(videos=9, classes=2, dim=d)[0] for d in (512, 16))
