@@ -191,7 +191,7 @@ def test_all_videos_bad(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
     assert "all 2 videos failed (the first: not a readable video file" in extracted.error
     assert "none of 2 training samples" in refused(2, "train-head", "--dataset", "d", *place)
     line = refused(2, "eval", "--zeroshot", "d", "--head", "mean", *place)
-    assert "none of them was extracted" in line
+    assert "but none was extracted" in line
 
 
 # Folders and names

@@ -247,7 +247,7 @@ def test_wrong_input_is_refused(tmp_path: Path, store: Store) -> None:
         train(store, tmp_path / "a", head=HeadConfig(dim=32))
     with pytest.raises(UserError, match="none of 1 training sample"):
         train(store, tmp_path / "b", rows=[4])
-    with pytest.raises(UserError, match="none of the 0 training samples"):
+    with pytest.raises(UserError, match="none of 0 training samples"):
         train(store, tmp_path / "c", rows=[])
     with pytest.raises(UserError, match="accumulation 6"):
         train(store, tmp_path / "d", training=replace(RECIPE, accumulation=6))
