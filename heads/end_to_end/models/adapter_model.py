@@ -337,7 +337,7 @@ def _say_shares(model: AdapterModel, encoder: Encoder) -> None:
         sum(p.numel() for p in part.parameters()) for part in (model.image_tower, encoder.model)
     ]
     log.info(
-        "adapters of blocks %d to %d have %s parameters, %.1f %% of those of the image tower and "
+        "adapters of blocks %d to %d: %s parameters, %.1f %% of those of the image tower and "
         "%.1f %% of those of both towers",
         *(model.towers.config.first, model.towers.config.last, f"{trained:,}"),
         *(100 * trained / size for size in sizes),

@@ -155,7 +155,7 @@ class AdaptedTowers(nn.Module):
             output = tokens[:, :1] + block.ls_1(block.attention(read[:, :1], read, read))
             output = output + block.ls_2(block.mlp(block.ln_2(output)))
         if number not in self.adapters:
-            return cast(Tensor, output)
+            return output
         taken = (read if config.norm else tokens)[:, :1].to(read.dtype)
         taken = rearrange(taken, "(b t) m d -> b t m d", b=clips)
         added = rearrange(self.adapters.class_tokens(number, taken), "b t m d -> (b t) m d")
@@ -164,7 +164,7 @@ class AdaptedTowers(nn.Module):
             # expect a gradient of every parameter, which here is 0.
             unread = self.adapters.temporal_adapter[str(number)].parameters()
             added = added + 0.0 * sum(p.sum() for p in unread)
-        return cast(Tensor, output + added)
+        return output + added
 
     def _added(self, number: int, read: Tensor, clips: int, frames: int) -> Tensor:
         """Return what the adapter of a block adds to its tokens, in their layout."""
