@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def model_of(quick: bool, checkpointing: bool, precision: str) -> AdapterModel:
     scale = torch.tensor(encoder.logit_scale).log()
     named = NAMES, as_prompt_set("video")
     if precision == "auto":
-        precision = tower_precision(training, encoder.dim, CPU)
+        precision = tower_precision(replace(training, precision="auto"), encoder.dim, CPU)
     joined: dict[str, Any] = {"checkpointing": checkpointing, "precision": precision}
     model = guided_model(encoder, head, scale, *named, **joined).model
     model.train()
