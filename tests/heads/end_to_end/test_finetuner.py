@@ -153,9 +153,7 @@ def test_batches_without_good_videos_change_nothing(tmp_path: Path) -> None:
 
 def test_no_good_video_at_all(tmp_path: Path) -> None:
     tuned = finetuner(tmp_path, Clips([batch(0, 0, failed=2)]))
-    with pytest.raises(
-        WorkError, match=r"none of 2 training videos could be decoded \(broken\)"
-    ):
+    with pytest.raises(WorkError, match=r"none of 2 training videos could be decoded \(broken\)"):
         tuned.run_epoch()
 
 
